@@ -1,0 +1,117 @@
+//! Names of the things the protocol talks about. Each is its own type, so that a rank is never
+//! mistaken for a slot.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+macro_rules! number {
+    ($(#[$doc:meta])* $name:ident($inner:ty)) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
+        #[serde(transparent)]
+        pub struct $name(pub $inner);
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+
+        impl From<$inner> for $name {
+            fn from(value: $inner) -> Self {
+                Self(value)
+            }
+        }
+    };
+}
+
+number!(
+    /// Global data parallel rank of an engine (vLLM: `engine_index`).
+    EngineIndex(u16)
+);
+number!(
+    /// Position of a client in an engine's address lists, as it travels in ADD and UTILITY messages
+    /// (vLLM: `client_index`).
+    ClientIndex(u32)
+);
+number!(
+    /// One of the address pairs an engine was given at INIT. Slot 0 is the sidecar's own (control),
+    /// slots 1..=K carry one frontend API server each. On the engine's wire a slot *is* a client
+    /// index.
+    Slot(u32)
+);
+number!(
+    /// A frontend attachment, numbered by the sidecar, never reused within one sidecar process.
+    FrontendId(u64)
+);
+number!(
+    /// One life of an engine process. Grows by one each time the rank is started again.
+    Incarnation(u64)
+);
+number!(
+    /// Number of a request wave of a lockstep group (vLLM: `current_wave`).
+    Wave(u64)
+);
+number!(
+    /// Correlates a utility call with its answer. vLLM draws 64 random bits; -1 and -2 are reserved
+    /// by vLLM, hence the signed and wider type.
+    CallId(i128)
+);
+
+impl Slot {
+    /// The sidecar's own slot: client 0 of every hosted engine.
+    pub const CONTROL: Self = Self(0);
+}
+
+impl EngineIndex {
+    /// The ZMQ routing id vLLM gives to this rank's sockets: two bytes, little endian
+    /// (`vllm/v1/engine/core.py` 0.32.0, `rank.to_bytes(2, "little")`).
+    pub fn identity(self) -> EngineIdentity {
+        EngineIdentity(self.0.to_le_bytes())
+    }
+}
+
+/// ZMQ routing id of an engine, see [`EngineIndex::identity`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct EngineIdentity(pub [u8; 2]);
+
+impl EngineIdentity {
+    /// The rank behind the identity.
+    pub fn index(self) -> EngineIndex {
+        EngineIndex(u16::from_le_bytes(self.0))
+    }
+
+    /// Reads an identity frame; anything but two bytes is not an engine.
+    pub fn from_frame(frame: &[u8]) -> Option<Self> {
+        <[u8; 2]>::try_from(frame).ok().map(Self)
+    }
+}
+
+/// Names one weight update transaction. Chosen by the caller, or random.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct UpdateId(pub String);
+
+impl fmt::Display for UpdateId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Label of a set of weights (vLLM: `weight_version`). A fresh engine says `default`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct WeightVersion(pub String);
+
+impl Default for WeightVersion {
+    fn default() -> Self {
+        Self("default".to_owned())
+    }
+}
+
+impl fmt::Display for WeightVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}

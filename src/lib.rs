@@ -1,0 +1,13 @@
+//! dp-sidecar: hosts vLLM data-parallel engines on one node. See ARCHITECTURE.md.
+#![deny(unsafe_code)]
+
+pub mod admin;
+pub mod app;
+pub mod cli;
+pub mod config;
+pub mod driver;
+pub mod exit_code;
+pub mod gpu;
+pub mod supervisor;
+pub mod telemetry;
+pub mod transport;

@@ -1,0 +1,1 @@
+//! Fake engines and fake frontends over libzmq.
