@@ -1,1 +1,11 @@
-//! (to be written)
+//! One driver per machine: sockets and timers in, actions out. Drivers talk to each other only
+//! through the handles in [`handles`].
+
+pub mod attachment;
+pub mod control;
+pub mod coordinator;
+pub mod handles;
+pub mod handshake;
+pub mod node;
+pub mod rank;
+pub mod weight_update;
