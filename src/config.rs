@@ -1,1 +1,105 @@
-//! (to be written)
+//! What a run of the sidecar was asked to do, checked.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::driver::handles::GroupKind;
+use crate::supervisor::command::VllmLaunch;
+
+/// Everything `sidecar run` needs to know. Built by the command line, checked, immutable.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// First DP rank of this node (vLLM: `--data-parallel-start-rank`).
+    pub start_rank: u16,
+    /// DP ranks of the whole deployment (vLLM: `--data-parallel-size`).
+    pub size: u16,
+    /// DP ranks of this node (vLLM: `--data-parallel-size-local`).
+    pub size_local: u16,
+    /// Where engines that somebody else starts do their handshake.
+    pub address: IpAddr,
+    /// Port of that handshake (vLLM: `--data-parallel-rpc-port`).
+    pub rpc_port: u16,
+    /// Dense or MoE.
+    pub kind: GroupKind,
+    /// Handshake addresses `host:port` of the frontends to attach to.
+    pub frontends: Vec<String>,
+    /// Frontend API servers that can be attached at the same time (slots 1..=K of every engine).
+    pub frontend_slots: u32,
+    /// The frontend to start and supervise, if any.
+    pub serve: Option<Serve>,
+    /// Who starts the engines.
+    pub engines: Engines,
+    /// Private directory of this sidecar: sockets, logs, lock.
+    pub state_dir: PathBuf,
+    /// How long the keeper keeps vLLM running without a sidecar.
+    pub orphan_grace: Duration,
+    /// Limit for an engine's start, from spawn to registration.
+    pub startup_timeout: Duration,
+    /// How long vLLM may drain when it is stopped (vLLM: `--shutdown-timeout`).
+    pub shutdown_timeout: Duration,
+    /// From the end of the drain to SIGKILL.
+    pub kill_grace: Duration,
+    /// How long `wait` pauses may take before requests are aborted.
+    pub pause_deadline: Duration,
+    /// Accept engines of a vLLM version that this sidecar was not tested with.
+    pub allow_untested_vllm: bool,
+    /// Restarts of a rank (or lockstep group) in a row before the sidecar gives up.
+    pub max_restarts: u32,
+    /// Pipe whose end means "stop".
+    pub lifeline: Lifeline,
+    /// How logs are written.
+    pub log_format: LogFormat,
+    /// The `sidecar` binary, for starting the keeper.
+    pub exe: PathBuf,
+}
+
+/// Who starts the engines.
+#[derive(Clone, Debug)]
+pub enum Engines {
+    /// The keeper does, with these command lines.
+    Spawn(VllmLaunch),
+    /// Somebody else does; they do their handshake at `address:rpc_port`.
+    Attach,
+}
+
+/// The supervised frontend (`--serve`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Serve {
+    /// HTTP host, vLLM's default if absent.
+    pub host: Option<String>,
+    /// HTTP port.
+    pub port: u16,
+    /// API server processes; 1 if absent.
+    pub api_server_count: Option<u32>,
+}
+
+/// What ends a run besides signals and commands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Lifeline {
+    /// Nothing.
+    #[default]
+    None,
+    /// End of file on stdin.
+    Stdin,
+}
+
+/// How logs are written to stderr.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+impl Config {
+    /// The ranks of this node.
+    pub fn local_ranks(&self) -> impl Iterator<Item = u16> + Clone + use<> {
+        let (start, count) = (self.start_rank, self.size_local);
+        (start..start.saturating_add(count)).take(usize::from(count))
+    }
+}

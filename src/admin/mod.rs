@@ -1,1 +1,8 @@
-//! (to be written)
+//! The admin socket `admin.sock` in the state directory: the server inside the running sidecar, and
+//! the client behind the subcommands.
+
+pub mod client;
+pub mod server;
+pub mod types;
+
+pub use server::{AdminCommand, AdminServer};

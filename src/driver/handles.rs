@@ -427,7 +427,7 @@ pub struct Load {
 }
 
 /// Plain data about the DP coordinator.
-#[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct CoordinatorSnapshot {
     /// Current wave.
     pub wave: Wave,
@@ -562,7 +562,7 @@ pub struct Deployment {
 }
 
 /// State of one wanted frontend, for `sidecar frontend list` and status.
-#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct FrontendSnapshot {
     /// Handshake address, as given.
     pub address: String,

@@ -1,1 +1,10 @@
-//! (to be written)
+//! vLLM processes: their command lines, the keeper that owns them, and the client through which the
+//! sidecar talks to the keeper.
+
+pub mod client;
+pub mod command;
+pub mod keeper;
+pub mod procfs;
+
+pub use client::{KeeperClient, KeeperError, KeeperOptions};
+pub use keeper::wire::{ChildInfo, ExitReport, ExitStatus, KeeperEvent, SpawnSpec};

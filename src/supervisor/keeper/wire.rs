@@ -1,0 +1,362 @@
+//! Messages between the sidecar and its keeper: a 4-byte big-endian length, a version byte, and a
+//! tagged msgpack map.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+/// Version byte of every frame. A keeper of another version is stopped and replaced.
+pub const KEEPER_PROTOCOL: u8 = 1;
+
+/// Longest accepted frame after the length, in bytes. The largest message is a spawn with the whole
+/// environment.
+pub const MAX_FRAME: usize = 4 * 1024 * 1024;
+
+/// Name of the variable that marks every process of one state directory.
+pub const RUN_MARKER: &str = "DP_SIDECAR_RUN_ID";
+
+/// Name of the variable that marks every process of one child: `name:incarnation`.
+pub const CHILD_MARKER: &str = "DP_SIDECAR_CHILD";
+
+/// A process to be started.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SpawnSpec {
+    /// Names the child: `engine-0`, `frontend`. Letters, digits, `-`, `_` and `.`; it becomes the
+    /// name of the log file.
+    pub name: String,
+    /// Which life of the child this is.
+    pub incarnation: u64,
+    /// Program and arguments.
+    pub argv: Vec<String>,
+    /// The whole environment of the child; the markers are added by the keeper.
+    pub env: BTreeMap<String, String>,
+    /// Working directory; the keeper's own (the state directory) if absent.
+    pub cwd: Option<PathBuf>,
+    /// When everything is stopped, children with a lower number are stopped first.
+    pub stop_order: u32,
+}
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "how", rename_all = "snake_case")]
+pub enum ExitStatus {
+    /// It exited.
+    Code {
+        /// Exit code.
+        code: i32,
+    },
+    /// A signal ended it.
+    Signal {
+        /// Which.
+        signal: i32,
+    },
+    /// Not known: the keeper that had to reap it is dead.
+    Unknown,
+}
+
+impl fmt::Display for ExitStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Code { code } => write!(f, "exit code {code}"),
+            Self::Signal { signal } => match nix::sys::signal::Signal::try_from(*signal) {
+                Ok(name) => write!(f, "signal {signal} ({name})"),
+                Err(_) => write!(f, "signal {signal}"),
+            },
+            Self::Unknown => f.write_str("unknown exit status (its keeper is gone)"),
+        }
+    }
+}
+
+/// The end of a child. Sent when the process *and everything it left behind* is gone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExitReport {
+    /// Which child.
+    pub name: String,
+    /// Which life.
+    pub incarnation: u64,
+    /// Pid of its main process.
+    pub pid: u32,
+    /// How the main process ended.
+    pub status: ExitStatus,
+    /// It was told to stop.
+    pub requested: bool,
+    /// Last lines it wrote to stdout and stderr, oldest first.
+    pub last_lines: Vec<String>,
+    /// Processes it left behind that had to be killed.
+    pub strays_killed: u32,
+    /// Pids that could not be ended in time. Empty unless something is very wrong.
+    pub left: Vec<u32>,
+}
+
+/// A child as the keeper sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChildInfo {
+    /// Its name.
+    pub name: String,
+    /// Which life.
+    pub incarnation: u64,
+    /// Pid of its main process.
+    pub pid: u32,
+    /// Stop was asked for, or the main process has ended and its remains are being removed.
+    pub stopping: bool,
+    /// Its log file.
+    pub log_path: PathBuf,
+}
+
+/// What the sidecar asks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case")]
+pub enum Request {
+    /// First message of the owner. An earlier owner's connection is closed.
+    Own,
+    /// Start a child.
+    Spawn {
+        /// What to start.
+        spec: SpawnSpec,
+    },
+    /// Stop a child: SIGTERM to its main process, after `grace` SIGKILL to all of it. Answered at
+    /// once; the end comes as [`KeeperEvent::Exited`].
+    Stop {
+        /// Which.
+        name: String,
+        /// How long it may take, in milliseconds.
+        grace_ms: u64,
+    },
+    /// All children.
+    List,
+    /// Stop all children in their order, then end. Answered when all are gone.
+    Shutdown {
+        /// How long each stage of the order may take, in milliseconds.
+        grace_ms: u64,
+    },
+    /// Are you there?
+    Ping,
+}
+
+/// What the keeper answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "snake_case")]
+pub enum Answer {
+    /// Done.
+    Done,
+    /// To [`Request::Spawn`].
+    Spawned {
+        /// Pid of the main process, which is also its session and process group.
+        pid: u32,
+    },
+    /// To [`Request::List`].
+    Children {
+        /// Living children.
+        children: Vec<ChildInfo>,
+    },
+    /// To [`Request::Ping`] and [`Request::Own`].
+    Keeper {
+        /// Pid of the keeper.
+        pid: u32,
+        /// Run id of the state directory.
+        run_id: String,
+    },
+    /// Refused or failed.
+    Failed {
+        /// Why.
+        error: String,
+    },
+}
+
+/// What the keeper reports to its owner.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum KeeperEvent {
+    /// A child was started.
+    Spawned {
+        /// Which.
+        name: String,
+        /// Which life.
+        incarnation: u64,
+        /// Pid of its main process.
+        pid: u32,
+    },
+    /// A child is gone.
+    Exited(ExitReport),
+    /// The keeper itself died and was replaced; all children that it had are gone (each was reported
+    /// as [`KeeperEvent::Exited`] before).
+    Replaced {
+        /// Pid of the new keeper.
+        pid: u32,
+    },
+    /// The keeper died and no new one could be started: nothing can be spawned any more.
+    Failed {
+        /// Why.
+        error: String,
+    },
+}
+
+/// Client to keeper.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ToKeeper {
+    /// Correlates the answer.
+    pub seq: u64,
+    /// The request.
+    pub request: Request,
+}
+
+/// Keeper to client.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum FromKeeper {
+    /// Answer to a request.
+    Answer {
+        /// Which request.
+        seq: u64,
+        /// The answer.
+        answer: Answer,
+    },
+    /// Something happened.
+    Event {
+        /// What.
+        event: KeeperEvent,
+    },
+}
+
+/// A frame broke the rules.
+#[derive(Debug, Error)]
+pub enum WireError {
+    /// Longer than [`MAX_FRAME`], or empty.
+    #[error("frame of {0} bytes, expected 1 to {MAX_FRAME}")]
+    Length(usize),
+    /// Another protocol version.
+    #[error("protocol version {0}, expected {KEEPER_PROTOCOL}")]
+    Version(u8),
+    /// Not the expected message.
+    #[error("undecodable message: {0}")]
+    Decode(#[from] rmp_serde::decode::Error),
+    /// Cannot be encoded.
+    #[error("unencodable message: {0}")]
+    Encode(#[from] rmp_serde::encode::Error),
+}
+
+/// Encodes a message with its length and version.
+pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, WireError> {
+    let mut frame = vec![0, 0, 0, 0, KEEPER_PROTOCOL];
+    rmp_serde::encode::write_named(&mut frame, message)?;
+    let length = frame.len() - 4;
+    let prefix = u32::try_from(length)
+        .ok()
+        .filter(|_| length <= MAX_FRAME)
+        .ok_or(WireError::Length(length))?;
+    frame[..4].copy_from_slice(&prefix.to_be_bytes());
+    Ok(frame)
+}
+
+/// Takes the first complete message off `buffer`; `None` if more bytes are needed.
+pub fn decode<T: DeserializeOwned>(buffer: &mut Vec<u8>) -> Result<Option<T>, WireError> {
+    let Some(prefix) = buffer.first_chunk::<4>() else {
+        return Ok(None);
+    };
+    let length = u32::from_be_bytes(*prefix) as usize;
+    if length == 0 || length > MAX_FRAME {
+        return Err(WireError::Length(length));
+    }
+    if buffer.len() < 4 + length {
+        return Ok(None);
+    }
+    let frame: Vec<u8> = buffer.drain(..4 + length).skip(4).collect();
+    match frame.split_first() {
+        Some((&KEEPER_PROTOCOL, body)) => Ok(Some(rmp_serde::from_slice(body)?)),
+        Some((&version, _)) => Err(WireError::Version(version)),
+        None => Err(WireError::Length(0)),
+    }
+}
+
+/// Milliseconds of a duration, for the wire.
+pub fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spawn() -> ToKeeper {
+        ToKeeper {
+            seq: 7,
+            request: Request::Spawn {
+                spec: SpawnSpec {
+                    name: "engine-0".to_owned(),
+                    incarnation: 3,
+                    argv: vec!["vllm".to_owned(), "serve".to_owned()],
+                    env: BTreeMap::from([("A".to_owned(), "b".to_owned())]),
+                    cwd: Some("/x".into()),
+                    stop_order: 1,
+                },
+            },
+        }
+    }
+
+    #[test]
+    fn a_message_survives_the_wire_byte_by_byte() {
+        let bytes = encode(&spawn()).unwrap();
+        let mut buffer = Vec::new();
+        for (position, byte) in bytes.iter().enumerate() {
+            assert_eq!(decode::<ToKeeper>(&mut buffer).unwrap(), None, "{position}");
+            buffer.push(*byte);
+        }
+        assert_eq!(decode::<ToKeeper>(&mut buffer).unwrap(), Some(spawn()));
+        assert!(buffer.is_empty());
+    }
+
+    #[test]
+    fn events_and_answers_survive_the_wire() {
+        let report = ExitReport {
+            name: "engine-1".to_owned(),
+            incarnation: 1,
+            pid: 42,
+            status: ExitStatus::Signal { signal: 9 },
+            requested: false,
+            last_lines: vec!["boom".to_owned()],
+            strays_killed: 2,
+            left: vec![],
+        };
+        for message in [
+            FromKeeper::Event {
+                event: KeeperEvent::Exited(report),
+            },
+            FromKeeper::Answer {
+                seq: 1,
+                answer: Answer::Children { children: vec![] },
+            },
+            FromKeeper::Answer {
+                seq: 2,
+                answer: Answer::Done,
+            },
+        ] {
+            let mut bytes = encode(&message).unwrap();
+            assert_eq!(decode::<FromKeeper>(&mut bytes).unwrap(), Some(message));
+        }
+    }
+
+    #[test]
+    fn a_frame_of_another_version_or_size_is_refused() {
+        let mut other = encode(&spawn()).unwrap();
+        other[4] = 9;
+        assert!(matches!(
+            decode::<ToKeeper>(&mut other),
+            Err(WireError::Version(9))
+        ));
+        let mut long = vec![0xff; 8];
+        assert!(matches!(
+            decode::<ToKeeper>(&mut long),
+            Err(WireError::Length(_))
+        ));
+        let mut empty = vec![0; 4];
+        assert!(matches!(
+            decode::<ToKeeper>(&mut empty),
+            Err(WireError::Length(0))
+        ));
+    }
+}
