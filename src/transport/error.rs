@@ -1,0 +1,89 @@
+//! What can go wrong on a socket.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use thiserror::Error;
+
+/// A socket did not do what it should. Each variant names the address.
+#[derive(Debug, Error)]
+pub enum TransportError {
+    /// The address is not one this transport can use.
+    #[error("cannot use address {address}: {reason}")]
+    Address {
+        /// As given.
+        address: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A unix socket path does not fit into `sun_path`.
+    #[error(
+        "socket path {} has {length} bytes, the limit is {limit}: choose a shorter state directory",
+        path.display()
+    )]
+    PathTooLong {
+        /// The path.
+        path: PathBuf,
+        /// Its length in bytes.
+        length: usize,
+        /// The most the kernel takes.
+        limit: usize,
+    },
+    /// A file or directory could not be prepared.
+    #[error("cannot prepare {}: {source}", path.display())]
+    Path {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Another process listens there.
+    #[error("{address} is in use by a live process")]
+    InUse {
+        /// Where.
+        address: String,
+    },
+    /// Binding failed.
+    #[error("cannot listen on {address}: {reason}")]
+    Bind {
+        /// Where.
+        address: String,
+        /// Why.
+        reason: String,
+    },
+    /// Connecting failed.
+    #[error("cannot connect to {address}: {reason}")]
+    Connect {
+        /// Where to.
+        address: String,
+        /// Why.
+        reason: String,
+    },
+    /// The peer did not get through a stage in time.
+    #[error("{stage} with {address} took longer than {limit:?}")]
+    Timeout {
+        /// Which peer.
+        address: String,
+        /// `connect`, `handshake` or `send`.
+        stage: &'static str,
+        /// How long it was waited for.
+        limit: Duration,
+    },
+    /// The peer breaks the ZMTP rules, or a limit.
+    #[error("{address} breaks the protocol: {reason}")]
+    Protocol {
+        /// Which peer.
+        address: String,
+        /// What it did.
+        reason: String,
+    },
+    /// The connection is closed.
+    #[error("{address} is disconnected: {reason}")]
+    Disconnected {
+        /// Which peer.
+        address: String,
+        /// What was seen.
+        reason: String,
+    },
+}

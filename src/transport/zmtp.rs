@@ -1,0 +1,264 @@
+//! ZMTP 3.0 with the NULL mechanism, the connecting side (<https://rfc.zeromq.org/spec/23/>).
+
+use std::io;
+
+use bytes::{Buf, Bytes, BytesMut};
+use dp_sidecar_protocol::Frames;
+
+/// Length of a greeting.
+pub const GREETING_LENGTH: usize = 64;
+/// Longest command (READY and the like) a peer may send.
+const COMMAND_LIMIT: usize = 64 * 1024;
+/// Longest message, all frames together. vLLM's largest are multimodal prompts of some 100 MiB.
+pub const MESSAGE_LIMIT: usize = 1 << 30;
+/// Most frames of a message.
+pub const FRAME_COUNT_LIMIT: usize = 64 * 1024;
+
+const FLAG_MORE: u8 = 1;
+const FLAG_LONG: u8 = 2;
+const FLAG_COMMAND: u8 = 4;
+
+/// Our greeting: version 3.0, mechanism NULL.
+pub fn greeting() -> [u8; GREETING_LENGTH] {
+    let mut bytes = [0; GREETING_LENGTH];
+    bytes[0] = 0xff;
+    bytes[9] = 0x7f;
+    bytes[10] = 3;
+    bytes[12..16].copy_from_slice(b"NULL");
+    bytes
+}
+
+/// Checks a peer's greeting.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check_greeting(bytes: &[u8; GREETING_LENGTH]) -> Result<(), String> {
+    if bytes[0] != 0xff || bytes[9] != 0x7f {
+        return Err("no ZMTP greeting".to_owned());
+    }
+    if bytes[10] < 3 {
+        return Err(format!("ZMTP version {}, expected 3 or later", bytes[10]));
+    }
+    if bytes[12..32] != greeting()[12..32] {
+        let end = bytes[12..32].iter().position(|byte| *byte == 0);
+        let name = &bytes[12..12 + end.unwrap_or(20)];
+        return Err(format!(
+            "mechanism {:?}, expected NULL",
+            String::from_utf8_lossy(name)
+        ));
+    }
+    Ok(())
+}
+
+/// The READY command.
+pub fn ready(socket_type: &str, identity: Option<&[u8]>) -> Vec<u8> {
+    let mut body = vec![5];
+    body.extend_from_slice(b"READY");
+    let mut property = |name: &str, value: &[u8]| {
+        body.push(u8::try_from(name.len()).unwrap_or(u8::MAX));
+        body.extend_from_slice(name.as_bytes());
+        body.extend_from_slice(&u32::try_from(value.len()).unwrap_or(u32::MAX).to_be_bytes());
+        body.extend_from_slice(value);
+    };
+    property("Socket-Type", socket_type.as_bytes());
+    if let Some(identity) = identity {
+        property("Identity", identity);
+    }
+    let mut command = vec![FLAG_COMMAND, u8::try_from(body.len()).unwrap_or(u8::MAX)];
+    command.extend_from_slice(&body);
+    command
+}
+
+/// Reads the peer's READY and checks its socket type.
+///
+/// # Errors
+/// What is wrong with it; an ERROR command's reason.
+pub fn check_ready(command: &[u8], expected_type: &str) -> Result<(), String> {
+    let mut rest = command;
+    let name = take(&mut rest, 1).ok_or("an empty command")?;
+    if name == b"ERROR" {
+        let reason = take(&mut rest, 1).unwrap_or_default();
+        return Err(format!(
+            "it refuses the connection: {}",
+            String::from_utf8_lossy(reason)
+        ));
+    }
+    if name != b"READY" {
+        return Err(format!(
+            "command {:?}, expected READY",
+            String::from_utf8_lossy(name)
+        ));
+    }
+    while !rest.is_empty() {
+        let key = take(&mut rest, 1).ok_or("a READY that ends early")?;
+        let value = take(&mut rest, 4).ok_or("a READY that ends early")?;
+        if key.eq_ignore_ascii_case(b"Socket-Type") {
+            if value == expected_type.as_bytes() {
+                return Ok(());
+            }
+            return Err(format!(
+                "socket type {:?}, expected {expected_type}",
+                String::from_utf8_lossy(value)
+            ));
+        }
+    }
+    Err("a READY without Socket-Type".to_owned())
+}
+
+/// Takes a value with a big-endian length of `width` bytes in front.
+fn take<'a>(rest: &mut &'a [u8], width: usize) -> Option<&'a [u8]> {
+    let length = rest.get(..width)?;
+    let length = length
+        .iter()
+        .fold(0usize, |sum, byte| (sum << 8) | usize::from(*byte));
+    let value = rest.get(width..width.checked_add(length)?)?;
+    *rest = &rest[width + length..];
+    Some(value)
+}
+
+/// One thing read from a peer.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Item {
+    /// A message.
+    Message(Frames),
+    /// A command, without its header.
+    Command(Bytes),
+}
+
+/// Cuts a byte stream into messages. Never allocates for bytes that have not come.
+#[derive(Debug, Default)]
+pub struct Decoder {
+    frames: Frames,
+    size: usize,
+}
+
+impl Decoder {
+    /// The next complete item in `buffer`, if there is one.
+    ///
+    /// # Errors
+    /// `InvalidData` if a limit is exceeded or reserved flags are set: close the connection.
+    pub fn decode(&mut self, buffer: &mut BytesMut) -> io::Result<Option<Item>> {
+        loop {
+            let Some((flags, header, length)) = header(buffer) else {
+                return Ok(None);
+            };
+            if flags & !(FLAG_MORE | FLAG_LONG | FLAG_COMMAND) != 0 {
+                return Err(invalid(format!("frame flags {flags:#04x}")));
+            }
+            let limit = if flags & FLAG_COMMAND != 0 {
+                COMMAND_LIMIT
+            } else {
+                MESSAGE_LIMIT - self.size
+            };
+            let length = usize::try_from(length).unwrap_or(usize::MAX);
+            if length > limit {
+                return Err(invalid(format!("a frame of {length} bytes")));
+            }
+            if buffer.len() < header + length {
+                // A long frame comes in many reads: ask for its room in steps, at most doubling.
+                let missing = header + length - buffer.len();
+                buffer.reserve(missing.min(buffer.len().max(64 * 1024)));
+                return Ok(None);
+            }
+            buffer.advance(header);
+            let body = buffer.split_to(length).freeze();
+            if flags & FLAG_COMMAND != 0 {
+                return Ok(Some(Item::Command(body)));
+            }
+            if self.frames.len() == FRAME_COUNT_LIMIT {
+                return Err(invalid(format!("more than {FRAME_COUNT_LIMIT} frames")));
+            }
+            self.size += length;
+            self.frames.push(body);
+            if flags & FLAG_MORE == 0 {
+                self.size = 0;
+                return Ok(Some(Item::Message(std::mem::take(&mut self.frames))));
+            }
+        }
+    }
+}
+
+fn header(buffer: &[u8]) -> Option<(u8, usize, u64)> {
+    let flags = *buffer.first()?;
+    if flags & FLAG_LONG == 0 {
+        Some((flags, 2, u64::from(*buffer.get(1)?)))
+    } else {
+        let length = buffer.get(1..9)?.try_into().ok()?;
+        Some((flags, 9, u64::from_be_bytes(length)))
+    }
+}
+
+fn invalid(reason: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, reason)
+}
+
+/// Writes the header of one frame.
+pub fn encode_header(length: usize, more: bool, out: &mut BytesMut) {
+    let more = if more { FLAG_MORE } else { 0 };
+    match u8::try_from(length) {
+        Ok(length) => out.extend_from_slice(&[more, length]),
+        Err(_) => {
+            out.extend_from_slice(&[more | FLAG_LONG]);
+            out.extend_from_slice(&(length as u64).to_be_bytes());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn encode(frames: &[&[u8]]) -> BytesMut {
+        let mut out = BytesMut::new();
+        for (at, frame) in frames.iter().enumerate() {
+            encode_header(frame.len(), at + 1 < frames.len(), &mut out);
+            out.extend_from_slice(frame);
+        }
+        out
+    }
+
+    #[test]
+    fn messages_survive_being_cut_at_any_byte() {
+        let long = vec![7; 300];
+        let whole = encode(&[b"", b"ab", &long, b""]);
+        for cut in 0..=whole.len() {
+            let mut decoder = Decoder::default();
+            let mut buffer = BytesMut::from(&whole[..cut]);
+            let first = decoder.decode(&mut buffer).unwrap();
+            assert_eq!(first.is_some(), cut == whole.len());
+            if first.is_none() {
+                buffer.extend_from_slice(&whole[cut..]);
+                let Some(Item::Message(frames)) = decoder.decode(&mut buffer).unwrap() else {
+                    panic!("no message after the cut at {cut}");
+                };
+                assert_eq!(frames, vec![&b""[..], b"ab", &long, b""]);
+                assert!(buffer.is_empty());
+            }
+        }
+    }
+
+    #[test]
+    fn a_declared_length_of_2_to_the_62_is_refused_without_allocating() {
+        let mut buffer = BytesMut::from(&[FLAG_LONG, 0x40, 0, 0, 0, 0, 0, 0, 0][..]);
+        assert!(Decoder::default().decode(&mut buffer).is_err());
+        assert!(buffer.capacity() < 1024);
+    }
+
+    #[test]
+    fn endless_more_frames_are_refused() {
+        let mut decoder = Decoder::default();
+        let mut buffer = BytesMut::from(&[FLAG_MORE, 0].repeat(FRAME_COUNT_LIMIT + 1)[..]);
+        assert!(decoder.decode(&mut buffer).is_err());
+    }
+
+    #[test]
+    fn a_ready_of_another_socket_type_names_both() {
+        let command = ready("REQ", Some(b"\0\0"));
+        let error = check_ready(&command[2..], "ROUTER").unwrap_err();
+        assert!(error.contains("REQ") && error.contains("ROUTER"), "{error}");
+        check_ready(&ready("ROUTER", None)[2..], "ROUTER").unwrap();
+        for cut in 0..command.len() - 2 {
+            assert!(check_ready(&command[2..2 + cut], "ROUTER").is_err());
+        }
+    }
+}

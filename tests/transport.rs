@@ -1,0 +1,290 @@
+//! The sockets against libzmq, which is what vLLM's peers speak.
+#![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use dp_sidecar::transport::{
+    Dealer, PrivateDir, PullEvent, PullListener, Push, RouterEvent, RouterListener, TransportError,
+    XpubListener, Xsub,
+};
+use tempfile::TempDir;
+use tokio::time::timeout;
+
+const LIMIT: Duration = Duration::from_secs(5);
+
+fn private() -> (TempDir, PrivateDir) {
+    let base = tempfile::tempdir().unwrap();
+    let dir = PrivateDir::create(base.path().join("p")).unwrap();
+    (base, dir)
+}
+
+fn peer(context: &zmq::Context, kind: zmq::SocketType) -> zmq::Socket {
+    let socket = context.socket(kind).unwrap();
+    socket.set_linger(0).unwrap();
+    socket.set_rcvtimeo(5000).unwrap();
+    socket.set_sndtimeo(5000).unwrap();
+    socket
+}
+
+fn bytes(frames: &[&[u8]]) -> Vec<Bytes> {
+    frames
+        .iter()
+        .map(|frame| Bytes::copy_from_slice(frame))
+        .collect()
+}
+
+fn bound(socket: &zmq::Socket) -> String {
+    socket.bind("tcp://127.0.0.1:0").unwrap();
+    socket.get_last_endpoint().unwrap().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_router_exchanges_messages_with_an_engine_and_reports_its_end_after_the_last_one() {
+    let (_base, dir) = private();
+    let mut router = RouterListener::bind(&dir.ipc_address("r").unwrap())
+        .await
+        .unwrap();
+    let context = zmq::Context::new();
+    let engine = peer(&context, zmq::DEALER);
+    engine.set_identity(&[0, 0]).unwrap();
+    engine.set_linger(2000).unwrap();
+    engine.connect(router.address()).unwrap();
+    engine
+        .send_multipart([&b"first"[..], b"", &[7; 300]], 0)
+        .unwrap();
+    let event = timeout(LIMIT, router.recv()).await.unwrap();
+    assert_eq!(
+        event,
+        RouterEvent::Message {
+            identity: Bytes::from_static(&[0, 0]),
+            frames: bytes(&[b"first", b"", &[7; 300]]),
+        }
+    );
+    let mut sender = router.sender();
+    sender
+        .send(&[0, 0], bytes(&[b"\x00", b"payload"]))
+        .await
+        .unwrap();
+    assert_eq!(
+        engine.recv_multipart(0).unwrap(),
+        vec![b"\x00".to_vec(), b"payload".to_vec()]
+    );
+    let absent = sender.send(&[1, 0], bytes(&[b"x"])).await.unwrap_err();
+    assert!(matches!(absent, TransportError::Disconnected { .. }));
+    engine.send("last", 0).unwrap();
+    drop(engine);
+    drop(context);
+    let last = timeout(LIMIT, router.recv()).await.unwrap();
+    assert!(matches!(last, RouterEvent::Message { .. }), "{last:?}");
+    assert_eq!(
+        timeout(LIMIT, router.recv()).await.unwrap(),
+        RouterEvent::Disconnected {
+            identity: Bytes::from_static(&[0, 0])
+        }
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pull_reports_messages_in_order_and_closes_its_connections_when_dropped() {
+    let (_base, dir) = private();
+    let address = dir.ipc_address("p").unwrap();
+    let mut pull = PullListener::bind(&address).await.unwrap();
+    let context = zmq::Context::new();
+    let engine = peer(&context, zmq::PUSH);
+    engine.connect(&address).unwrap();
+    for number in 0..1000u32 {
+        engine.send(&number.to_le_bytes()[..], 0).unwrap();
+    }
+    for number in 0..1000u32 {
+        let PullEvent::Message(frames) = timeout(LIMIT, pull.recv()).await.unwrap() else {
+            panic!("disconnected before message {number}");
+        };
+        assert_eq!(frames, bytes(&[&number.to_le_bytes()]));
+    }
+    drop((engine, context));
+    assert_eq!(
+        timeout(LIMIT, pull.recv()).await.unwrap(),
+        PullEvent::Disconnected
+    );
+    let mut push = Push::connect(&address, LIMIT).await.unwrap();
+    push.send(bytes(&[b"seen"])).await.unwrap();
+    timeout(LIMIT, pull.recv()).await.unwrap();
+    drop(pull);
+    let end = timeout(LIMIT, push.disconnected()).await.unwrap();
+    assert!(matches!(end, TransportError::Disconnected { .. }), "{end}");
+    let again = Push::connect(&address, Duration::from_millis(200)).await;
+    assert!(matches!(again, Err(TransportError::Timeout { .. })));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_xpub_reports_each_subscription_and_reaches_each_subscriber() {
+    let (_base, dir) = private();
+    let mut xpub = XpubListener::bind(&dir.ipc_address("x").unwrap(), LIMIT)
+        .await
+        .unwrap();
+    let context = zmq::Context::new();
+    let engines: Vec<_> = (0..2)
+        .map(|_| {
+            let engine = peer(&context, zmq::XSUB);
+            engine.connect(xpub.address()).unwrap();
+            engine.send(&b"\x01"[..], 0).unwrap();
+            engine
+        })
+        .collect();
+    for _ in &engines {
+        let upstream = timeout(LIMIT, xpub.recv()).await.unwrap().unwrap();
+        assert_eq!(upstream, bytes(&[b"\x01"]));
+    }
+    xpub.publisher().send(bytes(&[b"\x02", b"wave"])).unwrap();
+    for engine in &engines {
+        assert_eq!(
+            engine.recv_multipart(0).unwrap(),
+            vec![b"\x02".to_vec(), b"wave".to_vec()]
+        );
+    }
+    let mut ours = Xsub::connect(xpub.address(), LIMIT).await.unwrap();
+    ours.subscribe().await.unwrap();
+    timeout(LIMIT, xpub.recv()).await.unwrap().unwrap();
+    drop(xpub);
+    let end = timeout(LIMIT, ours.recv()).await.unwrap();
+    assert!(end.is_err(), "the connection outlived the socket");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_subscriber_that_does_not_read_ends_the_xpub_and_blocks_nobody() {
+    let (_base, dir) = private();
+    let mut xpub = XpubListener::bind(&dir.ipc_address("x").unwrap(), Duration::from_millis(200))
+        .await
+        .unwrap();
+    let mut stuck = Xsub::connect(xpub.address(), LIMIT).await.unwrap();
+    stuck.subscribe().await.unwrap();
+    timeout(LIMIT, xpub.recv()).await.unwrap().unwrap();
+    let publisher = xpub.publisher();
+    let filler = Bytes::from(vec![2; 1 << 20]);
+    let mut refused = None;
+    for _ in 0..1000 {
+        refused = publisher.send(vec![filler.clone()]).err();
+        if refused.is_some() {
+            break;
+        }
+    }
+    assert!(refused.is_some());
+    assert!(timeout(LIMIT, xpub.recv()).await.unwrap().is_err());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dealer_talks_to_a_router_of_libzmq_under_its_engine_identity() {
+    let context = zmq::Context::new();
+    let router = peer(&context, zmq::ROUTER);
+    router.set_router_mandatory(true).unwrap();
+    let address = bound(&router);
+    let mut dealer = Dealer::connect(&address, &[1, 0], LIMIT).await.unwrap();
+    dealer
+        .send(bytes(&[b"", &[3; 100_000], b"tail"]))
+        .await
+        .unwrap();
+    assert_eq!(
+        router.recv_multipart(0).unwrap(),
+        vec![vec![1, 0], vec![], vec![3; 100_000], b"tail".to_vec()]
+    );
+    let large = vec![9; 20 << 20];
+    router
+        .send_multipart([&[1u8, 0][..], b"\x00", &large], 0)
+        .unwrap();
+    let frames = timeout(LIMIT, dealer.recv()).await.unwrap().unwrap();
+    assert_eq!(frames, bytes(&[b"\x00", &large]));
+    drop((router, context));
+    let end = timeout(LIMIT, dealer.recv()).await.unwrap().unwrap_err();
+    assert!(matches!(end, TransportError::Disconnected { .. }), "{end}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_push_to_a_peer_that_does_not_read_waits_instead_of_queueing_and_sees_it_leave() {
+    let context = zmq::Context::new();
+    let pull = peer(&context, zmq::PULL);
+    pull.set_rcvhwm(1).unwrap();
+    pull.set_rcvbuf(65536).unwrap();
+    let address = bound(&pull);
+    let mut push = Push::connect(&address, LIMIT).await.unwrap();
+    let filler = Bytes::from(vec![0; 1 << 20]);
+    let mut sent = 0;
+    while let Ok(result) = timeout(Duration::from_secs(1), push.send(vec![filler.clone()])).await {
+        result.unwrap();
+        sent += 1;
+        assert!(sent < 200, "200 MiB went out to a peer that does not read");
+    }
+    drop((pull, context));
+    let end = timeout(LIMIT, push.disconnected()).await.unwrap();
+    assert!(matches!(end, TransportError::Disconnected { .. }), "{end}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_xsub_hears_what_an_xpub_of_libzmq_publishes_and_sends_upstream() {
+    let context = zmq::Context::new();
+    let xpub = peer(&context, zmq::XPUB);
+    xpub.set_xpub_verbose(true).unwrap();
+    let address = bound(&xpub);
+    let mut xsub = Xsub::connect(&address, LIMIT).await.unwrap();
+    xsub.subscribe().await.unwrap();
+    assert_eq!(xpub.recv_bytes(0).unwrap(), b"\x01");
+    xpub.send("READY", 0).unwrap();
+    let frames = timeout(LIMIT, xsub.recv()).await.unwrap().unwrap();
+    assert_eq!(frames, bytes(&[b"READY"]));
+    xsub.send(bytes(&[b"\x92upstream"])).await.unwrap();
+    assert_eq!(xpub.recv_bytes(0).unwrap(), b"\x92upstream");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connecting_waits_for_a_listener_and_gives_up_at_the_limit() {
+    let (_base, dir) = private();
+    let address = dir.ipc_address("late").unwrap();
+    let started = std::time::Instant::now();
+    let error = Dealer::connect(&address, &[0, 0], Duration::from_millis(150))
+        .await
+        .unwrap_err();
+    assert!(matches!(
+        error,
+        TransportError::Timeout {
+            stage: "connect",
+            ..
+        }
+    ));
+    assert!(started.elapsed() < LIMIT);
+    let connecting = {
+        let address = address.clone();
+        tokio::spawn(async move { Dealer::connect(&address, &[0, 0], LIMIT).await })
+    };
+    tokio::time::sleep(Duration::from_millis(120)).await;
+    let _router = RouterListener::bind(&address).await.unwrap();
+    connecting.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_peer_of_another_kind_or_silent_is_named() {
+    let context = zmq::Context::new();
+    let rep = peer(&context, zmq::PUB);
+    let error = Dealer::connect(&bound(&rep), &[0, 0], LIMIT)
+        .await
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("ROUTER") || error.contains("disconnected"),
+        "{error}"
+    );
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("tcp://{}", silent.local_addr().unwrap());
+    let error = Push::connect(&address, Duration::from_millis(200))
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(
+            error,
+            TransportError::Timeout {
+                stage: "ZMTP handshake",
+                ..
+            }
+        ),
+        "{error}"
+    );
+}
