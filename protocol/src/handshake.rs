@@ -1,1 +1,568 @@
-//! (to be written)
+//! The startup handshake: HELLO, INIT, READY (channel H), and the ready response with which an
+//! engine registers at each client's input socket.
+//!
+//! All are msgpack maps. Mirrors `vllm/v1/engine/core.py` (`startup_handshake`,
+//! `_perform_handshake`), `vllm/v1/engine/utils.py` (`EngineHandshakeMetadata`) and
+//! `vllm/v1/engine/__init__.py` (`EngineCoreReadyResponse`) of 0.11.0 to 0.33.0. Unknown keys are
+//! ignored, as vLLM does.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::error::DecodeError;
+use crate::layout::Layout;
+use crate::positional::{self, Kind, ScanError, Scanner};
+use crate::write;
+
+/// First message of an engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// The engine runs on the node of the frontend it talks to. Declared by its command line, not
+    /// measured.
+    pub local: bool,
+    /// The engine was started by `vllm serve --headless`.
+    pub headless: bool,
+}
+
+impl Hello {
+    /// What `vllm serve --headless` says.
+    pub const HEADLESS: Self = Self {
+        local: false,
+        headless: true,
+    };
+
+    /// The message.
+    pub fn encode(&self) -> Bytes {
+        let mut out = Vec::with_capacity(40);
+        write::map(&mut out, 3);
+        write::str(&mut out, "status");
+        write::str(&mut out, "HELLO");
+        write::str(&mut out, "local");
+        write::bool(&mut out, self.local);
+        write::str(&mut out, "headless");
+        write::bool(&mut out, self.headless);
+        out.into()
+    }
+}
+
+/// Last message of an engine on the handshake socket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ready {
+    /// As in [`Hello`].
+    pub local: bool,
+    /// As in [`Hello`].
+    pub headless: bool,
+    /// Number of KV cache blocks; here up to 0.19, later in the ready response.
+    pub num_gpu_blocks: Option<u64>,
+    /// The frontend's stats address from INIT; here up to 0.19, later in the ready response.
+    pub dp_stats_address: Option<String>,
+    /// vLLM's hash of the parallel flags, from lockstep engines since 0.12.0.
+    pub parallel_config_hash: Option<String>,
+}
+
+impl Ready {
+    /// The message in the form of `layout`: up to 0.19 with `num_gpu_blocks` (0 if unknown) and
+    /// `dp_stats_address`.
+    pub fn encode(&self, layout: &Layout) -> Bytes {
+        let old = layout.registration_is_empty();
+        let hash = self
+            .parallel_config_hash
+            .as_ref()
+            .filter(|_| layout.ready_has_hash());
+        let mut out = Vec::with_capacity(128);
+        write::map(
+            &mut out,
+            3 + 2 * usize::from(old) + usize::from(hash.is_some()),
+        );
+        write::str(&mut out, "status");
+        write::str(&mut out, "READY");
+        write::str(&mut out, "local");
+        write::bool(&mut out, self.local);
+        write::str(&mut out, "headless");
+        write::bool(&mut out, self.headless);
+        if old {
+            write::str(&mut out, "num_gpu_blocks");
+            write::uint(&mut out, self.num_gpu_blocks.unwrap_or_default());
+            write::str(&mut out, "dp_stats_address");
+            write::opt_str(&mut out, self.dp_stats_address.as_deref());
+        }
+        if let Some(hash) = hash {
+            write::str(&mut out, "parallel_config_hash");
+            write::str(&mut out, hash);
+        }
+        out.into()
+    }
+}
+
+/// A message of an engine on the handshake socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EngineMessage {
+    /// It is there.
+    Hello(Hello),
+    /// It is started.
+    Ready(Ready),
+}
+
+impl EngineMessage {
+    /// Reads either message.
+    pub fn decode(frame: &[u8]) -> Result<Self, DecodeError> {
+        const NAME: &str = "handshake message";
+        let mut status = None;
+        let mut ready = Ready {
+            local: false,
+            headless: false,
+            num_gpu_blocks: None,
+            dp_stats_address: None,
+            parallel_config_hash: None,
+        };
+        let (mut local, mut headless) = (None, None);
+        read_map(frame, NAME, |key, scanner| {
+            match key {
+                "status" => status = Some(scanner.str()?),
+                "local" => local = Some(scanner.bool()?),
+                "headless" => headless = Some(scanner.bool()?),
+                "num_gpu_blocks" => {
+                    ready.num_gpu_blocks = scanner.optional(|s| s.integer("int of 64 bits"))?;
+                }
+                "dp_stats_address" => {
+                    ready.dp_stats_address = scanner.optional(|s| s.str().map(str::to_owned))?;
+                }
+                "parallel_config_hash" => {
+                    ready.parallel_config_hash =
+                        scanner.optional(|s| s.str().map(str::to_owned))?;
+                }
+                _ => scanner.skip()?,
+            }
+            Ok(())
+        })?;
+        ready.local = local.ok_or_else(|| missing(NAME, "local"))?;
+        ready.headless = headless.ok_or_else(|| missing(NAME, "headless"))?;
+        match status {
+            Some("HELLO") => Ok(Self::Hello(Hello {
+                local: ready.local,
+                headless: ready.headless,
+            })),
+            Some("READY") => Ok(Self::Ready(ready)),
+            Some(other) => Err(DecodeError::Unexpected {
+                message: NAME,
+                at: "status".to_owned(),
+                expected: "HELLO or READY",
+                actual: format!("{:?}", other.chars().take(40).collect::<String>()),
+            }),
+            None => Err(missing(NAME, "status")),
+        }
+    }
+}
+
+/// Socket addresses of INIT (vLLM: `EngineZmqAddresses`).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Addresses {
+    /// Input sockets, one per client.
+    pub inputs: Vec<String>,
+    /// Output sockets, same order.
+    pub outputs: Vec<String>,
+    /// Where the engine subscribes (XSUB) for READY and START_DP_WAVE.
+    pub coordinator_input: Option<String>,
+    /// Where the engine pushes stats and wave edges.
+    pub coordinator_output: Option<String>,
+    /// Where frontends hear of load, wave and running. Engines only hand it on.
+    pub frontend_stats_publish_address: Option<String>,
+}
+
+/// A value of `parallel_config`. The engine accepts no other type.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum ConfigValue {
+    /// An integer.
+    Int(i64),
+    /// A string.
+    Str(String),
+    /// Integers, e.g. ports.
+    Ints(Vec<i64>),
+}
+
+/// Answer to HELLO (vLLM: `EngineHandshakeMetadata`). The engine sets every entry of
+/// `parallel_config` as an attribute of its `ParallelConfig`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Init {
+    /// Where to connect.
+    pub addresses: Addresses,
+    /// Empty for dense engines since 0.14: see [`GroupPorts`].
+    pub parallel_config: Vec<(String, ConfigValue)>,
+    /// Hash of the parallel flags (0.12.0 and 0.13.0 only, informational).
+    pub parallel_config_hash: Option<String>,
+}
+
+/// What a lockstep engine needs to find its peers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupPorts {
+    /// An address of the node that runs DP rank 0.
+    pub master_ip: String,
+    /// Fallback when `ports` is used up.
+    pub master_port: u16,
+    /// Free ports on that node; engines take them from the end: the gloo group of the engine
+    /// cores first, then the workers' world group.
+    pub ports: Vec<u16>,
+    /// `--data-parallel-size`.
+    pub size: u16,
+}
+
+impl Init {
+    /// INIT of an engine that runs alone: a dense engine since 0.14. The DP keys would undo its own
+    /// rewrite to a size of one and make its workers wait for peers.
+    pub const fn independent(addresses: Addresses) -> Self {
+        Self {
+            addresses,
+            parallel_config: Vec::new(),
+            parallel_config_hash: None,
+        }
+    }
+
+    /// INIT of a lockstep engine. No store is offered (`_coord_store_port` 0): the engines take the
+    /// ports of the list.
+    pub fn lockstep(addresses: Addresses, group: &GroupPorts, layout: &Layout) -> Self {
+        let ports = group.ports.iter().map(|port| i64::from(*port)).collect();
+        let mut parallel_config = vec![
+            (
+                "data_parallel_master_ip".to_owned(),
+                ConfigValue::Str(group.master_ip.clone()),
+            ),
+            (
+                "data_parallel_master_port".to_owned(),
+                ConfigValue::Int(i64::from(group.master_port)),
+            ),
+            (
+                "_data_parallel_master_port_list".to_owned(),
+                ConfigValue::Ints(ports),
+            ),
+            (
+                "data_parallel_size".to_owned(),
+                ConfigValue::Int(i64::from(group.size)),
+            ),
+        ];
+        if layout.init_has_coord_store_port() {
+            parallel_config.push(("_coord_store_port".to_owned(), ConfigValue::Int(0)));
+        }
+        Self {
+            addresses,
+            parallel_config,
+            parallel_config_hash: None,
+        }
+    }
+
+    /// A value of `parallel_config`.
+    pub fn config(&self, key: &str) -> Option<&ConfigValue> {
+        self.parallel_config
+            .iter()
+            .find(|(name, _)| name == key)
+            .map(|(_, value)| value)
+    }
+
+    /// The DP size a frontend names, if it names one (lockstep only).
+    pub fn data_parallel_size(&self) -> Option<i64> {
+        match self.config("data_parallel_size") {
+            Some(ConfigValue::Int(size)) => Some(*size),
+            _ => None,
+        }
+    }
+
+    /// The message.
+    pub fn encode(&self) -> Bytes {
+        let mut out = Vec::with_capacity(512);
+        write::map(
+            &mut out,
+            2 + usize::from(self.parallel_config_hash.is_some()),
+        );
+        write::str(&mut out, "addresses");
+        let addresses = &self.addresses;
+        write::map(&mut out, 5);
+        for (key, list) in [
+            ("inputs", &addresses.inputs),
+            ("outputs", &addresses.outputs),
+        ] {
+            write::str(&mut out, key);
+            write::array(&mut out, list.len());
+            for address in list {
+                write::str(&mut out, address);
+            }
+        }
+        for (key, address) in [
+            ("coordinator_input", &addresses.coordinator_input),
+            ("coordinator_output", &addresses.coordinator_output),
+            (
+                "frontend_stats_publish_address",
+                &addresses.frontend_stats_publish_address,
+            ),
+        ] {
+            write::str(&mut out, key);
+            write::opt_str(&mut out, address.as_deref());
+        }
+        write::str(&mut out, "parallel_config");
+        write::map(&mut out, self.parallel_config.len());
+        for (key, value) in &self.parallel_config {
+            write::str(&mut out, key);
+            match value {
+                ConfigValue::Int(value) => write::int(&mut out, *value),
+                ConfigValue::Str(value) => write::str(&mut out, value),
+                ConfigValue::Ints(values) => {
+                    write::array(&mut out, values.len());
+                    for value in values {
+                        write::int(&mut out, *value);
+                    }
+                }
+            }
+        }
+        if let Some(hash) = &self.parallel_config_hash {
+            write::str(&mut out, "parallel_config_hash");
+            write::str(&mut out, hash);
+        }
+        out.into()
+    }
+
+    /// Reads a frontend's INIT as strictly as an engine does. Fails if the address lists differ in
+    /// length or are empty.
+    pub fn decode(frame: &[u8]) -> Result<Self, DecodeError> {
+        const NAME: &str = "INIT";
+        let mut addresses = None;
+        let mut parallel_config = None;
+        let mut parallel_config_hash = None;
+        read_map(frame, NAME, |key, scanner| {
+            match key {
+                "addresses" => addresses = Some(read_addresses(scanner)?),
+                "parallel_config" => parallel_config = Some(read_config(scanner)?),
+                "parallel_config_hash" => {
+                    parallel_config_hash = scanner.optional(|s| s.str().map(str::to_owned))?;
+                }
+                _ => scanner.skip()?,
+            }
+            Ok(())
+        })?;
+        let addresses = addresses.ok_or_else(|| missing(NAME, "addresses"))?;
+        if addresses.inputs.is_empty() || addresses.inputs.len() != addresses.outputs.len() {
+            return Err(DecodeError::Unexpected {
+                message: NAME,
+                at: "addresses".to_owned(),
+                expected: "as many inputs as outputs, at least one",
+                actual: format!(
+                    "{} inputs, {} outputs",
+                    addresses.inputs.len(),
+                    addresses.outputs.len()
+                ),
+            });
+        }
+        Ok(Self {
+            addresses,
+            parallel_config: parallel_config.ok_or_else(|| missing(NAME, "parallel_config"))?,
+            parallel_config_hash,
+        })
+    }
+}
+
+fn read_addresses(scanner: &mut Scanner<'_>) -> Result<Addresses, ScanError> {
+    let mut addresses = Addresses::default();
+    for _ in 0..scanner.map()? {
+        match scanner.str()? {
+            "inputs" => addresses.inputs = read_strings(scanner)?,
+            "outputs" => addresses.outputs = read_strings(scanner)?,
+            "coordinator_input" => {
+                addresses.coordinator_input = scanner.optional(|s| s.str().map(str::to_owned))?;
+            }
+            "coordinator_output" => {
+                addresses.coordinator_output = scanner.optional(|s| s.str().map(str::to_owned))?;
+            }
+            "frontend_stats_publish_address" => {
+                addresses.frontend_stats_publish_address =
+                    scanner.optional(|s| s.str().map(str::to_owned))?;
+            }
+            _ => scanner.skip()?,
+        }
+    }
+    Ok(addresses)
+}
+
+fn read_strings(scanner: &mut Scanner<'_>) -> Result<Vec<String>, ScanError> {
+    (0..scanner.array()?)
+        .map(|_| scanner.str().map(str::to_owned))
+        .collect()
+}
+
+fn read_config(scanner: &mut Scanner<'_>) -> Result<Vec<(String, ConfigValue)>, ScanError> {
+    let mut config = Vec::new();
+    for _ in 0..scanner.map()? {
+        let key = scanner.str()?.to_owned();
+        let value = match scanner.kind()? {
+            Kind::Str => ConfigValue::Str(scanner.str()?.to_owned()),
+            Kind::Array => {
+                let count = scanner.array()?;
+                let ports: Result<_, _> = (0..count)
+                    .map(|_| scanner.integer("int of 64 bits"))
+                    .collect();
+                ConfigValue::Ints(ports?)
+            }
+            _ => ConfigValue::Int(scanner.integer("int, str or list of int")?),
+        };
+        config.push((key, value));
+    }
+    Ok(config)
+}
+
+/// What an engine says of itself on each input socket once it is started
+/// (vLLM: `EngineCoreReadyResponse`). Which keys there are depends on the version; up to 0.19 the
+/// frame is empty. Sizes are in tokens, counts without unit.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct EngineReadyResponse {
+    /// Longest sequence, after the KV cache was fitted.
+    pub max_model_len: Option<u64>,
+    /// KV cache blocks.
+    pub num_gpu_blocks: Option<u64>,
+    /// Tokens per block.
+    pub block_size: Option<u64>,
+    /// Stats address of the frontend this engine was started by.
+    pub dp_stats_address: Option<String>,
+    /// Model dtype, e.g. `bfloat16`.
+    pub dtype: Option<String>,
+    /// Version of vLLM, since 0.23.0.
+    pub vllm_version: Option<String>,
+    /// Workers of one DP rank.
+    pub world_size: Option<u64>,
+    /// 1 for dense engines, whatever the deployment's size.
+    pub data_parallel_size: Option<u64>,
+    /// TP.
+    pub tensor_parallel_size: Option<u64>,
+    /// PP.
+    pub pipeline_parallel_size: Option<u64>,
+    /// DCP.
+    pub decode_context_parallel_size: Option<u64>,
+    /// True global rank, since 0.27.1.
+    pub data_parallel_rank: Option<u64>,
+    /// Scheduler limit.
+    pub max_num_seqs: Option<u64>,
+    /// Scheduler limit.
+    pub max_num_batched_tokens: Option<u64>,
+    /// Random name of the instance.
+    pub instance_id: Option<String>,
+    /// KV cache capacity in tokens.
+    pub kv_cache_size_tokens: Option<u64>,
+    /// Whole sequences that fit the KV cache.
+    pub kv_cache_max_concurrency: Option<f64>,
+    /// `--weight-transfer-config` backend.
+    pub weight_transfer_backend: Option<String>,
+    /// `--enable-sleep-mode`.
+    pub enable_sleep_mode: Option<bool>,
+    /// `--enable-lora`.
+    pub supports_lora: Option<bool>,
+    /// Keys not named here, each with its raw value.
+    pub other: BTreeMap<String, Vec<u8>>,
+}
+
+impl EngineReadyResponse {
+    /// Reads a registration frame. An empty frame gives an empty response.
+    pub fn decode(frame: &[u8]) -> Result<Self, DecodeError> {
+        const NAME: &str = "EngineCoreReadyResponse";
+        let mut ready = Self::default();
+        if frame.is_empty() {
+            return Ok(ready);
+        }
+        read_map(frame, NAME, |key, scanner| {
+            let number = |s: &mut Scanner<'_>| s.optional(|s| s.integer("int of 64 bits"));
+            let text = |s: &mut Scanner<'_>| s.optional(|s| s.str().map(str::to_owned));
+            match key {
+                "max_model_len" => ready.max_model_len = number(scanner)?,
+                "num_gpu_blocks" => ready.num_gpu_blocks = number(scanner)?,
+                "block_size" => ready.block_size = number(scanner)?,
+                "dp_stats_address" => ready.dp_stats_address = text(scanner)?,
+                "dtype" => ready.dtype = text(scanner)?,
+                "vllm_version" => ready.vllm_version = text(scanner)?,
+                "world_size" => ready.world_size = number(scanner)?,
+                "data_parallel_size" => ready.data_parallel_size = number(scanner)?,
+                "tensor_parallel_size" => ready.tensor_parallel_size = number(scanner)?,
+                "pipeline_parallel_size" => ready.pipeline_parallel_size = number(scanner)?,
+                "decode_context_parallel_size" => {
+                    ready.decode_context_parallel_size = number(scanner)?;
+                }
+                "data_parallel_rank" => ready.data_parallel_rank = number(scanner)?,
+                "max_num_seqs" => ready.max_num_seqs = number(scanner)?,
+                "max_num_batched_tokens" => ready.max_num_batched_tokens = number(scanner)?,
+                "instance_id" => ready.instance_id = text(scanner)?,
+                "kv_cache_size_tokens" => ready.kv_cache_size_tokens = number(scanner)?,
+                "kv_cache_max_concurrency" => {
+                    ready.kv_cache_max_concurrency = scanner.optional(Scanner::float)?;
+                }
+                "weight_transfer_backend" => ready.weight_transfer_backend = text(scanner)?,
+                "enable_sleep_mode" => ready.enable_sleep_mode = scanner.optional(Scanner::bool)?,
+                "supports_lora" => ready.supports_lora = scanner.optional(Scanner::bool)?,
+                _ => {
+                    let value = scanner.raw()?.to_vec();
+                    ready.other.insert(key.to_owned(), value);
+                }
+            }
+            Ok(())
+        })?;
+        Ok(ready)
+    }
+
+    /// A key that has no field of its own.
+    pub fn other_value(&self, key: &str) -> Option<rmpv::Value> {
+        self.other
+            .get(key)
+            .and_then(|raw| positional::value(raw).ok())
+    }
+}
+
+/// The registration frame with another `dp_stats_address`; everything else stays byte for byte.
+///
+/// A frontend insists on its own stats address (it asserts equality since 0.20). An empty frame
+/// (up to 0.19), or one without the key, is returned as it is.
+pub fn with_dp_stats_address(frame: &Bytes, address: Option<&str>) -> Result<Bytes, DecodeError> {
+    const NAME: &str = "EngineCoreReadyResponse";
+    if frame.is_empty() {
+        return Ok(frame.clone());
+    }
+    let mut found = None;
+    read_map(frame, NAME, |key, scanner| {
+        let start = scanner.position();
+        scanner.skip()?;
+        if key == "dp_stats_address" {
+            found = Some(start..scanner.position());
+        }
+        Ok(())
+    })?;
+    let Some(range) = found else {
+        return Ok(frame.clone());
+    };
+    let mut value = Vec::new();
+    write::opt_str(&mut value, address);
+    Ok(positional::splice(frame, range, &value))
+}
+
+fn missing(message: &'static str, at: &str) -> DecodeError {
+    DecodeError::Unexpected {
+        message,
+        at: at.to_owned(),
+        expected: "a value",
+        actual: "missing".to_owned(),
+    }
+}
+
+/// Calls `entry` for each key of the map that fills `frame`; it must take the value.
+pub(crate) fn read_map<'a>(
+    frame: &'a [u8],
+    message: &'static str,
+    mut entry: impl FnMut(&'a str, &mut Scanner<'a>) -> Result<(), ScanError>,
+) -> Result<(), DecodeError> {
+    let mut scanner = Scanner::new(frame);
+    let pairs = scanner
+        .map()
+        .map_err(|error| error.within(message, "top level"))?;
+    for _ in 0..pairs {
+        let key = scanner
+            .str()
+            .map_err(|error| error.within(message, "key"))?;
+        entry(key, &mut scanner).map_err(|error| error.within(message, key))?;
+    }
+    scanner
+        .finish()
+        .map_err(|error| error.within(message, "end"))
+}

@@ -1,5 +1,527 @@
 //! Field positions and behaviour per vLLM version.
+//!
+//! Most messages are positional, and positions move between versions; the version itself is on the
+//! wire only since 0.23.0 (`vllm_version` in the engine's ready response). A [`Layout`] is what the
+//! rest of the crate asks instead of comparing versions itself.
 
-/// Field positions and behaviour of one vLLM version (to be written).
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::handshake::EngineReadyResponse;
+
+/// A vLLM release. Suffixes (`+cpu`, `rc2`, `.dev3`) are dropped: they do not change the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct VllmVersion {
+    /// First number.
+    pub major: u16,
+    /// Second number.
+    pub minor: u16,
+    /// Third number.
+    pub patch: u16,
+}
+
+impl VllmVersion {
+    /// Oldest version with a known layout.
+    pub const OLDEST: Self = Self::new(0, 11, 0);
+    /// Newest version that was read and tested; later patch releases of it count as known.
+    pub const NEWEST: Self = Self::new(0, 33, 0);
+
+    /// A version.
+    pub const fn new(major: u16, minor: u16, patch: u16) -> Self {
+        Self {
+            major,
+            minor,
+            patch,
+        }
+    }
+
+    const fn at_least(self, minor: u16, patch: u16) -> bool {
+        self.major > 0 || self.minor > minor || (self.minor == minor && self.patch >= patch)
+    }
+}
+
+impl fmt::Display for VllmVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}.{}", self.major, self.minor, self.patch)
+    }
+}
+
+impl From<VllmVersion> for String {
+    fn from(version: VllmVersion) -> Self {
+        version.to_string()
+    }
+}
+
+impl TryFrom<String> for VllmVersion {
+    type Error = BadVersion;
+
+    fn try_from(text: String) -> Result<Self, BadVersion> {
+        text.parse()
+    }
+}
+
+/// Text that is not a version of vLLM.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("{0:?} is not a vllm version, expected e.g. 0.32.0")]
+pub struct BadVersion(pub String);
+
+impl FromStr for VllmVersion {
+    type Err = BadVersion;
+
+    fn from_str(text: &str) -> Result<Self, BadVersion> {
+        let bad = || BadVersion(text.chars().take(64).collect());
+        let public = text.trim();
+        let public = public.strip_prefix('v').unwrap_or(public);
+        let public = public.split('+').next().unwrap_or_default();
+        let mut parts = public.split('.');
+        let mut numbers = [0; 3];
+        for (position, number) in numbers.iter_mut().enumerate() {
+            let part = match parts.next() {
+                Some(part) => part,
+                None if position == 2 => break,
+                None => return Err(bad()),
+            };
+            let digits = part.len() - part.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+            // Only the last number may carry a suffix: 1rc2, 0a1, 0.post1 comes as a part of its own.
+            let (digits, suffix) = part.split_at(digits);
+            if !suffix.is_empty() && (position == 0 || !suffix.starts_with(char::is_alphabetic)) {
+                return Err(bad());
+            }
+            *number = digits.parse().map_err(|_| bad())?;
+            if !suffix.is_empty() {
+                break;
+            }
+        }
+        let [major, minor, patch] = numbers;
+        Ok(Self::new(major, minor, patch))
+    }
+}
+
+/// A version outside of the range that was read and tested.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[error(
+    "vllm {0} is not supported, expected {oldest} to {newest}.x; --allow-untested-vllm uses the closest known layout",
+    oldest = VllmVersion::OLDEST,
+    newest = "0.33"
+)]
+pub struct UnknownVersion(pub VllmVersion);
+
+/// Positions in `EngineCoreRequest` (`vllm/v1/engine/__init__.py`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AddPositions {
+    /// `eos_token_id`, up to 0.16.
+    pub eos_token_id: Option<usize>,
+    /// `arrival_time`, required float.
+    pub arrival_time: usize,
+    /// `lora_request`, required array or nil.
+    pub lora_request: usize,
+    /// `cache_salt`, required str or nil.
+    pub cache_salt: usize,
+    /// `data_parallel_rank`, int or nil; the last required field.
+    pub data_parallel_rank: usize,
+    /// `prompt_embeds`, a tensor or nil.
+    pub prompt_embeds: usize,
+    /// `prompt_is_token_ids`, since 0.21.0.
+    pub prompt_is_token_ids: Option<usize>,
+    /// `client_index`.
+    pub client_index: usize,
+    /// `current_wave`.
+    pub current_wave: usize,
+    /// `priority`.
+    pub priority: usize,
+    /// `trace_headers`.
+    pub trace_headers: usize,
+    /// `resumable`, since 0.15.
+    pub resumable: Option<usize>,
+    /// `external_req_id`, since 0.14.
+    pub external_req_id: Option<usize>,
+    /// `reasoning_ended`, since 0.16.
+    pub reasoning_ended: Option<usize>,
+    /// `reasoning_parser_kwargs`, since 0.20.
+    pub reasoning_parser_kwargs: Option<usize>,
+    /// `abort_immediately`, since 0.21.
+    pub abort_immediately: Option<usize>,
+    /// `session_id`, since 0.28.
+    pub session_id: Option<usize>,
+    /// `kv_hints`, since 0.31.
+    pub kv_hints: Option<usize>,
+    /// How many fields there are.
+    pub fields: usize,
+}
+
+impl AddPositions {
+    /// Fields without a default: an array must have at least these.
+    pub const fn required(&self) -> usize {
+        self.data_parallel_rank + 1
+    }
+}
+
+/// Positions in `EngineCoreOutputs` and `EngineCoreOutput`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OutputPositions {
+    /// Number of fields of `EngineCoreOutputs`: 8, or 9 with `weight_version`.
+    pub outputs_fields: usize,
+    /// `weight_version` in `EngineCoreOutputs`, since 0.32.0.
+    pub weight_version: Option<usize>,
+    /// Number of fields of `EngineCoreOutput`.
+    pub output_fields: usize,
+    /// `num_cached_tokens`, an int with default 0 up to 0.19.
+    pub num_cached_tokens: Option<usize>,
+    /// `num_external_computed_tokens`, an int with default 0, 0.16 to 0.19.
+    pub num_external_computed_tokens: Option<usize>,
+    /// `num_nans_in_logits`, an int with default 0 since 0.12.
+    pub num_nans_in_logits: Option<usize>,
+}
+
+/// `finish_reason` in `EngineCoreOutput`, in all versions.
+pub const FINISH_REASON: usize = 5;
+
+/// What a DP coordinator does with a frontend's FIRST_REQ while the group is not running.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FirstReq {
+    /// Up to 0.28: sends START_DP_WAVE, takes the group for running and publishes that.
+    StartsAndSetsRunning,
+    /// 0.29 to 0.32: sends START_DP_WAVE; only an engine's start_wave makes the group running.
+    Starts,
+    /// 0.33: frontends do not send it; engines start waves themselves.
+    None,
+}
+
+/// Field positions and behaviour of one vLLM version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layout {
+    /// The version the layout was asked for.
+    pub version: VllmVersion,
+    /// Positions in `EngineCoreRequest`.
+    pub add: AddPositions,
+    /// Positions in `EngineCoreOutputs`.
+    pub output: OutputPositions,
+}
+
+impl Layout {
+    /// The layout of a version.
+    pub fn for_version(version: VllmVersion) -> Result<Self, UnknownVersion> {
+        if Self::is_known(version) {
+            Ok(Self::build(version))
+        } else {
+            Err(UnknownVersion(version))
+        }
+    }
+
+    /// The layout of a version, or of the closest known one (`--allow-untested-vllm`).
+    pub fn closest(version: VllmVersion) -> Self {
+        if Self::is_known(version) {
+            Self::build(version)
+        } else if version < VllmVersion::OLDEST {
+            Self::build(VllmVersion::OLDEST)
+        } else {
+            Self::build(VllmVersion::NEWEST)
+        }
+    }
+
+    /// Of the newest known version.
+    pub fn newest() -> Self {
+        Self::build(VllmVersion::NEWEST)
+    }
+
+    const fn is_known(version: VllmVersion) -> bool {
+        version.major == 0
+            && version.minor >= VllmVersion::OLDEST.minor
+            && version.minor <= VllmVersion::NEWEST.minor
+    }
+
+    fn build(version: VllmVersion) -> Self {
+        Self {
+            version,
+            add: add_positions(version),
+            output: output_positions(version),
+        }
+    }
+
+    /// Finds the layout from an engine's registration frame (its ready response).
+    ///
+    /// `expected` is what the operator or the installed package says, if known; it decides where
+    /// the frame alone cannot, and must agree where it can.
+    pub fn from_registration(
+        frame: &[u8],
+        expected: Option<VllmVersion>,
+    ) -> Result<Detected, DetectError> {
+        let (first, last) = if frame.is_empty() {
+            (VllmVersion::OLDEST, VllmVersion::new(0, 19, u16::MAX))
+        } else {
+            let ready = EngineReadyResponse::decode(frame).map_err(DetectError::Registration)?;
+            if let Some(text) = &ready.vllm_version {
+                let version: VllmVersion = text.parse().map_err(DetectError::Version)?;
+                let layout = Self::for_version(version).map_err(DetectError::Unknown)?;
+                return Ok(Detected {
+                    layout,
+                    certain: true,
+                });
+            }
+            if ready.dtype.is_some() {
+                (
+                    VllmVersion::new(0, 22, 0),
+                    VllmVersion::new(0, 22, u16::MAX),
+                )
+            } else {
+                (
+                    VllmVersion::new(0, 20, 0),
+                    VllmVersion::new(0, 21, u16::MAX),
+                )
+            }
+        };
+        match expected {
+            Some(version) if (first..=last).contains(&version) => Ok(Detected {
+                layout: Self::for_version(version).map_err(DetectError::Unknown)?,
+                certain: true,
+            }),
+            Some(version) => Err(DetectError::Differs {
+                expected: version,
+                first,
+                last: last.minor,
+            }),
+            None => {
+                // The releases that were run without a version on the wire.
+                let guess = match last.minor {
+                    19 => VllmVersion::new(0, 19, 1),
+                    21 => VllmVersion::new(0, 20, 2),
+                    _ => VllmVersion::new(0, 22, 1),
+                };
+                Ok(Detected {
+                    layout: Self::build(guess),
+                    certain: last.minor == 22,
+                })
+            }
+        }
+    }
+
+    /// Length of an entry of `counts` in a publication: `[waiting, running]`, since 0.27.1 with
+    /// `kv_cache_usage`. A frontend unpacks exactly this many.
+    pub const fn counts_arity(&self) -> usize {
+        if self.version.at_least(27, 1) { 3 } else { 2 }
+    }
+
+    /// Whether independent (dense) engines report their load to the coordinator.
+    pub const fn dense_sends_stats(&self) -> bool {
+        self.version.at_least(27, 1) || !self.version.at_least(14, 0)
+    }
+
+    /// Whether dense models, too, run in lockstep (and take the DP keys at INIT).
+    pub const fn dense_is_lockstep(&self) -> bool {
+        !self.version.at_least(14, 0)
+    }
+
+    /// What FIRST_REQ does.
+    pub const fn first_req(&self) -> FirstReq {
+        if self.version.at_least(33, 0) {
+            FirstReq::None
+        } else if self.version.at_least(29, 0) {
+            FirstReq::Starts
+        } else {
+            FirstReq::StartsAndSetsRunning
+        }
+    }
+
+    /// Whether an engine survives a second `READY` of the coordinator.
+    pub const fn second_ready_tolerated(&self) -> bool {
+        self.version.at_least(17, 1)
+    }
+
+    /// Whether `FinishReason.ERROR` exists.
+    pub const fn error_finish_known(&self) -> bool {
+        self.version.at_least(13, 0)
+    }
+
+    /// Whether an engine registers with an empty frame, and READY carries `num_gpu_blocks` and
+    /// `dp_stats_address` instead.
+    pub const fn registration_is_empty(&self) -> bool {
+        !self.version.at_least(20, 0)
+    }
+
+    /// Whether READY of a lockstep engine carries `parallel_config_hash`.
+    pub const fn ready_has_hash(&self) -> bool {
+        self.version.at_least(12, 0)
+    }
+
+    /// Whether lockstep engines pause by consensus and resume through a barrier.
+    pub const fn two_phase_pause(&self) -> bool {
+        self.version.at_least(21, 0)
+    }
+
+    /// Whether `pause_scheduler(mode, clear_cache)` and `is_scheduler_paused` exist.
+    pub const fn can_pause(&self) -> bool {
+        self.version.at_least(17, 1)
+    }
+
+    /// Whether `pause_generation` exists and rejects new requests.
+    pub const fn has_pause_generation(&self) -> bool {
+        self.version.at_least(33, 0)
+    }
+
+    /// Whether `set_weight_version` and `get_weight_version` exist.
+    pub const fn has_weight_version(&self) -> bool {
+        self.version.at_least(27, 1)
+    }
+
+    /// Whether INIT of a lockstep engine names `_coord_store_port`.
+    pub const fn init_has_coord_store_port(&self) -> bool {
+        self.version.at_least(32, 0)
+    }
+
+    /// Whether worker methods `start_weight_update` and `finish_weight_update` exist.
+    pub const fn has_weight_update_brackets(&self) -> bool {
+        self.version.at_least(21, 0)
+    }
+
+    /// Whether `reload_weights` takes `weights_path`.
+    pub const fn reload_takes_path(&self) -> bool {
+        self.version.at_least(16, 0)
+    }
+
+    /// Whether the coordinator gets rank 0's start_wave at each idle-to-running edge.
+    pub const fn engines_report_start(&self) -> bool {
+        self.version.at_least(29, 0)
+    }
+
+    /// Whether an error while an ADD is pre-processed is answered instead of killing the input
+    /// thread.
+    pub const fn add_errors_are_answered(&self) -> bool {
+        self.version.at_least(14, 0)
+    }
+
+    /// Whether the `WAKEUP` request type exists.
+    pub const fn has_wakeup(&self) -> bool {
+        self.version.at_least(18, 1)
+    }
+
+    /// How many arguments `reset_prefix_cache` takes.
+    pub const fn reset_prefix_cache_args(&self) -> usize {
+        if self.version.at_least(13, 0) {
+            2
+        } else if self.version.at_least(12, 0) {
+            1
+        } else {
+            0
+        }
+    }
+}
+
+/// What [`Layout::from_registration`] found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Layout {}
+pub struct Detected {
+    /// The layout to use.
+    pub layout: Layout,
+    /// False if the frame fits several layouts and no expected version was given: up to 0.19 and
+    /// 0.20 / 0.21 look the same on the wire.
+    pub certain: bool,
+}
+
+/// Why the layout of an engine could not be told.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum DetectError {
+    /// The frame is not a ready response.
+    #[error("registration: {0}")]
+    Registration(#[source] crate::DecodeError),
+    /// `vllm_version` is not a version.
+    #[error("registration: {0}")]
+    Version(#[source] BadVersion),
+    /// A version out of range.
+    #[error("registration: {0}")]
+    Unknown(#[source] UnknownVersion),
+    /// The expected version does not register like this.
+    #[error("registration: looks like vllm {first} to 0.{last}.x, expected {expected}")]
+    Differs {
+        /// What was expected.
+        expected: VllmVersion,
+        /// Oldest version that registers like this.
+        first: VllmVersion,
+        /// Minor number of the newest one.
+        last: u16,
+    },
+}
+
+fn add_positions(version: VllmVersion) -> AddPositions {
+    // Fields in their order, with the versions that have each.
+    let eos = !version.at_least(17, 0);
+    let mut next = 5;
+    let mut take = |present: bool| {
+        present.then(|| {
+            next += 1;
+            next - 1
+        })
+    };
+    let eos_token_id = take(eos);
+    let arrival_time = take(true);
+    let lora_request = take(true);
+    let cache_salt = take(true);
+    let data_parallel_rank = take(true);
+    let prompt_embeds = take(true);
+    let prompt_is_token_ids = take(version.at_least(21, 0));
+    let client_index = take(true);
+    let current_wave = take(true);
+    let priority = take(true);
+    let trace_headers = take(true);
+    let resumable = take(version.at_least(15, 0));
+    let external_req_id = take(version.at_least(14, 0));
+    let reasoning_ended = take(version.at_least(16, 0));
+    let reasoning_parser_kwargs = take(version.at_least(20, 0));
+    let abort_immediately = take(version.at_least(21, 0));
+    let session_id = take(version.at_least(28, 0));
+    let kv_hints = take(version.at_least(31, 0));
+    AddPositions {
+        eos_token_id,
+        arrival_time: arrival_time.unwrap_or_default(),
+        lora_request: lora_request.unwrap_or_default(),
+        cache_salt: cache_salt.unwrap_or_default(),
+        data_parallel_rank: data_parallel_rank.unwrap_or_default(),
+        prompt_embeds: prompt_embeds.unwrap_or_default(),
+        prompt_is_token_ids,
+        client_index: client_index.unwrap_or_default(),
+        current_wave: current_wave.unwrap_or_default(),
+        priority: priority.unwrap_or_default(),
+        trace_headers: trace_headers.unwrap_or_default(),
+        resumable,
+        external_req_id,
+        reasoning_ended,
+        reasoning_parser_kwargs,
+        abort_immediately,
+        session_id,
+        kv_hints,
+        fields: next,
+    }
+}
+
+fn output_positions(version: VllmVersion) -> OutputPositions {
+    let at = |minor, position| version.at_least(minor, 0).then_some(position);
+    let stamped = version.at_least(32, 0);
+    let output_fields = match version.minor {
+        ..12 => 11,
+        12..14 => 12,
+        14..16 => 13,
+        16..20 => 14,
+        20..26 => 13,
+        26..28 => 14,
+        28 => 16,
+        29..31 => 17,
+        31..33 => 18,
+        _ => 19,
+    };
+    OutputPositions {
+        outputs_fields: if stamped { 9 } else { 8 },
+        weight_version: stamped.then_some(8),
+        output_fields,
+        num_cached_tokens: (!version.at_least(20, 0)).then_some(10),
+        num_external_computed_tokens: (version.at_least(16, 0) && !version.at_least(20, 0))
+            .then_some(11),
+        num_nans_in_logits: at(26, 13)
+            .or_else(|| at(20, 12))
+            .or_else(|| at(16, 13))
+            .or_else(|| at(14, 12))
+            .or_else(|| at(12, 11)),
+    }
+}

@@ -23,6 +23,7 @@ pub mod time;
 pub mod utility;
 pub mod wave;
 pub mod weights;
+mod write;
 
 pub use error::DecodeError;
 pub use frames::Frames;

@@ -1,1 +1,626 @@
-//! (to be written)
+//! What a frontend sends to an engine (channel I): ADD, ABORT and UTILITY.
+//!
+//! An engine decodes these in one thread without any protection: a malformed message ends that
+//! thread for all clients while the process lives on (`process_input_sockets`, `vllm/v1/engine/core.py`).
+//! [`check_frontend_message`] refuses what would do that, and finds the one field the sidecar
+//! changes, `client_index`. Nothing is decoded that is not needed.
+
+use std::ops::Range;
+
+use bytes::Bytes;
+use thiserror::Error;
+
+use crate::frames::{Frames, RequestType};
+use crate::ids::{CallId, ClientIndex, Wave};
+use crate::layout::Layout;
+use crate::positional::{self, Kind, ScanError, Scanner};
+use crate::write;
+
+/// Frames a message may have: type, payload, and one per large tensor.
+pub const MAX_FRAMES: usize = 1024;
+
+/// Ids one ABORT may carry.
+pub const MAX_ABORTS: usize = 1 << 20;
+
+/// A message of a frontend that an engine survives.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FrontendMessage<'a> {
+    /// A new request.
+    Add(Add<'a>),
+    /// Ids of requests to abort.
+    Abort(Vec<&'a str>),
+    /// A call of a method of the engine core.
+    Utility(Utility<'a>),
+}
+
+/// A checked ADD.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Add<'a> {
+    /// vLLM's internal request id, unique per frontend.
+    pub request_id: &'a str,
+    /// The sender's own index (its API server).
+    pub client_index: ClientIndex,
+    /// The wave the sender believes to be current.
+    pub current_wave: Wave,
+    /// The rank the user asked for, if any.
+    pub data_parallel_rank: Option<i64>,
+    index_at: IndexAt,
+}
+
+/// A checked UTILITY.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Utility<'a> {
+    /// The sender's own index (its API server).
+    pub client_index: ClientIndex,
+    /// Correlates the answer.
+    pub call_id: CallId,
+    /// vLLM's method name.
+    pub method: &'a str,
+    /// Positional arguments, a msgpack array as it came.
+    pub args: &'a [u8],
+    index_at: IndexAt,
+}
+
+impl Utility<'_> {
+    /// The arguments, decoded.
+    pub fn decode_args(&self) -> Vec<rmpv::Value> {
+        match positional::value(self.args) {
+            Ok(rmpv::Value::Array(args)) => args,
+            _ => Vec::new(),
+        }
+    }
+}
+
+/// Where `client_index` stands in a payload.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum IndexAt {
+    /// These bytes.
+    Bytes(Range<usize>),
+    /// Nowhere: the array is shorter. It has so many elements after a header of so many bytes, and
+    /// the field belongs at that position.
+    Beyond {
+        header: usize,
+        elements: usize,
+        position: usize,
+    },
+}
+
+/// Why a message is refused, and whom that concerns.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("{kind}")]
+pub struct Refusal {
+    /// What is wrong.
+    pub kind: Box<RefusalKind>,
+    /// Of an ADD, if it could be read: to be answered with an error finish.
+    pub request_id: Option<String>,
+    /// Of a UTILITY, if it could be read: to be answered with a failure.
+    pub call_id: Option<CallId>,
+}
+
+impl From<RefusalKind> for Refusal {
+    fn from(kind: RefusalKind) -> Self {
+        Self {
+            kind: Box::new(kind),
+            request_id: None,
+            call_id: None,
+        }
+    }
+}
+
+/// What is wrong with a message.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum RefusalKind {
+    /// Fewer than two frames, or more than [`MAX_FRAMES`].
+    #[error("message of {0} frames, expected 2 to {MAX_FRAMES}")]
+    FrameCount(usize),
+    /// The type frame is not one known byte. Says what it starts with.
+    #[error("type frame {0}, expected one byte 00, 01 or 03")]
+    UnknownType(String),
+    /// A type that only the coordinator or the engine itself may use.
+    #[error("{0:?} from a frontend, expected ADD, ABORT or UTILITY")]
+    ForeignType(RequestType),
+    /// The payload is not what the engine's decoder takes.
+    #[error("{message} at {at}: {error}")]
+    Malformed {
+        /// `ADD`, `ABORT` or `UTILITY`.
+        message: &'static str,
+        /// Field or position.
+        at: &'static str,
+        /// What the scan found.
+        error: ScanError,
+    },
+    /// A positional array of the wrong length.
+    #[error("{message} of {actual} fields, expected {expected}")]
+    FieldCount {
+        /// `ADD` or `UTILITY`.
+        message: &'static str,
+        /// How many are there.
+        actual: usize,
+        /// How many there must be (at least, for ADD).
+        expected: usize,
+    },
+    /// A tensor that refers to a frame that is not there, or is not what it says.
+    #[error("ADD: tensor at byte {at}: {reason}")]
+    Tensor {
+        /// Offset in the payload.
+        at: usize,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// A field has a value that breaks the engine.
+    #[error("{message}: {field} is {actual}, expected {expected}")]
+    Value {
+        /// `ADD`, `ABORT` or `UTILITY`.
+        message: &'static str,
+        /// Which field.
+        field: &'static str,
+        /// What it is.
+        actual: String,
+        /// What it must be.
+        expected: &'static str,
+    },
+    /// A call that ends an engine's thread, or the engine.
+    #[error("UTILITY {method}: {reason}")]
+    Method {
+        /// The method.
+        method: String,
+        /// Why not.
+        reason: &'static str,
+    },
+}
+
+/// Checks a message of a frontend, as received by the virtual engine (without routing id).
+///
+/// # Errors
+/// A [`Refusal`] if the engine would not survive the message, with the request or call to answer.
+pub fn check_frontend_message<'a>(
+    layout: &Layout,
+    frames: &'a [Bytes],
+) -> Result<FrontendMessage<'a>, Refusal> {
+    let [kind, payload, ..] = frames else {
+        return Err(RefusalKind::FrameCount(frames.len()).into());
+    };
+    if frames.len() > MAX_FRAMES {
+        return Err(RefusalKind::FrameCount(frames.len()).into());
+    }
+    match RequestType::from_frame(kind) {
+        Some(RequestType::Add) => check_add(layout, payload, frames).map(FrontendMessage::Add),
+        Some(RequestType::Abort) => Ok(FrontendMessage::Abort(check_abort(payload)?)),
+        Some(RequestType::Utility) => check_utility(payload).map(FrontendMessage::Utility),
+        Some(other) => Err(RefusalKind::ForeignType(other).into()),
+        None => {
+            let start: Vec<String> = kind.iter().take(8).map(|b| format!("{b:02x}")).collect();
+            Err(RefusalKind::UnknownType(start.join(" ")).into())
+        }
+    }
+}
+
+impl<'a> FrontendMessage<'a> {
+    /// The payload with another `client_index`; all other bytes stay. `payload` must be the second
+    /// frame of the message this was read from. ABORT carries no index and is returned as it is.
+    pub fn with_client_index(&self, payload: &Bytes, index: ClientIndex) -> Bytes {
+        let at = match self {
+            Self::Add(add) => &add.index_at,
+            Self::Utility(utility) => &utility.index_at,
+            Self::Abort(_) => return payload.clone(),
+        };
+        let mut number = Vec::with_capacity(8);
+        match at {
+            IndexAt::Bytes(range) => {
+                write::uint(&mut number, u64::from(index.0));
+                if payload.get(range.clone()) == Some(&number[..]) {
+                    return payload.clone();
+                }
+                positional::splice(payload, range.clone(), &number)
+            }
+            IndexAt::Beyond {
+                header,
+                elements,
+                position,
+            } => {
+                // The fields in between all default to None.
+                let mut out = Vec::with_capacity(payload.len() + 16);
+                write::array(&mut out, position + 1);
+                out.extend_from_slice(payload.get(*header..).unwrap_or_default());
+                for _ in *elements..*position {
+                    write::nil(&mut out);
+                }
+                write::uint(&mut out, u64::from(index.0));
+                out.into()
+            }
+        }
+    }
+
+    /// The whole message with another `client_index`.
+    pub fn rewrite_client_index(&self, frames: &[Bytes], index: ClientIndex) -> Frames {
+        let mut out = frames.to_vec();
+        if let Some(payload) = out.get_mut(1) {
+            *payload = self.with_client_index(payload, index);
+        }
+        out
+    }
+}
+
+fn check_abort(payload: &Bytes) -> Result<Vec<&str>, RefusalKind> {
+    let fail = |at| {
+        move |error| RefusalKind::Malformed {
+            message: "ABORT",
+            at,
+            error,
+        }
+    };
+    let mut scanner = Scanner::new(payload);
+    let count = scanner.array().map_err(fail("request ids"))?;
+    if count > MAX_ABORTS {
+        return Err(RefusalKind::FieldCount {
+            message: "ABORT",
+            actual: count,
+            expected: MAX_ABORTS,
+        });
+    }
+    let ids = (0..count)
+        .map(|_| scanner.str())
+        .collect::<Result<_, _>>()
+        .map_err(fail("request id"))?;
+    scanner.finish().map_err(fail("end"))?;
+    Ok(ids)
+}
+
+fn check_utility(payload: &Bytes) -> Result<Utility<'_>, Refusal> {
+    let fail = |at| {
+        move |error| RefusalKind::Malformed {
+            message: "UTILITY",
+            at,
+            error,
+        }
+    };
+    let mut scanner = Scanner::new(payload);
+    let fields = scanner.array().map_err(fail("top level"))?;
+    if fields != 4 {
+        return Err(RefusalKind::FieldCount {
+            message: "UTILITY",
+            actual: fields,
+            expected: 4,
+        }
+        .into());
+    }
+    let start = scanner.position();
+    let client_index = scanner.int().map_err(fail("client_index"))?;
+    let index_at = IndexAt::Bytes(start..scanner.position());
+    let call_id = scanner.int().map_err(fail("call_id"))?;
+    if call_id < 0 {
+        return Err(RefusalKind::Value {
+            message: "UTILITY",
+            field: "call_id",
+            actual: call_id.to_string(),
+            expected: "not negative (reserved)",
+        }
+        .into());
+    }
+    let refuse = |kind| Refusal {
+        kind: Box::new(kind),
+        request_id: None,
+        call_id: Some(CallId(call_id)),
+    };
+    let client_index = client(client_index, "UTILITY").map_err(refuse)?;
+    let method = scanner.str().map_err(fail("method")).map_err(refuse)?;
+    let args_start = scanner.position();
+    let args_kind = scanner.kind().map_err(fail("args")).map_err(refuse)?;
+    if args_kind != Kind::Array {
+        return Err(refuse(RefusalKind::Value {
+            message: "UTILITY",
+            field: "args",
+            actual: args_kind.to_string(),
+            expected: "array",
+        }));
+    }
+    scanner
+        .skip_checked()
+        .map_err(fail("args"))
+        .map_err(refuse)?;
+    scanner.finish().map_err(fail("end")).map_err(refuse)?;
+    let args = &payload[args_start..];
+    check_method(method, args).map_err(refuse)?;
+    Ok(Utility {
+        client_index,
+        call_id: CallId(call_id),
+        method,
+        args,
+        index_at,
+    })
+}
+
+fn check_method(method: &str, args: &[u8]) -> Result<(), RefusalKind> {
+    let refuse = |reason| {
+        Err(RefusalKind::Method {
+            method: method.chars().take(80).collect(),
+            reason,
+        })
+    };
+    // Since 0.27.1 run in the input thread, through an attribute that only fault tolerance sets.
+    if method == "handle_fault_tolerance" {
+        return refuse("ends the input thread of an engine without fault tolerance");
+    }
+    if method == "collective_rpc" {
+        let mut scanner = Scanner::new(args);
+        // A worker unpickles a method given as bytes.
+        if !scanner.array().is_ok_and(|count| count > 0) || scanner.kind() != Ok(Kind::Str) {
+            return refuse("the worker method must be a name");
+        }
+    }
+    Ok(())
+}
+
+fn client(index: i128, message: &'static str) -> Result<ClientIndex, RefusalKind> {
+    u32::try_from(index)
+        .map(ClientIndex)
+        .map_err(|_| RefusalKind::Value {
+            message,
+            field: "client_index",
+            actual: index.to_string(),
+            expected: "0 or more, 32 bits",
+        })
+}
+
+fn check_add<'a>(
+    layout: &Layout,
+    payload: &'a Bytes,
+    frames: &[Bytes],
+) -> Result<Add<'a>, Refusal> {
+    let fail = |at| {
+        move |error| RefusalKind::Malformed {
+            message: "ADD",
+            at,
+            error,
+        }
+    };
+    let mut scanner = Scanner::new(payload);
+    let fields = scanner.array().map_err(fail("top level"))?;
+    let header = scanner.position();
+    let required = layout.add.required();
+    if fields < required {
+        return Err(RefusalKind::FieldCount {
+            message: "ADD",
+            actual: fields,
+            expected: required,
+        }
+        .into());
+    }
+    let request_id = scanner.str().map_err(fail("request_id"))?;
+    let rest = check_add_fields(layout, &mut scanner, fields, frames);
+    let refuse = |kind| Refusal {
+        kind: Box::new(kind),
+        request_id: Some(request_id.to_owned()),
+        call_id: None,
+    };
+    let found = rest.map_err(refuse)?;
+    scanner.finish().map_err(fail("end")).map_err(refuse)?;
+    let position = layout.add.client_index;
+    let (client_index, index_at) = match found.client_index {
+        Some((index, range)) => (index, IndexAt::Bytes(range)),
+        None => (
+            ClientIndex(0),
+            IndexAt::Beyond {
+                header,
+                elements: fields,
+                position,
+            },
+        ),
+    };
+    Ok(Add {
+        request_id,
+        client_index,
+        current_wave: found.current_wave,
+        data_parallel_rank: found.data_parallel_rank,
+        index_at,
+    })
+}
+
+/// What is read from an ADD after the request id.
+#[derive(Default)]
+struct AddFields {
+    client_index: Option<(ClientIndex, Range<usize>)>,
+    current_wave: Wave,
+    data_parallel_rank: Option<i64>,
+}
+
+fn check_add_fields(
+    layout: &Layout,
+    scanner: &mut Scanner<'_>,
+    fields: usize,
+    frames: &[Bytes],
+) -> Result<AddFields, RefusalKind> {
+    let add = &layout.add;
+    let mut found = AddFields::default();
+    let mut has_params = false;
+    for position in 1..fields {
+        let fail = |at| {
+            move |error| RefusalKind::Malformed {
+                message: "ADD",
+                at,
+                error,
+            }
+        };
+        let here = Some(position);
+        match position {
+            1 => {
+                if !scanner.nil().map_err(fail("prompt_token_ids"))? {
+                    let count = scanner.array().map_err(fail("prompt_token_ids"))?;
+                    scanner.skip_ints(count).map_err(fail("prompt_token_ids"))?;
+                }
+            }
+            2 => expect(scanner, "mm_features", &[Kind::Nil, Kind::Array])?,
+            3 => {
+                has_params |= scanner.kind() != Ok(Kind::Nil);
+                expect(scanner, "sampling_params", &[Kind::Nil, Kind::Map])?;
+            }
+            4 => {
+                has_params |= scanner.kind() != Ok(Kind::Nil);
+                expect(scanner, "pooling_params", &[Kind::Nil, Kind::Array])?;
+            }
+            _ if position == add.client_index => {
+                let start = scanner.position();
+                let index = scanner.int().map_err(fail("client_index"))?;
+                found.client_index = Some((client(index, "ADD")?, start..scanner.position()));
+            }
+            _ if position == add.current_wave => {
+                let wave = scanner
+                    .integer("wave of 0 or more")
+                    .map_err(fail("current_wave"))?;
+                found.current_wave = Wave(wave);
+            }
+            _ if position == add.data_parallel_rank => {
+                found.data_parallel_rank = scanner
+                    .optional(|s| s.integer("int of 64 bits"))
+                    .map_err(fail("data_parallel_rank"))?;
+            }
+            _ if position == add.arrival_time => {
+                expect(scanner, "arrival_time", &[Kind::Float, Kind::Int])?;
+            }
+            _ if position == add.lora_request => {
+                expect(scanner, "lora_request", &[Kind::Nil, Kind::Array])?;
+            }
+            _ if position == add.cache_salt => {
+                expect(scanner, "cache_salt", &[Kind::Nil, Kind::Str])?;
+            }
+            _ if position == add.prompt_embeds => {
+                expect(scanner, "prompt_embeds", &[Kind::Nil, Kind::Array])?;
+            }
+            _ if position == add.priority => expect(scanner, "priority", &[Kind::Int])?,
+            _ if position == add.trace_headers => {
+                expect(scanner, "trace_headers", &[Kind::Nil, Kind::Map])?;
+            }
+            _ if here == add.eos_token_id => {
+                expect(scanner, "eos_token_id", &[Kind::Nil, Kind::Int])?;
+            }
+            _ if here == add.prompt_is_token_ids => {
+                expect(scanner, "prompt_is_token_ids", &[Kind::Nil, Kind::Array])?;
+            }
+            _ if here == add.resumable => expect(scanner, "resumable", &[Kind::Bool])?,
+            _ if here == add.abort_immediately => {
+                expect(scanner, "abort_immediately", &[Kind::Bool])?;
+            }
+            _ if here == add.external_req_id => {
+                expect(scanner, "external_req_id", &[Kind::Nil, Kind::Str])?;
+            }
+            _ if here == add.session_id => {
+                expect(scanner, "session_id", &[Kind::Nil, Kind::Str])?;
+            }
+            _ if here == add.reasoning_ended => {
+                expect(scanner, "reasoning_ended", &[Kind::Nil, Kind::Bool])?;
+            }
+            _ if here == add.reasoning_parser_kwargs => {
+                expect(scanner, "reasoning_parser_kwargs", &[Kind::Nil, Kind::Map])?;
+            }
+            _ => scanner.skip_checked().map_err(fail("later field"))?,
+        }
+    }
+    if !has_params {
+        return Err(RefusalKind::Value {
+            message: "ADD",
+            field: "sampling_params and pooling_params",
+            actual: "nil".to_owned(),
+            expected: "one of them",
+        });
+    }
+    let _ = frames;
+    Ok(found)
+}
+
+/// Skips a value that must be of one of `kinds`.
+fn expect(
+    scanner: &mut Scanner<'_>,
+    field: &'static str,
+    kinds: &[Kind],
+) -> Result<(), RefusalKind> {
+    let fail = |error| RefusalKind::Malformed {
+        message: "ADD",
+        at: field,
+        error,
+    };
+    let actual = scanner.kind().map_err(fail)?;
+    if !kinds.contains(&actual) {
+        let expected = match kinds {
+            [Kind::Nil, Kind::Array] => "nil or array",
+            [Kind::Nil, Kind::Map] => "nil or map",
+            [Kind::Nil, Kind::Str] => "nil or str",
+            [Kind::Nil, Kind::Int] => "nil or int",
+            [Kind::Nil, Kind::Bool] => "nil or bool",
+            [Kind::Float, ..] => "float",
+            [Kind::Int] => "int",
+            [Kind::Bool] => "bool",
+            _ => "another type",
+        };
+        return Err(RefusalKind::Value {
+            message: "ADD",
+            field,
+            actual: actual.to_string(),
+            expected,
+        });
+    }
+    scanner.skip_checked().map_err(fail)
+}
+
+/// A plain text request, for fakes and tests.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NewRequest {
+    /// Internal request id.
+    pub request_id: String,
+    /// Tokens of the prompt.
+    pub prompt_token_ids: Vec<u32>,
+    /// Tokens to generate.
+    pub max_tokens: u32,
+    /// The sender's own index.
+    pub client_index: ClientIndex,
+    /// The wave the sender believes to be current.
+    pub current_wave: Wave,
+    /// Seconds since 1970.
+    pub arrival_time: f64,
+}
+
+impl NewRequest {
+    /// The message, with every field of the layout.
+    pub fn encode(&self, layout: &Layout) -> Frames {
+        let add = &layout.add;
+        let mut out = Vec::with_capacity(64 + self.prompt_token_ids.len() * 5);
+        write::array(&mut out, add.fields);
+        write::str(&mut out, &self.request_id);
+        write::array(&mut out, self.prompt_token_ids.len());
+        for token in &self.prompt_token_ids {
+            write::uint(&mut out, u64::from(*token));
+        }
+        write::nil(&mut out);
+        write::map(&mut out, 2);
+        write::str(&mut out, "temperature");
+        write::float(&mut out, 0.0);
+        write::str(&mut out, "max_tokens");
+        write::uint(&mut out, u64::from(self.max_tokens));
+        for position in 4..add.fields {
+            let here = Some(position);
+            if position == add.arrival_time {
+                write::float(&mut out, self.arrival_time);
+            } else if position == add.client_index {
+                write::uint(&mut out, u64::from(self.client_index.0));
+            } else if position == add.current_wave {
+                write::uint(&mut out, self.current_wave.0);
+            } else if position == add.priority {
+                write::uint(&mut out, 0);
+            } else if here == add.resumable || here == add.abort_immediately {
+                write::bool(&mut out, false);
+            } else {
+                write::nil(&mut out);
+            }
+        }
+        vec![RequestType::Add.to_frame(), out.into()]
+    }
+}
+
+/// An ABORT.
+pub fn encode_abort<'a>(request_ids: impl ExactSizeIterator<Item = &'a str>) -> Frames {
+    let mut out = Vec::with_capacity(16 + request_ids.len() * 40);
+    write::array(&mut out, request_ids.len());
+    for id in request_ids {
+        write::str(&mut out, id);
+    }
+    vec![RequestType::Abort.to_frame(), out.into()]
+}
