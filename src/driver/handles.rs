@@ -394,7 +394,8 @@ pub enum CoordinatorCommand {
         /// Which attachment.
         frontend: FrontendId,
     },
-    /// A frontend's DP coordinator broadcast START_DP_WAVE to rank `to`.
+    /// A frontend's DP coordinator broadcast START_DP_WAVE. Sent once per broadcast, whichever of the
+    /// ranks' subscriptions it is taken from (more often is harmless).
     StartWave {
         /// Which attachment.
         frontend: FrontendId,
@@ -403,7 +404,8 @@ pub enum CoordinatorCommand {
         /// The engine it excludes, if it names one.
         exclude: Option<EngineIndex>,
     },
-    /// A request was sent to a lockstep engine.
+    /// A request was sent to a lockstep engine; also after the group was resumed. Sent for every
+    /// request: whether the group has to be woken is decided here.
     Wake {
         /// The engine.
         rank: EngineIndex,
@@ -437,6 +439,9 @@ pub struct CoordinatorSnapshot {
     pub loads: BTreeMap<u16, Load>,
     /// Ranks subscribed.
     pub subscribed: u32,
+    /// False while a restarted lockstep group is brought to the wave the frontends know. No control
+    /// call and no request may be sent to its engines before (it takes one idle step).
+    pub in_step: bool,
 }
 
 /// Handle of the coordinator task.

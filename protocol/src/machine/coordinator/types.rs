@@ -1,0 +1,289 @@
+//! What goes into the DP coordinator machine and what comes out.
+
+use crate::{EngineIdentity, EngineIndex, FrontendId, Incarnation, Wave};
+
+/// How the ranks depend on each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GroupKind {
+    /// Each rank runs, dies and restarts alone (dense models since vLLM 0.14.1).
+    Independent,
+    /// The ranks step together, and live and die together (MoE models).
+    Lockstep,
+}
+
+/// Whose rules the machine follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Behaviour {
+    /// Those of a sidecar that hosts the engines: see the module's documentation.
+    Hosted,
+    /// Exactly those of `DPCoordinatorProc`; engines are never replaced and frontends are connected
+    /// directly.
+    Upstream,
+}
+
+/// What depends on the vLLM version of the engines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CoordinatorRules {
+    /// Counts are `[waiting, running, kv_cache_usage]` (0.27.1 and later) instead of
+    /// `[waiting, running]`.
+    pub counts_with_kv_usage: bool,
+    /// Frontends send FIRST_REQ (up to 0.32); later the engines alone start waves.
+    pub first_request: bool,
+    /// `DPCoordinatorProc` takes its own START_DP_WAVE for a running group (up to 0.28). Only
+    /// [`Behaviour::Upstream`] does the same.
+    pub first_request_sets_running: bool,
+    /// Engines survive a second READY (0.17.1 and later).
+    pub ready_twice: bool,
+    /// Paused engines drop START_DP_WAVE (0.21.0 and later); earlier ones start to step.
+    pub paused_ignores_start: bool,
+}
+
+impl CoordinatorRules {
+    /// The rules of vLLM 0.`minor`.`patch`.
+    pub const fn of(minor: u16, patch: u16) -> Self {
+        Self {
+            counts_with_kv_usage: minor > 27 || (minor == 27 && patch >= 1),
+            first_request: minor < 33,
+            first_request_sets_running: minor < 29,
+            ready_twice: minor > 17 || (minor == 17 && patch >= 1),
+            paused_ignores_start: minor >= 21,
+        }
+    }
+}
+
+impl Default for CoordinatorRules {
+    fn default() -> Self {
+        Self::of(32, 0)
+    }
+}
+
+/// Load of one engine (vLLM: `request_counts`).
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Load {
+    /// `num_waiting_reqs`.
+    pub waiting: u64,
+    /// `num_running_reqs`.
+    pub running: u64,
+    /// `kv_cache_usage`, 0 to 1.
+    pub kv_cache_usage: f64,
+}
+
+impl Load {
+    /// What is said about a rank that takes no requests: vLLM's balancing picks the rank with the
+    /// least load, so everything goes elsewhere as long as there is an elsewhere.
+    pub const STEER_AWAY: Self = Self {
+        waiting: 100_000,
+        running: 0,
+        kv_cache_usage: 0.0,
+    };
+}
+
+/// At which step of which wave stats were taken. Ordered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Stamp {
+    /// `current_wave` of the stats; 0 from independent engines.
+    pub wave: Wave,
+    /// `step_counter`.
+    pub step: u64,
+}
+
+/// What an engine told its DP coordinator: a single-frame `EngineCoreOutputs`. Engines set exactly
+/// one of the three.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Report {
+    /// Load, and when it was taken.
+    pub stats: Option<(Load, Stamp)>,
+    /// The group has finished this wave (rank 0 only).
+    pub wave_complete: Option<Wave>,
+    /// The engine runs in this wave, and the others should.
+    pub start_wave: Option<Wave>,
+}
+
+impl Report {
+    /// Load only.
+    pub fn stats(load: Load, stamp: Stamp) -> Self {
+        Self {
+            stats: Some((load, stamp)),
+            ..Self::default()
+        }
+    }
+
+    /// End of a wave.
+    pub fn wave_complete(wave: Wave) -> Self {
+        Self {
+            wave_complete: Some(wave),
+            ..Self::default()
+        }
+    }
+
+    /// Start of a wave.
+    pub fn start_wave(wave: Wave) -> Self {
+        Self {
+            start_wave: Some(wave),
+            ..Self::default()
+        }
+    }
+}
+
+/// The engine a START_DP_WAVE is not meant for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exclude {
+    /// By number: the engine ignores the message.
+    Index(EngineIndex),
+    /// By identity, as Python frontends write it in FIRST_REQ and vLLM's coordinator passes it on. An
+    /// engine compares it with its number, so it excludes nobody.
+    Identity(EngineIdentity),
+}
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// The version of the engines is known, or has changed.
+    Rules(CoordinatorRules),
+    /// An engine has subscribed (again).
+    Subscribed {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which life of it.
+        incarnation: Incarnation,
+    },
+    /// An engine has reported.
+    Report {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which life of it.
+        incarnation: Incarnation,
+        /// What.
+        report: Report,
+    },
+    /// A directly connected frontend sends a request to paused engines.
+    FirstRequest {
+        /// The engine that gets the request.
+        target: Option<Exclude>,
+        /// The wave the frontend believes in.
+        wave: Wave,
+    },
+    /// The DP coordinator of an attached frontend broadcast START_DP_WAVE.
+    StartWave {
+        /// Whose.
+        frontend: FrontendId,
+        /// The wave it names.
+        wave: Wave,
+    },
+    /// A request was sent to this engine of a lockstep group.
+    Wake {
+        /// Which rank.
+        rank: EngineIndex,
+    },
+    /// Frontends' requests are let through to this rank.
+    Admitted {
+        /// Which rank.
+        rank: EngineIndex,
+    },
+    /// This life of the rank is over; with it that of a lockstep group.
+    EngineDown {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which life of it.
+        incarnation: Incarnation,
+    },
+    /// A frontend's DP coordinator wants to hear of the engines.
+    FrontendAttached {
+        /// Which.
+        frontend: FrontendId,
+    },
+    /// A frontend is gone.
+    FrontendDetached {
+        /// Which.
+        frontend: FrontendId,
+    },
+}
+
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// Publish READY to these engines.
+    SendReady {
+        /// Which.
+        to: Vec<EngineIndex>,
+    },
+    /// Publish START_DP_WAVE to all engines.
+    SendStartWave {
+        /// The wave to run in.
+        wave: Wave,
+        /// Who is not meant, though it gets the message.
+        exclude: Option<Exclude>,
+    },
+    /// Publish to the directly connected frontends.
+    Publish {
+        /// Load by rank; `None` when only wave or state changed.
+        counts: Option<Vec<Load>>,
+        /// Current wave.
+        wave: Wave,
+        /// Whether the group runs.
+        running: bool,
+    },
+    /// Send the report that is being handled to every attached frontend's DP coordinator, as it came.
+    Forward {
+        /// Whose report it is.
+        rank: EngineIndex,
+    },
+    /// Say this in the engine's name to a frontend's DP coordinator.
+    Tell {
+        /// Which frontend; all when `None`.
+        frontend: Option<FrontendId>,
+        /// In whose name.
+        rank: EngineIndex,
+        /// What.
+        report: Report,
+    },
+    /// An event was not taken as its sender meant it. For the log.
+    Note(Note),
+}
+
+/// Why an event was not taken as its sender meant it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Note {
+    /// A rank that is not in the group.
+    OutOfRange {
+        /// The rank.
+        rank: EngineIndex,
+        /// Size of the group.
+        size: u16,
+    },
+    /// A message of a life that is over.
+    Stale {
+        /// The rank.
+        rank: EngineIndex,
+        /// The life the message is from.
+        incarnation: Incarnation,
+    },
+    /// READY was withheld because the engine's version dies of a second one.
+    SecondReadyWithheld {
+        /// The rank.
+        rank: EngineIndex,
+    },
+    /// The engines' version has no FIRST_REQ.
+    FirstRequestUnsupported,
+    /// Admitted without having been started.
+    AdmittedWhileDown {
+        /// The rank.
+        rank: EngineIndex,
+    },
+}
+
+/// Plain data for status and metrics.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Snapshot {
+    /// Current wave.
+    pub wave: Wave,
+    /// Whether the group runs, as far as engines have reported.
+    pub running: bool,
+    /// Load by rank, as last reported.
+    pub loads: Vec<Load>,
+    /// Ranks that have subscribed in their current life.
+    pub subscribed: u16,
+    /// The engines count waves from the machine's number. Until then a restarted lockstep group must
+    /// not be given requests or control calls.
+    pub in_step: bool,
+}
