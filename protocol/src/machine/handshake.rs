@@ -1,1 +1,586 @@
-//! (to be written)
+//! The startup handshake with hosted engines, seen from the server: who said HELLO, who got INIT,
+//! who is READY, and who is turned away with which story.
+//!
+//! Each expected rank goes New -> Connected -> Ready. Ranks are independent: INIT never waits for
+//! another rank's READY (an engine sends READY only after the DP coordinator has heard of *all*
+//! engines, so waiting would be a deadlock), and a refused peer changes nothing for the others.
+//! vLLM's own server aborts everything at the first wrong message
+//! (`vllm/v1/engine/utils.py` 0.32.0, `wait_for_engine_startup`); this one refuses the one message.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use crate::handshake::EngineMessage;
+use crate::{EngineIdentity, EngineIndex, Frames, Incarnation, Time};
+
+/// Bounds of the handshake.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The ranks whose engines do their handshake here.
+    pub ranks: Range<u16>,
+    /// From HELLO to READY: model load, profiling and warm-up, for which vLLM itself has no limit.
+    pub ready_timeout: Duration,
+    /// How often to report who is still missing.
+    pub progress_interval: Duration,
+}
+
+impl Config {
+    /// Generous bounds for the given ranks: one hour to become READY, progress every ten seconds.
+    pub fn new(ranks: Range<u16>) -> Self {
+        Self {
+            ranks,
+            ready_timeout: Duration::from_secs(3600),
+            progress_interval: Duration::from_secs(10),
+        }
+    }
+}
+
+/// The listener through which a message came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Via {
+    /// The shared address, for engines that somebody else starts.
+    Shared,
+    /// The port made for one incarnation of one rank.
+    Own {
+        /// Whose port it is.
+        rank: EngineIndex,
+        /// For which of its lives.
+        incarnation: Incarnation,
+    },
+}
+
+/// What happened.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// An engine of this rank is going to say HELLO. Replaces an earlier expectation of the rank.
+    Expect {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which incarnation.
+        incarnation: Incarnation,
+        /// It gets a port of its own; what comes by the shared one is not it.
+        own: bool,
+        /// The encoded INIT to answer with.
+        init: Bytes,
+    },
+    /// The rank's engine is gone or given up.
+    Forget {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which incarnation; an older one than the expected changes nothing.
+        incarnation: Incarnation,
+    },
+    /// A message came in.
+    Message {
+        /// By which listener.
+        via: Via,
+        /// Routing id as the peer announced it.
+        identity: Bytes,
+        /// The frames after the routing id.
+        frames: Frames,
+    },
+    /// The last connection of this identity has closed.
+    Closed {
+        /// At which listener.
+        via: Via,
+        /// Routing id as the peer announced it.
+        identity: Bytes,
+    },
+}
+
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Send INIT to the engine.
+    SendInit {
+        /// By which listener.
+        via: Via,
+        /// To whom.
+        identity: EngineIdentity,
+        /// The payload.
+        init: Bytes,
+    },
+    /// HELLO was accepted.
+    Connected {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which incarnation.
+        incarnation: Incarnation,
+    },
+    /// READY was accepted.
+    Ready {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which incarnation.
+        incarnation: Incarnation,
+        /// Hash of the parallel flags, if the engine sent one.
+        parallel_config_hash: Option<String>,
+        /// Number of KV cache blocks, if the engine sent it (0.19.1 and older).
+        num_gpu_blocks: Option<u64>,
+    },
+    /// A message was refused.
+    Refused {
+        /// Set when the engine expected for this rank is disqualified by it.
+        rank: Option<EngineIndex>,
+        /// Who, at which stage, expected and actual.
+        error: String,
+    },
+    /// Progress: who is missing.
+    Waiting {
+        /// Ranks that have not said HELLO.
+        hello: Vec<EngineIndex>,
+        /// Ranks that have INIT and are loading.
+        ready: Vec<EngineIndex>,
+    },
+}
+
+/// How far the handshake of one rank is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// Expected, nothing heard.
+    New,
+    /// HELLO came, INIT went out.
+    Connected,
+    /// READY came.
+    Ready,
+    /// Disqualified; a new expectation is needed.
+    Refused,
+}
+
+#[derive(Debug)]
+struct Rank {
+    incarnation: Incarnation,
+    own: bool,
+    init: Bytes,
+    stage: Stage,
+    since: Time,
+    hash: Option<String>,
+}
+
+/// The machine. See [`crate::machine`] for how to drive it.
+#[derive(Debug)]
+pub struct Handshake {
+    config: Config,
+    ranks: BTreeMap<EngineIndex, Rank>,
+    /// HELLOs on the shared address that came before they were expected: an engine started early,
+    /// or started again before the loss of its predecessor was noticed. Answered by Expect.
+    early: BTreeMap<EngineIndex, Time>,
+    next_progress: Option<Time>,
+    actions: VecDeque<Action>,
+}
+
+/// Plain data about the handshakes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Stage and incarnation of each expected rank.
+    pub ranks: BTreeMap<EngineIndex, (Incarnation, Stage)>,
+    /// Ranks that said HELLO and are not expected yet.
+    pub early: Vec<EngineIndex>,
+}
+
+impl Handshake {
+    /// A machine that expects nobody yet.
+    pub fn new(config: Config) -> Self {
+        Self {
+            config,
+            ranks: BTreeMap::new(),
+            early: BTreeMap::new(),
+            next_progress: None,
+            actions: VecDeque::new(),
+        }
+    }
+
+    /// Takes in what happened.
+    pub fn handle_event(&mut self, now: Time, event: Event) {
+        match event {
+            Event::Expect {
+                rank,
+                incarnation,
+                own,
+                init,
+            } => self.expect(now, rank, incarnation, own, init),
+            Event::Forget { rank, incarnation } => {
+                if self
+                    .ranks
+                    .get(&rank)
+                    .is_some_and(|known| known.incarnation == incarnation)
+                {
+                    self.ranks.remove(&rank);
+                }
+            }
+            Event::Message {
+                via,
+                identity,
+                frames,
+            } => self.message(now, via, &identity, &frames),
+            Event::Closed { via, identity } => self.closed(now, via, &identity),
+        }
+        self.arm(now);
+    }
+
+    /// Deadlines and progress reports.
+    pub fn handle_timeout(&mut self, now: Time) {
+        let limit = self.config.ready_timeout;
+        for (rank, known) in &mut self.ranks {
+            if known.stage == Stage::Connected && now.saturating_since(known.since) >= limit {
+                known.stage = Stage::Refused;
+                self.actions.push_back(Action::Refused {
+                    rank: Some(*rank),
+                    error: format!(
+                        "rank {rank} (incarnation {}) said HELLO and got INIT, but sent no READY within {limit:?}",
+                        known.incarnation
+                    ),
+                });
+            }
+        }
+        if self.next_progress.is_some_and(|due| due <= now) {
+            let (hello, ready) = self.missing();
+            self.actions.push_back(Action::Waiting { hello, ready });
+            self.next_progress = None;
+        }
+        self.arm(now);
+    }
+
+    /// Next thing to do.
+    #[must_use]
+    pub fn poll_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    /// When to call [`Self::handle_timeout`].
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Time> {
+        let ready = self
+            .ranks
+            .values()
+            .filter(|known| known.stage == Stage::Connected)
+            .map(|known| known.since + self.config.ready_timeout);
+        ready.chain(self.next_progress).min()
+    }
+
+    /// State for status and logs.
+    pub fn snapshot(&self) -> Snapshot {
+        Snapshot {
+            ranks: self
+                .ranks
+                .iter()
+                .map(|(rank, known)| (*rank, (known.incarnation, known.stage.clone())))
+                .collect(),
+            early: self.early.keys().copied().collect(),
+        }
+    }
+
+    fn expect(
+        &mut self,
+        now: Time,
+        rank: EngineIndex,
+        incarnation: Incarnation,
+        own: bool,
+        init: Bytes,
+    ) {
+        self.ranks.insert(
+            rank,
+            Rank {
+                incarnation,
+                own,
+                init,
+                stage: Stage::New,
+                since: now,
+                hash: None,
+            },
+        );
+        if !own && self.early.remove(&rank).is_some() {
+            self.accept_hello(now, Via::Shared, rank);
+        }
+    }
+
+    fn message(&mut self, now: Time, via: Via, identity: &[u8], frames: &Frames) {
+        let Some(rank) = self.rank_of(via, identity) else {
+            return;
+        };
+        let [payload] = frames.as_slice() else {
+            let error = format!(
+                "rank {rank}: handshake message of {} frames, expected 1",
+                frames.len()
+            );
+            return self.broken(rank, via, error);
+        };
+        match EngineMessage::decode(payload) {
+            Ok(EngineMessage::Hello(_)) => self.hello(now, via, rank),
+            Ok(EngineMessage::Ready(ready)) => self.ready(
+                now,
+                via,
+                rank,
+                ready.parallel_config_hash,
+                ready.num_gpu_blocks,
+            ),
+            Err(error) => self.broken(
+                rank,
+                via,
+                format!("rank {rank}: malformed handshake message: {error}"),
+            ),
+        }
+    }
+
+    /// The rank behind an identity, if it is one of ours and came by the right listener.
+    fn rank_of(&mut self, via: Via, identity: &[u8]) -> Option<EngineIndex> {
+        let ours = &self.config.ranks;
+        let expected = match ours.len() {
+            1 => format!("rank {}", ours.start),
+            _ => format!("ranks {}..{}", ours.start, ours.end.saturating_sub(1)),
+        };
+        let Some(rank) = EngineIdentity::from_frame(identity).map(EngineIdentity::index) else {
+            self.refuse(format!(
+                "handshake message from a peer with a {}-byte identity {}, expected 2 bytes naming {expected}",
+                identity.len(),
+                hex(identity),
+            ));
+            return None;
+        };
+        if !ours.contains(&rank.0) {
+            self.refuse(format!(
+                "handshake message from rank {rank}, expected {expected}: check --data-parallel-size and --data-parallel-start-rank of that engine"
+            ));
+            return None;
+        }
+        match via {
+            Via::Own {
+                rank: owner,
+                incarnation,
+            } => {
+                if owner != rank {
+                    self.refuse(format!(
+                        "handshake message from rank {rank} on the port made for rank {owner} (incarnation {incarnation})"
+                    ));
+                    return None;
+                }
+                let current = self.ranks.get(&rank).map(|known| known.incarnation);
+                if current != Some(incarnation) {
+                    self.refuse(format!(
+                        "handshake message from rank {rank}, incarnation {incarnation}, which has been given up"
+                    ));
+                    return None;
+                }
+            }
+            Via::Shared => {
+                if self.ranks.get(&rank).is_some_and(|known| known.own) {
+                    self.refuse(format!(
+                        "handshake message from rank {rank} on the shared address, but this sidecar starts rank {rank} itself: is a second engine with this rank running?"
+                    ));
+                    return None;
+                }
+            }
+        }
+        Some(rank)
+    }
+
+    fn hello(&mut self, now: Time, via: Via, rank: EngineIndex) {
+        let Some(known) = self.ranks.get_mut(&rank) else {
+            // Not prepared yet. vLLM waits five minutes for INIT.
+            self.early.insert(rank, now);
+            return;
+        };
+        let incarnation = known.incarnation;
+        match known.stage {
+            Stage::New => self.accept_hello(now, via, rank),
+            Stage::Connected => {
+                // Which of the two holds the sockets of this incarnation cannot be told.
+                known.stage = Stage::Refused;
+                self.hold(now, via, rank);
+                self.refuse_rank(
+                    rank,
+                    format!(
+                        "second HELLO from rank {rank} (incarnation {incarnation}) while READY was expected: either two engines run with rank {rank}, or its engine was restarted without its exit being noticed"
+                    ),
+                );
+            }
+            Stage::Ready => {
+                self.hold(now, via, rank);
+                self.refuse(format!(
+                    "HELLO from rank {rank}, whose engine (incarnation {incarnation}) is ready: either two engines run with rank {rank}, or its engine was restarted without its exit being noticed; the newcomer waits until the engine is lost"
+                ));
+            }
+            Stage::Refused => {
+                self.hold(now, via, rank);
+                self.refuse(format!(
+                    "HELLO from rank {rank}, whose incarnation {incarnation} was refused before; it waits for a new one"
+                ));
+            }
+        }
+    }
+
+    fn hold(&mut self, now: Time, via: Via, rank: EngineIndex) {
+        if via == Via::Shared {
+            self.early.insert(rank, now);
+        }
+    }
+
+    fn accept_hello(&mut self, now: Time, via: Via, rank: EngineIndex) {
+        let Some(known) = self.ranks.get_mut(&rank) else {
+            return;
+        };
+        known.stage = Stage::Connected;
+        known.since = now;
+        self.actions.push_back(Action::SendInit {
+            via,
+            identity: rank.identity(),
+            init: known.init.clone(),
+        });
+        self.actions.push_back(Action::Connected {
+            rank,
+            incarnation: known.incarnation,
+        });
+    }
+
+    fn ready(
+        &mut self,
+        now: Time,
+        via: Via,
+        rank: EngineIndex,
+        hash: Option<String>,
+        num_gpu_blocks: Option<u64>,
+    ) {
+        let Some(known) = self.ranks.get(&rank) else {
+            return self.refuse(format!(
+                "READY from rank {rank}, which is not expected: its incarnation has been given up, or it never said HELLO here"
+            ));
+        };
+        let incarnation = known.incarnation;
+        match known.stage {
+            Stage::Connected => {}
+            Stage::New => {
+                return self.refuse(format!(
+                    "READY from rank {rank} (incarnation {incarnation}), expected HELLO first"
+                ));
+            }
+            Stage::Ready => {
+                return self.refuse(format!(
+                    "second READY from rank {rank} (incarnation {incarnation})"
+                ));
+            }
+            Stage::Refused => {
+                return self.refuse(format!(
+                    "READY from rank {rank}, whose incarnation {incarnation} was refused before"
+                ));
+            }
+        }
+        let other = self
+            .ranks
+            .iter()
+            .find(|(_, other)| other.stage == Stage::Ready && other.hash != hash)
+            .map(|(index, other)| (*index, other.hash.clone()));
+        if let Some((index, other)) = other {
+            if let Some(known) = self.ranks.get_mut(&rank) {
+                known.stage = Stage::Refused;
+            }
+            let say = |hash: &Option<String>| hash.clone().unwrap_or_else(|| "none".to_owned());
+            return self.refuse_rank(
+                rank,
+                format!(
+                    "parallel_config_hash of rank {rank} is {}, that of rank {index} is {}: the engines run with different parallel flags, or different vLLM versions",
+                    say(&hash),
+                    say(&other),
+                ),
+            );
+        }
+        if let Some(known) = self.ranks.get_mut(&rank) {
+            known.stage = Stage::Ready;
+            known.since = now;
+            known.hash.clone_from(&hash);
+        }
+        // The one that has just become ready is the one that is being served, however many said
+        // HELLO before: an early HELLO stays held for the next incarnation.
+        let _ = via;
+        self.actions.push_back(Action::Ready {
+            rank,
+            incarnation,
+            parallel_config_hash: hash,
+            num_gpu_blocks,
+        });
+    }
+
+    fn closed(&mut self, _now: Time, via: Via, identity: &[u8]) {
+        let Some(rank) = EngineIdentity::from_frame(identity).map(EngineIdentity::index) else {
+            return;
+        };
+        if via == Via::Shared {
+            self.early.remove(&rank);
+        }
+        let Some(known) = self.ranks.get_mut(&rank) else {
+            return;
+        };
+        let same = match via {
+            Via::Shared => !known.own,
+            Via::Own {
+                rank: owner,
+                incarnation,
+            } => owner == rank && incarnation == known.incarnation,
+        };
+        // After READY an engine closes its handshake connection; before, only death closes it.
+        if same && known.stage == Stage::Connected {
+            known.stage = Stage::Refused;
+            let incarnation = known.incarnation;
+            self.refuse_rank(
+                rank,
+                format!(
+                    "rank {rank} (incarnation {incarnation}) closed its handshake connection before READY: the engine died while it was starting"
+                ),
+            );
+        }
+    }
+
+    /// A message that no engine sends. From an engine that is starting it disqualifies that engine.
+    fn broken(&mut self, rank: EngineIndex, _via: Via, error: String) {
+        match self.ranks.get_mut(&rank) {
+            Some(known) if known.stage == Stage::Connected => {
+                known.stage = Stage::Refused;
+                self.refuse_rank(rank, error);
+            }
+            _ => self.refuse(error),
+        }
+    }
+
+    fn refuse(&mut self, error: String) {
+        self.actions
+            .push_back(Action::Refused { rank: None, error });
+    }
+
+    fn refuse_rank(&mut self, rank: EngineIndex, error: String) {
+        self.actions.push_back(Action::Refused {
+            rank: Some(rank),
+            error,
+        });
+    }
+
+    fn missing(&self) -> (Vec<EngineIndex>, Vec<EngineIndex>) {
+        let of = |stage: Stage| {
+            self.ranks
+                .iter()
+                .filter(|(_, known)| known.stage == stage)
+                .map(|(rank, _)| *rank)
+                .collect()
+        };
+        (of(Stage::New), of(Stage::Connected))
+    }
+
+    fn arm(&mut self, now: Time) {
+        let (hello, ready) = self.missing();
+        if hello.is_empty() && ready.is_empty() {
+            self.next_progress = None;
+        } else if self.next_progress.is_none() {
+            self.next_progress = Some(now + self.config.progress_interval);
+        }
+    }
+}
+
+/// At most eight bytes as hex digits.
+fn hex(bytes: &[u8]) -> String {
+    let mut text: String = bytes.iter().take(8).map(|b| format!("{b:02x}")).collect();
+    if bytes.len() > 8 {
+        text.push_str("..");
+    }
+    text
+}

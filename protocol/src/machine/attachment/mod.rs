@@ -1,0 +1,725 @@
+//! Attachment of the deployment's virtual engines to one frontend, and what to do when it goes away.
+//!
+//! What the machine plays is what `N` headless engines do at startup (`vllm/v1/engine/core.py` 0.32.0,
+//! `startup_handshake` and `process_input_sockets`; the other side is `vllm/v1/engine/utils.py`,
+//! `wait_for_engine_startup`): HELLO, INIT, registration on every input socket, the DP coordinator's
+//! READY, then READY. Three rules come from the frontend:
+//!
+//! * A frontend dies of a second HELLO or READY, and of HELLO from a rank it does not know. All
+//!   handshake sockets of an attempt are connected before the first HELLO, they never reconnect, and
+//!   HELLO is said rank by rank, so that what closed the connection can be told. A stalled handshake
+//!   is reported but never restarted; only a closed connection ends it.
+//! * Its handshake socket exists during startup only. While attached nobody connects to it; after
+//!   a loss the address is tried until a fresh connection is accepted, which is the successor.
+//! * Its DP coordinator says READY when *all* its engines have subscribed. One that never says it
+//!   waits for more engines than there are.
+
+mod types;
+
+use std::collections::{BTreeSet, VecDeque};
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use crate::handshake::Init;
+use crate::{EngineIndex, Time};
+
+pub use types::{Action, Attempt, Config, Engines, Event, Snapshot, State};
+
+#[derive(Debug)]
+enum Phase {
+    /// The deployment is not complete.
+    Incomplete,
+    /// Until this time nothing is tried.
+    Backoff(Time),
+    /// A plain TCP connection is being tried.
+    Probing,
+    /// Handshake sockets are connecting; those that are.
+    Connecting(BTreeSet<EngineIndex>),
+    /// HELLO of this rank was said; INIT of the ranks before it came.
+    Hello(EngineIndex),
+    /// INIT came, but the frontend does not fit. Its connection is kept: when it closes, the process
+    /// is gone and another may come.
+    Unfit,
+    /// INIT came, but there are not enough free slots.
+    NoSlots,
+    /// Routes and coordinator sockets are opening.
+    Registering(Registering),
+    /// READY is sent and all routes are open.
+    Attached,
+    /// Sockets are being closed; where to go after that.
+    TearingDown(After),
+    Removed,
+}
+
+#[derive(Debug, Default)]
+struct Registering {
+    coordinator_ready: BTreeSet<EngineIndex>,
+    ready_sent: bool,
+    routes: BTreeSet<(EngineIndex, u32)>,
+    handshake_closed: BTreeSet<EngineIndex>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum After {
+    Retry,
+    Remove,
+}
+
+/// The machine. See [`crate::machine`] for how to drive it.
+#[derive(Debug)]
+pub struct Attachment {
+    config: Config,
+    phase: Phase,
+    since: Time,
+    engines: Option<Engines>,
+    missing: Vec<EngineIndex>,
+    free_slots: u32,
+    attempt: Attempt,
+    init: Option<Init>,
+    backoff: Duration,
+    ready_at: Option<Time>,
+    /// Due when the present step counts as stalled, or the handshake as confirmed.
+    stall_at: Option<Time>,
+    refused: bool,
+    detail: Option<String>,
+    attachments: u64,
+    actions: VecDeque<Action>,
+}
+
+impl Attachment {
+    /// A machine that waits for the deployment.
+    pub fn new(config: Config) -> Self {
+        Self {
+            backoff: config.backoff_min,
+            config,
+            phase: Phase::Incomplete,
+            since: Time::ZERO,
+            engines: None,
+            missing: Vec::new(),
+            free_slots: 0,
+            attempt: 0,
+            init: None,
+            ready_at: None,
+            stall_at: None,
+            refused: false,
+            detail: None,
+            attachments: 0,
+            actions: VecDeque::new(),
+        }
+    }
+
+    /// Takes in what happened.
+    pub fn handle_event(&mut self, now: Time, event: Event) {
+        match event {
+            Event::EnginesComplete(engines) => {
+                self.missing.clear();
+                self.engines = Some(engines);
+                if matches!(self.phase, Phase::Incomplete) {
+                    self.probe(now);
+                }
+            }
+            Event::EnginesMissing(missing) => {
+                // Facts stay while a rank restarts, so this comes before the first attempt only.
+                self.missing = missing;
+                self.engines = None;
+                if matches!(self.phase, Phase::Backoff(_)) {
+                    self.enter(now, Phase::Incomplete);
+                }
+            }
+            Event::FreeSlots(free) => {
+                self.free_slots = free;
+                if matches!(self.phase, Phase::NoSlots) {
+                    self.register(now);
+                }
+            }
+            Event::ProbeOk { attempt, mismatch } if self.is(attempt) => {
+                self.probed(now, mismatch);
+            }
+            Event::ProbeFailed { attempt, reason } if self.is(attempt) => {
+                if matches!(self.phase, Phase::Probing) {
+                    let address = &self.config.address;
+                    if !self.refused {
+                        self.detail = Some(format!("nobody accepts at {address}: {reason}"));
+                    }
+                    self.back_off(now);
+                }
+            }
+            Event::HandshakeConnected { attempt, rank } if self.is(attempt) => {
+                self.handshake_connected(now, rank);
+            }
+            Event::HandshakeLost {
+                attempt,
+                rank,
+                reason,
+            } if self.is(attempt) => self.handshake_lost(now, rank, &reason),
+            Event::Init {
+                attempt,
+                rank,
+                payload,
+            } if self.is(attempt) => self.init(now, rank, &payload),
+            Event::CoordinatorReady { attempt, rank } if self.is(attempt) => {
+                if let Phase::Registering(state) = &mut self.phase {
+                    state.coordinator_ready.insert(rank);
+                    self.advance(now);
+                }
+            }
+            Event::StartWave {
+                attempt,
+                rank,
+                wave,
+                exclude,
+            } if self.is(attempt) => {
+                // Each rank's socket receives the same broadcast.
+                if rank.0 == 0 && matches!(self.phase, Phase::Registering(_) | Phase::Attached) {
+                    self.actions.push_back(Action::StartWave { wave, exclude });
+                }
+            }
+            Event::CoordinatorLost {
+                attempt,
+                rank,
+                reason,
+            } if self.is(attempt) => {
+                if matches!(self.phase, Phase::Registering(_) | Phase::Attached) {
+                    self.lost(
+                        now,
+                        format!("connection of rank {rank} to its DP coordinator: {reason}"),
+                    );
+                }
+            }
+            Event::RouteOpen {
+                attempt,
+                rank,
+                api_server,
+            } if self.is(attempt) => {
+                if let Phase::Registering(state) = &mut self.phase {
+                    state.routes.insert((rank, api_server));
+                    self.advance(now);
+                }
+            }
+            Event::RouteLost {
+                attempt,
+                rank,
+                api_server,
+                reason,
+            } if self.is(attempt) => {
+                if matches!(self.phase, Phase::Registering(_) | Phase::Attached) {
+                    self.lost(
+                        now,
+                        format!("route of rank {rank} to API server {api_server}: {reason}"),
+                    );
+                }
+            }
+            Event::TornDown { attempt } if attempt == self.attempt => match self.phase {
+                Phase::TearingDown(After::Remove) => self.removed(now),
+                Phase::TearingDown(After::Retry) => self.back_off(now),
+                _ => {}
+            },
+            Event::Remove => self.remove(now),
+            // Of an earlier attempt.
+            Event::ProbeOk { .. }
+            | Event::ProbeFailed { .. }
+            | Event::HandshakeConnected { .. }
+            | Event::HandshakeLost { .. }
+            | Event::Init { .. }
+            | Event::CoordinatorReady { .. }
+            | Event::StartWave { .. }
+            | Event::CoordinatorLost { .. }
+            | Event::RouteOpen { .. }
+            | Event::RouteLost { .. }
+            | Event::TornDown { .. } => {}
+        }
+    }
+
+    /// Retries, stall reports, confirmation.
+    pub fn handle_timeout(&mut self, now: Time) {
+        if let Phase::Backoff(until) = self.phase
+            && until <= now
+        {
+            if self.engines.is_some() {
+                self.probe(now);
+            } else {
+                self.enter(now, Phase::Incomplete);
+            }
+        }
+        if self.stall_at.is_some_and(|due| due <= now) {
+            self.stall_at = None;
+            self.stalled(now);
+        }
+    }
+
+    /// Next thing to do.
+    #[must_use]
+    pub fn poll_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    /// When to call [`Self::handle_timeout`].
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Time> {
+        let retry = match self.phase {
+            Phase::Backoff(until) => Some(until),
+            _ => None,
+        };
+        retry.into_iter().chain(self.stall_at).min()
+    }
+
+    /// State for status and metrics.
+    pub fn snapshot(&self) -> Snapshot {
+        let state = match &self.phase {
+            Phase::Removed => State::Removed,
+            Phase::Attached => State::Attached,
+            _ if self.refused => State::Refused,
+            Phase::Incomplete | Phase::Backoff(_) | Phase::Probing | Phase::TearingDown(_) => {
+                State::Waiting
+            }
+            Phase::Connecting(_) => State::Connecting,
+            Phase::Hello(_) => State::Handshake,
+            Phase::Unfit | Phase::NoSlots => State::Refused,
+            Phase::Registering(_) => State::Registering,
+        };
+        let detail = match &self.phase {
+            Phase::Incomplete => Some(self.incomplete()),
+            _ => self.detail.clone(),
+        };
+        let attempt = match &self.phase {
+            Phase::Incomplete | Phase::Backoff(_) | Phase::Probing | Phase::Removed => None,
+            _ => Some(self.attempt),
+        };
+        Snapshot {
+            state,
+            detail,
+            api_servers: self.init.as_ref().map_or(0, api_servers),
+            attachments: self.attachments,
+            attempt,
+        }
+    }
+
+    fn is(&self, attempt: Attempt) -> bool {
+        attempt == self.attempt && !matches!(self.phase, Phase::TearingDown(_) | Phase::Removed)
+    }
+
+    fn enter(&mut self, now: Time, phase: Phase) {
+        self.phase = phase;
+        self.since = now;
+        self.stall_at = None;
+    }
+
+    fn enter_watched(&mut self, now: Time, phase: Phase) {
+        self.enter(now, phase);
+        self.stall_at = Some(now + self.config.stall);
+    }
+
+    fn size(&self) -> u16 {
+        self.engines.as_ref().map_or(0, |engines| engines.size)
+    }
+
+    fn incomplete(&self) -> String {
+        let ranks: Vec<String> = self.missing.iter().take(8).map(|r| r.to_string()).collect();
+        let more = if self.missing.len() > 8 { ", .." } else { "" };
+        format!(
+            "the deployment is not complete: waiting for ranks {}{more}",
+            ranks.join(", ")
+        )
+    }
+
+    // === Before HELLO ===
+
+    fn probe(&mut self, now: Time) {
+        self.attempt += 1;
+        self.init = None;
+        self.ready_at = None;
+        self.enter(now, Phase::Probing);
+        self.actions.push_back(Action::Probe {
+            attempt: self.attempt,
+        });
+    }
+
+    fn probed(&mut self, now: Time, mismatch: Option<String>) {
+        if !matches!(self.phase, Phase::Probing) {
+            return;
+        }
+        if let Some(error) = mismatch {
+            self.refuse(error);
+            let until = now + self.config.refused_retry;
+            return self.enter(now, Phase::Backoff(until));
+        }
+        if self.size() == 0 {
+            return self.enter(now, Phase::Incomplete);
+        }
+        self.enter_watched(now, Phase::Connecting(BTreeSet::new()));
+        for rank in 0..self.size() {
+            self.actions.push_back(Action::ConnectHandshake {
+                attempt: self.attempt,
+                rank: EngineIndex(rank),
+            });
+        }
+    }
+
+    fn handshake_connected(&mut self, now: Time, rank: EngineIndex) {
+        let size = self.size();
+        if let Phase::Connecting(connected) = &mut self.phase {
+            connected.insert(rank);
+            if connected.len() == usize::from(size) {
+                self.refused = false;
+                self.detail = None;
+                self.say_hello(now, EngineIndex(0));
+            }
+        }
+    }
+
+    fn say_hello(&mut self, now: Time, rank: EngineIndex) {
+        self.enter_watched(now, Phase::Hello(rank));
+        self.actions.push_back(Action::SendHello {
+            attempt: self.attempt,
+            rank,
+        });
+    }
+
+    // === From HELLO to READY ===
+
+    fn init(&mut self, now: Time, rank: EngineIndex, payload: &Bytes) {
+        let Phase::Hello(asked) = self.phase else {
+            return;
+        };
+        if asked != rank {
+            return;
+        }
+        let address = self.config.address.clone();
+        let init = match Init::decode(payload) {
+            Ok(init) => init,
+            Err(error) => {
+                return self.unfit(
+                    now,
+                    format!("frontend {address} sent a malformed INIT to rank {rank}: {error}"),
+                );
+            }
+        };
+        if let Some(first) = &self.init {
+            if first.addresses != init.addresses {
+                return self.lost(
+                    now,
+                    format!("INIT to rank {rank} has other addresses than INIT to rank 0"),
+                );
+            }
+        } else {
+            if let Some(error) = self.misfit(&init) {
+                self.init = Some(init);
+                return self.unfit(now, error);
+            }
+            self.init = Some(init);
+        }
+        let next = EngineIndex(rank.0 + 1);
+        if next.0 < self.size() {
+            self.say_hello(now, next);
+        } else {
+            self.register(now);
+        }
+    }
+
+    /// Why this INIT cannot be from a frontend of this deployment.
+    fn misfit(&self, init: &Init) -> Option<String> {
+        let address = &self.config.address;
+        let engines = self.engines.as_ref()?;
+        let (inputs, outputs) = (init.addresses.inputs.len(), init.addresses.outputs.len());
+        if inputs == 0 || inputs != outputs {
+            return Some(format!(
+                "frontend {address} sent an INIT with {inputs} input and {outputs} output addresses, expected the same number of both, at least 1"
+            ));
+        }
+        if engines.size < 2 {
+            return None;
+        }
+        match (engines.lockstep, init.data_parallel_size()) {
+            (_, Some(theirs)) if theirs != u64::from(engines.size) => Some(format!(
+                "frontend {address} runs with --data-parallel-size {theirs}, this deployment has {}",
+                engines.size
+            )),
+            (true, None) => Some(format!(
+                "frontend {address} expects independent engines (its INIT has no data_parallel_size), this deployment runs a MoE model in lockstep: does it serve another model?"
+            )),
+            (false, Some(_)) => Some(format!(
+                "frontend {address} expects engines in lockstep (its INIT has a data_parallel_size), this deployment runs a dense model: does it serve another model, or run a vLLM older than 0.14.1?"
+            )),
+            _ => None,
+        }
+    }
+
+    fn register(&mut self, now: Time) {
+        let Some(init) = self.init.clone() else {
+            return;
+        };
+        let wanted = api_servers(&init);
+        if wanted > self.free_slots {
+            let error = format!(
+                "frontend {} has {wanted} API servers, {} slots are free: start the sidecar with a larger --frontend-slots, or the frontend with a smaller --api-server-count",
+                self.config.address, self.free_slots
+            );
+            self.refuse(error);
+            if !matches!(self.phase, Phase::NoSlots) {
+                self.enter(now, Phase::NoSlots);
+            }
+            return;
+        }
+        self.refused = false;
+        self.detail = None;
+        self.enter_watched(now, Phase::Registering(Registering::default()));
+        let attempt = self.attempt;
+        let addresses = init.addresses;
+        for rank in (0..self.size()).map(EngineIndex) {
+            if let (Some(input), Some(output)) =
+                (&addresses.coordinator_input, &addresses.coordinator_output)
+            {
+                self.actions.push_back(Action::ConnectCoordinator {
+                    attempt,
+                    rank,
+                    input: input.clone(),
+                    output: output.clone(),
+                });
+            }
+            for (api_server, (input, output)) in
+                (0u32..).zip(addresses.inputs.iter().zip(&addresses.outputs))
+            {
+                self.actions.push_back(Action::OpenRoute {
+                    attempt,
+                    rank,
+                    api_server,
+                    input: input.clone(),
+                    output: output.clone(),
+                    stats_address: addresses.frontend_stats_publish_address.clone(),
+                });
+            }
+        }
+        self.advance(now);
+    }
+
+    /// READY when the DP coordinator has answered all ranks; attached when all is open.
+    ///
+    /// READY does not wait for the routes: frontends up to 0.16.0 bind their data sockets only after
+    /// the handshake.
+    fn advance(&mut self, now: Time) {
+        let size = usize::from(self.size());
+        let attempt = self.attempt;
+        let Some(init) = &self.init else {
+            return;
+        };
+        let api_servers = api_servers(init);
+        let routes_needed = size * api_servers as usize;
+        let has_coordinator = has_coordinator(init);
+        let stats_address = init.addresses.frontend_stats_publish_address.clone();
+        let Phase::Registering(state) = &mut self.phase else {
+            return;
+        };
+        if !state.ready_sent && (!has_coordinator || state.coordinator_ready.len() == size) {
+            state.ready_sent = true;
+            self.ready_at = Some(now);
+            self.stall_at = Some(now + self.config.confirm);
+            self.refused = false;
+            self.detail = None;
+            if has_coordinator {
+                self.actions.push_back(Action::JoinCoordinator { attempt });
+            }
+            for rank in 0..self.engines.as_ref().map_or(0, |engines| engines.size) {
+                self.actions.push_back(Action::SendReady {
+                    attempt,
+                    rank: EngineIndex(rank),
+                    stats_address: stats_address.clone(),
+                });
+            }
+        }
+        let Phase::Registering(state) = &self.phase else {
+            return;
+        };
+        if state.ready_sent
+            && state.routes.len() == routes_needed
+            && state.handshake_closed.len() == size
+        {
+            self.attach(now);
+        }
+    }
+
+    fn attach(&mut self, now: Time) {
+        self.enter(now, Phase::Attached);
+        self.attachments += 1;
+        self.refused = false;
+        self.backoff = self.config.backoff_min;
+        self.actions.push_back(Action::CloseHandshake {
+            attempt: self.attempt,
+        });
+        self.actions.push_back(Action::Attached {
+            attempt: self.attempt,
+            api_servers: self.init.as_ref().map_or(0, api_servers),
+        });
+    }
+
+    // === What goes wrong ===
+
+    fn stalled(&mut self, now: Time) {
+        let address = self.config.address.clone();
+        let size = self.size();
+        let stall = self.config.stall;
+        let has_coordinator = self.init.as_ref().is_some_and(has_coordinator);
+        match &self.phase {
+            Phase::Connecting(connected) => {
+                let n = connected.len();
+                self.lost(
+                    now,
+                    format!("{n} of {size} handshake connections were accepted within {stall:?}"),
+                );
+            }
+            Phase::Hello(rank) => {
+                let rank = *rank;
+                self.refuse(format!(
+                    "frontend {address} accepts connections but has not answered HELLO of rank {rank} with INIT for {stall:?}"
+                ));
+            }
+            Phase::Registering(state) if !state.ready_sent && has_coordinator => {
+                let n = state.coordinator_ready.len();
+                self.refuse(format!(
+                    "the DP coordinator of frontend {address} has broadcast READY to {n} of {size} ranks for {stall:?}: it waits for more engines, so its --data-parallel-size is probably larger than {size}, or it serves local engines of its own (--data-parallel-size-local must be 0)"
+                ));
+            }
+            Phase::Registering(state) if state.ready_sent => {
+                let api_servers = self.init.as_ref().map_or(0, api_servers);
+                let needed = usize::from(size) * api_servers as usize;
+                let open = state.routes.len();
+                if open < needed {
+                    self.detail = Some(format!(
+                        "{open} of {needed} routes to frontend {address} are open"
+                    ));
+                    // Asked again: the routes have a deadline of their own.
+                    self.stall_at = Some(now + self.config.confirm);
+                } else {
+                    let remark = format!(
+                        "frontend {address} has READY of all {size} ranks but keeps its handshake socket open: it may wait for more engines than {size}"
+                    );
+                    self.attach(now);
+                    self.detail = Some(remark);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn handshake_lost(&mut self, now: Time, rank: EngineIndex, reason: &str) {
+        let address = self.config.address.clone();
+        let size = self.size();
+        match &mut self.phase {
+            Phase::Connecting(_) => {
+                self.lost(now, format!("handshake connection of rank {rank}: {reason}"));
+            }
+            Phase::Hello(asked) => {
+                let asked = *asked;
+                if asked.0 > 0 {
+                    self.refuse(format!(
+                        "frontend {address} closed its handshake after HELLO of rank {asked}: it runs with --data-parallel-size {asked} while this deployment has {size}, or it was stopped"
+                    ));
+                }
+                self.lost(
+                    now,
+                    format!("handshake connection closed before INIT to rank {asked}: {reason}"),
+                );
+            }
+            Phase::Registering(state) if state.ready_sent => {
+                // The frontend closes its handshake socket when all engines are READY.
+                state.handshake_closed.insert(rank);
+                self.advance(now);
+            }
+            Phase::Registering(_) => self.lost(
+                now,
+                format!("handshake connection of rank {rank} closed before READY: {reason}"),
+            ),
+            Phase::Unfit | Phase::NoSlots => {
+                self.lost(now, format!("handshake connection closed: {reason}"));
+            }
+            _ => {}
+        }
+    }
+
+    /// Says so once per cause, and shows it until the next HELLO.
+    fn refuse(&mut self, error: String) {
+        if self.detail.as_ref() != Some(&error) {
+            self.actions.push_back(Action::Refused {
+                error: error.clone(),
+            });
+        }
+        self.refused = true;
+        self.detail = Some(error);
+    }
+
+    fn unfit(&mut self, now: Time, error: String) {
+        self.refuse(error);
+        self.enter(now, Phase::Unfit);
+    }
+
+    fn lost(&mut self, now: Time, reason: String) {
+        let soon = self
+            .ready_at
+            .is_some_and(|at| now.saturating_since(at) < self.config.refusal_window);
+        if soon {
+            let hash = self
+                .engines
+                .as_ref()
+                .and_then(|engines| engines.parallel_config_hash.clone());
+            let why = hash.map_or_else(
+                || "it was stopped, or its own start failed".to_owned(),
+                |hash| format!(
+                    "either it was stopped, or its parallel flags differ from the engines' (parallel_config_hash of the engines: {hash}; its log then says configuration mismatch)"
+                ),
+            );
+            self.refuse(format!(
+                "frontend {} went away right after READY: {why} ({reason})",
+                self.config.address
+            ));
+        } else if !self.refused {
+            self.detail = Some(reason.clone());
+        }
+        self.tear_down(now, After::Retry, reason);
+    }
+
+    fn tear_down(&mut self, now: Time, after: After, reason: String) {
+        // Only a frontend that may have routes of ours needs to be told.
+        let farewell = match (&self.phase, &self.init) {
+            (Phase::Registering(_) | Phase::Attached, Some(init)) => init.addresses.outputs.clone(),
+            _ => Vec::new(),
+        };
+        self.enter(now, Phase::TearingDown(after));
+        self.actions.push_back(Action::Teardown {
+            attempt: self.attempt,
+            farewell,
+            reason,
+        });
+    }
+
+    fn back_off(&mut self, now: Time) {
+        self.init = None;
+        self.ready_at = None;
+        let until = now + self.backoff;
+        self.backoff = (self.backoff * 2).min(self.config.backoff_max);
+        self.enter(now, Phase::Backoff(until));
+    }
+
+    fn remove(&mut self, now: Time) {
+        match self.phase {
+            Phase::Incomplete | Phase::Backoff(_) | Phase::Probing => self.removed(now),
+            Phase::TearingDown(_) => self.phase = Phase::TearingDown(After::Remove),
+            Phase::Removed => {}
+            _ => self.tear_down(now, After::Remove, "removed".to_owned()),
+        }
+    }
+
+    fn removed(&mut self, now: Time) {
+        self.enter(now, Phase::Removed);
+        self.refused = false;
+        self.detail = None;
+        self.actions.push_back(Action::Done);
+    }
+}
+
+fn api_servers(init: &Init) -> u32 {
+    u32::try_from(init.addresses.inputs.len()).unwrap_or(u32::MAX)
+}
+
+fn has_coordinator(init: &Init) -> bool {
+    init.addresses.coordinator_input.is_some() && init.addresses.coordinator_output.is_some()
+}

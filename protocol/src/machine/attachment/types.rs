@@ -1,0 +1,312 @@
+//! Configuration, events, actions and snapshot of the attachment machine.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use crate::{EngineIndex, Wave};
+
+/// Bounds of an attachment.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Handshake address of the frontend, for texts.
+    pub address: String,
+    /// First pause after a failed attempt; doubled up to `backoff_max`.
+    pub backoff_min: Duration,
+    /// Longest pause between attempts.
+    pub backoff_max: Duration,
+    /// Pause before a frontend is looked at again that was refused before HELLO.
+    pub refused_retry: Duration,
+    /// A step of the handshake that takes longer than this is reported as the reason why the
+    /// frontend is not attached. It is not given up: HELLO cannot be said twice.
+    pub stall: Duration,
+    /// A frontend closes its handshake socket when it has READY of all engines. One that has not
+    /// after this long is taken as attached, with a remark.
+    pub confirm: Duration,
+    /// A frontend that is lost this soon after READY has probably refused it.
+    pub refusal_window: Duration,
+}
+
+impl Config {
+    /// The usual bounds.
+    pub fn new(address: impl Into<String>) -> Self {
+        Self {
+            address: address.into(),
+            backoff_min: Duration::from_millis(100),
+            backoff_max: Duration::from_secs(1),
+            refused_retry: Duration::from_secs(5),
+            stall: Duration::from_secs(30),
+            confirm: Duration::from_secs(5),
+            refusal_window: Duration::from_secs(15),
+        }
+    }
+}
+
+/// The engines that the frontend is going to see.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Engines {
+    /// `--data-parallel-size`.
+    pub size: u16,
+    /// The ranks step in lockstep (MoE).
+    pub lockstep: bool,
+    /// Their `parallel_config_hash`, if engines of this kind have one.
+    pub parallel_config_hash: Option<String>,
+}
+
+/// Numbers the attempts to attach. What belongs to an earlier attempt is ignored.
+pub type Attempt = u64;
+
+/// What happened.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// All ranks have completed their handshake once.
+    EnginesComplete(Engines),
+    /// These ranks are still missing.
+    EnginesMissing(Vec<EngineIndex>),
+    /// The slots that are free for API servers, on the rank that has the fewest.
+    FreeSlots(u32),
+    /// A fresh TCP connection to the handshake address was accepted.
+    ProbeOk {
+        /// Which attempt.
+        attempt: Attempt,
+        /// Why the process behind it cannot fit, if that is known without asking it.
+        mismatch: Option<String>,
+    },
+    /// Nobody accepts there.
+    ProbeFailed {
+        /// Which attempt.
+        attempt: Attempt,
+        /// What the connect said.
+        reason: String,
+    },
+    /// The handshake socket of a rank is connected.
+    HandshakeConnected {
+        /// Which attempt.
+        attempt: Attempt,
+        /// Which rank.
+        rank: EngineIndex,
+    },
+    /// The handshake socket of a rank could not connect, or its connection has closed.
+    HandshakeLost {
+        /// Which attempt.
+        attempt: Attempt,
+        /// Which rank.
+        rank: EngineIndex,
+        /// What was seen.
+        reason: String,
+    },
+    /// A message came on the handshake socket of a rank; only INIT is expected.
+    Init {
+        /// Which attempt.
+        attempt: Attempt,
+        /// Which rank.
+        rank: EngineIndex,
+        /// The payload.
+        payload: Bytes,
+    },
+    /// The frontend's DP coordinator broadcast READY to a rank.
+    CoordinatorReady {
+        /// Which attempt.
+        attempt: Attempt,
+        /// Which rank.
+        rank: EngineIndex,
+    },
+    /// The frontend's DP coordinator broadcast START_DP_WAVE to a rank.
+    StartWave {
+        /// Which attempt.
+        attempt: Attempt,
+        /// Which rank's socket received it (all receive the same).
+        rank: EngineIndex,
+        /// The wave it names.
+        wave: Wave,
+        /// The engine it excludes.
+        exclude: Option<EngineIndex>,
+    },
+    /// A socket to the frontend's DP coordinator could not connect, or its connection has closed.
+    CoordinatorLost {
+        /// Which attempt.
+        attempt: Attempt,
+        /// Which rank.
+        rank: EngineIndex,
+        /// What was seen.
+        reason: String,
+    },
+    /// The data path of a rank to an API server is open.
+    RouteOpen {
+        /// Which attempt.
+        attempt: Attempt,
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which API server.
+        api_server: u32,
+    },
+    /// The data path could not be opened, or was lost.
+    RouteLost {
+        /// Which attempt.
+        attempt: Attempt,
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which API server.
+        api_server: u32,
+        /// What was seen.
+        reason: String,
+    },
+    /// [`Action::Teardown`] is complete: no socket of that attempt is left.
+    TornDown {
+        /// Which attempt.
+        attempt: Attempt,
+    },
+    /// The frontend is not wanted any more.
+    Remove,
+}
+
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Try a plain TCP connection to the handshake address; look at the process behind it if it is
+    /// on this host.
+    Probe {
+        /// Which attempt.
+        attempt: Attempt,
+    },
+    /// Connect a handshake socket with the rank's identity. Must not reconnect by itself.
+    ConnectHandshake {
+        /// Which attempt.
+        attempt: Attempt,
+        /// Which rank.
+        rank: EngineIndex,
+    },
+    /// Send HELLO (remote, headless) for the rank.
+    SendHello {
+        /// Which attempt.
+        attempt: Attempt,
+        /// Which rank.
+        rank: EngineIndex,
+    },
+    /// Connect a subscriber and a push socket of the rank to the frontend's DP coordinator, and
+    /// subscribe.
+    ConnectCoordinator {
+        /// Which attempt.
+        attempt: Attempt,
+        /// Which rank.
+        rank: EngineIndex,
+        /// INIT's `coordinator_input`.
+        input: String,
+        /// INIT's `coordinator_output`.
+        output: String,
+    },
+    /// Open the data path of a rank to an API server, with the registration frame first.
+    OpenRoute {
+        /// Which attempt.
+        attempt: Attempt,
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which API server.
+        api_server: u32,
+        /// INIT's `inputs[api_server]`.
+        input: String,
+        /// INIT's `outputs[api_server]`.
+        output: String,
+        /// INIT's `frontend_stats_publish_address`, to be put into the ready response.
+        stats_address: Option<String>,
+    },
+    /// From now on waves and stats of the engines go to this frontend's DP coordinator.
+    JoinCoordinator {
+        /// Which attempt.
+        attempt: Attempt,
+    },
+    /// Send READY for the rank.
+    SendReady {
+        /// Which attempt.
+        attempt: Attempt,
+        /// Which rank.
+        rank: EngineIndex,
+        /// The frontend's own DP coordinator publishes here (part of READY up to 0.19.1).
+        stats_address: Option<String>,
+    },
+    /// The handshake is over: close its sockets.
+    CloseHandshake {
+        /// Which attempt.
+        attempt: Attempt,
+    },
+    /// A request of this frontend is on its way to a paused group.
+    StartWave {
+        /// The wave it names.
+        wave: Wave,
+        /// The engine it excludes.
+        exclude: Option<EngineIndex>,
+    },
+    /// The frontend is served.
+    Attached {
+        /// Which attempt.
+        attempt: Attempt,
+        /// How many API servers it has.
+        api_servers: u32,
+    },
+    /// Close everything of this attempt, then report [`Event::TornDown`].
+    Teardown {
+        /// Which attempt.
+        attempt: Attempt,
+        /// Output addresses of API servers that may still run: they are to be told
+        /// ENGINE_CORE_DEAD, because a virtual engine cannot be rejoined.
+        farewell: Vec<String>,
+        /// Why, for the log.
+        reason: String,
+    },
+    /// The frontend cannot be attached as it is. Said once per cause.
+    Refused {
+        /// Who, at which stage, expected and actual.
+        error: String,
+    },
+    /// Removed, and nothing is left.
+    Done,
+}
+
+/// State names as they are shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// The deployment is not complete, or nobody accepts at the address.
+    Waiting,
+    /// Handshake sockets are connecting.
+    Connecting,
+    /// HELLO was said, INIT is awaited.
+    Handshake,
+    /// Data paths and coordinator sockets are being opened.
+    Registering,
+    /// Served.
+    Attached,
+    /// The frontend does not fit; see the detail.
+    Refused,
+    /// Removed.
+    Removed,
+}
+
+impl State {
+    /// The name for status output.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Waiting => "waiting",
+            Self::Connecting => "connecting",
+            Self::Handshake => "handshake",
+            Self::Registering => "registering",
+            Self::Attached => "attached",
+            Self::Refused => "refused",
+            Self::Removed => "removed",
+        }
+    }
+}
+
+/// Plain data about an attachment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// What it is doing.
+    pub state: State,
+    /// Why it is not attached, or a remark.
+    pub detail: Option<String>,
+    /// API servers of the frontend; 0 until INIT came.
+    pub api_servers: u32,
+    /// How often it attached.
+    pub attachments: u64,
+    /// The attempt that is under way.
+    pub attempt: Option<Attempt>,
+}
