@@ -1,6 +1,6 @@
 //! The sockets. Nothing else in the sidecar names a ZMQ library.
 //!
-//! Two kinds, for two kinds of peers:
+//! Three kinds, for three kinds of peers:
 //!
 //! * **Listening sockets** ([`RouterListener`], [`PullListener`], [`XpubListener`]) serve the engines
 //!   of this node over `ipc://` in a [`PrivateDir`] or over loopback. They wrap the `zeromq` crate and
@@ -12,12 +12,15 @@
 //!   process on a declared frame length of 2^62, notices a lost PULL only at the next write, and
 //!   retries on its own. They are a small ZMTP 3.0 client of our own ([`zmtp`]): `send` returns when
 //!   the kernel has the bytes, sizes are limited, and a lost peer is noticed at once.
+//! * The **handshake socket** ([`GuardedRouter`]) is the one TCP port that anybody on the node can
+//!   reach. It uses the same codec with tight limits, and names connections instead of identities.
 //!
 //! `recv` is cancel-safe on all of them. After the last socket is dropped keep the runtime alive for
 //! [`linger`]: the crate's writer tasks still have bytes to hand over.
 
 mod connect;
 mod error;
+mod guard;
 mod listen;
 mod paths;
 mod xpub;
@@ -27,6 +30,7 @@ use std::time::Duration;
 
 pub use connect::{Dealer, PeerReceiver, PeerSender, Push, Xsub};
 pub use error::TransportError;
+pub use guard::{GuardEvent, GuardLimits, GuardedRouter, GuardedSender, Numbers};
 pub use listen::{PullEvent, PullListener, RouterEvent, RouterListener, RouterSender};
 pub use paths::{PrivateDir, SUN_PATH_LIMIT, check_socket_path, unlink_stale_socket};
 pub use xpub::{XpubListener, XpubPublisher};

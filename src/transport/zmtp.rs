@@ -105,6 +105,20 @@ pub fn check_ready(command: &[u8], expected_type: &str) -> Result<(), String> {
     Err("a READY without Socket-Type".to_owned())
 }
 
+/// A property of the peer's READY.
+pub fn property<'a>(command: &'a [u8], name: &str) -> Option<&'a [u8]> {
+    let mut rest = command;
+    take(&mut rest, 1)?;
+    while !rest.is_empty() {
+        let key = take(&mut rest, 1)?;
+        let value = take(&mut rest, 4)?;
+        if key.eq_ignore_ascii_case(name.as_bytes()) {
+            return Some(value);
+        }
+    }
+    None
+}
+
 /// Takes a value with a big-endian length of `width` bytes in front.
 fn take<'a>(rest: &mut &'a [u8], width: usize) -> Option<&'a [u8]> {
     let length = rest.get(..width)?;
@@ -126,13 +140,36 @@ pub enum Item {
 }
 
 /// Cuts a byte stream into messages. Never allocates for bytes that have not come.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Decoder {
     frames: Frames,
     size: usize,
+    message_limit: usize,
+    frame_count_limit: usize,
+}
+
+impl Default for Decoder {
+    fn default() -> Self {
+        Self::with_limits(MESSAGE_LIMIT, FRAME_COUNT_LIMIT)
+    }
 }
 
 impl Decoder {
+    /// A decoder for messages of at most this many bytes and frames.
+    pub fn with_limits(message_limit: usize, frame_count_limit: usize) -> Self {
+        Self {
+            frames: Frames::new(),
+            size: 0,
+            message_limit,
+            frame_count_limit,
+        }
+    }
+
+    /// Frames of a message that is not complete have been read.
+    pub fn is_inside(&self) -> bool {
+        !self.frames.is_empty()
+    }
+
     /// The next complete item in `buffer`, if there is one.
     ///
     /// # Errors
@@ -148,11 +185,13 @@ impl Decoder {
             let limit = if flags & FLAG_COMMAND != 0 {
                 COMMAND_LIMIT
             } else {
-                MESSAGE_LIMIT - self.size
+                self.message_limit - self.size
             };
             let length = usize::try_from(length).unwrap_or(usize::MAX);
             if length > limit {
-                return Err(invalid(format!("a frame of {length} bytes")));
+                return Err(invalid(format!(
+                    "a frame of {length} bytes, at most {limit} are left of the limit"
+                )));
             }
             if buffer.len() < header + length {
                 // A long frame comes in many reads: ask for its room in steps, at most doubling.
@@ -165,8 +204,8 @@ impl Decoder {
             if flags & FLAG_COMMAND != 0 {
                 return Ok(Some(Item::Command(body)));
             }
-            if self.frames.len() == FRAME_COUNT_LIMIT {
-                return Err(invalid(format!("more than {FRAME_COUNT_LIMIT} frames")));
+            if self.frames.len() == self.frame_count_limit {
+                return Err(invalid(format!("more than {} frames", self.frame_count_limit)));
             }
             self.size += length;
             self.frames.push(body);

@@ -52,6 +52,10 @@ pub enum Via {
     },
 }
 
+/// One connection to a listener. Numbers are never used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PeerId(pub u64);
+
 /// What happened.
 #[derive(Clone, Debug)]
 pub enum Event {
@@ -77,17 +81,17 @@ pub enum Event {
     Message {
         /// By which listener.
         via: Via,
+        /// On which connection.
+        peer: PeerId,
         /// Routing id as the peer announced it.
         identity: Bytes,
         /// The frames after the routing id.
         frames: Frames,
     },
-    /// The last connection of this identity has closed.
+    /// A connection has closed.
     Closed {
-        /// At which listener.
-        via: Via,
-        /// Routing id as the peer announced it.
-        identity: Bytes,
+        /// Which.
+        peer: PeerId,
     },
 }
 
@@ -96,10 +100,8 @@ pub enum Event {
 pub enum Action {
     /// Send INIT to the engine.
     SendInit {
-        /// By which listener.
-        via: Via,
         /// To whom.
-        identity: EngineIdentity,
+        peer: PeerId,
         /// The payload.
         init: Bytes,
     },
@@ -156,6 +158,8 @@ struct Rank {
     own: bool,
     init: Bytes,
     stage: Stage,
+    /// The connection that said HELLO.
+    peer: Option<PeerId>,
     since: Time,
     hash: Option<String>,
 }
@@ -167,7 +171,7 @@ pub struct Handshake {
     ranks: BTreeMap<EngineIndex, Rank>,
     /// HELLOs on the shared address that came before they were expected: an engine started early,
     /// or started again before the loss of its predecessor was noticed. Answered by Expect.
-    early: BTreeMap<EngineIndex, Time>,
+    early: BTreeMap<EngineIndex, PeerId>,
     next_progress: Option<Time>,
     actions: VecDeque<Action>,
 }
@@ -213,10 +217,11 @@ impl Handshake {
             }
             Event::Message {
                 via,
+                peer,
                 identity,
                 frames,
-            } => self.message(now, via, &identity, &frames),
-            Event::Closed { via, identity } => self.closed(now, via, &identity),
+            } => self.message(now, via, peer, &identity, &frames),
+            Event::Closed { peer } => self.closed(peer),
         }
         self.arm(now);
     }
@@ -288,16 +293,17 @@ impl Handshake {
                 own,
                 init,
                 stage: Stage::New,
+                peer: None,
                 since: now,
                 hash: None,
             },
         );
-        if !own && self.early.remove(&rank).is_some() {
-            self.accept_hello(now, Via::Shared, rank);
+        if !own && let Some(peer) = self.early.remove(&rank) {
+            self.accept_hello(now, peer, rank);
         }
     }
 
-    fn message(&mut self, now: Time, via: Via, identity: &[u8], frames: &Frames) {
+    fn message(&mut self, now: Time, via: Via, peer: PeerId, identity: &[u8], frames: &Frames) {
         let Some(rank) = self.rank_of(via, identity) else {
             return;
         };
@@ -306,20 +312,20 @@ impl Handshake {
                 "rank {rank}: handshake message of {} frames, expected 1",
                 frames.len()
             );
-            return self.broken(rank, via, error);
+            return self.broken(rank, peer, error);
         };
         match EngineMessage::decode(payload) {
-            Ok(EngineMessage::Hello(_)) => self.hello(now, via, rank),
+            Ok(EngineMessage::Hello(_)) => self.hello(now, via, peer, rank),
             Ok(EngineMessage::Ready(ready)) => self.ready(
                 now,
-                via,
+                peer,
                 rank,
                 ready.parallel_config_hash,
                 ready.num_gpu_blocks,
             ),
             Err(error) => self.broken(
                 rank,
-                via,
+                peer,
                 format!("rank {rank}: malformed handshake message: {error}"),
             ),
         }
@@ -377,56 +383,42 @@ impl Handshake {
         Some(rank)
     }
 
-    fn hello(&mut self, now: Time, via: Via, rank: EngineIndex) {
+    fn hello(&mut self, now: Time, via: Via, peer: PeerId, rank: EngineIndex) {
         let Some(known) = self.ranks.get_mut(&rank) else {
             // Not prepared yet. vLLM waits five minutes for INIT.
-            self.early.insert(rank, now);
+            self.early.insert(rank, peer);
             return;
         };
         let incarnation = known.incarnation;
-        match known.stage {
-            Stage::New => self.accept_hello(now, via, rank),
-            Stage::Connected => {
-                // Which of the two holds the sockets of this incarnation cannot be told.
-                known.stage = Stage::Refused;
-                self.hold(now, via, rank);
-                self.refuse_rank(
-                    rank,
-                    format!(
-                        "second HELLO from rank {rank} (incarnation {incarnation}) while READY was expected: either two engines run with rank {rank}, or its engine was restarted without its exit being noticed"
-                    ),
-                );
-            }
-            Stage::Ready => {
-                self.hold(now, via, rank);
-                self.refuse(format!(
-                    "HELLO from rank {rank}, whose engine (incarnation {incarnation}) is ready: either two engines run with rank {rank}, or its engine was restarted without its exit being noticed; the newcomer waits until the engine is lost"
-                ));
-            }
-            Stage::Refused => {
-                self.hold(now, via, rank);
-                self.refuse(format!(
-                    "HELLO from rank {rank}, whose incarnation {incarnation} was refused before; it waits for a new one"
-                ));
-            }
+        if known.peer == Some(peer) {
+            let error = format!(
+                "second HELLO from rank {rank} (incarnation {incarnation}) on the same connection"
+            );
+            return self.broken(rank, peer, error);
         }
-    }
-
-    fn hold(&mut self, now: Time, via: Via, rank: EngineIndex) {
+        let what = match known.stage {
+            Stage::New => return self.accept_hello(now, peer, rank),
+            Stage::Connected => "is starting",
+            Stage::Ready => "is ready",
+            Stage::Refused => "was refused",
+        };
         if via == Via::Shared {
-            self.early.insert(rank, now);
+            self.early.insert(rank, peer);
         }
+        self.refuse(format!(
+            "HELLO from rank {rank}, whose engine (incarnation {incarnation}) {what}: either two engines run with rank {rank}, or its engine was restarted without its exit being noticed; the newcomer gets no INIT until the engine is given up"
+        ));
     }
 
-    fn accept_hello(&mut self, now: Time, via: Via, rank: EngineIndex) {
+    fn accept_hello(&mut self, now: Time, peer: PeerId, rank: EngineIndex) {
         let Some(known) = self.ranks.get_mut(&rank) else {
             return;
         };
         known.stage = Stage::Connected;
+        known.peer = Some(peer);
         known.since = now;
         self.actions.push_back(Action::SendInit {
-            via,
-            identity: rank.identity(),
+            peer,
             init: known.init.clone(),
         });
         self.actions.push_back(Action::Connected {
@@ -438,7 +430,7 @@ impl Handshake {
     fn ready(
         &mut self,
         now: Time,
-        via: Via,
+        peer: PeerId,
         rank: EngineIndex,
         hash: Option<String>,
         num_gpu_blocks: Option<u64>,
@@ -450,7 +442,12 @@ impl Handshake {
         };
         let incarnation = known.incarnation;
         match known.stage {
-            Stage::Connected => {}
+            Stage::Connected if known.peer == Some(peer) => {}
+            Stage::Connected => {
+                return self.refuse(format!(
+                    "READY from rank {rank} on another connection than its HELLO (incarnation {incarnation}): it belongs to an engine that has been given up, or to a second engine with this rank"
+                ));
+            }
             Stage::New => {
                 return self.refuse(format!(
                     "READY from rank {rank} (incarnation {incarnation}), expected HELLO first"
@@ -491,9 +488,6 @@ impl Handshake {
             known.since = now;
             known.hash.clone_from(&hash);
         }
-        // The one that has just become ready is the one that is being served, however many said
-        // HELLO before: an early HELLO stays held for the next incarnation.
-        let _ = via;
         self.actions.push_back(Action::Ready {
             rank,
             incarnation,
@@ -502,40 +496,31 @@ impl Handshake {
         });
     }
 
-    fn closed(&mut self, _now: Time, via: Via, identity: &[u8]) {
-        let Some(rank) = EngineIdentity::from_frame(identity).map(EngineIdentity::index) else {
+    fn closed(&mut self, peer: PeerId) {
+        self.early.retain(|_, held| *held != peer);
+        let Some((rank, known)) = self
+            .ranks
+            .iter_mut()
+            .find(|(_, known)| known.peer == Some(peer))
+        else {
             return;
-        };
-        if via == Via::Shared {
-            self.early.remove(&rank);
-        }
-        let Some(known) = self.ranks.get_mut(&rank) else {
-            return;
-        };
-        let same = match via {
-            Via::Shared => !known.own,
-            Via::Own {
-                rank: owner,
-                incarnation,
-            } => owner == rank && incarnation == known.incarnation,
         };
         // After READY an engine closes its handshake connection; before, only death closes it.
-        if same && known.stage == Stage::Connected {
+        if known.stage == Stage::Connected {
             known.stage = Stage::Refused;
-            let incarnation = known.incarnation;
-            self.refuse_rank(
-                rank,
-                format!(
-                    "rank {rank} (incarnation {incarnation}) closed its handshake connection before READY: the engine died while it was starting"
-                ),
+            let error = format!(
+                "rank {rank} (incarnation {}) closed its handshake connection before READY: the engine died while it was starting",
+                known.incarnation
             );
+            let rank = *rank;
+            self.refuse_rank(rank, error);
         }
     }
 
     /// A message that no engine sends. From an engine that is starting it disqualifies that engine.
-    fn broken(&mut self, rank: EngineIndex, _via: Via, error: String) {
+    fn broken(&mut self, rank: EngineIndex, peer: PeerId, error: String) {
         match self.ranks.get_mut(&rank) {
-            Some(known) if known.stage == Stage::Connected => {
+            Some(known) if known.stage == Stage::Connected && known.peer == Some(peer) => {
                 known.stage = Stage::Refused;
                 self.refuse_rank(rank, error);
             }

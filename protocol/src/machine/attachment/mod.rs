@@ -421,17 +421,11 @@ impl Attachment {
     fn misfit(&self, init: &Init) -> Option<String> {
         let address = &self.config.address;
         let engines = self.engines.as_ref()?;
-        let (inputs, outputs) = (init.addresses.inputs.len(), init.addresses.outputs.len());
-        if inputs == 0 || inputs != outputs {
-            return Some(format!(
-                "frontend {address} sent an INIT with {inputs} input and {outputs} output addresses, expected the same number of both, at least 1"
-            ));
-        }
         if engines.size < 2 {
             return None;
         }
         match (engines.lockstep, init.data_parallel_size()) {
-            (_, Some(theirs)) if theirs != u64::from(engines.size) => Some(format!(
+            (_, Some(theirs)) if theirs != i64::from(engines.size) => Some(format!(
                 "frontend {address} runs with --data-parallel-size {theirs}, this deployment has {}",
                 engines.size
             )),

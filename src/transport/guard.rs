@@ -1,0 +1,475 @@
+//! The handshake socket: a ROUTER for a handful of short messages, on a TCP port that anybody on the
+//! node can reach.
+//!
+//! The `zeromq` crate is kept away from that port: there a declared frame length of 2^62 aborts the
+//! process, endless MORE frames fill the memory, a half greeting stays for ever, and a second
+//! connection with an engine's identity takes the first one's place. Here every connection is checked
+//! (greeting, READY, sizes, counts, time limits) and has a number of its own; what is wrong closes
+//! that connection and nothing else.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use dp_sidecar_protocol::Frames;
+use parking_lot::Mutex;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::task::TaskTracker;
+
+use super::TransportError;
+use super::zmtp::{self, Decoder, GREETING_LENGTH, Item};
+
+/// Messages waiting for one connection.
+const OUTGOING: usize = 4;
+/// Events waiting for the driver.
+const EVENTS: usize = 64;
+/// Peer addresses remembered for rate-limiting the log.
+const REMEMBERED: usize = 64;
+
+/// What a connection may do.
+#[derive(Clone, Debug)]
+pub struct GuardLimits {
+    /// Connections at a time; further ones are closed at once.
+    pub connections: usize,
+    /// Until greeting and READY command are in.
+    pub handshake: Duration,
+    /// Until the rest of a message is in, and for writing one.
+    pub message: Duration,
+    /// Bytes of a message.
+    pub message_bytes: usize,
+    /// Frames of a message.
+    pub frames: usize,
+    /// Messages of a connection. An engine sends two.
+    pub messages: usize,
+    /// A peer address is named in the log at most once in this time.
+    pub log_interval: Duration,
+}
+
+impl Default for GuardLimits {
+    fn default() -> Self {
+        Self {
+            connections: 512,
+            handshake: Duration::from_secs(5),
+            message: Duration::from_secs(5),
+            message_bytes: 64 * 1024,
+            frames: 8,
+            messages: 16,
+            log_interval: Duration::from_secs(10),
+        }
+    }
+}
+
+/// What comes out of a [`GuardedRouter`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GuardEvent {
+    /// A message.
+    Message {
+        /// Number of the connection.
+        peer: u64,
+        /// Identity from the peer's READY command; empty if it gave none.
+        identity: Bytes,
+        /// The frames.
+        frames: Frames,
+    },
+    /// A connection that got through its greeting is closed.
+    Closed {
+        /// Number of the connection.
+        peer: u64,
+    },
+}
+
+/// The listening socket. Dropping it closes the port and all connections.
+#[derive(Debug)]
+pub struct GuardedRouter {
+    address: SocketAddr,
+    events: mpsc::Receiver<GuardEvent>,
+    sender: GuardedSender,
+    tasks: TaskTracker,
+    _stop: DropGuard,
+}
+
+/// Sends to the connections of a [`GuardedRouter`].
+#[derive(Clone, Debug)]
+pub struct GuardedSender {
+    connections: Arc<Mutex<BTreeMap<u64, mpsc::Sender<Frames>>>>,
+}
+
+impl GuardedSender {
+    /// Queues a message for a connection; false if it is closed, or does not read.
+    pub fn send(&self, peer: u64, frames: Frames) -> bool {
+        let connections = self.connections.lock();
+        connections
+            .get(&peer)
+            .is_some_and(|connection| connection.try_send(frames).is_ok())
+    }
+}
+
+impl GuardedRouter {
+    /// Listens. Connections are numbered by `numbers`, which listeners may share, so that no number
+    /// is ever used twice.
+    ///
+    /// # Errors
+    /// [`TransportError::InUse`] if the port is taken, [`TransportError::Bind`] otherwise.
+    pub async fn bind(
+        address: SocketAddr,
+        limits: GuardLimits,
+        numbers: Numbers,
+    ) -> Result<Self, TransportError> {
+        let failed = |error: io::Error| {
+            let address = address.to_string();
+            if error.kind() == io::ErrorKind::AddrInUse {
+                TransportError::InUse { address }
+            } else {
+                TransportError::Bind {
+                    address,
+                    reason: error.to_string(),
+                }
+            }
+        };
+        let listener = TcpListener::bind(address).await.map_err(failed)?;
+        let address = listener.local_addr().map_err(failed)?;
+        let (out, events) = mpsc::channel(EVENTS);
+        let sender = GuardedSender {
+            connections: Arc::default(),
+        };
+        let stop = CancellationToken::new();
+        let tasks = TaskTracker::new();
+        let guard = Arc::new(Guard {
+            address,
+            slots: Arc::new(Semaphore::new(limits.connections)),
+            limits,
+            connections: sender.connections.clone(),
+            out,
+            log: Mutex::default(),
+        });
+        let accept = accept(guard, listener, numbers, tasks.clone(), stop.clone());
+        tasks.spawn(stop.clone().run_until_cancelled_owned(accept));
+        Ok(Self {
+            address,
+            events,
+            sender,
+            tasks,
+            _stop: stop.drop_guard(),
+        })
+    }
+
+    /// The address, with the port that was taken.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// For answers.
+    pub fn sender(&self) -> GuardedSender {
+        self.sender.clone()
+    }
+
+    /// The next event. Cancel-safe. `None` never comes while this exists.
+    pub async fn recv(&mut self) -> Option<GuardEvent> {
+        self.events.recv().await
+    }
+
+    /// Closes the port and all connections, and waits until they are.
+    pub async fn close(self) {
+        let Self {
+            tasks,
+            _stop,
+            events,
+            ..
+        } = self;
+        drop(events);
+        drop(_stop);
+        tasks.close();
+        tasks.wait().await;
+    }
+}
+
+/// Gives out connection numbers.
+#[derive(Clone, Debug, Default)]
+pub struct Numbers(Arc<std::sync::atomic::AtomicU64>);
+
+impl Numbers {
+    fn next(&self) -> u64 {
+        self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
+    }
+}
+
+struct Guard {
+    address: SocketAddr,
+    limits: GuardLimits,
+    slots: Arc<Semaphore>,
+    connections: Arc<Mutex<BTreeMap<u64, mpsc::Sender<Frames>>>>,
+    out: mpsc::Sender<GuardEvent>,
+    /// When a peer address was last named in the log, and how often it was not since.
+    log: Mutex<BTreeMap<IpAddr, (Instant, u64)>>,
+}
+
+async fn accept(
+    guard: Arc<Guard>,
+    listener: TcpListener,
+    numbers: Numbers,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+) {
+    loop {
+        let (stream, from) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(listen.addr = %guard.address, %error, "cannot accept on the handshake port");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let Ok(slot) = guard.slots.clone().try_acquire_owned() else {
+            guard.complain(
+                from,
+                &format!(
+                    "more than {} connections are open, this one is closed",
+                    guard.limits.connections
+                ),
+            );
+            continue;
+        };
+        let number = numbers.next();
+        let guard = guard.clone();
+        let serve = async move {
+            if let Err(reason) = serve(&guard, stream, number).await {
+                guard.complain(from, &reason);
+            }
+            drop(slot);
+        };
+        tasks.spawn(stop.clone().run_until_cancelled_owned(serve));
+    }
+}
+
+/// One connection, from greeting to end. The error is for the log.
+async fn serve(guard: &Guard, mut stream: TcpStream, peer: u64) -> Result<(), String> {
+    let limits = &guard.limits;
+    let mut buffer = BytesMut::new();
+    let mut decoder = Decoder::with_limits(limits.message_bytes, limits.frames);
+    let opened = timeout(
+        limits.handshake,
+        open(&mut stream, &mut buffer, &mut decoder),
+    )
+    .await;
+    let identity = match opened {
+        Ok(Ok(Some(identity))) => identity,
+        // Somebody looked whether the port is open.
+        Ok(Ok(None)) => return Ok(()),
+        Ok(Err(reason)) => return Err(reason),
+        Err(_) => {
+            return Err(format!(
+                "expected a ZMTP greeting and a READY command within {:?}, it did not come",
+                limits.handshake
+            ));
+        }
+    };
+    let (outgoing, answers) = mpsc::channel(OUTGOING);
+    guard.connections.lock().insert(peer, outgoing);
+    let result = exchange(guard, stream, peer, &identity, buffer, decoder, answers).await;
+    guard.connections.lock().remove(&peer);
+    // The driver is alive as long as this task is.
+    let _ = guard.out.send(GuardEvent::Closed { peer }).await;
+    result
+}
+
+/// Greeting and READY in both directions; the peer's identity, or `None` if it closed the connection
+/// without a byte.
+async fn open(
+    stream: &mut TcpStream,
+    buffer: &mut BytesMut,
+    decoder: &mut Decoder,
+) -> Result<Option<Bytes>, String> {
+    let broken = |error: io::Error| format!("expected a ZMTP greeting: {error}");
+    stream.set_nodelay(true).map_err(broken)?;
+    stream
+        .write_all(&zmtp::greeting())
+        .await
+        .map_err(broken)?;
+    while buffer.len() < GREETING_LENGTH {
+        match stream.read_buf(buffer).await {
+            Ok(0) if buffer.is_empty() => return Ok(None),
+            Ok(0) => {
+                return Err(format!(
+                    "expected a ZMTP greeting of {GREETING_LENGTH} bytes, the connection closed after {}: {}",
+                    buffer.len(),
+                    printable(buffer)
+                ));
+            }
+            Ok(_) => {}
+            Err(error) if buffer.is_empty() => {
+                tracing::trace!(%error, "handshake connection closed before its greeting");
+                return Ok(None);
+            }
+            Err(error) => return Err(broken(error)),
+        }
+        if buffer[0] != 0xff || buffer.get(9).is_some_and(|byte| *byte != 0x7f) {
+            return Err(format!(
+                "expected a ZMTP greeting, got {}",
+                printable(buffer)
+            ));
+        }
+    }
+    let start = buffer.split_to(GREETING_LENGTH);
+    let greeting = <&[u8; GREETING_LENGTH]>::try_from(&start[..])
+        .map_err(|error| format!("greeting: {error}"))?;
+    zmtp::check_greeting(greeting)?;
+    stream
+        .write_all(&zmtp::ready("ROUTER", None))
+        .await
+        .map_err(|error| format!("sending READY: {error}"))?;
+    loop {
+        match decoder.decode(buffer) {
+            Ok(Some(Item::Command(command))) => {
+                zmtp::check_ready(&command, "DEALER")?;
+                let identity = zmtp::property(&command, "Identity").unwrap_or_default();
+                return Ok(Some(Bytes::copy_from_slice(identity)));
+            }
+            Ok(Some(Item::Message(_))) => {
+                return Err("expected a READY command, got a message".to_owned());
+            }
+            Ok(None) => {}
+            Err(error) => return Err(format!("expected a READY command, got {error}")),
+        }
+        match stream.read_buf(buffer).await {
+            Ok(0) => return Err("expected a READY command, the connection closed".to_owned()),
+            Ok(_) => {}
+            Err(error) => return Err(format!("expected a READY command: {error}")),
+        }
+    }
+}
+
+async fn exchange(
+    guard: &Guard,
+    stream: TcpStream,
+    peer: u64,
+    identity: &Bytes,
+    mut buffer: BytesMut,
+    mut decoder: Decoder,
+    mut answers: mpsc::Receiver<Frames>,
+) -> Result<(), String> {
+    let limits = &guard.limits;
+    let (mut reader, mut writer) = stream.into_split();
+    let mut messages = 0;
+    // Set while a part of a message is in.
+    let mut due: Option<Instant> = None;
+    loop {
+        if messages > limits.messages {
+            return Err(format!(
+                "expected at most {} messages on a handshake connection",
+                limits.messages
+            ));
+        }
+        match decoder.decode(&mut buffer) {
+            Ok(Some(Item::Message(frames))) => {
+                due = None;
+                messages += 1;
+                let event = GuardEvent::Message {
+                    peer,
+                    identity: identity.clone(),
+                    frames,
+                };
+                if guard.out.send(event).await.is_err() {
+                    return Ok(());
+                }
+                continue;
+            }
+            Ok(Some(Item::Command(_))) => {
+                due = None;
+                messages += 1;
+                continue;
+            }
+            Ok(None) => {}
+            Err(error) => return Err(format!("expected a handshake message, got {error}")),
+        }
+        if due.is_none() && (!buffer.is_empty() || decoder.is_inside()) {
+            due = Some(Instant::now() + limits.message);
+        }
+        let late = async {
+            match due {
+                Some(due) => tokio::time::sleep_until(due).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            read = reader.read_buf(&mut buffer) => match read {
+                Ok(0) | Err(_) if due.is_none() => return Ok(()),
+                Ok(0) => return Err("the connection closed inside a message".to_owned()),
+                Ok(_) => {}
+                Err(error) => return Err(format!("the connection broke inside a message: {error}")),
+            },
+            Some(frames) = answers.recv() => {
+                let mut bytes = BytesMut::new();
+                let last = frames.len().saturating_sub(1);
+                for (at, frame) in frames.iter().enumerate() {
+                    zmtp::encode_header(frame.len(), at < last, &mut bytes);
+                    bytes.extend_from_slice(frame);
+                }
+                match timeout(limits.message, writer.write_all(&bytes)).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => return Err(format!("sending to it: {error}")),
+                    Err(_) => return Err(format!("it does not read for {:?}", limits.message)),
+                }
+            }
+            () = late => {
+                return Err(format!(
+                    "expected the rest of a message within {:?}, it did not come",
+                    limits.message
+                ));
+            }
+        }
+    }
+}
+
+impl Guard {
+    /// Logs a rejected connection, once per peer address and interval.
+    fn complain(&self, from: SocketAddr, reason: &str) {
+        let now = Instant::now();
+        let suppressed = {
+            let mut log = self.log.lock();
+            if log.len() >= REMEMBERED {
+                log.retain(|_, (at, _)| now.duration_since(*at) < self.limits.log_interval);
+            }
+            let full = log.len() >= REMEMBERED;
+            match log.get_mut(&from.ip()) {
+                Some((at, count)) if now.duration_since(*at) < self.limits.log_interval => {
+                    *count += 1;
+                    return;
+                }
+                Some((at, count)) => {
+                    *at = now;
+                    std::mem::take(count)
+                }
+                None if full => return,
+                None => {
+                    log.insert(from.ip(), (now, 0));
+                    0
+                }
+            }
+        };
+        tracing::warn!(
+            listen.addr = %self.address,
+            client.addr = %from,
+            suppressed,
+            "handshake connection closed: {reason}"
+        );
+    }
+}
+
+/// The first bytes, readable.
+fn printable(bytes: &[u8]) -> String {
+    let start: String = bytes
+        .iter()
+        .take(24)
+        .flat_map(|byte| std::ascii::escape_default(*byte))
+        .map(char::from)
+        .collect();
+    let more = if bytes.len() > 24 { ".." } else { "" };
+    format!("\"{start}\"{more}")
+}
