@@ -288,10 +288,7 @@ async fn open(
 ) -> Result<Option<Bytes>, String> {
     let broken = |error: io::Error| format!("expected a ZMTP greeting: {error}");
     stream.set_nodelay(true).map_err(broken)?;
-    stream
-        .write_all(&zmtp::greeting())
-        .await
-        .map_err(broken)?;
+    stream.write_all(&zmtp::greeting()).await.map_err(broken)?;
     while buffer.len() < GREETING_LENGTH {
         match stream.read_buf(buffer).await {
             Ok(0) if buffer.is_empty() => return Ok(None),

@@ -205,7 +205,10 @@ impl Decoder {
                 return Ok(Some(Item::Command(body)));
             }
             if self.frames.len() == self.frame_count_limit {
-                return Err(invalid(format!("more than {} frames", self.frame_count_limit)));
+                return Err(invalid(format!(
+                    "more than {} frames",
+                    self.frame_count_limit
+                )));
             }
             self.size += length;
             self.frames.push(body);

@@ -600,7 +600,10 @@ impl Attachment {
         let size = self.size();
         match &mut self.phase {
             Phase::Connecting(_) => {
-                self.lost(now, format!("handshake connection of rank {rank}: {reason}"));
+                self.lost(
+                    now,
+                    format!("handshake connection of rank {rank}: {reason}"),
+                );
             }
             Phase::Hello(asked) => {
                 let asked = *asked;
