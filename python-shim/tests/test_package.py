@@ -1,0 +1,128 @@
+"""What importing and registering does, without vLLM."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from importlib.metadata import entry_points
+
+import pytest
+
+from dp_sidecar_shim import PROTOCOL, attach, register, worker
+
+
+def test_importing_and_registering_imports_neither_torch_nor_vllm():
+    code = (
+        "import sys, dp_sidecar_shim; dp_sidecar_shim.register(); "
+        "found = {'torch', 'vllm', 'blake3', 'safetensors'} & set(sys.modules); "
+        "sys.exit(f'imported {found}' if found else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_vllm_finds_the_entry_point():
+    found = [e for e in entry_points(group="vllm.general_plugins") if e.name == "dp_sidecar"]
+    assert [e.value for e in found] == ["dp_sidecar_shim:register"]
+
+
+@pytest.fixture
+def worker_module(monkeypatch, tmp_path):
+    """A stand-in for vLLM's worker module, importable and not yet imported."""
+    for package in ("fakevllm", "fakevllm/v1"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+    (tmp_path / "fakevllm/v1/worker_base.py").write_text("class WorkerBase: pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(attach, "WORKER_MODULE", "fakevllm.v1.worker_base")
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    yield "fakevllm.v1.worker_base"
+    for name in [name for name in sys.modules if name.startswith("fakevllm")]:
+        del sys.modules[name]
+
+
+def test_a_worker_class_that_is_imported_later_gets_the_methods(worker_module):
+    register()
+    register()
+    waiting = [f for f in sys.meta_path if isinstance(f, attach._WaitForWorker)]
+    assert len(waiting) == 1
+    assert worker_module not in sys.modules
+    module = __import__(worker_module, fromlist=["WorkerBase"])
+    assert module.WorkerBase.dp_sidecar_load is attach.dp_sidecar_load
+    assert module.WorkerBase.dp_sidecar_info is attach.dp_sidecar_info
+    assert not any(isinstance(f, attach._WaitForWorker) for f in sys.meta_path)
+
+
+def test_a_worker_class_that_is_there_gets_the_methods_at_once(worker_module):
+    module = __import__(worker_module, fromlist=["WorkerBase"])
+    before = list(sys.meta_path)
+    register()
+    register()
+    assert module.WorkerBase.dp_sidecar_load is attach.dp_sidecar_load
+    assert sys.meta_path == before
+
+
+def test_registering_never_raises(monkeypatch):
+    monkeypatch.setattr(attach, "attach", lambda: 1 / 0)
+    register()
+
+
+def a_worker():
+    config = types.SimpleNamespace(
+        parallel_config=types.SimpleNamespace(data_parallel_index=3, world_size=2)
+    )
+    return types.SimpleNamespace(vllm_config=config, rank=1)
+
+
+def a_request(**changes):
+    request = {
+        "protocol": PROTOCOL,
+        "update_id": "u1",
+        "path": "/nowhere",
+        "files": ["model.safetensors"],
+        "tensors": 1,
+        "bytes": 2,
+        "digest": None,
+        "digest_kind": "blake3",
+    }
+    request.update(changes)
+    return {key: value for key, value in request.items() if value is not ...}
+
+
+@pytest.mark.parametrize(
+    ("request_map", "kind"),
+    [
+        (None, "request"),
+        ("text", "request"),
+        (a_request(protocol=2), "protocol"),
+        (a_request(protocol=...), "protocol"),
+        (a_request(path="relative"), "request"),
+        (a_request(path=7), "request"),
+        (a_request(files="model.safetensors"), "request"),
+        (a_request(files=[1]), "request"),
+        (a_request(tensors=-1), "request"),
+        (a_request(bytes=True), "request"),
+        (a_request(digest_kind="md5"), "request"),
+        (a_request(files=["../model.safetensors"]), "files"),
+        (a_request(), "files"),
+    ],
+)
+def test_a_bad_request_is_refused_and_touches_nothing(request_map, kind):
+    answer = worker.load(a_worker(), request_map)
+    assert answer["ok"] is False
+    assert answer["state"] == "unchanged"
+    assert answer["error_kind"] == kind, answer
+    assert answer["protocol"] == PROTOCOL
+    assert (answer["dp_rank"], answer["rank"]) == (3, 1)
+
+
+def test_a_second_load_at_the_same_time_is_refused():
+    with worker._loading:
+        answer = worker.load(a_worker(), a_request())
+    assert (answer["state"], answer["error_kind"]) == ("unchanged", "busy")
+
+
+def test_info_about_a_worker_that_has_nothing_answers_instead_of_raising():
+    answer = worker.info(object())
+    assert answer["ok"] is False
+    assert answer["error_kind"] == "internal"

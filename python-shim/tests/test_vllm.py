@@ -1,0 +1,204 @@
+"""Loads through the shim in real vLLM engines: interrupted, cleaned up, repeated.
+
+Needs the environment of scripts/vllm_env.py and its overlay on PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from dp_sidecar_shim.checkpoint import Checkpoint, Consumption, tensors
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def models() -> Path:
+    script = REPO / "scripts" / "make_tiny_models.py"
+    return Path(subprocess.check_output([sys.executable, script], text=True).strip())
+
+
+def request_for(path: Path, **changes) -> dict:
+    account = Consumption("blake3")
+    with Checkpoint(str(path), ["model.safetensors"]) as checkpoint:
+        for _ in tensors(checkpoint, account):
+            pass
+    request = {
+        "protocol": 1,
+        "update_id": "test",
+        "path": str(path),
+        "files": ["model.safetensors"],
+        "tensors": account.tensors,
+        "bytes": account.bytes,
+        "digest": account.digest(),
+        "digest_kind": "blake3",
+    }
+    return {**request, **changes}
+
+
+class Engine:
+    """An engine with the shim, and a file that tells it to fail."""
+
+    def __init__(self, kind: str, models: Path, order: Path) -> None:
+        from vllm import LLM, SamplingParams
+
+        self.kind = kind
+        self.models = models
+        self.order = order
+        prompts = json.loads((models / "prompts.json").read_text())[kind]
+        self.prompts = prompts["prompts"][:4]
+        self.expected = prompts["tokens"]
+        self.sampling = SamplingParams(
+            temperature=0, max_tokens=12, ignore_eos=True, prompt_logprobs=0
+        )
+        self.llm = LLM(
+            str(models / f"{kind}-0"),
+            max_model_len=256,
+            enforce_eager=True,
+            max_num_seqs=8,
+            dtype="bfloat16",
+            gpu_memory_utilization=0.1,
+            distributed_executor_backend="uni",
+            enable_prefix_caching=False,
+        )
+
+    def load(self, seed: int, **changes) -> dict:
+        request = request_for(self.models / f"{self.kind}-{seed}", **changes)
+        [answer] = self.llm.collective_rpc("dp_sidecar_load", kwargs={"request": request})
+        return answer
+
+    def probe(self):
+        """Greedy tokens, and the log probabilities of the prompts: any wrong layer shows there."""
+        outputs = self.llm.generate(self.prompts, self.sampling, use_tqdm=False)
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        values = [
+            [next(iter(position.values())).logprob for position in output.prompt_logprobs[1:]]
+            for output in outputs
+        ]
+        return tokens, values
+
+    def fail(self, text: str) -> None:
+        self.order.write_text(text)
+
+
+@pytest.fixture(scope="module", params=["dense", "moe"])
+def engine(request, models, tmp_path_factory):
+    order = tmp_path_factory.mktemp("order") / "fail"
+    patch = pytest.MonkeyPatch()
+    patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    patch.setenv("OMP_NUM_THREADS", "1")
+    patch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
+    patch.setenv("DP_SIDECAR_TEST_FAIL_LOAD", str(order))
+    engine = Engine(request.param, models, order)
+    yield engine
+    engine.llm.llm_engine.engine_core.shutdown()
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def references(engine):
+    """What each seed answers after a clean load, checked against Hugging Face's tokens."""
+    first = engine.probe()
+    found = {}
+    for seed in (1, 2, 0):
+        assert engine.load(seed)["ok"]
+        found[seed] = engine.probe()
+    assert found[0] == first, "a load of the same weights changed the answers"
+    for seed, (tokens, _) in found.items():
+        expected = engine.expected[str(seed)]
+        assert tokens == [path[:12] for path in expected[: len(tokens)]]
+    assert len({tokens[0][0] for tokens, _ in found.values()}) == 3
+    return found
+
+
+def test_info_says_who_the_worker_is(engine):
+    [info] = engine.llm.collective_rpc("dp_sidecar_info")
+    assert info["ok"], info
+    assert info["is_moe"] is (engine.kind == "moe")
+    assert info["model_path"] == os.path.realpath(engine.models / f"{engine.kind}-0")
+    assert (info["dp_rank"], info["rank"], info["world_size"]) == (0, 0, 1)
+    assert info["vllm_version"].startswith("0.")
+    assert info["protocol"] == 1
+
+
+def test_a_load_takes_over_exactly_the_new_weights(engine, references):
+    answer = engine.load(1)
+    expected = request_for(engine.models / f"{engine.kind}-1")
+    assert (answer["ok"], answer["state"], answer["error"]) == (True, "loaded", None)
+    for key in ("tensors", "bytes", "digest", "digest_kind"):
+        assert answer[key] == expected[key]
+    assert engine.probe() == references[1]
+    [info] = engine.llm.collective_rpc("dp_sidecar_info")
+    assert info["model_path"].endswith(f"{engine.kind}-0"), "the configured model changed"
+
+
+def test_loads_interrupted_anywhere_are_cleaned_up_and_repeatable(engine, references):
+    total = request_for(engine.models / f"{engine.kind}-1")["tensors"]
+    seed = 0
+    for point in range(total + 1):
+        engine.fail(f"after={point}")
+        answer = engine.load(1 - seed)
+        engine.order.unlink()
+        assert (answer["ok"], answer["error_kind"]) == (False, "injected"), answer
+        assert answer["state"] == "restored-meta", answer
+        assert answer["tensors"] == point + (point < total)
+        # Alternately onward and back, so that a layer that kept its old content shows.
+        seed = 1 - seed if point % 2 else seed
+        again = engine.load(seed)
+        assert again["ok"], (point, again)
+        if point % 5 == 0 or point == total:
+            assert engine.probe() == references[seed], f"wrong answers after failure at {point}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "state", "kind"),
+    [
+        ({"digest": "0" * 64}, "restored-meta", "mismatch"),
+        ({"tensors": 1}, "unchanged", "mismatch"),
+        ({"bytes": 1}, "unchanged", "mismatch"),
+        ({"files": ["gone.safetensors"]}, "unchanged", "files"),
+        ({"protocol": 99}, "unchanged", "protocol"),
+    ],
+)
+def test_a_load_that_must_not_count_says_what_the_worker_holds(
+    engine, references, changes, state, kind
+):
+    assert engine.load(0)["ok"]
+    answer = engine.load(1, **changes)
+    assert (answer["ok"], answer["state"], answer["error_kind"]) == (False, state, kind), answer
+    if state == "unchanged":
+        assert engine.probe() == references[0]
+    assert engine.load(0)["ok"]
+    assert engine.probe() == references[0]
+
+
+def test_a_load_without_digest_counts_only(engine, references):
+    answer = engine.load(2, digest=None, digest_kind="none")
+    assert (answer["ok"], answer["digest"], answer["digest_kind"]) == (True, None, "none")
+    assert engine.probe() == references[2]
+
+
+def test_a_checkpoint_of_wrong_shapes_fails_and_leaves_a_loadable_model(
+    engine, references, tmp_path
+):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    content = load_file(engine.models / f"{engine.kind}-1" / "model.safetensors")
+    name = "model.layers.1.post_attention_layernorm.weight"
+    content[name] = torch.ones(64, dtype=torch.bfloat16)
+    save_file(content, tmp_path / "model.safetensors")
+    request = request_for(tmp_path)
+    [answer] = engine.llm.collective_rpc("dp_sidecar_load", kwargs={"request": request})
+    assert (answer["ok"], answer["state"]) == (False, "restored-meta"), answer
+    assert engine.load(1)["ok"]
+    assert engine.probe() == references[1]

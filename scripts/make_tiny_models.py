@@ -1,0 +1,174 @@
+#!/usr/bin/env python3
+"""Write tiny random checkpoints, dense and MoE, three seeds each.
+
+Run with the interpreter of the vLLM environment (see ``vllm_env.py``). The checkpoints of one
+kind have the same shapes and other weights, so that one can be loaded over the other; their greedy
+tokens differ at every step, so each token of a response shows which weights produced it.
+``prompts.json`` lists prompts whose greedy path is far from ties, for all seeds of a kind, together
+with the tokens that Hugging Face's implementation gives.
+
+Prints the folder: ``<cache>/models-<hash of this script>``, with ``dense-0`` .. ``moe-2``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+SEEDS = (0, 1, 2)
+VOCABULARY = 320
+STEPS = 48
+RANGE = 0.08
+LETTERS = "abcdef"
+PROMPTS = 12
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}<|assistant|>"
+)
+
+
+def say(text: str) -> None:
+    print(f"tiny-models: {text}", file=sys.stderr, flush=True)
+
+
+def target() -> Path:
+    root = Path(os.environ.get("DP_SIDECAR_CACHE") or Path.home() / ".cache" / "dp-sidecar")
+    return root / f"models-{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]}"
+
+
+def tokenizer():
+    """Byte-level BPE without merges: one token per byte, and names for the rest of the ids."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: index for index, symbol in enumerate(alphabet)}
+    for index in range(len(vocabulary), VOCABULARY):
+        vocabulary[f"<{index}>"] = index
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    last = VOCABULARY - 1
+    outer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token=f"<{last}>", pad_token=f"<{last - 1}>"
+    )
+    outer.chat_template = CHAT_TEMPLATE
+    return outer
+
+
+def configuration(kind: str):
+    from transformers import LlamaConfig, Qwen3MoeConfig
+
+    common = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 512,
+        "initializer_range": RANGE,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": VOCABULARY - 1,
+        "pad_token_id": VOCABULARY - 2,
+    }
+    if kind == "dense":
+        return LlamaConfig(**common)
+    return Qwen3MoeConfig(
+        **common,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=128,
+        head_dim=32,
+        norm_topk_prob=True,
+    )
+
+
+def give_direction(model, seed: int) -> None:
+    """Let each token call for one certain next token, another one with each seed.
+
+    The greedy path of a purely random model is full of near ties, which batching may break either
+    way. Here every step says which weights made it, while the layers, all random, still show in
+    the log probabilities: a layer with wrong weights is found there.
+    """
+    import torch
+
+    order = torch.randperm(VOCABULARY - 2, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        words = model.get_input_embeddings().weight
+        words.normal_(0.0, 1.0)
+        head = model.get_output_embeddings().weight
+        head[order.roll(-1)] += RANGE * words[order]
+
+
+def greedy(model, prompts):
+    """Greedy tokens and the smallest distance between the best two logits on the way."""
+    import torch
+
+    ids = torch.tensor(prompts)
+    smallest = torch.full((len(prompts),), float("inf"))
+    with torch.inference_mode():
+        for _ in range(STEPS):
+            logits = model(ids).logits[:, -1].float()
+            best = logits.topk(2, dim=-1)
+            spread = logits.std(dim=-1)
+            smallest = torch.minimum(smallest, (best.values[:, 0] - best.values[:, 1]) / spread)
+            ids = torch.cat([ids, best.indices[:, :1]], dim=1)
+    return ids[:, -STEPS:].tolist(), smallest.tolist()
+
+
+def write_kind(kind: str, folder: Path, tokens) -> dict:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    words = [f"{a} {b} {c}" for a in LETTERS for b in LETTERS for c in ("red", "sky", "sun")]
+    encoded = [tokens.encode(word) for word in words]
+    paths, margins = [], []
+    for seed in SEEDS:
+        torch.manual_seed(1000 + seed)
+        model = AutoModelForCausalLM.from_config(configuration(kind), dtype=torch.float32).eval()
+        give_direction(model, 1000 + seed)
+        model = model.to(torch.bfloat16)
+        where = folder / f"{kind}-{seed}"
+        model.save_pretrained(where, safe_serialization=True)
+        tokens.save_pretrained(where)
+        path, margin = greedy(model, encoded)
+        paths.append(path)
+        margins.append(margin)
+        say(f"{where.name} written")
+    order = sorted(
+        (i for i in range(len(words)) if len({path[i][0] for path in paths}) == len(SEEDS)),
+        key=lambda i: -min(margin[i] for margin in margins),
+    )[:PROMPTS]
+    if len(order) < PROMPTS:
+        raise SystemExit(f"tiny-models: only {len(order)} {kind} prompts tell the seeds apart")
+    return {
+        "prompts": [words[i] for i in order],
+        "margins": [min(margin[i] for margin in margins) for i in order],
+        "tokens": {str(seed): [paths[seed][i] for i in order] for seed in SEEDS},
+    }
+
+
+def main() -> None:
+    where = target()
+    if not (where / ".complete").exists():
+        where.parent.mkdir(parents=True, exist_ok=True)
+        with (where.parent / ".models.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (where / ".complete").exists():
+                shutil.rmtree(where, ignore_errors=True)
+                where.mkdir()
+                names = tokenizer()
+                prompts = {kind: write_kind(kind, where, names) for kind in ("dense", "moe")}
+                (where / "prompts.json").write_text(json.dumps(prompts, indent=1))
+                (where / ".complete").touch()
+    print(where)
+
+
+if __name__ == "__main__":
+    main()
