@@ -1,1 +1,69 @@
-//! (to be written)
+//! Exit codes of the `sidecar` program. They are part of its interface.
+
+/// Clean end, a requested stop included.
+pub const OK: u8 = 0;
+/// A fault of the sidecar itself.
+pub const INTERNAL: u8 = 1;
+/// Wrong usage or configuration.
+pub const USAGE: u8 = 2;
+/// A check before the start failed.
+pub const PREFLIGHT: u8 = 3;
+/// The ranks cannot be placed on the nodes (used by the planner).
+pub const NO_PLACEMENT: u8 = 4;
+/// Something took longer than its limit: start, shutdown, an answer.
+pub const TIMEOUT: u8 = 5;
+/// An engine or the supervised frontend ended or cannot be kept alive.
+pub const ENGINE_FAILED: u8 = 6;
+/// A fault of a peer, or the end of the lifeline, aborted the group.
+pub const PEER_OR_LIFELINE: u8 = 7;
+/// A port, address or state directory is in use.
+pub const IN_USE: u8 = 8;
+/// Nodes of one deployment are configured differently.
+pub const MISMATCH: u8 = 9;
+/// Update refused before any engine was touched: the directory is invalid or a precondition does
+/// not hold.
+pub const UPDATE_REFUSED: u8 = 10;
+/// Update failed; all engines are back at the previous weights.
+pub const UPDATE_ROLLED_BACK: u8 = 11;
+/// Update failed and at least one engine is fenced.
+pub const UPDATE_DEGRADED: u8 = 12;
+/// Another controller (a running update, a frontend's pause) holds the engines.
+pub const BUSY: u8 = 13;
+/// No sidecar answers on the admin socket.
+pub const NOT_RUNNING: u8 = 14;
+/// The sidecar runs but refused the command or failed to do it.
+pub const COMMAND_FAILED: u8 = 15;
+
+/// A signal forced the end.
+pub const fn signal(number: u8) -> u8 {
+    128 + number
+}
+
+/// All codes with their meaning, for `--help`.
+pub const TABLE: &[(u8, &str)] = &[
+    (OK, "clean end, a requested stop included"),
+    (INTERNAL, "fault of the sidecar itself"),
+    (USAGE, "wrong usage or configuration"),
+    (PREFLIGHT, "a check before the start failed"),
+    (NO_PLACEMENT, "ranks cannot be placed"),
+    (TIMEOUT, "something took longer than its limit"),
+    (
+        ENGINE_FAILED,
+        "an engine or the frontend cannot be kept alive",
+    ),
+    (PEER_OR_LIFELINE, "a peer or the lifeline ended the group"),
+    (IN_USE, "port, address or state directory in use"),
+    (MISMATCH, "nodes are configured differently"),
+    (UPDATE_REFUSED, "update refused, no engine was touched"),
+    (
+        UPDATE_ROLLED_BACK,
+        "update failed, all engines hold the previous weights",
+    ),
+    (
+        UPDATE_DEGRADED,
+        "update failed, at least one engine is fenced",
+    ),
+    (BUSY, "another controller holds the engines"),
+    (NOT_RUNNING, "no sidecar answers"),
+    (COMMAND_FAILED, "the sidecar refused the command"),
+];

@@ -1,12 +1,38 @@
-//! The sidecar's side of the keeper socket.
+//! The sidecar's side of the keeper socket: a handle for the tasks, and one task that owns the
+//! connection and replaces a keeper that died.
 
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use thiserror::Error;
-use tokio::sync::mpsc;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::process::Child;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::timeout;
+use tokio_util::task::TaskTracker;
 
-use super::keeper::wire::{ChildInfo, KeeperEvent, SpawnSpec};
+use super::keeper::wire::{
+    self, Answer, ChildInfo, ExitReport, ExitStatus, FromKeeper, KeeperEvent, Request, SpawnSpec,
+    ToKeeper, millis,
+};
+use super::{launch, leftovers};
+
+/// Commands waiting for the client task.
+const COMMANDS: usize = 64;
+/// Events waiting for the node task.
+const EVENTS: usize = 256;
+/// Events waiting inside the client task; when there are more, the keeper is not read.
+const BACKLOG: usize = 1024;
+/// How long the keeper may take for a simple answer.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// How much longer than its grace a stop of everything may take, per stage.
+const SHUTDOWN_MARGIN: Duration = Duration::from_secs(15);
+/// Stages of a shutdown at most: frontend, engines, and one to spare.
+const SHUTDOWN_STAGES: u32 = 3;
+/// How long writing a request may take.
+const WRITE_LIMIT: Duration = Duration::from_secs(5);
 
 /// How to find or start the keeper.
 #[derive(Clone, Debug)]
@@ -15,11 +41,15 @@ pub struct KeeperOptions {
     pub state_dir: PathBuf,
     /// The `sidecar` binary.
     pub exe: PathBuf,
+    /// Marks all processes of this state directory.
+    pub run_id: String,
     /// How long the keeper keeps everything running without an owner.
     pub orphan_grace: Duration,
     /// Grace between SIGTERM and SIGKILL when leftovers are removed, and when the keeper stops
     /// everything on its own.
     pub kill_grace: Duration,
+    /// Joins the client's task.
+    pub tasks: TaskTracker,
 }
 
 /// Something is wrong with the keeper, or it refused.
@@ -57,49 +87,456 @@ pub enum KeeperError {
     },
 }
 
-/// Handle of the keeper client. Cheap to clone.
+#[derive(Debug)]
+struct Ask {
+    request: Request,
+    reply: oneshot::Sender<Answer>,
+}
+
+/// Handle of the keeper client. Cheap to clone. When the last one is dropped the connection closes,
+/// and the keeper waits out its orphan grace.
 #[derive(Clone, Debug)]
-pub struct KeeperClient {}
+pub struct KeeperClient {
+    asks: mpsc::Sender<Ask>,
+    pid: watch::Receiver<Option<u32>>,
+}
 
 impl KeeperClient {
     /// Connects to the keeper of the state directory, or starts one after removing what an earlier
-    /// one left behind. Children that a living keeper still has are stopped first. Events come on
-    /// the returned channel; read it always.
+    /// one left behind. Children that a living keeper still has are stopped first, within the kill
+    /// grace. Events come on the returned channel; read it always.
     pub async fn connect_or_start(
         options: KeeperOptions,
     ) -> Result<(Self, mpsc::Receiver<KeeperEvent>), KeeperError> {
-        let _ = options;
-        Err(KeeperError::Gone {
-            what: "not written yet".to_owned(),
-        })
+        let (ask_sender, asks) = mpsc::channel(COMMANDS);
+        let (event_sender, events) = mpsc::channel(EVENTS);
+        let (pid_sender, pid) = watch::channel(None);
+        let mut task = ClientTask {
+            options,
+            process: None,
+            children: BTreeMap::new(),
+            backlog: VecDeque::new(),
+            events: event_sender,
+            pid: pid_sender,
+            next_seq: 0,
+        };
+        task.retire_old_keeper().await?;
+        let link = task.start_keeper(BTreeSet::new()).await?;
+        let tasks = task.options.tasks.clone();
+        tasks.spawn(task.run(link, asks));
+        Ok((
+            Self {
+                asks: ask_sender,
+                pid,
+            },
+            events,
+        ))
     }
 
-    /// Pid of the keeper.
+    /// Pid of the keeper; `None` while there is none.
     pub fn pid(&self) -> Option<u32> {
-        None
+        *self.pid.borrow()
     }
 
     /// Starts a child; returns the pid of its main process.
     pub async fn spawn(&self, spec: SpawnSpec) -> Result<u32, KeeperError> {
-        let _ = spec;
-        Ok(0)
+        let what = format!("start of {}", spec.name);
+        match self
+            .ask(&what, ANSWER_LIMIT, Request::Spawn { spec })
+            .await?
+        {
+            Answer::Spawned { pid } => Ok(pid),
+            other => Err(unexpected(&what, &other)),
+        }
     }
 
     /// Asks for a child's end: SIGTERM, after `grace` SIGKILL to all of it. Returns when the keeper
     /// has accepted; the end comes as [`KeeperEvent::Exited`].
     pub async fn stop(&self, name: &str, grace: Duration) -> Result<(), KeeperError> {
-        let _ = (name, grace);
-        Ok(())
+        let what = format!("stop of {name}");
+        let request = Request::Stop {
+            name: name.to_owned(),
+            grace_ms: millis(grace),
+        };
+        match self.ask(&what, ANSWER_LIMIT, request).await? {
+            Answer::Done => Ok(()),
+            other => Err(unexpected(&what, &other)),
+        }
     }
 
     /// Living children.
     pub async fn list(&self) -> Result<Vec<ChildInfo>, KeeperError> {
-        Ok(Vec::new())
+        match self.ask("list", ANSWER_LIMIT, Request::List).await? {
+            Answer::Children { children } => Ok(children),
+            other => Err(unexpected("list", &other)),
+        }
     }
 
-    /// Stops all children in their order and ends the keeper. Returns when all are gone.
+    /// Stops all children in their order, each stage within `grace`, and ends the keeper. Returns
+    /// when all are gone.
     pub async fn shutdown(&self, grace: Duration) -> Result<(), KeeperError> {
-        let _ = grace;
-        Ok(())
+        let limit = (grace + SHUTDOWN_MARGIN) * SHUTDOWN_STAGES;
+        let request = Request::Shutdown {
+            grace_ms: millis(grace),
+        };
+        match self.ask("shutdown", limit, request).await? {
+            Answer::Done => Ok(()),
+            other => Err(unexpected("shutdown", &other)),
+        }
+    }
+
+    async fn ask(
+        &self,
+        what: &str,
+        limit: Duration,
+        request: Request,
+    ) -> Result<Answer, KeeperError> {
+        let gone = || KeeperError::Gone {
+            what: what.to_owned(),
+        };
+        let exchange = async {
+            let (reply, answer) = oneshot::channel();
+            self.asks
+                .send(Ask { request, reply })
+                .await
+                .map_err(|_| gone())?;
+            answer.await.map_err(|_| gone())
+        };
+        match timeout(limit, exchange).await {
+            Ok(Ok(Answer::Failed { error })) => Err(KeeperError::Refused {
+                what: what.to_owned(),
+                detail: error,
+            }),
+            Ok(answer) => answer,
+            Err(_) => Err(KeeperError::Deadline {
+                what: what.to_owned(),
+                limit,
+            }),
+        }
+    }
+}
+
+fn unexpected(what: &str, answer: &Answer) -> KeeperError {
+    KeeperError::Refused {
+        what: what.to_owned(),
+        detail: format!("unexpected answer {answer:?}"),
+    }
+}
+
+/// A connection to a keeper, and what waits for its answers.
+#[derive(Debug)]
+struct Link {
+    stream: UnixStream,
+    inbox: Vec<u8>,
+    pending: BTreeMap<u64, oneshot::Sender<Answer>>,
+    /// A shutdown was asked for: its end is expected.
+    ending: bool,
+}
+
+impl Link {
+    fn new(stream: UnixStream) -> Self {
+        Self {
+            stream,
+            inbox: Vec::new(),
+            pending: BTreeMap::new(),
+            ending: false,
+        }
+    }
+
+    async fn send(&mut self, message: &ToKeeper) -> Result<(), String> {
+        let frame = wire::encode(message).map_err(|error| error.to_string())?;
+        match timeout(WRITE_LIMIT, self.stream.write_all(&frame)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(format!("write: {error}")),
+            Err(_) => Err(format!("it has not read for {WRITE_LIMIT:?}")),
+        }
+    }
+
+    /// The next message. Cancel safe: bytes that were read stay in the inbox.
+    async fn receive(&mut self) -> Result<FromKeeper, String> {
+        loop {
+            match wire::decode(&mut self.inbox) {
+                Ok(Some(message)) => return Ok(message),
+                Ok(None) => {}
+                Err(error) => return Err(error.to_string()),
+            }
+            match self.stream.read_buf(&mut self.inbox).await {
+                Ok(0) => return Err("connection closed".to_owned()),
+                Ok(_) => {}
+                Err(error) => return Err(format!("read: {error}")),
+            }
+        }
+    }
+
+    /// Sends a request and waits for its answer; events that come meanwhile are dropped. Only for
+    /// the time before the link is in use.
+    async fn exchange(&mut self, request: Request, limit: Duration) -> Result<Answer, String> {
+        let exchange = async {
+            self.send(&ToKeeper { seq: 0, request }).await?;
+            loop {
+                if let FromKeeper::Answer { answer, .. } = self.receive().await? {
+                    return Ok(answer);
+                }
+            }
+        };
+        timeout(limit, exchange)
+            .await
+            .unwrap_or_else(|_| Err(format!("no answer within {limit:?}")))
+    }
+}
+
+/// A child the client knows of, for the time when its keeper is dead.
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    incarnation: u64,
+    pid: u32,
+}
+
+#[derive(Debug)]
+struct ClientTask {
+    options: KeeperOptions,
+    /// The keeper, if we started it: it must be reaped.
+    process: Option<Child>,
+    children: BTreeMap<String, Known>,
+    backlog: VecDeque<KeeperEvent>,
+    events: mpsc::Sender<KeeperEvent>,
+    pid: watch::Sender<Option<u32>>,
+    next_seq: u64,
+}
+
+impl ClientTask {
+    /// Ends a keeper of an earlier sidecar together with its children. Taking over its running
+    /// engines would be possible here: it tells what it has.
+    async fn retire_old_keeper(&self) -> Result<(), KeeperError> {
+        let options = &self.options;
+        if let Some(stream) = launch::connect(&options.state_dir).await {
+            let mut link = Link::new(stream);
+            let limit = (options.kill_grace + SHUTDOWN_MARGIN) * SHUTDOWN_STAGES;
+            tracing::info!("a keeper of an earlier sidecar is told to stop everything");
+            let own = link.exchange(Request::Own, ANSWER_LIMIT).await;
+            let ended = match own {
+                Ok(_) => {
+                    let request = Request::Shutdown {
+                        grace_ms: millis(options.kill_grace),
+                    };
+                    link.exchange(request, limit).await
+                }
+                Err(error) => Err(error),
+            };
+            match ended {
+                // It closes the connection when it really ends; then its socket is free.
+                Ok(_) => {
+                    let end = async { while link.receive().await.is_ok() {} };
+                    let _ = timeout(ANSWER_LIMIT, end).await;
+                }
+                Err(error) => tracing::warn!(error, "the old keeper does not obey"),
+            }
+        }
+        match launch::kill_unresponsive(&options.state_dir).await {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(KeeperError::Start {
+                state_dir: options.state_dir.clone(),
+                detail: "the old keeper cannot be killed".to_owned(),
+            }),
+            Err(error) => Err(KeeperError::Start {
+                state_dir: options.state_dir.clone(),
+                detail: format!("the old keeper's pid file: {error}"),
+            }),
+        }
+    }
+
+    /// Removes what a dead keeper left behind and starts a new one.
+    async fn start_keeper(&mut self, sessions: BTreeSet<i32>) -> Result<Link, KeeperError> {
+        let options = &self.options;
+        let failed = |detail: String| KeeperError::Start {
+            state_dir: options.state_dir.clone(),
+            detail,
+        };
+        let removed = leftovers::remove(&options.run_id, sessions, options.kill_grace)
+            .await
+            .map_err(|error| failed(format!("search for leftovers: {error}")))?;
+        if removed.found > 0 {
+            tracing::warn!(
+                found = removed.found,
+                killed = removed.killed,
+                left = ?removed.left,
+                "leftovers of an earlier keeper removed"
+            );
+        }
+        if !removed.left.is_empty() {
+            return Err(failed(format!(
+                "processes {:?} of an earlier run cannot be ended",
+                removed.left
+            )));
+        }
+        let (process, stream) = launch::start(options, &options.run_id).await?;
+        let mut link = Link::new(stream);
+        match link.exchange(Request::Own, ANSWER_LIMIT).await {
+            Ok(Answer::Keeper { pid, run_id }) if run_id == options.run_id => {
+                self.process = Some(process);
+                self.pid.send_replace(Some(pid));
+                Ok(link)
+            }
+            Ok(other) => Err(failed(format!("unexpected introduction {other:?}"))),
+            Err(error) => Err(failed(format!("introduction: {error}"))),
+        }
+    }
+
+    async fn run(mut self, mut link: Link, mut asks: mpsc::Receiver<Ask>) {
+        loop {
+            let problem = self.serve(&mut link, &mut asks).await;
+            link.pending.clear();
+            self.pid.send_replace(None);
+            self.reap().await;
+            let Some(problem) = problem else {
+                self.deliver_all().await;
+                return;
+            };
+            tracing::error!(problem, "the keeper is lost; everything it had is stopped");
+            drop(link);
+            match self.replace().await {
+                Ok(new) => link = new,
+                Err(error) => {
+                    tracing::error!(%error, "no new keeper");
+                    let error = error.to_string();
+                    self.backlog.push_back(KeeperEvent::Failed { error });
+                    self.deliver_all().await;
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Serves until the keeper is lost (with the problem), or not needed any more (`None`).
+    async fn serve(&mut self, link: &mut Link, asks: &mut mpsc::Receiver<Ask>) -> Option<String> {
+        loop {
+            let room = self.backlog.len() < BACKLOG;
+            let events = self.events.clone();
+            tokio::select! {
+                ask = asks.recv() => match ask {
+                    Some(ask) => {
+                        if let Err(problem) = self.forward(link, ask).await {
+                            return Some(problem);
+                        }
+                    }
+                    // Nobody holds a handle any more: the keeper goes on without an owner.
+                    None => return None,
+                },
+                message = link.receive(), if room => match message {
+                    Ok(message) => self.take(link, message),
+                    Err(_) if link.ending => return None,
+                    Err(problem) => return Some(problem),
+                },
+                permit = events.reserve(), if !self.backlog.is_empty() => {
+                    match (permit, self.backlog.pop_front()) {
+                        (Ok(permit), Some(event)) => permit.send(event),
+                        // Nobody listens: events are dropped, commands still work.
+                        _ => self.backlog.clear(),
+                    }
+                }
+            }
+        }
+    }
+
+    async fn forward(&mut self, link: &mut Link, ask: Ask) -> Result<(), String> {
+        self.next_seq += 1;
+        link.ending |= matches!(ask.request, Request::Shutdown { .. });
+        link.pending.insert(self.next_seq, ask.reply);
+        link.send(&ToKeeper {
+            seq: self.next_seq,
+            request: ask.request,
+        })
+        .await
+    }
+
+    fn take(&mut self, link: &mut Link, message: FromKeeper) {
+        match message {
+            FromKeeper::Answer { seq, answer } => {
+                if let Some(reply) = link.pending.remove(&seq) {
+                    // The asker may have given up.
+                    let _ = reply.send(answer);
+                }
+            }
+            FromKeeper::Event { event } => {
+                match &event {
+                    KeeperEvent::Spawned {
+                        name,
+                        incarnation,
+                        pid,
+                    } => {
+                        let known = Known {
+                            incarnation: *incarnation,
+                            pid: *pid,
+                        };
+                        self.children.insert(name.clone(), known);
+                    }
+                    KeeperEvent::Exited(report) => {
+                        self.children.remove(&report.name);
+                    }
+                    KeeperEvent::Replaced { .. } | KeeperEvent::Failed { .. } => {}
+                }
+                self.backlog.push_back(event);
+            }
+        }
+    }
+
+    /// After the death of a keeper: everything it had is stopped, reported as ended, and a new one
+    /// is started.
+    async fn replace(&mut self) -> Result<Link, KeeperError> {
+        // It may be alive but unreachable (it closed the connection, or does not read).
+        launch::kill_unresponsive(&self.options.state_dir)
+            .await
+            .map_err(|error| KeeperError::Start {
+                state_dir: self.options.state_dir.clone(),
+                detail: format!("the old keeper's pid file: {error}"),
+            })?;
+        let sessions = self
+            .children
+            .values()
+            .filter_map(|child| i32::try_from(child.pid).ok())
+            .collect();
+        let started = self.start_keeper(sessions).await;
+        for (name, known) in std::mem::take(&mut self.children) {
+            let log = self
+                .options
+                .state_dir
+                .join(super::keeper::LOGS)
+                .join(format!("{name}.log"));
+            self.backlog.push_back(KeeperEvent::Exited(ExitReport {
+                name,
+                incarnation: known.incarnation,
+                pid: known.pid,
+                status: ExitStatus::Unknown,
+                requested: false,
+                last_lines: vec![format!("(its keeper died; see {})", log.display())],
+                strays_killed: 0,
+                left: Vec::new(),
+            }));
+        }
+        let link = started?;
+        if let Some(pid) = *self.pid.borrow() {
+            self.backlog.push_back(KeeperEvent::Replaced { pid });
+        }
+        Ok(link)
+    }
+
+    /// Takes the dead keeper's exit status, so that it is no zombie.
+    async fn reap(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            match timeout(Duration::from_secs(2), process.wait()).await {
+                Ok(Ok(status)) => tracing::debug!(%status, "the keeper ended"),
+                // It lives on without us; tokio reaps it if it ends while we still run.
+                _ => drop(process),
+            }
+        }
+    }
+
+    async fn deliver_all(&mut self) {
+        for event in self.backlog.drain(..) {
+            let sent = self.events.send_timeout(event, ANSWER_LIMIT).await;
+            if sent.is_err() {
+                return;
+            }
+        }
     }
 }

@@ -4,6 +4,8 @@
 pub mod client;
 pub mod command;
 pub mod keeper;
+mod launch;
+mod leftovers;
 pub mod procfs;
 
 pub use client::{KeeperClient, KeeperError, KeeperOptions};

@@ -1,1 +1,268 @@
-//! Processes as `/proc` shows them.
+//! Processes as `/proc` shows them: who is alive, who belongs to whom, and signals that cannot hit
+//! a process that got the pid of a dead one.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
+
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+use super::keeper::wire::{CHILD_MARKER, RUN_MARKER};
+
+/// A process, from `/proc/<pid>/stat`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Process {
+    /// Its pid.
+    pub pid: i32,
+    /// Its parent.
+    pub parent: i32,
+    /// Its process group.
+    pub group: i32,
+    /// Its session.
+    pub session: i32,
+    /// `R`, `S`, `Z` ...
+    pub state: u8,
+    /// Clock ticks from boot to its start; with the pid it names a process for good.
+    pub started: u64,
+}
+
+impl Process {
+    /// Reads one process; `None` if there is no such process.
+    pub fn read(pid: i32) -> Option<Self> {
+        parse_stat(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+    }
+
+    /// Dead, only not reaped yet.
+    pub fn is_dead(&self) -> bool {
+        matches!(self.state, b'Z' | b'X' | b'x')
+    }
+
+    /// Sends a signal, unless the pid belongs to another process by now. Returns whether it was sent.
+    pub fn signal(&self, signal: Signal) -> bool {
+        let Some(pid) = Pid::from_raw(self.pid) else {
+            return false;
+        };
+        // The pidfd pins the process; only then is it checked that it is still the one we mean.
+        let Ok(fd) = pidfd_open(pid, PidfdFlags::empty()) else {
+            return false;
+        };
+        Self::read(self.pid).is_some_and(|now| now.started == self.started)
+            && pidfd_send_signal(&fd, signal).is_ok()
+    }
+}
+
+/// Takes the fields out of `/proc/<pid>/stat`. The command name is in parentheses and may contain
+/// anything, parentheses and spaces too.
+fn parse_stat(stat: &str) -> Option<Process> {
+    let pid = stat.split_once(' ')?.0.parse().ok()?;
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
+    let state = *fields.next()?.as_bytes().first()?;
+    let parent = fields.next()?.parse().ok()?;
+    let group = fields.next()?.parse().ok()?;
+    let session = fields.next()?.parse().ok()?;
+    // Fields 7 to 21 are of no interest; the start time is the 22nd.
+    let started = fields.nth(15)?.parse().ok()?;
+    Some(Process {
+        pid,
+        parent,
+        group,
+        session,
+        state,
+        started,
+    })
+}
+
+/// All processes that can be seen.
+pub fn processes() -> io::Result<Vec<Process>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let name = entry?.file_name();
+        if let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) {
+            found.extend(Process::read(pid));
+        }
+    }
+    Ok(found)
+}
+
+/// Living and unreaped children of this process.
+pub fn own_children() -> io::Result<Vec<Process>> {
+    let own = own_pid();
+    match fs::read_to_string(format!("/proc/self/task/{own}/children")) {
+        Ok(list) => Ok(list
+            .split_ascii_whitespace()
+            .filter_map(|pid| Process::read(pid.parse().ok()?))
+            .collect()),
+        // Not every kernel has that file.
+        Err(_) => Ok(processes()?
+            .into_iter()
+            .filter(|process| process.parent == own)
+            .collect()),
+    }
+}
+
+fn own_pid() -> i32 {
+    i32::try_from(std::process::id()).unwrap_or(0)
+}
+
+/// Which processes belong together.
+#[derive(Clone, Debug, Default)]
+pub struct Selector {
+    /// Those whose environment carries this run id.
+    pub run_id: String,
+    /// Only those of this child (`name:incarnation`); all children of the run if absent.
+    pub child: Option<String>,
+    /// Also those of these sessions or process groups.
+    pub sessions: BTreeSet<i32>,
+}
+
+impl Selector {
+    /// The living processes that are selected, and all their descendants, whatever those did to
+    /// their session and environment. This process and its ancestors are never selected.
+    pub fn find(&self) -> io::Result<Vec<Process>> {
+        let all: BTreeMap<i32, Process> = processes()?
+            .into_iter()
+            .map(|process| (process.pid, process))
+            .collect();
+        let protected = lineage(&all, own_pid());
+        let mut selected: BTreeSet<i32> = all
+            .values()
+            .filter(|process| {
+                self.sessions.contains(&process.session)
+                    || self.sessions.contains(&process.group)
+                    || self.is_marked(process.pid)
+            })
+            .map(|process| process.pid)
+            .filter(|pid| !protected.contains(pid))
+            .collect();
+        // Parents may have larger pids than their children: repeat until nothing is added.
+        loop {
+            let before = selected.len();
+            for process in all.values() {
+                if selected.contains(&process.parent) && !protected.contains(&process.pid) {
+                    selected.insert(process.pid);
+                }
+            }
+            if selected.len() == before {
+                break;
+            }
+        }
+        Ok(selected
+            .into_iter()
+            .filter_map(|pid| all.get(&pid).copied())
+            .filter(|process| !process.is_dead())
+            .collect())
+    }
+
+    fn is_marked(&self, pid: i32) -> bool {
+        let Ok(environ) = fs::read(format!("/proc/{pid}/environ")) else {
+            return false;
+        };
+        has_variable(&environ, RUN_MARKER, &self.run_id)
+            && self
+                .child
+                .as_ref()
+                .is_none_or(|child| has_variable(&environ, CHILD_MARKER, child))
+    }
+}
+
+/// Those of `processes` whose parent is not among them: the ones to ask first, so that they can
+/// stop the others in order.
+pub fn roots(processes: &[Process]) -> Vec<Process> {
+    let pids: BTreeSet<i32> = processes.iter().map(|process| process.pid).collect();
+    processes
+        .iter()
+        .filter(|process| !pids.contains(&process.parent))
+        .copied()
+        .collect()
+}
+
+fn has_variable(environ: &[u8], name: &str, value: &str) -> bool {
+    environ.split(|byte| *byte == 0).any(|entry| {
+        entry
+            .strip_prefix(name.as_bytes())
+            .and_then(|rest| rest.strip_prefix(b"="))
+            == Some(value.as_bytes())
+    })
+}
+
+fn lineage(all: &BTreeMap<i32, Process>, pid: i32) -> BTreeSet<i32> {
+    let mut found = BTreeSet::from([1]);
+    let mut next = pid;
+    while next > 0 && found.insert(next) {
+        next = all.get(&next).map_or(0, |process| process.parent);
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn a_stat_line_is_read_although_its_name_has_parentheses_and_spaces() {
+        let line =
+            "4242 (tmux: (a) b) S 17 4242 4240 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 99887 1 2";
+        let process = parse_stat(line).unwrap();
+        assert_eq!(
+            process,
+            Process {
+                pid: 4242,
+                parent: 17,
+                group: 4242,
+                session: 4240,
+                state: b'S',
+                started: 99887,
+            }
+        );
+        assert_eq!(parse_stat("1 (x) S 0"), None);
+    }
+
+    #[test]
+    fn a_marked_process_and_its_unmarked_child_are_found_and_this_process_is_not() {
+        let run_id = format!("test-{}", std::process::id());
+        let mut child = Command::new("/bin/sh")
+            .args(["-c", "env -i /bin/sleep 30 & echo started; wait"])
+            .env(RUN_MARKER, &run_id)
+            .env(CHILD_MARKER, "engine-0:1")
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        io::BufRead::read_line(
+            &mut io::BufReader::new(child.stdout.take().unwrap()),
+            &mut line,
+        )
+        .unwrap();
+        let selector = |child: Option<&str>| Selector {
+            run_id: run_id.clone(),
+            child: child.map(str::to_owned),
+            sessions: BTreeSet::new(),
+        };
+        let found = selector(None).find().unwrap();
+        let pids: Vec<u32> = found.iter().map(|p| p.pid.unsigned_abs()).collect();
+        assert_eq!(found.len(), 2, "{found:?}");
+        assert!(pids.contains(&child.id()), "{found:?}");
+        assert_eq!(roots(&found).len(), 1);
+        assert_eq!(selector(Some("engine-0:1")).find().unwrap().len(), 2);
+        assert!(selector(Some("engine-0:2")).find().unwrap().is_empty());
+        for process in &found {
+            assert!(process.signal(Signal::KILL));
+        }
+        child.wait().unwrap();
+        assert!(selector(None).find().unwrap().is_empty());
+        assert!(
+            !found[0].signal(Signal::KILL),
+            "a dead process is not signalled"
+        );
+    }
+
+    #[test]
+    fn a_variable_is_matched_as_a_whole() {
+        let environ = b"A=1\0DP_SIDECAR_RUN_ID=abc\0B=2\0";
+        assert!(has_variable(environ, RUN_MARKER, "abc"));
+        assert!(!has_variable(environ, RUN_MARKER, "ab"));
+        assert!(!has_variable(environ, "SIDECAR_RUN_ID", "abc"));
+    }
+}

@@ -1,3 +1,140 @@
-//! The keeper: a process of its own that owns the vLLM processes of one state directory.
+//! The keeper: a process of its own that owns the vLLM processes of one state directory, so that
+//! they outlive neither the sidecar for long nor the keeper itself.
+//!
+//! One thread, one `poll` loop, no runtime: a death signal (PDEATHSIG) belongs to the thread that
+//! forked, and a program this small has little to fail. What it promises:
+//!
+//! * Every child runs in a session of its own, marked in its environment, its output in a log file
+//!   of bounded size.
+//! * The end of a child is reported when the child *and everything it left behind* is gone.
+//! * Without an owner on the socket for the orphan grace it stops all children and ends. So it does
+//!   when told, and on SIGTERM or SIGINT (the second one kills at once).
+//! * If the keeper itself is killed its direct children get SIGTERM from the kernel; the sidecar
+//!   finds the rest by the marker ([`super::client`]).
 
+pub mod child;
+pub mod connection;
+pub mod output;
+pub mod server;
 pub mod wire;
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::sys::prctl;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use self::server::Keeper;
+
+/// Socket of the keeper inside the state directory.
+pub const SOCKET: &str = "keeper.sock";
+/// Pid of the keeper inside the state directory; the living keeper holds a lock on this file.
+pub const PID_FILE: &str = "keeper.pid";
+/// The keeper's own log inside the state directory.
+pub const LOG_FILE: &str = "keeper.log";
+/// Folder of the children's logs inside the state directory.
+pub const LOGS: &str = "logs";
+/// What the keeper writes to stdout when it listens.
+pub const READY_LINE: &str = "keeper ready";
+
+/// How a keeper is started.
+#[derive(Clone, Debug)]
+pub struct KeeperConfig {
+    /// The state directory.
+    pub state_dir: PathBuf,
+    /// Stop everything after this long without an owner.
+    pub orphan_grace: Duration,
+    /// Grace between SIGTERM and SIGKILL when the keeper stops children on its own.
+    pub kill_grace: Duration,
+    /// Marks all processes of this state directory.
+    pub run_id: String,
+}
+
+/// Runs the keeper until everything is stopped. Call it on the main thread of a process that has no
+/// other threads.
+pub fn run(config: KeeperConfig) -> io::Result<()> {
+    // A session of its own: a signal to the launcher's process group or terminal does not reach it.
+    // Fails only if it leads one already.
+    let _ = nix::unistd::setsid();
+    std::env::set_current_dir(&config.state_dir)?;
+    let lock = lock_pid_file(&config.state_dir)?;
+    prctl::set_child_subreaper(true)?;
+    let mut mask = SigSet::empty();
+    for signal in [
+        Signal::SIGTERM,
+        Signal::SIGINT,
+        Signal::SIGHUP,
+        Signal::SIGCHLD,
+    ] {
+        mask.add(signal);
+    }
+    mask.thread_block()?;
+    let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
+    let logs = config.state_dir.join(LOGS);
+    fs::create_dir_all(&logs)?;
+    let listener = bind(&config.state_dir.join(SOCKET))?;
+    announce()?;
+    tracing::info!(
+        pid = std::process::id(),
+        run_id = config.run_id,
+        "keeper listens"
+    );
+    let result = Keeper::new(config.clone(), listener, signals, logs).run();
+    // The lock is still held: nobody else can have bound the socket meanwhile.
+    let _ = fs::remove_file(config.state_dir.join(SOCKET));
+    drop(lock);
+    tracing::info!("keeper ends");
+    result
+}
+
+/// Takes the lock that only one keeper of a state directory can hold, and writes the pid.
+fn lock_pid_file(state_dir: &Path) -> io::Result<File> {
+    let path = state_dir.join(PID_FILE);
+    let mut file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(&path)?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            return Err(io::Error::other(format!(
+                "{}: another keeper holds the lock",
+                path.display()
+            )));
+        }
+        Err(TryLockError::Error(error)) => return Err(error),
+    }
+    file.set_len(0)?;
+    file.write_all(format!("{}\n", std::process::id()).as_bytes())?;
+    Ok(file)
+}
+
+fn bind(path: &Path) -> io::Result<UnixListener> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    // The directory is 0700, so there is no moment at which others can connect.
+    let listener = UnixListener::bind(path)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+/// Tells the sidecar, which holds the other end of stdout, and lets go of that pipe.
+fn announce() -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    // Nobody may be reading when the keeper is started by hand.
+    let _ = writeln!(stdout, "{READY_LINE}");
+    let _ = stdout.flush();
+    let null = OpenOptions::new().write(true).open("/dev/null")?;
+    nix::unistd::dup2_stdout(&null)?;
+    Ok(())
+}

@@ -1,0 +1,223 @@
+//! The state directory: private, used by one sidecar at a time, with a run id of its own.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+/// Lock of the running sidecar; holds its pid.
+pub const LOCK_FILE: &str = "lock";
+/// Run id of the directory; marks the environment of all processes started for it.
+pub const RUN_ID_FILE: &str = "run-id";
+/// Admin socket.
+pub const ADMIN_SOCKET: &str = "admin.sock";
+/// Longest path of a state directory, so that the sockets in it fit into 107 bytes.
+pub const LONGEST_PATH: usize = 80;
+
+/// A state directory cannot be used.
+#[derive(Debug, Error)]
+pub enum StateDirError {
+    /// Another sidecar runs there.
+    #[error("state directory {} is in use by pid {pid}", path.display())]
+    InUse {
+        /// The directory.
+        path: PathBuf,
+        /// Who holds the lock, as it says itself.
+        pid: String,
+    },
+    /// Its path is too long for the unix sockets in it.
+    #[error("state directory {}: its path has {length} bytes, at most {LONGEST_PATH} fit a unix socket", path.display())]
+    TooLong {
+        /// The directory.
+        path: PathBuf,
+        /// Its length.
+        length: usize,
+    },
+    /// It belongs to somebody else.
+    #[error("state directory {}: belongs to uid {owner}, expected {expected}", path.display())]
+    Foreign {
+        /// The directory.
+        path: PathBuf,
+        /// Its owner.
+        owner: u32,
+        /// This process' user.
+        expected: u32,
+    },
+    /// The file system refused.
+    #[error("state directory: {}: {error}", path.display())]
+    Io {
+        /// What was touched.
+        path: PathBuf,
+        /// What went wrong.
+        error: io::Error,
+    },
+}
+
+/// A state directory that belongs to this process until it is dropped.
+#[derive(Debug)]
+pub struct StateDir {
+    path: PathBuf,
+    run_id: String,
+    _lock: File,
+}
+
+impl StateDir {
+    /// Where the state of the sidecar of `start_rank` is by default: below `$XDG_RUNTIME_DIR`, or in
+    /// a folder of this user below `/tmp`.
+    pub fn default_path(runtime_dir: Option<&str>, start_rank: u16) -> PathBuf {
+        match runtime_dir.filter(|dir| !dir.is_empty()) {
+            Some(dir) => Path::new(dir)
+                .join("dp-sidecar")
+                .join(start_rank.to_string()),
+            None => PathBuf::from(format!(
+                "/tmp/dp-sidecar-{}/{start_rank}",
+                nix::unistd::geteuid()
+            )),
+        }
+    }
+
+    /// Creates the directory (0700) if need be, takes its lock, and reads or makes its run id.
+    pub fn open(path: &Path) -> Result<Self, StateDirError> {
+        let length = path.as_os_str().len();
+        if length > LONGEST_PATH {
+            return Err(StateDirError::TooLong {
+                path: path.to_owned(),
+                length,
+            });
+        }
+        let io_error = |path: &Path| {
+            let path = path.to_owned();
+            move |error| StateDirError::Io { path, error }
+        };
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(path)
+            .map_err(io_error(path))?;
+        let path = path.canonicalize().map_err(io_error(path))?;
+        let metadata = fs::metadata(&path).map_err(io_error(&path))?;
+        let expected = nix::unistd::geteuid().as_raw();
+        if metadata.uid() != expected {
+            return Err(StateDirError::Foreign {
+                path,
+                owner: metadata.uid(),
+                expected,
+            });
+        }
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).map_err(io_error(&path))?;
+        let lock = take_lock(&path)?;
+        let id_path = path.join(RUN_ID_FILE);
+        let run_id = match fs::read_to_string(&id_path) {
+            Ok(text) if uuid::Uuid::parse_str(text.trim()).is_ok() => text.trim().to_owned(),
+            _ => {
+                let id = uuid::Uuid::new_v4().to_string();
+                fs::write(&id_path, format!("{id}\n")).map_err(io_error(&id_path))?;
+                id
+            }
+        };
+        Ok(Self {
+            path,
+            run_id,
+            _lock: lock,
+        })
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Marks the environment of all processes started for this directory. Stays the same over
+    /// restarts of the sidecar.
+    pub fn run_id(&self) -> &str {
+        &self.run_id
+    }
+
+    /// Where the admin socket of a state directory is.
+    pub fn admin_socket(path: &Path) -> PathBuf {
+        path.join(ADMIN_SOCKET)
+    }
+}
+
+fn take_lock(dir: &Path) -> Result<File, StateDirError> {
+    let path = dir.join(LOCK_FILE);
+    let io_error = |error| StateDirError::Io {
+        path: path.clone(),
+        error,
+    };
+    let mut lock = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .mode(0o600)
+        .open(&path)
+        .map_err(io_error)?;
+    match lock.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let mut pid = String::new();
+            let _ = lock.read_to_string(&mut pid);
+            let pid = match pid.trim() {
+                "" => "unknown".to_owned(),
+                pid => pid.to_owned(),
+            };
+            let path = dir.to_owned();
+            return Err(StateDirError::InUse { path, pid });
+        }
+        Err(TryLockError::Error(error)) => return Err(io_error(error)),
+    }
+    lock.set_len(0).map_err(io_error)?;
+    lock.write_all(format!("{}\n", std::process::id()).as_bytes())
+        .map_err(io_error)?;
+    Ok(lock)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_state_directory_is_private_and_used_once_at_a_time() {
+        let base = tempfile::tempdir().unwrap();
+        let path = base.path().join("a/b");
+        let first = StateDir::open(&path).unwrap();
+        let mode = fs::metadata(first.path()).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700);
+        let error = StateDir::open(&path).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .ends_with(&format!("is in use by pid {}", std::process::id())),
+            "{error}"
+        );
+        let run_id = first.run_id().to_owned();
+        drop(first);
+        let second = StateDir::open(&path).unwrap();
+        assert_eq!(second.run_id(), run_id, "the run id stays");
+    }
+
+    #[test]
+    fn a_path_that_leaves_no_room_for_sockets_is_refused() {
+        let path = PathBuf::from(format!("/tmp/{}", "x".repeat(LONGEST_PATH)));
+        assert!(matches!(
+            StateDir::open(&path),
+            Err(StateDirError::TooLong { .. })
+        ));
+    }
+
+    #[test]
+    fn the_default_is_below_the_runtime_directory_or_tmp() {
+        assert_eq!(
+            StateDir::default_path(Some("/run/user/7"), 4),
+            Path::new("/run/user/7/dp-sidecar/4")
+        );
+        let uid = nix::unistd::geteuid();
+        assert_eq!(
+            StateDir::default_path(Some(""), 0),
+            PathBuf::from(format!("/tmp/dp-sidecar-{uid}/0"))
+        );
+    }
+}
