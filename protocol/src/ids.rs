@@ -89,7 +89,7 @@ impl EngineIdentity {
 }
 
 /// Names one weight update transaction. Chosen by the caller, or random.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct UpdateId(pub String);
 

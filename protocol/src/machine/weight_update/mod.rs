@@ -1,0 +1,245 @@
+//! Weight updates as transactions over all engines.
+//!
+//! One update at a time: `IDLE -> STAGING -> PREPARED -> PAUSING -> LOADING -> VERIFYING ->
+//! COMMITTING -> RESUMING -> IDLE`, or on the way `ROLLING_BACK`. The rules it keeps:
+//!
+//! * A directory that does not check out touches no engine.
+//! * All ranks are paused at once and resumed at once; nothing is loaded before every rank has
+//!   paused, and no rank is resumed that holds torn weights or other weights than its peers.
+//! * The commit record is the commit point: before it every failure leads back to the previous
+//!   weights, after it the way is only forward.
+//! * An engine that can be brought neither forward nor back is fenced: it does not serve until it was
+//!   started again at the committed version. Lockstep engines are fenced as a group.
+//! * Every step has a deadline, so every update ends.
+//!
+//! Facts of vLLM behind them: `docs/weight-update.md`.
+
+mod run;
+#[cfg(test)]
+mod simulation;
+mod types;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use crate::{EngineIndex, Incarnation, Time, UpdateId, WeightVersion};
+
+use run::Run;
+pub use types::{
+    Action, Begin, Checkpoint, Commit, Event, NodeId, Outcome, Participant, PauseMode, Phase,
+    RankRecord, RankState, Record, Refusal, Snapshot, Target, WorkerReport, WorkerState,
+};
+
+/// How many committed ids are remembered, so that a repeated request is answered with the same record.
+const REMEMBERED: usize = 16;
+
+/// Settings that hold for all updates.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The engines step together (MoE): paused, resumed, fenced and restarted as one.
+    pub lockstep: bool,
+    /// For reading and hashing both directories.
+    pub stage_timeout: Duration,
+    /// For closing admission.
+    pub admission_timeout: Duration,
+    /// For a pause with mode `abort`. A lockstep group agrees on a pause only every `dp_sync_interval`
+    /// steps, so not too short.
+    pub abort_pause_timeout: Duration,
+    /// For a load on all ranks.
+    pub load_timeout: Duration,
+    /// For the commit record, the version stamps and the cache resets, each.
+    pub commit_timeout: Duration,
+    /// For the resume of all ranks.
+    pub resume_timeout: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            lockstep: false,
+            stage_timeout: Duration::from_secs(3600),
+            admission_timeout: Duration::from_secs(10),
+            abort_pause_timeout: Duration::from_secs(60),
+            load_timeout: Duration::from_secs(900),
+            commit_timeout: Duration::from_secs(60),
+            resume_timeout: Duration::from_secs(120),
+        }
+    }
+}
+
+/// Faults that can be put into the machine on purpose, to see that the simulation notices.
+#[cfg(test)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mutation {
+    /// Goes on as if the commit record had been written.
+    SkipCommitRecord,
+    /// Resumes when the first rank has answered.
+    ResumeBeforeAllAcks,
+    /// Leaves the highest rank out of the pause.
+    ForgetOneRankInPause,
+    /// Rolls back only the ranks whose load failed.
+    RollBackFailedRanksOnly,
+    /// Does not wait for loads in flight before rolling back.
+    RollBackAtFirstFailure,
+}
+
+/// The machine.
+#[derive(Debug)]
+pub struct WeightUpdate {
+    config: Config,
+    actions: VecDeque<Action>,
+    run: Option<Run>,
+    /// What the engines hold, as far as this machine knows.
+    current: WeightVersion,
+    /// Committed records, newest last.
+    committed: VecDeque<Record>,
+    #[cfg(test)]
+    pub(crate) mutation: Option<Mutation>,
+}
+
+impl WeightUpdate {
+    /// A machine in front of engines that hold `current`. `last` is the last committed record, if the
+    /// journal has one.
+    pub fn new(config: Config, current: WeightVersion, last: Option<Record>) -> Self {
+        Self {
+            config,
+            actions: VecDeque::new(),
+            run: None,
+            current,
+            committed: last.into_iter().collect(),
+            #[cfg(test)]
+            mutation: None,
+        }
+    }
+
+    /// Takes an event in. Never fails: what is wrong with it is ignored or comes out as an action.
+    pub fn handle_event(&mut self, now: Time, event: Event) {
+        match event {
+            Event::Begin(begin) => self.begin(now, begin),
+            other => {
+                if let Some(run) = &mut self.run {
+                    #[cfg(test)]
+                    {
+                        run.mutation = self.mutation;
+                    }
+                    run.handle(now, other, &self.config, &mut self.actions);
+                }
+            }
+        }
+        self.settle(now);
+    }
+
+    /// To be called when [`Self::poll_timeout`] is due. Harmless when it is not.
+    pub fn handle_timeout(&mut self, now: Time) {
+        if let Some(run) = &mut self.run {
+            run.handle_timeout(now, &self.config, &mut self.actions);
+        }
+        self.settle(now);
+    }
+
+    /// Next thing to be done.
+    #[must_use]
+    pub fn poll_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    /// When [`Self::handle_timeout`] is due.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Time> {
+        self.run.as_ref().and_then(Run::deadline)
+    }
+
+    /// Plain data.
+    pub fn snapshot(&self) -> Snapshot {
+        let mut snapshot = Snapshot {
+            version: self.current.clone(),
+            committed: self.committed.back().map(|record| record.id.clone()),
+            ..Snapshot::default()
+        };
+        if let Some(run) = &self.run {
+            run.describe(&mut snapshot);
+        }
+        snapshot
+    }
+
+    /// What the running update has found and done so far, for progress displays.
+    pub fn running_ranks(&self) -> BTreeMap<EngineIndex, (Incarnation, RankState)> {
+        self.run.as_ref().map(Run::ranks).unwrap_or_default()
+    }
+
+    fn begin(&mut self, now: Time, begin: Begin) {
+        match self.admit(&begin) {
+            Ok(None) => {
+                let from = (!begin.external_weights).then(|| self.current.clone());
+                let run = Run::start(now, begin, from, &self.config, &mut self.actions);
+                self.run = Some(run);
+            }
+            Ok(Some(record)) => self.actions.push_back(Action::Done(Box::new(record))),
+            Err(refusal) => self.actions.push_back(Action::Refuse {
+                id: begin.id,
+                refusal,
+            }),
+        }
+    }
+
+    fn admit(&self, begin: &Begin) -> Result<Option<Record>, Refusal> {
+        if let Some(run) = &self.run {
+            return Err(Refusal::Busy {
+                running: run.id().clone(),
+                phase: run.phase(),
+            });
+        }
+        if let Some(record) = self.remembered(&begin.id) {
+            if record.source != begin.source || record.to_version != begin.to_version {
+                return Err(Refusal::IdUsed {
+                    id: begin.id.clone(),
+                    source_dir: record.source.clone(),
+                });
+            }
+            return Ok(Some(record.clone()));
+        }
+        if let Some(expected) = &begin.from_version {
+            let actual = if begin.external_weights {
+                "unknown (a frontend has loaded weights)".to_owned()
+            } else {
+                self.current.0.clone()
+            };
+            if begin.external_weights || *expected != self.current {
+                return Err(Refusal::WrongVersion {
+                    id: begin.id.clone(),
+                    expected: expected.clone(),
+                    actual,
+                });
+            }
+        }
+        if begin.participants.is_empty() {
+            return Err(Refusal::NoEngines);
+        }
+        Ok(None)
+    }
+
+    fn remembered(&self, id: &UpdateId) -> Option<&Record> {
+        self.committed.iter().find(|record| record.id == *id)
+    }
+
+    /// Takes over what a run that has ended leaves behind.
+    fn settle(&mut self, now: Time) {
+        let Some(run) = &mut self.run else {
+            return;
+        };
+        if run.past_commit_point() {
+            // From here a restarted engine is to be brought to the new version.
+            self.current = run.to_version().clone();
+        }
+        if let Some(record) = run.take_record(now) {
+            if record.committed {
+                if self.committed.len() == REMEMBERED {
+                    self.committed.pop_front();
+                }
+                self.committed.push_back(record.clone());
+            }
+            self.run = None;
+            self.actions.push_back(Action::Done(Box::new(record)));
+        }
+    }
+}

@@ -1,0 +1,615 @@
+//! What goes in and out of [`super::WeightUpdate`].
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{EngineIndex, Incarnation, UpdateId, WeightVersion};
+
+/// A node that takes part, numbered by the leader. Bytes are checked once per node.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
+)]
+#[serde(transparent)]
+pub struct NodeId(pub u16);
+
+impl fmt::Display for NodeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// What happens to running requests when the engines pause (vLLM: `PauseMode`,
+/// `vllm/v1/engine/core.py` 0.32.0).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PauseMode {
+    /// They run to their end, at most for the pause deadline; then [`Self::Abort`].
+    #[default]
+    Wait,
+    /// They end at once with finish reason `abort`.
+    Abort,
+    /// They freeze and go on with the new weights: such responses mix versions.
+    Keep,
+}
+
+impl PauseMode {
+    /// vLLM's spelling.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Wait => "wait",
+            Self::Abort => "abort",
+            Self::Keep => "keep",
+        }
+    }
+}
+
+impl fmt::Display for PauseMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// A checked checkpoint directory: what an engine must consume, no more and no less.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Checkpoint {
+    /// Absolute directory.
+    pub path: String,
+    /// Files in it, in loading order.
+    pub files: Vec<String>,
+    /// Number of tensors in these files.
+    pub tensors: u64,
+    /// Sum of the tensors' lengths in bytes.
+    pub bytes: u64,
+    /// Whole digest (`docs/weight-update.md`); `None`: counts only.
+    pub digest: Option<String>,
+}
+
+/// An engine in the update.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Participant {
+    /// Which life of it. Answers of another life are ignored.
+    pub incarnation: Incarnation,
+    /// Where it runs.
+    pub node: NodeId,
+}
+
+/// An update that is asked for.
+#[derive(Clone, Debug)]
+pub struct Begin {
+    /// Its name. The same name again after success gives the same record again.
+    pub id: UpdateId,
+    /// Refuse unless this version is the current one.
+    pub from_version: Option<WeightVersion>,
+    /// Label of the new weights.
+    pub to_version: WeightVersion,
+    /// Directory of the new checkpoint.
+    pub source: String,
+    /// What happens to running requests.
+    pub mode: PauseMode,
+    /// How long the pause in the asked mode may take before all ranks are paused with `abort`.
+    pub pause_deadline: Duration,
+    /// All engines that serve now.
+    pub participants: BTreeMap<EngineIndex, Participant>,
+    /// Somebody paused the engines before: they are not resumed at the end.
+    pub paused_before: bool,
+    /// Engines may hold weights that did not come from an update of ours, so a rollback must reload
+    /// all of them.
+    pub external_weights: bool,
+}
+
+/// Which of the two checkpoints a load is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Target {
+    /// The one the update brings.
+    New,
+    /// The one it replaces.
+    Previous,
+}
+
+/// What a worker holds after a load (`state` of `dp_sidecar_load`, `docs/weight-update.md`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum WorkerState {
+    /// The weights that were asked for.
+    #[serde(rename = "loaded")]
+    Loaded,
+    /// What it held before.
+    #[serde(rename = "unchanged")]
+    Unchanged,
+    /// Real tensors of undefined content: may be loaded again, must not serve.
+    #[serde(rename = "restored-meta")]
+    RestoredMeta,
+    /// Torn, and not cleaned up. Also what is assumed when a worker does not say.
+    #[default]
+    #[serde(rename = "mixed")]
+    Mixed,
+}
+
+/// Answer of one worker of an engine to a load.
+#[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
+pub struct WorkerReport {
+    /// Worker rank within its DP rank.
+    pub rank: u32,
+    /// Loaded what was asked for.
+    pub ok: bool,
+    /// What it holds now.
+    pub state: WorkerState,
+    /// Tensors consumed.
+    pub tensors: u64,
+    /// Bytes consumed.
+    pub bytes: u64,
+    /// Whole digest of what was consumed, if it was computed.
+    pub digest: Option<String>,
+    /// Milliseconds it took.
+    pub ms: f64,
+    /// What went wrong.
+    pub error: Option<String>,
+    /// `error_kind` of the shim.
+    pub error_kind: Option<String>,
+}
+
+impl WorkerReport {
+    /// Why this is not the answer that proves `wanted` is loaded; `None` if it is.
+    pub fn fault(&self, wanted: &Checkpoint) -> Option<String> {
+        let who = format!("worker {}", self.rank);
+        if !self.ok || self.state != WorkerState::Loaded {
+            let kind = self.error_kind.as_deref().unwrap_or("unknown");
+            let error = self.error.as_deref().unwrap_or("no reason given");
+            return Some(format!("{who}: load failed ({kind}): {error}"));
+        }
+        if self.tensors != wanted.tensors || self.bytes != wanted.bytes {
+            return Some(format!(
+                "{who}: consumed {} tensors of {} bytes, expected {} of {}",
+                self.tensors, self.bytes, wanted.tensors, wanted.bytes
+            ));
+        }
+        match (&self.digest, &wanted.digest) {
+            (Some(actual), Some(expected)) if actual != expected => Some(format!(
+                "{who}: digest of the consumed tensors is {actual}, expected {expected}"
+            )),
+            _ => None,
+        }
+    }
+}
+
+/// Something that happened.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// Somebody wants an update. Answered by [`Action::Refuse`] or, at its end, [`Action::Done`].
+    Begin(Begin),
+    /// A node has checked both directories.
+    Staged {
+        /// Which node.
+        node: NodeId,
+        /// The new checkpoint.
+        new: Checkpoint,
+        /// The one that the engines hold; `None`: there is no way back, and the caller accepts it.
+        previous: Option<Checkpoint>,
+    },
+    /// A node found a fault in the directory, or cannot read it.
+    StageFailed {
+        /// Which node.
+        node: NodeId,
+        /// The whole story.
+        error: String,
+    },
+    /// No new request passes the virtual engines of any rank.
+    AdmissionClosed,
+    /// The gate could not be closed.
+    AdmissionFailed {
+        /// Why.
+        error: String,
+    },
+    /// A rank answered to [`Action::Pause`].
+    Paused {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which life of it.
+        incarnation: Incarnation,
+        /// `attempt` of the action.
+        attempt: u32,
+        /// The engine's answer.
+        result: Result<(), String>,
+    },
+    /// A rank answered to [`Action::Load`].
+    Loaded {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which life of it.
+        incarnation: Incarnation,
+        /// `target` of the action.
+        target: Target,
+        /// One report per worker, or why there is none.
+        result: Result<Vec<WorkerReport>, String>,
+    },
+    /// The commit record is durable, or is certain never to be.
+    CommitWritten {
+        /// The outcome.
+        result: Result<(), String>,
+    },
+    /// A rank answered to [`Action::SetVersion`]. A failure is noted, no more: vLLM has the method since 0.27.1.
+    VersionSet {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which life of it.
+        incarnation: Incarnation,
+        /// The engine's answer.
+        result: Result<(), String>,
+    },
+    /// A rank answered to [`Action::ResetCaches`].
+    CachesReset {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which life of it.
+        incarnation: Incarnation,
+        /// `attempt` of the action.
+        attempt: u32,
+        /// `Ok(false)`: not reset, blocks are in use.
+        result: Result<bool, String>,
+    },
+    /// A rank answered to [`Action::Resume`].
+    Resumed {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which life of it.
+        incarnation: Incarnation,
+        /// `attempt` of the action.
+        attempt: u32,
+        /// The engine's answer.
+        result: Result<(), String>,
+    },
+    /// An engine is gone.
+    EngineLost {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which life of it.
+        incarnation: Incarnation,
+        /// What was seen.
+        reason: String,
+    },
+    /// The operator wants the running update to end without a commit. After the commit point: ignored.
+    Abort,
+}
+
+/// Something to be done.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// Check the directories on this node. Generation goes on.
+    Stage {
+        /// Which node.
+        node: NodeId,
+        /// The new checkpoint.
+        source: String,
+    },
+    /// Close the gate for new requests at the virtual engines of all ranks.
+    CloseAdmission,
+    /// Call `pause_scheduler(mode, clear_cache)`. All ranks' actions come together and must be sent
+    /// without waiting for one another (a lockstep rank answers only when all have it).
+    Pause {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which life of it.
+        incarnation: Incarnation,
+        /// 1, or more when the mode was changed after the deadline.
+        attempt: u32,
+        /// What happens to running requests.
+        mode: PauseMode,
+        /// Always false: the caches are reset explicitly, so that the answer is seen.
+        clear_cache: bool,
+    },
+    /// Load through the shim. All ranks' actions come together.
+    Load {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which life of it.
+        incarnation: Incarnation,
+        /// Which of the two.
+        target: Target,
+        /// What to load, and what must be consumed.
+        checkpoint: Checkpoint,
+    },
+    /// Make the commit record durable. This is the commit point.
+    WriteCommit {
+        /// What to write.
+        commit: Commit,
+    },
+    /// Call `set_weight_version(version)`.
+    SetVersion {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which life of it.
+        incarnation: Incarnation,
+        /// The label.
+        version: WeightVersion,
+    },
+    /// Call `reset_prefix_cache(reset_running_requests, ..)`, then the multi-modal and encoder caches.
+    ResetCaches {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which life of it.
+        incarnation: Incarnation,
+        /// Counts from 1.
+        attempt: u32,
+        /// Preempt what still holds blocks (kept requests are computed anew).
+        reset_running_requests: bool,
+    },
+    /// Call `resume_scheduler()`. All ranks' actions come together and must be sent without waiting for
+    /// one another (a lockstep rank blocks until all have it).
+    Resume {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which life of it.
+        incarnation: Incarnation,
+        /// Counts from 1.
+        attempt: u32,
+    },
+    /// Open the gate at the virtual engines of all ranks. Fenced ranks are not admitted, so nothing
+    /// reaches them.
+    OpenAdmission,
+    /// Keep this engine from serving; it must be started again and brought to the committed weights.
+    Fence {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which life of it.
+        incarnation: Incarnation,
+        /// Why, for logs and for the operator.
+        why: String,
+    },
+    /// Something changed that is worth showing; see [`super::WeightUpdate::snapshot`].
+    Progress,
+    /// A request for an update is not taken.
+    Refuse {
+        /// Which one.
+        id: UpdateId,
+        /// Why.
+        refusal: Refusal,
+    },
+    /// The update has ended, or had ended long ago when the same id was sent again.
+    Done(Box<Record>),
+}
+
+/// Why an update was not begun.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Refusal {
+    /// One at a time.
+    #[error("update {running} is running ({phase})")]
+    Busy {
+        /// The one that runs.
+        running: UpdateId,
+        /// Where it is.
+        phase: Phase,
+    },
+    /// The caller's idea of the current version is wrong.
+    #[error("current weight version is {actual}, update {id} expected {expected}")]
+    WrongVersion {
+        /// The update.
+        id: UpdateId,
+        /// What it expected.
+        expected: WeightVersion,
+        /// What is current.
+        actual: String,
+    },
+    /// There is nobody to update.
+    #[error("no engine is serving")]
+    NoEngines,
+    /// The id was used for something else.
+    #[error("update {id} was already committed from {source_dir}")]
+    IdUsed {
+        /// The update.
+        id: UpdateId,
+        /// The directory it was committed from.
+        source_dir: String,
+    },
+}
+
+/// Where an update is.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// No update.
+    #[default]
+    Idle,
+    /// Directories are read, checked and hashed. Generation goes on, no engine has been touched.
+    Staging,
+    /// Checked; admission is being closed.
+    Prepared,
+    /// All ranks are being paused.
+    Pausing,
+    /// All ranks load.
+    Loading,
+    /// What the ranks say they consumed is compared.
+    Verifying,
+    /// The commit record is written, versions are stamped, caches reset. From the record on only forward.
+    Committing,
+    /// All ranks are being resumed.
+    Resuming,
+    /// Touched ranks load the previous checkpoint.
+    RollingBack,
+}
+
+impl Phase {
+    /// As in logs and records.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Idle => "idle",
+            Self::Staging => "staging",
+            Self::Prepared => "prepared",
+            Self::Pausing => "pausing",
+            Self::Loading => "loading",
+            Self::Verifying => "verifying",
+            Self::Committing => "committing",
+            Self::Resuming => "resuming",
+            Self::RollingBack => "rolling_back",
+        }
+    }
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Where one rank is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RankState {
+    /// Serving; not touched.
+    #[default]
+    Serving,
+    /// Asked to pause.
+    Pausing,
+    /// Has paused.
+    Paused,
+    /// Loads the new weights.
+    Loading,
+    /// Holds the new weights.
+    Loaded,
+    /// Its load failed.
+    LoadFailed,
+    /// Loads the previous weights.
+    RollingBack,
+    /// Holds the previous weights again.
+    RolledBack,
+    /// Stamped with the version, caches reset.
+    Stamped,
+    /// Asked to resume.
+    Resuming,
+    /// Serves again.
+    Resumed,
+    /// Kept from serving; must be started again.
+    Fenced,
+    /// Its process is gone.
+    Lost,
+}
+
+/// What the journal keeps of a committed update.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Commit {
+    /// The update.
+    pub id: UpdateId,
+    /// Label of the weights.
+    pub version: WeightVersion,
+    /// Where they are.
+    pub checkpoint: Checkpoint,
+}
+
+/// How an update ended.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Outcome {
+    /// All engines that live hold the new weights.
+    Committed,
+    /// The directory is not what the model needs. No engine was touched.
+    RefusedInvalid,
+    /// Ended before any engine was asked to load. Engines go on with the previous weights.
+    #[default]
+    Aborted,
+    /// All engines that live hold the previous weights again.
+    RolledBack,
+    /// As `Committed` or `RolledBack` (see [`Record::committed`]), but these engines had to be fenced.
+    Degraded {
+        /// They do not serve until started again at the committed version.
+        fenced: Vec<EngineIndex>,
+    },
+}
+
+/// What happened to one rank.
+#[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
+pub struct RankRecord {
+    /// Which life of it.
+    pub incarnation: Incarnation,
+    /// Where it was at the end.
+    pub state: RankState,
+    /// Milliseconds from the first pause call to the answer that counted.
+    pub pause_ms: Option<u64>,
+    /// Milliseconds of the load of the new weights, as seen from here.
+    pub load_ms: Option<u64>,
+    /// Milliseconds of the load of the previous weights.
+    pub rollback_ms: Option<u64>,
+    /// Answers of its workers to the last load.
+    pub workers: Vec<WorkerReport>,
+    /// What went wrong on it, first cause first.
+    pub errors: Vec<String>,
+}
+
+/// What an update did.
+#[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
+pub struct Record {
+    /// Its name.
+    pub id: UpdateId,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// The commit record is durable: the new version is the current one.
+    pub committed: bool,
+    /// Version before; `None`: weights did not come from an update of ours.
+    pub from_version: Option<WeightVersion>,
+    /// Label of the new weights.
+    pub to_version: WeightVersion,
+    /// Their directory.
+    pub source: String,
+    /// What was found there, once it was checked.
+    pub checkpoint: Option<Checkpoint>,
+    /// The mode asked for.
+    pub mode: PauseMode,
+    /// The pause deadline passed, and running requests were aborted.
+    pub pause_escalated: bool,
+    /// Responses that were running may contain tokens of both versions (mode `keep`, committed).
+    pub may_mix_versions: bool,
+    /// Engines were left paused, since they were paused by somebody before the update.
+    pub left_paused: bool,
+    /// First cause of a failure: names rank and worker.
+    pub error: Option<String>,
+    /// What the operator should know although nothing failed.
+    pub warnings: Vec<String>,
+    /// Per rank.
+    pub ranks: BTreeMap<EngineIndex, RankRecord>,
+    /// Milliseconds spent in each phase.
+    pub phases: BTreeMap<Phase, u64>,
+    /// Milliseconds from the first pause call to the last resume: how long nothing was generated.
+    pub paused_ms: Option<u64>,
+    /// Milliseconds altogether.
+    pub total_ms: u64,
+}
+
+impl Record {
+    /// What is known of an update of which only the commit record was kept, because the sidecar ended
+    /// between the commit point and the end.
+    pub fn of_commit(commit: &Commit) -> Self {
+        Self {
+            id: commit.id.clone(),
+            outcome: Outcome::Committed,
+            committed: true,
+            to_version: commit.version.clone(),
+            source: commit.checkpoint.path.clone(),
+            checkpoint: Some(commit.checkpoint.clone()),
+            warnings: vec![
+                "the sidecar ended between the commit point and the end of this update".to_owned(),
+            ],
+            ..Self::default()
+        }
+    }
+}
+
+/// Plain data about the machine.
+#[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// The running update.
+    pub running: Option<UpdateId>,
+    /// Where it is.
+    pub phase: Phase,
+    /// Where its ranks are.
+    pub ranks: BTreeMap<EngineIndex, RankState>,
+    /// Version of the committed weights.
+    pub version: WeightVersion,
+    /// Last update that was committed.
+    pub committed: Option<UpdateId>,
+    /// The running update has passed its commit point.
+    pub past_commit_point: bool,
+}
