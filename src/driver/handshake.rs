@@ -1,1 +1,339 @@
-//! (to be written)
+//! The handshake task: owns the handshake machine and the sockets where engines say HELLO.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::future::poll_fn;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::task::Poll;
+
+use dp_sidecar_protocol::machine::handshake::{Action, Config, Event, Handshake, PeerId, Via};
+use dp_sidecar_protocol::{EngineIndex, Incarnation, Time};
+use thiserror::Error;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep_until};
+use tokio_util::task::TaskTracker;
+
+use super::handles::{
+    Expectation, HandleError, HandshakeCommand, HandshakeEvent, HandshakeHandle, Listen,
+};
+use crate::transport::{
+    GuardEvent, GuardLimits, GuardedRouter, GuardedSender, Numbers, TransportError,
+};
+
+/// Commands waiting for the task.
+const COMMANDS: usize = 64;
+/// Refusals of strangers that wait for a slow reader; more are only logged.
+const REFUSALS: usize = 64;
+
+/// Settings of the handshake task.
+#[derive(Clone, Debug)]
+pub struct HandshakeConfig {
+    /// Ranks and deadlines.
+    pub machine: Config,
+    /// Where engines that somebody else starts say HELLO: `--data-parallel-address` and
+    /// `--data-parallel-rpc-port`. None if the keeper starts all engines.
+    pub shared: Option<SocketAddr>,
+    /// What a connection may do.
+    pub limits: GuardLimits,
+}
+
+/// The handshake address cannot be used.
+#[derive(Debug, Error)]
+pub enum HandshakeBindError {
+    /// The port is taken.
+    #[error(
+        "port {port} of {host} is in use by another process: free it, or choose another with --data-parallel-rpc-port",
+        port = address.port(), host = address.ip()
+    )]
+    InUse {
+        /// Where.
+        address: SocketAddr,
+    },
+    /// Anything else.
+    #[error(
+        "cannot listen for engines on {address} (--data-parallel-address, --data-parallel-rpc-port): {source}"
+    )]
+    Other {
+        /// Where.
+        address: SocketAddr,
+        /// Why.
+        source: TransportError,
+    },
+}
+
+/// Binds the shared address and starts the task. What engines do is reported to `events`; refusals
+/// are also logged here.
+///
+/// # Errors
+/// [`HandshakeBindError`] if the shared address cannot be bound.
+pub async fn spawn(
+    config: HandshakeConfig,
+    tracker: &TaskTracker,
+    events: mpsc::Sender<HandshakeEvent>,
+) -> Result<HandshakeHandle, HandshakeBindError> {
+    let numbers = Numbers::default();
+    let mut listeners = BTreeMap::new();
+    if let Some(address) = config.shared {
+        let router = GuardedRouter::bind(address, config.limits.clone(), numbers.clone())
+            .await
+            .map_err(|source| match source {
+                TransportError::InUse { .. } => HandshakeBindError::InUse { address },
+                source => HandshakeBindError::Other { address, source },
+            })?;
+        tracing::info!(listen.addr = %router.address(), "engines may say HELLO");
+        listeners.insert(Via::Shared, router);
+    }
+    let (commands, inbox) = mpsc::channel(COMMANDS);
+    let task = Task {
+        machine: Handshake::new(config.machine),
+        limits: config.limits,
+        numbers,
+        listeners,
+        peers: BTreeMap::new(),
+        outbox: VecDeque::new(),
+        start: Instant::now(),
+    };
+    tracker.spawn(task.run(inbox, events));
+    Ok(HandshakeHandle { commands })
+}
+
+struct Task {
+    machine: Handshake,
+    limits: GuardLimits,
+    numbers: Numbers,
+    listeners: BTreeMap<Via, GuardedRouter>,
+    /// Connections that have sent something.
+    peers: BTreeMap<PeerId, (Via, GuardedSender)>,
+    /// Waits for the reader of the events: the machine is never kept waiting, because that reader
+    /// may itself wait for an answer of this task.
+    outbox: VecDeque<HandshakeEvent>,
+    start: Instant,
+}
+
+impl Task {
+    async fn run(
+        mut self,
+        mut inbox: mpsc::Receiver<HandshakeCommand>,
+        events: mpsc::Sender<HandshakeEvent>,
+    ) {
+        loop {
+            let due = self
+                .machine
+                .poll_timeout()
+                .map(|at| self.start + at.since_start());
+            let timer = async {
+                match due {
+                    Some(due) => sleep_until(due).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                command = inbox.recv() => match command {
+                    Some(HandshakeCommand::Shutdown { reply }) => {
+                        self.close().await;
+                        let _ = reply.send(Ok(()));
+                        return;
+                    }
+                    Some(command) => self.command(command).await,
+                    None => return self.close().await,
+                },
+                (via, event) = next(&mut self.listeners) => self.received(via, event),
+                permit = events.reserve(), if !self.outbox.is_empty() => match permit {
+                    Ok(permit) => {
+                        if let Some(event) = self.outbox.pop_front() {
+                            permit.send(event);
+                        }
+                    }
+                    Err(_) => return self.close().await,
+                },
+                () = timer => {
+                    let now = self.now();
+                    self.machine.handle_timeout(now);
+                }
+            }
+            self.perform();
+        }
+    }
+
+    fn now(&self) -> Time {
+        Time::from_start(self.start.elapsed())
+    }
+
+    async fn command(&mut self, command: HandshakeCommand) {
+        match command {
+            HandshakeCommand::Expect { expectation, reply } => {
+                let result = self.expect(expectation).await;
+                let _ = reply.send(result);
+            }
+            HandshakeCommand::Forget { rank, incarnation } => {
+                let now = self.now();
+                self.machine
+                    .handle_event(now, Event::Forget { rank, incarnation });
+                self.close_own(rank, |own| own == incarnation);
+            }
+            HandshakeCommand::Shutdown { .. } => {}
+        }
+    }
+
+    async fn expect(&mut self, expectation: Expectation) -> Result<SocketAddr, HandleError> {
+        let Expectation {
+            rank,
+            incarnation,
+            listen,
+            init,
+        } = expectation;
+        self.close_own(rank, |_| true);
+        let address = match listen {
+            Listen::Shared => self
+                .listeners
+                .get(&Via::Shared)
+                .map(GuardedRouter::address)
+                .ok_or_else(|| {
+                    HandleError::failed(format!(
+                        "rank {rank} is to say HELLO on the shared address, but none was given"
+                    ))
+                })?,
+            Listen::Own => {
+                let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+                let router = GuardedRouter::bind(any, self.limits.clone(), self.numbers.clone())
+                    .await
+                    .map_err(|error| {
+                        HandleError::failed(format!(
+                            "no handshake port for rank {rank} (incarnation {incarnation}): {error}"
+                        ))
+                    })?;
+                let address = router.address();
+                self.listeners
+                    .insert(Via::Own { rank, incarnation }, router);
+                address
+            }
+        };
+        let now = self.now();
+        self.machine.handle_event(
+            now,
+            Event::Expect {
+                rank,
+                incarnation,
+                own: listen == Listen::Own,
+                init,
+            },
+        );
+        Ok(address)
+    }
+
+    fn received(&mut self, via: Via, event: GuardEvent) {
+        let event = match event {
+            GuardEvent::Message {
+                peer,
+                identity,
+                frames,
+            } => {
+                let peer = PeerId(peer);
+                if let Some(listener) = self.listeners.get(&via) {
+                    self.peers.insert(peer, (via, listener.sender()));
+                }
+                Event::Message {
+                    via,
+                    peer,
+                    identity,
+                    frames,
+                }
+            }
+            GuardEvent::Closed { peer } => {
+                self.peers.remove(&PeerId(peer));
+                Event::Closed { peer: PeerId(peer) }
+            }
+        };
+        let now = self.now();
+        self.machine.handle_event(now, event);
+    }
+
+    fn perform(&mut self) {
+        while let Some(action) = self.machine.poll_action() {
+            match action {
+                Action::SendInit { peer, init } => {
+                    let sent = self
+                        .peers
+                        .get(&peer)
+                        .is_some_and(|(_, sender)| sender.send(peer.0, vec![init]));
+                    if !sent {
+                        // It is gone; the machine hears of that next.
+                        tracing::debug!(peer = peer.0, "INIT could not be sent");
+                    }
+                }
+                Action::Connected { rank, incarnation } => {
+                    tracing::info!(%rank, %incarnation, "engine said HELLO, INIT is sent");
+                    self.outbox
+                        .push_back(HandshakeEvent::Connected { rank, incarnation });
+                }
+                Action::Ready {
+                    rank,
+                    incarnation,
+                    parallel_config_hash,
+                    num_gpu_blocks,
+                } => {
+                    tracing::info!(%rank, %incarnation, "engine is READY");
+                    self.close_own(rank, |own| own == incarnation);
+                    self.outbox.push_back(HandshakeEvent::Ready {
+                        rank,
+                        incarnation,
+                        parallel_config_hash,
+                        num_gpu_blocks,
+                    });
+                }
+                Action::Refused { rank, error } => {
+                    tracing::warn!("handshake refused: {error}");
+                    if rank.is_some() || self.outbox.len() < REFUSALS {
+                        self.outbox
+                            .push_back(HandshakeEvent::Refused { rank, error });
+                    }
+                }
+                Action::Waiting { hello, ready } => {
+                    if !hello.is_empty() {
+                        tracing::info!("waiting for HELLO of ranks {}", list(&hello));
+                    }
+                    if !ready.is_empty() {
+                        tracing::info!("waiting for READY of ranks {}", list(&ready));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Closes the rank's own listeners that were made for such an incarnation.
+    fn close_own(&mut self, rank: EngineIndex, closes: impl Fn(Incarnation) -> bool) {
+        let stays = |via: &Via| match via {
+            Via::Own {
+                rank: owner,
+                incarnation,
+            } => *owner != rank || !closes(*incarnation),
+            Via::Shared => true,
+        };
+        self.listeners.retain(|via, _| stays(via));
+        self.peers.retain(|_, (via, _)| stays(via));
+    }
+
+    async fn close(&mut self) {
+        for (_, listener) in std::mem::take(&mut self.listeners) {
+            listener.close().await;
+        }
+    }
+}
+
+/// The next event of any listener.
+async fn next(listeners: &mut BTreeMap<Via, GuardedRouter>) -> (Via, GuardEvent) {
+    poll_fn(|cx| {
+        for (via, listener) in listeners.iter_mut() {
+            if let Poll::Ready(Some(event)) = listener.poll_recv(cx) {
+                return Poll::Ready((*via, event));
+            }
+        }
+        Poll::Pending
+    })
+    .await
+}
+
+fn list(ranks: &[EngineIndex]) -> String {
+    let names: Vec<String> = ranks.iter().take(16).map(ToString::to_string).collect();
+    let more = if ranks.len() > 16 { ", .." } else { "" };
+    format!("{}{more}", names.join(", "))
+}

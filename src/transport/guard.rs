@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -173,6 +174,11 @@ impl GuardedRouter {
     /// The next event. Cancel-safe. `None` never comes while this exists.
     pub async fn recv(&mut self) -> Option<GuardEvent> {
         self.events.recv().await
+    }
+
+    /// As [`Self::recv`].
+    pub fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Option<GuardEvent>> {
+        self.events.poll_recv(cx)
     }
 
     /// Closes the port and all connections, and waits until they are.
