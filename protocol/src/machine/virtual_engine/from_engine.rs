@@ -1,0 +1,144 @@
+//! Messages of the engine.
+
+use bytes::Bytes;
+
+use super::{Action, VirtualEngine, slot_of};
+use crate::frames::Frames;
+use crate::ids::Slot;
+use crate::output::{self, EngineOutput, OutputsView};
+use crate::time::Time;
+
+impl VirtualEngine {
+    pub(super) fn on_engine_message(&mut self, now: Time, slot: Slot, frames: Frames) {
+        let number = slot.0 as usize;
+        if number >= self.slots.len() {
+            return;
+        }
+        let view = match EngineOutput::parse(&frames) {
+            Ok(EngineOutput::Outputs(view)) => view,
+            Ok(EngineOutput::Dead) => {
+                self.actions.push_back(Action::EngineDead);
+                self.go_down("it reported ENGINE_CORE_DEAD");
+                return;
+            }
+            Err(error) => {
+                self.refuse(slot, format!("from the engine: {error}"));
+                return;
+            }
+        };
+        self.engine_clock = view.timestamp.max(f64::MIN_POSITIVE);
+        if let Some(version) = view.weight_version
+            && self.weight_version.as_deref() != Some(version)
+        {
+            self.weight_version = Some(version.to_owned());
+        }
+        if let Some(call_id) = view.utility_call_id() {
+            let pass_on = if number == 0 {
+                if let Some(Ok(answer)) = view.utility_output() {
+                    self.control_answered(answer);
+                }
+                false
+            } else if self.fence_answered(now, number, call_id) {
+                false
+            } else {
+                self.call_answered(number, call_id, || view.utility_output()?.ok())
+            };
+            if pass_on {
+                self.send_to_frontend(number, frames);
+            }
+            return;
+        }
+        self.note_finished(number, &view);
+        if view.scheduler_stats.is_some() {
+            self.share_stats(now, number, &view, &frames);
+        }
+        if number != 0 {
+            self.send_to_frontend(number, frames);
+        }
+        self.free_if_settled(number);
+        self.pump();
+    }
+
+    /// Forgets the requests that end with this message.
+    fn note_finished(&mut self, number: usize, view: &OutputsView<'_>) {
+        for output in view.outputs() {
+            let Ok(output) = output else { break };
+            if output.finished.is_none() {
+                continue;
+            }
+            let ends = self
+                .requests
+                .get(output.request_id)
+                .is_some_and(|entry| entry.slot == number && !entry.resumable);
+            if ends {
+                self.finished(number, output.request_id);
+            }
+        }
+        let Ok(ids) = view.finished_requests() else {
+            return;
+        };
+        for id in ids {
+            let known = self.requests.get_mut(id);
+            if known.is_some_and(|entry| entry.slot == number && entry.sent) {
+                self.finished(number, id);
+            }
+        }
+    }
+
+    pub(super) fn finished(&mut self, number: usize, id: &str) {
+        if self.requests.remove(id).is_some() {
+            let slot = &mut self.slots[number];
+            slot.sent = slot.sent.saturating_sub(1);
+        }
+    }
+
+    /// vLLM sends scheduler stats to one client only: to client 0 in a step without outputs, else to
+    /// a client that has outputs. Each frontend has its own metrics, so the others get a copy.
+    fn share_stats(&mut self, now: Time, from: usize, view: &OutputsView<'_>, frames: &[Bytes]) {
+        let Some(stats) = view.scheduler_stats else {
+            return;
+        };
+        let source = self.slots[from].owner().map(|owner| owner.frontend);
+        let mut copy: Option<Bytes> = None;
+        for number in 1..self.slots.len() {
+            let Some(owner) = self.slots[number].owner() else {
+                continue;
+            };
+            if owner.api_server != 0 {
+                continue;
+            }
+            let slot = &mut self.slots[number];
+            if source == Some(owner.frontend) {
+                slot.stats_at = Some(now);
+                continue;
+            }
+            if from == 0 && view.is_stats_only() {
+                slot.stats_at = Some(now);
+                self.actions.push_back(Action::ToFrontend {
+                    slot: slot_of(number),
+                    frames: frames.to_vec(),
+                });
+                continue;
+            }
+            let recent = slot
+                .stats_at
+                .is_some_and(|at| now.saturating_since(at) < self.config.stats_interval);
+            if recent {
+                continue;
+            }
+            slot.stats_at = Some(now);
+            let copy = copy.get_or_insert_with(|| {
+                output::stats_message(
+                    &self.layout,
+                    self.config.rank,
+                    stats.to_vec(),
+                    view.timestamp,
+                )
+            });
+            self.actions.push_back(Action::ToFrontend {
+                slot: slot_of(number),
+                frames: vec![copy.clone()],
+            });
+        }
+    }
+}

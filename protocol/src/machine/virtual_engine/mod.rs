@@ -1,0 +1,557 @@
+//! What the frontends see of one DP rank: an engine that outlives its process.
+//!
+//! One machine per rank. Towards the engine it is the owner of all slots (client indices); towards
+//! the frontends it is a headless engine. It checks what frontends send and refuses what the engine
+//! would not survive, knows every request and call in flight, holds new requests while the engine is
+//! away or the gate is closed, and answers everything that can no longer be answered by the engine.
+//!
+//! # Rules
+//! * A frontend's request gets one final answer, from the engine or from here; so does each call.
+//! * Nothing of a frontend reaches an engine that is not admitted.
+//! * A slot whose frontend has gone is given to another one only when the engine has confirmed, by
+//!   answering a call sent after the aborts (the fence), that it has nothing more for the old one.
+//! * Calls that change an engine's weights, schedule or memory are handed out as
+//!   [`Action::HeldCall`] and go on only by [`VirtualEngine::release`].
+//! * Answers to unknown calls are never passed on: they kill a Python client's output task
+//!   (`_process_utility_output`, `vllm/v1/engine/core_client.py` 0.32.0).
+//!
+//! # Driving it
+//! See [`crate::machine`]. [`VirtualEngine::open_slot`] answers directly.
+
+mod calls;
+mod from_engine;
+mod from_frontend;
+mod policy;
+mod requests;
+#[cfg(test)]
+mod simulation;
+mod slots;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use thiserror::Error;
+
+use crate::frames::Frames;
+use crate::ids::{CallId, EngineIndex, FrontendId, Incarnation, Slot};
+use crate::layout::Layout;
+use crate::output;
+use crate::time::Time;
+
+use calls::{ControlCall, HeldControl};
+pub use policy::Policy;
+use requests::Requests;
+use slots::SlotState;
+
+/// Limits of one rank.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The rank.
+    pub rank: EngineIndex,
+    /// Slots for frontends, without the control slot.
+    pub frontend_slots: u32,
+    /// Requests in flight on the engine.
+    pub max_in_flight: usize,
+    /// Bytes of their ADD messages.
+    pub max_in_flight_bytes: usize,
+    /// ADD messages held in front of the engine.
+    pub max_held: usize,
+    /// Their bytes.
+    pub max_held_bytes: usize,
+    /// A held ADD is answered with an error finish after this long.
+    pub hold_for: Duration,
+    /// A call that waits for the engine to come back is answered with a failure after this long.
+    pub hold_calls_for: Duration,
+    /// A control call that nobody decides about is answered with a failure after this long.
+    pub decide_within: Duration,
+    /// Calls of one slot that wait or are in flight.
+    pub max_calls: usize,
+    /// Least time between two copies of another frontend's scheduler stats.
+    pub stats_interval: Duration,
+}
+
+impl Config {
+    /// The defaults for a rank.
+    pub const fn new(rank: EngineIndex, frontend_slots: u32) -> Self {
+        Self {
+            rank,
+            frontend_slots,
+            max_in_flight: 4096,
+            max_in_flight_bytes: 512 << 20,
+            max_held: 4096,
+            max_held_bytes: 64 << 20,
+            hold_for: Duration::from_secs(120),
+            hold_calls_for: Duration::from_secs(120),
+            decide_within: Duration::from_secs(900),
+            max_calls: 256,
+            stats_interval: Duration::from_millis(250),
+        }
+    }
+}
+
+/// What happened.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// Sockets for a new incarnation are bound; what was before is over.
+    Prepared(Incarnation),
+    /// The engine's handshake is complete: it takes control calls.
+    Ready {
+        /// Which incarnation.
+        incarnation: Incarnation,
+        /// Positions of its version.
+        layout: Box<Layout>,
+    },
+    /// The engine has the committed weights: frontends may use it.
+    Admitted(Incarnation),
+    /// The engine is gone.
+    Down {
+        /// Which incarnation.
+        incarnation: Incarnation,
+        /// Why; frontends get to read it.
+        reason: String,
+    },
+    /// The gate for new requests opens or closes.
+    Gate {
+        /// Open?
+        open: bool,
+    },
+    /// A frontend's API server sent a message on its slot.
+    FromFrontend {
+        /// Its slot.
+        slot: Slot,
+        /// The message, without routing id.
+        frames: Frames,
+    },
+    /// The engine sent a message on a slot.
+    FromEngine {
+        /// Which incarnation.
+        incarnation: Incarnation,
+        /// On which slot.
+        slot: Slot,
+        /// The message.
+        frames: Frames,
+    },
+    /// The sidecar calls a method of the engine core. Answered by [`Action::CallAnswered`].
+    Call {
+        /// Comes back with the answer.
+        token: u64,
+        /// vLLM's method name.
+        method: String,
+        /// Positional arguments.
+        args: Vec<rmpv::Value>,
+        /// Fail after this long.
+        timeout: Duration,
+    },
+    /// The connection to an API server is over, or it detaches.
+    CloseSlot {
+        /// Its slot.
+        slot: Slot,
+    },
+}
+
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// Send to the engine on a slot's input socket.
+    ToEngine {
+        /// The slot.
+        slot: Slot,
+        /// The message.
+        frames: Frames,
+    },
+    /// Send to the API server that has the slot.
+    ToFrontend {
+        /// The slot.
+        slot: Slot,
+        /// The message.
+        frames: Frames,
+    },
+    /// A control call of a frontend waits for a decision: answer with [`VirtualEngine::release`].
+    HeldCall {
+        /// Names the call.
+        ticket: u64,
+        /// Who calls.
+        frontend: FrontendId,
+        /// Which of its API servers.
+        api_server: u32,
+        /// vLLM's method name.
+        method: String,
+        /// Positional arguments.
+        args: Vec<rmpv::Value>,
+    },
+    /// A released call is done: the engine's answer, or nil for the other verdicts.
+    Released {
+        /// Names the call.
+        ticket: u64,
+        /// The engine's result or failure message.
+        result: Result<rmpv::Value, String>,
+    },
+    /// Answer to [`Event::Call`].
+    CallAnswered {
+        /// As given.
+        token: u64,
+        /// The result, or what went wrong.
+        result: Result<rmpv::Value, CallError>,
+    },
+    /// An ADD went to the engine: a lockstep group must be running.
+    Wake,
+    /// The engine said that it is dead.
+    EngineDead,
+    /// A message was not passed on. For the log.
+    Refused {
+        /// On which slot.
+        slot: Slot,
+        /// Why.
+        reason: String,
+    },
+    /// The slot can be opened again.
+    SlotFree {
+        /// Which.
+        slot: Slot,
+    },
+}
+
+/// Why a control call has no result.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum CallError {
+    /// The engine answered with a failure.
+    #[error("{0}")]
+    Failed(String),
+    /// The engine is not there (any more).
+    #[error("{0}")]
+    Down(String),
+    /// No answer in time.
+    #[error("the engine did not answer within {0:?}")]
+    Deadline(Duration),
+}
+
+/// Decision on a held control call.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Verdict {
+    /// Send it to the engine; the answer goes to the frontend.
+    Forward,
+    /// Answer it with this value.
+    Answer(rmpv::Value),
+    /// Answer it with this failure message.
+    Refuse(String),
+}
+
+/// No slot for another API server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[error("all {total} frontend slots of rank {rank} are taken ({draining} still being drained)")]
+pub struct NoFreeSlot {
+    /// The rank.
+    pub rank: EngineIndex,
+    /// Frontend slots there are.
+    pub total: u32,
+    /// Of these, slots whose frontend has left but which the engine has not let go.
+    pub draining: u32,
+}
+
+/// State of the engine behind the slots.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Engine {
+    /// There is none.
+    Down(String),
+    /// Its sockets are bound.
+    Prepared,
+    /// It takes control calls.
+    Ready,
+    /// Frontends may use it.
+    Admitted,
+}
+
+/// Plain data for status and metrics.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Current incarnation.
+    pub incarnation: Incarnation,
+    /// Frontends may use the engine.
+    pub admitted: bool,
+    /// The gate is open.
+    pub gate_open: bool,
+    /// Requests in flight on the engine, by frontend.
+    pub in_flight: BTreeMap<FrontendId, u64>,
+    /// ADD messages held.
+    pub held: u64,
+    /// Bytes of held ADD messages.
+    pub held_bytes: usize,
+    /// Calls in flight or waiting, of frontends and our own.
+    pub calls: usize,
+    /// Slots taken by frontends.
+    pub occupied: u32,
+    /// Slots being drained.
+    pub draining: u32,
+    /// Messages of frontends refused since start.
+    pub refused: u64,
+    /// Version of the weights, as stamped on the last step (vLLM 0.32.0 and later).
+    pub weight_version: Option<String>,
+}
+
+/// See the [module](self).
+#[derive(Debug)]
+pub struct VirtualEngine {
+    config: Config,
+    layout: Layout,
+    engine: Engine,
+    incarnation: Incarnation,
+    gate_open: bool,
+    /// Slot 0 is the control slot.
+    slots: Vec<SlotState>,
+    requests: Requests,
+    control_calls: BTreeMap<CallId, ControlCall>,
+    held_control: BTreeMap<u64, HeldControl>,
+    next_ticket: u64,
+    next_call: u64,
+    supported_tasks: Option<rmpv::Value>,
+    weight_version: Option<String>,
+    /// The engine's own clock, as last seen: what we write in its name carries it.
+    engine_clock: f64,
+    refused: u64,
+    actions: VecDeque<Action>,
+    #[cfg(test)]
+    mutation: Option<Mutation>,
+}
+
+/// Mistakes that the simulation must notice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mutation {
+    /// What was in flight on a lost engine is not answered.
+    ForgetInFlightAtDown,
+    /// A slot is given away before the engine has confirmed.
+    ReuseSlotWithoutFence,
+}
+
+impl VirtualEngine {
+    /// A rank without an engine, its gate open.
+    pub fn new(config: Config) -> Self {
+        let slots = (0..=config.frontend_slots)
+            .map(|_| SlotState::default())
+            .collect();
+        Self {
+            layout: Layout::newest(),
+            engine: Engine::Down("has not been started".to_owned()),
+            incarnation: Incarnation::default(),
+            gate_open: true,
+            slots,
+            requests: Requests::default(),
+            control_calls: BTreeMap::new(),
+            held_control: BTreeMap::new(),
+            next_ticket: 0,
+            next_call: 0,
+            supported_tasks: None,
+            weight_version: None,
+            engine_clock: 0.001,
+            refused: 0,
+            actions: VecDeque::new(),
+            #[cfg(test)]
+            mutation: None,
+            config,
+        }
+    }
+
+    /// Takes in what happened.
+    pub fn handle_event(&mut self, now: Time, event: Event) {
+        match event {
+            Event::Prepared(incarnation) => {
+                self.go_down(&format!("replaced by incarnation {incarnation}"));
+                self.incarnation = incarnation;
+                self.engine = Engine::Prepared;
+            }
+            Event::Ready {
+                incarnation,
+                layout,
+            } => {
+                if incarnation == self.incarnation && self.engine == Engine::Prepared {
+                    self.engine = Engine::Ready;
+                    self.layout = *layout;
+                }
+            }
+            Event::Admitted(incarnation) => {
+                if incarnation == self.incarnation && self.engine == Engine::Ready {
+                    self.engine = Engine::Admitted;
+                    self.send_waiting_calls();
+                    self.pump();
+                }
+            }
+            Event::Down {
+                incarnation,
+                reason,
+            } => {
+                if incarnation == self.incarnation {
+                    self.go_down(&reason);
+                }
+            }
+            Event::Gate { open } => {
+                self.gate_open = open;
+                self.pump();
+            }
+            Event::FromFrontend { slot, frames } => self.on_frontend_message(now, slot, frames),
+            Event::FromEngine {
+                incarnation,
+                slot,
+                frames,
+            } => {
+                if incarnation == self.incarnation && !matches!(self.engine, Engine::Down(_)) {
+                    self.on_engine_message(now, slot, frames);
+                }
+            }
+            Event::Call {
+                token,
+                method,
+                args,
+                timeout,
+            } => self.control_call(now, token, method, args, timeout),
+            Event::CloseSlot { slot } => self.close_slot(now, slot),
+        }
+    }
+
+    /// Does what is due at `now`. Calling it early is harmless.
+    pub fn handle_timeout(&mut self, now: Time) {
+        self.expire_held_requests(now);
+        self.expire_calls(now);
+        self.settle_slots(now);
+        self.forget_aborted(now);
+        self.pump();
+    }
+
+    /// The next thing to be done.
+    #[must_use]
+    pub fn poll_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    /// When [`Self::handle_timeout`] is due next.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Time> {
+        [
+            self.requests.next_deadline(),
+            self.next_call_deadline(),
+            self.next_settle_deadline(),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    /// Plain data for status and metrics.
+    pub fn snapshot(&self) -> Snapshot {
+        let mut snapshot = Snapshot {
+            incarnation: self.incarnation,
+            admitted: self.engine == Engine::Admitted,
+            gate_open: self.gate_open,
+            held: self.requests.held_count() as u64,
+            held_bytes: self.requests.held_bytes(),
+            calls: self.control_calls.len() + self.held_control.len(),
+            refused: self.refused,
+            weight_version: self.weight_version.clone(),
+            ..Snapshot::default()
+        };
+        for slot in &self.slots[1..] {
+            snapshot.calls += slot.call_count();
+            match slot.owner() {
+                Some(owner) => {
+                    snapshot.occupied += 1;
+                    *snapshot.in_flight.entry(owner.frontend).or_default() += slot.sent as u64;
+                }
+                None if slot.is_draining() => snapshot.draining += 1,
+                None => {}
+            }
+        }
+        snapshot
+    }
+
+    /// The engine is gone: everything that only it could answer is answered here.
+    fn go_down(&mut self, reason: &str) {
+        if matches!(self.engine, Engine::Down(_)) {
+            self.engine = Engine::Down(reason.to_owned());
+            return;
+        }
+        self.engine = Engine::Down(reason.to_owned());
+        self.fail_requests_in_flight();
+        self.fail_calls_in_flight(reason);
+        for number in 1..self.slots.len() {
+            let slot = &mut self.slots[number];
+            slot.touched = false;
+            if slot.is_draining() {
+                self.free_slot(number);
+            }
+        }
+        self.pump();
+    }
+
+    #[cfg(test)]
+    fn mutated(&self, mutation: Mutation) -> bool {
+        self.mutation == Some(mutation)
+    }
+
+    #[cfg(not(test))]
+    #[expect(clippy::unused_self, reason = "the tests' variant reads a field")]
+    const fn mutated(&self, _mutation: Mutation) -> bool {
+        false
+    }
+
+    fn describe_engine(&self) -> String {
+        let rank = self.config.rank;
+        match &self.engine {
+            Engine::Down(reason) => format!("engine of DP rank {rank} is down: {reason}"),
+            Engine::Prepared | Engine::Ready => {
+                format!("engine of DP rank {rank} is starting and takes no requests yet")
+            }
+            Engine::Admitted => format!("engine of DP rank {rank} is running"),
+        }
+    }
+
+    fn refuse(&mut self, slot: Slot, reason: String) {
+        self.refused += 1;
+        self.actions.push_back(Action::Refused { slot, reason });
+    }
+
+    fn send_to_engine(&mut self, number: usize, frames: Frames) {
+        self.slots[number].touched = true;
+        self.actions.push_back(Action::ToEngine {
+            slot: slot_of(number),
+            frames,
+        });
+    }
+
+    fn send_to_frontend(&mut self, number: usize, frames: Frames) {
+        if self.slots[number].owner().is_some() {
+            self.actions.push_back(Action::ToFrontend {
+                slot: slot_of(number),
+                frames,
+            });
+        }
+    }
+
+    /// Ends requests of a slot's owner with an error.
+    fn answer_with_error<'a>(
+        &mut self,
+        number: usize,
+        request_ids: impl IntoIterator<Item = &'a str>,
+    ) {
+        let frame = output::error_finish(
+            &self.layout,
+            self.config.rank,
+            request_ids,
+            self.engine_clock,
+        );
+        self.send_to_frontend(number, vec![frame]);
+    }
+
+    /// Answers a call of a slot's owner.
+    fn answer_call(&mut self, number: usize, call_id: CallId, result: Result<rmpv::Value, String>) {
+        let frame = output::utility_answer(
+            &self.layout,
+            self.config.rank,
+            call_id,
+            result,
+            self.engine_clock,
+        );
+        self.send_to_frontend(number, vec![frame]);
+    }
+}
+
+fn slot_of(number: usize) -> Slot {
+    Slot(u32::try_from(number).unwrap_or(u32::MAX))
+}
