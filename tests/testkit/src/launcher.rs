@@ -12,6 +12,7 @@ use zmq::Context;
 use crate::Reporter;
 use crate::argv::ServeCommand;
 use crate::engine::{EngineOptions, FakeEngine, Faults};
+use crate::frontend::{FakeFrontend, FrontendOptions, http};
 
 /// How many fake engines share one ZMQ context: libzmq allows 1023 sockets in one.
 const ENGINES_PER_CONTEXT: usize = 24;
@@ -163,4 +164,46 @@ pub fn run_as_launcher(reporter: &Reporter, signals: &mpsc::Receiver<Signal>) ->
             let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal);
         }
     }
+}
+
+/// Plays `vllm serve MODEL --data-parallel-size-local 0`: handshake, then HTTP, until a signal comes.
+pub fn run_frontend(
+    command: &ServeCommand,
+    reporter: &Reporter,
+    signals: &mpsc::Receiver<Signal>,
+) -> Result<(), String> {
+    let like = options_from_environment(command, 0)?;
+    let mut frontend = FakeFrontend::bind(
+        FrontendOptions {
+            size: command.size,
+            address: command.handshake(),
+            api_servers: usize::from(command.api_servers),
+            moe: like.moe,
+            version: like.version,
+            parallel_config_hash: like.parallel_config_hash,
+        },
+        reporter.clone(),
+    )
+    .map_err(|error| format!("handshake address {}: {error}", command.handshake()))?;
+    reporter.report("listening", json!({"address": frontend.address()}));
+    // vLLM waits without end; a signal must still end it.
+    let slice = Duration::from_millis(200);
+    while let Err(error) = frontend.startup(slice) {
+        if signals.try_recv().is_ok() {
+            return Ok(());
+        }
+        if !matches!(error, crate::frontend::FrontendError::Timeout { .. }) {
+            return Err(error.to_string());
+        }
+    }
+    let host = command.host.as_deref().unwrap_or("127.0.0.1");
+    let listener = std::net::TcpListener::bind((host, command.port))
+        .map_err(|error| format!("{host}:{}: {error}", command.port))?;
+    reporter.report("serving", json!({"host": host, "port": command.port}));
+    let model = command
+        .model
+        .as_ref()
+        .map_or_else(String::new, |model| model.display().to_string());
+    let stopped = || signals.try_recv().is_ok();
+    http::serve(&mut frontend, listener, &model, &stopped).map_err(|error| error.to_string())
 }

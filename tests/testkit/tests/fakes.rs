@@ -284,3 +284,33 @@ fn versions_before_the_weight_label_do_not_stamp_outputs() {
         assert_eq!(done.versions.contains("v2"), stamped, "{version}");
     }
 }
+
+#[test]
+fn a_fake_frontend_answers_completions_over_http() {
+    use std::io::{Read, Write};
+    let mut rig = dense();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let client = std::thread::spawn(move || {
+        let mut stream = std::net::TcpStream::connect(address).unwrap();
+        let body = br#"{"prompt": [1, 2, 3], "max_tokens": 4}"#;
+        let head = format!(
+            "POST /v1/completions HTTP/1.1\r\nContent-Length: {}\r\n\r\n",
+            body.len()
+        );
+        stream.write_all(head.as_bytes()).unwrap();
+        stream.write_all(body).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    });
+    let stopped = || client.is_finished();
+    dp_sidecar_testkit::frontend::http::serve(&mut rig.frontend, listener, "m", &stopped).unwrap();
+    let answer = client.join().unwrap();
+    let body: serde_json::Value =
+        serde_json::from_str(answer.split("\r\n\r\n").nth(1).unwrap()).unwrap();
+    let tokens = weights::tokens("made-up", &[1, 2, 3], 4);
+    assert_eq!(body["choices"][0]["token_ids"], serde_json::json!(tokens));
+    assert_eq!(body["weight_versions"], serde_json::json!(["default"]));
+}

@@ -33,8 +33,13 @@ fn serve(command: &ServeCommand) -> ExitCode {
     let signals = launcher::signals();
     let reporter = Reporter::stdout();
     if !command.headless {
-        eprintln!("fake-vllm: no frontend yet");
-        return ExitCode::FAILURE;
+        return match launcher::run_frontend(command, &reporter, &signals) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                reporter.report("died", serde_json::json!({"error": error}));
+                ExitCode::FAILURE
+            }
+        };
     }
     let engine_core = std::env::var("FAKE_VLLM_ROLE").as_deref() == Ok("engine-core");
     if !engine_core && std::env::var("FAKE_VLLM_FORK").as_deref() != Ok("0") {

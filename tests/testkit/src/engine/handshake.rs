@@ -13,6 +13,10 @@ use super::options::{EngineOptions, Stage};
 use super::{Command, EngineEnd, Orders};
 use crate::{Reporter, msg, sockets};
 
+/// How long an engine that ends keeps trying to deliver what it has said. vLLM: 4 s; a test whose
+/// peer is gone need not wait as long.
+const OUTPUT_LINGER_MS: i32 = 500;
+
 /// INIT, read as strictly as msgspec reads it into `EngineHandshakeMetadata`.
 struct Init {
     inputs: Vec<String>,
@@ -179,14 +183,14 @@ pub(crate) fn start(
     let mut outputs = Vec::new();
     for address in &init.outputs {
         let socket = sockets::connect(context, SocketType::PUSH, address, None)?;
-        socket.set_linger(4000)?;
+        socket.set_linger(OUTPUT_LINGER_MS)?;
         outputs.push(socket);
     }
     let coordinator_output = match &init.coordinator_output {
         None => None,
         Some(address) => {
             let socket = sockets::connect(context, SocketType::PUSH, address, None)?;
-            socket.set_linger(4000)?;
+            socket.set_linger(OUTPUT_LINGER_MS)?;
             Some(socket)
         }
     };

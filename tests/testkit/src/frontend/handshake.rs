@@ -19,24 +19,37 @@ pub struct EngineSeen {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+pub(super) enum State {
     New,
     Connected,
     Ready,
 }
 
 pub(super) fn serve(
-    frontend: &FakeFrontend,
+    frontend: &mut FakeFrontend,
     end: Instant,
     limit: Duration,
-) -> Result<Vec<EngineSeen>, FrontendError> {
+) -> Result<(), FrontendError> {
+    let mut states = std::mem::take(&mut frontend.states);
+    let mut seen = std::mem::take(&mut frontend.seen);
+    let result = serve_with(frontend, &mut states, &mut seen, end, limit);
+    seen.sort_by_key(|engine| engine.rank);
+    (frontend.states, frontend.seen) = (states, seen);
+    result
+}
+
+fn serve_with(
+    frontend: &FakeFrontend,
+    states: &mut [State],
+    seen: &mut Vec<EngineSeen>,
+    end: Instant,
+    limit: Duration,
+) -> Result<(), FrontendError> {
     let Some(socket) = &frontend.handshake else {
-        return Ok(Vec::new());
+        return Ok(());
     };
     let options = &frontend.options;
     let coordinated = options.size > 1 && (options.moe || !options.version.dense_is_independent());
-    let mut states = vec![State::New; usize::from(options.size)];
-    let mut seen = Vec::new();
     while states.iter().any(|state| *state != State::Ready) {
         let Some(frames) = sockets::take(socket)? else {
             let left = end.saturating_duration_since(Instant::now());
@@ -119,8 +132,7 @@ pub(super) fn serve(
             }
         }
     }
-    seen.sort_by_key(|engine| engine.rank);
-    Ok(seen)
+    Ok(())
 }
 
 fn init(frontend: &FakeFrontend, coordinated: bool) -> Value {

@@ -8,6 +8,7 @@
 mod client;
 mod coordinator;
 mod handshake;
+pub mod http;
 
 use std::fmt;
 use std::time::Duration;
@@ -127,6 +128,8 @@ pub struct FakeFrontend {
     address: String,
     /// `_data_parallel_master_port_list`.
     group_ports: [u16; 4],
+    states: Vec<handshake::State>,
+    seen: Vec<EngineSeen>,
     /// Its DP coordinator (there is one for every DP size above 1).
     pub coordinator: Option<Coordinator>,
     /// Its API servers.
@@ -159,10 +162,12 @@ impl FakeFrontend {
             .map(|index| ApiServer::bind(&context, index, &options, stats.as_deref(), &reporter))
             .collect::<Result<_, _>>()?;
         Ok(Self {
+            states: vec![handshake::State::New; usize::from(options.size)],
             options,
             handshake: Some(handshake),
             address,
             group_ports: free_ports(),
+            seen: Vec::new(),
             coordinator,
             servers,
             reporter,
@@ -189,18 +194,19 @@ impl FakeFrontend {
         &self.reporter
     }
 
-    /// Waits until all engines have said READY and registered at every API server.
+    /// Waits until all engines have said READY and registered at every API server. After a timeout
+    /// it may be called again and goes on where it was.
     pub fn startup(&mut self, limit: Duration) -> Result<Vec<EngineSeen>, FrontendError> {
         let end = std::time::Instant::now() + limit;
-        let engines = handshake::serve(self, end, limit)?;
+        handshake::serve(self, end, limit)?;
         for server in &mut self.servers {
             server.await_registrations(end, limit)?;
         }
         // `launch_core_engines` closes the handshake socket when all are up.
         self.handshake = None;
         self.reporter
-            .report("started", serde_json::json!({"engines": engines.len()}));
-        Ok(engines)
+            .report("started", serde_json::json!({"engines": self.seen.len()}));
+        Ok(self.seen.clone())
     }
 
     /// The first API server.
