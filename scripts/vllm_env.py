@@ -54,6 +54,8 @@ PINS = [
     "torchvision==0.28.0",
     TORCH,
 ]
+# vLLM's Rust frontend is a program inside the CUDA wheel; the CPU wheel does not have it.
+RUST_FRONTEND_VERSION = "0.33.0"
 # Run by scripts/test, not by vLLM.
 TOOLS = ["pytest==8.4.2", "ruff==0.14.5"]
 
@@ -170,6 +172,29 @@ def add_tools(venv: Path, root: Path) -> None:
     marker.touch()
 
 
+def rust_frontend(root: Path, python: Path) -> Path:
+    """vLLM's Rust frontend, taken out of the wheel that has it (330 MB, not kept)."""
+    program = root / f"vllm-rs-{RUST_FRONTEND_VERSION}" / "vllm-rs"
+    with locked(root / ".vllm-rs.lock"):
+        if program.exists():
+            return program
+        program.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=".vllm-rs-") as scratch:
+            pip = [str(python), "-m", "pip", "--disable-pip-version-check", "--no-input"]
+            fetch = [*pip, "download", "--no-deps", "-d", scratch]
+            log = root / "vllm-rs.log"
+            run("vLLM's Rust frontend", [*fetch, f"vllm=={RUST_FRONTEND_VERSION}"], log)
+            wheel = next(Path(scratch).glob("vllm-*.whl"))
+            with zipfile.ZipFile(wheel) as archive:
+                name = next(n for n in archive.namelist() if n.endswith("/vllm-rs"))
+                partial = program.with_suffix(".partial")
+                with archive.open(name) as source, partial.open("wb") as target:
+                    shutil.copyfileobj(source, target)
+            partial.chmod(0o755)
+            partial.rename(program)
+    return program
+
+
 def fingerprint(folders: tuple[Path, ...], python: Path) -> str:
     """Changes when a source file or the interpreter changes."""
     digest = hashlib.sha256(str(python).encode())
@@ -224,6 +249,11 @@ def main() -> None:
         action="store_true",
         help="print lines for eval: DP_SIDECAR_PYTHON, DP_SIDECAR_VLLM, PYTHONPATH",
     )
+    parser.add_argument(
+        "--rust-frontend",
+        action="store_true",
+        help="get vLLM's Rust frontend, too, and print its path instead",
+    )
     options = parser.parse_args()
     if options.python:
         found = shutil.which(options.python)
@@ -243,7 +273,9 @@ def main() -> None:
         venv = build_environment(cache_root(), sys.executable)
         python = venv / "bin" / "python"
     overlay = build_overlay(python)
-    if options.shell:
+    if options.rust_frontend:
+        print(rust_frontend(cache_root(), python))
+    elif options.shell:
         print(f"export DP_SIDECAR_PYTHON={shlex.quote(str(python))}")
         print(f"export DP_SIDECAR_VLLM={shlex.quote(str(venv / 'bin' / 'vllm'))}")
         before = os.environ.get("PYTHONPATH")

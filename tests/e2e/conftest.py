@@ -1,0 +1,73 @@
+"""Fixtures of the end-to-end tests. Run them through scripts/test (or `scripts/test e2e`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from harness import World
+from processes import REPO
+
+
+def built_binary() -> Path:
+    """The sidecar of this checkout."""
+    given = os.environ.get("SIDECAR_BIN")
+    if given:
+        return Path(given).resolve()
+    command = ["cargo", "build", "--bin", "sidecar", "--message-format=json"]
+    output = subprocess.run(command, cwd=REPO, stdout=subprocess.PIPE, text=True, check=True).stdout
+    for line in output.splitlines():
+        message = json.loads(line)
+        if message.get("executable") and message["target"]["name"] == "sidecar":
+            return Path(message["executable"])
+    raise AssertionError("cargo built no binary `sidecar`")
+
+
+@pytest.fixture(scope="session")
+def tiny_models() -> Path:
+    script = REPO / "scripts" / "make_tiny_models.py"
+    return Path(subprocess.check_output([sys.executable, script], text=True).strip())
+
+
+@pytest.fixture(scope="session")
+def ingredients(tiny_models: Path) -> dict[str, Path]:
+    overlay = REPO / "target" / "e2e-site"
+    assert (overlay / "dp_sidecar_shim").is_dir(), "run scripts/vllm_env.py first"
+    return {"binary": built_binary(), "overlay": overlay, "models": tiny_models}
+
+
+def make_world(ingredients: dict[str, Path], folder: Path) -> Iterator[World]:
+    python = Path(sys.executable)
+    world = World(
+        binary=ingredients["binary"],
+        python=python,
+        vllm=str(python.parent / "vllm"),
+        overlay=ingredients["overlay"],
+        models=ingredients["models"],
+        folder=folder,
+        mark=uuid.uuid4().hex,
+    )
+    yield world
+    complaints = world.clear()
+    assert not complaints, "left behind:\n" + "\n".join(complaints)
+
+
+@pytest.fixture
+def world(ingredients, tmp_path) -> Iterator[World]:
+    """For a test that starts its own; checked for leftovers at its end."""
+    yield from make_world(ingredients, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared_world(ingredients, tmp_path_factory) -> Iterator[World]:
+    """For the tests of a module that share a deployment; checked for leftovers at their end."""
+    yield from make_world(ingredients, tmp_path_factory.mktemp("shared"))

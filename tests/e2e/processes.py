@@ -1,0 +1,164 @@
+"""Processes with their output in files, and waits that end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parents[2]
+LOOPBACK = "127.0.0.1"
+# In the environment of every process of a test run, handed down to all it starts.
+MARK = "E2E_RUN_MARK"
+
+# Two shared cores: an engine takes 12 to 40 s to start, several at once longer.
+START_LIMIT = 240.0
+STEP_LIMIT = 60.0
+REQUEST_LIMIT = 120.0
+
+
+def wait_for(what: str, limit: float, check: Callable[[], Any], describe=lambda: "") -> Any:
+    """Poll `check` until it gives something true, at most `limit` seconds."""
+    deadline = time.monotonic() + limit
+    while True:
+        found = check()
+        if found:
+            return found
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what}: not within {limit:.0f} s\n{describe()}")
+        time.sleep(0.05)
+
+
+_given: set[int] = set()
+
+
+def free_port() -> int:
+    """A TCP port that is free now, below the ephemeral range, and not yet given to anybody."""
+    while True:
+        port = random.randint(20000, 31999)
+        if port in _given:
+            continue
+        with socket.socket() as probe:
+            try:
+                probe.bind((LOOPBACK, port))
+            except OSError:
+                continue
+        _given.add(port)
+        return port
+
+
+def processes_with(mark: str) -> dict[int, str]:
+    """Pid and command line of every process that has `mark` in its environment."""
+    wanted = f"{MARK}={mark}".encode()
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):
+            if wanted in (entry / "environ").read_bytes().split(b"\0"):
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                found[int(entry.name)] = command.strip()
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below `pid`, nearest first."""
+    found, queue = [], [pid]
+    while queue:
+        parent = queue.pop(0)
+        for task in Path(f"/proc/{parent}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                children = [int(child) for child in task.read_text().split()]
+                found += children
+                queue += children
+    return found
+
+
+def start_time(pid: int) -> str:
+    """When a process started, in clock ticks: tells a process from a later one of the same pid."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+
+
+class Process:
+    """A process in a session of its own, with its output in a file."""
+
+    def __init__(self, name: str, command: list[str], env: dict[str, str], log: Path) -> None:
+        self.name = name
+        self.log = log
+        self.command = command
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as out:
+            self.child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=env,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self.child.pid
+
+    def tail(self, lines: int = 40) -> str:
+        text = self.log.read_text(errors="replace").splitlines()[-lines:]
+        return f"--- end of the output of {self.name} ---\n" + "\n".join(text)
+
+    def wait_line(self, pattern: str, limit: float = STEP_LIMIT) -> str:
+        """The first output line that matches."""
+
+        def look():
+            for line in self.log.read_text(errors="replace").splitlines():
+                if re.search(pattern, line):
+                    return line
+            if self.child.poll() is not None:
+                raise AssertionError(
+                    f"{self.name} ended ({self.child.returncode}) without a line "
+                    f"{pattern!r}\n{self.tail()}"
+                )
+            return None
+
+        return wait_for(f"line {pattern!r} of {self.name}", limit, look, self.tail)
+
+    def wait_exit(self, limit: float = STEP_LIMIT) -> int:
+        try:
+            return self.child.wait(limit)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(
+                f"{self.name} did not end within {limit:.0f} s\n{self.tail()}"
+            ) from None
+
+    def terminate(self, limit: float = STEP_LIMIT) -> int:
+        if self.child.poll() is None:
+            self.child.send_signal(signal.SIGTERM)
+        return self.wait_exit(limit)
+
+    def kill(self) -> None:
+        """SIGKILL, this process alone."""
+        if self.child.poll() is None:
+            self.child.kill()
+        self.child.wait(STEP_LIMIT)
+
+    def kill_group(self) -> None:
+        """SIGKILL, the whole session's group, as a container's end does."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.child.wait(STEP_LIMIT)

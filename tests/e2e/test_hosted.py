@@ -1,0 +1,346 @@
+"""Hosted engines behind two frontends: dense and MoE, two DP ranks, real vLLM.
+
+The tests of one kind share a deployment and come in this order; each leaves it serving.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from frontends import IN_PROCESS_WORKER, MODEL_FLAGS, Frontend, Load
+from harness import Sidecar, World
+from models import Models
+from processes import START_LIMIT, alive, descendants, wait_for
+
+COUNT = 40
+
+
+@dataclass
+class Deployment:
+    """A sidecar with two engines and two frontends."""
+
+    kind: str
+    world: World
+    models: Models
+    sidecar: Sidecar
+    frontends: list[Frontend]
+    order: Path
+    seed: int = 0
+
+    def start_frontend(self, name: str, **ports: int) -> Frontend:
+        return self.world.frontend(name, self.models.path(0), **ports)
+
+    def check_serving(self, seed: int | None = None) -> None:
+        """Every frontend answers with the weights of `seed`, on both ranks."""
+        seed = self.seed if seed is None else seed
+        for frontend in self.frontends:
+            for prompt in self.models.prompts[:4]:
+                answer = frontend.ask(prompt)
+                assert answer.complete, (answer, self.sidecar.engine_logs())
+                assert answer.tokens == self.models.expected(seed, prompt, 24), (
+                    f"not the tokens of checkpoint {seed}, but of "
+                    f"{self.models.seed_of(prompt, answer.tokens)}: {answer}"
+                )
+
+    def engine_core_pids(self) -> dict[int, list[int]]:
+        """Every process below each engine's launcher."""
+        return {e["rank"]: [e["pid"], *descendants(e["pid"])] for e in self.sidecar.engines()}
+
+    def restarts(self) -> int:
+        return sum(engine["restarts"] for engine in self.sidecar.engines())
+
+    def update(self, seed: int, *flags: str) -> None:
+        """An update that must succeed."""
+        done = self.sidecar.update(self.models.path(seed), "--version", f"v{seed}", *flags)
+        assert done.returncode == 0, done.stdout + done.stderr + self.sidecar.engine_logs()
+        self.seed = seed
+
+    def weight_versions(self) -> set[str]:
+        return {engine["weight_version"] for engine in self.sidecar.engines()}
+
+
+@pytest.fixture(scope="module", params=["dense", "moe"])
+def deployment(request, ingredients, tmp_path_factory):
+    from conftest import make_world
+
+    maker = make_world(ingredients, tmp_path_factory.mktemp(request.param))
+    world = next(maker)
+    models = Models.read(world.models, request.param)
+    order = world.folder / "fail"
+    sidecar = None
+    try:
+        # Frontends and engines start at the same time: either may be there first.
+        frontends = [world.frontend(name, models.path(0)) for name in ("alpha", "beta")]
+        flags = [f"--frontend={frontend.handshake}" for frontend in frontends]
+        sidecar = world.sidecar(
+            "sidecar",
+            [*flags, "--pause-deadline", "20"],
+            [models.path(0), *MODEL_FLAGS, *IN_PROCESS_WORKER],
+            env=world.in_process(DP_SIDECAR_TEST_FAIL_LOAD=str(order)),
+        )
+        sidecar.wait_serving()
+        sidecar.wait_attached(*frontends)
+        for frontend in frontends:
+            frontend.wait_ready()
+        yielded = Deployment(request.param, world, models, sidecar, list(frontends), order)
+        yield yielded
+        code = sidecar.terminate(limit=90)
+        assert code == 0, f"exit code {code} after SIGTERM\n{sidecar.tail()}"
+        own = {pid for f in frontends + yielded.frontends for pid in (f.pid, *descendants(f.pid))}
+        left = {pid: command for pid, command in world.marked().items() if pid not in own}
+        assert not left, f"the sidecar left {left}"
+    finally:
+        complaints = list(_finish(maker))
+    assert not complaints, complaints
+
+
+def _finish(maker):
+    try:
+        next(maker)
+    except StopIteration:
+        return
+    except AssertionError as error:
+        yield str(error)
+
+
+def test_two_frontends_give_the_same_greedy_tokens(deployment):
+    deployment.check_serving(0)
+    answers: dict[tuple[str, str], list[int]] = {}
+
+    def ask(frontend: Frontend, prompt: str) -> None:
+        answers[frontend.name, prompt] = frontend.ask(prompt, COUNT).tokens
+
+    threads = [
+        threading.Thread(target=ask, args=(frontend, prompt))
+        for frontend in deployment.frontends
+        for prompt in deployment.models.prompts[:6]
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for prompt in deployment.models.prompts[:6]:
+        expected = deployment.models.expected(0, prompt, COUNT)
+        assert answers["alpha", prompt] == expected
+        assert answers["beta", prompt] == expected
+
+
+def test_both_ranks_take_part(deployment):
+    with Load(deployment.frontends, deployment.models.prompts, COUNT) as load:
+        deployment.sidecar.wait_status(
+            "requests in flight on both ranks",
+            lambda status: all(engine["in_flight"] > 0 for engine in status["engines"]),
+        )
+    assert all(answer.complete for answer in load.answers), load.answers
+
+
+def test_status_shows_engines_frontends_and_weights(deployment):
+    status = deployment.sidecar.status()
+    assert [engine["rank"] for engine in status["engines"]] == [0, 1]
+    assert all(engine["vllm_version"].startswith("0.32") for engine in status["engines"])
+    assert all(alive(engine["pid"]) for engine in status["engines"])
+    assert status["deployment"]["kind"] == (
+        "lockstep" if deployment.kind == "moe" else "independent"
+    )
+    attachments = [frontend["attachment"] for frontend in status["frontends"]]
+    assert {a["address"] for a in attachments} == {f.handshake for f in deployment.frontends}
+    assert all(a["state"] == "attached" for a in attachments)
+    assert "engine" in deployment.sidecar.ok("status").lower()
+    assert "0.32" in deployment.sidecar.ok("version")
+    for frontend in deployment.frontends:
+        assert frontend.handshake in deployment.sidecar.ok("frontend", "list")
+
+
+def test_frontends_see_the_load_of_idle_engines(deployment):
+    """vLLM tells idle scheduler stats to client 0 only; that is the sidecar."""
+    for frontend in deployment.frontends:
+
+        def idle(frontend=frontend):
+            samples = frontend.metric("vllm:num_requests_running")
+            return len(samples) == 2 and not any(samples.values())
+
+        wait_for(f"{frontend.name} counts no running request", 30, idle)
+
+
+def test_a_killed_frontend_costs_only_its_own_requests_and_comes_back(deployment):
+    alpha, beta = deployment.frontends
+    before = deployment.engine_core_pids()
+    with Load([alpha, beta], deployment.models.prompts, COUNT) as load:
+        load.wait_answers(4, of=alpha)
+        load.wait_answers(4, of=beta)
+        load.leave(alpha)
+        alpha.kill_group()
+        load.wait_answers(12, of=beta)
+    lost = [answer for answer in load.of(beta) if not answer.complete]
+    assert not lost, f"the other frontend lost requests: {lost}"
+    deployment.sidecar.wait_status(
+        "its requests are aborted on the engines",
+        lambda status: all(engine["in_flight"] == 0 for engine in status["engines"]),
+    )
+    again = deployment.start_frontend("alpha", http_port=alpha.http_port, rpc_port=alpha.rpc_port)
+    deployment.frontends[0] = again
+    again.wait_ready()
+    deployment.sidecar.wait_attached(again)
+    deployment.check_serving()
+    assert deployment.engine_core_pids() == before, "engines were started again"
+
+
+@pytest.mark.parametrize(("mode", "seed"), [("wait", 1), ("abort", 0)])
+def test_an_update_under_load_mixes_nothing_and_loses_nothing(deployment, mode, seed):
+    old = deployment.seed
+    with Load(deployment.frontends, deployment.models.prompts, COUNT) as load:
+        load.wait_answers(6)
+        deployment.update(seed, "--mode", mode)
+        done_at = time.monotonic()
+        load.wait_answers(12)
+    refused = [answer for answer in load.answers if answer.status != 200]
+    assert not refused, f"lost: {refused}"
+    reasons = {answer.finish_reason for answer in load.answers}
+    assert reasons <= ({"length"} if mode == "wait" else {"length", "abort"}), reasons
+    for answer in load.answers:
+        if not answer.tokens:
+            assert answer.finish_reason == "abort"
+            continue
+        seen = deployment.models.seed_of(answer.prompt, answer.tokens)
+        assert seen in (old, seed), f"mixed or wrong: {answer}"
+        if answer.began > done_at:
+            assert seen == seed, f"old weights after the update: {answer}"
+    seeds = {deployment.models.seed_of(a.prompt, a.tokens) for a in load.answers if a.tokens}
+    assert seeds == {old, seed}
+    assert deployment.weight_versions() == {f"v{seed}"}
+    deployment.check_serving(seed)
+
+
+def missing_tensor(tensors):
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+
+
+def missing_expert(tensors):
+    del tensors["model.layers.1.mlp.experts.2.down_proj.weight"]
+
+
+def wrong_shape(tensors):
+    import torch
+
+    tensors["model.norm.weight"] = torch.ones(64, dtype=torch.bfloat16)
+
+
+def wrong_dtype(tensors):
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
+
+
+def test_a_bad_checkpoint_is_refused_and_touches_nothing(deployment, tmp_path):
+    models, sidecar = deployment.models, deployment.sidecar
+    before = deployment.engine_core_pids()
+    version = deployment.weight_versions()
+    missing = missing_tensor if deployment.kind == "dense" else missing_expert
+    cases = {
+        "missing": (models.variant(1, tmp_path / "missing", missing), "down_proj"),
+        "shape": (models.variant(1, tmp_path / "shape", wrong_shape), "model.norm.weight"),
+        "dtype": (models.variant(1, tmp_path / "dtype", wrong_dtype), "model.norm.weight"),
+        "truncated": (models.variant(1, tmp_path / "cut", lambda tensors: None), ""),
+        "nothing": (str(tmp_path / "nothing"), str(tmp_path / "nothing")),
+    }
+    whole = Path(cases["truncated"][0]) / "model.safetensors"
+    os.truncate(whole, whole.stat().st_size - 100)
+    with Load(deployment.frontends, models.prompts, COUNT, clients=1) as load:
+        load.wait_answers(2)
+        for name, (path, says) in cases.items():
+            done = sidecar.update(path, "--version", "bad")
+            assert done.returncode == 10, (name, done.returncode, done.stdout, done.stderr)
+            assert says in done.stdout + done.stderr, (name, done.stdout, done.stderr)
+        load.wait_answers(2)
+    assert all(answer.complete for answer in load.answers), load.answers
+    assert deployment.weight_versions() == version
+    assert deployment.engine_core_pids() == before
+    deployment.check_serving()
+
+
+def test_a_load_that_fails_on_rank_1_ends_with_both_ranks_on_the_old_weights(deployment):
+    old = deployment.seed
+    before = deployment.engine_core_pids()
+    deployment.order.write_text("rank=1;after=5;times=1")
+    with Load(deployment.frontends, deployment.models.prompts, COUNT, clients=2) as load:
+        load.wait_answers(4)
+        done = deployment.sidecar.update(deployment.models.path(2), "--version", "v2")
+        load.wait_answers(6)
+    deployment.order.unlink()
+    said = done.stdout + done.stderr
+    assert done.returncode == 11, (done.returncode, said, deployment.sidecar.tail())
+    assert "rank 1" in said, said
+    for answer in load.answers:
+        assert answer.complete, answer
+        assert deployment.models.seed_of(answer.prompt, answer.tokens) == old, answer
+    deployment.check_serving(old)
+    assert deployment.engine_core_pids() == before
+    assert "v2" not in deployment.weight_versions()
+    # And the same update, left alone, succeeds.
+    deployment.update(2)
+    deployment.check_serving(2)
+
+
+def test_pause_holds_requests_and_resume_lets_them_go(deployment):
+    deployment.sidecar.ok("pause", "--mode", "wait")
+    assert deployment.sidecar.status()["controller"]["paused"] is True
+    frontend, prompt = deployment.frontends[0], deployment.models.prompts[0]
+    answers = []
+    asking = threading.Thread(target=lambda: answers.append(frontend.ask(prompt)))
+    asking.start()
+    deployment.sidecar.wait_status(
+        "the request waits",
+        lambda s: any(e["held"] + e["waiting"] + e["in_flight"] > 0 for e in s["engines"]),
+    )
+    busy = deployment.sidecar.update(deployment.models.path(0), "--version", "v0")
+    assert busy.returncode in (0, 13), (busy.stdout, busy.stderr)
+    if busy.returncode == 0:
+        deployment.seed = 0
+    assert not answers
+    deployment.sidecar.ok("resume")
+    asking.join(60)
+    assert answers
+    assert answers[0].complete, answers
+    deployment.check_serving()
+
+
+def test_an_engine_killed_under_load_is_reported_and_comes_back_at_the_current_weights(deployment):
+    deployment.update(1)
+    before = deployment.sidecar.engines()
+    victim = deployment.engine_core_pids()[1]
+    restarts = deployment.restarts()
+    with Load(deployment.frontends, deployment.models.prompts, COUNT) as load:
+        load.wait_answers(6)
+        for pid in reversed(victim):
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        deployment.sidecar.wait_status(
+            "the death is reported",
+            lambda status: status["engines"][1]["state"] != "admitted",
+            limit=10,
+        )
+        if deployment.kind == "dense":
+            # The other rank goes on meanwhile.
+            load.wait_answers(10)
+            assert deployment.sidecar.engines()[0]["pid"] == before[0]["pid"]
+        deployment.sidecar.wait_serving(START_LIMIT)
+        load.wait_answers(10)
+    for answer in load.answers:
+        # Answered, one way or the other, and never with anything mixed.
+        assert answer.status is not None, f"hung or cut: {answer}"
+        if answer.tokens:
+            assert deployment.models.seed_of(answer.prompt, answer.tokens) == 1, answer
+    assert all(frontend.healthy() for frontend in deployment.frontends)
+    after = deployment.sidecar.engines()
+    assert after[1]["pid"] != before[1]["pid"]
+    if deployment.kind == "dense":
+        assert after[0]["pid"] == before[0]["pid"]
+    else:
+        assert after[0]["pid"] != before[0]["pid"], "a lockstep group lives and dies together"
+    assert deployment.restarts() > restarts
+    assert deployment.weight_versions() == {"v1"}
+    deployment.check_serving(1)
