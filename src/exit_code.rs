@@ -34,6 +34,25 @@ pub const NOT_RUNNING: u8 = 14;
 /// The sidecar runs but refused the command or failed to do it.
 pub const COMMAND_FAILED: u8 = 15;
 
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunEnd {
+    /// One of the codes of this module.
+    pub code: u8,
+    /// Why, in one line.
+    pub reason: String,
+}
+
+impl RunEnd {
+    /// An end with this code.
+    pub fn new(code: u8, reason: impl Into<String>) -> Self {
+        Self {
+            code,
+            reason: reason.into(),
+        }
+    }
+}
+
 /// A signal forced the end.
 pub const fn signal(number: u8) -> u8 {
     128 + number

@@ -49,3 +49,10 @@ pub struct GpuProcess {
     /// Bytes it holds, if the driver says so.
     pub memory: Option<u64>,
 }
+
+/// Number of devices NVML sees; 0 without a driver.
+pub fn count() -> u32 {
+    nvml_wrapper::Nvml::init()
+        .and_then(|nvml| nvml.device_count())
+        .unwrap_or(0)
+}

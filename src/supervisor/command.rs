@@ -1,10 +1,17 @@
-//! Command lines and environments of the vLLM processes.
+//! Command lines of the vLLM processes.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use super::keeper::wire::SpawnSpec;
+use crate::config::{Config, Engines};
+
+/// Name of the supervised frontend among the keeper's children.
+pub const FRONTEND: &str = "frontend";
+/// The frontend is stopped before the engines, so that it can drain.
+const FRONTEND_STOP_ORDER: u32 = 0;
+const ENGINE_STOP_ORDER: u32 = 1;
 
 /// How vLLM is started: everything that does not depend on the rank.
 #[derive(Clone, Debug)]
@@ -13,14 +20,16 @@ pub struct VllmLaunch {
     pub bin: PathBuf,
     /// Model as given.
     pub model: Option<String>,
-    /// Flags of the engines, as the user gave them, without the frontend's own.
-    pub engine_flags: Vec<String>,
-    /// Flags of the frontend, as the user gave them.
+    /// Flags of all processes, as the user gave them.
+    pub common_flags: Vec<String>,
+    /// Flags of the frontend alone.
     pub frontend_flags: Vec<String>,
     /// Environment of all vLLM processes, cleaned.
     pub env: BTreeMap<String, String>,
-    /// Devices of each local rank: variable and its value. Empty when there are no accelerators.
+    /// Devices of each local rank. Empty when there are no accelerators.
     pub devices: Vec<DeviceSlice>,
+    /// Directory in which relative paths of the flags mean something.
+    pub cwd: Option<PathBuf>,
 }
 
 /// Devices of one local rank.
@@ -32,23 +41,151 @@ pub struct DeviceSlice {
     pub value: String,
 }
 
-impl crate::config::Config {
-    /// Command line of the engine of `rank` (global), doing its handshake at `handshake`. `None` in
-    /// attach mode.
+/// Name of a rank's engine among the keeper's children.
+pub fn engine_name(rank: u16) -> String {
+    format!("engine-{rank}")
+}
+
+/// The rank behind a child's name.
+pub fn engine_rank(name: &str) -> Option<u16> {
+    name.strip_prefix("engine-")?.parse().ok()
+}
+
+impl Config {
+    /// The engine of `rank` (global), doing its handshake at `handshake`: a launcher of its own for
+    /// each rank, because `vllm serve --headless` ends with the first of its engines that dies.
+    /// `None` in attach mode, or if the rank is not of this node.
     pub fn engine_spawn(
         &self,
         rank: u16,
         incarnation: u64,
         handshake: SocketAddr,
     ) -> Option<SpawnSpec> {
-        let _ = (rank, incarnation, handshake);
-        None
+        let Engines::Spawn(launch) = &self.engines else {
+            return None;
+        };
+        let local = self.local_ranks().position(|own| own == rank)?;
+        let mut argv = launch.serve();
+        argv.push("--headless".to_owned());
+        push_flags(
+            &mut argv,
+            &[
+                ("--data-parallel-size", self.size.to_string()),
+                ("--data-parallel-size-local", "1".to_owned()),
+                ("--data-parallel-start-rank", rank.to_string()),
+                ("--data-parallel-address", handshake.ip().to_string()),
+                ("--data-parallel-rpc-port", handshake.port().to_string()),
+            ],
+        );
+        self.push_shutdown_timeout(&mut argv);
+        argv.extend_from_slice(&launch.common_flags);
+        let mut env = launch.env.clone();
+        if let Some(slice) = launch.devices.get(local) {
+            env.insert(slice.variable.clone(), slice.value.clone());
+        }
+        Some(SpawnSpec {
+            name: engine_name(rank),
+            incarnation,
+            argv,
+            env,
+            cwd: launch.cwd.clone(),
+            stop_order: ENGINE_STOP_ORDER,
+        })
     }
 
-    /// Command line of the supervised frontend, whose handshake socket is to listen at `handshake`.
-    /// `None` without `--serve`.
+    /// The supervised frontend, which listens for its engines' handshake at `handshake`. `None`
+    /// without `--serve`.
     pub fn frontend_spawn(&self, incarnation: u64, handshake: SocketAddr) -> Option<SpawnSpec> {
-        let _ = (incarnation, handshake);
-        None
+        let Engines::Spawn(launch) = &self.engines else {
+            return None;
+        };
+        let serve = self.serve.as_ref()?;
+        let mut argv = launch.serve();
+        push_flags(
+            &mut argv,
+            &[
+                ("--data-parallel-size", self.size.to_string()),
+                ("--data-parallel-size-local", "0".to_owned()),
+                ("--data-parallel-address", handshake.ip().to_string()),
+                ("--data-parallel-rpc-port", handshake.port().to_string()),
+                ("--port", serve.port.to_string()),
+            ],
+        );
+        if let Some(host) = &serve.host {
+            push_flags(&mut argv, &[("--host", host.clone())]);
+        }
+        // vLLM's default is one API server per rank; the sidecar must know how many slots it takes.
+        let count = serve.api_server_count.unwrap_or(1);
+        push_flags(&mut argv, &[("--api-server-count", count.to_string())]);
+        self.push_shutdown_timeout(&mut argv);
+        argv.extend_from_slice(&launch.common_flags);
+        argv.extend_from_slice(&launch.frontend_flags);
+        Some(SpawnSpec {
+            name: FRONTEND.to_owned(),
+            incarnation,
+            argv,
+            env: launch.env.clone(),
+            cwd: launch.cwd.clone(),
+            stop_order: FRONTEND_STOP_ORDER,
+        })
+    }
+
+    /// vLLM drains for as long as the sidecar waits, unless the user chose otherwise: a flag that
+    /// comes later on the command line wins.
+    fn push_shutdown_timeout(&self, argv: &mut Vec<String>) {
+        let seconds = self.shutdown_timeout.as_secs();
+        if seconds > 0 {
+            push_flags(argv, &[("--shutdown-timeout", seconds.to_string())]);
+        }
+    }
+}
+
+impl VllmLaunch {
+    fn serve(&self) -> Vec<String> {
+        let mut argv = vec![self.bin.display().to_string(), "serve".to_owned()];
+        argv.extend(self.model.clone());
+        argv
+    }
+}
+
+fn push_flags(argv: &mut Vec<String>, flags: &[(&str, String)]) {
+    for (flag, value) in flags {
+        argv.push((*flag).to_owned());
+        argv.push(value.clone());
+    }
+}
+
+/// A command line as one would type it into a shell.
+pub fn shell_line(argv: &[String]) -> String {
+    let words: Vec<String> = argv.iter().map(|word| shell_word(word)).collect();
+    words.join(" ")
+}
+
+fn shell_word(word: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_./:=,@%+".contains(&byte);
+    if !word.is_empty() && word.bytes().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_quoted_as_a_shell_needs_it() {
+        let argv = ["vllm", "--hf-overrides", r#"{"a": 1}"#, "", "it's"].map(str::to_owned);
+        assert_eq!(
+            shell_line(&argv),
+            r#"vllm --hf-overrides '{"a": 1}' '' 'it'\''s'"#
+        );
+    }
+
+    #[test]
+    fn the_rank_is_read_off_a_childs_name() {
+        assert_eq!(engine_rank(&engine_name(17)), Some(17));
+        assert_eq!(engine_rank(FRONTEND), None);
     }
 }

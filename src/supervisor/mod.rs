@@ -3,6 +3,8 @@
 
 pub mod client;
 pub mod command;
+pub mod environment;
+pub mod flags;
 pub mod keeper;
 mod launch;
 mod leftovers;

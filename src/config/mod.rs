@@ -1,5 +1,8 @@
 //! What a run of the sidecar was asked to do, checked.
 
+pub mod devices;
+pub mod model;
+
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;

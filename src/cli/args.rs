@@ -1,0 +1,543 @@
+//! The command line, as clap sees it.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::admin::types::PauseMode;
+use crate::config::{Lifeline, LogFormat};
+
+const EXAMPLES: &str = "\
+Examples:
+  Two engines on this node and one frontend, in one command:
+    sidecar --dp-rank 0 -dp 2 --serve --port 8000 -- Qwen/Qwen3-8B --max-model-len 8192
+
+  The same engines, with frontends of your own (start them before or after):
+    sidecar --dp-rank 0 -dp 2 --frontend 127.0.0.1:29551 -- Qwen/Qwen3-8B
+    vllm serve Qwen/Qwen3-8B --data-parallel-size 2 --data-parallel-size-local 0 \\
+        --data-parallel-address 127.0.0.1 --data-parallel-rpc-port 29551 --port 8000
+
+  Engines that somebody else starts (`vllm serve ... --headless` with the same address and port):
+    sidecar --dp-rank 0 -dp 2 -dpa 127.0.0.1 -dpp 29550 --model-kind dense
+
+  While it runs:
+    sidecar status --watch
+    sidecar update --path /models/step-200 --version step-200
+    sidecar frontend add 127.0.0.1:29552
+    sidecar stop
+
+What would be started, and where each value comes from:
+    sidecar --dp-rank 0 -dp 2 --dry-run -- Qwen/Qwen3-8B
+
+Every option of `run` can also be given as SIDECAR_<NAME> (SIDECAR_DP_RANK=0); a flag wins.
+vLLM's own short forms work: -dp -dpl -dpa -dpp -dpr -asc.";
+
+/// Hosts vLLM data-parallel engines on this node: starts and supervises them, lets unmodified vLLM
+/// frontends come and go, and updates the weights of all engines as one transaction.
+#[derive(Debug, Parser)]
+#[command(
+    name = "sidecar",
+    version,
+    after_help = EXAMPLES,
+    after_long_help = EXAMPLES,
+    disable_help_subcommand = true,
+    max_term_width = 110
+)]
+pub struct Cli {
+    /// What to do; `run` if none is named.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Host engines (the default).
+    Run(Box<RunArgs>),
+    /// Put new weights into all engines, as one transaction.
+    Update(UpdateArgs),
+    /// Show engines, frontends, weights and devices of the running sidecar.
+    Status(StatusArgs),
+    /// Pause all engines until `resume`.
+    Pause(PauseArgs),
+    /// Resume all engines.
+    Resume(Target),
+    /// Versions of the sidecar, the engines and the weights.
+    Version(Target),
+    /// Frontends: attach, detach, list.
+    Frontend(FrontendArgs),
+    /// Drain, then stop the sidecar and everything it started.
+    Stop(Target),
+    /// The process that owns the vLLM processes. Started by the sidecar.
+    #[command(hide = true)]
+    Keeper(KeeperArgs),
+}
+
+/// How the model's ranks depend on each other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum ModelKind {
+    /// Look at the model's configuration.
+    #[default]
+    Auto,
+    /// Ranks are independent.
+    Dense,
+    /// Ranks step in lockstep.
+    Moe,
+}
+
+/// `sidecar run`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES, after_long_help = EXAMPLES)]
+pub struct RunArgs {
+    /// First DP rank of this node (vLLM: --data-parallel-start-rank, -dpr).
+    #[arg(
+        long,
+        visible_alias = "data-parallel-start-rank",
+        env = "SIDECAR_DP_RANK",
+        value_name = "R",
+        help_heading = "Deployment"
+    )]
+    pub dp_rank: Option<u16>,
+
+    /// DP ranks of the whole deployment (-dp).
+    #[arg(
+        long,
+        env = "SIDECAR_DATA_PARALLEL_SIZE",
+        default_value_t = 1,
+        value_name = "N",
+        help_heading = "Deployment"
+    )]
+    pub data_parallel_size: u16,
+
+    /// DP ranks of this node (-dpl); all, if this is the node of rank 0.
+    #[arg(
+        long,
+        env = "SIDECAR_DATA_PARALLEL_SIZE_LOCAL",
+        value_name = "L",
+        help_heading = "Deployment"
+    )]
+    pub data_parallel_size_local: Option<u16>,
+
+    /// Where engines that somebody else starts do their handshake (-dpa).
+    #[arg(
+        long,
+        env = "SIDECAR_DATA_PARALLEL_ADDRESS",
+        default_value = "127.0.0.1",
+        value_name = "ADDR",
+        help_heading = "Deployment"
+    )]
+    pub data_parallel_address: String,
+
+    /// Port of that handshake (-dpp).
+    #[arg(
+        long,
+        env = "SIDECAR_DATA_PARALLEL_RPC_PORT",
+        default_value_t = 29550,
+        value_name = "P",
+        help_heading = "Deployment"
+    )]
+    pub data_parallel_rpc_port: u16,
+
+    /// Whether the ranks are independent (dense) or step in lockstep (MoE). `auto` counts the
+    /// experts in the model's configuration, as vLLM does.
+    #[arg(
+        long,
+        env = "SIDECAR_MODEL_KIND",
+        value_enum,
+        default_value_t,
+        help_heading = "Deployment"
+    )]
+    pub model_kind: ModelKind,
+
+    /// Model whose configuration tells the kind, when the sidecar does not start the engines.
+    #[arg(
+        long,
+        env = "SIDECAR_MODEL",
+        value_name = "PATH",
+        help_heading = "Deployment"
+    )]
+    pub model: Option<String>,
+
+    /// Attach to the frontend with this handshake address, as soon as it is there and again when it
+    /// comes back. Repeatable; at runtime: `sidecar frontend add`.
+    #[arg(
+        long,
+        env = "SIDECAR_FRONTEND",
+        value_name = "HOST:PORT",
+        value_delimiter = ',',
+        help_heading = "Frontends"
+    )]
+    pub frontend: Vec<String>,
+
+    /// Frontend API servers that can be attached at the same time.
+    #[arg(
+        long,
+        env = "SIDECAR_FRONTEND_SLOTS",
+        default_value_t = 8,
+        value_name = "K",
+        help_heading = "Frontends"
+    )]
+    pub frontend_slots: u32,
+
+    /// Also start and supervise one frontend.
+    #[arg(long, env = "SIDECAR_SERVE", help_heading = "Frontends")]
+    pub serve: bool,
+
+    /// HTTP port of that frontend.
+    #[arg(
+        long,
+        env = "SIDECAR_PORT",
+        value_name = "PORT",
+        requires = "serve",
+        help_heading = "Frontends"
+    )]
+    pub port: Option<u16>,
+
+    /// HTTP host of that frontend.
+    #[arg(
+        long,
+        env = "SIDECAR_HOST",
+        value_name = "HOST",
+        requires = "serve",
+        help_heading = "Frontends"
+    )]
+    pub host: Option<String>,
+
+    /// API server processes of that frontend (-asc).
+    #[arg(
+        long,
+        env = "SIDECAR_API_SERVER_COUNT",
+        value_name = "N",
+        requires = "serve",
+        help_heading = "Frontends"
+    )]
+    pub api_server_count: Option<u32>,
+
+    /// The vllm program.
+    #[arg(
+        long,
+        env = "SIDECAR_VLLM_BIN",
+        default_value = "vllm",
+        value_name = "PATH",
+        help_heading = "Processes"
+    )]
+    pub vllm_bin: PathBuf,
+
+    /// Devices of this node, in order; by default those of CUDA_VISIBLE_DEVICES (HIP_, ROCR_), or
+    /// all that NVML counts.
+    #[arg(
+        long,
+        env = "SIDECAR_DEVICE_IDS",
+        value_name = "IDS",
+        help_heading = "Processes"
+    )]
+    pub device_ids: Option<String>,
+
+    /// Limit for an engine's start.
+    #[arg(
+        long,
+        env = "SIDECAR_STARTUP_TIMEOUT",
+        default_value = "1800s",
+        value_parser = parse_duration,
+        value_name = "TIME",
+        help_heading = "Processes"
+    )]
+    pub startup_timeout: Duration,
+
+    /// How long running requests may take to end when everything is stopped; passed to vLLM.
+    #[arg(
+        long,
+        env = "SIDECAR_SHUTDOWN_TIMEOUT",
+        default_value = "20s",
+        value_parser = parse_duration,
+        value_name = "TIME",
+        help_heading = "Processes"
+    )]
+    pub shutdown_timeout: Duration,
+
+    /// From the end of that time to SIGKILL.
+    #[arg(
+        long,
+        env = "SIDECAR_KILL_GRACE",
+        default_value = "10s",
+        value_parser = parse_duration,
+        value_name = "TIME",
+        help_heading = "Processes"
+    )]
+    pub kill_grace: Duration,
+
+    /// How long vLLM goes on without a sidecar before it is stopped.
+    #[arg(
+        long,
+        env = "SIDECAR_ORPHAN_GRACE",
+        default_value = "60s",
+        value_parser = parse_duration,
+        value_name = "TIME",
+        help_heading = "Processes"
+    )]
+    pub orphan_grace: Duration,
+
+    /// Restarts of a rank (of the group, for MoE) in a row before the sidecar gives up.
+    #[arg(
+        long,
+        env = "SIDECAR_MAX_RESTARTS",
+        default_value_t = 5,
+        value_name = "N",
+        help_heading = "Processes"
+    )]
+    pub max_restarts: u32,
+
+    /// Stop when this pipe ends, as on SIGTERM (for ssh, Ray actors and other launchers).
+    #[arg(
+        long,
+        env = "SIDECAR_LIFELINE",
+        value_enum,
+        default_value_t,
+        help_heading = "Processes"
+    )]
+    pub lifeline: Lifeline,
+
+    /// How long a `wait` pause may take before running requests are aborted.
+    #[arg(
+        long,
+        env = "SIDECAR_PAUSE_DEADLINE",
+        default_value = "30s",
+        value_parser = parse_duration,
+        value_name = "TIME",
+        help_heading = "Weights"
+    )]
+    pub pause_deadline: Duration,
+
+    /// Accept engines of a vLLM version that this sidecar was not tested with.
+    #[arg(long, env = "SIDECAR_ALLOW_UNTESTED_VLLM", help_heading = "Processes")]
+    pub allow_untested_vllm: bool,
+
+    /// Private directory for sockets, logs and the lock; subcommands find the sidecar by it.
+    /// [default: $XDG_RUNTIME_DIR/dp-sidecar/R, or /tmp/dp-sidecar-UID/R]
+    #[arg(
+        long,
+        env = "SIDECAR_STATE_DIR",
+        value_name = "DIR",
+        help_heading = "Processes"
+    )]
+    pub state_dir: Option<PathBuf>,
+
+    /// How logs are written to stderr; RUST_LOG chooses what.
+    #[arg(
+        long,
+        env = "SIDECAR_LOG_FORMAT",
+        value_enum,
+        default_value_t,
+        help_heading = "Processes"
+    )]
+    pub log_format: LogFormat,
+
+    /// Print what would be started and where each value comes from, and start nothing.
+    #[arg(long, help_heading = "Processes")]
+    pub dry_run: bool,
+
+    /// The model and vLLM's flags, unchanged. Without them the sidecar waits for engines that
+    /// somebody else starts.
+    #[arg(last = true, value_name = "MODEL [VLLM FLAGS]")]
+    pub vllm: Vec<String>,
+}
+
+/// Which running sidecar is meant.
+#[derive(Debug, Args)]
+pub struct Target {
+    /// Its first DP rank, by which the default state directory is named.
+    #[arg(
+        long,
+        visible_alias = "data-parallel-start-rank",
+        env = "SIDECAR_DP_RANK",
+        default_value_t = 0,
+        value_name = "R"
+    )]
+    pub dp_rank: u16,
+    /// Its state directory.
+    #[arg(long, env = "SIDECAR_STATE_DIR", value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+}
+
+/// `sidecar update`.
+#[derive(Debug, Args)]
+pub struct UpdateArgs {
+    /// Directory of the new checkpoint (safetensors).
+    #[arg(long, value_name = "DIR")]
+    pub path: PathBuf,
+    /// Version to stamp on the responses; made from the files if absent.
+    #[arg(long, value_name = "V")]
+    pub version: Option<String>,
+    /// What happens to running requests.
+    #[arg(long, value_enum, default_value_t)]
+    pub mode: PauseMode,
+    /// With `wait`: abort what still runs after this long. [default: as the sidecar was started]
+    #[arg(long, value_parser = parse_duration, value_name = "TIME")]
+    pub pause_deadline: Option<Duration>,
+    /// Refuse unless the engines hold this version now.
+    #[arg(long, value_name = "V")]
+    pub from_version: Option<String>,
+    /// Name of the transaction, for logs.
+    #[arg(long, value_name = "ID")]
+    pub id: Option<String>,
+    /// Print the final report as one JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+    /// Which sidecar.
+    #[command(flatten)]
+    pub target: Target,
+}
+
+/// `sidecar status`.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// Refresh every second until interrupted.
+    #[arg(long, conflicts_with = "json")]
+    pub watch: bool,
+    /// Everything, as one JSON object.
+    #[arg(long)]
+    pub json: bool,
+    /// Which sidecar.
+    #[command(flatten)]
+    pub target: Target,
+}
+
+/// `sidecar pause`.
+#[derive(Debug, Args)]
+pub struct PauseArgs {
+    /// What happens to running requests.
+    #[arg(long, value_enum, default_value_t)]
+    pub mode: PauseMode,
+    /// With `wait`: abort what still runs after this long. [default: as the sidecar was started]
+    #[arg(long, value_parser = parse_duration, value_name = "TIME")]
+    pub pause_deadline: Option<Duration>,
+    /// Which sidecar.
+    #[command(flatten)]
+    pub target: Target,
+}
+
+/// `sidecar frontend`.
+#[derive(Debug, Args)]
+pub struct FrontendArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub action: FrontendAction,
+}
+
+/// What to do with frontends.
+#[derive(Debug, Subcommand)]
+pub enum FrontendAction {
+    /// Attach to one more frontend, now or when it comes.
+    Add {
+        /// Its handshake address.
+        #[arg(value_name = "HOST:PORT")]
+        address: String,
+        /// Which sidecar.
+        #[command(flatten)]
+        target: Target,
+    },
+    /// Detach from a frontend and forget it.
+    Remove {
+        /// Its handshake address, as it was given.
+        #[arg(value_name = "HOST:PORT")]
+        address: String,
+        /// Which sidecar.
+        #[command(flatten)]
+        target: Target,
+    },
+    /// All wanted frontends and their state.
+    List {
+        /// As a JSON array.
+        #[arg(long)]
+        json: bool,
+        /// Which sidecar.
+        #[command(flatten)]
+        target: Target,
+    },
+}
+
+/// `sidecar keeper`.
+#[derive(Debug, Args)]
+pub struct KeeperArgs {
+    /// The state directory.
+    #[arg(long)]
+    pub state_dir: PathBuf,
+    /// Marks all processes of the state directory.
+    #[arg(long)]
+    pub run_id: String,
+    /// Stop everything after this long without an owner.
+    #[arg(long, value_parser = parse_duration)]
+    pub orphan_grace: Duration,
+    /// Grace between SIGTERM and SIGKILL.
+    #[arg(long, value_parser = parse_duration)]
+    pub kill_grace: Duration,
+}
+
+/// Reads `90`, `90s`, `1.5m`, `500ms`, `2h`; seconds without a unit.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let text = text.trim();
+    let digits = text
+        .find(|c: char| !(c.is_ascii_digit() || c == '.'))
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let factor = match unit.trim() {
+        "" | "s" => 1.0,
+        "ms" => 0.001,
+        "m" | "min" => 60.0,
+        "h" => 3600.0,
+        other => return Err(format!("unit {other:?}, expected ms, s, m or h")),
+    };
+    let number: f64 = number
+        .parse()
+        .map_err(|_| "expected a number with or without a unit, like 30s".to_owned())?;
+    Duration::try_from_secs_f64(number * factor).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_option_of_run_has_its_variable() {
+        let command = Cli::command();
+        let run = command.find_subcommand("run").unwrap();
+        for argument in run.get_arguments() {
+            let Some(long) = argument.get_long() else {
+                continue;
+            };
+            if ["help", "dry-run"].contains(&long) {
+                continue;
+            }
+            let expected = format!("SIDECAR_{}", long.to_uppercase().replace('-', "_"));
+            assert_eq!(
+                argument.get_env().and_then(|env| env.to_str()),
+                Some(expected.as_str())
+            );
+        }
+    }
+
+    #[test]
+    fn durations_have_units() {
+        for (text, expected) in [
+            ("60", Duration::from_secs(60)),
+            ("60s", Duration::from_secs(60)),
+            ("1.5m", Duration::from_secs(90)),
+            ("250ms", Duration::from_millis(250)),
+            ("0", Duration::ZERO),
+            ("2h", Duration::from_secs(7200)),
+        ] {
+            assert_eq!(parse_duration(text), Ok(expected), "{text}");
+        }
+        for text in ["", "s", "-1", "5x", "1e9999h", "."] {
+            assert!(parse_duration(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! The `sidecar` program: reads the command line and hands over.
+
+pub mod args;
+pub mod build;
+pub mod commands;
+pub mod normalize;
+pub mod run;
+pub mod status;
+pub mod update;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use self::args::{Cli, Command, KeeperArgs};
+use crate::config::LogFormat;
+use crate::exit_code;
+use crate::supervisor::keeper::{self, KeeperConfig};
+use crate::telemetry;
+
+/// Runs the command line; returns the exit code.
+pub fn main() -> ExitCode {
+    ExitCode::from(dispatch(std::env::args_os().skip(1)))
+}
+
+fn dispatch(args: impl Iterator<Item = OsString>) -> u8 {
+    let args: Result<Vec<String>, OsString> = args.map(OsString::into_string).collect();
+    let args = match args {
+        Ok(args) => args,
+        Err(arg) => return usage(&format!("{}: not UTF-8", arg.to_string_lossy())),
+    };
+    let args = match normalize::normalize(args) {
+        Ok(args) => args,
+        Err(problem) => return usage(&problem),
+    };
+    let program = std::iter::once("sidecar".to_owned());
+    let cli = match Cli::try_parse_from(program.chain(args)) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version come as errors, too; clap knows where each belongs.
+            let _ = error.print();
+            return u8::try_from(error.exit_code()).unwrap_or(exit_code::USAGE);
+        }
+    };
+    match cli.command {
+        // No runtime and no other thread may exist in the keeper.
+        Command::Keeper(args) => keeper(args),
+        Command::Run(args) => run::run(&args),
+        Command::Update(args) => update::update(&args),
+        Command::Status(args) => status::status(&args),
+        Command::Pause(args) => commands::pause(&args),
+        Command::Resume(target) => commands::resume(&target),
+        Command::Version(target) => commands::version(&target),
+        Command::Frontend(args) => commands::frontend(&args),
+        Command::Stop(target) => commands::stop(&target),
+    }
+}
+
+fn usage(problem: &str) -> u8 {
+    eprintln!("error: {problem}\n\nFor more information, try '--help'.");
+    exit_code::USAGE
+}
+
+fn keeper(args: KeeperArgs) -> u8 {
+    telemetry::init(LogFormat::Text);
+    let config = KeeperConfig {
+        state_dir: args.state_dir,
+        orphan_grace: args.orphan_grace,
+        kill_grace: args.kill_grace,
+        run_id: args.run_id,
+    };
+    match keeper::run(config) {
+        Ok(()) => exit_code::OK,
+        Err(error) => {
+            tracing::error!(%error, "the keeper failed");
+            exit_code::INTERNAL
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! Makes the command line digestible for clap: vLLM's multi-letter short forms, underscores in
+//! names, and `run` as the default subcommand. Nothing behind `--` is touched.
+
+use crate::supervisor::flags::flag_name;
+
+/// Words that name a subcommand.
+const SUBCOMMANDS: &[&str] = &[
+    "run",
+    "update",
+    "status",
+    "pause",
+    "resume",
+    "version",
+    "frontend",
+    "stop",
+    "keeper",
+    "coordinator",
+    "help",
+];
+
+/// vLLM's flags that belong behind `--`.
+const BEHIND_DASHES: &[&str] = &[
+    "--tensor-parallel-size",
+    "--pipeline-parallel-size",
+    "--prefill-context-parallel-size",
+    "--nnodes",
+    "--node-rank",
+    "--data-parallel-rank",
+    "--data-parallel-backend",
+    "--data-parallel-hybrid-lb",
+    "--data-parallel-external-lb",
+    "--data-parallel-multi-port-external-lb",
+    "--max-model-len",
+    "--headless",
+];
+
+/// Rewrites `args` (without the program's name).
+pub fn normalize(args: Vec<String>) -> Result<Vec<String>, String> {
+    let mut normal = Vec::with_capacity(args.len() + 1);
+    let first = args.first().map(String::as_str);
+    let named = first.is_some_and(|word| SUBCOMMANDS.contains(&word));
+    let global = matches!(first, None | Some("-h" | "--help" | "-V" | "--version"));
+    if !named && !global {
+        normal.push("run".to_owned());
+    }
+    if first.is_none() {
+        normal.push("--help".to_owned());
+    }
+    let mut args = args.into_iter();
+    for arg in args.by_ref() {
+        if arg == "--" {
+            normal.push(arg);
+            break;
+        }
+        if !arg.starts_with('-') || arg.len() < 2 {
+            normal.push(arg);
+            continue;
+        }
+        let (name, value) = flag_name(&arg);
+        if BEHIND_DASHES.contains(&name.as_str()) {
+            return Err(format!(
+                "{arg}: this is a flag for vLLM; give it behind `--`, after the model"
+            ));
+        }
+        match value {
+            Some(value) => normal.push(format!("{name}={value}")),
+            None => normal.push(name),
+        }
+    }
+    normal.extend(args);
+    Ok(normal)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn normal(line: &str) -> String {
+        let args = line.split_whitespace().map(str::to_owned).collect();
+        normalize(args).unwrap().join(" ")
+    }
+
+    #[test]
+    fn vllms_short_forms_are_written_out() {
+        assert_eq!(
+            normal("-dpr 0 -dp 2 -dpl=1 -dpa 127.0.0.1 -dpp 7000 -asc 2"),
+            "run --data-parallel-start-rank 0 --data-parallel-size 2 \
+             --data-parallel-size-local=1 --data-parallel-address 127.0.0.1 \
+             --data-parallel-rpc-port 7000 --api-server-count 2"
+        );
+    }
+
+    #[test]
+    fn nothing_behind_the_dashes_is_touched() {
+        assert_eq!(
+            normal("--dp_rank 0 -- model -dp 2 --max_model_len 8 -- x"),
+            "run --dp-rank 0 -- model -dp 2 --max_model_len 8 -- x"
+        );
+    }
+
+    #[test]
+    fn a_named_subcommand_stays() {
+        assert_eq!(normal("status --json"), "status --json");
+        assert_eq!(normal("run -dp 1"), "run --data-parallel-size 1");
+        assert_eq!(normal("--help"), "--help");
+        assert_eq!(normal(""), "--help");
+    }
+
+    #[test]
+    fn a_vllm_flag_in_the_wrong_place_is_told_so() {
+        let error = normalize(vec!["-tp".to_owned(), "2".to_owned()]).unwrap_err();
+        assert!(error.contains("behind `--`"), "{error}");
+    }
+}

@@ -1,0 +1,145 @@
+//! `sidecar run`.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::args::RunArgs;
+use super::build::{self, Built, Surroundings};
+use crate::app;
+use crate::config::{Config, Engines};
+use crate::driver::handles::GroupKind;
+use crate::exit_code::{self, RunEnd};
+use crate::state_dir::{StateDir, StateDirError};
+use crate::supervisor::command::shell_line;
+use crate::supervisor::environment;
+use crate::telemetry;
+
+/// How long tasks that hang may delay the end of the process.
+const RUNTIME_LIMIT: Duration = Duration::from_secs(5);
+
+/// Last line of a run on stderr.
+#[derive(Debug, Serialize)]
+struct LastWord<'a> {
+    exit: u8,
+    reason: &'a str,
+    node_rank: u16,
+}
+
+/// Runs the sidecar; returns the exit code.
+pub fn run(args: &RunArgs) -> u8 {
+    telemetry::init(args.log_format);
+    let surroundings = surroundings();
+    let end = match build::build(args, &surroundings) {
+        Err(error) => RunEnd::new(exit_code::USAGE, error.to_string()),
+        Ok(built) if args.dry_run => {
+            print!("{}", describe(&built));
+            return exit_code::OK;
+        }
+        Ok(built) => host(built),
+    };
+    if end.code != exit_code::OK {
+        eprintln!("error: {}", end.reason);
+    }
+    let last_word = LastWord {
+        exit: end.code,
+        reason: &end.reason,
+        node_rank: 0,
+    };
+    if let Ok(line) = serde_json::to_string(&last_word) {
+        eprintln!("{line}");
+    }
+    end.code
+}
+
+fn surroundings() -> Surroundings {
+    Surroundings {
+        variables: environment::own(),
+        nvml_count: crate::gpu::count(),
+        // The path stays right when the binary is replaced by a newer one while it runs.
+        exe: std::env::current_exe().unwrap_or_else(|_| PathBuf::from("/proc/self/exe")),
+        cwd: std::env::current_dir().ok(),
+    }
+}
+
+fn host(built: Built) -> RunEnd {
+    for note in &built.notes {
+        tracing::warn!("{note}");
+    }
+    let state = match StateDir::open(&built.config.state_dir) {
+        Ok(state) => state,
+        Err(error) => {
+            let code = match error {
+                StateDirError::InUse { .. } => exit_code::IN_USE,
+                StateDirError::TooLong { .. } | StateDirError::Foreign { .. } => exit_code::USAGE,
+                StateDirError::Io { .. } => exit_code::PREFLIGHT,
+            };
+            return RunEnd::new(code, error.to_string());
+        }
+    };
+    let mut config = built.config;
+    config.state_dir = state.path().to_owned();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("sidecar")
+        .build();
+    match runtime {
+        Ok(runtime) => {
+            let end = runtime.block_on(app::run(config, state));
+            runtime.shutdown_timeout(RUNTIME_LIMIT);
+            end
+        }
+        Err(error) => RunEnd::new(exit_code::INTERNAL, format!("runtime: {error}")),
+    }
+}
+
+/// The effective values and what would be started, for `--dry-run`.
+fn describe(built: &Built) -> String {
+    let Config {
+        start_rank,
+        size,
+        size_local,
+        ..
+    } = built.config;
+    let config = &built.config;
+    let kind = match config.kind {
+        GroupKind::Independent => "dense (independent ranks)",
+        GroupKind::Lockstep => "moe (lockstep ranks)",
+    };
+    let last = start_rank + size_local - 1;
+    let mut text = format!(
+        "ranks {start_rank} to {last} of {size}, {kind}\nstate directory {}\n",
+        config.state_dir.display()
+    );
+    let handshake = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    match &config.engines {
+        Engines::Attach => text.push_str(&format!(
+            "engines: waits for them at {}:{}\n",
+            config.address, config.rpc_port
+        )),
+        Engines::Spawn(launch) => {
+            for (local, rank) in config.local_ranks().enumerate() {
+                let Some(spec) = config.engine_spawn(rank, 1, handshake) else {
+                    continue;
+                };
+                let devices = launch.devices.get(local).map_or_else(String::new, |slice| {
+                    format!("{}={} ", slice.variable, slice.value)
+                });
+                text.push_str(&format!(
+                    "{}: {devices}{}\n",
+                    spec.name,
+                    shell_line(&spec.argv)
+                ));
+            }
+        }
+    }
+    if let Some(spec) = config.frontend_spawn(1, handshake) {
+        text.push_str(&format!("{}: {}\n", spec.name, shell_line(&spec.argv)));
+    }
+    for note in &built.notes {
+        text.push_str(&format!("note: {note}\n"));
+    }
+    text
+}

@@ -1,0 +1,198 @@
+//! Which devices each rank of this node gets.
+
+use thiserror::Error;
+
+use crate::supervisor::command::DeviceSlice;
+
+/// Variables that choose devices, the more specific platform first. vLLM reads the one of its
+/// platform (`device_control_env_var` in `vllm/platforms`).
+const VARIABLES: &[&str] = &[
+    "HIP_VISIBLE_DEVICES",
+    "ROCR_VISIBLE_DEVICES",
+    "CUDA_VISIBLE_DEVICES",
+];
+
+/// The devices do not suffice.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum DeviceError {
+    /// Fewer than needed.
+    #[error(
+        "{ranks} ranks of {world_size} devices each need {} devices, but {} are visible ({}, from {source_of_list})",
+        ranks * world_size, devices.len(), devices.join(",")
+    )]
+    TooFew {
+        /// Ranks of this node.
+        ranks: usize,
+        /// Devices of a rank.
+        world_size: usize,
+        /// What there is.
+        devices: Vec<String>,
+        /// Who says so.
+        source_of_list: String,
+    },
+    /// One device twice.
+    #[error("device {device} is listed twice in {source_of_list}")]
+    Twice {
+        /// Which.
+        device: String,
+        /// Where.
+        source_of_list: String,
+    },
+}
+
+/// Where the list of devices comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Visible {
+    /// The variable that the ranks get.
+    pub variable: String,
+    /// Indices or UUIDs.
+    pub devices: Vec<String>,
+    /// Who named them.
+    pub source: String,
+}
+
+/// The devices this node may use: as given, as the environment says, or all that NVML counts. An
+/// empty variable counts as unset, as in vLLM. `None`: no accelerators.
+pub fn visible(
+    given: Option<&str>,
+    variable: impl Fn(&str) -> Option<String>,
+    nvml_count: impl FnOnce() -> u32,
+) -> Option<Visible> {
+    let in_environment = VARIABLES.iter().find_map(|name| {
+        variable(name)
+            .filter(|value| !value.trim().is_empty())
+            .map(|value| (*name, value))
+    });
+    let name = in_environment
+        .as_ref()
+        .map_or("CUDA_VISIBLE_DEVICES", |(name, _)| name);
+    let (devices, source) = match (given, &in_environment) {
+        (Some(list), _) => (split(list), "--device-ids".to_owned()),
+        (None, Some((name, list))) => (split(list), (*name).to_owned()),
+        (None, None) => {
+            let count = nvml_count();
+            (
+                (0..count).map(|i| i.to_string()).collect(),
+                "NVML".to_owned(),
+            )
+        }
+    };
+    (!devices.is_empty()).then(|| Visible {
+        variable: name.to_owned(),
+        devices,
+        source,
+    })
+}
+
+fn split(list: &str) -> Vec<String> {
+    list.split(',')
+        .map(|device| device.trim().to_owned())
+        .filter(|device| !device.is_empty())
+        .collect()
+}
+
+/// Cuts the visible devices into one slice per rank: rank i gets the i-th `world_size` of them, as
+/// vLLM would give them to its local ranks.
+pub fn slices(
+    visible: Option<&Visible>,
+    ranks: usize,
+    world_size: usize,
+) -> Result<Vec<DeviceSlice>, DeviceError> {
+    let Some(visible) = visible else {
+        return Ok(Vec::new());
+    };
+    for (position, device) in visible.devices.iter().enumerate() {
+        if visible.devices[..position].contains(device) {
+            return Err(DeviceError::Twice {
+                device: device.clone(),
+                source_of_list: visible.source.clone(),
+            });
+        }
+    }
+    if visible.devices.len() < ranks.saturating_mul(world_size) || world_size == 0 {
+        return Err(DeviceError::TooFew {
+            ranks,
+            world_size,
+            devices: visible.devices.clone(),
+            source_of_list: visible.source.clone(),
+        });
+    }
+    Ok(visible
+        .devices
+        .chunks(world_size)
+        .take(ranks)
+        .map(|devices| DeviceSlice {
+            variable: visible.variable.clone(),
+            value: devices.join(","),
+        })
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn environment(
+        set: &'static [(&'static str, &'static str)],
+    ) -> impl Fn(&str) -> Option<String> {
+        move |name| {
+            set.iter()
+                .find(|(key, _)| *key == name)
+                .map(|(_, value)| (*value).to_owned())
+        }
+    }
+
+    fn values(slices: &[DeviceSlice]) -> Vec<&str> {
+        slices.iter().map(|slice| slice.value.as_str()).collect()
+    }
+
+    #[test]
+    fn each_rank_gets_its_slice_of_the_visible_devices() {
+        let found = visible(
+            None,
+            environment(&[("CUDA_VISIBLE_DEVICES", "4, 5,6,GPU-abc")]),
+            || panic!("NVML is not asked"),
+        );
+        let slices = slices(found.as_ref(), 2, 2).unwrap();
+        assert_eq!(values(&slices), ["4,5", "6,GPU-abc"]);
+        assert_eq!(slices[0].variable, "CUDA_VISIBLE_DEVICES");
+    }
+
+    #[test]
+    fn an_explicit_list_wins_and_keeps_the_platforms_variable() {
+        let found = visible(
+            Some("1,0"),
+            environment(&[("HIP_VISIBLE_DEVICES", "0,1,2,3")]),
+            || 0,
+        )
+        .unwrap();
+        assert_eq!(found.variable, "HIP_VISIBLE_DEVICES");
+        assert_eq!(values(&slices(Some(&found), 2, 1).unwrap()), ["1", "0"]);
+    }
+
+    #[test]
+    fn an_empty_variable_counts_as_unset_and_no_device_is_no_slice() {
+        let found = visible(None, environment(&[("CUDA_VISIBLE_DEVICES", "")]), || 8);
+        assert_eq!(
+            values(&slices(found.as_ref(), 2, 4).unwrap()),
+            ["0,1,2,3", "4,5,6,7"]
+        );
+        assert_eq!(visible(None, environment(&[]), || 0), None);
+        assert_eq!(slices(None, 2, 4), Ok(Vec::new()));
+    }
+
+    #[test]
+    fn too_few_devices_are_told_with_numbers() {
+        let found = visible(None, environment(&[]), || 3);
+        let error = slices(found.as_ref(), 2, 2).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "2 ranks of 2 devices each need 4 devices, but 3 are visible (0,1,2, from NVML)"
+        );
+        let twice = visible(Some("0,0"), environment(&[]), || 0);
+        assert!(matches!(
+            slices(twice.as_ref(), 1, 1),
+            Err(DeviceError::Twice { .. })
+        ));
+    }
+}

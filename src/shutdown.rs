@@ -1,0 +1,90 @@
+//! What ends a run from outside: signals and the lifeline.
+
+use std::fmt;
+use std::io::{self, Read};
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio_util::task::TaskTracker;
+
+use crate::config::Lifeline;
+
+/// Why the run is to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Why {
+    /// SIGTERM or SIGINT.
+    Signal(i32),
+    /// The lifeline ended.
+    Lifeline,
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Signal(number) => match nix::sys::signal::Signal::try_from(*number) {
+                Ok(name) => f.write_str(name.as_str()),
+                Err(_) => write!(f, "signal {number}"),
+            },
+            Self::Lifeline => f.write_str("end of the lifeline"),
+        }
+    }
+}
+
+/// What was asked for from outside so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Asked {
+    /// The first reason to end, if there is one.
+    pub why: Option<Why>,
+    /// How often; from the second time on nothing more is drained.
+    pub times: u32,
+}
+
+/// Watches signals and the lifeline. The task ends when the last receiver is dropped.
+pub fn watch_outside(
+    lifeline: Lifeline,
+    tasks: &TaskTracker,
+) -> io::Result<watch::Receiver<Asked>> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let (sender, receiver) = watch::channel(Asked::default());
+    let (end, mut ended) = tokio::sync::oneshot::channel();
+    if lifeline == Lifeline::Stdin {
+        // A thread of its own: it may stay in its read until the process ends, which a thread of
+        // the runtime must not.
+        std::thread::Builder::new()
+            .name("lifeline".to_owned())
+            .spawn(move || {
+                let mut buffer = [0; 256];
+                let mut stdin = io::stdin().lock();
+                loop {
+                    match stdin.read(&mut buffer) {
+                        Ok(0) => break,
+                        Ok(_) => {}
+                        Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                        Err(_) => break,
+                    }
+                }
+                // Nobody may be waiting any more.
+                let _ = end.send(());
+            })?;
+    }
+    tasks.spawn(async move {
+        let mut lifeline_lives = lifeline == Lifeline::Stdin;
+        loop {
+            let why = tokio::select! {
+                Some(()) = terminate.recv() => Why::Signal(SignalKind::terminate().as_raw_value()),
+                Some(()) = interrupt.recv() => Why::Signal(SignalKind::interrupt().as_raw_value()),
+                _ = &mut ended, if lifeline_lives => {
+                    lifeline_lives = false;
+                    Why::Lifeline
+                }
+                () = sender.closed() => return,
+            };
+            sender.send_modify(|asked| {
+                asked.why.get_or_insert(why);
+                asked.times = asked.times.saturating_add(1);
+            });
+        }
+    });
+    Ok(receiver)
+}
