@@ -1,0 +1,357 @@
+//! Enforces the layer table of ARCHITECTURE.md by reading the sources: which module may name which
+//! crate or module. Comments do not count.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::path::{Path, PathBuf};
+
+/// A source file, without its comments.
+struct Source {
+    /// Relative to the repository, with `/`.
+    path: String,
+    /// Line number and code of each line that has code.
+    lines: Vec<(usize, String)>,
+    /// First line of the unit tests at the end of the file, if there are any.
+    tests_from: Option<usize>,
+}
+
+/// Everything with a `rs` extension below `folder`.
+fn sources(folder: &str) -> Vec<Source> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut open = vec![root.join(folder)];
+    let mut found = Vec::new();
+    while let Some(directory) = open.pop() {
+        for entry in std::fs::read_dir(&directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                if path.file_name().is_some_and(|name| name != "target") {
+                    open.push(path);
+                }
+            } else if path.extension().is_some_and(|ending| ending == "rs") {
+                found.push(read(root, path));
+            }
+        }
+    }
+    assert!(!found.is_empty(), "no sources in {folder}");
+    found.sort_by(|a, b| a.path.cmp(&b.path));
+    found
+}
+
+fn read(root: &Path, path: PathBuf) -> Source {
+    let text = std::fs::read_to_string(&path).unwrap();
+    let path = path
+        .strip_prefix(root)
+        .unwrap()
+        .to_string_lossy()
+        .replace('\\', "/");
+    let mut lines = Vec::new();
+    let mut tests_from = None;
+    for (number, line) in (1..).zip(text.lines()) {
+        let code = line.split("//").next().unwrap_or_default().trim();
+        if code.starts_with("#[cfg(test)]") || code.starts_with("#[cfg(all(test") {
+            tests_from.get_or_insert(number);
+        }
+        if !code.is_empty() {
+            lines.push((number, code.to_owned()));
+        }
+    }
+    // Modules that are compiled for tests only, by the naming of this repository.
+    let stem = path.rsplit('/').next().unwrap_or_default();
+    if ["simulation.rs", "tests.rs"].contains(&stem) || path.contains("/simulation/") {
+        tests_from = Some(0);
+    }
+    Source {
+        path,
+        lines,
+        tests_from,
+    }
+}
+
+/// Does `code` name the path or identifier `name`, not as a part of a longer word?
+fn names(code: &str, name: &str) -> bool {
+    let word = |character: char| character.is_alphanumeric() || character == '_';
+    code.match_indices(name).any(|(at, _)| {
+        let before = code[..at].chars().next_back();
+        let after = code[at + name.len()..].chars().next();
+        // A field or method of the same name is something else.
+        !before.is_some_and(|c| word(c) || c == '.' || c == '"')
+            && !(name.chars().last().is_some_and(word) && after.is_some_and(word))
+    })
+}
+
+/// Collects the places of `sources` that name one of `forbidden` and are not `allowed`.
+fn violations(
+    sources: &[Source],
+    forbidden: &[&str],
+    with_tests: bool,
+    allowed: impl Fn(&str) -> bool,
+) -> Vec<String> {
+    let mut found = Vec::new();
+    for source in sources.iter().filter(|source| !allowed(&source.path)) {
+        for (number, code) in &source.lines {
+            if !with_tests && source.tests_from.is_some_and(|from| *number >= from) {
+                break;
+            }
+            for name in forbidden.iter().filter(|name| names(code, name)) {
+                found.push(format!("{}:{number} names {name}: {code}", source.path));
+            }
+        }
+    }
+    found
+}
+
+#[track_caller]
+fn assert_none(rule: &str, found: &[String]) {
+    assert!(found.is_empty(), "{rule}\n{}", found.join("\n"));
+}
+
+#[test]
+fn only_the_transport_names_the_zeromq_crate() {
+    let found = violations(&sources("src"), &["zeromq::", "use zeromq"], true, |path| {
+        path.starts_with("src/transport/")
+    });
+    assert_none("the zeromq crate belongs behind src/transport", &found);
+}
+
+#[test]
+fn only_the_command_line_parses_with_clap() {
+    // A value type may derive `clap::ValueEnum`; parsing and its types stay in one place.
+    let forbidden = [
+        "use clap",
+        "clap::Parser",
+        "clap::Args",
+        "clap::Subcommand",
+        "clap::Command",
+        "clap::ArgMatches",
+        "clap::builder",
+    ];
+    let found = violations(&sources("src"), &forbidden, true, |path| {
+        path == "src/cli.rs" || path.starts_with("src/cli/")
+    });
+    assert_none("parsing of the command line belongs in src/cli", &found);
+}
+
+#[test]
+fn only_the_supervisor_and_the_command_line_start_processes() {
+    let forbidden = [
+        "process::Command",
+        "tokio::process",
+        "Command::new",
+        "unistd::fork",
+        "unistd::execv",
+    ];
+    let found = violations(&sources("src"), &forbidden, false, |path| {
+        path.starts_with("src/supervisor/") || path == "src/cli.rs" || path.starts_with("src/cli/")
+    });
+    assert_none(
+        "processes are started by src/supervisor, the keeper by src/cli",
+        &found,
+    );
+}
+
+#[test]
+fn only_the_supervisor_signals_processes() {
+    let found = violations(
+        &sources("src"),
+        &["signal::kill", "signal::killpg"],
+        false,
+        |path| path.starts_with("src/supervisor/"),
+    );
+    assert_none("processes are stopped by src/supervisor", &found);
+}
+
+#[test]
+fn the_protocol_crate_does_no_io_and_reads_no_clock() {
+    let forbidden = [
+        "tokio",
+        "zeromq",
+        "zmq",
+        "dp_sidecar",
+        "std::net",
+        "std::fs",
+        "std::process",
+        "std::thread",
+        "std::env",
+        "Instant",
+        "SystemTime",
+        "HashMap",
+        "HashSet",
+    ];
+    let found = violations(&sources("protocol/src"), &forbidden, false, |_| false);
+    assert_none(
+        "protocol is pure: no IO, no clock, no order that changes",
+        &found,
+    );
+    let found = violations(
+        &sources("protocol/src"),
+        &["dp_sidecar::", "dp_sidecar_testkit"],
+        true,
+        |_| false,
+    );
+    assert_none("protocol uses nothing of ours", &found);
+}
+
+#[test]
+fn the_protocol_crate_depends_on_no_runtime() {
+    let manifest = std::fs::read_to_string("protocol/Cargo.toml").unwrap();
+    let dependencies = manifest.split("[dev-dependencies]").next().unwrap();
+    for name in [
+        "tokio",
+        "zeromq",
+        "zmq",
+        "nix",
+        "parking_lot",
+        "dp-sidecar.",
+    ] {
+        assert!(
+            !dependencies.lines().any(|line| line.starts_with(name)),
+            "protocol/Cargo.toml depends on {name}"
+        );
+    }
+}
+
+#[test]
+fn wire_types_do_not_know_the_machines() {
+    let found = violations(
+        &sources("protocol/src"),
+        &["machine::", "crate::machine"],
+        false,
+        |path| path.starts_with("protocol/src/machine/") || path == "protocol/src/lib.rs",
+    );
+    assert_none("wire types come below the machines", &found);
+}
+
+#[test]
+fn machines_do_not_know_each_others_insides() {
+    // Data that two machines share belongs to the wire types or to ids.
+    for source in sources("protocol/src/machine") {
+        let own = source
+            .path
+            .trim_start_matches("protocol/src/machine/")
+            .split(['/', '.'])
+            .next()
+            .unwrap_or_default()
+            .to_owned();
+        let others: Vec<String> = [
+            "attachment",
+            "control",
+            "coordinator",
+            "handshake",
+            "lifecycle",
+            "restart",
+            "virtual_engine",
+            "weight_update",
+        ]
+        .into_iter()
+        .filter(|name| *name != own && own != "mod")
+        .map(|name| format!("machine::{name}"))
+        .collect();
+        let others: Vec<&str> = others.iter().map(String::as_str).collect();
+        // The life of an engine embeds the restart policy.
+        let found = violations(&[source], &others, false, |path| {
+            path == "protocol/src/machine/lifecycle.rs"
+        });
+        assert_none("machines are independent of each other", &found);
+    }
+}
+
+#[test]
+fn the_testkit_shares_nothing_with_the_sidecar() {
+    let found = violations(
+        &sources("tests/testkit"),
+        &["dp_sidecar::", "use dp_sidecar;", "zeromq"],
+        true,
+        |_| false,
+    );
+    assert_none("a fake that shares our transport shares our bugs", &found);
+    let manifest = std::fs::read_to_string("tests/testkit/Cargo.toml").unwrap();
+    for line in manifest.lines() {
+        assert!(
+            !line.starts_with("dp-sidecar.")
+                && !line.starts_with("dp-sidecar ")
+                && !line.starts_with("zeromq"),
+            "tests/testkit/Cargo.toml: {line}"
+        );
+    }
+}
+
+#[test]
+fn lower_layers_do_not_name_higher_ones() {
+    // Layer, and what it must not name. See the table of ARCHITECTURE.md.
+    let rules: [(&str, &[&str]); 5] = [
+        (
+            "src/transport",
+            &[
+                "crate::driver",
+                "crate::supervisor",
+                "crate::admin",
+                "crate::app",
+                "crate::cli",
+            ],
+        ),
+        ("src/driver", &["crate::admin", "crate::app", "crate::cli"]),
+        (
+            "src/supervisor",
+            &[
+                "crate::driver",
+                "crate::transport",
+                "crate::admin",
+                "crate::app",
+                "crate::cli",
+            ],
+        ),
+        (
+            "src/admin",
+            &[
+                "crate::transport",
+                "crate::supervisor::keeper",
+                "crate::app",
+                "crate::cli",
+            ],
+        ),
+        ("src", &["crate::cli"]),
+    ];
+    for (layer, forbidden) in rules {
+        let found = violations(&sources(layer), forbidden, false, |path| {
+            path.starts_with("src/cli") || path == "src/main.rs" || path == "src/lib.rs"
+        });
+        assert_none(&format!("{layer} names a layer above it"), &found);
+    }
+}
+
+#[test]
+fn nothing_is_ever_unpickled() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut open = vec![root.join("python-shim"), root.join("scripts")];
+    while let Some(directory) = open.pop() {
+        let Ok(entries) = std::fs::read_dir(&directory) else {
+            continue;
+        };
+        for entry in entries {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                open.push(path);
+            } else if path.extension().is_some_and(|ending| ending == "py") {
+                let text = std::fs::read_to_string(&path).unwrap();
+                for (number, line) in (1..).zip(text.lines()) {
+                    let code = line.split('#').next().unwrap_or_default();
+                    assert!(
+                        !names(code, "import pickle")
+                            && !names(code, "import cloudpickle")
+                            && !names(code, "import dill"),
+                        "{}:{number}: {line}",
+                        path.display()
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_word_inside_another_word_is_not_a_name() {
+    assert!(names("use zeromq::Socket;", "zeromq::"));
+    assert!(!names("let my_zeromq::x", "zeromq::"));
+    assert!(!names("instant_noodles", "Instant"));
+    assert!(!names("request.machine", "machine"));
+    assert!(names("std::time::Instant::now()", "Instant"));
+}
