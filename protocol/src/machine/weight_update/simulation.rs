@@ -320,9 +320,9 @@ impl World {
                 }
                 let result = if self.fault(0.03) {
                     Err("broken".to_owned())
-                } else if self.fault(0.03) {
-                    Ok(false)
-                } else if self.engines[at].request.is_some() && !reset_running_requests {
+                } else if self.fault(0.03)
+                    || (self.engines[at].request.is_some() && !reset_running_requests)
+                {
                     Ok(false)
                 } else {
                     self.engines[at].cache = None;

@@ -1,0 +1,847 @@
+//! One controller at a time.
+//!
+//! A frontend's control call (pause, resume, sleep, weight methods) is fanned out by the frontend to all
+//! ranks as separate messages. Held at each rank, the calls are gathered here into *rounds*: a round
+//! runs when every rank has its call, and only one round runs at a time, so that with several frontends
+//! all ranks see the calls in the same order. A lockstep group that is paused or resumed in part hangs
+//! (`docs/weight-update.md`).
+//!
+//! The sidecar's own work (update, operator) takes the same lock. While it holds it, calls of frontends are
+//! refused with a message that names the holder.
+//!
+//! Who has paused the engines is remembered: a resume of engines that are not paused is answered without
+//! asking them; an update does not resume what it has not paused; a frontend that paused and died is
+//! resumed for after a grace; an engine that starts again into a pause is paused.
+
+mod types;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
+
+use rmpv::Value;
+
+use crate::{EngineIndex, FrontendId, Time};
+
+pub use types::{Action, Decision, Event, Held, OwnerId, PausedBy, Severity, Snapshot};
+
+/// Rounds kept waiting; more are refused.
+const MAX_ROUNDS: usize = 256;
+
+/// Worker methods that change weights, when called through `collective_rpc`.
+const WEIGHT_METHODS: &[&str] = &[
+    "dp_sidecar_load",
+    "finish_weight_update",
+    "load_weights",
+    "reload_weights",
+    "reset_weights",
+    "start_draft_weight_update",
+    "start_weight_update",
+    "update_weights",
+];
+
+/// Settings.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// All ranks of the deployment.
+    pub ranks: BTreeSet<EngineIndex>,
+    /// The engines step together (MoE).
+    pub lockstep: bool,
+    /// How long to wait for the calls of the other ranks.
+    pub gather_timeout: Duration,
+    /// How long a round may keep the lock. A pause in mode `wait` lasts as long as the longest response.
+    pub round_timeout: Duration,
+    /// How long a pause outlives the frontend that asked for it.
+    pub pause_grace: Duration,
+}
+
+impl Config {
+    /// Usual settings for these ranks.
+    pub fn new(ranks: impl IntoIterator<Item = EngineIndex>, lockstep: bool) -> Self {
+        Self {
+            ranks: ranks.into_iter().collect(),
+            lockstep,
+            gather_timeout: Duration::from_secs(5),
+            round_timeout: Duration::from_secs(1800),
+            pause_grace: Duration::from_secs(30),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Pause,
+    Resume,
+    Sleep,
+    WakeUp,
+    Weights,
+    Other,
+}
+
+fn kind_of(method: &str, args: &[Value]) -> Kind {
+    match method {
+        "pause_scheduler" | "pause_generation" => Kind::Pause,
+        "resume_scheduler" | "resume_generation" => Kind::Resume,
+        "sleep" => Kind::Sleep,
+        "wake_up" => Kind::WakeUp,
+        "set_weight_version" => Kind::Weights,
+        "collective_rpc" => {
+            let worker_method = args.first().and_then(Value::as_str).unwrap_or_default();
+            if WEIGHT_METHODS.contains(&worker_method) {
+                Kind::Weights
+            } else {
+                Kind::Other
+            }
+        }
+        _ => Kind::Other,
+    }
+}
+
+/// The same call, at all ranks.
+#[derive(Debug)]
+struct Round {
+    frontend: FrontendId,
+    api_server: u32,
+    method: String,
+    args: Vec<Value>,
+    tickets: BTreeMap<EngineIndex, u64>,
+    deadline: Time,
+}
+
+impl Round {
+    fn fits(&self, held: &Held) -> bool {
+        self.frontend == held.frontend
+            && self.api_server == held.api_server
+            && self.method == held.method
+            && self.args == held.args
+            && !self.tickets.contains_key(&held.rank)
+    }
+
+    fn name(&self) -> String {
+        format!("{} of frontend {}", self.method, self.frontend)
+    }
+}
+
+/// What the machine does on its own account.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Errand {
+    /// Lifts the pause of a frontend that is gone.
+    LiftPause,
+    /// Pauses engines that started again into a pause.
+    PauseAgain,
+}
+
+#[derive(Debug)]
+enum Holder {
+    Round {
+        round: Round,
+        waiting: BTreeSet<EngineIndex>,
+        results: BTreeMap<EngineIndex, Result<Value, String>>,
+        /// The frontend went away meanwhile: when its pause is lifted.
+        lease_ends: Option<Time>,
+        deadline: Time,
+    },
+    Owner {
+        owner: OwnerId,
+        name: String,
+        doing: String,
+    },
+    Errand {
+        errand: Errand,
+        operation: u64,
+        waiting: BTreeSet<EngineIndex>,
+        failures: Vec<String>,
+        deadline: Time,
+    },
+}
+
+impl Holder {
+    fn describe(&self) -> String {
+        match self {
+            Self::Round { round, .. } => round.name(),
+            Self::Owner { name, doing, .. } if doing.is_empty() => name.clone(),
+            Self::Owner { name, doing, .. } => format!("{name} ({doing})"),
+            Self::Errand { errand, .. } => match errand {
+                Errand::LiftPause => "lifting the pause of a frontend that is gone".to_owned(),
+                Errand::PauseAgain => "pausing engines that started again".to_owned(),
+            },
+        }
+    }
+
+    const fn deadline(&self) -> Option<Time> {
+        match self {
+            Self::Round { deadline, .. } | Self::Errand { deadline, .. } => Some(*deadline),
+            Self::Owner { .. } => None,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Waiter {
+    owner: OwnerId,
+    name: String,
+    deadline: Time,
+}
+
+/// The machine.
+#[derive(Debug)]
+pub struct Control {
+    config: Config,
+    actions: VecDeque<Action>,
+    up: BTreeSet<EngineIndex>,
+    gathering: VecDeque<Round>,
+    ready: VecDeque<Round>,
+    waiters: VecDeque<Waiter>,
+    holder: Option<Holder>,
+    paused_by: Option<PausedBy>,
+    asleep: bool,
+    external_weights: bool,
+    /// When the pause of a frontend that is gone is lifted.
+    lease_ends: Option<Time>,
+    /// Engines that started again into a pause.
+    pause_again: BTreeSet<EngineIndex>,
+    next_operation: u64,
+    refused: u64,
+}
+
+impl Control {
+    /// A machine in front of engines that are all down yet.
+    pub const fn new(config: Config) -> Self {
+        Self {
+            config,
+            actions: VecDeque::new(),
+            up: BTreeSet::new(),
+            gathering: VecDeque::new(),
+            ready: VecDeque::new(),
+            waiters: VecDeque::new(),
+            holder: None,
+            paused_by: None,
+            asleep: false,
+            external_weights: false,
+            lease_ends: None,
+            pause_again: BTreeSet::new(),
+            next_operation: 0,
+            refused: 0,
+        }
+    }
+
+    /// Takes an event in. Never fails.
+    pub fn handle_event(&mut self, now: Time, event: Event) {
+        match event {
+            Event::Held(held) => self.held(now, held),
+            Event::Answered {
+                rank,
+                ticket,
+                result,
+            } => self.answered(rank, ticket, result),
+            Event::CallAnswered {
+                rank,
+                operation,
+                result,
+            } => self.call_answered(rank, operation, result),
+            Event::EngineUp { rank } => self.engine_up(rank),
+            Event::EngineDown { rank, reason } => self.engine_down(rank, &reason),
+            Event::FrontendGone { frontend } => self.frontend_gone(now, frontend),
+            Event::Acquire {
+                owner,
+                name,
+                patience,
+            } => self.waiters.push_back(Waiter {
+                owner,
+                name,
+                deadline: now + patience,
+            }),
+            Event::Doing { owner, what } => {
+                if let Some(Holder::Owner {
+                    owner: held_by,
+                    doing,
+                    ..
+                }) = &mut self.holder
+                    && *held_by == owner
+                {
+                    *doing = what;
+                }
+            }
+            Event::PausedSet { owner, paused_by } => {
+                if self.is_held_by(owner) {
+                    self.set_paused(paused_by);
+                }
+            }
+            Event::WeightsKnown { owner } => {
+                if self.is_held_by(owner) {
+                    self.external_weights = false;
+                }
+            }
+            Event::Release { owner } => {
+                self.waiters.retain(|waiter| waiter.owner != owner);
+                if self.is_held_by(owner) {
+                    self.holder = None;
+                }
+            }
+        }
+        self.proceed(now);
+    }
+
+    /// To be called when [`Self::poll_timeout`] is due. Harmless when it is not.
+    pub fn handle_timeout(&mut self, now: Time) {
+        let (late, gathering) = std::mem::take(&mut self.gathering)
+            .into_iter()
+            .partition(|round| round.deadline <= now);
+        self.gathering = gathering;
+        for round in late {
+            let has = list(round.tickets.keys());
+            let missing = list(
+                self.config
+                    .ranks
+                    .iter()
+                    .filter(|rank| !round.tickets.contains_key(rank)),
+            );
+            let text = format!(
+                "{} came in for rank {has} only, not for rank {missing} within {:?}",
+                round.name(),
+                self.config.gather_timeout
+            );
+            self.refuse(round, &text);
+        }
+        self.holder_timeout(now);
+        // Whoever can have the lock now gets it, even in the last moment.
+        self.proceed(now);
+        let holder = self.holder.as_ref().map(Holder::describe);
+        let (late, waiters) = std::mem::take(&mut self.waiters)
+            .into_iter()
+            .partition(|waiter| waiter.deadline <= now);
+        self.waiters = waiters;
+        for waiter in Vec::from(late) {
+            self.actions.push_back(Action::Denied {
+                owner: waiter.owner,
+                holder: holder.clone().unwrap_or_default(),
+            });
+        }
+    }
+
+    /// Next thing to be done.
+    #[must_use]
+    pub fn poll_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    /// When [`Self::handle_timeout`] is due.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Time> {
+        let lease = self.lease_ends.filter(|_| self.holder.is_none());
+        let gathering = self.gathering.iter().map(|round| round.deadline);
+        let waiters = self.waiters.iter().map(|waiter| waiter.deadline);
+        let holder = self.holder.as_ref().and_then(Holder::deadline);
+        gathering.chain(waiters).chain(holder).chain(lease).min()
+    }
+
+    /// Plain data.
+    pub fn snapshot(&self) -> Snapshot {
+        Snapshot {
+            holder: self.holder.as_ref().map(Holder::describe),
+            paused_by: self.paused_by.clone(),
+            asleep: self.asleep,
+            external_weights: self.external_weights,
+            waiting_rounds: self.gathering.len() + self.ready.len(),
+            refused: self.refused,
+        }
+    }
+
+    // --- gathering ---
+
+    fn held(&mut self, now: Time, held: Held) {
+        let mut single = Round {
+            frontend: held.frontend,
+            api_server: held.api_server,
+            method: held.method.clone(),
+            args: held.args.clone(),
+            tickets: BTreeMap::from([(held.rank, held.ticket)]),
+            deadline: now + self.config.gather_timeout,
+        };
+        if let Some(Holder::Owner { .. }) = &self.holder {
+            let text = self.busy_text();
+            self.refuse(single, &text);
+            return;
+        }
+        if !self.config.ranks.contains(&held.rank) {
+            let text = format!("rank {} is not one of this deployment", held.rank);
+            self.refuse(single, &text);
+            return;
+        }
+        if let Some(at) = self.gathering.iter().position(|round| round.fits(&held)) {
+            let round = &mut self.gathering[at];
+            round.tickets.insert(held.rank, held.ticket);
+            if round.tickets.len() < self.config.ranks.len() {
+                return;
+            }
+            let Some(complete) = self.gathering.remove(at) else {
+                return;
+            };
+            single = complete;
+        } else if self.gathering.len() + self.ready.len() >= MAX_ROUNDS {
+            self.refuse(single, "too many control calls are waiting");
+            return;
+        }
+        if single.tickets.len() == self.config.ranks.len() {
+            self.ready.push_back(single);
+        } else {
+            self.gathering.push_back(single);
+        }
+    }
+
+    fn refuse(&mut self, round: Round, text: &str) {
+        for (rank, ticket) in round.tickets {
+            self.refused += 1;
+            self.actions.push_back(Action::Decide {
+                rank,
+                ticket,
+                decision: Decision::Refuse(format!("refused by the sidecar: {text}")),
+            });
+        }
+    }
+
+    fn answer(&mut self, round: Round, value: &Value) {
+        for (rank, ticket) in round.tickets {
+            self.actions.push_back(Action::Decide {
+                rank,
+                ticket,
+                decision: Decision::Answer(value.clone()),
+            });
+        }
+    }
+
+    fn busy_text(&self) -> String {
+        let holder = self.holder.as_ref().map(Holder::describe);
+        format!("{} is running", holder.unwrap_or_default())
+    }
+
+    // --- the lock ---
+
+    fn is_held_by(&self, owner: OwnerId) -> bool {
+        matches!(&self.holder, Some(Holder::Owner { owner: held_by, .. }) if *held_by == owner)
+    }
+
+    /// Gives the free lock to whoever is next: the sidecar's own work, errands, rounds.
+    fn proceed(&mut self, now: Time) {
+        while self.holder.is_none() {
+            if let Some(waiter) = self.waiters.pop_front() {
+                self.grant(waiter);
+            } else if self.lease_ends.is_some_and(|ends| ends <= now) {
+                self.lift_pause(now);
+            } else if self.may_pause_again() {
+                self.pause_restarted(now);
+            } else if let Some(round) = self.ready.pop_front() {
+                self.run(now, round);
+            } else {
+                return;
+            }
+        }
+    }
+
+    fn grant(&mut self, waiter: Waiter) {
+        self.holder = Some(Holder::Owner {
+            owner: waiter.owner,
+            name: waiter.name,
+            doing: String::new(),
+        });
+        let text = self.busy_text();
+        let gathering = std::mem::take(&mut self.gathering);
+        let ready = std::mem::take(&mut self.ready);
+        for round in gathering.into_iter().chain(ready) {
+            self.refuse(round, &text);
+        }
+        self.actions.push_back(Action::Granted {
+            owner: waiter.owner,
+            paused_by: self.paused_by.clone(),
+            external_weights: self.external_weights,
+        });
+    }
+
+    /// Decides on a complete round and, unless that settles it, lets it have the lock.
+    fn run(&mut self, now: Time, round: Round) {
+        let kind = kind_of(&round.method, &round.args);
+        let down: Vec<EngineIndex> = self.config.ranks.difference(&self.up).copied().collect();
+        let paused = self.paused_by.is_some() || self.asleep;
+        match kind {
+            Kind::Resume | Kind::WakeUp if self.paused_by == Some(PausedBy::Operator) => {
+                self.refuse(
+                    round,
+                    "the engines were paused by the operator, who must resume them",
+                );
+                return;
+            }
+            // A resume of a lockstep group that is idle and not paused can hang it: the ranks enter a
+            // barrier while one that just got a request steps (vllm/v1/engine/core.py 0.32.0,
+            // `DPEngineCoreProc.resume_scheduler`).
+            Kind::Resume if !paused => {
+                self.answer(round, &Value::Nil);
+                return;
+            }
+            Kind::WakeUp if !paused => {
+                self.answer(round, &Value::Boolean(true));
+                return;
+            }
+            Kind::Pause | Kind::Resume if down.len() == self.config.ranks.len() => {
+                // Engines that start again are paused, or not, by what is remembered here.
+                let by = (kind == Kind::Pause).then_some(PausedBy::Frontend { id: round.frontend });
+                self.set_paused_by_round(by);
+                self.answer(round, &Value::Nil);
+                return;
+            }
+            Kind::Pause | Kind::Resume if !self.config.lockstep => {}
+            _ if !down.is_empty() => {
+                let text = format!("engine of rank {} is down", list(&down));
+                self.refuse(round, &text);
+                return;
+            }
+            _ => {}
+        }
+        let mut waiting = BTreeSet::new();
+        for (rank, ticket) in &round.tickets {
+            let decision = if down.contains(rank) {
+                Decision::Answer(Value::Nil)
+            } else {
+                waiting.insert(*rank);
+                Decision::Forward
+            };
+            self.actions.push_back(Action::Decide {
+                rank: *rank,
+                ticket: *ticket,
+                decision,
+            });
+        }
+        if kind == Kind::Weights {
+            // From the first byte on: a call that fails half way leaves unknown weights as well.
+            self.mark_external(&round);
+        }
+        self.holder = Some(Holder::Round {
+            round,
+            waiting,
+            results: BTreeMap::new(),
+            lease_ends: None,
+            deadline: now + self.config.round_timeout,
+        });
+    }
+
+    fn mark_external(&mut self, round: &Round) {
+        let what = match round.args.first().and_then(Value::as_str) {
+            Some(first) if round.method == "collective_rpc" => first.to_owned(),
+            _ => round.method.clone(),
+        };
+        if !self.external_weights {
+            self.note(
+                Severity::Warning,
+                format!(
+                    "frontend {} changes weights by {what}: which weights the engines hold is unknown until the next update",
+                    round.frontend
+                ),
+            );
+        }
+        self.external_weights = true;
+    }
+
+    fn answered(&mut self, rank: EngineIndex, ticket: u64, result: Result<Value, String>) {
+        if let Some(Holder::Round {
+            round,
+            waiting,
+            results,
+            ..
+        }) = &mut self.holder
+            && round.tickets.get(&rank) == Some(&ticket)
+            && waiting.remove(&rank)
+        {
+            results.insert(rank, result);
+            self.finish_round_if_done();
+        }
+    }
+
+    fn finish_round_if_done(&mut self) {
+        if !matches!(&self.holder, Some(Holder::Round { waiting, .. }) if waiting.is_empty()) {
+            return;
+        }
+        let Some(Holder::Round {
+            round,
+            results,
+            lease_ends,
+            ..
+        }) = self.holder.take()
+        else {
+            return;
+        };
+        let failed: Vec<EngineIndex> = results
+            .iter()
+            .filter(|(_, result)| result.is_err())
+            .map(|(rank, _)| *rank)
+            .collect();
+        let any_ok = failed.len() < results.len();
+        if !failed.is_empty() && any_ok {
+            self.note(
+                Severity::Warning,
+                format!("{} failed on rank {} only", round.name(), list(&failed)),
+            );
+        }
+        let by = PausedBy::Frontend { id: round.frontend };
+        match kind_of(&round.method, &round.args) {
+            // Also when it failed on some: better resumed once too often than left paused.
+            Kind::Pause if any_ok => self.set_paused_by_round(Some(by)),
+            Kind::Sleep if any_ok => {
+                self.asleep = true;
+                self.set_paused_by_round(Some(by));
+            }
+            Kind::Resume if failed.is_empty() => self.set_paused_by_round(None),
+            Kind::WakeUp if failed.is_empty() => {
+                let awake = results
+                    .values()
+                    .all(|result| !matches!(result, Ok(Value::Boolean(false))));
+                if awake {
+                    self.asleep = false;
+                    self.set_paused_by_round(None);
+                }
+            }
+            _ => {}
+        }
+        if self.paused_by == Some(PausedBy::Frontend { id: round.frontend }) {
+            self.lease_ends = lease_ends;
+        }
+    }
+
+    /// A pause of a frontend does not take the operator's pause over.
+    fn set_paused_by_round(&mut self, paused_by: Option<PausedBy>) {
+        if self.paused_by != Some(PausedBy::Operator) {
+            self.set_paused(paused_by);
+        }
+    }
+
+    fn set_paused(&mut self, paused_by: Option<PausedBy>) {
+        if paused_by.is_none() {
+            self.pause_again.clear();
+            self.asleep = false;
+        }
+        self.paused_by = paused_by;
+        self.lease_ends = None;
+    }
+
+    fn holder_timeout(&mut self, now: Time) {
+        let due = self.holder.as_ref().and_then(Holder::deadline);
+        if due.is_none_or(|due| now < due) {
+            return;
+        }
+        match &mut self.holder {
+            Some(Holder::Round {
+                round,
+                waiting,
+                results,
+                ..
+            }) => {
+                let text = format!(
+                    "{} was not answered by rank {} within {:?}",
+                    round.name(),
+                    list(waiting.iter()),
+                    self.config.round_timeout
+                );
+                for rank in std::mem::take(waiting) {
+                    results.insert(rank, Err("not answered in time".to_owned()));
+                }
+                self.note(Severity::Warning, text);
+                self.finish_round_if_done();
+            }
+            Some(Holder::Errand {
+                waiting, failures, ..
+            }) => {
+                for rank in std::mem::take(waiting) {
+                    failures.push(format!("rank {rank} did not answer in time"));
+                }
+                self.finish_errand_if_done();
+            }
+            _ => {}
+        }
+    }
+
+    // --- engines and frontends come and go ---
+
+    fn engine_up(&mut self, rank: EngineIndex) {
+        if self.up.insert(rank) && self.paused_by.is_some() {
+            self.pause_again.insert(rank);
+        }
+    }
+
+    fn engine_down(&mut self, rank: EngineIndex, reason: &str) {
+        self.up.remove(&rank);
+        self.pause_again.remove(&rank);
+        match &mut self.holder {
+            Some(Holder::Round {
+                waiting, results, ..
+            }) => {
+                if waiting.remove(&rank) {
+                    results.insert(rank, Err(format!("engine is down: {reason}")));
+                }
+                self.finish_round_if_done();
+            }
+            Some(Holder::Errand { waiting, .. }) => {
+                waiting.remove(&rank);
+                self.finish_errand_if_done();
+            }
+            _ => {}
+        }
+    }
+
+    fn frontend_gone(&mut self, now: Time, frontend: FrontendId) {
+        let gathering = std::mem::take(&mut self.gathering);
+        let ready = std::mem::take(&mut self.ready);
+        let (gone, gathering): (VecDeque<_>, _) = gathering
+            .into_iter()
+            .partition(|round| round.frontend == frontend);
+        let (also_gone, ready): (VecDeque<_>, _) = ready
+            .into_iter()
+            .partition(|round| round.frontend == frontend);
+        self.gathering = gathering;
+        self.ready = ready;
+        for round in gone.into_iter().chain(also_gone) {
+            self.refuse(round, "the frontend is gone");
+        }
+        let ends = now + self.config.pause_grace;
+        if let Some(Holder::Round {
+            round, lease_ends, ..
+        }) = &mut self.holder
+            && round.frontend == frontend
+        {
+            *lease_ends = Some(ends);
+        }
+        if self.paused_by == Some(PausedBy::Frontend { id: frontend }) {
+            self.lease_ends = Some(ends);
+            self.note(
+                Severity::Warning,
+                format!(
+                    "frontend {frontend} is gone and left the engines paused; they are resumed in {:?}",
+                    self.config.pause_grace
+                ),
+            );
+        }
+    }
+
+    // --- errands ---
+
+    fn may_pause_again(&self) -> bool {
+        if self.pause_again.is_empty() {
+            return false;
+        }
+        // A lockstep group pauses together, so all of it must be there.
+        !self.config.lockstep || self.up == self.config.ranks
+    }
+
+    fn lift_pause(&mut self, now: Time) {
+        self.lease_ends = None;
+        if self.config.lockstep && (self.up != self.config.ranks || !self.pause_again.is_empty()) {
+            // The group is being started again, or just was: it comes up without a pause.
+            self.set_paused(None);
+            return;
+        }
+        let ranks: BTreeSet<EngineIndex> = self.up.difference(&self.pause_again).copied().collect();
+        self.pause_again.clear();
+        let text = format!(
+            "resuming the engines: {} paused them and has not come back",
+            self.paused_by
+                .as_ref()
+                .map_or_else(|| "a frontend".to_owned(), ToString::to_string)
+        );
+        self.note(Severity::Warning, text);
+        let method = if self.asleep {
+            "wake_up"
+        } else {
+            "resume_scheduler"
+        };
+        self.start_errand(now, Errand::LiftPause, &ranks, method, &[]);
+    }
+
+    fn pause_restarted(&mut self, now: Time) {
+        let ranks = if self.config.lockstep {
+            self.up.clone()
+        } else {
+            self.pause_again.clone()
+        };
+        self.pause_again.clear();
+        self.note(
+            Severity::Info,
+            format!("pausing rank {} again after its start", list(&ranks)),
+        );
+        let args = [Value::from("keep"), Value::Boolean(false)];
+        self.start_errand(now, Errand::PauseAgain, &ranks, "pause_scheduler", &args);
+    }
+
+    fn start_errand(
+        &mut self,
+        now: Time,
+        errand: Errand,
+        ranks: &BTreeSet<EngineIndex>,
+        method: &'static str,
+        args: &[Value],
+    ) {
+        self.next_operation += 1;
+        for rank in ranks {
+            self.actions.push_back(Action::Call {
+                rank: *rank,
+                operation: self.next_operation,
+                method,
+                args: args.to_vec(),
+            });
+        }
+        self.holder = Some(Holder::Errand {
+            errand,
+            operation: self.next_operation,
+            waiting: ranks.clone(),
+            failures: Vec::new(),
+            deadline: now + self.config.round_timeout,
+        });
+        self.finish_errand_if_done();
+    }
+
+    fn call_answered(&mut self, rank: EngineIndex, operation: u64, result: Result<Value, String>) {
+        if let Some(Holder::Errand {
+            operation: current,
+            waiting,
+            failures,
+            ..
+        }) = &mut self.holder
+            && *current == operation
+            && waiting.remove(&rank)
+        {
+            if let Err(error) = result {
+                failures.push(format!("rank {rank}: {error}"));
+            }
+            self.finish_errand_if_done();
+        }
+    }
+
+    fn finish_errand_if_done(&mut self) {
+        if !matches!(&self.holder, Some(Holder::Errand { waiting, .. }) if waiting.is_empty()) {
+            return;
+        }
+        let Some(Holder::Errand {
+            errand, failures, ..
+        }) = self.holder.take()
+        else {
+            return;
+        };
+        if !failures.is_empty() {
+            let what = match errand {
+                Errand::LiftPause => "resume",
+                Errand::PauseAgain => "pause",
+            };
+            self.note(
+                Severity::Warning,
+                format!("{what} failed on {}", failures.join(", ")),
+            );
+        }
+        if errand == Errand::LiftPause {
+            self.set_paused(None);
+        }
+    }
+
+    fn note(&mut self, severity: Severity, text: String) {
+        self.actions.push_back(Action::Note { severity, text });
+    }
+}
+
+fn list<'a>(ranks: impl IntoIterator<Item = &'a EngineIndex>) -> String {
+    let ranks: Vec<String> = ranks.into_iter().map(ToString::to_string).collect();
+    ranks.join(", ")
+}

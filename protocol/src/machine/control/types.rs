@@ -1,0 +1,218 @@
+//! What goes in and out of [`super::Control`].
+
+use std::fmt;
+use std::time::Duration;
+
+use rmpv::Value;
+use serde::{Deserialize, Serialize};
+
+use crate::{EngineIndex, FrontendId};
+
+/// A control call of a frontend, held at one rank.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Held {
+    /// At which rank.
+    pub rank: EngineIndex,
+    /// Names the call at that rank.
+    pub ticket: u64,
+    /// Who calls.
+    pub frontend: FrontendId,
+    /// Which of its API servers.
+    pub api_server: u32,
+    /// vLLM's method name.
+    pub method: String,
+    /// Positional arguments.
+    pub args: Vec<Value>,
+}
+
+/// Names one holder of the lock. Chosen by the driver, never reused.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
+)]
+#[serde(transparent)]
+pub struct OwnerId(pub u64);
+
+/// Who has paused the engines.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "by", rename_all = "snake_case")]
+pub enum PausedBy {
+    /// A frontend. Its pause ends when somebody resumes, or some time after the frontend is gone.
+    Frontend {
+        /// Which attachment.
+        id: FrontendId,
+    },
+    /// The operator. Only the operator resumes.
+    Operator,
+}
+
+impl fmt::Display for PausedBy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Frontend { id } => write!(f, "frontend {id}"),
+            Self::Operator => f.write_str("the operator"),
+        }
+    }
+}
+
+/// Something that happened.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A rank holds a control call.
+    Held(Held),
+    /// A rank's engine has answered a call that was forwarded (its frontend has the answer).
+    Answered {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which call.
+        ticket: u64,
+        /// The engine's answer.
+        result: Result<Value, String>,
+    },
+    /// An engine answered to [`Action::Call`].
+    CallAnswered {
+        /// Which rank.
+        rank: EngineIndex,
+        /// `operation` of the action.
+        operation: u64,
+        /// The engine's answer.
+        result: Result<Value, String>,
+    },
+    /// An engine can be called (again). A new engine is not paused.
+    EngineUp {
+        /// Which rank.
+        rank: EngineIndex,
+    },
+    /// An engine is gone.
+    EngineDown {
+        /// Which rank.
+        rank: EngineIndex,
+        /// What was seen.
+        reason: String,
+    },
+    /// A frontend is gone.
+    FrontendGone {
+        /// Which attachment.
+        frontend: FrontendId,
+    },
+    /// The sidecar itself wants to control the engines.
+    Acquire {
+        /// Who.
+        owner: OwnerId,
+        /// For messages: `update u1`, `operator pause`.
+        name: String,
+        /// Give up waiting for the present holder after this long.
+        patience: Duration,
+    },
+    /// What the holder is doing, for messages: `loading`.
+    Doing {
+        /// Who.
+        owner: OwnerId,
+        /// What.
+        what: String,
+    },
+    /// The holder has paused all engines, or resumed them (`None`).
+    PausedSet {
+        /// Who.
+        owner: OwnerId,
+        /// What holds now.
+        paused_by: Option<PausedBy>,
+    },
+    /// The holder knows which weights the engines hold.
+    WeightsKnown {
+        /// Who.
+        owner: OwnerId,
+    },
+    /// The holder is done. A waiting request is withdrawn the same way.
+    Release {
+        /// Who.
+        owner: OwnerId,
+    },
+}
+
+/// Decision on a held call.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Decision {
+    /// Send it to the engine.
+    Forward,
+    /// Answer it with this value without asking the engine.
+    Answer(Value),
+    /// Answer it with this failure message.
+    Refuse(String),
+}
+
+/// How much somebody should care.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Severity {
+    /// An operator did it, or must know of it.
+    Info,
+    /// Something was not as it should be.
+    Warning,
+}
+
+/// Something to be done.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Action {
+    /// Tell a rank what to do with a held call. The decisions of a round come together and must be sent
+    /// without waiting for one another.
+    Decide {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which call.
+        ticket: u64,
+        /// The decision.
+        decision: Decision,
+    },
+    /// Call the engine on the control slot. The calls of an operation come together and must be sent
+    /// without waiting for one another.
+    Call {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Names the operation.
+        operation: u64,
+        /// vLLM's method name.
+        method: &'static str,
+        /// Positional arguments.
+        args: Vec<Value>,
+    },
+    /// The lock is theirs.
+    Granted {
+        /// Whose.
+        owner: OwnerId,
+        /// Who had paused the engines before.
+        paused_by: Option<PausedBy>,
+        /// A frontend has loaded weights; which ones is unknown.
+        external_weights: bool,
+    },
+    /// Somebody else held the lock for too long.
+    Denied {
+        /// Who waited.
+        owner: OwnerId,
+        /// Who holds it, and what they do.
+        holder: String,
+    },
+    /// Worth a line in the log.
+    Note {
+        /// How much.
+        severity: Severity,
+        /// The line.
+        text: String,
+    },
+}
+
+/// Plain data about the machine.
+#[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// Who controls the engines at the moment, and what they do.
+    pub holder: Option<String>,
+    /// Who has paused the engines.
+    pub paused_by: Option<PausedBy>,
+    /// `sleep` was called and the engines are not fully awake again.
+    pub asleep: bool,
+    /// A frontend has loaded weights or stamped a version: what the sidecar last committed may not be
+    /// what the engines hold.
+    pub external_weights: bool,
+    /// Rounds that wait for ranks or for the lock.
+    pub waiting_rounds: usize,
+    /// Control calls of frontends refused since start.
+    pub refused: u64,
+}
