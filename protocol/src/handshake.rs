@@ -58,7 +58,7 @@ pub struct Ready {
     pub num_gpu_blocks: Option<u64>,
     /// The frontend's stats address from INIT; here up to 0.19, later in the ready response.
     pub dp_stats_address: Option<String>,
-    /// vLLM's hash of the parallel flags, from lockstep engines since 0.12.0.
+    /// vLLM's hash of the parallel flags, from lockstep engines since 0.11.1.
     pub parallel_config_hash: Option<String>,
 }
 
@@ -237,14 +237,14 @@ impl Init {
                 "_data_parallel_master_port_list".to_owned(),
                 ConfigValue::Ints(ports),
             ),
-            (
-                "data_parallel_size".to_owned(),
-                ConfigValue::Int(i64::from(group.size)),
-            ),
         ];
         if layout.init_has_coord_store_port() {
             parallel_config.push(("_coord_store_port".to_owned(), ConfigValue::Int(0)));
         }
+        parallel_config.push((
+            "data_parallel_size".to_owned(),
+            ConfigValue::Int(i64::from(group.size)),
+        ));
         Self {
             addresses,
             parallel_config,
@@ -435,7 +435,7 @@ pub struct EngineReadyResponse {
     pub pipeline_parallel_size: Option<u64>,
     /// DCP.
     pub decode_context_parallel_size: Option<u64>,
-    /// True global rank, since 0.27.1.
+    /// True global rank, since 0.27.0.
     pub data_parallel_rank: Option<u64>,
     /// Scheduler limit.
     pub max_num_seqs: Option<u64>,

@@ -141,7 +141,7 @@ pub struct AddPositions {
     pub external_req_id: Option<usize>,
     /// `reasoning_ended`, since 0.16.
     pub reasoning_ended: Option<usize>,
-    /// `reasoning_parser_kwargs`, since 0.20.
+    /// `reasoning_parser_kwargs`, since 0.20.1.
     pub reasoning_parser_kwargs: Option<usize>,
     /// `abort_immediately`, since 0.21.
     pub abort_immediately: Option<usize>,
@@ -173,7 +173,7 @@ pub struct OutputPositions {
     pub num_cached_tokens: Option<usize>,
     /// `num_external_computed_tokens`, an int with default 0, 0.16 to 0.19.
     pub num_external_computed_tokens: Option<usize>,
-    /// `num_nans_in_logits`, an int with default 0 since 0.12.
+    /// `num_nans_in_logits`, an int with default 0 since 0.11.1.
     pub num_nans_in_logits: Option<usize>,
 }
 
@@ -300,15 +300,15 @@ impl Layout {
         }
     }
 
-    /// Length of an entry of `counts` in a publication: `[waiting, running]`, since 0.27.1 with
+    /// Length of an entry of `counts` in a publication: `[waiting, running]`, since 0.27 with
     /// `kv_cache_usage`. A frontend unpacks exactly this many.
     pub const fn counts_arity(&self) -> usize {
-        if self.version.at_least(27, 1) { 3 } else { 2 }
+        if self.version.at_least(27, 0) { 3 } else { 2 }
     }
 
     /// Whether independent (dense) engines report their load to the coordinator.
     pub const fn dense_sends_stats(&self) -> bool {
-        self.version.at_least(27, 1) || !self.version.at_least(14, 0)
+        self.version.at_least(27, 0) || !self.version.at_least(14, 0)
     }
 
     /// Whether dense models, too, run in lockstep (and take the DP keys at INIT).
@@ -329,7 +329,7 @@ impl Layout {
 
     /// Whether an engine survives a second `READY` of the coordinator.
     pub const fn second_ready_tolerated(&self) -> bool {
-        self.version.at_least(17, 1)
+        self.version.at_least(17, 0)
     }
 
     /// Whether `FinishReason.ERROR` exists.
@@ -345,7 +345,7 @@ impl Layout {
 
     /// Whether READY of a lockstep engine carries `parallel_config_hash`.
     pub const fn ready_has_hash(&self) -> bool {
-        self.version.at_least(12, 0)
+        self.version.at_least(11, 1)
     }
 
     /// Whether lockstep engines pause by consensus and resume through a barrier.
@@ -355,7 +355,7 @@ impl Layout {
 
     /// Whether `pause_scheduler(mode, clear_cache)` and `is_scheduler_paused` exist.
     pub const fn can_pause(&self) -> bool {
-        self.version.at_least(17, 1)
+        self.version.at_least(17, 0)
     }
 
     /// Whether `pause_generation` exists and rejects new requests.
@@ -365,7 +365,7 @@ impl Layout {
 
     /// Whether `set_weight_version` and `get_weight_version` exist.
     pub const fn has_weight_version(&self) -> bool {
-        self.version.at_least(27, 1)
+        self.version.at_least(27, 0)
     }
 
     /// Whether INIT of a lockstep engine names `_coord_store_port`.
@@ -396,7 +396,57 @@ impl Layout {
 
     /// Whether the `WAKEUP` request type exists.
     pub const fn has_wakeup(&self) -> bool {
-        self.version.at_least(18, 1)
+        self.version.at_least(18, 0)
+    }
+
+    /// Highest temperature `SamplingParams` takes; decoding another one raises.
+    pub const fn max_temperature(&self) -> f64 {
+        if self.version.at_least(24, 0) {
+            2.0
+        } else {
+            f64::MAX
+        }
+    }
+
+    /// Whether `StructuredOutputsParams` without any constraint raises.
+    pub(crate) const fn structured_outputs_need_one(&self) -> bool {
+        self.version.at_least(15, 0)
+    }
+
+    /// Whether `prompt_logprob_token_ids` is a numpy array instead of a list.
+    pub(crate) const fn prompt_logprob_ids_are_ndarray(&self) -> bool {
+        self.version.at_least(32, 0)
+    }
+
+    /// Whether `MultiModalKwargsItem` is a map from key to element instead of an array.
+    pub(crate) const fn mm_items_are_keyed(&self) -> bool {
+        self.version.at_least(16, 0)
+    }
+
+    /// Which of the forms of `PoolingParams`, oldest first.
+    pub(crate) const fn pooling_form(&self) -> usize {
+        if self.version.at_least(18, 0) {
+            4
+        } else if self.version.at_least(17, 0) {
+            3
+        } else if self.version.at_least(16, 0) {
+            2
+        } else if self.version.at_least(11, 1) {
+            1
+        } else {
+            0
+        }
+    }
+
+    /// Which of the forms of `LoRARequest`, oldest first.
+    pub(crate) const fn lora_form(&self) -> usize {
+        if self.version.at_least(32, 0) {
+            2
+        } else if self.version.at_least(14, 0) {
+            1
+        } else {
+            0
+        }
     }
 
     /// How many arguments `reset_prefix_cache` takes.
@@ -469,7 +519,7 @@ fn add_positions(version: VllmVersion) -> AddPositions {
     let resumable = take(version.at_least(15, 0));
     let external_req_id = take(version.at_least(14, 0));
     let reasoning_ended = take(version.at_least(16, 0));
-    let reasoning_parser_kwargs = take(version.at_least(20, 0));
+    let reasoning_parser_kwargs = take(version.at_least(20, 1));
     let abort_immediately = take(version.at_least(21, 0));
     let session_id = take(version.at_least(28, 0));
     let kv_hints = take(version.at_least(31, 0));
@@ -497,11 +547,10 @@ fn add_positions(version: VllmVersion) -> AddPositions {
 }
 
 fn output_positions(version: VllmVersion) -> OutputPositions {
-    let at = |minor, position| version.at_least(minor, 0).then_some(position);
     let stamped = version.at_least(32, 0);
     let output_fields = match version.minor {
-        ..12 => 11,
-        12..14 => 12,
+        11 if version.patch == 0 => 11,
+        ..14 => 12,
         14..16 => 13,
         16..20 => 14,
         20..26 => 13,
@@ -518,10 +567,13 @@ fn output_positions(version: VllmVersion) -> OutputPositions {
         num_cached_tokens: (!version.at_least(20, 0)).then_some(10),
         num_external_computed_tokens: (version.at_least(16, 0) && !version.at_least(20, 0))
             .then_some(11),
-        num_nans_in_logits: at(26, 13)
-            .or_else(|| at(20, 12))
-            .or_else(|| at(16, 13))
-            .or_else(|| at(14, 12))
-            .or_else(|| at(12, 11)),
+        // Fields before it came and went.
+        num_nans_in_logits: match version.minor {
+            11 if version.patch == 0 => None,
+            ..14 => Some(11),
+            14..16 => Some(12),
+            20..26 => Some(12),
+            _ => Some(13),
+        },
     }
 }

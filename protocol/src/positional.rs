@@ -364,6 +364,18 @@ impl<'a> Scanner<'a> {
         Ok(&self.bytes[start..self.at])
     }
 
+    /// Reads vLLM's raw view, extension type 3: bytes that become a tensor.
+    pub fn raw_view(&mut self) -> Result<&'a [u8], ScanError> {
+        let head = self.typed(Kind::Ext, "ext 3")?;
+        let start = self.at + head.header;
+        let code = self.bytes[start - 1].cast_signed();
+        if code != 3 {
+            return Err(ScanError::Extension { at: self.at, code });
+        }
+        self.at = start + head.body;
+        Ok(&self.bytes[start..self.at])
+    }
+
     /// Reads nil as `None`, anything else with `read`.
     pub fn optional<T>(
         &mut self,

@@ -5,6 +5,10 @@
 //! [`check_frontend_message`] refuses what would do that, and finds the one field the sidecar
 //! changes, `client_index`. Nothing is decoded that is not needed.
 
+mod fields;
+mod params;
+mod tensor;
+
 use std::ops::Range;
 
 use bytes::Bytes;
@@ -15,6 +19,8 @@ use crate::ids::{CallId, ClientIndex, Wave};
 use crate::layout::Layout;
 use crate::positional::{self, Kind, ScanError, Scanner};
 use crate::write;
+
+use fields::malformed;
 
 /// Frames a message may have: type, payload, and one per large tensor.
 pub const MAX_FRAMES: usize = 1024;
@@ -140,10 +146,10 @@ pub enum RefusalKind {
         expected: usize,
     },
     /// A tensor that refers to a frame that is not there, or is not what it says.
-    #[error("ADD: tensor at byte {at}: {reason}")]
+    #[error("ADD: tensor of {field} {reason}")]
     Tensor {
-        /// Offset in the payload.
-        at: usize,
+        /// Where.
+        field: &'static str,
         /// What is wrong with it.
         reason: &'static str,
     },
@@ -157,7 +163,7 @@ pub enum RefusalKind {
         /// What it is.
         actual: String,
         /// What it must be.
-        expected: &'static str,
+        expected: String,
     },
     /// A call that ends an engine's thread, or the engine.
     #[error("UTILITY {method}: {reason}")]
@@ -293,7 +299,7 @@ fn check_utility(payload: &Bytes) -> Result<Utility<'_>, Refusal> {
             message: "UTILITY",
             field: "call_id",
             actual: call_id.to_string(),
-            expected: "not negative (reserved)",
+            expected: "0 or more".to_owned(),
         }
         .into());
     }
@@ -311,7 +317,7 @@ fn check_utility(payload: &Bytes) -> Result<Utility<'_>, Refusal> {
             message: "UTILITY",
             field: "args",
             actual: args_kind.to_string(),
-            expected: "array",
+            expected: "array".to_owned(),
         }));
     }
     scanner
@@ -358,7 +364,7 @@ fn client(index: i128, message: &'static str) -> Result<ClientIndex, RefusalKind
             message,
             field: "client_index",
             actual: index.to_string(),
-            expected: "0 or more, 32 bits",
+            expected: "0 or more, 32 bits".to_owned(),
         })
 }
 
@@ -427,138 +433,154 @@ struct AddFields {
 fn check_add_fields(
     layout: &Layout,
     scanner: &mut Scanner<'_>,
-    fields: usize,
+    count: usize,
     frames: &[Bytes],
 ) -> Result<AddFields, RefusalKind> {
-    let add = &layout.add;
     let mut found = AddFields::default();
     let mut has_params = false;
-    for position in 1..fields {
-        let fail = |at| {
-            move |error| RefusalKind::Malformed {
-                message: "ADD",
-                at,
-                error,
-            }
-        };
-        let here = Some(position);
+    for position in 1..count {
         match position {
-            1 => {
-                if !scanner.nil().map_err(fail("prompt_token_ids"))? {
-                    let count = scanner.array().map_err(fail("prompt_token_ids"))?;
-                    scanner.skip_ints(count).map_err(fail("prompt_token_ids"))?;
-                }
-            }
-            2 => expect(scanner, "mm_features", &[Kind::Nil, Kind::Array])?,
+            1 => fields::optional(scanner, "prompt_token_ids", |s| {
+                fields::ints(s, "prompt_token_ids")
+            })
+            .map(drop)?,
+            2 => tensor::features(scanner, layout.mm_items_are_keyed(), frames)?,
             3 => {
-                has_params |= scanner.kind() != Ok(Kind::Nil);
-                expect(scanner, "sampling_params", &[Kind::Nil, Kind::Map])?;
+                has_params |= fields::optional(scanner, "sampling_params", |s| {
+                    params::sampling(s, layout, frames)
+                })?
+                .is_some();
             }
             4 => {
-                has_params |= scanner.kind() != Ok(Kind::Nil);
-                expect(scanner, "pooling_params", &[Kind::Nil, Kind::Array])?;
+                has_params |=
+                    fields::optional(scanner, "pooling_params", |s| params::pooling(s, layout))?
+                        .is_some();
             }
-            _ if position == add.client_index => {
-                let start = scanner.position();
-                let index = scanner.int().map_err(fail("client_index"))?;
-                found.client_index = Some((client(index, "ADD")?, start..scanner.position()));
-            }
-            _ if position == add.current_wave => {
-                let wave = scanner
-                    .integer("wave of 0 or more")
-                    .map_err(fail("current_wave"))?;
-                found.current_wave = Wave(wave);
-            }
-            _ if position == add.data_parallel_rank => {
-                found.data_parallel_rank = scanner
-                    .optional(|s| s.integer("int of 64 bits"))
-                    .map_err(fail("data_parallel_rank"))?;
-            }
-            _ if position == add.arrival_time => {
-                expect(scanner, "arrival_time", &[Kind::Float, Kind::Int])?;
-            }
-            _ if position == add.lora_request => {
-                expect(scanner, "lora_request", &[Kind::Nil, Kind::Array])?;
-            }
-            _ if position == add.cache_salt => {
-                expect(scanner, "cache_salt", &[Kind::Nil, Kind::Str])?;
-            }
-            _ if position == add.prompt_embeds => {
-                expect(scanner, "prompt_embeds", &[Kind::Nil, Kind::Array])?;
-            }
-            _ if position == add.priority => expect(scanner, "priority", &[Kind::Int])?,
-            _ if position == add.trace_headers => {
-                expect(scanner, "trace_headers", &[Kind::Nil, Kind::Map])?;
-            }
-            _ if here == add.eos_token_id => {
-                expect(scanner, "eos_token_id", &[Kind::Nil, Kind::Int])?;
-            }
-            _ if here == add.prompt_is_token_ids => {
-                expect(scanner, "prompt_is_token_ids", &[Kind::Nil, Kind::Array])?;
-            }
-            _ if here == add.resumable => expect(scanner, "resumable", &[Kind::Bool])?,
-            _ if here == add.abort_immediately => {
-                expect(scanner, "abort_immediately", &[Kind::Bool])?;
-            }
-            _ if here == add.external_req_id => {
-                expect(scanner, "external_req_id", &[Kind::Nil, Kind::Str])?;
-            }
-            _ if here == add.session_id => {
-                expect(scanner, "session_id", &[Kind::Nil, Kind::Str])?;
-            }
-            _ if here == add.reasoning_ended => {
-                expect(scanner, "reasoning_ended", &[Kind::Nil, Kind::Bool])?;
-            }
-            _ if here == add.reasoning_parser_kwargs => {
-                expect(scanner, "reasoning_parser_kwargs", &[Kind::Nil, Kind::Map])?;
-            }
-            _ => scanner.skip_checked().map_err(fail("later field"))?,
+            _ => check_later_field(layout, scanner, position, frames, &mut found)?,
         }
     }
-    if !has_params {
-        return Err(RefusalKind::Value {
-            message: "ADD",
-            field: "sampling_params and pooling_params",
-            actual: "nil".to_owned(),
-            expected: "one of them",
-        });
+    if has_params {
+        Ok(found)
+    } else {
+        Err(fields::wrong(
+            "sampling_params and pooling_params",
+            Kind::Nil,
+            "one of them",
+        ))
     }
-    let _ = frames;
-    Ok(found)
 }
 
-/// Skips a value that must be of one of `kinds`.
-fn expect(
+fn check_later_field(
+    layout: &Layout,
     scanner: &mut Scanner<'_>,
-    field: &'static str,
-    kinds: &[Kind],
+    position: usize,
+    frames: &[Bytes],
+    found: &mut AddFields,
 ) -> Result<(), RefusalKind> {
-    let fail = |error| RefusalKind::Malformed {
-        message: "ADD",
-        at: field,
-        error,
-    };
-    let actual = scanner.kind().map_err(fail)?;
-    if !kinds.contains(&actual) {
-        let expected = match kinds {
-            [Kind::Nil, Kind::Array] => "nil or array",
-            [Kind::Nil, Kind::Map] => "nil or map",
-            [Kind::Nil, Kind::Str] => "nil or str",
-            [Kind::Nil, Kind::Int] => "nil or int",
-            [Kind::Nil, Kind::Bool] => "nil or bool",
-            [Kind::Float, ..] => "float",
-            [Kind::Int] => "int",
-            [Kind::Bool] => "bool",
-            _ => "another type",
-        };
-        return Err(RefusalKind::Value {
-            message: "ADD",
-            field,
-            actual: actual.to_string(),
-            expected,
-        });
+    const TEXT: &[Kind] = &[Kind::Nil, Kind::Str];
+    let add = &layout.add;
+    let here = Some(position);
+    if position == add.client_index {
+        let start = scanner.position();
+        let index = scanner.int().map_err(malformed("client_index"))?;
+        found.client_index = Some((client(index, "ADD")?, start..scanner.position()));
+    } else if position == add.current_wave {
+        let wave = scanner.integer("wave of 0 or more");
+        found.current_wave = Wave(wave.map_err(malformed("current_wave"))?);
+    } else if position == add.data_parallel_rank {
+        let rank = scanner.optional(|s| s.integer("int of 64 bits"));
+        found.data_parallel_rank = rank.map_err(malformed("data_parallel_rank"))?;
+    } else if position == add.arrival_time {
+        fields::skip(scanner, "arrival_time", &[Kind::Float, Kind::Int])?;
+    } else if position == add.lora_request {
+        fields::optional(scanner, "lora_request", |s| params::lora(s, layout))?;
+    } else if position == add.cache_salt {
+        fields::skip(scanner, "cache_salt", TEXT)?;
+    } else if position == add.prompt_embeds {
+        fields::optional(scanner, "prompt_embeds", |s| {
+            tensor::tensor(s, "prompt_embeds", frames)
+        })?;
+    } else if position == add.priority {
+        fields::skip(scanner, "priority", &[Kind::Int])?;
+    } else if position == add.trace_headers {
+        fields::optional(scanner, "trace_headers", |s| {
+            fields::map(s, "trace_headers", |s, _| {
+                fields::str(s, "trace_headers").map(drop)
+            })
+        })?;
+    } else if here == add.eos_token_id {
+        fields::skip(scanner, "eos_token_id", &[Kind::Nil, Kind::Int])?;
+    } else if here == add.prompt_is_token_ids {
+        fields::optional(scanner, "prompt_is_token_ids", |s| {
+            for _ in 0..s.array().map_err(malformed("prompt_is_token_ids"))? {
+                fields::bool(s, "prompt_is_token_ids")?;
+            }
+            Ok(())
+        })?;
+    } else if here == add.resumable {
+        fields::bool(scanner, "resumable")?;
+    } else if here == add.abort_immediately {
+        fields::bool(scanner, "abort_immediately")?;
+    } else if here == add.external_req_id {
+        fields::skip(scanner, "external_req_id", TEXT)?;
+    } else if here == add.session_id {
+        fields::skip(scanner, "session_id", TEXT)?;
+    } else if here == add.reasoning_ended {
+        fields::skip(scanner, "reasoning_ended", &[Kind::Nil, Kind::Bool])?;
+    } else if here == add.reasoning_parser_kwargs {
+        fields::optional_map(scanner, "reasoning_parser_kwargs")?;
+    } else if here == add.kv_hints {
+        fields::optional(scanner, "kv_hints", check_kv_hints)?;
+    } else {
+        scanner.skip_checked().map_err(malformed("a later field"))?;
     }
-    scanner.skip_checked().map_err(fail)
+    Ok(())
+}
+
+/// `KvHintsEnvelope` (`vllm/v1/kv_hints/protocol.py`, since 0.31).
+fn check_kv_hints(scanner: &mut Scanner<'_>) -> Result<(), RefusalKind> {
+    const FIELD: &str = "kv_hints";
+    let mut keys = 0;
+    fields::map(scanner, FIELD, |scanner, key| match key {
+        "protocol_version" | "message_id" => {
+            keys += 1;
+            fields::str(scanner, FIELD).map(drop)
+        }
+        "actions" => {
+            keys += 1;
+            for _ in 0..scanner.array().map_err(malformed(FIELD))? {
+                check_kv_action(scanner)?;
+            }
+            Ok(())
+        }
+        _ => scanner.skip_checked().map_err(malformed(FIELD)),
+    })?;
+    if keys < 3 {
+        return Err(fields::wrong(FIELD, format!("{keys} known keys"), "3"));
+    }
+    Ok(())
+}
+
+fn check_kv_action(scanner: &mut Scanner<'_>) -> Result<(), RefusalKind> {
+    const FIELD: &str = "kv_hints action";
+    let mut keys = 0;
+    fields::map(scanner, FIELD, |scanner, key| match key {
+        "action_id" | "action_type" | "action_version" => {
+            keys += 1;
+            fields::str(scanner, FIELD).map(drop)
+        }
+        "payload" => {
+            keys += 1;
+            fields::map(scanner, FIELD, |s, _| {
+                s.skip_checked().map_err(malformed(FIELD))
+            })
+        }
+        _ => scanner.skip_checked().map_err(malformed(FIELD)),
+    })?;
+    if keys < 4 {
+        return Err(fields::wrong(FIELD, format!("{keys} known keys"), "4"));
+    }
+    Ok(())
 }
 
 /// A plain text request, for fakes and tests.

@@ -19,7 +19,7 @@ pub struct SchedulerStats {
     pub step_counter: u64,
     /// The engine's wave; 0 from dense engines.
     pub current_wave: u64,
-    /// Part of the KV cache in use, 0 to 1. Filled in for the coordinator since 0.27.1.
+    /// Part of the KV cache in use, 0 to 1. Filled in for the coordinator since 0.27.0.
     pub kv_cache_usage: f64,
 }
 

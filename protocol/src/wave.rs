@@ -154,7 +154,7 @@ pub struct EngineCounts {
     pub waiting: u64,
     /// `num_running_reqs`.
     pub running: u64,
-    /// 0 to 1; on the wire since 0.27.1.
+    /// 0 to 1; on the wire since 0.27.0.
     pub kv_cache_usage: f64,
 }
 

@@ -1,7 +1,7 @@
 //! Arguments of the utility methods around weights and pausing.
 //!
-//! `vllm/v1/engine/core.py`: `pause_scheduler` (0.17.1), `resume_scheduler` (0.16.0),
-//! `reset_prefix_cache` (arguments since 0.12 / 0.13), `set_weight_version` (0.27.1),
+//! `vllm/v1/engine/core.py`: `pause_scheduler` (0.17.0), `resume_scheduler` (0.16.0),
+//! `reset_prefix_cache` (arguments since 0.12 / 0.13), `set_weight_version` (0.27.0),
 //! `collective_rpc` (all).
 
 use std::fmt;
