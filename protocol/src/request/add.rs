@@ -1,0 +1,228 @@
+//! Checks of an ADD, `EngineCoreRequest` (`vllm/v1/engine/__init__.py`), field by field.
+
+use std::ops::Range;
+
+use bytes::Bytes;
+
+use crate::ids::{ClientIndex, Wave};
+use crate::layout::Layout;
+use crate::positional::{Kind, Scanner};
+
+use super::fields::{self, malformed};
+use super::{Add, IndexAt, Refusal, RefusalKind, client, params, tensor};
+
+/// Checks an ADD with everything in it.
+pub(super) fn check<'a>(
+    layout: &Layout,
+    payload: &'a Bytes,
+    frames: &[Bytes],
+) -> Result<Add<'a>, Refusal> {
+    let fail = |at| {
+        move |error| RefusalKind::Malformed {
+            message: "ADD",
+            at,
+            error,
+        }
+    };
+    let mut scanner = Scanner::new(payload);
+    let fields = scanner.array().map_err(fail("top level"))?;
+    let header = scanner.position();
+    let required = layout.add.required();
+    if fields < required {
+        return Err(RefusalKind::FieldCount {
+            message: "ADD",
+            actual: fields,
+            expected: required,
+        }
+        .into());
+    }
+    let request_id = scanner.str().map_err(fail("request_id"))?;
+    let rest = check_add_fields(layout, &mut scanner, fields, frames);
+    let refuse = |kind| Refusal {
+        kind: Box::new(kind),
+        request_id: Some(request_id.to_owned()),
+        call_id: None,
+    };
+    let found = rest.map_err(refuse)?;
+    scanner.finish().map_err(fail("end")).map_err(refuse)?;
+    let position = layout.add.client_index;
+    let (client_index, index_at) = match found.client_index {
+        Some((index, range)) => (index, IndexAt::Bytes(range)),
+        None => (
+            ClientIndex(0),
+            IndexAt::Beyond {
+                header,
+                elements: fields,
+                position,
+            },
+        ),
+    };
+    Ok(Add {
+        request_id,
+        client_index,
+        current_wave: found.current_wave,
+        data_parallel_rank: found.data_parallel_rank,
+        index_at,
+    })
+}
+
+/// What is read from an ADD after the request id.
+#[derive(Default)]
+struct AddFields {
+    client_index: Option<(ClientIndex, Range<usize>)>,
+    current_wave: Wave,
+    data_parallel_rank: Option<i64>,
+}
+
+fn check_add_fields(
+    layout: &Layout,
+    scanner: &mut Scanner<'_>,
+    count: usize,
+    frames: &[Bytes],
+) -> Result<AddFields, RefusalKind> {
+    let mut found = AddFields::default();
+    let mut has_params = false;
+    for position in 1..count {
+        match position {
+            1 => fields::optional(scanner, "prompt_token_ids", |s| {
+                fields::ints(s, "prompt_token_ids")
+            })
+            .map(drop)?,
+            2 => tensor::features(scanner, layout.mm_items_are_keyed(), frames)?,
+            3 => {
+                has_params |= fields::optional(scanner, "sampling_params", |s| {
+                    params::sampling(s, layout, frames)
+                })?
+                .is_some();
+            }
+            4 => {
+                has_params |=
+                    fields::optional(scanner, "pooling_params", |s| params::pooling(s, layout))?
+                        .is_some();
+            }
+            _ => check_later_field(layout, scanner, position, frames, &mut found)?,
+        }
+    }
+    if has_params {
+        Ok(found)
+    } else {
+        Err(fields::wrong(
+            "sampling_params and pooling_params",
+            Kind::Nil,
+            "one of them",
+        ))
+    }
+}
+
+fn check_later_field(
+    layout: &Layout,
+    scanner: &mut Scanner<'_>,
+    position: usize,
+    frames: &[Bytes],
+    found: &mut AddFields,
+) -> Result<(), RefusalKind> {
+    const TEXT: &[Kind] = &[Kind::Nil, Kind::Str];
+    let add = &layout.add;
+    let here = Some(position);
+    if position == add.client_index {
+        let start = scanner.position();
+        let index = scanner.int().map_err(malformed("client_index"))?;
+        found.client_index = Some((client(index, "ADD")?, start..scanner.position()));
+    } else if position == add.current_wave {
+        let wave = scanner.integer("wave of 0 or more");
+        found.current_wave = Wave(wave.map_err(malformed("current_wave"))?);
+    } else if position == add.data_parallel_rank {
+        let rank = scanner.optional(|s| s.integer("int of 64 bits"));
+        found.data_parallel_rank = rank.map_err(malformed("data_parallel_rank"))?;
+    } else if position == add.arrival_time {
+        fields::skip(scanner, "arrival_time", &[Kind::Float, Kind::Int])?;
+    } else if position == add.lora_request {
+        fields::optional(scanner, "lora_request", |s| params::lora(s, layout))?;
+    } else if position == add.cache_salt {
+        fields::skip(scanner, "cache_salt", TEXT)?;
+    } else if position == add.prompt_embeds {
+        fields::optional(scanner, "prompt_embeds", |s| {
+            tensor::tensor(s, "prompt_embeds", frames)
+        })?;
+    } else if position == add.priority {
+        fields::skip(scanner, "priority", &[Kind::Int])?;
+    } else if position == add.trace_headers {
+        fields::optional(scanner, "trace_headers", |s| {
+            fields::map(s, "trace_headers", |s, _| {
+                fields::str(s, "trace_headers").map(drop)
+            })
+        })?;
+    } else if here == add.eos_token_id {
+        fields::skip(scanner, "eos_token_id", &[Kind::Nil, Kind::Int])?;
+    } else if here == add.prompt_is_token_ids {
+        fields::optional(scanner, "prompt_is_token_ids", |s| {
+            for _ in 0..s.array().map_err(malformed("prompt_is_token_ids"))? {
+                fields::bool(s, "prompt_is_token_ids")?;
+            }
+            Ok(())
+        })?;
+    } else if here == add.resumable {
+        fields::bool(scanner, "resumable")?;
+    } else if here == add.abort_immediately {
+        fields::bool(scanner, "abort_immediately")?;
+    } else if here == add.external_req_id {
+        fields::skip(scanner, "external_req_id", TEXT)?;
+    } else if here == add.session_id {
+        fields::skip(scanner, "session_id", TEXT)?;
+    } else if here == add.reasoning_ended {
+        fields::skip(scanner, "reasoning_ended", &[Kind::Nil, Kind::Bool])?;
+    } else if here == add.reasoning_parser_kwargs {
+        fields::optional_map(scanner, "reasoning_parser_kwargs")?;
+    } else if here == add.kv_hints {
+        fields::optional(scanner, "kv_hints", check_kv_hints)?;
+    } else {
+        scanner.skip_checked().map_err(malformed("a later field"))?;
+    }
+    Ok(())
+}
+
+/// `KvHintsEnvelope` (`vllm/v1/kv_hints/protocol.py`, since 0.31).
+fn check_kv_hints(scanner: &mut Scanner<'_>) -> Result<(), RefusalKind> {
+    const FIELD: &str = "kv_hints";
+    let mut keys = 0;
+    fields::map(scanner, FIELD, |scanner, key| match key {
+        "protocol_version" | "message_id" => {
+            keys += 1;
+            fields::str(scanner, FIELD).map(drop)
+        }
+        "actions" => {
+            keys += 1;
+            for _ in 0..scanner.array().map_err(malformed(FIELD))? {
+                check_kv_action(scanner)?;
+            }
+            Ok(())
+        }
+        _ => scanner.skip_checked().map_err(malformed(FIELD)),
+    })?;
+    if keys < 3 {
+        return Err(fields::wrong(FIELD, format!("{keys} known keys"), "3"));
+    }
+    Ok(())
+}
+
+fn check_kv_action(scanner: &mut Scanner<'_>) -> Result<(), RefusalKind> {
+    const FIELD: &str = "kv_hints action";
+    let mut keys = 0;
+    fields::map(scanner, FIELD, |scanner, key| match key {
+        "action_id" | "action_type" | "action_version" => {
+            keys += 1;
+            fields::str(scanner, FIELD).map(drop)
+        }
+        "payload" => {
+            keys += 1;
+            fields::map(scanner, FIELD, |s, _| {
+                s.skip_checked().map_err(malformed(FIELD))
+            })
+        }
+        _ => scanner.skip_checked().map_err(malformed(FIELD)),
+    })?;
+    if keys < 4 {
+        return Err(fields::wrong(FIELD, format!("{keys} known keys"), "4"));
+    }
+    Ok(())
+}
