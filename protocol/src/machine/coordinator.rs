@@ -171,7 +171,7 @@ impl Coordinator {
                 incarnation,
                 report,
             } => self.report(now, rank, incarnation, &report),
-            Event::FirstRequest { target, wave } => self.first_request(target, wave),
+            Event::FirstRequest { target, wave } => self.first_request(now, target, wave),
             Event::StartWave { wave, .. } => {
                 // A frontend can be ahead only if the machine lost its memory. Falling behind is what
                 // strands requests, so its number counts.
@@ -378,37 +378,28 @@ impl Coordinator {
 
     fn engine_down(&mut self, index: EngineIndex, incarnation: Incarnation) {
         let Some(rank) = self.rank(index) else { return };
-        let over = match rank.incarnation {
-            None => false,
-            Some(known) => {
-                incarnation < known || (incarnation == known && rank.stage == Stage::Down)
-            }
-        };
-        if over {
+        if rank.incarnation.is_some_and(|known| incarnation < known) {
             return;
         }
-        self.take_down(index);
-        if let Some(rank) = self.rank(index) {
-            rank.incarnation = Some(incarnation);
+        rank.incarnation = Some(incarnation);
+        // A rank that is down already went with its group, or never came up.
+        if rank.stage != Stage::Down {
+            self.take_down(index);
         }
     }
 
-    /// The life of this rank, or of its whole lockstep group, is over.
+    /// The life of this rank is over; with it that of its group, if it was complete.
     fn take_down(&mut self, index: EngineIndex) {
-        let group = self.lockstep();
-        let was_formed = std::mem::take(&mut self.formed);
+        let group = self.lockstep() && std::mem::take(&mut self.formed);
         for at in 0..self.config.size {
             if group || at == index.0 {
                 self.take_rank_down(EngineIndex(at));
             }
         }
-        self.waking = None;
-        if !group {
-            return;
-        }
-        self.in_step = false;
-        self.running = false;
-        if was_formed {
+        if group {
+            self.waking = None;
+            self.in_step = false;
+            self.running = false;
             // Frontends may believe that it runs even if no engine said so: they assume it once they
             // have sent FIRST_REQ.
             let wave = self.wave;
@@ -530,7 +521,7 @@ impl Coordinator {
         false
     }
 
-    fn first_request(&mut self, target: Option<Exclude>, wave: Wave) {
+    fn first_request(&mut self, now: Time, target: Option<Exclude>, wave: Wave) {
         if !self.lockstep() {
             return;
         }
@@ -552,9 +543,15 @@ impl Coordinator {
         } else {
             target
         };
+        if self.hosted() {
+            self.waking = Some(Waking {
+                wave: self.wave,
+                sent: now,
+                again: false,
+            });
+        }
         self.send_start(exclude);
-        let upstream = !self.hosted() && self.config.rules.first_request_sets_running;
-        if upstream {
+        if !self.hosted() && self.config.rules.first_request_sets_running {
             self.running = true;
             self.publish(None);
         }

@@ -1,0 +1,60 @@
+//! A frontend: its view of wave and state, and, when it is attached to the sidecar, a DP coordinator
+//! of its own. That one is our machine with vLLM's rules, which the differential test compares with
+//! vLLM's class.
+
+use dp_sidecar_protocol::machine::coordinator::{
+    Action, Config, Coordinator, CoordinatorRules, Event, GroupKind,
+};
+use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Time};
+
+use super::engine_model::{RequestId, Version};
+
+pub(crate) struct Frontend {
+    pub(crate) id: FrontendId,
+    /// `current_wave` and `engines_running` of vLLM's `DPAsyncMPClient`.
+    pub(crate) wave: u64,
+    pub(crate) running: bool,
+    pub(crate) requests: Vec<RequestId>,
+    pub(crate) coordinator: Option<Coordinator>,
+    pub(crate) timer_set: bool,
+}
+
+impl Frontend {
+    pub(crate) fn direct(id: FrontendId) -> Self {
+        Self {
+            id,
+            wave: 0,
+            running: false,
+            requests: Vec::new(),
+            coordinator: None,
+            timer_set: false,
+        }
+    }
+
+    pub(crate) fn attached(id: FrontendId, version: Version, size: u16, now: Time) -> Self {
+        let config = Config::upstream(GroupKind::Lockstep, size, rules(version));
+        let mut coordinator = Coordinator::new(config);
+        for rank in 0..size {
+            let event = Event::Subscribed {
+                rank: EngineIndex(rank),
+                incarnation: Incarnation(1),
+            };
+            coordinator.handle_event(now, event);
+        }
+        while let Some(action) = coordinator.poll_action() {
+            assert!(matches!(action, Action::SendReady { .. }));
+        }
+        Self {
+            coordinator: Some(coordinator),
+            ..Self::direct(id)
+        }
+    }
+}
+
+pub(crate) fn rules(version: Version) -> CoordinatorRules {
+    match version {
+        Version::V28 => CoordinatorRules::of(28, 0),
+        Version::V32 => CoordinatorRules::of(32, 0),
+        Version::V33 => CoordinatorRules::of(33, 0),
+    }
+}
