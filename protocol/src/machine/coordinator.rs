@@ -131,6 +131,9 @@ pub struct Coordinator {
     /// All ranks of a lockstep group have READY.
     formed: bool,
     in_step: bool,
+    /// A frontend wanted a wave while there was no group; up to 0.28 its DP coordinator believes that
+    /// the group runs until it hears of a wave's end.
+    hinted: bool,
     waking: Option<Waking>,
     cadence: Cadence,
     actions: VecDeque<Action>,
@@ -154,6 +157,7 @@ impl Coordinator {
             frontends: BTreeSet::new(),
             formed: false,
             in_step: !lockstep,
+            hinted: false,
             waking: None,
             cadence: Cadence::new(lockstep),
             actions: VecDeque::new(),
@@ -178,6 +182,7 @@ impl Coordinator {
                 if self.lockstep() && wave > self.wave {
                     self.wave = wave;
                 }
+                self.hinted |= !self.formed;
                 self.wake(now);
             }
             Event::Wake { .. } => self.wake(now),
@@ -334,7 +339,8 @@ impl Coordinator {
 
     /// All engines of a new group are idle, at wave 0, and have read nothing but READY.
     fn form(&mut self, now: Time) {
-        self.in_step = !self.lockstep() || !self.hosted() || self.wave == Wave(0);
+        let fresh = self.wave == Wave(0) && !std::mem::take(&mut self.hinted);
+        self.in_step = !self.lockstep() || !self.hosted() || fresh;
         if !self.in_step {
             self.send_wake(now);
         }
