@@ -3,6 +3,7 @@
 //! One `u64` decides everything: sizes, versions, delays, interleaving, faults. To see a run:
 //! `SIM_SEED=50 cargo test -p dp-sidecar-protocol --test sim -- --nocapture one_seed`.
 //! `SIM_SEEDS=1000000` runs more of them.
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 #[path = "sim/engine_model.rs"]
 mod engine_model;
@@ -93,6 +94,16 @@ fn a_stale_hint_that_still_excludes_its_engine_is_caught() {
 #[test]
 fn a_forwarded_wake_that_counts_as_running_is_caught() {
     caught(Mutation::ForwardedWakeSetsRunning);
+}
+
+#[test]
+fn a_fresh_group_that_keeps_its_own_wave_numbers_is_caught() {
+    caught(Mutation::NoWaveForFreshGroup);
+}
+
+#[test]
+fn a_wake_that_is_lost_in_a_pause_and_not_repeated_is_caught() {
+    caught(Mutation::NoSecondStart);
 }
 
 fn caught(mutation: Mutation) {

@@ -36,7 +36,8 @@ const WAKE_INTERVAL: Duration = Duration::from_millis(2);
 /// A START_DP_WAVE of which nothing came is repeated after this.
 const WAKE_RETRY: Duration = Duration::from_millis(500);
 
-/// A bug that was once in a DP coordinator, for the test that shows that the simulation finds it.
+/// A bug, for the test that shows that the simulation finds it: three that were once in a DP
+/// coordinator, and what happens without the rules that only this one has.
 #[doc(hidden)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mutation {
@@ -46,6 +47,10 @@ pub enum Mutation {
     StaleHintKeepsExclude,
     /// A START_DP_WAVE of ours counts as a running group (vllm #51481).
     ForwardedWakeSetsRunning,
+    /// A group that was started again is used before it counts waves as the frontends do.
+    NoWaveForFreshGroup,
+    /// START_DP_WAVE is sent once, though paused engines drop it.
+    NoSecondStart,
 }
 
 /// How the machine is set up.
@@ -340,7 +345,10 @@ impl Coordinator {
     /// All engines of a new group are idle, at wave 0, and have read nothing but READY.
     fn form(&mut self, now: Time) {
         let fresh = self.wave == Wave(0) && !std::mem::take(&mut self.hinted);
-        self.in_step = !self.lockstep() || !self.hosted() || fresh;
+        self.in_step = !self.lockstep()
+            || !self.hosted()
+            || fresh
+            || self.config.mutation == Some(Mutation::NoWaveForFreshGroup);
         if !self.in_step {
             self.send_wake(now);
         }
@@ -606,7 +614,9 @@ impl Coordinator {
         let waking = self.waking?;
         if waking.again {
             Some(waking.sent + WAKE_INTERVAL)
-        } else if self.config.rules.paused_ignores_start {
+        } else if self.config.rules.paused_ignores_start
+            && self.config.mutation != Some(Mutation::NoSecondStart)
+        {
             Some(waking.sent + WAKE_RETRY)
         } else {
             // It would set paused engines in motion.
