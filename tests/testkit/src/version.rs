@@ -112,6 +112,24 @@ impl VllmVersion {
         }
     }
 
+    /// Positions of an `EngineCoreOutput` that hold a number, never nil: `num_nans_in_logits`, and
+    /// before 0.20 `num_cached_tokens` and `num_external_computed_tokens`.
+    pub fn output_numbers(self) -> &'static [usize] {
+        if self.at_least(26, 0) {
+            &[13]
+        } else if self.at_least(20, 0) {
+            &[12]
+        } else if self.at_least(16, 0) {
+            &[10, 11, 13]
+        } else if self.at_least(14, 0) {
+            &[10, 12]
+        } else if self.at_least(12, 0) {
+            &[10, 11]
+        } else {
+            &[10]
+        }
+    }
+
     /// How many fields an `EngineCoreOutputs` has: the ninth is `weight_version`.
     pub fn outputs_len(self) -> usize {
         if self.stamps_weight_version() { 9 } else { 8 }

@@ -13,7 +13,7 @@ use super::options::{ControlFile, EngineOptions, Faults, Stage};
 use super::scheduler::{PauseState, Request, Scheduler};
 use super::weights;
 use super::{Command, EngineEnd, Orders};
-use crate::{Reporter, msg, sockets};
+use crate::{Reporter, VllmVersion, msg, sockets};
 
 /// Steps between two synchronisations of a lockstep group (`dp_sync_interval` of 0.30.0).
 const SYNC_INTERVAL: u64 = 16;
@@ -470,7 +470,7 @@ impl Engine {
                 ));
             }
             executed = true;
-            let (key, length) = (self.digest_key, self.options.version.output_len());
+            let (key, version) = (self.digest_key, self.options.version);
             let per_step = self.options.tokens_per_step.max(1);
             self.scheduler.stepping().retain_mut(|request| {
                 first_token |= request.produced == 0;
@@ -482,7 +482,7 @@ impl Engine {
                 let done = request.produced >= request.max_tokens;
                 let (outputs, finished) = by_client.entry(request.client).or_default();
                 outputs.push(output(
-                    length,
+                    version,
                     &request.id,
                     tokens,
                     done.then_some(FINISH_LENGTH),
@@ -531,7 +531,7 @@ impl Engine {
 
     /// Ends requests with an empty output.
     pub(crate) fn finish(&mut self, requests: Vec<Request>, reason: u64) -> Result<(), EngineEnd> {
-        let length = self.options.version.output_len();
+        let version = self.options.version;
         let mut by_client: BTreeMap<usize, Vec<String>> = BTreeMap::new();
         for request in requests {
             by_client
@@ -543,7 +543,7 @@ impl Engine {
             self.send_client(client, |fields| {
                 fields[1] = ids
                     .iter()
-                    .map(|id| output(length, id, Vec::new(), Some(reason)))
+                    .map(|id| output(version, id, Vec::new(), Some(reason)))
                     .collect();
                 fields[5] = ids.iter().map(|id| Value::from(id.as_str())).collect();
             })?;
@@ -732,8 +732,11 @@ fn group_end(error: GroupError) -> EngineEnd {
 }
 
 /// One `EngineCoreOutput`.
-fn output(length: usize, id: &str, tokens: Vec<Value>, finish: Option<u64>) -> Value {
-    let mut fields = vec![Value::Nil; length];
+fn output(version: VllmVersion, id: &str, tokens: Vec<Value>, finish: Option<u64>) -> Value {
+    let mut fields = vec![Value::Nil; version.output_len()];
+    for at in version.output_numbers() {
+        fields[*at] = Value::from(0);
+    }
     fields[0] = Value::from(id);
     fields[1] = Value::Array(tokens);
     fields[5] = finish.map_or(Value::Nil, Value::from);

@@ -525,6 +525,13 @@ impl ApiServer {
             let id = parts[0]
                 .as_str()
                 .ok_or_else(|| malformed(format!("request_id {}", parts[0])))?;
+            let numbers = self.version.output_numbers();
+            if let Some(at) = numbers
+                .iter()
+                .find(|at| parts.get(**at).is_some_and(Value::is_nil))
+            {
+                return Err(malformed(format!("EngineCoreOutput: nil at position {at}")));
+            }
             let Some(request) = self.requests.get_mut(id) else {
                 // vLLM's output processor ignores an output of an unknown request.
                 self.reporter
