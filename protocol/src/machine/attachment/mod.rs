@@ -6,9 +6,10 @@
 //! READY, then READY. Three rules come from the frontend:
 //!
 //! * A frontend dies of a second HELLO or READY, and of HELLO from a rank it does not know. All
-//!   handshake sockets of an attempt are connected before the first HELLO, they never reconnect, and
-//!   HELLO is said rank by rank, so that what closed the connection can be told. A stalled handshake
-//!   is reported but never restarted; only a closed connection ends it.
+//!   handshake sockets of an attempt are connected, and have stayed so for a moment, before the first
+//!   HELLO; they never reconnect; and HELLO is said rank by rank, so that what closed the connection
+//!   can be told. A stalled handshake is reported but never restarted; only a closed connection ends
+//!   it.
 //! * Its handshake socket exists during startup only. While attached nobody connects to it; after
 //!   a loss the address is tried until a fresh connection is accepted, which is the successor.
 //! * Its DP coordinator says READY when *all* its engines have subscribed. One that never says it
@@ -36,6 +37,8 @@ enum Phase {
     Probing,
     /// Handshake sockets are connecting; those that are.
     Connecting(BTreeSet<EngineIndex>),
+    /// All are connected.
+    Settling,
     /// HELLO of this rank was said; INIT of the ranks before it came.
     Hello(EngineIndex),
     /// INIT came, but the frontend does not fit. Its connection is kept: when it closes, the process
@@ -57,7 +60,6 @@ struct Registering {
     coordinator_ready: BTreeSet<EngineIndex>,
     ready_sent: bool,
     routes: BTreeSet<(EngineIndex, u32)>,
-    handshake_closed: BTreeSet<EngineIndex>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,6 +81,8 @@ pub struct Attachment {
     init: Option<Init>,
     backoff: Duration,
     ready_at: Option<Time>,
+    /// Ranks whose handshake connection the frontend has closed after READY.
+    handshake_closed: BTreeSet<EngineIndex>,
     /// Due when the present step counts as stalled, or the handshake as confirmed.
     stall_at: Option<Time>,
     refused: bool,
@@ -101,6 +105,7 @@ impl Attachment {
             attempt: 0,
             init: None,
             ready_at: None,
+            handshake_closed: BTreeSet::new(),
             stall_at: None,
             refused: false,
             detail: None,
@@ -273,7 +278,7 @@ impl Attachment {
             Phase::Incomplete | Phase::Backoff(_) | Phase::Probing | Phase::TearingDown(_) => {
                 State::Waiting
             }
-            Phase::Connecting(_) => State::Connecting,
+            Phase::Connecting(_) | Phase::Settling => State::Connecting,
             Phase::Hello(_) => State::Handshake,
             Phase::Unfit | Phase::NoSlots => State::Refused,
             Phase::Registering(_) => State::Registering,
@@ -286,10 +291,16 @@ impl Attachment {
             Phase::Incomplete | Phase::Backoff(_) | Phase::Probing | Phase::Removed => None,
             _ => Some(self.attempt),
         };
+        let api_servers = self.init.as_ref().map_or(0, api_servers);
+        let holds_slots = matches!(
+            self.phase,
+            Phase::Registering(_) | Phase::Attached | Phase::TearingDown(_)
+        );
         Snapshot {
             state,
             detail,
-            api_servers: self.init.as_ref().map_or(0, api_servers),
+            api_servers,
+            slots_claimed: if holds_slots { api_servers } else { 0 },
             attachments: self.attachments,
             attempt,
         }
@@ -329,6 +340,7 @@ impl Attachment {
         self.attempt += 1;
         self.init = None;
         self.ready_at = None;
+        self.handshake_closed.clear();
         self.enter(now, Phase::Probing);
         self.actions.push_back(Action::Probe {
             attempt: self.attempt,
@@ -361,9 +373,8 @@ impl Attachment {
         if let Phase::Connecting(connected) = &mut self.phase {
             connected.insert(rank);
             if connected.len() == usize::from(size) {
-                self.refused = false;
-                self.detail = None;
-                self.say_hello(now, EngineIndex(0));
+                self.enter(now, Phase::Settling);
+                self.stall_at = Some(now + self.config.settle);
             }
         }
     }
@@ -526,7 +537,7 @@ impl Attachment {
         };
         if state.ready_sent
             && state.routes.len() == routes_needed
-            && state.handshake_closed.len() == size
+            && self.handshake_closed.len() == size
         {
             self.attach(now);
         }
@@ -537,13 +548,21 @@ impl Attachment {
         self.attachments += 1;
         self.refused = false;
         self.backoff = self.config.backoff_min;
-        self.actions.push_back(Action::CloseHandshake {
-            attempt: self.attempt,
-        });
+        self.close_handshake();
         self.actions.push_back(Action::Attached {
             attempt: self.attempt,
             api_servers: self.init.as_ref().map_or(0, api_servers),
         });
+    }
+
+    /// Once the frontend has closed all its sides; then there is nothing to remark.
+    fn close_handshake(&mut self) {
+        if self.handshake_closed.len() == usize::from(self.size()) {
+            self.detail = None;
+            self.actions.push_back(Action::CloseHandshake {
+                attempt: self.attempt,
+            });
+        }
     }
 
     // === What goes wrong ===
@@ -560,6 +579,11 @@ impl Attachment {
                     now,
                     format!("{n} of {size} handshake connections were accepted within {stall:?}"),
                 );
+            }
+            Phase::Settling => {
+                self.refused = false;
+                self.detail = None;
+                self.say_hello(now, EngineIndex(0));
             }
             Phase::Hello(rank) => {
                 let rank = *rank;
@@ -599,7 +623,7 @@ impl Attachment {
         let address = self.config.address.clone();
         let size = self.size();
         match &mut self.phase {
-            Phase::Connecting(_) => {
+            Phase::Connecting(_) | Phase::Settling => {
                 self.lost(
                     now,
                     format!("handshake connection of rank {rank}: {reason}"),
@@ -619,8 +643,12 @@ impl Attachment {
             }
             Phase::Registering(state) if state.ready_sent => {
                 // The frontend closes its handshake socket when all engines are READY.
-                state.handshake_closed.insert(rank);
+                self.handshake_closed.insert(rank);
                 self.advance(now);
+            }
+            Phase::Attached => {
+                self.handshake_closed.insert(rank);
+                self.close_handshake();
             }
             Phase::Registering(_) => self.lost(
                 now,

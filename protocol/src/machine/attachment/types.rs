@@ -17,6 +17,9 @@ pub struct Config {
     pub backoff_max: Duration,
     /// Pause before a frontend is looked at again that was refused before HELLO.
     pub refused_retry: Duration,
+    /// Pause between the last handshake connection and the first HELLO, in which the loss of an
+    /// earlier one is noticed: all must lead to the same process.
+    pub settle: Duration,
     /// A step of the handshake that takes longer than this is reported as the reason why the
     /// frontend is not attached. It is not given up: HELLO cannot be said twice.
     pub stall: Duration,
@@ -35,6 +38,7 @@ impl Config {
             backoff_min: Duration::from_millis(100),
             backoff_max: Duration::from_secs(1),
             refused_retry: Duration::from_secs(5),
+            settle: Duration::from_millis(100),
             stall: Duration::from_secs(30),
             confirm: Duration::from_secs(5),
             refusal_window: Duration::from_secs(15),
@@ -305,6 +309,8 @@ pub struct Snapshot {
     pub detail: Option<String>,
     /// API servers of the frontend; 0 until INIT came.
     pub api_servers: u32,
+    /// Slots it holds, or is about to take, on each rank.
+    pub slots_claimed: u32,
     /// How often it attached.
     pub attachments: u64,
     /// The attempt that is under way.

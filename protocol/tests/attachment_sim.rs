@@ -1,0 +1,705 @@
+//! Seeded simulation of the attachment machine against frontends that are stopped, started again,
+//! too large, too small or otherwise wrong, with every message delayed.
+//!
+//! The model of a frontend follows `wait_for_engine_startup` (`vllm/v1/engine/utils.py` 0.32.0): it
+//! dies of what that function raises for. Its DP coordinator says READY when all ranks of *its* size
+//! have subscribed.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use bytes::Bytes;
+use dp_sidecar_protocol::handshake::{Addresses, ConfigValue, Init};
+use dp_sidecar_protocol::machine::attachment::{
+    Action, Attachment, Attempt, Config, Engines, Event, State,
+};
+use dp_sidecar_protocol::{EngineIndex, Time, Wave};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+const SEEDS: u64 = 20_000;
+/// Faults happen until then.
+const STORM: u64 = 60_000;
+/// All must be settled by then.
+const END: u64 = 240_000;
+
+/// A connection, named by what it is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Link {
+    Probe,
+    Handshake(EngineIndex),
+    Coordinator(EngineIndex),
+    Route(EngineIndex, u32),
+    Teardown,
+}
+
+/// Something on its way.
+#[derive(Clone, Debug)]
+enum Item {
+    /// To the machine.
+    Machine(Event),
+    /// From the machine's side to the frontend process of that generation.
+    Hello(u64, Attempt, EngineIndex),
+    Ready(u64, Attempt, EngineIndex),
+    Subscribe(u64, Attempt, EngineIndex),
+    Farewell(u64),
+    /// Connecting: which process answers is decided when it arrives.
+    Connect(Attempt, Link),
+    StartFrontend,
+    StopFrontend,
+    Broadcast(u64),
+}
+
+struct Process {
+    generation: u64,
+    size: u16,
+    api_servers: u32,
+    coordinator: bool,
+    accepts_ready: bool,
+    hellos: BTreeSet<EngineIndex>,
+    readies: BTreeSet<EngineIndex>,
+    subscribed: BTreeSet<EngineIndex>,
+    coordinator_ready: bool,
+    /// One of its connections broke while it was running.
+    broken: bool,
+    /// Waves its DP coordinator has broadcast.
+    waves: u64,
+}
+
+struct World {
+    rng: ChaCha8Rng,
+    now: u64,
+    sequence: u64,
+    queue: BTreeMap<(u64, u64), Item>,
+    /// Last arrival per connection and direction: they keep their order.
+    last: BTreeMap<(Attempt, Link, bool), u64>,
+    machine: Attachment,
+    size: u16,
+    lockstep: bool,
+    process: Option<Process>,
+    generations: u64,
+    /// Open connections and the process they lead to.
+    open: BTreeMap<(Attempt, Link), u64>,
+    tearing_down: Option<Attempt>,
+    /// The latest attempt that was torn down.
+    torn: Attempt,
+    coordinator_ready_seen: BTreeSet<(Attempt, EngineIndex)>,
+    has_coordinator: BTreeMap<Attempt, bool>,
+    /// The process whose INIT an attempt got.
+    named: BTreeMap<Attempt, u64>,
+    waves_passed: u64,
+    waves_expected: u64,
+    attached: bool,
+    done: bool,
+    verbose: bool,
+    log: Vec<String>,
+}
+
+impl World {
+    fn new(seed: u64) -> Self {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let size = rng.random_range(1..4);
+        let lockstep = size > 1 && rng.random_bool(0.5);
+        Self {
+            now: 0,
+            sequence: 0,
+            queue: BTreeMap::new(),
+            last: BTreeMap::new(),
+            machine: Attachment::new(Config::new("frontend:1")),
+            size,
+            lockstep,
+            process: None,
+            generations: 0,
+            open: BTreeMap::new(),
+            tearing_down: None,
+            torn: 0,
+            coordinator_ready_seen: BTreeSet::new(),
+            has_coordinator: BTreeMap::new(),
+            named: BTreeMap::new(),
+            waves_passed: 0,
+            waves_expected: 0,
+            attached: false,
+            done: false,
+            verbose: false,
+            log: Vec::new(),
+            rng,
+        }
+    }
+
+    fn note(&mut self, text: impl FnOnce() -> String) {
+        if self.verbose {
+            self.log.push(format!("{:>7} {}", self.now, text()));
+        }
+    }
+
+    fn at(&mut self, time: u64, item: Item) {
+        self.sequence += 1;
+        self.queue.insert((time, self.sequence), item);
+    }
+
+    /// Sends over a connection: delayed, in order.
+    fn send(&mut self, attempt: Attempt, link: Link, to_machine: bool, item: Item) {
+        // That a handshake connection is closed is noticed soon: the machine counts on it.
+        let closed = matches!(&item, Item::Machine(Event::HandshakeLost { .. }));
+        let delay = if closed {
+            self.rng.random_range(0..50)
+        } else if self.rng.random_bool(0.1) {
+            self.rng.random_range(0..3000)
+        } else {
+            self.rng.random_range(0..20)
+        };
+        let key = (attempt, link, to_machine);
+        let time = (self.now + delay).max(self.last.get(&key).copied().unwrap_or(0));
+        self.last.insert(key, time);
+        self.at(time, item);
+    }
+
+    fn tell(&mut self, event: Event) {
+        self.note(|| format!("-> {event:?}"));
+        if let Event::CoordinatorReady { attempt, rank } = &event {
+            self.coordinator_ready_seen.insert((*attempt, *rank));
+        }
+        self.machine
+            .handle_event(Time::from_millis(self.now), event);
+        self.drain();
+    }
+
+    fn drain(&mut self) {
+        let mut count = 0;
+        while let Some(action) = self.machine.poll_action() {
+            count += 1;
+            assert!(count < 200, "actions without end");
+            self.note(|| format!("   {action:?}"));
+            self.perform(action);
+        }
+        let live: BTreeSet<Attempt> = self.open.keys().map(|(attempt, _)| *attempt).collect();
+        assert!(live.len() <= 1, "sockets of several attempts: {live:?}");
+    }
+
+    fn perform(&mut self, action: Action) {
+        match action {
+            Action::Probe { attempt } => self.connect(attempt, Link::Probe),
+            Action::ConnectHandshake { attempt, rank } => {
+                assert_eq!(self.tearing_down, None, "connects while tearing down");
+                self.connect(attempt, Link::Handshake(rank));
+            }
+            Action::SendHello { attempt, rank } => {
+                if let Some(generation) = self.generation(attempt, Link::Handshake(rank)) {
+                    let item = Item::Hello(generation, attempt, rank);
+                    self.send(attempt, Link::Handshake(rank), false, item);
+                }
+            }
+            Action::ConnectCoordinator { attempt, rank, .. } => {
+                self.connect(attempt, Link::Coordinator(rank));
+            }
+            Action::OpenRoute {
+                attempt,
+                rank,
+                api_server,
+                ..
+            } => self.connect(attempt, Link::Route(rank, api_server)),
+            Action::SendReady { attempt, rank, .. } => {
+                if self.has_coordinator[&attempt] {
+                    assert!(
+                        self.coordinator_ready_seen.contains(&(attempt, rank)),
+                        "READY of rank {rank} before the coordinator's READY"
+                    );
+                }
+                if let Some(generation) = self.generation(attempt, Link::Handshake(rank)) {
+                    let item = Item::Ready(generation, attempt, rank);
+                    self.send(attempt, Link::Handshake(rank), false, item);
+                }
+            }
+            Action::CloseHandshake { attempt } => {
+                self.open
+                    .retain(|(a, link), _| *a != attempt || !matches!(link, Link::Handshake(_)));
+            }
+            Action::Teardown {
+                attempt, farewell, ..
+            } => {
+                assert_eq!(self.tearing_down, None);
+                self.attached = false;
+                self.tearing_down = Some(attempt);
+                self.torn = attempt;
+                let generation = self
+                    .open
+                    .iter()
+                    .find(|((a, link), _)| *a == attempt && matches!(link, Link::Route(..)))
+                    .map(|(_, generation)| *generation);
+                if let (Some(generation), false) = (generation, farewell.is_empty()) {
+                    self.send(attempt, Link::Teardown, false, Item::Farewell(generation));
+                }
+                self.open.retain(|(a, _), _| *a != attempt);
+                let torn_down = Item::Machine(Event::TornDown { attempt });
+                self.send(attempt, Link::Teardown, true, torn_down);
+            }
+            Action::StartWave { .. } => self.waves_passed += 1,
+            Action::Attached { .. } => self.attached = true,
+            Action::JoinCoordinator { .. } | Action::Refused { .. } => {}
+            Action::Done => {
+                assert!(!self.done);
+                assert!(
+                    self.open.keys().all(|(_, link)| *link == Link::Probe),
+                    "{:?}",
+                    self.open
+                );
+                self.done = true;
+            }
+        }
+    }
+
+    fn connect(&mut self, attempt: Attempt, link: Link) {
+        self.send(attempt, link, false, Item::Connect(attempt, link));
+    }
+
+    fn generation(&self, attempt: Attempt, link: Link) -> Option<u64> {
+        self.open.get(&(attempt, link)).copied()
+    }
+
+    fn to_machine(&mut self, attempt: Attempt, link: Link, event: Event) {
+        self.send(attempt, link, true, Item::Machine(event));
+    }
+
+    /// The event that tells that a connection is closed, or was not accepted.
+    fn lost(attempt: Attempt, link: Link) -> Event {
+        let reason = "closed".to_owned();
+        match link {
+            Link::Probe => Event::ProbeFailed { attempt, reason },
+            Link::Handshake(rank) => Event::HandshakeLost {
+                attempt,
+                rank,
+                reason,
+            },
+            Link::Coordinator(rank) => Event::CoordinatorLost {
+                attempt,
+                rank,
+                reason,
+            },
+            Link::Route(rank, api_server) => Event::RouteLost {
+                attempt,
+                rank,
+                api_server,
+                reason,
+            },
+            Link::Teardown => Event::TornDown { attempt },
+        }
+    }
+
+    fn connected(&mut self, attempt: Attempt, link: Link) {
+        if attempt <= self.torn {
+            // Its connect was cancelled.
+            return;
+        }
+        let handshake_over = |process: &Process| process.readies.len() == process.size.into();
+        let generation = match (&self.process, link) {
+            (Some(process), Link::Probe | Link::Handshake(_)) if !handshake_over(process) => {
+                Some(process.generation)
+            }
+            (_, Link::Probe | Link::Handshake(_)) => None,
+            // Data and coordinator ports are random: only the process that named them has them.
+            (Some(process), _) => self
+                .named
+                .get(&attempt)
+                .copied()
+                .filter(|generation| *generation == process.generation),
+            (None, _) => None,
+        };
+        let Some(generation) = generation else {
+            return self.to_machine(attempt, link, Self::lost(attempt, link));
+        };
+        let event = match link {
+            Link::Probe => Event::ProbeOk {
+                attempt,
+                mismatch: None,
+            },
+            Link::Handshake(rank) => Event::HandshakeConnected { attempt, rank },
+            Link::Route(rank, api_server) => Event::RouteOpen {
+                attempt,
+                rank,
+                api_server,
+            },
+            Link::Coordinator(rank) => {
+                self.open.insert((attempt, link), generation);
+                let item = Item::Subscribe(generation, attempt, rank);
+                return self.send(attempt, link, false, item);
+            }
+            Link::Teardown => return,
+        };
+        if link != Link::Probe {
+            self.open.insert((attempt, link), generation);
+        }
+        self.to_machine(attempt, link, event);
+    }
+
+    fn process_of(&mut self, generation: u64) -> Option<&mut Process> {
+        self.process
+            .as_mut()
+            .filter(|process| process.generation == generation)
+    }
+
+    fn hello(&mut self, generation: u64, attempt: Attempt, rank: EngineIndex) {
+        let (size, lockstep) = (self.size, self.lockstep);
+        let Some(process) = self.process_of(generation) else {
+            return;
+        };
+        if rank.0 >= process.size {
+            return self.stop("HELLO of an unknown rank");
+        }
+        if !process.hellos.insert(rank) {
+            // One that lost a connection in the middle of its life cannot go on anyway.
+            assert!(
+                process.broken,
+                "frontend {generation} got a second HELLO of rank {rank}"
+            );
+            return self.stop("second HELLO");
+        }
+        let addresses = Addresses {
+            inputs: (0..process.api_servers)
+                .map(|n| format!("i{generation}.{n}"))
+                .collect(),
+            outputs: (0..process.api_servers)
+                .map(|n| format!("o{generation}.{n}"))
+                .collect(),
+            coordinator_input: process.coordinator.then(|| "b".to_owned()),
+            coordinator_output: process.coordinator.then(|| "k".to_owned()),
+            frontend_stats_publish_address: process.coordinator.then(|| "f".to_owned()),
+        };
+        let coordinator = process.coordinator;
+        let mut init = Init::independent(addresses);
+        if lockstep && size > 1 {
+            init.parallel_config.push((
+                "data_parallel_size".to_owned(),
+                ConfigValue::Int(process.size.into()),
+            ));
+        }
+        self.has_coordinator.insert(attempt, coordinator);
+        self.named.insert(attempt, generation);
+        let payload: Bytes = init.encode();
+        self.to_machine(
+            attempt,
+            Link::Handshake(rank),
+            Event::Init {
+                attempt,
+                rank,
+                payload,
+            },
+        );
+    }
+
+    fn subscribe(&mut self, generation: u64, rank: EngineIndex) {
+        let Some(process) = self.process_of(generation) else {
+            return;
+        };
+        process.subscribed.insert(rank);
+        if process.subscribed.len() < process.size.into() || process.coordinator_ready {
+            return;
+        }
+        process.coordinator_ready = true;
+        for (attempt, link) in self.links(generation) {
+            if let Link::Coordinator(rank) = link {
+                self.to_machine(attempt, link, Event::CoordinatorReady { attempt, rank });
+            }
+        }
+        let time = self.now + self.rng.random_range(0..5000);
+        self.at(time, Item::Broadcast(generation));
+    }
+
+    fn ready(&mut self, generation: u64, rank: EngineIndex) {
+        let Some(process) = self.process_of(generation) else {
+            return;
+        };
+        if !process.hellos.contains(&rank) || !process.readies.insert(rank) {
+            return self.stop("READY out of turn");
+        }
+        if !process.accepts_ready {
+            return self.stop("configuration mismatch");
+        }
+        if process.readies.len() == process.size.into() {
+            // Startup is over: the handshake socket is closed.
+            for (attempt, link) in self.links(generation) {
+                if matches!(link, Link::Handshake(_)) {
+                    self.open.remove(&(attempt, link));
+                    self.to_machine(attempt, link, Self::lost(attempt, link));
+                }
+            }
+        }
+    }
+
+    fn broadcast(&mut self, generation: u64) {
+        let Some(process) = self.process_of(generation) else {
+            return;
+        };
+        process.waves += 1;
+        let wave = Wave(process.waves);
+        for (attempt, link) in self.links(generation) {
+            if let Link::Coordinator(rank) = link {
+                let event = Event::StartWave {
+                    attempt,
+                    rank,
+                    wave,
+                    exclude: None,
+                };
+                if rank.0 == 0 {
+                    self.waves_expected += 1;
+                }
+                self.to_machine(attempt, link, event);
+            }
+        }
+    }
+
+    fn links(&self, generation: u64) -> Vec<(Attempt, Link)> {
+        self.open
+            .iter()
+            .filter(|(_, to)| **to == generation)
+            .map(|(key, _)| *key)
+            .collect()
+    }
+
+    fn start(&mut self) {
+        if self.process.is_some() {
+            return;
+        }
+        self.generations += 1;
+        let storm = self.now < STORM;
+        // What is started last fits.
+        let misfit = storm && self.rng.random_bool(0.4);
+        let size = if misfit && self.rng.random_bool(0.6) {
+            self.rng.random_range(1..5)
+        } else {
+            self.size
+        };
+        self.process = Some(Process {
+            generation: self.generations,
+            size,
+            api_servers: self.rng.random_range(1..3),
+            coordinator: self.lockstep || self.rng.random_bool(0.7),
+            accepts_ready: !misfit || self.rng.random_bool(0.5),
+            hellos: BTreeSet::new(),
+            readies: BTreeSet::new(),
+            subscribed: BTreeSet::new(),
+            coordinator_ready: false,
+            broken: false,
+            waves: 0,
+        });
+        let generation = self.generations;
+        self.note(|| format!("frontend {generation} of size {size} starts"));
+        if storm {
+            let life = if self.rng.random_bool(0.5) {
+                self.rng.random_range(0..200)
+            } else {
+                self.rng.random_range(0..40_000)
+            };
+            let time = self.now + life;
+            self.at(time, Item::StopFrontend);
+        }
+    }
+
+    fn stop(&mut self, why: &str) {
+        let Some(process) = self.process.take() else {
+            return;
+        };
+        self.note(|| format!("frontend {} stops: {why}", process.generation));
+        for (attempt, link) in self.links(process.generation) {
+            self.open.remove(&(attempt, link));
+            self.to_machine(attempt, link, Self::lost(attempt, link));
+        }
+        let time = self.now + self.rng.random_range(0..8000);
+        self.at(time, Item::StartFrontend);
+    }
+
+    /// One connection breaks while the process lives on.
+    fn break_route(&mut self) {
+        let routes: Vec<_> = self
+            .open
+            .keys()
+            .filter(|(_, link)| matches!(link, Link::Route(..) | Link::Coordinator(_)))
+            .copied()
+            .collect();
+        if self.attached && !routes.is_empty() {
+            let (attempt, link) = routes[self.rng.random_range(0..routes.len())];
+            self.open.remove(&(attempt, link));
+            self.note(|| format!("{link:?} breaks"));
+            if let Some(process) = &mut self.process {
+                process.broken = true;
+            }
+            self.to_machine(attempt, link, Self::lost(attempt, link));
+        }
+    }
+
+    fn step(&mut self, item: Item) {
+        match item {
+            Item::Machine(event) => {
+                if let Event::TornDown { attempt } = &event
+                    && self.tearing_down == Some(*attempt)
+                {
+                    self.tearing_down = None;
+                }
+                self.tell(event);
+            }
+            Item::Connect(attempt, link) => self.connected(attempt, link),
+            Item::Hello(generation, attempt, rank) => self.hello(generation, attempt, rank),
+            Item::Ready(generation, _, rank) => self.ready(generation, rank),
+            Item::Subscribe(generation, _, rank) => self.subscribe(generation, rank),
+            Item::Farewell(generation) => {
+                if self.process_of(generation).is_some() {
+                    self.stop("ENGINE_CORE_DEAD");
+                }
+            }
+            Item::StartFrontend => self.start(),
+            Item::StopFrontend => self.stop("killed"),
+            Item::Broadcast(generation) => self.broadcast(generation),
+        }
+    }
+
+    /// Runs until `end`, or until `done`.
+    fn run(&mut self, end: u64) {
+        let mut steps = 0;
+        loop {
+            steps += 1;
+            assert!(steps < 200_000, "livelock");
+            let timer = self
+                .machine
+                .poll_timeout()
+                .map(|at| u64::try_from(at.since_start().as_millis()).unwrap());
+            let next = self.queue.first_key_value().map(|((time, _), _)| *time);
+            let Some(time) = [timer, next].into_iter().flatten().min() else {
+                return;
+            };
+            if time > end {
+                self.now = end;
+                return;
+            }
+            self.now = self.now.max(time);
+            if next.is_some_and(|next| next <= time) {
+                let (_, item) = self.queue.pop_first().unwrap();
+                self.step(item);
+            } else {
+                self.machine.handle_timeout(Time::from_millis(self.now));
+                self.drain();
+            }
+        }
+    }
+}
+
+fn simulate(seed: u64) -> World {
+    let mut world = World::new(seed);
+    let complete = Event::EnginesComplete(Engines {
+        size: world.size,
+        lockstep: world.lockstep,
+        parallel_config_hash: world.lockstep.then(|| "h".to_owned()),
+    });
+    let (when, first) = (
+        world.rng.random_range(0..10_000),
+        world.rng.random_range(0..10_000),
+    );
+    world.at(first, Item::StartFrontend);
+    world.at(when, Item::Machine(complete));
+    world.at(0, Item::Machine(Event::FreeSlots(8)));
+    world
+}
+
+fn check(world: &mut World) {
+    for _ in 0..3 {
+        let pause = world.rng.random_range(0..STORM / 3);
+        world.run(world.now + pause);
+        world.break_route();
+    }
+    world.run(STORM);
+    let removed = world.rng.random_bool(0.1);
+    if removed {
+        world.tell(Event::Remove);
+    } else {
+        // The last frontend that does not fit is stopped; the next one fits.
+        world.stop("the storm is over");
+        world.at(STORM + 1, Item::StartFrontend);
+    }
+    world.run(END);
+    let snapshot = world.machine.snapshot();
+    if removed {
+        assert!(
+            world.done && snapshot.state == State::Removed,
+            "{snapshot:?}"
+        );
+        assert!(world.open.is_empty(), "{:?}", world.open);
+    } else {
+        assert_eq!(snapshot.state, State::Attached, "{snapshot:?}");
+        assert_eq!(snapshot.detail, None);
+        assert!(world.attached);
+    }
+    assert!(world.waves_passed <= world.waves_expected);
+}
+
+#[test]
+fn in_any_order_of_events_it_ends_attached_and_no_frontend_gets_hello_twice() {
+    let only = std::env::var("SEED").ok().map(|seed| seed.parse().unwrap());
+    let seeds = only.map_or(0..SEEDS, |seed: u64| seed..seed + 1);
+    for seed in seeds {
+        let run = |world: &mut World| {
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| check(world)))
+        };
+        if let Err(panic) = run(&mut simulate(seed)) {
+            // Once more, with a log.
+            let mut world = simulate(seed);
+            world.verbose = true;
+            let _ = run(&mut world);
+            let skip = world.log.len().saturating_sub(80);
+            eprintln!("SEED={seed}:\n{}", world.log[skip..].join("\n"));
+            std::panic::resume_unwind(panic);
+        }
+    }
+}
+
+#[test]
+fn a_wave_of_the_frontend_is_passed_on_once_however_many_ranks_hear_it() {
+    let mut world = World::new(1);
+    world.size = 3;
+    world.lockstep = true;
+    let engines = Engines {
+        size: 3,
+        lockstep: true,
+        parallel_config_hash: None,
+    };
+    world.now = STORM;
+    world.start();
+    world.at(STORM, Item::Machine(Event::FreeSlots(8)));
+    world.at(STORM, Item::Machine(Event::EnginesComplete(engines)));
+    world.run(STORM + 60_000);
+    assert!(world.attached);
+    assert_eq!(world.waves_passed, 1);
+    world.broadcast(world.generations);
+    world.run(STORM + 120_000);
+    assert_eq!(world.waves_passed, 2);
+}
+
+#[test]
+fn backoff_stays_within_its_bounds() {
+    let mut machine = Attachment::new(Config::new("frontend:1"));
+    let mut now = Time::ZERO;
+    machine.handle_event(
+        now,
+        Event::EnginesComplete(Engines {
+            size: 1,
+            lockstep: false,
+            parallel_config_hash: None,
+        }),
+    );
+    let mut pauses = Vec::new();
+    for attempt in 1..8 {
+        assert_eq!(machine.poll_action(), Some(Action::Probe { attempt }));
+        machine.handle_event(
+            now,
+            Event::ProbeFailed {
+                attempt,
+                reason: "refused".to_owned(),
+            },
+        );
+        let due = machine.poll_timeout().unwrap();
+        pauses.push(due.saturating_since(now));
+        now = due;
+        machine.handle_timeout(now);
+    }
+    assert_eq!(
+        pauses,
+        [100, 200, 400, 800, 1000, 1000, 1000].map(Duration::from_millis)
+    );
+}

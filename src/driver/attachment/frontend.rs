@@ -1,0 +1,570 @@
+//! The task of one wanted frontend: pumps its attachment machine.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use dp_sidecar_protocol::handshake::{Hello, Ready, with_dp_stats_address};
+use dp_sidecar_protocol::machine::attachment::{
+    Action, Attachment, Attempt, Engines, Event, Snapshot, State,
+};
+use dp_sidecar_protocol::{EngineIndex, Frames, FrontendId, Time};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::task::TaskTracker;
+
+use super::super::handles::{
+    CoordinatorCommand, Deployment, ForFrontendCoordinator, FrontendSnapshot, GroupKind, OpenRoute,
+    RankCommand, Reply, RouteLost,
+};
+use super::{Shared, sockets};
+
+/// Events waiting for the machine.
+const EVENTS: usize = 256;
+/// Messages of the engines waiting for this frontend's DP coordinator.
+const COORDINATOR_QUEUE: usize = 1024;
+/// Messages waiting for one socket.
+const SOCKET_QUEUE: usize = 64;
+/// How often free slots are looked at while they matter.
+const SLOTS_INTERVAL: Duration = Duration::from_millis(500);
+/// For a rank to close the routes of a frontend.
+const CLOSE_LIMIT: Duration = Duration::from_secs(5);
+
+/// One wanted frontend.
+pub(super) struct Task {
+    shared: Arc<Shared>,
+    /// Number of this task among all there have been.
+    number: u64,
+    address: String,
+    machine: Attachment,
+    attempt: Option<Running>,
+    events: mpsc::Sender<Event>,
+    inbox: mpsc::Receiver<Event>,
+    start: Instant,
+    shown: Option<Snapshot>,
+    finished: bool,
+    /// Tasks that close attempts.
+    closing: TaskTracker,
+    _ended: DropGuard,
+}
+
+/// The sockets and tasks of one attempt.
+struct Running {
+    attempt: Attempt,
+    id: FrontendId,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+    handshakes: BTreeMap<EngineIndex, mpsc::Sender<Frames>>,
+    coordinator: BTreeMap<EngineIndex, mpsc::Sender<Bytes>>,
+    lost: mpsc::Sender<RouteLost>,
+    joined: bool,
+    routed: bool,
+}
+
+impl Task {
+    pub(super) fn new(shared: Arc<Shared>, number: u64, address: String, ended: DropGuard) -> Self {
+        let mut config = shared.config.machine.clone();
+        config.address.clone_from(&address);
+        let (events, inbox) = mpsc::channel(EVENTS);
+        Self {
+            shared,
+            number,
+            address,
+            machine: Attachment::new(config),
+            attempt: None,
+            events,
+            inbox,
+            start: Instant::now(),
+            shown: None,
+            finished: false,
+            closing: TaskTracker::new(),
+            _ended: ended,
+        }
+    }
+
+    /// Runs until removed and detached.
+    pub(super) async fn run(
+        mut self,
+        mut removed: oneshot::Receiver<Reply<()>>,
+        predecessor: Option<CancellationToken>,
+    ) {
+        if let Some(predecessor) = predecessor {
+            predecessor.cancelled().await;
+        }
+        let mut deployment = self.shared.deployment.clone();
+        let first = engines(&deployment.borrow_and_update());
+        self.feed(first);
+        let mut reply = None;
+        let mut deployment_open = true;
+        while !self.finished {
+            self.publish();
+            let due = self
+                .machine
+                .poll_timeout()
+                .map(|at| self.start + at.since_start());
+            let timer = async {
+                match due {
+                    Some(due) => sleep_until(due).await,
+                    None => std::future::pending().await,
+                }
+            };
+            let slots_matter = self
+                .shown
+                .as_ref()
+                .is_some_and(|shown| shown.state == State::Refused && shown.attempt.is_some());
+            tokio::select! {
+                event = self.inbox.recv() => {
+                    if let Some(event) = event {
+                        self.feed(event);
+                    }
+                }
+                changed = deployment.changed(), if deployment_open => match changed {
+                    Ok(()) => {
+                        let event = engines(&deployment.borrow_and_update());
+                        self.feed(event);
+                    }
+                    Err(_) => deployment_open = false,
+                },
+                asked = &mut removed, if reply.is_none() => {
+                    // A manager that has gone wants the same.
+                    reply = Some(asked.ok());
+                    self.feed(Event::Remove);
+                }
+                () = timer => {
+                    let now = self.now();
+                    self.machine.handle_timeout(now);
+                    self.perform();
+                }
+                () = tokio::time::sleep(SLOTS_INTERVAL), if slots_matter => {
+                    self.feed(Event::FreeSlots(0));
+                }
+            }
+        }
+        if let Some(running) = self.attempt.take() {
+            running.stop.cancel();
+            running.tasks.close();
+            running.tasks.wait().await;
+        }
+        self.closing.close();
+        self.closing.wait().await;
+        self.shared.claims.lock().remove(&self.number);
+        self.shared
+            .snapshots
+            .send_modify(|all| all.retain(|shown| shown.address != self.address));
+        if let Some(Some(reply)) = reply {
+            let _ = reply.send(Ok(()));
+        }
+    }
+
+    fn now(&self) -> Time {
+        Time::from_start(self.start.elapsed())
+    }
+
+    /// Hands an event to the machine. Slots are counted and claimed in one go with it.
+    fn feed(&mut self, event: Event) {
+        let now = self.now();
+        {
+            let mut claims = self.shared.claims.lock();
+            let free = self.shared.free_slots(&claims, self.number);
+            self.machine.handle_event(now, Event::FreeSlots(free));
+            if !matches!(event, Event::FreeSlots(_)) {
+                self.machine.handle_event(now, event);
+            }
+            claims.insert(self.number, self.machine.snapshot().slots_claimed);
+        }
+        self.perform();
+    }
+
+    fn publish(&mut self) {
+        let snapshot = self.machine.snapshot();
+        if self.shown.as_ref() == Some(&snapshot) {
+            return;
+        }
+        let shown = FrontendSnapshot {
+            address: self.address.clone(),
+            id: self
+                .attempt
+                .as_ref()
+                .filter(|running| Some(running.attempt) == snapshot.attempt)
+                .map(|running| running.id.0),
+            state: snapshot.state.name().to_owned(),
+            api_servers: snapshot.api_servers,
+            detail: snapshot.detail.clone(),
+            attachments: snapshot.attachments,
+        };
+        tracing::debug!(frontend.addr = %self.address, state = shown.state, detail = shown.detail, "attachment");
+        self.shared.snapshots.send_modify(|all| {
+            match all.iter_mut().find(|known| known.address == self.address) {
+                Some(known) => *known = shown,
+                None => all.push(shown),
+            }
+        });
+        self.shown = Some(snapshot);
+    }
+
+    fn perform(&mut self) {
+        while let Some(action) = self.machine.poll_action() {
+            match action {
+                Action::Probe { attempt } => self.probe(attempt),
+                Action::ConnectHandshake { attempt, rank } => self.connect_handshake(attempt, rank),
+                Action::SendHello { rank, .. } => {
+                    self.say(rank, Hello::HEADLESS.encode());
+                }
+                Action::ConnectCoordinator {
+                    rank,
+                    input,
+                    output,
+                    ..
+                } => self.connect_coordinator(rank, input, output),
+                Action::OpenRoute {
+                    rank,
+                    api_server,
+                    input,
+                    output,
+                    stats_address,
+                    ..
+                } => self.open_route(rank, api_server, input, output, stats_address.as_deref()),
+                Action::JoinCoordinator { .. } => self.join_coordinator(),
+                Action::SendReady {
+                    rank,
+                    stats_address,
+                    ..
+                } => self.send_ready(rank, stats_address),
+                Action::CloseHandshake { .. } => {
+                    if let Some(running) = &mut self.attempt {
+                        running.handshakes.clear();
+                    }
+                }
+                Action::StartWave { wave, exclude } => {
+                    let Some(running) = &self.attempt else {
+                        continue;
+                    };
+                    let command = CoordinatorCommand::StartWave {
+                        frontend: running.id,
+                        wave,
+                        exclude,
+                    };
+                    // The engines are woken by the request itself, too.
+                    if self.shared.coordinator.commands.try_send(command).is_err() {
+                        tracing::warn!(frontend.addr = %self.address, "START_DP_WAVE dropped: the coordinator task is behind");
+                    }
+                }
+                Action::Attached { api_servers, .. } => {
+                    let id = self.attempt.as_ref().map(|running| running.id.0);
+                    tracing::info!(frontend.addr = %self.address, id, api_servers, "frontend attached");
+                }
+                Action::Refused { error } => tracing::warn!("{error}"),
+                Action::Teardown {
+                    attempt,
+                    farewell,
+                    reason,
+                } => self.tear_down(attempt, farewell, &reason),
+                Action::Done => {
+                    tracing::info!(frontend.addr = %self.address, "frontend removed");
+                    self.finished = true;
+                }
+            }
+        }
+    }
+
+    fn probe(&mut self, attempt: Attempt) {
+        let (address, model) = (self.address.clone(), self.shared.config.model.clone());
+        let size = self.shared.deployment.borrow().size;
+        let limit = self.shared.config.connect_timeout;
+        let events = self.events.clone();
+        let running = self.running(attempt);
+        let probe = async move {
+            let event = match sockets::probe(&address, model.as_deref(), size, limit).await {
+                Ok(mismatch) => Event::ProbeOk { attempt, mismatch },
+                Err(reason) => Event::ProbeFailed { attempt, reason },
+            };
+            let _ = events.send(event).await;
+        };
+        running
+            .tasks
+            .spawn(running.stop.clone().run_until_cancelled_owned(probe));
+    }
+
+    /// What belongs to this attempt; the first call makes it.
+    fn running(&mut self, attempt: Attempt) -> &mut Running {
+        if self
+            .attempt
+            .as_ref()
+            .is_none_or(|running| running.attempt != attempt)
+        {
+            if let Some(old) = self.attempt.take() {
+                old.stop.cancel();
+            }
+            let stop = CancellationToken::new();
+            let tasks = TaskTracker::new();
+            let (lost, mut losses) = mpsc::channel::<RouteLost>(16);
+            let events = self.events.clone();
+            let forward = async move {
+                while let Some(loss) = losses.recv().await {
+                    let event = Event::RouteLost {
+                        attempt,
+                        rank: loss.rank,
+                        api_server: loss.api_server,
+                        reason: loss.reason,
+                    };
+                    if events.send(event).await.is_err() {
+                        return;
+                    }
+                }
+            };
+            tasks.spawn(stop.clone().run_until_cancelled_owned(forward));
+            self.attempt = Some(Running {
+                attempt,
+                id: self.shared.next_id(),
+                stop,
+                tasks,
+                handshakes: BTreeMap::new(),
+                coordinator: BTreeMap::new(),
+                lost,
+                joined: false,
+                routed: false,
+            });
+        }
+        match &mut self.attempt {
+            Some(running) => running,
+            None => unreachable!("made above"),
+        }
+    }
+
+    fn connect_handshake(&mut self, attempt: Attempt, rank: EngineIndex) {
+        let task = sockets::HandshakeSocket {
+            address: format!("tcp://{}", self.address),
+            attempt,
+            rank,
+            limit: self.shared.config.connect_timeout,
+            events: self.events.clone(),
+        };
+        let (sender, outgoing) = mpsc::channel(SOCKET_QUEUE);
+        let running = self.running(attempt);
+        running.handshakes.insert(rank, sender);
+        running.tasks.spawn(
+            running
+                .stop
+                .clone()
+                .run_until_cancelled_owned(task.run(outgoing)),
+        );
+    }
+
+    fn say(&self, rank: EngineIndex, payload: Bytes) {
+        let sent = self
+            .attempt
+            .as_ref()
+            .and_then(|running| running.handshakes.get(&rank))
+            .is_some_and(|socket| socket.try_send(vec![payload]).is_ok());
+        if !sent {
+            // Its task has reported the loss.
+            tracing::debug!(frontend.addr = %self.address, %rank, "handshake socket is gone");
+        }
+    }
+
+    fn send_ready(&self, rank: EngineIndex, stats_address: Option<String>) {
+        let ready = {
+            let deployment = self.shared.deployment.borrow();
+            deployment.engines.get(&rank).map(|facts| {
+                Ready {
+                    local: Hello::HEADLESS.local,
+                    headless: Hello::HEADLESS.headless,
+                    num_gpu_blocks: facts.num_gpu_blocks,
+                    dp_stats_address: stats_address,
+                    parallel_config_hash: facts.parallel_config_hash.clone(),
+                }
+                .encode(&facts.layout)
+            })
+        };
+        match ready {
+            Some(payload) => self.say(rank, payload),
+            None => tracing::error!(%rank, "facts of a known engine have gone"),
+        }
+    }
+
+    fn connect_coordinator(&mut self, rank: EngineIndex, input: String, output: String) {
+        let events = self.events.clone();
+        let limit = self.shared.config.connect_timeout;
+        let Some(running) = &mut self.attempt else {
+            return;
+        };
+        let (sender, outgoing) = mpsc::channel(SOCKET_QUEUE);
+        running.coordinator.insert(rank, sender);
+        let task = sockets::CoordinatorSockets {
+            input,
+            output,
+            attempt: running.attempt,
+            rank,
+            limit,
+            events,
+        };
+        running.tasks.spawn(
+            running
+                .stop
+                .clone()
+                .run_until_cancelled_owned(task.run(outgoing)),
+        );
+    }
+
+    fn open_route(
+        &mut self,
+        rank: EngineIndex,
+        api_server: u32,
+        input: String,
+        output: String,
+        stats_address: Option<&str>,
+    ) {
+        let registration = {
+            let deployment = self.shared.deployment.borrow();
+            let facts = deployment.engines.get(&rank);
+            facts.map(|facts| with_dp_stats_address(&facts.registration, stats_address))
+        };
+        let handle = self.shared.ranks.iter().find(|handle| handle.rank == rank);
+        let (handle, limit) = (handle.cloned(), self.shared.config.route_timeout);
+        let events = self.events.clone();
+        let Some(running) = &mut self.attempt else {
+            return;
+        };
+        running.routed = true;
+        let (attempt, frontend, lost) = (running.attempt, running.id, running.lost.clone());
+        let open = async move {
+            let result = match (handle, registration) {
+                (Some(handle), Some(Ok(registration))) => {
+                    let route = OpenRoute {
+                        frontend,
+                        api_server,
+                        input_address: input,
+                        output_address: output,
+                        registration,
+                        connect_timeout: limit,
+                        lost,
+                    };
+                    let what = format!("opening the route to API server {api_server}");
+                    handle
+                        .ask(&what, limit + CLOSE_LIMIT, |reply| RankCommand::OpenRoute {
+                            route,
+                            reply,
+                        })
+                        .await
+                        .map_err(|error| error.to_string())
+                }
+                (None, _) => Err(format!("there is no rank {rank} in this sidecar")),
+                (_, None) => Err(format!("nothing is known about rank {rank}")),
+                (_, Some(Err(error))) => Err(format!("ready response of rank {rank}: {error}")),
+            };
+            let event = match result {
+                Ok(_slot) => Event::RouteOpen {
+                    attempt,
+                    rank,
+                    api_server,
+                },
+                Err(reason) => Event::RouteLost {
+                    attempt,
+                    rank,
+                    api_server,
+                    reason,
+                },
+            };
+            let _ = events.send(event).await;
+        };
+        running
+            .tasks
+            .spawn(running.stop.clone().run_until_cancelled_owned(open));
+    }
+
+    /// Asks the coordinator task for the engines' waves and stats, and hands them to the sockets of
+    /// their ranks.
+    fn join_coordinator(&mut self) {
+        let commands = self.shared.coordinator.commands.clone();
+        let Some(running) = &mut self.attempt else {
+            return;
+        };
+        running.joined = true;
+        let frontend = running.id;
+        let sockets = running.coordinator.clone();
+        let (sink, mut messages) = mpsc::channel::<ForFrontendCoordinator>(COORDINATOR_QUEUE);
+        let pass = async move {
+            let command = CoordinatorCommand::AddFrontend { frontend, sink };
+            if commands.send(command).await.is_err() {
+                return;
+            }
+            while let Some(message) = messages.recv().await {
+                if let Some(socket) = sockets.get(&message.rank)
+                    && socket.send(message.frame).await.is_err()
+                {
+                    return;
+                }
+            }
+        };
+        running
+            .tasks
+            .spawn(running.stop.clone().run_until_cancelled_owned(pass));
+    }
+
+    /// Closes everything of the attempt, then reports it. Runs beside the machine.
+    fn tear_down(&mut self, attempt: Attempt, farewell: Vec<String>, reason: &str) {
+        tracing::info!(frontend.addr = %self.address, reason, "frontend detached");
+        let events = self.events.clone();
+        let shared = self.shared.clone();
+        let running = self.attempt.take();
+        // A task of its own: the attempt's tasks are what it waits for. It ends by its limits, and
+        // the machine waits for its report.
+        let close = async move {
+            if let Some(running) = running {
+                running.stop.cancel();
+                running.tasks.close();
+                running.tasks.wait().await;
+                if running.joined {
+                    let command = CoordinatorCommand::RemoveFrontend {
+                        frontend: running.id,
+                    };
+                    let _ = shared.coordinator.commands.send(command).await;
+                }
+                let routes = async {
+                    if running.routed {
+                        close_routes(&shared, running.id).await;
+                    }
+                };
+                let farewells =
+                    futures::future::join_all(farewell.iter().map(|to| sockets::say_dead(to)));
+                futures::future::join(routes, farewells).await;
+            }
+            let _ = events.send(Event::TornDown { attempt }).await;
+        };
+        self.closing.spawn(close);
+    }
+}
+
+async fn close_routes(shared: &Shared, frontend: FrontendId) {
+    let closing = shared.ranks.iter().map(|handle| async move {
+        let closed = handle
+            .ask("closing the routes", CLOSE_LIMIT, |reply| {
+                RankCommand::CloseRoutes { frontend, reply }
+            })
+            .await;
+        if let Err(error) = closed {
+            tracing::warn!(rank = %handle.rank, %frontend, %error, "routes are not closed");
+        }
+    });
+    futures::future::join_all(closing).await;
+}
+
+fn engines(deployment: &Deployment) -> Event {
+    let missing: Vec<EngineIndex> = (0..deployment.size)
+        .map(EngineIndex)
+        .filter(|rank| !deployment.engines.contains_key(rank))
+        .collect();
+    if !missing.is_empty() || deployment.size == 0 {
+        return Event::EnginesMissing(missing);
+    }
+    Event::EnginesComplete(Engines {
+        size: deployment.size,
+        lockstep: deployment.kind == GroupKind::Lockstep,
+        parallel_config_hash: deployment
+            .engines
+            .values()
+            .find_map(|facts| facts.parallel_config_hash.clone()),
+    })
+}

@@ -1,0 +1,216 @@
+//! The sockets of one attempt to attach: each in a task that reports to the machine.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use dp_sidecar_protocol::frames::{COORDINATOR_READY, ENGINE_CORE_DEAD, RequestType};
+use dp_sidecar_protocol::machine::attachment::{Attempt, Event};
+use dp_sidecar_protocol::wave::StartDpWave;
+use dp_sidecar_protocol::{EngineIndex, Frames};
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use super::peer;
+use crate::transport::{Dealer, Push, TransportError, Xsub};
+
+/// For a message to be taken by a frontend that reads.
+const SEND_LIMIT: Duration = Duration::from_secs(5);
+/// For telling a frontend that its engines are gone. It may be gone itself.
+const FAREWELL_LIMIT: Duration = Duration::from_secs(1);
+
+/// Tries a connection. What comes back is why the process behind it cannot fit, if it runs on this
+/// host and can be looked at.
+///
+/// # Errors
+/// What the connect said.
+pub(super) async fn probe(
+    address: &str,
+    model: Option<&str>,
+    size: u16,
+    limit: Duration,
+) -> Result<Option<String>, String> {
+    let stream = timeout(limit, TcpStream::connect(address))
+        .await
+        .map_err(|_| format!("no answer within {limit:?}"))?
+        .map_err(|error| error.to_string())?;
+    let ends = (stream.local_addr(), stream.peer_addr());
+    drop(stream);
+    let (Ok(local), Ok(peer)) = ends else {
+        return Ok(None);
+    };
+    if local.ip() != peer.ip() {
+        return Ok(None);
+    }
+    let (address, model) = (address.to_owned(), model.map(str::to_owned));
+    let look = tokio::task::spawn_blocking(move || {
+        let process = peer::listening_process(peer.port())?;
+        peer::mismatch(&address, &process, model.as_deref(), size)
+    });
+    // What cannot be looked at is unknown, not wrong.
+    Ok(look.await.unwrap_or_default())
+}
+
+/// The handshake socket of one rank.
+pub(super) struct HandshakeSocket {
+    pub(super) address: String,
+    pub(super) attempt: Attempt,
+    pub(super) rank: EngineIndex,
+    pub(super) limit: Duration,
+    pub(super) events: mpsc::Sender<Event>,
+}
+
+impl HandshakeSocket {
+    /// Sends what comes on `outgoing`, until that is closed or the connection is.
+    pub(super) async fn run(self, outgoing: mpsc::Receiver<Frames>) {
+        let (attempt, rank) = (self.attempt, self.rank);
+        if let Err(error) = self.exchange(outgoing).await {
+            let event = Event::HandshakeLost {
+                attempt,
+                rank,
+                reason: error.to_string(),
+            };
+            let _ = self.events.send(event).await;
+        }
+    }
+
+    async fn exchange(&self, mut outgoing: mpsc::Receiver<Frames>) -> Result<(), TransportError> {
+        let (attempt, rank) = (self.attempt, self.rank);
+        let dealer = Dealer::connect(&self.address, &rank.identity().0, self.limit).await?;
+        let (mut sender, mut receiver) = dealer.split();
+        self.report(Event::HandshakeConnected { attempt, rank })
+            .await;
+        loop {
+            tokio::select! {
+                frames = outgoing.recv() => match frames {
+                    Some(frames) => send(&self.address, sender.send(frames)).await?,
+                    None => return Ok(()),
+                },
+                received = receiver.recv() => {
+                    let payload = received?.into_iter().next().unwrap_or_default();
+                    self.report(Event::Init { attempt, rank, payload }).await;
+                }
+            }
+        }
+    }
+
+    async fn report(&self, event: Event) {
+        // The machine's task outlives this one.
+        let _ = self.events.send(event).await;
+    }
+}
+
+/// The subscriber and the push socket of one rank to the frontend's DP coordinator.
+pub(super) struct CoordinatorSockets {
+    pub(super) input: String,
+    pub(super) output: String,
+    pub(super) attempt: Attempt,
+    pub(super) rank: EngineIndex,
+    pub(super) limit: Duration,
+    pub(super) events: mpsc::Sender<Event>,
+}
+
+impl CoordinatorSockets {
+    /// Pushes what comes on `outgoing`, until the connection is closed.
+    pub(super) async fn run(self, outgoing: mpsc::Receiver<Bytes>) {
+        let (attempt, rank) = (self.attempt, self.rank);
+        if let Err(error) = self.exchange(outgoing).await {
+            let event = Event::CoordinatorLost {
+                attempt,
+                rank,
+                reason: error.to_string(),
+            };
+            let _ = self.events.send(event).await;
+        }
+    }
+
+    async fn exchange(&self, mut outgoing: mpsc::Receiver<Bytes>) -> Result<(), TransportError> {
+        let (mut push, mut gone) = Push::connect(&self.output, self.limit).await?.split();
+        let mut xsub = Xsub::connect(&self.input, self.limit).await?;
+        xsub.subscribe().await?;
+        loop {
+            tokio::select! {
+                frame = outgoing.recv() => match frame {
+                    Some(frame) => send(&self.output, push.send(vec![frame])).await?,
+                    None => return Ok(()),
+                },
+                received = xsub.recv() => self.received(&received?).await,
+                // A PULL sends nothing; this ends with the connection.
+                lost = gone.recv() => {
+                    lost?;
+                }
+            }
+        }
+    }
+
+    async fn received(&self, frames: &Frames) {
+        let (attempt, rank) = (self.attempt, self.rank);
+        let event = match frames.as_slice() {
+            [ready] if ready == COORDINATOR_READY => Event::CoordinatorReady { attempt, rank },
+            [kind, payload, ..]
+                if RequestType::from_frame(kind) == Some(RequestType::StartDpWave) =>
+            {
+                match StartDpWave::decode(payload) {
+                    Ok(start) => Event::StartWave {
+                        attempt,
+                        rank,
+                        wave: start.wave,
+                        exclude: start.exclude,
+                    },
+                    Err(error) => {
+                        tracing::warn!(address = self.input, %error, "message of a frontend's DP coordinator ignored");
+                        return;
+                    }
+                }
+            }
+            other => {
+                tracing::warn!(
+                    address = self.input,
+                    frames = other.len(),
+                    "unknown message of a frontend's DP coordinator ignored"
+                );
+                return;
+            }
+        };
+        let _ = self.events.send(event).await;
+    }
+}
+
+/// A send under [`SEND_LIMIT`].
+async fn send(
+    address: &str,
+    sending: impl Future<Output = Result<(), TransportError>>,
+) -> Result<(), TransportError> {
+    timeout(SEND_LIMIT, sending).await.unwrap_or_else(|_| {
+        Err(TransportError::Timeout {
+            address: address.to_owned(),
+            stage: "send",
+            limit: SEND_LIMIT,
+        })
+    })
+}
+
+/// Tells an API server, if it still runs, that its engines are gone, so that it fails at once instead
+/// of waiting for answers. A Python frontend cannot be joined again by a new connection: its ROUTER
+/// keeps the identity of the old one.
+pub(super) async fn say_dead(output: &str) {
+    let told = timeout(FAREWELL_LIMIT, async {
+        if let Some(host_port) = output.strip_prefix("tcp://") {
+            // The transport would wait for somebody to listen.
+            TcpStream::connect(host_port).await.ok()?;
+        }
+        let mut push = Push::connect(output, FAREWELL_LIMIT).await.ok()?;
+        push.send(vec![Bytes::from_static(ENGINE_CORE_DEAD)])
+            .await
+            .ok()?;
+        // It ends, or does not care.
+        let _ = timeout(FAREWELL_LIMIT / 4, push.disconnected()).await;
+        Some(())
+    })
+    .await;
+    tracing::debug!(
+        address = output,
+        told = matches!(told, Ok(Some(()))),
+        "ENGINE_CORE_DEAD"
+    );
+}
