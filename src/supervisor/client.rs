@@ -27,6 +27,8 @@ const EVENTS: usize = 256;
 const BACKLOG: usize = 1024;
 /// How long the keeper may take for a simple answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// How long a keeper may take to introduce itself; one that hangs is killed then.
+const INTRODUCTION_LIMIT: Duration = Duration::from_secs(3);
 /// How much longer than its grace a stop of everything may take, per stage.
 const SHUTDOWN_MARGIN: Duration = Duration::from_secs(15);
 /// Stages of a shutdown at most: frontend, engines, and one to spare.
@@ -313,7 +315,7 @@ impl ClientTask {
             let mut link = Link::new(stream);
             let limit = (options.kill_grace + SHUTDOWN_MARGIN) * SHUTDOWN_STAGES;
             tracing::info!("a keeper of an earlier sidecar is told to stop everything");
-            let own = link.exchange(Request::Own, ANSWER_LIMIT).await;
+            let own = link.exchange(Request::Own, INTRODUCTION_LIMIT).await;
             let ended = match own {
                 Ok(_) => {
                     let request = Request::Shutdown {
@@ -371,7 +373,7 @@ impl ClientTask {
         }
         let (process, stream) = launch::start(options, &options.run_id).await?;
         let mut link = Link::new(stream);
-        match link.exchange(Request::Own, ANSWER_LIMIT).await {
+        match link.exchange(Request::Own, INTRODUCTION_LIMIT).await {
             Ok(Answer::Keeper { pid, run_id }) if run_id == options.run_id => {
                 self.process = Some(process);
                 self.pid.send_replace(Some(pid));
