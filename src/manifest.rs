@@ -1,0 +1,531 @@
+//! Checkpoint directories: what they hold, whether that is what the model needs, and its digest.
+//!
+//! The rules (which files count, in which order, how the digest is made) are a contract with the shim:
+//! `protocol/docs/weight-update.md`.
+
+mod digest;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::fs::File;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use dp_sidecar_protocol::machine::weight_update::Checkpoint;
+use safetensors::tensor::TensorInfo;
+use serde::Deserialize;
+use serde::de::{MapAccess, Visitor};
+use thiserror::Error;
+
+pub use digest::{Digests, Progress};
+
+const INDEX: &str = "model.safetensors.index.json";
+/// As the `safetensors` crate and Python module have it.
+const MAX_HEADER: u64 = 100_000_000;
+/// An index names each tensor once; 100 MB is far beyond any model.
+const MAX_INDEX: u64 = 100_000_000;
+/// How many faults an error text lists.
+const LISTED: usize = 8;
+
+/// A directory cannot be used as a checkpoint.
+#[derive(Debug, Error)]
+pub enum ManifestError {
+    /// The path is not there, or not a directory.
+    #[error("checkpoint {path}: {reason}")]
+    NotADirectory {
+        /// The path, as given.
+        path: PathBuf,
+        /// `no such directory`, `not a directory`, or what the system said.
+        reason: String,
+    },
+    /// No file in it counts.
+    #[error("checkpoint {path}: no *.safetensors file")]
+    Empty {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A file cannot be opened or read.
+    #[error("checkpoint file {path}: cannot be read: {reason}")]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        reason: String,
+    },
+    /// The index file is not what it should be.
+    #[error("checkpoint index {path}: {reason}")]
+    Index {
+        /// The index file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The header of a file is not what it should be.
+    #[error("checkpoint file {path}: bad safetensors header: {reason}")]
+    Header {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The file ends before the data its header announces, or goes on after it.
+    #[error("checkpoint file {path}: {actual} bytes long, its header announces {expected}")]
+    Length {
+        /// The file.
+        path: PathBuf,
+        /// Bytes announced.
+        expected: u64,
+        /// Bytes there.
+        actual: u64,
+    },
+    /// The file changed while it was read.
+    #[error("checkpoint file {path}: changed while it was read")]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The tensors are not those of the model.
+    #[error("checkpoint {path}: {}", Faults(faults))]
+    Tensors {
+        /// The directory.
+        path: PathBuf,
+        /// All of them; the text lists the first few.
+        faults: Vec<Fault>,
+    },
+    /// The work was called off.
+    #[error("checkpoint {path}: reading was called off")]
+    Cancelled {
+        /// The directory.
+        path: PathBuf,
+    },
+}
+
+/// One thing wrong with the tensors of a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum Fault {
+    /// The model has it, the checkpoint has not.
+    #[error("missing {name}")]
+    Missing {
+        /// The tensor.
+        name: String,
+    },
+    /// The checkpoint has it, the model has not.
+    #[error("unexpected {name}")]
+    Unexpected {
+        /// The tensor.
+        name: String,
+    },
+    /// The checkpoint has it twice.
+    #[error("duplicate {name} (in {first} and {second})")]
+    Duplicate {
+        /// The tensor.
+        name: String,
+        /// A file that has it.
+        first: String,
+        /// The other, or the same.
+        second: String,
+    },
+    /// Another shape than the model's.
+    #[error("{name} has shape {actual:?}, expected {expected:?}")]
+    Shape {
+        /// The tensor.
+        name: String,
+        /// The model's.
+        expected: Vec<usize>,
+        /// The checkpoint's.
+        actual: Vec<usize>,
+    },
+    /// Another element type than the model's.
+    #[error("{name} has dtype {actual}, expected {expected}")]
+    Dtype {
+        /// The tensor.
+        name: String,
+        /// The model's.
+        expected: String,
+        /// The checkpoint's.
+        actual: String,
+    },
+    /// The index says it is in this file, and it is not.
+    #[error("{name} is not in {file}, where the index says it is")]
+    NotWhereIndexed {
+        /// The tensor.
+        name: String,
+        /// The file.
+        file: String,
+    },
+}
+
+struct Faults<'a>(&'a [Fault]);
+
+impl fmt::Display for Faults<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let count = self.0.len();
+        write!(
+            f,
+            "{count} tensor fault{}: ",
+            if count == 1 { "" } else { "s" }
+        )?;
+        for (at, fault) in self.0.iter().take(LISTED).enumerate() {
+            let comma = if at == 0 { "" } else { "; " };
+            write!(f, "{comma}{fault}")?;
+        }
+        if count > LISTED {
+            write!(f, "; and {} more", count - LISTED)?;
+        }
+        Ok(())
+    }
+}
+
+/// One tensor of a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tensor {
+    /// Position of its file in [`Manifest::files`].
+    pub file: usize,
+    /// Its name.
+    pub name: String,
+    /// Element type in the header's spelling.
+    pub dtype: String,
+    /// Dimensions.
+    pub shape: Vec<usize>,
+    /// First byte in the file.
+    pub start: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// One file of a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ManifestFile {
+    /// Name in the directory.
+    pub name: String,
+    /// Bytes.
+    pub len: u64,
+    /// When it was last written, if the file system knows.
+    pub modified: Option<SystemTime>,
+}
+
+/// What a checkpoint directory holds: all tensors, in loading order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Manifest {
+    /// The directory.
+    pub path: PathBuf,
+    /// Files that count, sorted by name.
+    pub files: Vec<ManifestFile>,
+    /// Tensors by file and offset. No name occurs twice.
+    pub tensors: Vec<Tensor>,
+}
+
+impl Manifest {
+    /// Reads the headers of a directory. Blocks; reads no tensor data.
+    pub fn read(path: &Path) -> Result<Self, ManifestError> {
+        let meta = std::fs::metadata(path).map_err(|error| ManifestError::NotADirectory {
+            path: path.to_owned(),
+            reason: match error.kind() {
+                std::io::ErrorKind::NotFound => "no such directory".to_owned(),
+                _ => error.to_string(),
+            },
+        })?;
+        if !meta.is_dir() {
+            return Err(ManifestError::NotADirectory {
+                path: path.to_owned(),
+                reason: "not a directory".to_owned(),
+            });
+        }
+        let index = read_index(path)?;
+        let names = match &index {
+            Some(index) => index.values().cloned().collect(),
+            None => list_files(path)?,
+        };
+        if names.is_empty() {
+            return Err(ManifestError::Empty {
+                path: path.to_owned(),
+            });
+        }
+        let mut manifest = Self {
+            path: path.to_owned(),
+            files: Vec::new(),
+            tensors: Vec::new(),
+        };
+        let mut faults = Vec::new();
+        let mut seen: BTreeMap<String, usize> = BTreeMap::new();
+        for name in names {
+            let (file, tensors) = read_header(path, &name, manifest.files.len())?;
+            manifest.files.push(file);
+            for tensor in tensors {
+                if let Some(first) = seen.insert(tensor.name.clone(), tensor.file) {
+                    faults.push(Fault::Duplicate {
+                        name: tensor.name.clone(),
+                        first: manifest.files[first].name.clone(),
+                        second: name.clone(),
+                    });
+                } else {
+                    manifest.tensors.push(tensor);
+                }
+            }
+        }
+        for (name, file) in index.iter().flatten() {
+            let found = seen.get(name).map(|at| &manifest.files[*at].name);
+            if found != Some(file) {
+                faults.push(Fault::NotWhereIndexed {
+                    name: name.clone(),
+                    file: file.clone(),
+                });
+            }
+        }
+        manifest.fail_on(faults)?;
+        Ok(manifest)
+    }
+
+    /// Compares with the manifest of the checkpoint the model was started from: same names, shapes and
+    /// element types, nothing missing, nothing more.
+    pub fn check_against(&self, model: &Self) -> Result<(), ManifestError> {
+        let by_name = |manifest: &Self| -> BTreeMap<String, Tensor> {
+            let tensors = manifest.tensors.iter().cloned();
+            tensors
+                .map(|tensor| (tensor.name.clone(), tensor))
+                .collect()
+        };
+        let (ours, wanted) = (by_name(self), by_name(model));
+        let mut faults = Vec::new();
+        for (name, expected) in &wanted {
+            let Some(actual) = ours.get(name) else {
+                faults.push(Fault::Missing { name: name.clone() });
+                continue;
+            };
+            if actual.shape != expected.shape {
+                faults.push(Fault::Shape {
+                    name: name.clone(),
+                    expected: expected.shape.clone(),
+                    actual: actual.shape.clone(),
+                });
+            }
+            if actual.dtype != expected.dtype {
+                faults.push(Fault::Dtype {
+                    name: name.clone(),
+                    expected: expected.dtype.clone(),
+                    actual: actual.dtype.clone(),
+                });
+            }
+        }
+        for name in ours.keys().filter(|name| !wanted.contains_key(*name)) {
+            faults.push(Fault::Unexpected { name: name.clone() });
+        }
+        self.fail_on(faults)
+    }
+
+    /// Bytes of all tensors.
+    pub fn bytes(&self) -> u64 {
+        self.tensors.iter().map(|tensor| tensor.len).sum()
+    }
+
+    /// What a worker is told to load.
+    pub fn checkpoint(&self, digest: Option<String>) -> Checkpoint {
+        Checkpoint {
+            path: self.path.to_string_lossy().into_owned(),
+            files: self.files.iter().map(|file| file.name.clone()).collect(),
+            tensors: self.tensors.len() as u64,
+            bytes: self.bytes(),
+            digest,
+        }
+    }
+
+    fn fail_on(&self, faults: Vec<Fault>) -> Result<(), ManifestError> {
+        if faults.is_empty() {
+            return Ok(());
+        }
+        Err(ManifestError::Tensors {
+            path: self.path.clone(),
+            faults,
+        })
+    }
+}
+
+fn unreadable(path: &Path, error: &std::io::Error) -> ManifestError {
+    ManifestError::Unreadable {
+        path: path.to_owned(),
+        reason: match error.kind() {
+            std::io::ErrorKind::NotFound => "no such file".to_owned(),
+            _ => error.to_string(),
+        },
+    }
+}
+
+fn list_files(dir: &Path) -> Result<BTreeSet<String>, ManifestError> {
+    let entries = std::fs::read_dir(dir).map_err(|error| unreadable(dir, &error))?;
+    let mut names = BTreeSet::new();
+    for entry in entries {
+        let entry = entry.map_err(|error| unreadable(dir, &error))?;
+        let is_dir = entry.path().is_dir();
+        if let Ok(name) = entry.file_name().into_string()
+            && name.ends_with(".safetensors")
+            && !is_dir
+        {
+            names.insert(name);
+        }
+    }
+    if names.iter().any(|name| !name.starts_with("consolidated")) {
+        names.retain(|name| !name.starts_with("consolidated"));
+    }
+    Ok(names)
+}
+
+/// `weight_map` of the index file, tensor to file; `None` without an index.
+fn read_index(dir: &Path) -> Result<Option<BTreeMap<String, String>>, ManifestError> {
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let path = dir.join(INDEX);
+    let file = match File::open(&path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(unreadable(&path, &error)),
+    };
+    let mut text = Vec::new();
+    file.take(MAX_INDEX)
+        .read_to_end(&mut text)
+        .map_err(|error| unreadable(&path, &error))?;
+    let fail = |reason: String| ManifestError::Index {
+        path: path.clone(),
+        reason,
+    };
+    let index: Index = serde_json::from_slice(&text).map_err(|error| fail(error.to_string()))?;
+    if index.weight_map.is_empty() {
+        return Err(fail("weight_map is empty".to_owned()));
+    }
+    for file in index.weight_map.values() {
+        if file.contains('/') || !file.ends_with(".safetensors") {
+            return Err(fail(format!(
+                "names {file:?}, expected a *.safetensors file in the same directory"
+            )));
+        }
+    }
+    Ok(Some(index.weight_map))
+}
+
+/// A header with its entries in file order, so that a name given twice is seen. (A map would silently
+/// keep the last one.)
+struct Header(Vec<(String, TensorInfo)>);
+
+impl<'de> Deserialize<'de> for Header {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Entries;
+
+        impl<'de> Visitor<'de> for Entries {
+            type Value = Header;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a map from tensor names to dtype, shape and data_offsets")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    if name == "__metadata__" {
+                        map.next_value::<serde::de::IgnoredAny>()?;
+                    } else {
+                        entries.push((name, map.next_value()?));
+                    }
+                }
+                Ok(Header(entries))
+            }
+        }
+
+        deserializer.deserialize_map(Entries)
+    }
+}
+
+fn read_header(
+    dir: &Path,
+    name: &str,
+    position: usize,
+) -> Result<(ManifestFile, Vec<Tensor>), ManifestError> {
+    let path = dir.join(name);
+    let mut file = File::open(&path).map_err(|error| unreadable(&path, &error))?;
+    let meta = file.metadata().map_err(|error| unreadable(&path, &error))?;
+    let actual = meta.len();
+    let fail = |reason: String| ManifestError::Header {
+        path: path.clone(),
+        reason,
+    };
+    let too_short = |expected: u64| ManifestError::Length {
+        path: path.clone(),
+        expected,
+        actual,
+    };
+    if actual < 8 {
+        return Err(too_short(8));
+    }
+    let mut length = [0; 8];
+    file.read_exact(&mut length)
+        .map_err(|error| unreadable(&path, &error))?;
+    let length = u64::from_le_bytes(length);
+    if length > MAX_HEADER {
+        return Err(fail(format!(
+            "{length} bytes long, at most {MAX_HEADER} are allowed"
+        )));
+    }
+    let data = 8 + length;
+    if actual < data {
+        return Err(too_short(data));
+    }
+    let mut text = Vec::new();
+    file.take(length)
+        .read_to_end(&mut text)
+        .map_err(|error| unreadable(&path, &error))?;
+    let Header(mut entries) =
+        serde_json::from_slice(&text).map_err(|error| fail(error.to_string()))?;
+    entries.sort_by(|(a_name, a), (b_name, b)| {
+        (a.data_offsets, a_name).cmp(&(b.data_offsets, b_name))
+    });
+    let mut tensors = Vec::new();
+    let mut next = 0u64;
+    for (tensor, info) in entries {
+        let (start, end) = (info.data_offsets.0 as u64, info.data_offsets.1 as u64);
+        let size = size_of(&info);
+        if end < start || Some(end - start) != size {
+            return Err(fail(format!(
+                "{tensor} has {:?} elements of {:?} at bytes {start} to {end}",
+                info.shape, info.dtype
+            )));
+        }
+        // The same name twice is reported as a duplicate by the caller, wherever its data lies.
+        let twice = || tensors.iter().any(|other: &Tensor| other.name == tensor);
+        if start != next && !twice() {
+            return Err(fail(format!(
+                "{tensor} starts at byte {start}, expected {next}: tensors overlap or leave a hole"
+            )));
+        }
+        next = next.max(end);
+        tensors.push(Tensor {
+            file: position,
+            name: tensor,
+            dtype: format!("{:?}", info.dtype),
+            shape: info.shape,
+            start: data + start,
+            len: end - start,
+        });
+    }
+    let expected = data.saturating_add(next);
+    if actual != expected {
+        return Err(too_short(expected));
+    }
+    let file = ManifestFile {
+        name: name.to_owned(),
+        len: actual,
+        modified: meta.modified().ok(),
+    };
+    Ok((file, tensors))
+}
+
+fn size_of(info: &TensorInfo) -> Option<u64> {
+    let elements = info
+        .shape
+        .iter()
+        .try_fold(1usize, |all, dimension| all.checked_mul(*dimension))?;
+    let bits = elements.checked_mul(info.dtype.bitsize())?;
+    bits.is_multiple_of(8).then_some((bits / 8) as u64)
+}

@@ -1,0 +1,348 @@
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use serde_json::json;
+
+use super::*;
+
+/// Writes a safetensors file by hand, so that it can be wrong. Tensors: name, dtype, shape, bytes.
+fn write(dir: &Path, file: &str, tensors: &[(&str, &str, &[usize], &[u8])]) {
+    let mut header = String::from("{\"__metadata__\":{\"format\":\"pt\"}");
+    let mut data = Vec::new();
+    for (name, dtype, shape, bytes) in tensors {
+        let start = data.len();
+        data.extend_from_slice(bytes);
+        let entry = json!({"dtype": dtype, "shape": shape, "data_offsets": [start, data.len()]});
+        header.push_str(&format!(",{}:{entry}", json!(name)));
+    }
+    header.push('}');
+    let mut all = (header.len() as u64).to_le_bytes().to_vec();
+    all.extend_from_slice(header.as_bytes());
+    all.extend_from_slice(&data);
+    std::fs::write(dir.join(file), all).unwrap();
+}
+
+const BIAS: (&str, &str, &[usize], &[u8]) =
+    ("a.bias", "F32", &[2], &[0, 0, 0x80, 0x3f, 0, 0, 0, 0x40]);
+const SCALAR: (&str, &str, &[usize], &[u8]) = ("b", "BF16", &[], &[0x80, 0x3f]);
+
+fn dir() -> tempfile::TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+fn digest(path: &Path) -> Digests {
+    let manifest = Manifest::read(path).unwrap();
+    manifest.digests(&|_| {}, &AtomicBool::new(false)).unwrap()
+}
+
+fn error(path: &Path) -> String {
+    Manifest::read(path).unwrap_err().to_string()
+}
+
+#[test]
+fn the_digest_is_that_of_the_contract_with_the_shim() {
+    let dir = dir();
+    write(dir.path(), "model.safetensors", &[SCALAR, BIAS]);
+    let digests = digest(dir.path());
+    // From protocol/docs/weight-update.md, computed in Python.
+    assert_eq!(
+        digests.tensors["a.bias"],
+        "83376e7b4f6f582dcb75e173caef357ad07daba8f7d086eb4ee23fb8d699f138"
+    );
+    assert_eq!(
+        digests.tensors["b"],
+        "26ec6f78b11c047a24fdb290f03420238227035d0519325a8c69044624a31513"
+    );
+    assert_eq!(
+        digests.whole,
+        "1be5773b02fdc5720476d39d52ead12cd6337b2ec6c46c2fa30c1605fe645988"
+    );
+    let contract = include_str!("../../protocol/docs/weight-update.md");
+    assert!(contract.contains(&digests.whole));
+}
+
+#[test]
+fn the_digest_does_not_depend_on_the_files() {
+    let (one, two) = (dir(), dir());
+    write(one.path(), "model.safetensors", &[BIAS, SCALAR]);
+    write(two.path(), "model-00001-of-00002.safetensors", &[SCALAR]);
+    write(two.path(), "model-00002-of-00002.safetensors", &[BIAS]);
+    assert_eq!(digest(one.path()), digest(two.path()));
+    let manifest = Manifest::read(two.path()).unwrap();
+    assert_eq!((manifest.tensors.len(), manifest.bytes()), (2, 10));
+    assert_eq!(
+        manifest.checkpoint(None).files,
+        [
+            "model-00001-of-00002.safetensors",
+            "model-00002-of-00002.safetensors"
+        ]
+    );
+}
+
+#[test]
+fn a_large_tensor_is_hashed_in_chunks_with_progress() {
+    let dir = dir();
+    let bytes: Vec<u8> = (0..9_000_001u32).map(|n| (n % 251) as u8).collect();
+    write(
+        dir.path(),
+        "model.safetensors",
+        &[("big", "U8", &[9_000_001], &bytes), BIAS],
+    );
+    let manifest = Manifest::read(dir.path()).unwrap();
+    let (calls, last) = (AtomicU64::new(0), AtomicU64::new(0));
+    let progress = |progress: Progress| {
+        calls.fetch_add(1, Ordering::Relaxed);
+        last.fetch_max(progress.done, Ordering::Relaxed);
+        assert_eq!(progress.total, 9_000_009);
+    };
+    let digests = manifest
+        .digests(&progress, &AtomicBool::new(false))
+        .unwrap();
+    assert_eq!(
+        digests.tensors["big"],
+        blake3::hash(&bytes).to_hex().to_string()
+    );
+    assert_eq!(calls.load(Ordering::Relaxed), 4);
+    assert_eq!(last.load(Ordering::Relaxed), 9_000_009);
+}
+
+#[test]
+fn hashing_can_be_called_off() {
+    let dir = dir();
+    write(dir.path(), "model.safetensors", &[BIAS]);
+    let manifest = Manifest::read(dir.path()).unwrap();
+    let result = manifest.digests(&|_| {}, &AtomicBool::new(true));
+    assert!(matches!(result, Err(ManifestError::Cancelled { .. })));
+}
+
+#[test]
+fn a_file_that_changes_while_it_is_hashed_is_noticed() {
+    let dir = dir();
+    write(dir.path(), "model.safetensors", &[BIAS]);
+    let manifest = Manifest::read(dir.path()).unwrap();
+    let later = std::time::SystemTime::now() + std::time::Duration::from_secs(10);
+    let file = File::options()
+        .write(true)
+        .open(dir.path().join("model.safetensors"))
+        .unwrap();
+    file.set_modified(later).unwrap();
+    let result = manifest.digests(&|_| {}, &AtomicBool::new(false));
+    assert!(matches!(result, Err(ManifestError::Changed { .. })));
+}
+
+#[test]
+fn a_path_that_is_no_directory_is_named() {
+    let dir = dir();
+    let missing = dir.path().join("nothing");
+    assert!(error(&missing).ends_with("nothing: no such directory"));
+    let file = dir.path().join("file");
+    std::fs::write(&file, "x").unwrap();
+    assert!(error(&file).ends_with("file: not a directory"));
+    let empty = tempfile::tempdir().unwrap();
+    assert!(error(empty.path()).ends_with("no *.safetensors file"));
+}
+
+#[test]
+fn what_the_model_needs_is_compared_by_name_shape_and_dtype() {
+    let (model, new) = (dir(), dir());
+    let gone = ("gone", "F32", &[1usize] as &[usize], &[0u8; 4] as &[u8]);
+    write(
+        model.path(),
+        "model.safetensors",
+        &[BIAS, SCALAR, gone, ("half", "F16", &[2], &[0; 4])],
+    );
+    write(
+        new.path(),
+        "model.safetensors",
+        &[
+            ("a.bias", "F32", &[1, 2], &[0; 8]),
+            SCALAR,
+            ("half", "BF16", &[2], &[0; 4]),
+            ("extra", "F32", &[0], &[]),
+        ],
+    );
+    let model = Manifest::read(model.path()).unwrap();
+    let new = Manifest::read(new.path()).unwrap();
+    let ManifestError::Tensors { faults, .. } = new.check_against(&model).unwrap_err() else {
+        panic!("expected tensor faults")
+    };
+    let texts: Vec<String> = faults.iter().map(ToString::to_string).collect();
+    assert_eq!(
+        texts,
+        [
+            "a.bias has shape [1, 2], expected [2]",
+            "missing gone",
+            "half has dtype BF16, expected F16",
+            "unexpected extra"
+        ]
+    );
+    model.check_against(&model).unwrap();
+}
+
+#[test]
+fn a_long_list_of_faults_is_cut() {
+    let (model, new) = (dir(), dir());
+    let names: Vec<String> = (0..20).map(|n| format!("t{n:02}")).collect();
+    let tensors: Vec<_> = names
+        .iter()
+        .map(|name| (name.as_str(), "U8", &[1usize] as &[usize], &[0u8] as &[u8]))
+        .collect();
+    write(model.path(), "model.safetensors", &tensors);
+    write(new.path(), "model.safetensors", &tensors[..1]);
+    let model = Manifest::read(model.path()).unwrap();
+    let new = Manifest::read(new.path()).unwrap();
+    let text = new.check_against(&model).unwrap_err().to_string();
+    assert!(
+        text.contains("19 tensor faults: missing t01; missing t02"),
+        "{text}"
+    );
+    assert!(text.ends_with("missing t08; and 11 more"), "{text}");
+}
+
+#[test]
+fn a_tensor_that_is_there_twice_is_refused() {
+    let dir = dir();
+    write(dir.path(), "a.safetensors", &[BIAS]);
+    write(dir.path(), "b.safetensors", &[BIAS]);
+    assert!(error(dir.path()).contains("duplicate a.bias (in a.safetensors and b.safetensors)"));
+    std::fs::remove_file(dir.path().join("b.safetensors")).unwrap();
+    write(dir.path(), "a.safetensors", &[BIAS, BIAS]);
+    assert!(error(dir.path()).contains("duplicate a.bias (in a.safetensors and a.safetensors)"));
+}
+
+#[test]
+fn a_truncated_or_too_long_file_is_refused() {
+    let dir = dir();
+    write(dir.path(), "model.safetensors", &[BIAS, SCALAR]);
+    let path = dir.path().join("model.safetensors");
+    let whole = std::fs::read(&path).unwrap();
+    for cut in [whole.len() - 1, whole.len() - 9, 20, 8, 7, 0] {
+        std::fs::write(&path, &whole[..cut]).unwrap();
+        let error = Manifest::read(dir.path()).unwrap_err();
+        let ManifestError::Length { actual, .. } = error else {
+            panic!("cut at {cut}: {error}")
+        };
+        assert_eq!(actual, cut as u64);
+    }
+    let mut long = whole.clone();
+    long.push(0);
+    std::fs::write(&path, &long).unwrap();
+    assert!(matches!(
+        Manifest::read(dir.path()),
+        Err(ManifestError::Length { .. })
+    ));
+}
+
+#[test]
+fn garbage_is_refused_whatever_it_is() {
+    let dir = dir();
+    let path = dir.path().join("model.safetensors");
+    let mut huge = u64::MAX.to_le_bytes().to_vec();
+    huge.push(b'{');
+    let with_header = |header: &str, data: &[u8]| {
+        let mut all = (header.len() as u64).to_le_bytes().to_vec();
+        all.extend_from_slice(header.as_bytes());
+        all.extend_from_slice(data);
+        all
+    };
+    let cases = [
+        ("huge header", huge),
+        ("not json", with_header("nonsense", &[])),
+        ("array", with_header("[]", &[])),
+        (
+            "unknown dtype",
+            with_header(
+                r#"{"a":{"dtype":"F7","shape":[1],"data_offsets":[0,4]}}"#,
+                &[0; 4],
+            ),
+        ),
+        (
+            "wrong size",
+            with_header(
+                r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}"#,
+                &[0; 4],
+            ),
+        ),
+        (
+            "overflow",
+            with_header(
+                r#"{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}}"#,
+                &[],
+            ),
+        ),
+        (
+            "hole",
+            with_header(
+                r#"{"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}"#,
+                &[0; 2],
+            ),
+        ),
+        (
+            "backwards",
+            with_header(
+                r#"{"a":{"dtype":"U8","shape":[1],"data_offsets":[1,0]}}"#,
+                &[0; 2],
+            ),
+        ),
+    ];
+    for (what, bytes) in cases {
+        std::fs::write(&path, bytes).unwrap();
+        let result = Manifest::read(dir.path());
+        assert!(
+            matches!(result, Err(ManifestError::Header { .. })),
+            "{what}: {result:?}"
+        );
+    }
+}
+
+fn write_index(dir: &Path, entries: &[(&str, &str)]) {
+    let map: BTreeMap<&str, &str> = entries.iter().copied().collect();
+    let text = json!({"metadata": {}, "weight_map": map}).to_string();
+    std::fs::write(dir.join(INDEX), text).unwrap();
+}
+
+#[test]
+fn an_index_decides_which_files_count_and_must_be_true() {
+    let dir = dir();
+    write(dir.path(), "x.safetensors", &[BIAS]);
+    write(dir.path(), "y.safetensors", &[SCALAR]);
+    write(dir.path(), "ignored.safetensors", &[BIAS]);
+    write_index(
+        dir.path(),
+        &[("a.bias", "x.safetensors"), ("b", "y.safetensors")],
+    );
+    let manifest = Manifest::read(dir.path()).unwrap();
+    assert_eq!(manifest.files.len(), 2);
+
+    write_index(
+        dir.path(),
+        &[("a.bias", "y.safetensors"), ("b", "y.safetensors")],
+    );
+    assert!(error(dir.path()).contains("a.bias is not in y.safetensors, where the index says"));
+
+    write_index(dir.path(), &[("a.bias", "z.safetensors")]);
+    assert!(error(dir.path()).ends_with("z.safetensors: cannot be read: no such file"));
+
+    write_index(dir.path(), &[("a.bias", "../x.safetensors")]);
+    assert!(matches!(
+        Manifest::read(dir.path()),
+        Err(ManifestError::Index { .. })
+    ));
+    std::fs::write(dir.path().join(INDEX), "{").unwrap();
+    assert!(matches!(
+        Manifest::read(dir.path()),
+        Err(ManifestError::Index { .. })
+    ));
+}
+
+#[test]
+fn a_consolidated_copy_beside_other_files_does_not_count() {
+    let dir = dir();
+    write(dir.path(), "consolidated.safetensors", &[BIAS]);
+    assert_eq!(Manifest::read(dir.path()).unwrap().files.len(), 1);
+    write(dir.path(), "model.safetensors", &[BIAS]);
+    let manifest = Manifest::read(dir.path()).unwrap();
+    assert_eq!(manifest.files[0].name, "model.safetensors");
+    assert_eq!(manifest.files.len(), 1);
+}
