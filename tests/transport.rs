@@ -114,7 +114,7 @@ async fn a_pull_reports_messages_in_order_and_closes_its_connections_when_droppe
     let end = timeout(LIMIT, push.disconnected()).await.unwrap();
     assert!(matches!(end, TransportError::Disconnected { .. }), "{end}");
     let again = Push::connect(&address, Duration::from_millis(200)).await;
-    assert!(matches!(again, Err(TransportError::Timeout { .. })));
+    assert!(again.is_err(), "a dropped socket accepts connections");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

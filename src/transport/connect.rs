@@ -4,13 +4,16 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, IoSlice};
 use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
 use dp_sidecar_protocol::Frames;
 use dp_sidecar_protocol::frames::SUBSCRIBE_ALL;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
+use tokio::net::{TcpStream, UnixStream, tcp, unix};
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::TransportError;
@@ -20,28 +23,31 @@ use super::zmtp::{self, Decoder, GREETING_LENGTH, Item};
 const COPY_LIMIT: usize = 8 * 1024;
 /// Copied bytes are written once this much has gathered.
 const GATHER_LIMIT: usize = 256 * 1024;
-/// Room made for one read.
-const READ_CHUNK: usize = 64 * 1024;
+/// Room made for one read, at least and at most: idle connections keep little.
+const MIN_READ: usize = 512;
+const MAX_READ: usize = 128 * 1024;
 /// Between two attempts while nobody listens yet.
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The reading half of a connecting socket.
 pub struct PeerReceiver {
     address: String,
-    stream: Box<dyn AsyncRead + Send + Sync + Unpin>,
+    stream: ReadHalf,
     buffer: BytesMut,
+    /// Room to make for the next read: follows what comes in.
+    chunk: usize,
     decoder: Decoder,
 }
 
 /// The writing half of a connecting socket. `send` returns when the kernel has the bytes.
 pub struct PeerSender {
     address: String,
-    stream: Box<dyn AsyncWrite + Send + Sync + Unpin>,
+    stream: Arc<WriteHalf>,
     /// Small frames and headers, copied together.
     tail: BytesMut,
     /// What comes before `tail`.
     chunks: VecDeque<Bytes>,
-    gathered: usize,
+    queued: usize,
 }
 
 impl fmt::Debug for PeerReceiver {
@@ -91,11 +97,23 @@ impl PeerReceiver {
     }
 
     async fn fill(&mut self) -> Result<(), TransportError> {
-        // Frames share this buffer: growing it in steps keeps a small held frame from pinning much.
-        self.buffer.reserve(READ_CHUNK);
+        if self.buffer.is_empty() && self.buffer.capacity() > 4 * self.chunk {
+            self.buffer = BytesMut::new();
+        }
+        if self.buffer.capacity() - self.buffer.len() < self.chunk {
+            self.buffer.reserve(self.chunk);
+        }
+        let room = self.buffer.capacity() - self.buffer.len();
         match self.stream.read_buf(&mut self.buffer).await {
             Ok(0) => Err(self.disconnected("the peer closed the connection".to_owned())),
-            Ok(_) => Ok(()),
+            Ok(count) => {
+                if count == room {
+                    self.chunk = (self.chunk * 2).min(MAX_READ);
+                } else if count < self.chunk / 4 {
+                    self.chunk = (self.chunk / 2).max(MIN_READ);
+                }
+                Ok(())
+            }
             Err(error) => Err(self.disconnected(error.to_string())),
         }
     }
@@ -115,55 +133,56 @@ impl PeerSender {
     /// # Errors
     /// [`TransportError::Disconnected`]; the connection is over.
     pub async fn send(&mut self, frames: Frames) -> Result<(), TransportError> {
-        self.feed(frames).await?;
+        self.push(frames);
         self.flush().await
     }
 
-    /// Appends one message; writes only when much has gathered. Call [`Self::flush`] after the last.
-    ///
-    /// # Errors
-    /// [`TransportError::Disconnected`]; the connection is over.
-    pub async fn feed(&mut self, frames: Frames) -> Result<(), TransportError> {
+    /// Queues one message. Nothing is written before [`Self::try_flush`] or [`Self::flush`]; watch
+    /// [`Self::queued`].
+    pub fn push(&mut self, frames: Frames) {
         let last = frames.len().saturating_sub(1);
         for (at, frame) in frames.into_iter().enumerate() {
             zmtp::encode_header(frame.len(), at < last, &mut self.tail);
-            self.gathered += frame.len();
+            self.queued += frame.len() + 2;
             if frame.len() < COPY_LIMIT {
                 self.tail.extend_from_slice(&frame);
             } else {
                 self.chunks.push_back(self.tail.split().freeze());
                 self.chunks.push_back(frame);
             }
+            if self.tail.len() >= GATHER_LIMIT {
+                self.chunks.push_back(self.tail.split().freeze());
+            }
         }
-        if self.gathered >= GATHER_LIMIT {
-            self.flush().await?;
-        }
-        Ok(())
     }
 
-    /// Writes what has gathered.
+    /// Bytes that are queued and not yet with the kernel (headers counted roughly).
+    pub const fn queued(&self) -> usize {
+        self.queued
+    }
+
+    /// Writes as much of the queue as the kernel takes now. True if all is written.
     ///
     /// # Errors
     /// [`TransportError::Disconnected`]; the connection is over.
-    pub async fn flush(&mut self) -> Result<(), TransportError> {
+    pub fn try_flush(&mut self) -> Result<bool, TransportError> {
         if !self.tail.is_empty() {
             self.chunks.push_back(self.tail.split().freeze());
         }
         while !self.chunks.is_empty() {
-            let mut slices = [IoSlice::new(&[]); 16];
+            let mut slices = [IoSlice::new(&[]); 32];
             let mut count = 0;
             for (slice, chunk) in slices.iter_mut().zip(&self.chunks) {
                 *slice = IoSlice::new(chunk);
                 count += 1;
             }
-            let written = match self.stream.write_vectored(&slices[..count]).await {
-                Ok(0) => Err(io::Error::from(io::ErrorKind::WriteZero)),
-                other => other,
+            let mut written = match self.stream.try_write_vectored(&slices[..count]) {
+                Ok(0) => return Err(self.disconnected("it takes no more bytes".to_owned())),
+                Ok(written) => written,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) => return Err(self.disconnected(error.to_string())),
             };
-            let mut written = written.map_err(|error| TransportError::Disconnected {
-                address: self.address.clone(),
-                reason: error.to_string(),
-            })?;
+            self.queued = self.queued.saturating_sub(written);
             while let Some(chunk) = self.chunks.front_mut() {
                 if written < chunk.len() {
                     chunk.advance(written);
@@ -173,7 +192,87 @@ impl PeerSender {
                 self.chunks.pop_front();
             }
         }
-        self.gathered = 0;
+        self.queued = 0;
+        Ok(true)
+    }
+
+    /// Writes the whole queue. Cancel-safe: what is left goes out with the next call.
+    ///
+    /// # Errors
+    /// [`TransportError::Disconnected`]; the connection is over.
+    pub async fn flush(&mut self) -> Result<(), TransportError> {
+        while !self.try_flush()? {
+            let writable = self.stream.writable().await;
+            writable.map_err(|error| self.disconnected(error.to_string()))?;
+        }
+        Ok(())
+    }
+
+    /// Completes when the kernel takes more bytes, or the connection is over: then flush again.
+    pub fn writable(&self) -> impl Future<Output = ()> + Send + 'static {
+        let stream = self.stream.clone();
+        async move {
+            // An error shows again at the next flush.
+            let _ = stream.writable().await;
+        }
+    }
+
+    fn disconnected(&self, reason: String) -> TransportError {
+        TransportError::Disconnected {
+            address: self.address.clone(),
+            reason,
+        }
+    }
+}
+
+enum ReadHalf {
+    Tcp(tcp::OwnedReadHalf),
+    Unix(unix::OwnedReadHalf),
+}
+
+impl AsyncRead for ReadHalf {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        match &mut *self {
+            Self::Tcp(half) => Pin::new(half).poll_read(context, buffer),
+            Self::Unix(half) => Pin::new(half).poll_read(context, buffer),
+        }
+    }
+}
+
+enum WriteHalf {
+    Tcp(tcp::OwnedWriteHalf),
+    Unix(unix::OwnedWriteHalf),
+}
+
+impl WriteHalf {
+    fn try_write_vectored(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(half) => half.try_write_vectored(slices),
+            Self::Unix(half) => half.try_write_vectored(slices),
+        }
+    }
+
+    async fn writable(&self) -> io::Result<()> {
+        match self {
+            Self::Tcp(half) => half.writable().await,
+            Self::Unix(half) => half.writable().await,
+        }
+    }
+
+    async fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            self.writable().await?;
+            match self.try_write_vectored(&[IoSlice::new(bytes)]) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => bytes = &bytes[count..],
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+        }
         Ok(())
     }
 }
@@ -356,14 +455,15 @@ async fn open(
         address: address.to_owned(),
         stream: reader,
         buffer: BytesMut::new(),
+        chunk: MIN_READ,
         decoder: Decoder::default(),
     };
     let mut sender = PeerSender {
         address: address.to_owned(),
-        stream: writer,
+        stream: Arc::new(writer),
         tail: BytesMut::new(),
         chunks: VecDeque::new(),
-        gathered: 0,
+        queued: 0,
     };
     timeout_at(
         deadline,
@@ -374,22 +474,17 @@ async fn open(
     Ok((sender, receiver))
 }
 
-type Halves = (
-    Box<dyn AsyncRead + Send + Sync + Unpin>,
-    Box<dyn AsyncWrite + Send + Sync + Unpin>,
-);
-
-async fn connect(target: &Target<'_>) -> io::Result<Halves> {
+async fn connect(target: &Target<'_>) -> io::Result<(ReadHalf, WriteHalf)> {
     loop {
         let attempt = match target {
             Target::Tcp(host_port) => TcpStream::connect(host_port).await.and_then(|stream| {
                 stream.set_nodelay(true)?;
                 let (reader, writer) = stream.into_split();
-                Ok((Box::new(reader) as _, Box::new(writer) as _))
+                Ok((ReadHalf::Tcp(reader), WriteHalf::Tcp(writer)))
             }),
             Target::Ipc(path) => UnixStream::connect(path).await.map(|stream| {
                 let (reader, writer) = stream.into_split();
-                (Box::new(reader) as _, Box::new(writer) as _)
+                (ReadHalf::Unix(reader), WriteHalf::Unix(writer))
             }),
         };
         match attempt {
