@@ -202,11 +202,26 @@ impl PullListener {
     }
 }
 
+impl Drop for RouterListener {
+    fn drop(&mut self) {
+        unlink(&self.address);
+    }
+}
+
 impl Drop for PullListener {
     fn drop(&mut self) {
+        unlink(&self.address);
         // The crate's PULL leaves its connections open: wakers and streams hold each other.
         let backend = self.socket.backend();
         SocketBackend::shutdown(&*backend);
+    }
+}
+
+/// Removes the file of a socket that is about to be dropped. The crate does so too, but later, and a
+/// connection that it accepts until then stays open for ever.
+pub(super) fn unlink(address: &str) {
+    if let Some(path) = address.strip_prefix("ipc://") {
+        let _ = std::fs::remove_file(path);
     }
 }
 

@@ -12,7 +12,7 @@ use zeromq::{
 };
 
 use super::TransportError;
-use super::listen::bind;
+use super::listen::{bind, unlink};
 
 /// Messages waiting to be published, and upstream messages waiting to be read.
 const QUEUE: usize = 256;
@@ -100,6 +100,7 @@ impl XpubListener {
 
 impl Drop for XpubListener {
     fn drop(&mut self) {
+        unlink(&self.address);
         self.task.abort();
     }
 }
