@@ -1,0 +1,123 @@
+//! The rank task: owns one [`VirtualEngine`](dp_sidecar_protocol::machine::virtual_engine), the
+//! sockets of the engine behind it, and the routes to the frontends in front of it.
+//!
+//! One task does all of a rank's data path, so that a message crosses no queue of ours: it reads
+//! every socket, feeds the machine, and writes without waiting. A frontend that does not read fills
+//! its own queue only, and loses its route when that is full. The rank task itself never waits for a
+//! peer: what may block (connecting, telling another task) happens beside its loop.
+
+mod engine;
+mod routes;
+mod task;
+
+use std::time::Duration;
+
+use dp_sidecar_protocol::machine::virtual_engine;
+use dp_sidecar_protocol::{EngineIndex, Frames};
+use tokio::sync::{mpsc, watch};
+use tokio_util::task::TaskTracker;
+
+use super::handles::{GroupKind, HeldCall, RankEvent, RankHandle, RankSnapshot};
+use crate::transport::PrivateDir;
+
+/// Commands waiting for a rank task.
+const COMMANDS: usize = 64;
+
+/// What a rank task needs to know.
+#[derive(Clone, Debug)]
+pub struct RankConfig {
+    /// Limits of the virtual engine, with its rank and number of slots.
+    pub machine: virtual_engine::Config,
+    /// A lockstep group must be woken for each request.
+    pub kind: GroupKind,
+    /// Where the engine's sockets are made.
+    pub dir: PrivateDir,
+    /// Bytes waiting for one API server. A frontend that lets them grow beyond loses its route.
+    pub max_queued_bytes: usize,
+}
+
+impl RankConfig {
+    /// The defaults for a rank.
+    pub const fn new(
+        rank: EngineIndex,
+        frontend_slots: u32,
+        kind: GroupKind,
+        dir: PrivateDir,
+    ) -> Self {
+        Self {
+            machine: virtual_engine::Config::new(rank, frontend_slots),
+            kind,
+            dir,
+            max_queued_bytes: 32 << 20,
+        }
+    }
+}
+
+/// Where a rank task reports.
+#[derive(Clone, Debug)]
+pub struct RankOutputs {
+    /// To the node task.
+    pub events: mpsc::Sender<RankEvent>,
+    /// To the control task.
+    pub held: mpsc::Sender<HeldCall>,
+    /// To the coordinator task, lockstep groups only: a request went to this rank's engine. When
+    /// full, wakes are dropped: those in the queue come later than the request, which is enough.
+    pub wake: mpsc::Sender<EngineIndex>,
+}
+
+/// Starts the task of a rank.
+pub fn spawn(config: RankConfig, tracker: &TaskTracker, outputs: RankOutputs) -> RankHandle {
+    let rank = config.machine.rank;
+    let (commands, receiver) = mpsc::channel(COMMANDS);
+    let (publish, snapshot) = watch::channel(RankSnapshot {
+        rank,
+        ..RankSnapshot::default()
+    });
+    tracker.spawn(task::RankTask::new(config, outputs, publish).run(receiver));
+    RankHandle {
+        rank,
+        commands,
+        snapshot,
+    }
+}
+
+/// At most so many messages are taken from one socket before the others get their turn.
+const BATCH: usize = 64;
+
+/// Something that came in on a socket.
+enum Input {
+    /// Outputs of the engine.
+    Engine {
+        generation: u64,
+        slot: u32,
+        batch: Vec<Frames>,
+    },
+    /// The first message of the engine on an input socket.
+    Registered {
+        generation: u64,
+        slot: u32,
+        frames: Frames,
+    },
+    /// A connection of the engine is over.
+    EngineGone { generation: u64, reason: String },
+    /// Messages of a frontend's API server.
+    Frontend {
+        epoch: u64,
+        slot: u32,
+        batch: Vec<Frames>,
+    },
+    /// A connection to an API server is over.
+    RouteGone {
+        epoch: u64,
+        slot: u32,
+        reason: String,
+    },
+    /// An API server takes bytes again.
+    Writable { epoch: u64, slot: u32 },
+}
+
+/// A source of inputs. They end by being aborted, which drops their sockets.
+type Source = std::pin::Pin<Box<dyn futures::Stream<Item = Input> + Send>>;
+
+/// How long the last answers have to get out when the sidecar stops.
+const LAST_FLUSH: Duration = Duration::from_millis(500);

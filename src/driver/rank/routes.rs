@@ -1,0 +1,158 @@
+//! Routes: the connections to one API server of a frontend.
+
+use std::time::Duration;
+
+use dp_sidecar_protocol::{EngineIdentity, FrontendId};
+use futures::stream::{self, AbortHandle, abortable};
+use tokio::sync::mpsc;
+
+use super::{BATCH, Input, Source};
+use crate::driver::handles::{OpenRoute, RouteLost};
+use crate::transport::{Dealer, PeerReceiver, PeerSender, Push, TransportError};
+
+/// An open route. Dropping it closes the connections.
+pub(super) struct Route {
+    pub(super) epoch: u64,
+    pub(super) frontend: FrontendId,
+    pub(super) api_server: u32,
+    pub(super) lost: mpsc::Sender<RouteLost>,
+    /// To the API server's output socket.
+    pub(super) outputs: PeerSender,
+    /// Something was queued since the last flush.
+    pub(super) dirty: bool,
+    /// The kernel takes nothing more; a source waits until it does.
+    pub(super) blocked: bool,
+    /// Keeps the connection to its input socket open; nothing is sent there after registration.
+    _inputs: PeerSender,
+    aborts: [AbortHandle; 2],
+}
+
+impl Drop for Route {
+    fn drop(&mut self) {
+        for abort in &self.aborts {
+            abort.abort();
+        }
+    }
+}
+
+impl Route {
+    pub(super) fn new(
+        request: &OpenRoute,
+        connections: (Dealer, Push),
+        epoch: u64,
+        slot: u32,
+    ) -> (Self, [Source; 2]) {
+        let (dealer, push) = connections;
+        let (inputs, requests) = dealer.split();
+        let (outputs, end) = push.split();
+        let (requests, abort_requests) = abortable(request_source(requests, epoch, slot));
+        let (end, abort_end) = abortable(end_source(end, epoch, slot));
+        let route = Self {
+            epoch,
+            frontend: request.frontend,
+            api_server: request.api_server,
+            lost: request.lost.clone(),
+            outputs,
+            dirty: false,
+            blocked: false,
+            _inputs: inputs,
+            aborts: [abort_requests, abort_end],
+        };
+        (route, [Box::pin(requests), Box::pin(end)])
+    }
+}
+
+/// Connects to an API server and registers there. PUSH first: an API server may call as soon as it
+/// is registered, and the answer needs the way back.
+pub(super) async fn connect(
+    request: &OpenRoute,
+    identity: EngineIdentity,
+) -> Result<(Dealer, Push), TransportError> {
+    let limit = request.connect_timeout;
+    let exchange = async {
+        let push = Push::connect(&request.output_address, limit).await?;
+        let mut dealer = Dealer::connect(&request.input_address, &identity.0, limit).await?;
+        dealer.send(vec![request.registration.clone()]).await?;
+        Ok((dealer, push))
+    };
+    match tokio::time::timeout(limit, exchange).await {
+        Ok(result) => result,
+        Err(_) => Err(TransportError::Timeout {
+            address: request.input_address.clone(),
+            stage: "opening a route",
+            limit,
+        }),
+    }
+}
+
+fn request_source(
+    receiver: PeerReceiver,
+    epoch: u64,
+    slot: u32,
+) -> impl futures::Stream<Item = Input> + Send {
+    stream::unfold(Some(receiver), move |receiver| async move {
+        let mut receiver = receiver?;
+        let gone = |error: TransportError| {
+            let reason = error.to_string();
+            let gone = Input::RouteGone {
+                epoch,
+                slot,
+                reason,
+            };
+            Some((gone, None))
+        };
+        let mut batch = match receiver.recv().await {
+            Ok(frames) => vec![frames],
+            Err(error) => return gone(error),
+        };
+        while batch.len() < BATCH {
+            match receiver.try_recv() {
+                Ok(Some(frames)) => batch.push(frames),
+                // An error shows again at the next turn, when the batch has been handled.
+                Ok(None) | Err(_) => break,
+            }
+        }
+        let input = Input::Frontend { epoch, slot, batch };
+        Some((input, Some(receiver)))
+    })
+}
+
+fn end_source(
+    mut receiver: PeerReceiver,
+    epoch: u64,
+    slot: u32,
+) -> impl futures::Stream<Item = Input> + Send {
+    stream::once(async move {
+        loop {
+            if let Err(error) = receiver.recv().await {
+                let reason = error.to_string();
+                return Input::RouteGone {
+                    epoch,
+                    slot,
+                    reason,
+                };
+            }
+        }
+    })
+}
+
+/// Reports when a route takes bytes again.
+pub(super) fn writable_source(route: &Route, slot: u32) -> Source {
+    let epoch = route.epoch;
+    let writable = route.outputs.writable();
+    Box::pin(stream::once(async move {
+        writable.await;
+        Input::Writable { epoch, slot }
+    }))
+}
+
+/// Tells an attachment that a route is lost, without making the rank task wait for it.
+pub(super) async fn report_lost(lost: mpsc::Sender<RouteLost>, report: RouteLost) {
+    const LIMIT: Duration = Duration::from_secs(10);
+    if tokio::time::timeout(LIMIT, lost.send(report.clone()))
+        .await
+        .is_err()
+    {
+        tracing::error!(?report, "the attachment does not take the loss of a route");
+    }
+}

@@ -1,0 +1,691 @@
+//! The loop of a rank task.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::future::pending;
+use std::pin::Pin;
+use std::time::Duration;
+
+use dp_sidecar_protocol::machine::virtual_engine::{self, Action, Event, VirtualEngine};
+use dp_sidecar_protocol::{EngineIndex, Frames, FrontendId, Incarnation, Slot, Time};
+use futures::FutureExt;
+use futures::stream::{SelectAll, StreamExt};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, Sleep, sleep_until, timeout};
+
+use super::engine::EngineSockets;
+use super::routes::{self, Route};
+use super::{Input, LAST_FLUSH, RankConfig, RankOutputs, Source};
+use crate::driver::handles::{
+    GroupKind, HandleError, HeldCall, OpenRoute, RankCommand, RankEvent, RankSnapshot, Reply,
+    RouteLost, SlotAddresses, Verdict,
+};
+use crate::transport::{Dealer, Push, TransportError};
+
+/// Inputs handled before routes are flushed and commands are looked at again.
+const TURN: usize = 16;
+/// Between two snapshots.
+const SNAPSHOT_INTERVAL: Duration = Duration::from_millis(50);
+/// Between two log lines about refused messages.
+const REFUSED_INTERVAL: Duration = Duration::from_secs(1);
+
+/// A route that is being connected.
+struct Opening {
+    epoch: u64,
+    frontend: FrontendId,
+}
+
+/// Outcome of connecting.
+struct Opened {
+    epoch: u64,
+    slot: u32,
+    request: OpenRoute,
+    reply: Reply<Slot>,
+    result: Result<(Dealer, Push), TransportError>,
+}
+
+pub(super) struct RankTask {
+    config: RankConfig,
+    outputs: RankOutputs,
+    publish: watch::Sender<RankSnapshot>,
+    machine: VirtualEngine,
+    start: Instant,
+    sources: SelectAll<Source>,
+    engine: Option<EngineSockets>,
+    /// Numbers socket sets and routes, so that nothing late is taken for something new.
+    next_epoch: u64,
+    routes: BTreeMap<u32, Route>,
+    dirty: Vec<u32>,
+    opening: BTreeMap<u32, Opening>,
+    connecting: JoinSet<Opened>,
+    reports: JoinSet<()>,
+    calls: BTreeMap<u64, Reply<rmpv::Value>>,
+    next_call: u64,
+    releases: BTreeMap<u64, Reply<rmpv::Value>>,
+    events: VecDeque<RankEvent>,
+    held: VecDeque<HeldCall>,
+    wake: bool,
+    published: Instant,
+    /// Something may look different since then.
+    changed: bool,
+    refused_logged: Option<Instant>,
+    refused_silent: u64,
+}
+
+impl RankTask {
+    pub(super) fn new(
+        config: RankConfig,
+        outputs: RankOutputs,
+        publish: watch::Sender<RankSnapshot>,
+    ) -> Self {
+        let now = Instant::now();
+        Self {
+            machine: VirtualEngine::new(config.machine.clone()),
+            config,
+            outputs,
+            publish,
+            start: now,
+            sources: SelectAll::new(),
+            engine: None,
+            next_epoch: 0,
+            routes: BTreeMap::new(),
+            dirty: Vec::new(),
+            opening: BTreeMap::new(),
+            connecting: JoinSet::new(),
+            reports: JoinSet::new(),
+            calls: BTreeMap::new(),
+            next_call: 0,
+            releases: BTreeMap::new(),
+            events: VecDeque::new(),
+            held: VecDeque::new(),
+            wake: false,
+            published: now,
+            changed: true,
+            refused_logged: None,
+            refused_silent: 0,
+        }
+    }
+
+    const fn rank(&self) -> EngineIndex {
+        self.config.machine.rank
+    }
+
+    fn now(&self) -> Time {
+        Time::from_start(self.start.elapsed())
+    }
+
+    fn epoch(&mut self) -> u64 {
+        self.next_epoch += 1;
+        self.next_epoch
+    }
+
+    pub(super) async fn run(mut self, mut commands: mpsc::Receiver<RankCommand>) {
+        let mut timer = Box::pin(sleep_until(self.start));
+        let mut done: Option<Reply<()>> = None;
+        let (events, held) = (self.outputs.events.clone(), self.outputs.held.clone());
+        while done.is_none() {
+            let armed = self.arm(&mut timer);
+            tokio::select! {
+                command = commands.recv() => match command {
+                    Some(RankCommand::Shutdown { reply }) => done = Some(reply),
+                    Some(command) => self.handle_command(command).await,
+                    None => break,
+                },
+                input = next(&mut self.sources) => self.handle_input(input).await,
+                Some(opened) = self.connecting.join_next() => {
+                    if let Ok(opened) = opened {
+                        self.handle_opened(opened);
+                    }
+                }
+                Some(_) = self.reports.join_next() => {}
+                () = &mut timer, if armed => {
+                    let now = self.now();
+                    self.machine.handle_timeout(now);
+                }
+                Ok(permit) = events.reserve(), if !self.events.is_empty() => {
+                    if let Some(event) = self.events.pop_front() {
+                        permit.send(event);
+                    }
+                }
+                Ok(permit) = held.reserve(), if !self.held.is_empty() => {
+                    if let Some(call) = self.held.pop_front() {
+                        permit.send(call);
+                    }
+                }
+            }
+            self.perform().await;
+            for _ in 1..TURN {
+                let Some(Some(input)) = self.sources.next().now_or_never() else {
+                    break;
+                };
+                self.handle_input(input).await;
+                self.perform().await;
+            }
+            self.flush_routes();
+            // A route may have been lost, which aborts requests on the engine.
+            self.perform().await;
+            self.publish();
+        }
+        self.stop(done).await;
+    }
+
+    /// Sets the timer to what is due next.
+    fn arm(&self, timer: &mut Pin<Box<Sleep>>) -> bool {
+        let machine = self.machine.poll_timeout();
+        let machine = machine.map(|time| self.start + time.since_start());
+        let snapshot = self.changed.then(|| self.published + SNAPSHOT_INTERVAL);
+        let Some(due) = machine.into_iter().chain(snapshot).min() else {
+            return false;
+        };
+        if timer.deadline() != due {
+            timer.as_mut().reset(due);
+        }
+        true
+    }
+
+    // === commands ===
+
+    async fn handle_command(&mut self, command: RankCommand) {
+        self.changed = true;
+        let now = self.now();
+        match command {
+            RankCommand::Prepare { incarnation, reply } => {
+                let result = self.prepare(now, incarnation).await;
+                let _ = reply.send(result);
+            }
+            RankCommand::EngineReady {
+                incarnation,
+                layout,
+            } => {
+                let layout = Box::new(layout);
+                let event = Event::Ready {
+                    incarnation,
+                    layout,
+                };
+                self.machine.handle_event(now, event);
+            }
+            RankCommand::Admit { incarnation } => {
+                self.machine.handle_event(now, Event::Admitted(incarnation));
+            }
+            RankCommand::EngineDown {
+                incarnation,
+                reason,
+            } => self.engine_down(now, incarnation, reason),
+            RankCommand::Admission { open, reply } => {
+                self.machine.handle_event(now, Event::Gate { open });
+                self.perform().await;
+                let _ = reply.send(Ok(()));
+            }
+            RankCommand::Call {
+                method,
+                args,
+                timeout,
+                reply,
+            } => {
+                self.next_call += 1;
+                let token = self.next_call;
+                self.calls.insert(token, reply);
+                let event = Event::Call {
+                    token,
+                    method,
+                    args,
+                    timeout,
+                };
+                self.machine.handle_event(now, event);
+            }
+            RankCommand::OpenRoute { route, reply } => self.open_route(route, reply),
+            RankCommand::CloseRoutes { frontend, reply } => {
+                self.close_routes(now, frontend);
+                self.perform().await;
+                let _ = reply.send(Ok(()));
+            }
+            RankCommand::Release {
+                ticket,
+                verdict,
+                reply,
+            } => {
+                self.releases.insert(ticket, reply);
+                let verdict = match verdict {
+                    Verdict::Forward => virtual_engine::Verdict::Forward,
+                    Verdict::Answer(value) => virtual_engine::Verdict::Answer(value),
+                    Verdict::Refuse(message) => virtual_engine::Verdict::Refuse(message),
+                };
+                self.machine.release(ticket, verdict);
+            }
+            // Ends the loop.
+            RankCommand::Shutdown { .. } => {}
+        }
+    }
+
+    async fn prepare(
+        &mut self,
+        now: Time,
+        incarnation: Incarnation,
+    ) -> Result<SlotAddresses, HandleError> {
+        self.engine = None;
+        self.machine.handle_event(now, Event::Prepared(incarnation));
+        let generation = self.epoch();
+        let rank = self.rank();
+        let slots = self.config.machine.frontend_slots + 1;
+        let bound =
+            EngineSockets::bind(&self.config.dir, rank, incarnation, generation, slots).await;
+        let (sockets, sources, addresses) = bound.map_err(|error| {
+            HandleError::failed(format!("sockets for the engine of DP rank {rank}: {error}"))
+        })?;
+        self.engine = Some(sockets);
+        self.sources.extend(sources);
+        Ok(addresses)
+    }
+
+    fn engine_down(&mut self, now: Time, incarnation: Incarnation, reason: String) {
+        if self
+            .engine
+            .as_ref()
+            .is_some_and(|engine| engine.incarnation == incarnation)
+        {
+            self.engine = None;
+        }
+        let event = Event::Down {
+            incarnation,
+            reason,
+        };
+        self.machine.handle_event(now, event);
+    }
+
+    /// What we saw ourselves says that the engine is gone.
+    fn engine_lost(&mut self, reason: String) {
+        let Some(engine) = self.engine.take() else {
+            return;
+        };
+        let incarnation = engine.incarnation;
+        tracing::warn!(rank = %self.rank(), %incarnation, reason, "engine lost");
+        self.events.push_back(RankEvent::Lost {
+            rank: self.rank(),
+            incarnation,
+            reason: reason.clone(),
+        });
+        let now = self.now();
+        let event = Event::Down {
+            incarnation,
+            reason,
+        };
+        self.machine.handle_event(now, event);
+    }
+
+    fn open_route(&mut self, request: OpenRoute, reply: Reply<Slot>) {
+        let slot = match self.machine.open_slot(request.frontend, request.api_server) {
+            Ok(slot) => slot,
+            Err(error) => {
+                let _ = reply.send(Err(HandleError::failed(error.to_string())));
+                return;
+            }
+        };
+        let epoch = self.epoch();
+        let opening = Opening {
+            epoch,
+            frontend: request.frontend,
+        };
+        self.opening.insert(slot.0, opening);
+        let identity = self.rank().identity();
+        self.connecting.spawn(async move {
+            let result = routes::connect(&request, identity).await;
+            Opened {
+                epoch,
+                slot: slot.0,
+                request,
+                reply,
+                result,
+            }
+        });
+    }
+
+    fn handle_opened(&mut self, opened: Opened) {
+        self.changed = true;
+        let Opened {
+            epoch,
+            slot,
+            request,
+            reply,
+            result,
+        } = opened;
+        let wanted = self
+            .opening
+            .get(&slot)
+            .is_some_and(|opening| opening.epoch == epoch);
+        if !wanted {
+            let error = HandleError::failed("the route was closed while it was being opened");
+            let _ = reply.send(Err(error));
+            return;
+        }
+        self.opening.remove(&slot);
+        match result {
+            Ok(connections) => {
+                let (route, sources) = Route::new(&request, connections, epoch, slot);
+                self.sources.extend(sources);
+                self.routes.insert(slot, route);
+                let _ = reply.send(Ok(Slot(slot)));
+            }
+            Err(error) => {
+                let now = self.now();
+                let event = Event::CloseSlot { slot: Slot(slot) };
+                self.machine.handle_event(now, event);
+                let error = format!(
+                    "route of DP rank {} to API server {}: {error}",
+                    self.rank(),
+                    request.api_server
+                );
+                let _ = reply.send(Err(HandleError::failed(error)));
+            }
+        }
+    }
+
+    fn close_routes(&mut self, now: Time, frontend: FrontendId) {
+        self.routes.retain(|_, route| route.frontend != frontend);
+        self.opening
+            .retain(|_, opening| opening.frontend != frontend);
+        self.machine.close_frontend(now, frontend);
+    }
+
+    // === sockets ===
+
+    async fn handle_input(&mut self, input: Input) {
+        let now = self.now();
+        match input {
+            Input::Engine {
+                generation,
+                slot,
+                batch,
+            } => {
+                let Some(incarnation) = self.incarnation_of(generation) else {
+                    return;
+                };
+                for frames in batch {
+                    let event = Event::FromEngine {
+                        incarnation,
+                        slot: Slot(slot),
+                        frames,
+                    };
+                    self.machine.handle_event(now, event);
+                }
+            }
+            Input::Registered {
+                generation,
+                slot,
+                frames,
+            } => {
+                if self.incarnation_of(generation).is_some() {
+                    self.engine_registered(slot, frames).await;
+                }
+            }
+            Input::EngineGone { generation, reason } => {
+                if self.incarnation_of(generation).is_some() {
+                    self.engine_lost(reason);
+                }
+            }
+            Input::Frontend { epoch, slot, batch } => {
+                if !self.is_current(slot, epoch) {
+                    return;
+                }
+                for frames in batch {
+                    let event = Event::FromFrontend {
+                        slot: Slot(slot),
+                        frames,
+                    };
+                    self.machine.handle_event(now, event);
+                }
+            }
+            Input::RouteGone {
+                epoch,
+                slot,
+                reason,
+            } => {
+                if self.is_current(slot, epoch) {
+                    self.route_lost(slot, reason);
+                }
+            }
+            Input::Writable { epoch, slot } => {
+                if let Some(route) = self.routes.get_mut(&slot)
+                    && route.epoch == epoch
+                {
+                    route.blocked = false;
+                    if !route.dirty {
+                        route.dirty = true;
+                        self.dirty.push(slot);
+                    }
+                }
+            }
+        }
+    }
+
+    fn incarnation_of(&self, generation: u64) -> Option<Incarnation> {
+        let engine = self.engine.as_ref()?;
+        (engine.generation == generation).then_some(engine.incarnation)
+    }
+
+    fn is_current(&self, slot: u32, epoch: u64) -> bool {
+        self.routes
+            .get(&slot)
+            .is_some_and(|route| route.epoch == epoch)
+    }
+
+    async fn engine_registered(&mut self, slot: u32, frames: Frames) {
+        let Some(engine) = self.engine.as_mut() else {
+            return;
+        };
+        let incarnation = engine.incarnation;
+        match engine.registered(slot).await {
+            Ok(true) if slot == Slot::CONTROL.0 => {
+                let frame = frames.into_iter().next().unwrap_or_default();
+                self.events.push_back(RankEvent::Registered {
+                    rank: self.rank(),
+                    incarnation,
+                    frame,
+                });
+            }
+            Ok(_) => {}
+            Err(error) => self.engine_lost(error.to_string()),
+        }
+    }
+
+    fn route_lost(&mut self, slot: u32, reason: String) {
+        let Some(route) = self.routes.remove(&slot) else {
+            return;
+        };
+        let report = RouteLost {
+            frontend: route.frontend,
+            rank: self.rank(),
+            api_server: route.api_server,
+            reason,
+        };
+        tracing::info!(
+            rank = %report.rank,
+            frontend = %report.frontend,
+            api_server = report.api_server,
+            reason = report.reason,
+            "route lost"
+        );
+        if let Err(mpsc::error::TrySendError::Full(report)) = route.lost.try_send(report) {
+            let lost = route.lost.clone();
+            self.reports.spawn(routes::report_lost(lost, report));
+        }
+        let now = self.now();
+        let event = Event::CloseSlot { slot: Slot(slot) };
+        self.machine.handle_event(now, event);
+    }
+
+    // === actions ===
+
+    async fn perform(&mut self) {
+        while let Some(action) = self.machine.poll_action() {
+            self.changed = true;
+            match action {
+                Action::ToEngine { slot, frames } => {
+                    if let Some(engine) = self.engine.as_mut()
+                        && let Err(error) = engine.send(slot.0, frames).await
+                    {
+                        self.engine_lost(error.to_string());
+                    }
+                }
+                Action::ToFrontend { slot, frames } => {
+                    if let Some(route) = self.routes.get_mut(&slot.0) {
+                        route.outputs.push(frames);
+                        if !route.dirty {
+                            route.dirty = true;
+                            self.dirty.push(slot.0);
+                        }
+                    }
+                }
+                Action::HeldCall {
+                    ticket,
+                    frontend,
+                    api_server,
+                    method,
+                    args,
+                } => self.held.push_back(HeldCall {
+                    rank: self.config.machine.rank,
+                    ticket,
+                    frontend,
+                    api_server,
+                    method,
+                    args,
+                }),
+                Action::Released { ticket, result } => {
+                    if let Some(reply) = self.releases.remove(&ticket) {
+                        let _ = reply.send(result.map_err(HandleError::failed));
+                    }
+                }
+                Action::CallAnswered { token, result } => {
+                    if let Some(reply) = self.calls.remove(&token) {
+                        let result = result.map_err(|error| self.call_error(error));
+                        let _ = reply.send(result);
+                    }
+                }
+                Action::Wake => self.wake = true,
+                Action::EngineDead => self.engine_lost("it reported ENGINE_CORE_DEAD".to_owned()),
+                Action::Refused { slot, reason } => self.log_refused(slot, &reason),
+                Action::SlotFree { slot } => {
+                    tracing::debug!(rank = %self.rank(), %slot, "slot is free");
+                }
+            }
+        }
+        if std::mem::take(&mut self.wake) && self.config.kind == GroupKind::Lockstep {
+            // Full: the wakes in the queue are handled after this request was sent.
+            let _ = self.outputs.wake.try_send(self.rank());
+        }
+    }
+
+    fn call_error(&self, error: virtual_engine::CallError) -> HandleError {
+        match error {
+            virtual_engine::CallError::Deadline(limit) => HandleError::Deadline {
+                what: format!("a call of the engine of DP rank {}", self.rank()),
+                limit,
+            },
+            error => HandleError::failed(error.to_string()),
+        }
+    }
+
+    fn log_refused(&mut self, slot: Slot, reason: &str) {
+        let now = Instant::now();
+        if self
+            .refused_logged
+            .is_some_and(|at| now - at < REFUSED_INTERVAL)
+        {
+            self.refused_silent += 1;
+            return;
+        }
+        let more = std::mem::take(&mut self.refused_silent);
+        self.refused_logged = Some(now);
+        let frontend = self.routes.get(&slot.0).map(|route| route.frontend.0);
+        tracing::warn!(rank = %self.rank(), %slot, frontend, more, reason, "message refused");
+    }
+
+    /// Writes what the routes have queued, as far as they take it.
+    fn flush_routes(&mut self) {
+        for slot in std::mem::take(&mut self.dirty) {
+            let Some(route) = self.routes.get_mut(&slot) else {
+                continue;
+            };
+            route.dirty = false;
+            let limit = self.config.max_queued_bytes;
+            let lost = if route.blocked {
+                None
+            } else {
+                match route.outputs.try_flush() {
+                    Ok(true) => None,
+                    Ok(false) => {
+                        route.blocked = true;
+                        self.sources.push(routes::writable_source(route, slot));
+                        None
+                    }
+                    Err(error) => Some(error.to_string()),
+                }
+            };
+            let queued = route.outputs.queued();
+            if let Some(reason) = lost {
+                self.route_lost(slot, reason);
+            } else if queued > limit {
+                let reason = format!("it does not read: {queued} bytes wait, the limit is {limit}");
+                self.route_lost(slot, reason);
+            }
+        }
+    }
+
+    fn publish(&mut self) {
+        let now = Instant::now();
+        if !self.changed || now - self.published < SNAPSHOT_INTERVAL {
+            return;
+        }
+        self.published = now;
+        self.changed = false;
+        let machine = self.machine.snapshot();
+        let snapshot = RankSnapshot {
+            rank: self.rank(),
+            incarnation: machine.incarnation,
+            admitted: machine.admitted,
+            admission_open: machine.gate_open,
+            in_flight: machine.in_flight.iter().map(|(id, n)| (id.0, *n)).collect(),
+            held: machine.held,
+            slots: (
+                machine.occupied,
+                machine.draining,
+                self.config.machine.frontend_slots,
+            ),
+            refused: machine.refused,
+            weight_version: machine.weight_version,
+        };
+        self.publish.send_replace(snapshot);
+    }
+
+    /// Answers what is in flight, gives the answers a moment to get out, and ends.
+    async fn stop(mut self, done: Option<Reply<()>>) {
+        if let Some(engine) = self.engine.take() {
+            let now = self.now();
+            let event = Event::Down {
+                incarnation: engine.incarnation,
+                reason: "the sidecar stops".to_owned(),
+            };
+            self.machine.handle_event(now, event);
+        }
+        self.perform().await;
+        let flush = async {
+            for route in self.routes.values_mut() {
+                let _ = route.outputs.flush().await;
+            }
+        };
+        let _ = timeout(LAST_FLUSH, flush).await;
+        self.connecting.shutdown().await;
+        self.reports.shutdown().await;
+        drop(self);
+        if let Some(done) = done {
+            let _ = done.send(Ok(()));
+        }
+    }
+}
+
+/// The next input; waits for ever when there is nothing to read from.
+async fn next(sources: &mut SelectAll<Source>) -> Input {
+    match sources.next().await {
+        Some(input) => input,
+        None => pending().await,
+    }
+}
