@@ -214,7 +214,7 @@ impl Engine {
             }
             Input::Resume => {
                 assert!(
-                    !self.pending_pause && !(self.running && self.ignore_start),
+                    !(self.pending_pause || self.running && self.ignore_start),
                     "engine {} resumed while its pause is in flight",
                     self.index
                 );

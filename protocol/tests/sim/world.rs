@@ -496,7 +496,7 @@ impl World {
                     self.resume_done();
                 }
             }
-            Happening::ToMachine(event) => self.to_machine(event),
+            Happening::ToMachine(event) => self.tell_machine(event),
             Happening::MachineTimer => {
                 self.machine_timer = None;
                 self.machine.handle_timeout(self.time());
@@ -560,7 +560,7 @@ impl World {
         self.send(Link::RelayCommands(rank), Happening::ToMachine(wake));
     }
 
-    fn to_machine(&mut self, event: Event) {
+    fn tell_machine(&mut self, event: Event) {
         match event {
             Event::Report { report, .. } => self.handled = Some(report),
             Event::Subscribed { rank, incarnation } => {

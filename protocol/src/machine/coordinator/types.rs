@@ -1,5 +1,6 @@
 //! What goes into the DP coordinator machine and what comes out.
 
+use crate::layout::{FirstReq, Layout, VllmVersion};
 use crate::{EngineIdentity, EngineIndex, FrontendId, Incarnation, Wave};
 
 /// How the ranks depend on each other.
@@ -39,14 +40,20 @@ pub struct CoordinatorRules {
 }
 
 impl CoordinatorRules {
-    /// The rules of vLLM 0.`minor`.`patch`.
-    pub const fn of(minor: u16, patch: u16) -> Self {
+    /// The rules of vLLM 0.`minor`.`patch`, or of the closest known version.
+    pub fn of(minor: u16, patch: u16) -> Self {
+        Self::from(&Layout::closest(VllmVersion::new(0, minor, patch)))
+    }
+}
+
+impl From<&Layout> for CoordinatorRules {
+    fn from(layout: &Layout) -> Self {
         Self {
-            counts_with_kv_usage: minor > 27 || (minor == 27 && patch >= 1),
-            first_request: minor < 33,
-            first_request_sets_running: minor < 29,
-            ready_twice: minor > 17 || (minor == 17 && patch >= 1),
-            paused_ignores_start: minor >= 21,
+            counts_with_kv_usage: layout.counts_arity() > 2,
+            first_request: layout.first_req() != FirstReq::None,
+            first_request_sets_running: layout.first_req() == FirstReq::StartsAndSetsRunning,
+            ready_twice: layout.second_ready_tolerated(),
+            paused_ignores_start: layout.two_phase_pause(),
         }
     }
 }
