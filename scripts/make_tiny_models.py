@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -25,6 +26,8 @@ VOCABULARY = 320
 STEPS = 48
 RANGE = 0.08
 LETTERS = "abcdef"
+# Mostly the last token decides how an answer goes on: different endings, different answers.
+ENDINGS = ("red", "sky", "sun", "oak", "fox", "map")
 PROMPTS = 12
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}<|assistant|>"
@@ -110,23 +113,26 @@ def greedy(model, prompts):
     """Greedy tokens and the smallest distance between the best two logits on the way."""
     import torch
 
-    ids = torch.tensor(prompts)
     smallest = torch.full((len(prompts),), float("inf"))
+    path, new, past = [], torch.tensor(prompts), None
     with torch.inference_mode():
         for _ in range(STEPS):
-            logits = model(ids).logits[:, -1].float()
+            out = model(new, past_key_values=past, use_cache=True, logits_to_keep=1)
+            past = out.past_key_values
+            logits = out.logits[:, -1].float()
             best = logits.topk(2, dim=-1)
             spread = logits.std(dim=-1)
             smallest = torch.minimum(smallest, (best.values[:, 0] - best.values[:, 1]) / spread)
-            ids = torch.cat([ids, best.indices[:, :1]], dim=1)
-    return ids[:, -STEPS:].tolist(), smallest.tolist()
+            new = best.indices[:, :1]
+            path.append(new)
+    return torch.cat(path, dim=1).tolist(), smallest.tolist()
 
 
 def write_kind(kind: str, folder: Path, tokens) -> dict:
     import torch
     from transformers import AutoModelForCausalLM
 
-    words = [f"{a} {b} {c}" for a in LETTERS for b in LETTERS for c in ("red", "sky", "sun")]
+    words = [f"{a} {b} {c}" for a in LETTERS for b in LETTERS for c in ENDINGS]
     encoded = [tokens.encode(word) for word in words]
     paths, margins = [], []
     for seed in SEEDS:
@@ -141,12 +147,17 @@ def write_kind(kind: str, folder: Path, tokens) -> dict:
         paths.append(path)
         margins.append(margin)
         say(f"{where.name} written")
-    order = sorted(
-        (i for i in range(len(words)) if len({path[i][0] for path in paths}) == len(SEEDS)),
-        key=lambda i: -min(margin[i] for margin in margins),
-    )[:PROMPTS]
-    if len(order) < PROMPTS:
-        raise SystemExit(f"tiny-models: only {len(order)} {kind} prompts tell the seeds apart")
+    told_apart = [i for i in range(len(words)) if len({path[i][0] for path in paths}) == len(SEEDS)]
+    told_apart.sort(key=lambda i: -min(margin[i] for margin in margins))
+    # The best of each ending, then the second best: an ending may have none.
+    by_ending = [[i for i in told_apart if words[i].endswith(ending)] for ending in ENDINGS]
+    order = [i for turn in itertools.zip_longest(*by_ending) for i in turn if i is not None]
+    order = order[:PROMPTS]
+    if len(order) < PROMPTS or len({words[i][-3:] for i in order}) < 3:
+        raise SystemExit(f"tiny-models: too few {kind} prompts tell the seeds apart")
+    smallest = min(margin[i] for margin in margins for i in order)
+    if smallest < 0.1:
+        raise SystemExit(f"tiny-models: {kind} prompts come within {smallest} of a tie")
     return {
         "prompts": [words[i] for i in order],
         "margins": [min(margin[i] for margin in margins) for i in order],
