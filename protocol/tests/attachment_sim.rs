@@ -5,6 +5,8 @@
 //! dies of what that function raises for. Its DP coordinator says READY when all ranks of *its* size
 //! have subscribed.
 
+#![allow(clippy::unwrap_used, reason = "test helpers")]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
@@ -40,8 +42,8 @@ enum Item {
     Machine(Event),
     /// From the machine's side to the frontend process of that generation.
     Hello(u64, Attempt, EngineIndex),
-    Ready(u64, Attempt, EngineIndex),
-    Subscribe(u64, Attempt, EngineIndex),
+    Ready(u64, EngineIndex),
+    Subscribe(u64, EngineIndex),
     Farewell(u64),
     /// Connecting: which process answers is decided when it arrives.
     Connect(Attempt, Link),
@@ -206,7 +208,7 @@ impl World {
                     );
                 }
                 if let Some(generation) = self.generation(attempt, Link::Handshake(rank)) {
-                    let item = Item::Ready(generation, attempt, rank);
+                    let item = Item::Ready(generation, rank);
                     self.send(attempt, Link::Handshake(rank), false, item);
                 }
             }
@@ -320,7 +322,7 @@ impl World {
             },
             Link::Coordinator(rank) => {
                 self.open.insert((attempt, link), generation);
-                let item = Item::Subscribe(generation, attempt, rank);
+                let item = Item::Subscribe(generation, rank);
                 return self.send(attempt, link, false, item);
             }
             Link::Teardown => return,
@@ -538,8 +540,8 @@ impl World {
             }
             Item::Connect(attempt, link) => self.connected(attempt, link),
             Item::Hello(generation, attempt, rank) => self.hello(generation, attempt, rank),
-            Item::Ready(generation, _, rank) => self.ready(generation, rank),
-            Item::Subscribe(generation, _, rank) => self.subscribe(generation, rank),
+            Item::Ready(generation, rank) => self.ready(generation, rank),
+            Item::Subscribe(generation, rank) => self.subscribe(generation, rank),
             Item::Farewell(generation) => {
                 if self.process_of(generation).is_some() {
                     self.stop("ENGINE_CORE_DEAD");

@@ -1,5 +1,7 @@
 //! The handshake machine against engines, strangers and doubles.
 
+#![allow(clippy::unwrap_used, reason = "test helpers")]
+
 use std::time::Duration;
 
 use bytes::Bytes;

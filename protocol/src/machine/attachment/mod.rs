@@ -15,6 +15,7 @@
 //! * Its DP coordinator says READY when *all* its engines have subscribed. One that never says it
 //!   waits for more engines than there are.
 
+mod trouble;
 mod types;
 
 use std::collections::{BTreeSet, VecDeque};
@@ -87,6 +88,8 @@ pub struct Attachment {
     stall_at: Option<Time>,
     refused: bool,
     detail: Option<String>,
+    /// Why the previous attempt ended.
+    last_loss: Option<String>,
     attachments: u64,
     actions: VecDeque<Action>,
 }
@@ -109,6 +112,7 @@ impl Attachment {
             stall_at: None,
             refused: false,
             detail: None,
+            last_loss: None,
             attachments: 0,
             actions: VecDeque::new(),
         }
@@ -143,9 +147,13 @@ impl Attachment {
             }
             Event::ProbeFailed { attempt, reason } if self.is(attempt) => {
                 if matches!(self.phase, Phase::Probing) {
-                    let address = &self.config.address;
                     if !self.refused {
-                        self.detail = Some(format!("nobody accepts at {address}: {reason}"));
+                        let address = &self.config.address;
+                        let before = self.last_loss.as_ref();
+                        let before = before
+                            .map_or_else(String::new, |why| format!("; detached before: {why}"));
+                        self.detail =
+                            Some(format!("nobody accepts at {address}: {reason}{before}"));
                     }
                     self.back_off(now);
                 }
@@ -428,28 +436,6 @@ impl Attachment {
         }
     }
 
-    /// Why this INIT cannot be from a frontend of this deployment.
-    fn misfit(&self, init: &Init) -> Option<String> {
-        let address = &self.config.address;
-        let engines = self.engines.as_ref()?;
-        if engines.size < 2 {
-            return None;
-        }
-        match (engines.lockstep, init.data_parallel_size()) {
-            (_, Some(theirs)) if theirs != i64::from(engines.size) => Some(format!(
-                "frontend {address} runs with --data-parallel-size {theirs}, this deployment has {}",
-                engines.size
-            )),
-            (true, None) => Some(format!(
-                "frontend {address} expects independent engines (its INIT has no data_parallel_size), this deployment runs a MoE model in lockstep: does it serve another model?"
-            )),
-            (false, Some(_)) => Some(format!(
-                "frontend {address} expects engines in lockstep (its INIT has a data_parallel_size), this deployment runs a dense model: does it serve another model, or run a vLLM older than 0.14.1?"
-            )),
-            _ => None,
-        }
-    }
-
     fn register(&mut self, now: Time) {
         let Some(init) = self.init.clone() else {
             return;
@@ -563,181 +549,6 @@ impl Attachment {
                 attempt: self.attempt,
             });
         }
-    }
-
-    // === What goes wrong ===
-
-    fn stalled(&mut self, now: Time) {
-        let address = self.config.address.clone();
-        let size = self.size();
-        let stall = self.config.stall;
-        let has_coordinator = self.init.as_ref().is_some_and(has_coordinator);
-        match &self.phase {
-            Phase::Connecting(connected) => {
-                let n = connected.len();
-                self.lost(
-                    now,
-                    format!("{n} of {size} handshake connections were accepted within {stall:?}"),
-                );
-            }
-            Phase::Settling => {
-                self.refused = false;
-                self.detail = None;
-                self.say_hello(now, EngineIndex(0));
-            }
-            Phase::Hello(rank) => {
-                let rank = *rank;
-                self.refuse(format!(
-                    "frontend {address} accepts connections but has not answered HELLO of rank {rank} with INIT for {stall:?}"
-                ));
-            }
-            Phase::Registering(state) if !state.ready_sent && has_coordinator => {
-                let n = state.coordinator_ready.len();
-                self.refuse(format!(
-                    "the DP coordinator of frontend {address} has broadcast READY to {n} of {size} ranks for {stall:?}: it waits for more engines, so its --data-parallel-size is probably larger than {size}, or it serves local engines of its own (--data-parallel-size-local must be 0)"
-                ));
-            }
-            Phase::Registering(state) if state.ready_sent => {
-                let api_servers = self.init.as_ref().map_or(0, api_servers);
-                let needed = usize::from(size) * api_servers as usize;
-                let open = state.routes.len();
-                if open < needed {
-                    self.detail = Some(format!(
-                        "{open} of {needed} routes to frontend {address} are open"
-                    ));
-                    // Asked again: the routes have a deadline of their own.
-                    self.stall_at = Some(now + self.config.confirm);
-                } else {
-                    let remark = format!(
-                        "frontend {address} has READY of all {size} ranks but keeps its handshake socket open: it may wait for more engines than {size}"
-                    );
-                    self.attach(now);
-                    self.detail = Some(remark);
-                }
-            }
-            _ => {}
-        }
-    }
-
-    fn handshake_lost(&mut self, now: Time, rank: EngineIndex, reason: &str) {
-        let address = self.config.address.clone();
-        let size = self.size();
-        match &mut self.phase {
-            Phase::Connecting(_) | Phase::Settling => {
-                self.lost(
-                    now,
-                    format!("handshake connection of rank {rank}: {reason}"),
-                );
-            }
-            Phase::Hello(asked) => {
-                let asked = *asked;
-                if asked.0 > 0 {
-                    self.refuse(format!(
-                        "frontend {address} closed its handshake after HELLO of rank {asked}: it runs with --data-parallel-size {asked} while this deployment has {size}, or it was stopped"
-                    ));
-                }
-                self.lost(
-                    now,
-                    format!("handshake connection closed before INIT to rank {asked}: {reason}"),
-                );
-            }
-            Phase::Registering(state) if state.ready_sent => {
-                // The frontend closes its handshake socket when all engines are READY.
-                self.handshake_closed.insert(rank);
-                self.advance(now);
-            }
-            Phase::Attached => {
-                self.handshake_closed.insert(rank);
-                self.close_handshake();
-            }
-            Phase::Registering(_) => self.lost(
-                now,
-                format!("handshake connection of rank {rank} closed before READY: {reason}"),
-            ),
-            Phase::Unfit | Phase::NoSlots => {
-                self.lost(now, format!("handshake connection closed: {reason}"));
-            }
-            _ => {}
-        }
-    }
-
-    /// Says so once per cause, and shows it until the next HELLO.
-    fn refuse(&mut self, error: String) {
-        if self.detail.as_ref() != Some(&error) {
-            self.actions.push_back(Action::Refused {
-                error: error.clone(),
-            });
-        }
-        self.refused = true;
-        self.detail = Some(error);
-    }
-
-    fn unfit(&mut self, now: Time, error: String) {
-        self.refuse(error);
-        self.enter(now, Phase::Unfit);
-    }
-
-    fn lost(&mut self, now: Time, reason: String) {
-        let soon = self
-            .ready_at
-            .is_some_and(|at| now.saturating_since(at) < self.config.refusal_window);
-        if soon {
-            let hash = self
-                .engines
-                .as_ref()
-                .and_then(|engines| engines.parallel_config_hash.clone());
-            let why = hash.map_or_else(
-                || "it was stopped, or its own start failed".to_owned(),
-                |hash| format!(
-                    "either it was stopped, or its parallel flags differ from the engines' (parallel_config_hash of the engines: {hash}; its log then says configuration mismatch)"
-                ),
-            );
-            self.refuse(format!(
-                "frontend {} went away right after READY: {why} ({reason})",
-                self.config.address
-            ));
-        } else if !self.refused {
-            self.detail = Some(reason.clone());
-        }
-        self.tear_down(now, After::Retry, reason);
-    }
-
-    fn tear_down(&mut self, now: Time, after: After, reason: String) {
-        // Only a frontend that may have routes of ours needs to be told.
-        let farewell = match (&self.phase, &self.init) {
-            (Phase::Registering(_) | Phase::Attached, Some(init)) => init.addresses.outputs.clone(),
-            _ => Vec::new(),
-        };
-        self.enter(now, Phase::TearingDown(after));
-        self.actions.push_back(Action::Teardown {
-            attempt: self.attempt,
-            farewell,
-            reason,
-        });
-    }
-
-    fn back_off(&mut self, now: Time) {
-        self.init = None;
-        self.ready_at = None;
-        let until = now + self.backoff;
-        self.backoff = (self.backoff * 2).min(self.config.backoff_max);
-        self.enter(now, Phase::Backoff(until));
-    }
-
-    fn remove(&mut self, now: Time) {
-        match self.phase {
-            Phase::Incomplete | Phase::Backoff(_) | Phase::Probing => self.removed(now),
-            Phase::TearingDown(_) => self.phase = Phase::TearingDown(After::Remove),
-            Phase::Removed => {}
-            _ => self.tear_down(now, After::Remove, "removed".to_owned()),
-        }
-    }
-
-    fn removed(&mut self, now: Time) {
-        self.enter(now, Phase::Removed);
-        self.refused = false;
-        self.detail = None;
-        self.actions.push_back(Action::Done);
     }
 }
 
