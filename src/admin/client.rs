@@ -1,1 +1,133 @@
-//! Client side of the admin socket.
+//! Client side of the admin socket, for the subcommands.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use futures::StreamExt;
+use thiserror::Error;
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::time::timeout;
+use tokio_util::codec::{FramedRead, LinesCodec};
+
+use super::server::HEARTBEAT;
+use super::types::{
+    AdminError, Command, Request, Response, UpdateProgress, UpdateReport, UpdateRequest,
+};
+use crate::state_dir::StateDir;
+
+/// Longest answer line in bytes: the status of a large deployment.
+const ANSWER_LIMIT: usize = 8 * 1024 * 1024;
+/// How long a connection may take.
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+/// Between two lines of an update; the sidecar repeats the last one every [`HEARTBEAT`].
+const SILENCE_LIMIT: Duration = HEARTBEAT.saturating_mul(6);
+
+/// A command could not be given, or was refused.
+#[derive(Debug, Error)]
+pub enum ClientError {
+    /// Nobody listens.
+    #[error("no sidecar answers at {}: {error}", path.display())]
+    NotRunning {
+        /// The socket.
+        path: PathBuf,
+        /// What went wrong.
+        error: std::io::Error,
+    },
+    /// The connection broke.
+    #[error("sidecar: {0}")]
+    Broken(String),
+    /// No answer in time.
+    #[error("sidecar: no answer within {0:?}")]
+    Deadline(Duration),
+    /// The sidecar refused, or failed.
+    #[error(transparent)]
+    Refused(#[from] AdminError),
+}
+
+/// A connection to a running sidecar.
+#[derive(Debug)]
+pub struct AdminClient {
+    answers: FramedRead<OwnedReadHalf, LinesCodec>,
+    requests: OwnedWriteHalf,
+}
+
+impl AdminClient {
+    /// Connects to the sidecar of a state directory.
+    pub async fn connect(state_dir: &Path) -> Result<Self, ClientError> {
+        let path = StateDir::admin_socket(state_dir);
+        let connected = timeout(CONNECT_LIMIT, UnixStream::connect(&path)).await;
+        let stream = match connected {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(error)) => return Err(ClientError::NotRunning { path, error }),
+            Err(_) => return Err(ClientError::Deadline(CONNECT_LIMIT)),
+        };
+        let (read, requests) = stream.into_split();
+        let codec = LinesCodec::new_with_max_length(ANSWER_LIMIT);
+        Ok(Self {
+            answers: FramedRead::new(read, codec),
+            requests,
+        })
+    }
+
+    /// Gives a command and waits for its answer, at most `limit`.
+    pub async fn call(
+        &mut self,
+        command: Command,
+        limit: Duration,
+    ) -> Result<Response, ClientError> {
+        self.send(command).await?;
+        self.receive(limit).await
+    }
+
+    /// Starts an update, tells each step, and returns its report.
+    pub async fn update(
+        &mut self,
+        request: UpdateRequest,
+        mut on_progress: impl FnMut(UpdateProgress),
+    ) -> Result<UpdateReport, ClientError> {
+        self.send(Command::Update(request)).await?;
+        loop {
+            match self.receive(SILENCE_LIMIT).await? {
+                Response::Progress(step) => on_progress(step),
+                Response::Update(report) => return Ok(report),
+                other => return Err(unexpected(&other)),
+            }
+        }
+    }
+
+    async fn send(&mut self, command: Command) -> Result<(), ClientError> {
+        let broken = |error: String| ClientError::Broken(format!("request: {error}"));
+        let mut line = serde_json::to_vec(&Request::new(command))
+            .map_err(|error| broken(error.to_string()))?;
+        line.push(b'\n');
+        match timeout(CONNECT_LIMIT, self.requests.write_all(&line)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(broken(error.to_string())),
+            Err(_) => Err(ClientError::Deadline(CONNECT_LIMIT)),
+        }
+    }
+
+    async fn receive(&mut self, limit: Duration) -> Result<Response, ClientError> {
+        let line = match timeout(limit, self.answers.next()).await {
+            Ok(Some(Ok(line))) => line,
+            Ok(Some(Err(error))) => return Err(ClientError::Broken(format!("answer: {error}"))),
+            Ok(None) => {
+                let text = "it closed the connection before it answered";
+                return Err(ClientError::Broken(text.to_owned()));
+            }
+            Err(_) => return Err(ClientError::Deadline(limit)),
+        };
+        match serde_json::from_str(&line) {
+            Ok(Response::Error(error)) => Err(ClientError::Refused(error)),
+            Ok(response) => Ok(response),
+            Err(error) => Err(ClientError::Broken(format!("answer: {error}"))),
+        }
+    }
+}
+
+/// An answer of the wrong type.
+pub fn unexpected(response: &Response) -> ClientError {
+    ClientError::Broken(format!("unexpected answer {response:?}"))
+}

@@ -333,6 +333,16 @@ pub struct RunArgs {
     )]
     pub log_format: LogFormat,
 
+    /// Take the accelerators from this JSON file instead of NVML, for trying things out.
+    #[arg(
+        long,
+        env = "SIDECAR_ACCEL_FILE",
+        hide = true,
+        value_name = "FILE",
+        help_heading = "Processes"
+    )]
+    pub accel_file: Option<PathBuf>,
+
     /// Print what would be started and where each value comes from, and start nothing.
     #[arg(long, help_heading = "Processes")]
     pub dry_run: bool,

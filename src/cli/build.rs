@@ -9,7 +9,7 @@ use thiserror::Error;
 use super::args::{ModelKind, RunArgs};
 use crate::config::devices::{self, DeviceError, Visible};
 use crate::config::model::{self, ModelError};
-use crate::config::{Config, Engines, Serve};
+use crate::config::{Config, Engines, Serve, check_host_port};
 use crate::driver::handles::GroupKind;
 use crate::state_dir::StateDir;
 use crate::supervisor::command::VllmLaunch;
@@ -153,6 +153,7 @@ pub fn build(args: &RunArgs, surroundings: &Surroundings) -> Result<Built, Usage
             max_restarts: args.max_restarts,
             lifeline: args.lifeline,
             log_format: args.log_format,
+            accel_file: args.accel_file.clone(),
             exe: surroundings.exe.clone(),
         },
         notes,
@@ -260,21 +261,6 @@ fn resolve(address: &str) -> Result<IpAddr, UsageError> {
         return Ok(IpAddr::V4(Ipv4Addr::LOCALHOST));
     }
     Ok(ip)
-}
-
-/// Checks `host:port` or `[v6]:port`.
-pub fn check_host_port(address: &str) -> Result<(), String> {
-    let Some((host, port)) = address.rsplit_once(':') else {
-        return Err("HOST:PORT expected".to_owned());
-    };
-    let bracketed = host.starts_with('[') && host.ends_with(']');
-    if host.is_empty() || (host.contains(':') && !bracketed) {
-        return Err("a host is expected before the colon (IPv6 in brackets)".to_owned());
-    }
-    match port.parse::<u16>() {
-        Ok(0) | Err(_) => Err(format!("port {port:?}: 1 to 65535 expected")),
-        Ok(_) => Ok(()),
-    }
 }
 
 /// Managed flags that the user repeated behind `--` must say the same.

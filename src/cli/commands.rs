@@ -1,18 +1,174 @@
-//! (to be written)
-use super::args::{FrontendArgs, PauseArgs, Target};
+//! The subcommands that talk to a running sidecar: what they share, and the small ones.
 
-pub fn pause(_args: &PauseArgs) -> u8 {
-    1
+use std::future::Future;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::args::{FrontendAction, FrontendArgs, PauseArgs, Target};
+use super::build::{self, Surroundings};
+use super::status;
+use crate::admin::client::{AdminClient, ClientError, unexpected};
+use crate::admin::types::{Command, ErrorKind, Response};
+use crate::config::LogFormat;
+use crate::exit_code;
+use crate::supervisor::environment;
+use crate::telemetry;
+
+/// How long a simple answer may take.
+pub const ANSWER_LIMIT: Duration = Duration::from_secs(15);
+/// How long pausing or resuming may take on top of the pause's own deadline.
+const CONTROL_LIMIT: Duration = Duration::from_secs(200);
+/// Pause deadline assumed when it is left to the sidecar.
+const PAUSE_LIMIT: Duration = Duration::from_secs(3600);
+
+impl Target {
+    /// The state directory that is meant.
+    pub fn state_dir(&self) -> PathBuf {
+        let surroundings = Surroundings {
+            variables: environment::own(),
+            nvml_count: 0,
+            exe: PathBuf::new(),
+            cwd: std::env::current_dir().ok(),
+        };
+        build::state_dir(self.state_dir.as_deref(), self.dp_rank, &surroundings)
+    }
 }
-pub fn resume(_target: &Target) -> u8 {
-    1
+
+/// Runs a subcommand: a runtime, and the exit code of its error.
+pub fn run(work: impl Future<Output = Result<u8, ClientError>>) -> u8 {
+    telemetry::init(LogFormat::Text);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: runtime: {error}");
+            return exit_code::INTERNAL;
+        }
+    };
+    match runtime.block_on(work) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error}");
+            code_of(&error)
+        }
+    }
 }
-pub fn version(_target: &Target) -> u8 {
-    1
+
+/// The exit code that says what went wrong.
+pub fn code_of(error: &ClientError) -> u8 {
+    match error {
+        ClientError::NotRunning { .. } => exit_code::NOT_RUNNING,
+        ClientError::Deadline(_) => exit_code::TIMEOUT,
+        ClientError::Broken(_) => exit_code::COMMAND_FAILED,
+        ClientError::Refused(error) => match error.kind {
+            ErrorKind::Busy => exit_code::BUSY,
+            ErrorKind::Invalid => exit_code::USAGE,
+            ErrorKind::Timeout => exit_code::TIMEOUT,
+            ErrorKind::Unavailable | ErrorKind::Failed => exit_code::COMMAND_FAILED,
+        },
+    }
 }
-pub fn frontend(_args: &FrontendArgs) -> u8 {
-    1
+
+/// One command, one answer.
+pub async fn call(
+    target: &Target,
+    command: Command,
+    limit: Duration,
+) -> Result<Response, ClientError> {
+    let mut client = AdminClient::connect(&target.state_dir()).await?;
+    client.call(command, limit).await
 }
-pub fn stop(_target: &Target) -> u8 {
-    1
+
+fn done(target: &Target, command: Command, limit: Duration, text: &str) -> u8 {
+    run(async {
+        match call(target, command, limit).await? {
+            Response::Done => {
+                println!("{text}");
+                Ok(exit_code::OK)
+            }
+            other => Err(unexpected(&other)),
+        }
+    })
+}
+
+/// `sidecar pause`.
+pub fn pause(args: &PauseArgs) -> u8 {
+    let command = Command::Pause {
+        mode: args.mode,
+        deadline_ms: args
+            .pause_deadline
+            .map(crate::supervisor::keeper::wire::millis),
+    };
+    let limit = args.pause_deadline.unwrap_or(PAUSE_LIMIT) + CONTROL_LIMIT;
+    done(&args.target, command, limit, "all engines are paused")
+}
+
+/// `sidecar resume`.
+pub fn resume(target: &Target) -> u8 {
+    done(
+        target,
+        Command::Resume,
+        CONTROL_LIMIT,
+        "all engines are resumed",
+    )
+}
+
+/// `sidecar stop`.
+pub fn stop(target: &Target) -> u8 {
+    done(target, Command::Stop, ANSWER_LIMIT, "the sidecar stops")
+}
+
+/// `sidecar version`.
+pub fn version(target: &Target) -> u8 {
+    println!("command   {}", env!("CARGO_PKG_VERSION"));
+    run(async {
+        match call(target, Command::Version, ANSWER_LIMIT).await? {
+            Response::Version(report) => {
+                println!("sidecar   {}", report.sidecar);
+                for (rank, version) in &report.vllm {
+                    println!("engine {rank:<2} vLLM {version}");
+                }
+                println!("weights   {}", report.weights);
+                Ok(exit_code::OK)
+            }
+            other => Err(unexpected(&other)),
+        }
+    })
+}
+
+/// `sidecar frontend`.
+pub fn frontend(args: &FrontendArgs) -> u8 {
+    match &args.action {
+        FrontendAction::Add { address, target } => done(
+            target,
+            Command::FrontendAdd {
+                address: address.clone(),
+            },
+            ANSWER_LIMIT,
+            &format!("frontend {address} is wanted; see `sidecar frontend list`"),
+        ),
+        FrontendAction::Remove { address, target } => done(
+            target,
+            Command::FrontendRemove {
+                address: address.clone(),
+            },
+            CONTROL_LIMIT,
+            &format!("frontend {address} is removed"),
+        ),
+        FrontendAction::List { json, target } => run(async {
+            match call(target, Command::FrontendList, ANSWER_LIMIT).await? {
+                Response::Frontends(list) => {
+                    if *json {
+                        status::print_json(&list);
+                    } else {
+                        print!("{}", status::frontends(&list));
+                    }
+                    Ok(exit_code::OK)
+                }
+                other => Err(unexpected(&other)),
+            }
+        }),
+    }
 }

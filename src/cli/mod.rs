@@ -6,6 +6,7 @@ pub mod commands;
 pub mod normalize;
 pub mod run;
 pub mod status;
+pub mod table;
 pub mod update;
 
 use std::ffi::OsString;

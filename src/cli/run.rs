@@ -31,7 +31,7 @@ struct LastWord<'a> {
 /// Runs the sidecar; returns the exit code.
 pub fn run(args: &RunArgs) -> u8 {
     telemetry::init(args.log_format);
-    let surroundings = surroundings();
+    let surroundings = surroundings(args);
     let end = match build::build(args, &surroundings) {
         Err(error) => RunEnd::new(exit_code::USAGE, error.to_string()),
         Ok(built) if args.dry_run => {
@@ -54,10 +54,10 @@ pub fn run(args: &RunArgs) -> u8 {
     end.code
 }
 
-fn surroundings() -> Surroundings {
+fn surroundings(args: &RunArgs) -> Surroundings {
     Surroundings {
         variables: environment::own(),
-        nvml_count: crate::gpu::count(),
+        nvml_count: crate::gpu::count(args.accel_file.as_deref()),
         // The path stays right when the binary is replaced by a newer one while it runs.
         exe: std::env::current_exe().unwrap_or_else(|_| PathBuf::from("/proc/self/exe")),
         cwd: std::env::current_dir().ok(),

@@ -53,6 +53,8 @@ pub struct Config {
     pub lifeline: Lifeline,
     /// How logs are written.
     pub log_format: LogFormat,
+    /// Accelerators out of this file instead of NVML.
+    pub accel_file: Option<PathBuf>,
     /// The `sidecar` binary, for starting the keeper.
     pub exe: PathBuf,
 }
@@ -104,5 +106,20 @@ impl Config {
     pub fn local_ranks(&self) -> impl Iterator<Item = u16> + Clone + use<> {
         let (start, count) = (self.start_rank, self.size_local);
         (start..start.saturating_add(count)).take(usize::from(count))
+    }
+}
+
+/// Checks `host:port` or `[v6]:port`.
+pub fn check_host_port(address: &str) -> Result<(), String> {
+    let Some((host, port)) = address.rsplit_once(':') else {
+        return Err("HOST:PORT expected".to_owned());
+    };
+    let bracketed = host.starts_with('[') && host.ends_with(']');
+    if host.is_empty() || (host.contains(':') && !bracketed) {
+        return Err("a host is expected before the colon (IPv6 in brackets)".to_owned());
+    }
+    match port.parse::<u16>() {
+        Ok(0) | Err(_) => Err(format!("port {port:?}: 1 to 65535 expected")),
+        Ok(_) => Ok(()),
     }
 }

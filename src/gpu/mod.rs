@@ -1,0 +1,280 @@
+//! Accelerators of this node.
+//!
+//! NVML may block (a sick driver, a device that fell off the bus), so that it is asked on a thread
+//! of its own under a deadline. No driver is a normal answer. Nothing here changes a setting.
+
+mod nvml;
+
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
+
+pub use self::nvml::NvmlAccel;
+
+/// How long a report may take.
+pub const REPORT_LIMIT: Duration = Duration::from_secs(3);
+
+/// What is known about the accelerators. A machine without any is a normal answer.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct GpuReport {
+    /// Where the figures come from: `nvml`, `none`, `fake`.
+    pub source: String,
+    /// Why there are none, if there are none.
+    pub reason: Option<String>,
+    /// Driver version.
+    pub driver_version: Option<String>,
+    /// The devices, in NVML order (PCI order, without regard to `CUDA_VISIBLE_DEVICES`).
+    pub devices: Vec<GpuDevice>,
+}
+
+/// One device. A field that the device or driver does not support is `None`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct GpuDevice {
+    /// NVML index.
+    pub index: u32,
+    /// UUID, `GPU-...`.
+    pub uuid: Option<String>,
+    /// Product name.
+    pub name: Option<String>,
+    /// Bytes of memory.
+    pub memory_total: Option<u64>,
+    /// Bytes in use.
+    pub memory_used: Option<u64>,
+    /// Percent of time a kernel ran.
+    pub utilization: Option<u32>,
+    /// Degrees Celsius.
+    pub temperature: Option<u32>,
+    /// ECC is on.
+    pub ecc_enabled: Option<bool>,
+    /// Uncorrected ECC errors since the driver was loaded.
+    pub ecc_uncorrected: Option<u64>,
+    /// Processes with a compute context, as this container sees them.
+    pub processes: Option<Vec<GpuProcess>>,
+}
+
+/// A process on a device.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GpuProcess {
+    /// Its pid (of the host, in a container without the host's pid namespace).
+    pub pid: u32,
+    /// Bytes it holds, if the driver says so.
+    pub memory: Option<u64>,
+}
+
+/// A source of facts about accelerators.
+pub trait Accelerators: Send {
+    /// What is known now. May block.
+    fn report(&mut self) -> GpuReport;
+}
+
+/// There are none, or they cannot be asked.
+#[derive(Clone, Debug)]
+pub struct NoneAccel {
+    /// Why.
+    pub reason: String,
+}
+
+impl Accelerators for NoneAccel {
+    fn report(&mut self) -> GpuReport {
+        GpuReport {
+            source: "none".to_owned(),
+            reason: Some(self.reason.clone()),
+            ..GpuReport::default()
+        }
+    }
+}
+
+/// Accelerators out of a JSON file (a [`GpuReport`]), for tests and for trying things out.
+#[derive(Clone, Debug)]
+pub struct FakeAccel {
+    /// The file; read again for each report.
+    pub file: PathBuf,
+}
+
+impl Accelerators for FakeAccel {
+    fn report(&mut self) -> GpuReport {
+        let read = std::fs::read(&self.file)
+            .map_err(|error| error.to_string())
+            .and_then(|text| {
+                serde_json::from_slice::<GpuReport>(&text).map_err(|error| error.to_string())
+            });
+        match read {
+            Ok(report) => GpuReport {
+                source: "fake".to_owned(),
+                ..report
+            },
+            Err(error) => {
+                let reason = format!("{}: {error}", self.file.display());
+                NoneAccel { reason }.report()
+            }
+        }
+    }
+}
+
+/// The accelerators of this machine, or those of a file.
+pub fn detect(file: Option<&Path>) -> Box<dyn Accelerators> {
+    match file {
+        Some(file) => Box::new(FakeAccel {
+            file: file.to_owned(),
+        }),
+        None => match NvmlAccel::open() {
+            Ok(nvml) => Box::new(nvml),
+            Err(reason) => Box::new(NoneAccel { reason }),
+        },
+    }
+}
+
+/// Asks accelerators on a thread of its own.
+#[derive(Clone, Debug)]
+pub struct GpuMonitor {
+    asks: SyncSender<oneshot::Sender<GpuReport>>,
+}
+
+impl GpuMonitor {
+    /// Starts the thread. `open` runs on it, because opening NVML may block, too. The thread ends
+    /// when the last monitor is dropped; one that hangs inside the driver ends with the process.
+    pub fn start(
+        open: impl FnOnce() -> Box<dyn Accelerators> + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let (asks, queue) = sync_channel::<oneshot::Sender<GpuReport>>(4);
+        std::thread::Builder::new()
+            .name("accelerators".to_owned())
+            .spawn(move || {
+                let mut accelerators = open();
+                while let Ok(reply) = queue.recv() {
+                    // The asker may have given up.
+                    let _ = reply.send(accelerators.report());
+                }
+            })?;
+        Ok(Self { asks })
+    }
+
+    /// What is known now, within [`REPORT_LIMIT`].
+    pub async fn report(&self) -> GpuReport {
+        self.report_within(REPORT_LIMIT).await
+    }
+
+    async fn report_within(&self, limit: Duration) -> GpuReport {
+        let unknown = |reason: &str| GpuReport {
+            source: "none".to_owned(),
+            reason: Some(reason.to_owned()),
+            ..GpuReport::default()
+        };
+        let (reply, answer) = oneshot::channel();
+        match self.asks.try_send(reply) {
+            Ok(()) => {}
+            Err(TrySendError::Full(_)) => {
+                return unknown("the driver has not answered for a while");
+            }
+            Err(TrySendError::Disconnected(_)) => return unknown("its thread has ended"),
+        }
+        match tokio::time::timeout(limit, answer).await {
+            Ok(Ok(report)) => report,
+            Ok(Err(_)) => unknown("its thread has ended"),
+            Err(_) => unknown("the driver does not answer"),
+        }
+    }
+}
+
+/// Number of devices; 0 when there are none or the driver does not answer in time.
+pub fn count(file: Option<&Path>) -> u32 {
+    let file = file.map(Path::to_owned);
+    let (sender, receiver) = sync_channel(1);
+    let asked = std::thread::Builder::new()
+        .name("accelerators".to_owned())
+        .spawn(move || {
+            // The asker may have given up.
+            let _ = sender.send(detect(file.as_deref()).report().devices.len());
+        });
+    match asked {
+        Ok(_) => receiver
+            .recv_timeout(REPORT_LIMIT * 3)
+            .ok()
+            .and_then(|count| u32::try_from(count).ok())
+            .unwrap_or(0),
+        Err(_) => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(text: &str) -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("accel.json");
+        std::fs::write(&path, text).unwrap();
+        (dir, path)
+    }
+
+    #[test]
+    fn a_machine_without_a_driver_has_none_and_says_why() {
+        // On a machine with a driver this is the real thing, and has no reason to give.
+        let report = detect(None).report();
+        match report.source.as_str() {
+            "none" => {
+                assert!(report.devices.is_empty());
+                assert!(report.reason.is_some_and(|reason| !reason.is_empty()));
+            }
+            "nvml" => assert!(report.driver_version.is_some()),
+            other => panic!("unexpected source {other}"),
+        }
+    }
+
+    #[test]
+    fn fields_that_a_device_does_not_support_are_null() {
+        let (_dir, path) = file(
+            r#"{"source":"x","reason":null,"driver_version":"570.1",
+                "devices":[{"index":0,"uuid":"GPU-a","memory_total":1024},{"index":1}]}"#,
+        );
+        assert_eq!(count(Some(&path)), 2);
+        let report = detect(Some(&path)).report();
+        assert_eq!(report.source, "fake");
+        assert_eq!(report.devices[0].memory_total, Some(1024));
+        assert_eq!(report.devices[0].temperature, None);
+        assert_eq!(report.devices[1].uuid, None);
+    }
+
+    #[test]
+    fn a_broken_file_is_an_answer_too() {
+        let (_dir, path) = file("{");
+        assert_eq!(count(Some(&path)), 0);
+        let report = detect(Some(&path)).report();
+        assert!(report.reason.unwrap().contains("accel.json"));
+    }
+
+    #[tokio::test]
+    async fn the_monitor_answers_from_its_own_thread() {
+        struct Named;
+        impl Accelerators for Named {
+            fn report(&mut self) -> GpuReport {
+                GpuReport {
+                    source: std::thread::current().name().unwrap_or("").to_owned(),
+                    ..GpuReport::default()
+                }
+            }
+        }
+        let monitor = GpuMonitor::start(|| Box::new(Named)).unwrap();
+        assert_eq!(monitor.report().await.source, "accelerators");
+    }
+
+    #[tokio::test]
+    async fn a_driver_that_hangs_delays_nobody_beyond_the_limit() {
+        struct Hanging(std::sync::mpsc::Receiver<()>);
+        impl Accelerators for Hanging {
+            fn report(&mut self) -> GpuReport {
+                let _ = self.0.recv();
+                GpuReport::default()
+            }
+        }
+        let (release, hang) = std::sync::mpsc::channel();
+        let monitor = GpuMonitor::start(|| Box::new(Hanging(hang))).unwrap();
+        let report = monitor.report_within(Duration::from_millis(30)).await;
+        assert_eq!(report.reason.as_deref(), Some("the driver does not answer"));
+        drop(release);
+    }
+}
