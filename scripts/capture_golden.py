@@ -44,18 +44,14 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    capture_args = commands.add_parser(
-        "capture", help="write captures of the installed vLLM"
-    )
+    capture_args = commands.add_parser("capture", help="write captures of the installed vLLM")
     capture_args.add_argument(
         "--out",
         type=Path,
         default=GOLDEN,
         help="folder that gets vllm-VERSION (default: protocol/golden)",
     )
-    fields_args = commands.add_parser(
-        "fields", help="write fields.json from unpacked sources"
-    )
+    fields_args = commands.add_parser("fields", help="write fields.json from unpacked sources")
     fields_args.add_argument(
         "source",
         nargs="+",
@@ -92,9 +88,7 @@ def capture(out: Path) -> int:
         (folder / f"{name}.frames").write_bytes(data)
         files[f"{name}.frames"] = {
             "sha256": hashlib.sha256(data).hexdigest(),
-            "messages": [
-                {"name": label, "expect": expect} for label, _, expect in messages
-            ],
+            "messages": [{"name": label, "expect": expect} for label, _, expect in messages],
         }
         print(f"{name}: {len(messages)} messages, {len(data)} bytes", file=sys.stderr)
     manifest = {
@@ -126,9 +120,7 @@ def struct_fields() -> dict[str, Any]:
     fields["EngineCoreReadyResponse"] = (
         [field.name for field in dataclasses.fields(ready)] if ready else None
     )
-    fields["FinishReason"] = {
-        reason.name: reason.value for reason in engine.FinishReason
-    }
+    fields["FinishReason"] = {reason.name: reason.value for reason in engine.FinishReason}
     fields["EngineCoreRequestType"] = {
         kind.name: kind.value.hex() for kind in engine.EngineCoreRequestType
     }
@@ -160,9 +152,7 @@ def request(**changes: Any) -> Any:
     }
     values.update(changes)
     known = EngineCoreRequest.__struct_fields__
-    return EngineCoreRequest(
-        **{key: value for key, value in values.items() if key in known}
-    )
+    return EngineCoreRequest(**{key: value for key, value in values.items() if key in known})
 
 
 def add_message(label: str, value: Any) -> Message:
@@ -450,12 +440,8 @@ def output_messages() -> list[Message]:
             engine_index=1,
             outputs=[
                 EngineCoreOutput("req-a", [17]),
-                EngineCoreOutput(
-                    "req-b", [2], finish_reason=FinishReason.STOP, stop_reason="END"
-                ),
-                EngineCoreOutput(
-                    "req-c", [5, 70000], finish_reason=FinishReason.LENGTH
-                ),
+                EngineCoreOutput("req-b", [2], finish_reason=FinishReason.STOP, stop_reason="END"),
+                EngineCoreOutput("req-c", [5, 70000], finish_reason=FinishReason.LENGTH),
             ],
             scheduler_stats=stats(
                 num_running_reqs=3,
@@ -674,9 +660,7 @@ def coordinator_messages() -> list[Message]:
         }
     )
     with tempfile.TemporaryDirectory() as folder:
-        front, back_out, back_pub = (
-            f"ipc://{folder}/{name}" for name in ("front", "out", "pub")
-        )
+        front, back_out, back_pub = (f"ipc://{folder}/{name}" for name in ("front", "out", "pub"))
         threading.Thread(
             target=process.process_input_socket,
             args=(front, back_out, back_pub),
@@ -711,9 +695,7 @@ def coordinator_messages() -> list[Message]:
         def publication(label: str, wanted: Callable[[Any], bool]) -> None:
             frames = receive("front", lambda f: wanted(msgspec.msgpack.decode(f[0])))
             counts, wave, running = msgspec.msgpack.decode(frames[0])
-            messages.append(
-                (label, frames, {"counts": counts, "wave": wave, "running": running})
-            )
+            messages.append((label, frames, {"counts": counts, "wave": wave, "running": running}))
 
         sockets["front"].send(b"\x01")
         for name in ("engine0", "engine1"):
@@ -940,9 +922,7 @@ def hostile_messages() -> list[Message]:
         "no_params",
         changed("sampling_params", None),
     )
-    image_kind, image, *aux = add_message(
-        "x", request(mm_features=multimodal_features())
-    )[1]
+    image_kind, image, *aux = add_message("x", request(mm_features=multimodal_features()))[1]
     put("image_complete", [image_kind, image, *aux])
     put("image_without_tensor_frames", [image_kind, image])
     put("image_short_tensor_frame", [image_kind, image, *[a[:-1] for a in aux]])
@@ -998,14 +978,11 @@ def write_fields(sources: list[str], out: Path) -> int:
             Path(folder) / "vllm" / "v1/engine/__init__.py", "FinishReason"
         )
         table[version] = entry
-    ordered = dict(
-        sorted(table.items(), key=lambda kv: [int(p) for p in kv[0].split(".")[:3]])
-    )
+    ordered = dict(sorted(table.items(), key=lambda kv: [int(p) for p in kv[0].split(".")[:3]]))
     lines = []
     for version, entry in ordered.items():
         rows = ",\n".join(
-            f"  {json.dumps(name)}: {json.dumps(value)}"
-            for name, value in entry.items()
+            f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in entry.items()
         )
         lines.append(f" {json.dumps(version)}: {{\n{rows}\n }}")
     out.write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -53,7 +53,7 @@ class Sidecar(Process):
 
     def cli(self, *words: str, limit: float = STEP_LIMIT) -> subprocess.CompletedProcess[str]:
         """Run a subcommand against this sidecar."""
-        command = [str(self.binary), words[0], "--state-dir", str(self.state_dir), *words[1:]]
+        command = [str(self.binary), *words, "--state-dir", str(self.state_dir)]
         return subprocess.run(
             command, capture_output=True, text=True, timeout=limit, env=self.env, check=False
         )
