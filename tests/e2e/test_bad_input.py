@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 import time
-from pathlib import Path
 
 import pytest
 from frontends import IN_PROCESS_WORKER, MODEL_FLAGS
