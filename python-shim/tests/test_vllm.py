@@ -47,7 +47,7 @@ def request_for(path: Path, **changes) -> dict:
 class Engine:
     """An engine with the shim, and a file that tells it to fail."""
 
-    def __init__(self, kind: str, models: Path, order: Path) -> None:
+    def __init__(self, kind: str, models: Path, order: Path, **flags) -> None:
         from vllm import LLM, SamplingParams
 
         self.kind = kind
@@ -66,8 +66,8 @@ class Engine:
             max_num_seqs=8,
             dtype="bfloat16",
             gpu_memory_utilization=0.1,
-            distributed_executor_backend="uni",
             enable_prefix_caching=False,
+            **{"distributed_executor_backend": "uni", **flags},
         )
 
     def load(self, seed: int, **changes) -> dict:
@@ -89,19 +89,23 @@ class Engine:
         self.order.write_text(text)
 
 
-@pytest.fixture(scope="module", params=["dense", "moe"])
-def engine(request, models, tmp_path_factory):
-    order = tmp_path_factory.mktemp("order") / "fail"
+def started(kind: str, models: Path, order: Path, **flags):
+    """An engine until the caller is done with it."""
     patch = pytest.MonkeyPatch()
     patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     patch.setenv("OMP_NUM_THREADS", "1")
     patch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
     patch.setenv("DP_SIDECAR_TEST_FAIL_LOAD", str(order))
-    engine = Engine(request.param, models, order)
+    engine = Engine(kind, models, order, **flags)
     yield engine
     engine.llm.llm_engine.engine_core.shutdown()
     patch.undo()
+
+
+@pytest.fixture(scope="module", params=["dense", "moe"])
+def engine(request, models, tmp_path_factory):
+    yield from started(request.param, models, tmp_path_factory.mktemp("order") / "fail")
 
 
 @pytest.fixture(scope="module")
@@ -202,3 +206,37 @@ def test_a_checkpoint_of_wrong_shapes_fails_and_leaves_a_loadable_model(
     assert (answer["ok"], answer["state"]) == (False, "restored-meta"), answer
     assert engine.load(1)["ok"]
     assert engine.probe() == references[1]
+
+
+@pytest.fixture
+def two_workers(models, tmp_path):
+    yield from started(
+        "dense",
+        models,
+        tmp_path / "fail",
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+    )
+
+
+def test_every_worker_of_an_engine_answers_for_itself(two_workers):
+    engine = two_workers
+    infos = engine.llm.collective_rpc("dp_sidecar_info")
+    assert [(info["rank"], info["world_size"]) for info in infos] == [(0, 2), (1, 2)]
+    tokens = {seed: paths[:4] for seed, paths in engine.expected.items()}
+
+    def load(seed: int) -> list[dict]:
+        request = request_for(engine.models / f"dense-{seed}")
+        return engine.llm.collective_rpc("dp_sidecar_load", kwargs={"request": request})
+
+    for seed in (1, 0):
+        answers = load(seed)
+        assert [answer["rank"] for answer in answers] == [0, 1]
+        assert all(answer["ok"] for answer in answers), answers
+        assert len({answer["digest"] for answer in answers}) == 1
+        assert engine.probe()[0] == [path[:12] for path in tokens[str(seed)]]
+    engine.fail("after=7")
+    assert {answer["state"] for answer in load(1)} == {"restored-meta"}
+    engine.order.unlink()
+    assert all(answer["ok"] for answer in load(2))
+    assert engine.probe()[0] == [path[:12] for path in tokens["2"]]
