@@ -99,9 +99,24 @@ def capture(out: Path) -> int:
         "struct_fields": struct_fields(),
         "files": files,
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    (folder / "manifest.json").write_text(one_line_each(manifest))
     print(folder)
     return 0
+
+
+def one_line_each(manifest: dict[str, Any]) -> str:
+    """The manifest as JSON with one line per message."""
+    head = {key: value for key, value in manifest.items() if key != "files"}
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
+    files = []
+    for name, file in manifest["files"].items():
+        messages = ",\n".join(f"   {json.dumps(m)}" for m in file["messages"])
+        files.append(
+            f"  {json.dumps(name)}: {{\n"
+            f'   "sha256": "{file["sha256"]}",\n   "messages": [\n{messages}\n   ]\n  }}'
+        )
+    lines.append(' "files": {\n' + ",\n".join(files) + "\n }")
+    return "{\n" + "\n".join(lines) + "\n}\n"
 
 
 def struct_fields() -> dict[str, Any]:
@@ -454,12 +469,12 @@ def output_messages() -> list[Message]:
             weight_version="step-12",
         ),
     )
-    # Signature differs between versions: three arrays, and since 0.12 an optional list.
-    logprobs = LogprobsLists(
-        np.arange(80, dtype=np.int32).reshape(1, 80),
-        np.zeros((1, 80), dtype=np.float32),
-        np.zeros((1,), dtype=np.int32),
-    )
+    ids: Any = np.arange(80, dtype=np.int32).reshape(1, 80)
+    values: Any = np.zeros((1, 80), dtype=np.float32)
+    ranks: Any = np.zeros((1,), dtype=np.int32)
+    if "list" in str(LogprobsLists.__annotations__["logprob_token_ids"]):
+        ids, values, ranks = ids.tolist(), values.tolist(), ranks.tolist()
+    logprobs = LogprobsLists(ids, values, ranks)
     add(
         "step_with_tensors",
         outputs(outputs=[EngineCoreOutput("req-a", [17], new_logprobs=logprobs)]),
@@ -752,7 +767,7 @@ def engine_verdict(frames: Frames) -> str | None:
             if request_type == EngineCoreRequestType.UTILITY:
                 _, _, _method, _args = decoded
     except Exception as error:
-        return f"{type(error).__name__}: {str(error)[:120]}"
+        return f"{type(error).__name__}: {str(error)[:60]}"
     return None
 
 

@@ -192,6 +192,17 @@ pub enum FirstReq {
     None,
 }
 
+/// How `MultiModalKwargsItem` is written (`vllm/v1/serial_utils.py`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum MmForm {
+    /// Up to 0.12: an array of elements; `field` is a name and its arguments.
+    Positional,
+    /// 0.13 to 0.15: an array of elements; `field` is a name and a map.
+    Listed,
+    /// Since 0.16: a map from key to element.
+    Keyed,
+}
+
 /// Field positions and behaviour of one vLLM version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layout {
@@ -418,9 +429,20 @@ impl Layout {
         self.version.at_least(32, 0)
     }
 
-    /// Whether `MultiModalKwargsItem` is a map from key to element instead of an array.
-    pub(crate) const fn mm_items_are_keyed(&self) -> bool {
-        self.version.at_least(16, 0)
+    /// How `MultiModalKwargsItem` is written.
+    pub(crate) const fn mm_form(&self) -> MmForm {
+        if self.version.at_least(16, 0) {
+            MmForm::Keyed
+        } else if self.version.at_least(13, 0) {
+            MmForm::Listed
+        } else {
+            MmForm::Positional
+        }
+    }
+
+    /// Whether an empty string in `bad_words` raises.
+    pub(crate) const fn bad_words_may_be_empty(&self) -> bool {
+        !self.version.at_least(22, 0)
     }
 
     /// Which of the forms of `PoolingParams`, oldest first.

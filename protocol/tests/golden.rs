@@ -3,6 +3,8 @@
 //! Each capture comes with what vLLM decodes from it. A message is decoded and compared, written
 //! again where the sidecar is the writer, lengthened, and cut at every byte.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -498,7 +500,10 @@ fn check_init(layout: &Layout, label: &str, frame: &Bytes, expect: &Json) {
         frontend_stats_publish_address: text("frontend_stats_publish_address"),
     };
     assert_eq!(init.addresses, addresses, "{label}");
-    assert_eq!(init.encode(), *frame, "{label}");
+    // 0.12 and 0.13 add a hash that no engine reads; the sidecar does not send it.
+    if !(12..14).contains(&layout.version.minor) {
+        assert_eq!(init.encode(), *frame, "{label}");
+    }
     if label.ends_with("lockstep") {
         assert_eq!(init.data_parallel_size(), Some(4), "{label}");
         assert_eq!(
@@ -722,14 +727,21 @@ fn every_truncation_is_refused_without_a_panic() {
     });
 }
 
-/// Messages that the engine's decoder takes and the check does not.
-const STRICTER: [&str; 3] = [
+/// Messages that the engine's decoder takes, in all versions or in older ones, and the check does
+/// not.
+const STRICTER: [&str; 7] = [
     // A timestamp: no argument of vLLM is one.
     "utility_ext_-1",
     // Arrays as map keys become tuples in Python.
     "utility_array_key",
     // The engine's own check catches it since 0.14; before, it died of it.
     "no_params",
+    // Infinite or not a number: refused by vLLM since 0.24.
+    "params_temperature_5",
+    "params_temperature_6",
+    // A field that older versions do not know, of a type that it never has.
+    "params__eos_token_id_0",
+    "image_edit_14",
 ];
 
 #[test]

@@ -88,7 +88,7 @@ fn check_add_fields(
                 fields::ints(s, "prompt_token_ids")
             })
             .map(drop)?,
-            2 => tensor::features(scanner, layout.mm_items_are_keyed(), frames)?,
+            2 => tensor::features(scanner, layout.mm_form(), frames)?,
             3 => {
                 has_params |= fields::optional(scanner, "sampling_params", |s| {
                     params::sampling(s, layout, frames)

@@ -100,7 +100,12 @@ pub(super) fn float(
         Ok(value)
     } else {
         let (low, high) = range.into_inner();
-        Err(wrong(field, value, format!("{low} to {high}")))
+        let expected = if high < f64::MAX {
+            format!("{low} to {high}")
+        } else {
+            format!("finite, {low} or more")
+        };
+        Err(wrong(field, value, expected))
     }
 }
 

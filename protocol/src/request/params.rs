@@ -99,7 +99,10 @@ fn sampling_field(
                     optional(scanner, "stop", |s| strs(s, "stop", false))?.is_some_and(|n| n > 0)
                 };
         }
-        "bad_words" => optional(scanner, "bad_words", |s| strs(s, "bad_words", false)).map(drop)?,
+        "bad_words" => optional(scanner, "bad_words", |s| {
+            strs(s, "bad_words", layout.bad_words_may_be_empty())
+        })
+        .map(drop)?,
         "stop_token_ids" | "allowed_token_ids" | "logprob_token_ids" | "trace_decode_token_ids" => {
             optional(scanner, "token ids", |s| ints(s, "token ids")).map(drop)?;
         }

@@ -6,6 +6,7 @@
 
 use bytes::Bytes;
 
+use crate::layout::MmForm;
 use crate::positional::{Kind, Scanner};
 
 use super::RefusalKind;
@@ -102,7 +103,7 @@ fn numpy_size(dtype: &str) -> Option<u64> {
 /// `mm_features`: nil, or an array of `MultiModalFeatureSpec`.
 pub(super) fn features(
     scanner: &mut Scanner<'_>,
-    keyed: bool,
+    form: MmForm,
     frames: &[Bytes],
 ) -> Result<(), RefusalKind> {
     const FIELD: &str = "mm_features";
@@ -114,7 +115,7 @@ pub(super) fn features(
         fields::map(scanner, FIELD, |scanner, key| {
             missing.retain(|name| *name != key);
             match key {
-                "data" => fields::optional(scanner, FIELD, |s| item(s, keyed, frames)).map(|_| ()),
+                "data" => fields::optional(scanner, FIELD, |s| item(s, form, frames)).map(|_| ()),
                 "modality" | "identifier" => fields::str(scanner, FIELD).map(|_| ()),
                 "mm_hash" => fields::skip(scanner, "mm_hash", &[Kind::Nil, Kind::Str]),
                 "mm_position" => position(scanner, frames),
@@ -150,21 +151,21 @@ fn position(scanner: &mut Scanner<'_>, frames: &[Bytes]) -> Result<(), RefusalKi
 }
 
 /// `MultiModalKwargsItem`: a map from key to element since 0.16, before an array of elements.
-fn item(scanner: &mut Scanner<'_>, keyed: bool, frames: &[Bytes]) -> Result<(), RefusalKind> {
+fn item(scanner: &mut Scanner<'_>, form: MmForm, frames: &[Bytes]) -> Result<(), RefusalKind> {
     const FIELD: &str = "mm_features data";
-    if keyed {
-        return fields::map(scanner, FIELD, |scanner, _| element(scanner, keyed, frames));
+    if form == MmForm::Keyed {
+        return fields::map(scanner, FIELD, |scanner, _| element(scanner, form, frames));
     }
     for _ in 0..scanner.array().map_err(malformed(FIELD))? {
-        element(scanner, keyed, frames)?;
+        element(scanner, form, frames)?;
     }
     Ok(())
 }
 
-fn element(scanner: &mut Scanner<'_>, keyed: bool, frames: &[Bytes]) -> Result<(), RefusalKind> {
+fn element(scanner: &mut Scanner<'_>, form: MmForm, frames: &[Bytes]) -> Result<(), RefusalKind> {
     const FIELD: &str = "mm_features element";
     let mut missing = vec!["data", "field"];
-    if !keyed {
+    if form != MmForm::Keyed {
         missing.extend(["modality", "key"]);
     }
     fields::map(scanner, FIELD, |scanner, key| {
@@ -176,6 +177,7 @@ fn element(scanner: &mut Scanner<'_>, keyed: bool, frames: &[Bytes]) -> Result<(
         missing.retain(|name| *name != key);
         match key {
             "data" => fields::optional(scanner, FIELD, |s| nested(s, frames, 0)).map(|_| ()),
+            "field" if form == MmForm::Positional => positional_factory(scanner),
             "field" => factory(scanner),
             _ => fields::str(scanner, FIELD).map(|_| ()),
         }
@@ -233,6 +235,25 @@ fn factory(scanner: &mut Scanner<'_>) -> Result<(), RefusalKind> {
         }
     })?;
     none_missing(FIELD, &missing)
+}
+
+/// `[name, arguments ...]`, up to 0.12.
+fn positional_factory(scanner: &mut Scanner<'_>) -> Result<(), RefusalKind> {
+    const FIELD: &str = "mm_features field";
+    let fail = malformed(FIELD);
+    let count = scanner.array().map_err(fail)?;
+    if count == 0 {
+        return Err(wrong(FIELD, "empty", "[name, arguments ...]"));
+    }
+    match (scanner.str().map_err(fail)?, count) {
+        ("batched", 1) => Ok(()),
+        ("shared", 2) => fields::int(scanner, FIELD, i128::MIN).map(drop),
+        ("flat", 2 | 3) => {
+            slices(scanner, 0)?;
+            scanner.skip_ints(count - 2).map_err(fail)
+        }
+        _ => Err(wrong(FIELD, "unknown", "batched, flat or shared")),
+    }
 }
 
 /// A slice is `[start, stop, step]`, each int or nil; lists of slices may be nested.
