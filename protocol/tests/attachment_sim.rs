@@ -258,7 +258,7 @@ impl World {
         self.open.get(&(attempt, link)).copied()
     }
 
-    fn to_machine(&mut self, attempt: Attempt, link: Link, event: Event) {
+    fn report(&mut self, attempt: Attempt, link: Link, event: Event) {
         self.send(attempt, link, true, Item::Machine(event));
     }
 
@@ -307,7 +307,7 @@ impl World {
             (None, _) => None,
         };
         let Some(generation) = generation else {
-            return self.to_machine(attempt, link, Self::lost(attempt, link));
+            return self.report(attempt, link, Self::lost(attempt, link));
         };
         let event = match link {
             Link::Probe => Event::ProbeOk {
@@ -330,7 +330,7 @@ impl World {
         if link != Link::Probe {
             self.open.insert((attempt, link), generation);
         }
-        self.to_machine(attempt, link, event);
+        self.report(attempt, link, event);
     }
 
     fn process_of(&mut self, generation: u64) -> Option<&mut Process> {
@@ -377,7 +377,7 @@ impl World {
         self.has_coordinator.insert(attempt, coordinator);
         self.named.insert(attempt, generation);
         let payload: Bytes = init.encode();
-        self.to_machine(
+        self.report(
             attempt,
             Link::Handshake(rank),
             Event::Init {
@@ -399,7 +399,7 @@ impl World {
         process.coordinator_ready = true;
         for (attempt, link) in self.links(generation) {
             if let Link::Coordinator(rank) = link {
-                self.to_machine(attempt, link, Event::CoordinatorReady { attempt, rank });
+                self.report(attempt, link, Event::CoordinatorReady { attempt, rank });
             }
         }
         let time = self.now + self.rng.random_range(0..5000);
@@ -421,7 +421,7 @@ impl World {
             for (attempt, link) in self.links(generation) {
                 if matches!(link, Link::Handshake(_)) {
                     self.open.remove(&(attempt, link));
-                    self.to_machine(attempt, link, Self::lost(attempt, link));
+                    self.report(attempt, link, Self::lost(attempt, link));
                 }
             }
         }
@@ -444,7 +444,7 @@ impl World {
                 if rank.0 == 0 {
                     self.waves_expected += 1;
                 }
-                self.to_machine(attempt, link, event);
+                self.report(attempt, link, event);
             }
         }
     }
@@ -503,7 +503,7 @@ impl World {
         self.note(|| format!("frontend {} stops: {why}", process.generation));
         for (attempt, link) in self.links(process.generation) {
             self.open.remove(&(attempt, link));
-            self.to_machine(attempt, link, Self::lost(attempt, link));
+            self.report(attempt, link, Self::lost(attempt, link));
         }
         let time = self.now + self.rng.random_range(0..8000);
         self.at(time, Item::StartFrontend);
@@ -524,7 +524,7 @@ impl World {
             if let Some(process) = &mut self.process {
                 process.broken = true;
             }
-            self.to_machine(attempt, link, Self::lost(attempt, link));
+            self.report(attempt, link, Self::lost(attempt, link));
         }
     }
 
