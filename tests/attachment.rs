@@ -20,12 +20,15 @@ use dp_sidecar_testkit::Reporter;
 use dp_sidecar_testkit::frontend::{FakeFrontend, FrontendError, FrontendOptions};
 use parking_lot::Mutex;
 use rmpv::Value;
+use tokio::io::{AsyncBufReadExt, BufReader, Lines};
+use tokio::process::{Child, ChildStdout, Command};
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-const PATIENCE: Duration = Duration::from_secs(20);
+/// Real vLLM takes its time to start on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// What the ranks and the coordinator were asked.
 #[derive(Default)]
@@ -68,11 +71,14 @@ fn registration(rank: u16) -> Bytes {
 }
 
 fn deployment(size: u16, kind: GroupKind, known: u16) -> Deployment {
+    with_hash(size, kind, known, "fake-parallel-config")
+}
+
+fn with_hash(size: u16, kind: GroupKind, known: u16, hash: &str) -> Deployment {
     let engines = (0..known).map(|rank| {
         let facts = EngineFacts {
             registration: registration(rank),
-            parallel_config_hash: (kind == GroupKind::Lockstep)
-                .then(|| "fake-parallel-config".to_owned()),
+            parallel_config_hash: (kind == GroupKind::Lockstep).then(|| hash.to_owned()),
             num_gpu_blocks: None,
             layout: Layout::newest(),
         };
@@ -565,4 +571,139 @@ async fn a_frontend_without_free_slots_waits_for_them_without_a_second_hello() {
     fixture.until(&address, "attached", &[]).await;
     drop(many);
     fixture.shut_down().await;
+}
+
+// === Against vLLM's own startup code ===
+
+/// `scripts/frontend_reference.py`, in a process group of its own.
+struct Reference {
+    child: Child,
+    lines: Lines<BufReader<ChildStdout>>,
+}
+
+impl Reference {
+    /// `None` without an interpreter that has vLLM.
+    fn start(port: u16, arguments: &[&str]) -> Option<Self> {
+        let Some(python) = std::env::var_os("DP_SIDECAR_PYTHON") else {
+            eprintln!("skipped: DP_SIDECAR_PYTHON is not set, see scripts/vllm_env.py");
+            return None;
+        };
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/frontend_reference.py");
+        let mut child = Command::new(python)
+            .arg(script)
+            .args(["--port", &port.to_string()])
+            .args(arguments)
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::null())
+            .process_group(0)
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        Some(Self { child, lines })
+    }
+
+    /// The next event of this name; those before it are dropped.
+    async fn event(&mut self, name: &str) -> serde_json::Value {
+        let wanted = async {
+            while let Some(line) = self.lines.next_line().await.unwrap() {
+                // vLLM's own log lines go there, too.
+                let Ok(event) = serde_json::from_str::<serde_json::Value>(&line) else {
+                    continue;
+                };
+                if event["event"] == name {
+                    return event;
+                }
+                assert_ne!(event["event"], "failed", "{event}");
+            }
+            panic!("the frontend ended without {name}");
+        };
+        let waited = timeout(PATIENCE, wanted).await;
+        waited.unwrap_or_else(|_| panic!("no {name}"))
+    }
+}
+
+impl Drop for Reference {
+    /// SIGKILL to the frontend and its DP coordinator.
+    fn drop(&mut self) {
+        if let Some(pid) = self.child.id() {
+            let group = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap());
+            let _ = nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL);
+        }
+    }
+}
+
+fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_startup_code_of_vllm_accepts_the_virtual_engines_again_and_again() {
+    let port = free_port();
+    let arguments = ["--api-servers", "2"];
+    let Some(mut vllm) = Reference::start(port, &arguments) else {
+        return;
+    };
+    let fixture = fixture(2, GroupKind::Independent, 2);
+    let address = format!("127.0.0.1:{port}");
+    fixture.add(&address).await;
+    for life in 1..3 {
+        let stats = vllm.event("listening").await["stats"].clone();
+        assert!(stats.is_string());
+        for _ in 0..4 {
+            assert_eq!(vllm.event("registered").await["stats"], stats);
+        }
+        vllm.event("started").await;
+        let shown = fixture.until(&address, "attached", &[]).await;
+        assert_eq!((shown.attachments, shown.api_servers), (life, 2));
+        if life == 1 {
+            drop(vllm);
+            fixture
+                .until(&address, "waiting", &["nobody accepts"])
+                .await;
+            vllm = Reference::start(port, &arguments).unwrap();
+        }
+    }
+    fixture.remove(&address).await.unwrap();
+    assert_eq!(vllm.event("output").await["text"], "ENGINE_CORE_DEAD");
+    fixture.shut_down().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn vllm_checks_the_config_hash_of_moe_engines_and_the_sidecar_says_which() {
+    let port = free_port();
+    let Some(mut vllm) = Reference::start(port, &["--moe"]) else {
+        return;
+    };
+    let fixture = fixture(2, GroupKind::Lockstep, 2);
+    let address = format!("127.0.0.1:{port}");
+    fixture.add(&address).await;
+    let hash = vllm.event("hash").await["value"].clone();
+    let hash = hash.as_str().unwrap();
+    let failed = timeout(PATIENCE, async {
+        while let Some(line) = vllm.lines.next_line().await.unwrap() {
+            if line.contains("Configuration mismatch") {
+                return;
+            }
+        }
+        panic!("no mismatch");
+    });
+    failed.await.unwrap();
+    fixture
+        .until(
+            &address,
+            "refused",
+            &["right after READY", "fake-parallel-config"],
+        )
+        .await;
+    drop(vllm);
+    // As if the engines had been started with the frontend's flags.
+    let fits = with_hash(2, GroupKind::Lockstep, 2, hash);
+    fixture.deployment.send_replace(fits);
+    let mut vllm = Reference::start(port, &["--moe"]).unwrap();
+    vllm.event("started").await;
+    fixture.until(&address, "attached", &[]).await;
+    fixture.shut_down().await;
+    assert_eq!(vllm.event("output").await["text"], "ENGINE_CORE_DEAD");
 }
