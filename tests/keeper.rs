@@ -1,6 +1,8 @@
 //! The keeper, with real processes: scripts that ignore SIGTERM, hide in sessions of their own and
 //! clean their environment.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};

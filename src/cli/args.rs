@@ -31,7 +31,21 @@ What would be started, and where each value comes from:
     sidecar --dp-rank 0 -dp 2 --dry-run -- Qwen/Qwen3-8B
 
 Every option of `run` can also be given as SIDECAR_<NAME> (SIDECAR_DP_RANK=0); a flag wins.
-vLLM's own short forms work: -dp -dpl -dpa -dpp -dpr -asc.";
+vLLM's own short forms work: -dp -dpl -dpa -dpp -dpr -asc.
+All options of `run`: sidecar run --help. Exit codes: sidecar --help.";
+
+const USAGE: &str = "sidecar [run] --dp-rank R [OPTIONS] [-- MODEL [VLLM FLAGS]...]
+       sidecar <COMMAND> [OPTIONS]";
+
+/// The examples and the exit codes.
+fn long_help() -> String {
+    let mut text = format!("{EXAMPLES}\n\nExit codes:\n");
+    for (code, meaning) in crate::exit_code::TABLE {
+        text.push_str(&format!("  {code:>3}  {meaning}\n"));
+    }
+    text.push_str("  128+n  ended by signal n");
+    text
+}
 
 /// Hosts vLLM data-parallel engines on this node: starts and supervises them, lets unmodified vLLM
 /// frontends come and go, and updates the weights of all engines as one transaction.
@@ -39,8 +53,9 @@ vLLM's own short forms work: -dp -dpl -dpa -dpp -dpr -asc.";
 #[command(
     name = "sidecar",
     version,
+    override_usage = USAGE,
     after_help = EXAMPLES,
-    after_long_help = EXAMPLES,
+    after_long_help = long_help(),
     disable_help_subcommand = true,
     max_term_width = 110
 )]
@@ -88,7 +103,7 @@ pub enum ModelKind {
 
 /// `sidecar run`.
 #[derive(Debug, Args)]
-#[command(after_help = EXAMPLES, after_long_help = EXAMPLES)]
+#[command(override_usage = USAGE, after_help = EXAMPLES, after_long_help = long_help())]
 pub struct RunArgs {
     /// First DP rank of this node (vLLM: --data-parallel-start-rank, -dpr).
     #[arg(

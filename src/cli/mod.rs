@@ -12,7 +12,7 @@ pub mod update;
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches};
 
 use self::args::{Cli, Command, KeeperArgs};
 use crate::config::LogFormat;
@@ -36,8 +36,11 @@ fn dispatch(args: impl Iterator<Item = OsString>) -> u8 {
         Err(problem) => return usage(&problem),
     };
     let program = std::iter::once("sidecar".to_owned());
-    let cli = match Cli::try_parse_from(program.chain(args)) {
-        Ok(cli) => cli,
+    let parsed = Cli::command()
+        .try_get_matches_from(program.chain(args))
+        .and_then(|matches| Ok((Cli::from_arg_matches(&matches)?, matches)));
+    let (cli, matches) = match parsed {
+        Ok(parsed) => parsed,
         Err(error) => {
             // Help and version come as errors, too; clap knows where each belongs.
             let _ = error.print();
@@ -47,7 +50,7 @@ fn dispatch(args: impl Iterator<Item = OsString>) -> u8 {
     match cli.command {
         // No runtime and no other thread may exist in the keeper.
         Command::Keeper(args) => keeper(args),
-        Command::Run(args) => run::run(&args),
+        Command::Run(args) => run::run(&args, &run::origins(&matches)),
         Command::Update(args) => update::update(&args),
         Command::Status(args) => status::status(&args),
         Command::Pause(args) => commands::pause(&args),

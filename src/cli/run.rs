@@ -4,10 +4,13 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::parser::ValueSource;
+use clap::{ArgMatches, CommandFactory};
 use serde::Serialize;
 
-use super::args::RunArgs;
+use super::args::{Cli, RunArgs};
 use super::build::{self, Built, Surroundings};
+use super::table::Table;
 use crate::app;
 use crate::config::{Config, Engines};
 use crate::driver::handles::GroupKind;
@@ -28,14 +31,54 @@ struct LastWord<'a> {
     node_rank: u16,
 }
 
+/// An option of `run`, its value, and who gave it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// Long name.
+    pub name: String,
+    /// Value as text.
+    pub value: String,
+    /// `flag`, the variable, or `default`.
+    pub origin: String,
+}
+
+/// Where the values of `run` come from: flag, variable, default.
+pub fn origins(matches: &ArgMatches) -> Vec<Origin> {
+    let Some(("run", matches)) = matches.subcommand() else {
+        return Vec::new();
+    };
+    let command = Cli::command();
+    let Some(run) = command.find_subcommand("run") else {
+        return Vec::new();
+    };
+    run.get_arguments()
+        .filter_map(|argument| {
+            let name = argument.get_long().filter(|name| *name != "dry-run")?;
+            let id = argument.get_id().as_str();
+            let origin = match matches.value_source(id)? {
+                ValueSource::CommandLine => "flag".to_owned(),
+                ValueSource::EnvVariable => argument.get_env()?.to_str()?.to_owned(),
+                _ => "default".to_owned(),
+            };
+            let values = matches.try_get_raw(id).ok()??;
+            let values: Vec<_> = values.map(|value| value.to_string_lossy()).collect();
+            Some(Origin {
+                name: name.to_owned(),
+                value: values.join(","),
+                origin,
+            })
+        })
+        .collect()
+}
+
 /// Runs the sidecar; returns the exit code.
-pub fn run(args: &RunArgs) -> u8 {
+pub fn run(args: &RunArgs, origins: &[Origin]) -> u8 {
     telemetry::init(args.log_format);
     let surroundings = surroundings(args);
     let end = match build::build(args, &surroundings) {
         Err(error) => RunEnd::new(exit_code::USAGE, error.to_string()),
         Ok(built) if args.dry_run => {
-            print!("{}", describe(&built));
+            print!("{}", describe(&built, origins));
             return exit_code::OK;
         }
         Ok(built) => host(built),
@@ -68,6 +111,15 @@ fn host(built: Built) -> RunEnd {
     for note in &built.notes {
         tracing::warn!("{note}");
     }
+    if let Engines::Spawn(launch) = &built.config.engines
+        && !launch.finds_bin()
+    {
+        let text = format!(
+            "{}: no such program; give --vllm-bin, or put vllm into PATH",
+            launch.bin.display()
+        );
+        return RunEnd::new(exit_code::PREFLIGHT, text);
+    }
     let state = match StateDir::open(&built.config.state_dir) {
         Ok(state) => state,
         Err(error) => {
@@ -96,7 +148,7 @@ fn host(built: Built) -> RunEnd {
 }
 
 /// The effective values and what would be started, for `--dry-run`.
-fn describe(built: &Built) -> String {
+fn describe(built: &Built, origins: &[Origin]) -> String {
     let Config {
         start_rank,
         size,
@@ -138,6 +190,17 @@ fn describe(built: &Built) -> String {
     if let Some(spec) = config.frontend_spawn(1, handshake) {
         text.push_str(&format!("{}: {}\n", spec.name, shell_line(&spec.argv)));
     }
+    text.push_str("(port 0: a free loopback port, chosen at each start)\n\nvalues\n");
+    let mut table = Table::new(&["option", "value", "from"]);
+    for Origin {
+        name,
+        value,
+        origin,
+    } in origins
+    {
+        table.row(vec![format!("--{name}"), value.clone(), origin.clone()]);
+    }
+    text.push_str(&table.render());
     for note in &built.notes {
         text.push_str(&format!("note: {note}\n"));
     }

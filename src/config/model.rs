@@ -162,7 +162,7 @@ fn experts(config: &Value) -> Option<u64> {
             .filter_map(|block| block.get("n_routed_experts")?.as_u64())
             .max()
     });
-    in_blocks.or(named.map(|_| 0))
+    in_blocks.or_else(|| named.map(|_| 0))
 }
 
 /// The directory of a model in the Hugging Face cache.

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 
 use super::keeper::wire::SpawnSpec;
 use crate::config::{Config, Engines};
@@ -141,6 +142,23 @@ impl Config {
 }
 
 impl VllmLaunch {
+    /// Whether the program is there, as the keeper will look for it.
+    pub fn finds_bin(&self) -> bool {
+        let in_directory = |directory: &Path| {
+            let path = match &self.cwd {
+                Some(cwd) => cwd.join(directory).join(&self.bin),
+                None => directory.join(&self.bin),
+            };
+            path.metadata()
+                .is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0)
+        };
+        if self.bin.components().count() > 1 {
+            return in_directory(Path::new(""));
+        }
+        let path = self.env.get("PATH").map_or("/bin:/usr/bin", String::as_str);
+        path.split(':').any(|entry| in_directory(Path::new(entry)))
+    }
+
     fn serve(&self) -> Vec<String> {
         let mut argv = vec![self.bin.display().to_string(), "serve".to_owned()];
         argv.extend(self.model.clone());

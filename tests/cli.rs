@@ -1,0 +1,702 @@
+//! The `sidecar` program from outside: command lines, checks, exit codes, and the subcommands
+//! against an admin socket with scripted answers.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+use std::path::{Path, PathBuf};
+use std::process::{Output, Stdio};
+use std::time::Duration;
+
+use dp_sidecar::admin::types::{
+    AdminError, ControllerStatus, DeploymentStatus, EngineStatus, ErrorKind, FrontendStatus,
+    PauseMode, SidecarStatus, Status, UpdateProgress, UpdateReport, UpdateRequest, UpdateStatus,
+    VersionReport, WeightsStatus,
+};
+use dp_sidecar::admin::{AdminCommand, AdminServer};
+use dp_sidecar::driver::handles::{CoordinatorSnapshot, FrontendSnapshot, GroupKind};
+use dp_sidecar::gpu::{GpuDevice, GpuReport};
+use dp_sidecar_protocol::EngineIndex;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+use tokio::process::Command;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+fn command(line: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sidecar"));
+    command
+        .args(line.split_whitespace())
+        .env_clear()
+        .env("PATH", "/bin:/usr/bin")
+        .stdin(Stdio::null())
+        .kill_on_drop(true);
+    command
+}
+
+async fn output(command: &mut Command) -> Output {
+    timeout(PATIENCE, command.output()).await.unwrap().unwrap()
+}
+
+async fn sidecar(line: &str) -> Output {
+    output(&mut command(line)).await
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+fn model(config: &str) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("config.json"), config).unwrap();
+    dir
+}
+
+// === run: command lines and checks ===
+
+/// The lines of a dry run that start with `name`, without that name.
+async fn planned(command: &mut Command, name: &str) -> String {
+    let output = output(command).await;
+    let stdout = text(&output.stdout);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let prefix = format!("{name}: ");
+    stdout
+        .lines()
+        .find_map(|line| line.strip_prefix(&prefix))
+        .unwrap_or_else(|| panic!("{name} in {stdout}"))
+        .to_owned()
+}
+
+#[tokio::test]
+async fn each_rank_gets_a_launcher_of_its_own_and_the_frontend_its_own_flags() {
+    let line = "--dp-rank 0 -dp 2 --model-kind dense --serve --port 8100 --dry-run -- tiny \
+                --max-model-len 256 -tp 2 --api-key secret --uvicorn-log-level warning";
+    let with_devices = |line: &str| -> Command {
+        let mut command = command(line);
+        command.env("CUDA_VISIBLE_DEVICES", "4,5,6,7");
+        command
+    };
+    assert_eq!(
+        planned(&mut with_devices(line), "engine-1").await,
+        "CUDA_VISIBLE_DEVICES=6,7 vllm serve tiny --headless --data-parallel-size 2 \
+         --data-parallel-size-local 1 --data-parallel-start-rank 1 --data-parallel-address \
+         127.0.0.1 --data-parallel-rpc-port 0 --shutdown-timeout 20 --max-model-len 256 -tp 2"
+    );
+    assert_eq!(
+        planned(&mut with_devices(line), "frontend").await,
+        "vllm serve tiny --data-parallel-size 2 --data-parallel-size-local 0 \
+         --data-parallel-address 127.0.0.1 --data-parallel-rpc-port 0 --port 8100 \
+         --api-server-count 1 --shutdown-timeout 20 --max-model-len 256 -tp 2 --api-key secret \
+         --uvicorn-log-level warning"
+    );
+}
+
+#[tokio::test]
+async fn a_dry_run_says_where_each_value_comes_from() {
+    let mut command = command("-dpr 0 -dp 2 --dry-run --model-kind moe");
+    command.env("SIDECAR_FRONTEND", "a:1,b:2");
+    command.env("SIDECAR_DATA_PARALLEL_SIZE", "9");
+    let output = output(&mut command).await;
+    let stdout = text(&output.stdout);
+    for (option, value, origin) in [
+        ("--data-parallel-size", "2", "flag"),
+        ("--frontend", "a:1,b:2", "SIDECAR_FRONTEND"),
+        ("--orphan-grace", "60s", "default"),
+    ] {
+        let found = stdout
+            .lines()
+            .any(|line| line.split_whitespace().collect::<Vec<_>>() == [option, value, origin]);
+        assert!(found, "{option} {value} {origin} in {stdout}");
+    }
+    assert!(
+        stdout.contains("engines: waits for them at 127.0.0.1:29550"),
+        "{stdout}"
+    );
+}
+
+#[tokio::test]
+async fn the_models_configuration_tells_whether_ranks_step_in_lockstep() {
+    for (config, expected) in [
+        (r#"{"model_type":"llama"}"#, "dense (independent ranks)"),
+        (r#"{"num_experts":4}"#, "moe (lockstep ranks)"),
+    ] {
+        let dir = model(config);
+        let line = format!("--dp-rank 0 --dry-run -- {}", dir.path().display());
+        let stdout = text(&sidecar(&line).await.stdout);
+        assert!(stdout.contains(expected), "{stdout}");
+    }
+}
+
+#[tokio::test]
+async fn a_command_line_that_makes_no_sense_ends_with_2_and_says_what_would_be_right() {
+    let dense = model(r#"{"model_type":"llama"}"#);
+    let dense = dense.path().display();
+    for (line, expected) in [
+        (
+            "--model-kind dense".to_owned(),
+            "--dp-rank: the first DP rank",
+        ),
+        (
+            "--dp-rank 2 -dp 2 --model-kind dense".into(),
+            "ranks are 0 to 1",
+        ),
+        (
+            "--dp-rank 1 -dp 2 --model-kind dense".into(),
+            "--data-parallel-size-local: expected",
+        ),
+        (
+            "--dp-rank 0 -dp 2 -dpl 3 --model-kind dense".into(),
+            "means ranks 0 to 2",
+        ),
+        (
+            "--dp-rank 0 -dp 2 -dpl 1 --model-kind dense".into(),
+            "not supported yet",
+        ),
+        (
+            "--dp-rank 0 -dp 0 --model-kind dense".into(),
+            "at least 1 expected",
+        ),
+        (
+            "--dp-rank 0 -dpa= --model-kind dense".into(),
+            "an address is expected",
+        ),
+        (
+            "--dp-rank 0 -dpp 0 --model-kind dense".into(),
+            "a port above 0",
+        ),
+        (
+            "--dp-rank 0 --frontend nohost --model-kind dense".into(),
+            "HOST:PORT expected",
+        ),
+        (
+            "--dp-rank 0 --frontend h:0 --model-kind dense".into(),
+            "1 to 65535 expected",
+        ),
+        ("--dp-rank 0".into(), "no model is named"),
+        ("--dp-rank 0 -- /no/such/model".into(), "--model-kind dense"),
+        (
+            "--dp-rank 0 --serve --model-kind dense".into(),
+            "expected behind `--`",
+        ),
+        (
+            format!("--dp-rank 0 -- {dense} -dp 3"),
+            "3 behind `--`, but 1",
+        ),
+        (
+            format!("--dp-rank 0 -- {dense} -dph"),
+            "cannot be used with hosted engines",
+        ),
+        (
+            format!("--dp-rank 0 --serve --port 1 -- {dense} --port 2"),
+            "1 before `--`, but 2",
+        ),
+        (
+            format!("--dp-rank 0 --serve -asc 9 -- {dense}"),
+            "--frontend-slots 8",
+        ),
+        (
+            format!("--dp-rank 0 --device-ids 0 -- {dense} -tp 2"),
+            "need 2 devices, but 1",
+        ),
+        (
+            format!("--dp-rank 0 -- {dense} --config x.yaml"),
+            "because --config may change",
+        ),
+    ] {
+        let output = sidecar(&line).await;
+        let stderr = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{line}: {stderr}");
+        assert!(stderr.contains(expected), "{line}: {stderr}");
+        let last: serde_json::Value = serde_json::from_str(stderr.lines().last().unwrap()).unwrap();
+        assert_eq!(last["exit"], 2, "{line}");
+        assert_eq!(last["node_rank"], 0);
+        assert!(
+            last["reason"].as_str().unwrap().contains(expected),
+            "{line}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_program_that_is_not_there_is_told_before_anything_is_started() {
+    let dense = model(r#"{"model_type":"llama"}"#);
+    let state = tempfile::tempdir().unwrap();
+    let line = format!(
+        "--dp-rank 0 --vllm-bin /no/such/vllm --state-dir {} -- {}",
+        state.path().join("s").display(),
+        dense.path().display()
+    );
+    let output = sidecar(&line).await;
+    assert_eq!(output.status.code(), Some(3));
+    assert!(text(&output.stderr).contains("/no/such/vllm: no such program"));
+    assert!(!state.path().join("s").exists());
+}
+
+#[tokio::test]
+async fn a_state_directory_in_use_names_who_uses_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = dp_sidecar::state_dir::StateDir::open(dir.path()).unwrap();
+    let line = format!(
+        "--dp-rank 0 --model-kind dense --state-dir {}",
+        state.path().display()
+    );
+    let output = sidecar(&line).await;
+    assert_eq!(output.status.code(), Some(8));
+    let expected = format!("is in use by pid {}", std::process::id());
+    assert!(text(&output.stderr).contains(&expected));
+}
+
+#[tokio::test]
+async fn help_shows_examples_and_exit_codes() {
+    for line in ["--help", "run --help", ""] {
+        let output = sidecar(line).await;
+        let stdout = text(&output.stdout);
+        assert!(output.status.success());
+        for expected in ["Examples:", "sidecar update --path", "Exit codes:", "128+n"] {
+            assert!(stdout.contains(expected), "{line}: {expected}");
+        }
+        assert!(!stdout.contains("keeper "), "hidden");
+    }
+}
+
+// === subcommands ===
+
+/// A running sidecar with scripted answers.
+struct Scripted {
+    dir: tempfile::TempDir,
+    stop: CancellationToken,
+    server: tokio::task::JoinHandle<()>,
+}
+
+impl Scripted {
+    fn start(answer: impl Fn(AdminCommand) + Send + 'static) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let server = AdminServer::bind(dir.path()).unwrap();
+        let (commands, mut queue) = mpsc::channel(8);
+        let stop = CancellationToken::new();
+        let server = tokio::spawn(server.serve(commands, stop.clone()));
+        tokio::spawn(async move {
+            while let Some(command) = queue.recv().await {
+                answer(command);
+            }
+        });
+        Self { dir, stop, server }
+    }
+
+    fn command(&self, line: &str) -> Command {
+        let mut command = command(line);
+        command.arg("--state-dir").arg(self.dir.path());
+        command
+    }
+
+    async fn output(&self, line: &str) -> Output {
+        output(&mut self.command(line)).await
+    }
+
+    async fn connect(&self) -> UnixStream {
+        UnixStream::connect(self.dir.path().join("admin.sock"))
+            .await
+            .unwrap()
+    }
+
+    async fn end(self) {
+        self.stop.cancel();
+        timeout(PATIENCE, self.server).await.unwrap().unwrap();
+    }
+}
+
+fn report(status: UpdateStatus, reason: Option<&str>) -> UpdateReport {
+    UpdateReport {
+        id: "u1".to_owned(),
+        status,
+        version: "v2".to_owned(),
+        previous: "v1".to_owned(),
+        reason: reason.map(str::to_owned),
+        fenced: Vec::new(),
+        total_s: 1.25,
+        paused_s: 0.5,
+        bytes: 4096,
+    }
+}
+
+fn status() -> Box<Status> {
+    let engine = |rank: u16, state: &str| EngineStatus {
+        rank: EngineIndex(rank),
+        pid: Some(4000 + u32::from(rank)),
+        vllm_version: Some("0.32.0".to_owned()),
+        state: state.to_owned(),
+        incarnation: 1,
+        weight_version: Some("v1".to_owned()),
+        waiting: 2,
+        running: 3,
+        kv_cache_usage: 0.256,
+        in_flight: 5,
+        ..EngineStatus::default()
+    };
+    let mut failed = engine(1, "starting");
+    failed.last_error = Some("exit code 1: out of memory".to_owned());
+    failed.pid = None;
+    Box::new(Status {
+        sidecar: SidecarStatus {
+            pid: 77,
+            version: "0.1.0".to_owned(),
+            uptime_s: 3700,
+            state: "serving".to_owned(),
+            state_dir: "/run/x".to_owned(),
+            keeper_pid: Some(78),
+        },
+        deployment: DeploymentStatus {
+            kind: GroupKind::Lockstep,
+            size: 2,
+            start_rank: 0,
+            size_local: 2,
+            model: Some("tiny-moe".to_owned()),
+        },
+        engines: vec![engine(0, "admitted"), failed],
+        frontends: vec![FrontendStatus {
+            attachment: FrontendSnapshot {
+                address: "127.0.0.1:7200".to_owned(),
+                id: Some(1),
+                state: "attached".to_owned(),
+                api_servers: 2,
+                detail: None,
+                attachments: 3,
+            },
+            in_flight: 5,
+        }],
+        coordinator: CoordinatorSnapshot {
+            wave: dp_sidecar_protocol::Wave(9),
+            running: true,
+            ..CoordinatorSnapshot::default()
+        },
+        weights: WeightsStatus {
+            version: "v1".to_owned(),
+            dir: Some("/models/a".to_owned()),
+            last_update: Some(report(
+                UpdateStatus::RolledBack,
+                Some("rank 1, worker 0: load: tensor x missing"),
+            )),
+        },
+        controller: ControllerStatus {
+            holder: Some("update u2".to_owned()),
+            paused: true,
+        },
+        gpus: GpuReport {
+            source: "fake".to_owned(),
+            driver_version: Some("570.1".to_owned()),
+            devices: vec![GpuDevice {
+                name: Some("H".to_owned()),
+                memory_used: Some(1 << 30),
+                memory_total: Some(4 << 30),
+                ..GpuDevice::default()
+            }],
+            ..GpuReport::default()
+        },
+    })
+}
+
+#[tokio::test]
+async fn status_is_a_table_for_people_and_json_for_programs() {
+    let scripted = Scripted::start(|command| match command {
+        AdminCommand::Status { reply } => drop(reply.send(Ok(status()))),
+        other => panic!("{other:?}"),
+    });
+    let output = scripted.output("status").await;
+    let expected = "\
+sidecar 0.1.0  serving  pid 77  keeper 78  up 1 h 1 min
+ranks 0 to 1 of 2  moe, lockstep ranks  tiny-moe
+weights v1 from /models/a
+last update u1: ROLLED BACK to the previous weights, v1 -> v2, 1.2 s, engines paused 0.50 s
+  because rank 1, worker 0: load: tensor x missing
+controlled by update u2
+the engines are PAUSED
+wave 9  running
+
+engines
+  rank state     pid life vllm   weights waiting running  kv in flight held
+     0 admitted 4000    1 0.32.0 v1            2       3 26%         5    0
+     1 starting    -    1 0.32.0 v1            2       3 26%         5    0
+  rank 1: exit code 1: out of memory
+
+frontends
+  address        state    slots in flight attached detail
+  127.0.0.1:7200 attached     2         5       3x
+
+devices
+  driver 570.1
+  index name uuid        memory use temp ecc errors pids
+      0 H    -    1.0 / 4.0 GiB   -    -          - -
+";
+    assert_eq!(text(&output.stdout), expected);
+    let output = scripted.output("status --json").await;
+    let parsed: Status = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(parsed, *status());
+    scripted.end().await;
+}
+
+#[tokio::test]
+async fn a_watched_status_is_shown_again_and_again() {
+    let scripted = Scripted::start(|command| match command {
+        AdminCommand::Status { reply } => drop(reply.send(Ok(status()))),
+        other => panic!("{other:?}"),
+    });
+    let mut child = scripted
+        .command("status --watch")
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut pictures = 0;
+    while pictures < 2 {
+        let line = timeout(PATIENCE, lines.next_line()).await.unwrap().unwrap();
+        pictures += u32::from(line.unwrap().starts_with("sidecar 0.1.0"));
+    }
+    child.kill().await.unwrap();
+    scripted.end().await;
+}
+
+#[tokio::test]
+async fn an_update_shows_its_steps_and_ends_with_the_code_of_its_outcome() {
+    for (outcome, code, words) in [
+        (UpdateStatus::Committed, 0, "committed"),
+        (UpdateStatus::Refused, 10, "REFUSED, no engine was touched"),
+        (UpdateStatus::RolledBack, 11, "ROLLED BACK"),
+        (UpdateStatus::Degraded, 12, "DEGRADED"),
+    ] {
+        let scripted = Scripted::start(move |command| match command {
+            AdminCommand::Update {
+                request,
+                progress,
+                reply,
+            } => {
+                assert_eq!(
+                    request,
+                    UpdateRequest {
+                        path: "/models/new".to_owned(),
+                        version: Some("v2".to_owned()),
+                        mode: PauseMode::Abort,
+                        pause_deadline_ms: Some(2500),
+                        from_version: None,
+                        id: None,
+                    }
+                );
+                for (phase, done) in [("staging", 0), ("staging", 2048), ("loading", 1)] {
+                    let step = UpdateProgress {
+                        phase: phase.to_owned(),
+                        message: format!("{phase} the weights"),
+                        done,
+                        total: 4096,
+                    };
+                    progress.try_send(step).unwrap();
+                }
+                let reason = (outcome != UpdateStatus::Committed).then_some("rank 1: x");
+                reply.send(Ok(report(outcome, reason))).unwrap();
+            }
+            other => panic!("{other:?}"),
+        });
+        let line = "update --path /models/new --version v2 --mode abort --pause-deadline 2.5s";
+        let output = scripted.output(line).await;
+        assert_eq!(output.status.code(), Some(code));
+        let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
+        assert!(
+            stderr.starts_with(
+                "staging: staging the weights (0 of 4096)\n\
+                 loading: loading the weights (1 of 4096)\n"
+            ),
+            "{stderr}"
+        );
+        let final_text = if code == 0 { &stdout } else { &stderr };
+        assert!(final_text.contains(words), "{final_text}");
+        scripted.end().await;
+    }
+}
+
+#[tokio::test]
+async fn refusals_and_failures_have_codes_of_their_own() {
+    for (kind, code) in [
+        (ErrorKind::Busy, 13),
+        (ErrorKind::Invalid, 2),
+        (ErrorKind::Unavailable, 15),
+        (ErrorKind::Failed, 15),
+        (ErrorKind::Timeout, 5),
+    ] {
+        let scripted = Scripted::start(move |command| match command {
+            AdminCommand::Pause { reply, .. } => {
+                let error = AdminError::new(kind, "update u2 holds the engines");
+                reply.send(Err(error)).unwrap();
+            }
+            other => panic!("{other:?}"),
+        });
+        let output = scripted.output("pause").await;
+        assert_eq!(output.status.code(), Some(code), "{kind:?}");
+        assert_eq!(text(&output.stderr), "error: update u2 holds the engines\n");
+        scripted.end().await;
+    }
+    let nowhere = tempfile::tempdir().unwrap();
+    let line = format!("resume --state-dir {}", nowhere.path().display());
+    let output = sidecar(&line).await;
+    assert_eq!(output.status.code(), Some(14));
+    assert!(text(&output.stderr).contains("no sidecar answers at"));
+}
+
+#[tokio::test]
+async fn the_small_commands_reach_the_sidecar() {
+    let scripted = Scripted::start(|command| match command {
+        AdminCommand::Pause {
+            mode,
+            deadline,
+            reply,
+        } => {
+            assert_eq!(mode, PauseMode::Keep);
+            assert_eq!(deadline, Some(Duration::from_secs(3)));
+            reply.send(Ok(())).unwrap();
+        }
+        AdminCommand::Resume { reply } | AdminCommand::Stop { reply } => {
+            reply.send(Ok(())).unwrap();
+        }
+        AdminCommand::FrontendAdd { address, reply } => {
+            assert_eq!(address, "h:1");
+            reply.send(Ok(())).unwrap();
+        }
+        AdminCommand::FrontendRemove { address, reply } => {
+            assert_eq!(address, "h:2");
+            reply.send(Ok(())).unwrap();
+        }
+        AdminCommand::FrontendList { reply } => {
+            reply.send(Ok(status().frontends)).unwrap();
+        }
+        AdminCommand::Version { reply } => {
+            let report = VersionReport {
+                sidecar: "0.1.0".to_owned(),
+                vllm: [(0, "0.32.0".to_owned())].into(),
+                weights: "v1".to_owned(),
+            };
+            reply.send(Ok(report)).unwrap();
+        }
+        // A dropped reply: the sidecar stops.
+        AdminCommand::Status { .. } => {}
+        other => panic!("{other:?}"),
+    });
+    for (line, expected) in [
+        (
+            "pause --mode keep --pause-deadline 3",
+            "all engines are paused",
+        ),
+        ("resume", "all engines are resumed"),
+        ("stop", "the sidecar stops"),
+        ("frontend add h:1", "frontend h:1 is wanted"),
+        ("frontend remove h:2", "frontend h:2 is removed"),
+        ("frontend list", "127.0.0.1:7200 attached"),
+        ("frontend list --json", "\"api_servers\": 2"),
+        ("version", "engine 0  vLLM 0.32.0"),
+    ] {
+        let output = scripted.output(line).await;
+        let stdout = text(&output.stdout);
+        assert!(output.status.success(), "{line}: {}", text(&output.stderr));
+        assert!(stdout.contains(expected), "{line}: {stdout}");
+    }
+    let output = scripted.output("status").await;
+    assert_eq!(output.status.code(), Some(15));
+    assert_eq!(text(&output.stderr), "error: the sidecar is stopping\n");
+    let output = scripted.output("frontend add nowhere").await;
+    assert_eq!(output.status.code(), Some(2));
+    scripted.end().await;
+}
+
+async fn first_line(stream: UnixStream, request: &[u8]) -> serde_json::Value {
+    let (read, mut write) = stream.into_split();
+    write.write_all(request).await.unwrap();
+    let mut line = String::new();
+    timeout(PATIENCE, BufReader::new(read).read_line(&mut line))
+        .await
+        .unwrap()
+        .unwrap();
+    serde_json::from_str(&line).unwrap()
+}
+
+#[tokio::test]
+async fn what_is_no_request_is_answered_as_invalid() {
+    let scripted = Scripted::start(|command| panic!("{command:?}"));
+    let long = vec![b'x'; 100 * 1024];
+    for (request, words) in [
+        (&b"garbage\n"[..], "request: expected value"),
+        (
+            b"{\"version\":7,\"command\":{\"name\":\"new\"}}\n",
+            "protocol version 7",
+        ),
+        (
+            b"{\"version\":1,\"command\":{\"name\":\"new\"}}\n",
+            "unknown variant",
+        ),
+        (&long, "max line length exceeded"),
+    ] {
+        let answer = first_line(scripted.connect().await, request).await;
+        assert_eq!(answer["type"], "error");
+        assert_eq!(answer["body"]["kind"], "invalid");
+        let message = answer["body"]["message"].as_str().unwrap();
+        assert!(message.contains(words), "{message}");
+    }
+    scripted.end().await;
+}
+
+#[tokio::test]
+async fn an_update_goes_on_when_its_client_is_gone() {
+    let (told, mut heard) = mpsc::unbounded_channel();
+    let scripted = Scripted::start(move |command| match command {
+        AdminCommand::Update {
+            progress, reply, ..
+        } => {
+            let told = told.clone();
+            tokio::spawn(async move {
+                told.send("started").unwrap();
+                // Full or closed, it must not matter.
+                while !progress.is_closed() {
+                    let _ = progress.try_send(UpdateProgress {
+                        phase: "loading".to_owned(),
+                        message: "x".repeat(1000),
+                        done: 0,
+                        total: 0,
+                    });
+                    tokio::task::yield_now().await;
+                }
+                assert!(
+                    reply
+                        .send(Ok(report(UpdateStatus::Committed, None)))
+                        .is_err()
+                );
+                told.send("ended").unwrap();
+            });
+        }
+        other => panic!("{other:?}"),
+    });
+    let mut stream = scripted.connect().await;
+    stream
+        .write_all(b"{\"version\":1,\"command\":{\"name\":\"update\",\"path\":\"/m\",\"version\":null,\"mode\":\"wait\",\"pause_deadline_ms\":null,\"from_version\":null,\"id\":null}}\n")
+        .await
+        .unwrap();
+    assert_eq!(
+        timeout(PATIENCE, heard.recv()).await.unwrap(),
+        Some("started")
+    );
+    let mut buffer = [0; 64];
+    stream.read_exact(&mut buffer).await.unwrap();
+    drop(stream);
+    assert_eq!(
+        timeout(PATIENCE, heard.recv()).await.unwrap(),
+        Some("ended")
+    );
+    scripted.end().await;
+}
+
+#[tokio::test]
+async fn a_stale_socket_is_no_obstacle_and_the_new_one_is_private() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let path: PathBuf = Path::join(dir.path(), "admin.sock");
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    let _server = AdminServer::bind(dir.path()).unwrap();
+    let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+}
