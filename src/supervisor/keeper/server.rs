@@ -154,18 +154,15 @@ impl Keeper {
             let signal = i32::try_from(info.ssi_signo)
                 .ok()
                 .and_then(|number| Signal::try_from(number).ok());
-            match signal {
-                Some(Signal::SIGTERM | Signal::SIGINT) => {
-                    let grace = if self.shutdown.is_some() {
-                        Duration::ZERO
-                    } else {
-                        self.config.kill_grace
-                    };
-                    tracing::info!(?signal, ?grace, "told to end");
-                    self.begin_shutdown(grace, None);
-                }
-                // SIGCHLD only wakes the loop; SIGHUP (a lost terminal) means nothing here.
-                _ => {}
+            // SIGCHLD only wakes the loop; SIGHUP (a lost terminal) means nothing here.
+            if matches!(signal, Some(Signal::SIGTERM | Signal::SIGINT)) {
+                let grace = if self.shutdown.is_some() {
+                    Duration::ZERO
+                } else {
+                    self.config.kill_grace
+                };
+                tracing::info!(?signal, ?grace, "told to end");
+                self.begin_shutdown(grace, None);
             }
         }
         Ok(())
