@@ -1,1 +1,668 @@
-//! (to be written)
+//! The control task: drives the control machine. See `protocol::machine::control` for the rules.
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use dp_sidecar_protocol::machine::control::{
+    Action, Config, Control, Decision, Event, Held, OwnerId, PausedBy, Severity, Snapshot,
+};
+use dp_sidecar_protocol::machine::weight_update::PauseMode;
+use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Time};
+use futures::future::{join_all, pending};
+use rmpv::Value;
+use thiserror::Error;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{debug, info, warn};
+
+use super::engine_calls;
+use super::handles::{
+    GroupKind, HandleError, HeldCall, RankCommand, RankHandle, RankSnapshot, Verdict,
+};
+
+/// Commands waiting for the task.
+const COMMANDS: usize = 64;
+/// Limit for a rank task to take a decision that needs no engine.
+const DECISION_LIMIT: Duration = Duration::from_secs(10);
+/// Added to limits, so that the party that knows more gives up first.
+const SLACK: Duration = Duration::from_secs(5);
+/// Limit for a resume by the operator. A lockstep resume is a barrier.
+const RESUME_LIMIT: Duration = Duration::from_secs(120);
+
+/// Settings of the control task.
+#[derive(Clone, Debug)]
+pub struct ControlConfig {
+    /// Dense or MoE.
+    pub kind: GroupKind,
+    /// How long to wait for the calls of the other ranks.
+    pub gather_timeout: Duration,
+    /// How long a round of a frontend may keep the lock.
+    pub round_timeout: Duration,
+    /// How long a pause outlives the frontend that asked for it.
+    pub pause_grace: Duration,
+}
+
+impl ControlConfig {
+    /// Usual settings.
+    pub fn new(kind: GroupKind) -> Self {
+        let usual = Config::new([], false);
+        Self {
+            kind,
+            gather_timeout: usual.gather_timeout,
+            round_timeout: usual.round_timeout,
+            pause_grace: usual.pause_grace,
+        }
+    }
+}
+
+/// The engines cannot be controlled now, or did not do what they were told.
+#[derive(Clone, Debug, Error)]
+pub enum ControlError {
+    /// Somebody else controls the engines.
+    #[error("engines are controlled by {holder}")]
+    Busy {
+        /// Who, and what they do.
+        holder: String,
+    },
+    /// Not all engines of a lockstep group are there, or none of a dense deployment.
+    #[error("engine of rank {ranks} is not serving")]
+    Incomplete {
+        /// Who is missing.
+        ranks: String,
+    },
+    /// Some ranks failed; the others did it.
+    #[error("{what} failed on {failures}")]
+    Ranks {
+        /// `pause` or `resume`.
+        what: &'static str,
+        /// `rank 1: reason, ..`.
+        failures: String,
+    },
+    /// The control task has ended.
+    #[error("the control task has ended")]
+    Gone,
+}
+
+#[derive(Debug)]
+enum Command {
+    Acquire {
+        name: String,
+        patience: Duration,
+        reply: oneshot::Sender<Result<Grant, String>>,
+        /// Dropped by the holder when it is done, or does not want the lock any more.
+        held: oneshot::Receiver<()>,
+    },
+    /// Dropped or answered when it is in force and published.
+    Tell(Event, Option<oneshot::Sender<()>>),
+}
+
+#[derive(Debug)]
+struct Grant {
+    owner: OwnerId,
+    paused_by: Option<PausedBy>,
+    external_weights: bool,
+}
+
+/// Handle of the control task.
+#[derive(Clone, Debug)]
+pub struct ControlHandle {
+    commands: mpsc::Sender<Command>,
+    snapshot: watch::Receiver<Snapshot>,
+    ranks: Vec<RankHandle>,
+    kind: GroupKind,
+}
+
+/// The lock. Dropping it gives it back.
+#[derive(Debug)]
+pub struct ControlGuard {
+    owner: OwnerId,
+    commands: mpsc::Sender<Command>,
+    /// Who had paused the engines when the lock was taken.
+    pub paused_by: Option<PausedBy>,
+    /// A frontend has loaded weights since the last update.
+    pub external_weights: bool,
+    _held: oneshot::Sender<()>,
+}
+
+impl ControlGuard {
+    /// Says what the holder is doing, for messages to those who are refused. Dropped when the task is
+    /// busy.
+    pub fn doing(&self, what: &str) {
+        let event = Event::Doing {
+            owner: self.owner,
+            what: what.to_owned(),
+        };
+        if self.commands.try_send(Command::Tell(event, None)).is_err() {
+            debug!(what, "the control task was not told what is being done");
+        }
+    }
+
+    /// Records that all engines are paused, or resumed.
+    pub async fn set_paused(&self, paused_by: Option<PausedBy>) {
+        let owner = self.owner;
+        self.tell(Event::PausedSet { owner, paused_by }).await;
+    }
+
+    /// Records that the engines hold weights that the sidecar has loaded.
+    pub async fn weights_known(&self) {
+        self.tell(Event::WeightsKnown { owner: self.owner }).await;
+    }
+
+    /// Gives the lock back and waits until that is in force; dropping it does not wait.
+    pub async fn release(self) {
+        self.tell(Event::Release { owner: self.owner }).await;
+    }
+
+    async fn tell(&self, event: Event) {
+        let (done, in_force) = oneshot::channel();
+        let sent = self.commands.send(Command::Tell(event, Some(done))).await;
+        if sent.is_err() || in_force.await.is_err() {
+            debug!("the control task has ended");
+        }
+    }
+}
+
+impl ControlHandle {
+    /// Takes the lock, waiting at most `patience` for the present holder.
+    pub async fn acquire(
+        &self,
+        owner: impl Into<String>,
+        patience: Duration,
+    ) -> Result<ControlGuard, ControlError> {
+        let (reply, answer) = oneshot::channel();
+        let (keep, held) = oneshot::channel();
+        let command = Command::Acquire {
+            name: owner.into(),
+            patience,
+            reply,
+            held,
+        };
+        let sent = self.commands.send(command).await;
+        sent.map_err(|_| ControlError::Gone)?;
+        let answer = tokio::time::timeout(patience + SLACK, answer).await;
+        let grant = answer
+            .map_err(|_| ControlError::Busy {
+                holder: "somebody who does not say".to_owned(),
+            })?
+            .map_err(|_| ControlError::Gone)?
+            .map_err(|holder| ControlError::Busy { holder })?;
+        Ok(ControlGuard {
+            owner: grant.owner,
+            commands: self.commands.clone(),
+            paused_by: grant.paused_by,
+            external_weights: grant.external_weights,
+            _held: keep,
+        })
+    }
+
+    /// A frontend is gone: what it has asked for is dropped, its pause becomes a lease.
+    pub async fn frontend_gone(&self, frontend: FrontendId) {
+        let event = Event::FrontendGone { frontend };
+        if self
+            .commands
+            .send(Command::Tell(event, None))
+            .await
+            .is_err()
+        {
+            debug!("the control task has ended");
+        }
+    }
+
+    /// Latest state.
+    pub fn snapshot(&self) -> Snapshot {
+        self.snapshot.borrow().clone()
+    }
+
+    /// To wait for changes.
+    pub fn watch(&self) -> watch::Receiver<Snapshot> {
+        self.snapshot.clone()
+    }
+
+    /// Pauses all engines for the operator. With `wait`, what still runs after `deadline` is aborted.
+    pub async fn pause(
+        &self,
+        mode: PauseMode,
+        deadline: Duration,
+        patience: Duration,
+    ) -> Result<(), ControlError> {
+        let guard = self.acquire("operator pause", patience).await?;
+        let result = self.pause_all(&guard, mode, deadline).await;
+        guard.release().await;
+        result
+    }
+
+    async fn pause_all(
+        &self,
+        guard: &ControlGuard,
+        mode: PauseMode,
+        deadline: Duration,
+    ) -> Result<(), ControlError> {
+        let ranks = self.serving()?;
+        let limit = deadline + RESUME_LIMIT;
+        let first = self.on_all(&ranks, |rank| engine_calls::pause(rank, mode, false, limit));
+        tokio::pin!(first);
+        let results = match tokio::time::timeout(deadline, &mut first).await {
+            Ok(results) => results,
+            Err(_) if mode != PauseMode::Abort => {
+                guard.doing("aborting what still runs");
+                let abort = |rank| engine_calls::pause(rank, PauseMode::Abort, false, RESUME_LIMIT);
+                // The first calls are answered together with the second ones.
+                let (_, second) = futures::join!(first, self.on_all(&ranks, abort));
+                second
+            }
+            Err(_) => first.await,
+        };
+        let any_paused = results.iter().any(|(_, result)| result.is_ok());
+        if any_paused {
+            guard.set_paused(Some(PausedBy::Operator)).await;
+        }
+        all_ok("pause", results)
+    }
+
+    /// Resumes all engines for the operator, whoever has paused them. Without a pause nothing is sent.
+    pub async fn resume(&self, patience: Duration) -> Result<(), ControlError> {
+        let guard = self.acquire("operator resume", patience).await?;
+        let result = self.resume_all(&guard).await;
+        guard.release().await;
+        result
+    }
+
+    async fn resume_all(&self, guard: &ControlGuard) -> Result<(), ControlError> {
+        if guard.paused_by.is_none() {
+            return Ok(());
+        }
+        let ranks = self.serving()?;
+        let resume = |rank| engine_calls::resume(rank, RESUME_LIMIT);
+        let results = self.on_all(&ranks, resume).await;
+        if results.iter().all(|(_, result)| result.is_ok()) {
+            guard.set_paused(None).await;
+        }
+        all_ok("resume", results)
+    }
+
+    /// The ranks that can be controlled: of a lockstep group all or none.
+    fn serving(&self) -> Result<Vec<RankHandle>, ControlError> {
+        let (up, down): (Vec<_>, Vec<_>) = self
+            .ranks
+            .iter()
+            .cloned()
+            .partition(|rank| rank.snapshot.borrow().admitted);
+        let lockstep = self.kind == GroupKind::Lockstep;
+        if up.is_empty() || (lockstep && !down.is_empty()) {
+            let ranks: Vec<String> = down.iter().map(|rank| rank.rank.to_string()).collect();
+            return Err(ControlError::Incomplete {
+                ranks: ranks.join(", "),
+            });
+        }
+        Ok(up)
+    }
+
+    async fn on_all<'a, F>(
+        &self,
+        ranks: &'a [RankHandle],
+        call: impl Fn(&'a RankHandle) -> F,
+    ) -> Vec<(EngineIndex, Result<Value, HandleError>)>
+    where
+        F: Future<Output = Result<Value, HandleError>>,
+    {
+        let calls = ranks.iter().map(|rank| {
+            let answer = call(rank);
+            async move { (rank.rank, answer.await) }
+        });
+        join_all(calls).await
+    }
+}
+
+fn all_ok(
+    what: &'static str,
+    results: Vec<(EngineIndex, Result<Value, HandleError>)>,
+) -> Result<(), ControlError> {
+    let failures: Vec<String> = results
+        .into_iter()
+        .filter_map(|(rank, result)| Some(format!("rank {rank}: {}", result.err()?)))
+        .collect();
+    if failures.is_empty() {
+        return Ok(());
+    }
+    Err(ControlError::Ranks {
+        what,
+        failures: failures.join(", "),
+    })
+}
+
+/// Starts the task. It ends when `stop` is cancelled, or nobody can send held calls and commands any
+/// more.
+pub fn spawn(
+    config: &ControlConfig,
+    ranks: Vec<RankHandle>,
+    held: mpsc::Receiver<HeldCall>,
+    tracker: &TaskTracker,
+    stop: CancellationToken,
+) -> ControlHandle {
+    let (commands, inbox) = mpsc::channel(COMMANDS);
+    let machine = Control::new(Config {
+        lockstep: config.kind == GroupKind::Lockstep,
+        gather_timeout: config.gather_timeout,
+        round_timeout: config.round_timeout,
+        pause_grace: config.pause_grace,
+        ..Config::new(ranks.iter().map(|rank| rank.rank), false)
+    });
+    let (publish, snapshot) = watch::channel(machine.snapshot());
+    let handle = ControlHandle {
+        commands,
+        snapshot,
+        ranks: ranks.clone(),
+        kind: config.kind,
+    };
+    let task = Task {
+        machine,
+        ranks: ranks.into_iter().map(|rank| (rank.rank, rank)).collect(),
+        started: Instant::now(),
+        round_timeout: config.round_timeout,
+        jobs: JoinSet::new(),
+        owners: BTreeMap::new(),
+        next_owner: 0,
+        lives: BTreeMap::new(),
+        publish,
+        told: None,
+    };
+    tracker.spawn(task.run(held, inbox, stop));
+    handle
+}
+
+/// What a piece of work in the background came to.
+enum Done {
+    Event(Event),
+    /// A rank's state has changed; its watcher wants to be started again.
+    Rank(EngineIndex),
+    /// The rank task has ended.
+    RankEnded(EngineIndex),
+    Nothing,
+}
+
+struct Task {
+    machine: Control,
+    ranks: BTreeMap<EngineIndex, RankHandle>,
+    started: Instant,
+    round_timeout: Duration,
+    jobs: JoinSet<Done>,
+    /// Who waits for the lock.
+    owners: BTreeMap<OwnerId, oneshot::Sender<Result<Grant, String>>>,
+    next_owner: u64,
+    /// Which life of each rank is up, as told to the machine.
+    lives: BTreeMap<EngineIndex, Incarnation>,
+    publish: watch::Sender<Snapshot>,
+    /// Whoever waits for the last event to be in force.
+    told: Option<oneshot::Sender<()>>,
+}
+
+impl Task {
+    async fn run(
+        mut self,
+        mut held: mpsc::Receiver<HeldCall>,
+        mut inbox: mpsc::Receiver<Command>,
+        stop: CancellationToken,
+    ) {
+        let ranks: Vec<EngineIndex> = self.ranks.keys().copied().collect();
+        for rank in ranks {
+            self.rank_changed(rank);
+        }
+        let (mut held_open, mut inbox_open) = (true, true);
+        while held_open || inbox_open {
+            self.perform();
+            let due = self.machine.poll_timeout();
+            let due = due.map(|due| self.started + due.since_start());
+            let event = tokio::select! {
+                () = stop.cancelled() => break,
+                call = held.recv(), if held_open => {
+                    held_open = call.is_some();
+                    call.map(|call| Event::Held(held_event(call)))
+                }
+                command = inbox.recv(), if inbox_open => {
+                    inbox_open = command.is_some();
+                    command.and_then(|command| self.command(command))
+                }
+                Some(done) = self.jobs.join_next() => match done {
+                    Ok(Done::Event(event)) => {
+                        if let Event::Release { owner } = &event {
+                            // It may have given up before it was answered.
+                            self.owners.remove(owner);
+                        }
+                        Some(event)
+                    }
+                    Ok(Done::Rank(rank)) => { self.rank_changed(rank); None }
+                    Ok(Done::RankEnded(rank)) => self.rank_down(rank, "the rank task has ended"),
+                    Ok(Done::Nothing) => None,
+                    Err(error) => { warn!(%error, "work of the control task failed"); None }
+                },
+                () = sleep_until(due) => {
+                    let now = self.now();
+                    self.machine.handle_timeout(now);
+                    None
+                }
+            };
+            if let Some(event) = event {
+                let now = self.now();
+                self.machine.handle_event(now, event);
+            }
+        }
+        self.jobs.shutdown().await;
+    }
+
+    fn now(&self) -> Time {
+        Time::from_start(self.started.elapsed())
+    }
+
+    fn command(&mut self, command: Command) -> Option<Event> {
+        match command {
+            Command::Tell(event, done) => {
+                self.told = done;
+                Some(event)
+            }
+            Command::Acquire {
+                name,
+                patience,
+                reply,
+                held,
+            } => {
+                self.next_owner += 1;
+                let owner = OwnerId(self.next_owner);
+                self.owners.insert(owner, reply);
+                self.jobs.spawn(async move {
+                    // Nothing is ever sent: it ends when the other half is dropped.
+                    match held.await {
+                        Ok(()) | Err(_) => Done::Event(Event::Release { owner }),
+                    }
+                });
+                Some(Event::Acquire {
+                    owner,
+                    name,
+                    patience,
+                })
+            }
+        }
+    }
+
+    /// Tells the machine about a rank, and waits for its next change.
+    fn rank_changed(&mut self, rank: EngineIndex) {
+        let Some(handle) = self.ranks.get(&rank) else {
+            return;
+        };
+        let mut snapshot = handle.snapshot.clone();
+        let (admitted, incarnation) = {
+            let now: &RankSnapshot = &snapshot.borrow_and_update();
+            (now.admitted, now.incarnation)
+        };
+        self.jobs.spawn(async move {
+            match snapshot.changed().await {
+                Ok(()) => Done::Rank(rank),
+                Err(_) => Done::RankEnded(rank),
+            }
+        });
+        let known = self.lives.get(&rank).copied();
+        let now = self.now();
+        if known.is_some() && (!admitted || known != Some(incarnation)) {
+            self.lives.remove(&rank);
+            let reason = "the engine is not serving any more".to_owned();
+            self.machine
+                .handle_event(now, Event::EngineDown { rank, reason });
+        }
+        if admitted && known != Some(incarnation) {
+            self.lives.insert(rank, incarnation);
+            self.machine.handle_event(now, Event::EngineUp { rank });
+        }
+    }
+
+    fn rank_down(&mut self, rank: EngineIndex, reason: &str) -> Option<Event> {
+        self.lives.remove(&rank)?;
+        Some(Event::EngineDown {
+            rank,
+            reason: reason.to_owned(),
+        })
+    }
+
+    fn perform(&mut self) {
+        while let Some(action) = self.machine.poll_action() {
+            match action {
+                Action::Decide {
+                    rank,
+                    ticket,
+                    decision,
+                } => self.decide(rank, ticket, decision),
+                Action::Call {
+                    rank,
+                    operation,
+                    method,
+                    args,
+                } => self.call(rank, operation, method, args),
+                Action::Granted {
+                    owner,
+                    paused_by,
+                    external_weights,
+                } => {
+                    let grant = Grant {
+                        owner,
+                        paused_by,
+                        external_weights,
+                    };
+                    self.answer(owner, Ok(grant));
+                }
+                Action::Denied { owner, holder } => self.answer(owner, Err(holder)),
+                Action::Note { severity, text } => match severity {
+                    Severity::Info => info!("{text}"),
+                    Severity::Warning => warn!("{text}"),
+                },
+            }
+        }
+        let snapshot = self.machine.snapshot();
+        self.publish.send_if_modified(|published| {
+            let changed = *published != snapshot;
+            *published = snapshot;
+            changed
+        });
+        if let Some(told) = self.told.take()
+            && told.send(()).is_err()
+        {
+            debug!("nobody waits for the control task to be told");
+        }
+    }
+
+    /// An owner that has given up is noticed by the end of its other channel.
+    fn answer(&mut self, owner: OwnerId, answer: Result<Grant, String>) {
+        if let Some(reply) = self.owners.remove(&owner)
+            && reply.send(answer).is_err()
+        {
+            debug!(
+                owner = owner.0,
+                "nobody waits for the control lock any more"
+            );
+        }
+    }
+
+    fn decide(&mut self, rank: EngineIndex, ticket: u64, decision: Decision) {
+        let Some(handle) = self.ranks.get(&rank).cloned() else {
+            return;
+        };
+        let forward = decision == Decision::Forward;
+        let verdict = match decision {
+            Decision::Forward => Verdict::Forward,
+            Decision::Answer(value) => Verdict::Answer(value),
+            Decision::Refuse(text) => {
+                info!(rank = rank.0, ticket, "{text}");
+                Verdict::Refuse(text)
+            }
+        };
+        let limit = if forward {
+            self.round_timeout + SLACK
+        } else {
+            DECISION_LIMIT
+        };
+        self.jobs.spawn(async move {
+            let answer = handle
+                .ask("control call", limit, |reply| RankCommand::Release {
+                    ticket,
+                    verdict,
+                    reply,
+                })
+                .await;
+            if forward {
+                return Done::Event(Event::Answered {
+                    rank,
+                    ticket,
+                    result: answer.map_err(|error| error.to_string()),
+                });
+            }
+            if let Err(error) = answer {
+                // The frontend may be gone, and its calls with it.
+                debug!(rank = rank.0, ticket, %error, "decision on a control call");
+            }
+            Done::Nothing
+        });
+    }
+
+    fn call(&mut self, rank: EngineIndex, operation: u64, method: &'static str, args: Vec<Value>) {
+        let handle = self.ranks.get(&rank).cloned();
+        let limit = self.round_timeout;
+        self.jobs.spawn(async move {
+            let answer = match handle {
+                None => Err(HandleError::failed("no such rank")),
+                Some(handle) => match method {
+                    "pause_scheduler" => {
+                        engine_calls::pause(&handle, PauseMode::Keep, false, limit).await
+                    }
+                    "resume_scheduler" => engine_calls::resume(&handle, limit).await,
+                    method => handle.call(method, args, limit).await,
+                },
+            };
+            Done::Event(Event::CallAnswered {
+                rank,
+                operation,
+                result: answer.map_err(|error| error.to_string()),
+            })
+        });
+    }
+}
+
+fn held_event(call: HeldCall) -> Held {
+    Held {
+        rank: call.rank,
+        ticket: call.ticket,
+        frontend: call.frontend,
+        api_server: call.api_server,
+        method: call.method,
+        args: call.args,
+    }
+}
+
+async fn sleep_until(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due).await,
+        None => pending().await,
+    }
+}

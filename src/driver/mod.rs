@@ -4,8 +4,11 @@
 pub mod attachment;
 pub mod control;
 pub mod coordinator;
+pub(crate) mod engine_calls;
 pub mod handles;
 pub mod handshake;
 pub mod node;
 pub mod rank;
+#[cfg(test)]
+pub(crate) mod test_ranks;
 pub mod weight_update;

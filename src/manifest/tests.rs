@@ -7,7 +7,7 @@ use serde_json::json;
 use super::*;
 
 /// Writes a safetensors file by hand, so that it can be wrong. Tensors: name, dtype, shape, bytes.
-fn write(dir: &Path, file: &str, tensors: &[(&str, &str, &[usize], &[u8])]) {
+pub(crate) fn write(dir: &Path, file: &str, tensors: &[(&str, &str, &[usize], &[u8])]) {
     let mut header = String::from("{\"__metadata__\":{\"format\":\"pt\"}");
     let mut data = Vec::new();
     for (name, dtype, shape, bytes) in tensors {

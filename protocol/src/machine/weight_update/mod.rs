@@ -168,7 +168,7 @@ impl WeightUpdate {
     }
 
     fn begin(&mut self, now: Time, begin: Begin) {
-        match self.admit(&begin) {
+        match self.check(&begin) {
             Ok(None) => {
                 let from = (!begin.external_weights).then(|| self.current.clone());
                 let run = Run::start(now, begin, from, &self.config, &mut self.actions);
@@ -182,7 +182,12 @@ impl WeightUpdate {
         }
     }
 
-    fn admit(&self, begin: &Begin) -> Result<Option<Record>, Refusal> {
+    /// What would come of [`Event::Begin`] now: it begins (`None`), or had succeeded before with this
+    /// record.
+    ///
+    /// # Errors
+    /// The refusal.
+    pub fn check(&self, begin: &Begin) -> Result<Option<Record>, Refusal> {
         if let Some(run) = &self.run {
             return Err(Refusal::Busy {
                 running: run.id().clone(),

@@ -1,0 +1,329 @@
+//! Rank tasks for tests: a queue and a scripted engine behind it, no sockets.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation};
+use parking_lot::Mutex;
+use rmpv::Value;
+use tokio::sync::{Notify, mpsc, watch};
+
+use super::handles::{
+    HandleError, HeldCall, RankCommand, RankHandle, RankSnapshot, Reply, Verdict,
+};
+
+/// What the engine does with a load.
+#[derive(Clone, Debug)]
+pub(crate) enum LoadScript {
+    /// Loads.
+    Good,
+    /// Fails in this state, with this kind of error.
+    Fails(&'static str, &'static str),
+    /// Says it is fine, but consumed something else.
+    Lies,
+    /// Never answers.
+    Hangs,
+    /// The utility call fails.
+    Raises,
+}
+
+/// The engine behind a fake rank.
+#[derive(Debug)]
+pub(crate) struct Engine {
+    /// What it was told, in order.
+    pub(crate) log: Vec<String>,
+    /// Directory of the command line's checkpoint.
+    pub(crate) model_path: String,
+    /// None: the shim is not installed.
+    pub(crate) shim_protocol: Option<u64>,
+    /// What it holds: a directory, or how it is torn.
+    pub(crate) weights: String,
+    pub(crate) version: String,
+    pub(crate) paused: bool,
+    /// For the next loads; `Good` after the last.
+    pub(crate) loads: VecDeque<LoadScript>,
+    /// A pause with mode `wait` is not answered before one with `abort` comes.
+    pub(crate) wait_needs_abort: bool,
+    /// Answers of `reset_prefix_cache`; true after the last.
+    pub(crate) resets: VecDeque<bool>,
+    /// `set_weight_version` is not known.
+    pub(crate) no_version_stamp: bool,
+}
+
+/// A fake rank and its engine.
+#[derive(Debug)]
+pub(crate) struct FakeRank {
+    pub(crate) handle: RankHandle,
+    pub(crate) engine: Arc<Mutex<Engine>>,
+    snapshot: watch::Sender<RankSnapshot>,
+    changed: Arc<Notify>,
+}
+
+impl FakeRank {
+    /// A rank whose engine is admitted, with the weights of `model_path`.
+    pub(crate) fn start(rank: u16, model_path: &str) -> Self {
+        let (commands, inbox) = mpsc::channel(64);
+        let (snapshot, receiver) = watch::channel(RankSnapshot {
+            rank: EngineIndex(rank),
+            incarnation: Incarnation(1),
+            admitted: true,
+            ..RankSnapshot::default()
+        });
+        let engine = Arc::new(Mutex::new(Engine {
+            log: Vec::new(),
+            model_path: model_path.to_owned(),
+            shim_protocol: Some(1),
+            weights: model_path.to_owned(),
+            version: "default".to_owned(),
+            paused: false,
+            loads: VecDeque::new(),
+            wait_needs_abort: false,
+            resets: VecDeque::new(),
+            no_version_stamp: false,
+        }));
+        let changed = Arc::new(Notify::new());
+        // Ends with its queue, which ends with the handle.
+        tokio::spawn(run(inbox, engine.clone(), changed.clone()));
+        Self {
+            handle: RankHandle {
+                rank: EngineIndex(rank),
+                commands,
+                snapshot: receiver,
+            },
+            engine,
+            snapshot,
+            changed,
+        }
+    }
+
+    /// Waits until the log has this entry.
+    pub(crate) async fn logged(&self, entry: &str) {
+        let wait = async {
+            loop {
+                let changed = self.changed.notified();
+                if self.engine.lock().log.iter().any(|line| line == entry) {
+                    return;
+                }
+                changed.await;
+            }
+        };
+        if tokio::time::timeout(Duration::from_secs(120), wait)
+            .await
+            .is_err()
+        {
+            panic!("{entry:?} is not in {:?}", self.engine.lock().log);
+        }
+    }
+
+    /// What it was told so far, and forgets it.
+    pub(crate) fn take_log(&self) -> Vec<String> {
+        std::mem::take(&mut self.engine.lock().log)
+    }
+
+    /// The engine is lost.
+    pub(crate) fn lose(&self) {
+        self.snapshot.send_modify(|state| state.admitted = false);
+    }
+
+    /// A new life of the engine is admitted, with the command line's weights.
+    pub(crate) fn restart(&self) {
+        {
+            let mut engine = self.engine.lock();
+            engine.weights = engine.model_path.clone();
+            engine.version = "default".to_owned();
+            engine.paused = false;
+        }
+        self.snapshot.send_modify(|state| {
+            state.incarnation.0 += 1;
+            state.admitted = false;
+        });
+    }
+
+    /// Its traffic is let through.
+    pub(crate) fn admit(&self) {
+        self.snapshot.send_modify(|state| state.admitted = true);
+    }
+}
+
+/// A control call of frontend 1 at a rank.
+pub(crate) fn held(rank: u16, ticket: u64, method: &str) -> HeldCall {
+    HeldCall {
+        rank: EngineIndex(rank),
+        ticket,
+        frontend: FrontendId(1),
+        api_server: 0,
+        method: method.to_owned(),
+        args: Vec::new(),
+    }
+}
+
+async fn run(
+    mut inbox: mpsc::Receiver<RankCommand>,
+    engine: Arc<Mutex<Engine>>,
+    changed: Arc<Notify>,
+) {
+    let mut waiting: Vec<Reply<Value>> = Vec::new();
+    while let Some(command) = inbox.recv().await {
+        let mut engine = engine.lock();
+        match command {
+            RankCommand::Call {
+                method,
+                args,
+                reply,
+                ..
+            } => call(&mut engine, &method, &args, reply, &mut waiting),
+            RankCommand::Admission { open, reply } => {
+                engine.log.push(format!("admission {open}"));
+                reply.send(Ok(())).ok();
+            }
+            RankCommand::Release {
+                ticket,
+                verdict,
+                reply,
+            } => {
+                let text = match verdict {
+                    Verdict::Forward => format!("forward {ticket}"),
+                    Verdict::Answer(value) => format!("answer {ticket} {value}"),
+                    Verdict::Refuse(text) => format!("refuse {ticket} {text}"),
+                };
+                engine.log.push(text);
+                reply.send(Ok(Value::Nil)).ok();
+            }
+            RankCommand::EngineDown { reason, .. } => engine.log.push(format!("down {reason}")),
+            other => panic!("not expected: {other:?}"),
+        }
+        changed.notify_waiters();
+    }
+}
+
+fn call(
+    engine: &mut Engine,
+    method: &str,
+    args: &[Value],
+    reply: Reply<Value>,
+    waiting: &mut Vec<Reply<Value>>,
+) {
+    let answer = match method {
+        "pause_scheduler" => {
+            let mode = args[0].as_str().unwrap_or_default().to_owned();
+            engine.log.push(format!("pause {mode} {}", args[1]));
+            if mode == "wait" && engine.wait_needs_abort {
+                waiting.push(reply);
+                return;
+            }
+            engine.paused = true;
+            for earlier in waiting.drain(..) {
+                earlier.send(Ok(Value::Nil)).ok();
+            }
+            Ok(Value::Nil)
+        }
+        "resume_scheduler" => {
+            engine.log.push("resume".to_owned());
+            engine.paused = false;
+            Ok(Value::Nil)
+        }
+        "reset_prefix_cache" => {
+            engine.log.push(format!("reset {} {}", args[0], args[1]));
+            Ok(Value::Boolean(engine.resets.pop_front().unwrap_or(true)))
+        }
+        "reset_mm_cache" | "reset_encoder_cache" => Ok(Value::Nil),
+        "set_weight_version" if engine.no_version_stamp => Err(HandleError::failed(
+            "Call to set_weight_version method failed: 'EngineCoreProc' object has no attribute",
+        )),
+        "set_weight_version" => {
+            engine.version = args[0].as_str().unwrap_or_default().to_owned();
+            engine.log.push(format!("version {}", engine.version));
+            Ok(Value::Nil)
+        }
+        "collective_rpc" => match args[0].as_str().unwrap_or_default() {
+            "dp_sidecar_info" => info(engine),
+            "dp_sidecar_load" => match load(engine, &args[3]["request"]) {
+                Some(answer) => answer,
+                None => {
+                    waiting.push(reply);
+                    return;
+                }
+            },
+            other => panic!("unexpected worker method {other}"),
+        },
+        other => panic!("unexpected method {other}"),
+    };
+    reply.send(answer).ok();
+}
+
+fn map(entries: Vec<(&str, Value)>) -> Value {
+    let entries = entries.into_iter();
+    Value::Map(
+        entries
+            .map(|(key, value)| (Value::from(key), value))
+            .collect(),
+    )
+}
+
+fn info(engine: &Engine) -> Result<Value, HandleError> {
+    let Some(protocol) = engine.shim_protocol else {
+        return Err(HandleError::failed(
+            "Call to collective_rpc method failed: 'Worker' object has no attribute 'dp_sidecar_info'",
+        ));
+    };
+    Ok(Value::Array(vec![map(vec![
+        ("ok", Value::Boolean(true)),
+        ("protocol", Value::from(protocol)),
+        ("shim_version", Value::from("0.1.0")),
+        ("model_path", Value::from(engine.model_path.as_str())),
+        ("vllm_version", Value::from("0.32.0")),
+        ("is_moe", Value::Boolean(false)),
+        ("rank", Value::from(0)),
+        ("world_size", Value::from(1)),
+    ])]))
+}
+
+/// None: no answer.
+fn load(engine: &mut Engine, request: &Value) -> Option<Result<Value, HandleError>> {
+    let path = request["path"].as_str().unwrap_or_default().to_owned();
+    engine.log.push(format!("load {path}"));
+    let script = engine.loads.pop_front().unwrap_or(LoadScript::Good);
+    let (state, kind) = match script {
+        LoadScript::Good | LoadScript::Lies => ("loaded", Value::Nil),
+        LoadScript::Fails(state, kind) => (state, Value::from(kind)),
+        LoadScript::Hangs => return None,
+        LoadScript::Raises => {
+            engine.weights = "torn".to_owned();
+            return Some(Err(HandleError::failed(
+                "Call to collective_rpc failed: boom",
+            )));
+        }
+    };
+    let good = state == "loaded";
+    if good {
+        engine.weights = path;
+    } else if state != "unchanged" {
+        engine.weights = format!("torn {state}");
+    }
+    let digest = match script {
+        LoadScript::Lies => {
+            engine.weights = "something else".to_owned();
+            Value::from("0123")
+        }
+        _ => request["digest"].clone(),
+    };
+    let error = if good {
+        Value::Nil
+    } else {
+        Value::from("injected")
+    };
+    Some(Ok(Value::Array(vec![map(vec![
+        ("ok", Value::Boolean(good)),
+        ("protocol", Value::from(1)),
+        ("rank", Value::from(0)),
+        ("tensors", request["tensors"].clone()),
+        ("bytes", request["bytes"].clone()),
+        ("digest", digest),
+        ("digest_kind", Value::from("blake3")),
+        ("ms", Value::F64(1.5)),
+        ("state", Value::from(state)),
+        ("error", error),
+        ("error_kind", kind),
+    ])])))
+}

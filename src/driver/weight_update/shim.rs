@@ -1,0 +1,165 @@
+//! Calls of the shim in an engine's workers, see `protocol/docs/weight-update.md`.
+
+use std::time::Duration;
+
+use dp_sidecar_protocol::UpdateId;
+use dp_sidecar_protocol::machine::weight_update::{Checkpoint, WorkerReport, WorkerState};
+use rmpv::Value;
+
+use super::super::engine_calls::worker_call;
+use super::super::handles::{HandleError, RankHandle};
+
+/// Version of the contract.
+const PROTOCOL: u64 = 1;
+
+/// What an engine says about itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct EngineInfo {
+    /// Directory of the command line's checkpoint.
+    pub(super) model_path: String,
+    pub(super) vllm_version: String,
+    pub(super) shim_version: String,
+}
+
+impl EngineInfo {
+    /// `reset_prefix_cache` tells a connector that is not there from one that failed, since 0.32.0.
+    pub(super) fn connector_answers(&self) -> bool {
+        let mut parts = self.vllm_version.split(['.', '+']);
+        let mut number = || parts.next().and_then(|part| part.parse::<u32>().ok());
+        matches!((number(), number()), (Some(major), Some(minor)) if (major, minor) >= (0, 32))
+    }
+}
+
+/// Asks all workers of a rank who they are. The error says what to do about it.
+pub(super) async fn info(rank: &RankHandle, limit: Duration) -> Result<EngineInfo, String> {
+    let empty = Value::Map(Vec::new());
+    let answer = match worker_call(rank, "dp_sidecar_info", empty, limit).await {
+        Ok(answer) => answer,
+        Err(HandleError::Failed(text)) if text.contains("dp_sidecar_info") => {
+            return Err(
+                "the shim is not in the engine's Python environment: install it there (pip install dp-sidecar-shim) and start the engine again".to_owned(),
+            );
+        }
+        Err(error) => return Err(error.to_string()),
+    };
+    let workers = answer.as_array().map_or(&[][..], Vec::as_slice);
+    let mut found: Option<EngineInfo> = None;
+    for (at, worker) in workers.iter().enumerate() {
+        let text = |key: &str| worker[key].as_str().unwrap_or_default().to_owned();
+        let protocol = worker["protocol"].as_u64();
+        if protocol != Some(PROTOCOL) {
+            let actual = protocol.map_or_else(|| "none".to_owned(), |p| p.to_string());
+            return Err(format!(
+                "worker {at}: the shim (version {}) speaks protocol {actual}, expected {PROTOCOL}: install the dp-sidecar-shim that belongs to this sidecar ({}) and start the engine again",
+                text("shim_version"),
+                env!("CARGO_PKG_VERSION"),
+            ));
+        }
+        if worker["ok"].as_bool() != Some(true) {
+            return Err(format!("worker {at}: shim failed: {}", text("error")));
+        }
+        found.get_or_insert_with(|| EngineInfo {
+            model_path: text("model_path"),
+            vllm_version: text("vllm_version"),
+            shim_version: text("shim_version"),
+        });
+    }
+    found.ok_or_else(|| "no worker answered to dp_sidecar_info".to_owned())
+}
+
+/// Loads a checkpoint in all workers of a rank.
+pub(super) async fn load(
+    rank: &RankHandle,
+    id: &UpdateId,
+    checkpoint: &Checkpoint,
+    limit: Duration,
+) -> Result<Vec<WorkerReport>, String> {
+    let files = checkpoint.files.iter().map(|file| file.as_str().into());
+    let digest = checkpoint.digest.as_deref();
+    let request = map(vec![
+        ("protocol", PROTOCOL.into()),
+        ("update_id", id.0.as_str().into()),
+        ("path", checkpoint.path.as_str().into()),
+        ("files", Value::Array(files.collect())),
+        ("tensors", checkpoint.tensors.into()),
+        ("bytes", checkpoint.bytes.into()),
+        ("digest", digest.map_or(Value::Nil, Value::from)),
+        ("digest_kind", digest.map_or("none", |_| "blake3").into()),
+    ]);
+    let kwargs = map(vec![("request", request)]);
+    let answer = worker_call(rank, "dp_sidecar_load", kwargs, limit)
+        .await
+        .map_err(|error| error.to_string())?;
+    let workers = answer.as_array().map_or(&[][..], Vec::as_slice);
+    Ok(workers.iter().enumerate().map(report).collect())
+}
+
+/// What a worker does not say, or says wrongly, is taken for the worst.
+fn report((at, worker): (usize, &Value)) -> WorkerReport {
+    let text = |key: &str| worker[key].as_str().map(str::to_owned);
+    let number = |key: &str| worker[key].as_u64().unwrap_or_default();
+    let state = match worker["state"].as_str() {
+        Some("loaded") => WorkerState::Loaded,
+        Some("unchanged") => WorkerState::Unchanged,
+        Some("restored-meta") => WorkerState::RestoredMeta,
+        _ => WorkerState::Mixed,
+    };
+    WorkerReport {
+        rank: worker["rank"]
+            .as_u64()
+            .and_then(|rank| u32::try_from(rank).ok())
+            .unwrap_or(u32::try_from(at).unwrap_or(u32::MAX)),
+        ok: worker["ok"].as_bool() == Some(true),
+        state,
+        tensors: number("tensors"),
+        bytes: number("bytes"),
+        digest: text("digest"),
+        ms: worker["ms"].as_f64().unwrap_or_default(),
+        error: text("error"),
+        error_kind: text("error_kind"),
+    }
+}
+
+fn map(entries: Vec<(&str, Value)>) -> Value {
+    let entries = entries.into_iter();
+    Value::Map(entries.map(|(key, value)| (key.into(), value)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_that_makes_no_sense_is_taken_for_torn_weights() {
+        for nonsense in [
+            Value::Nil,
+            Value::from(3),
+            map(vec![("ok", Value::from("yes")), ("state", Value::from(7))]),
+        ] {
+            let report = report((4, &nonsense));
+            assert!(!report.ok);
+            assert_eq!((report.rank, report.state), (4, WorkerState::Mixed));
+            assert!(report.fault(&Checkpoint::default()).is_some());
+        }
+    }
+
+    #[test]
+    fn the_version_decides_whether_a_connectors_answer_counts() {
+        let info = |version: &str| EngineInfo {
+            model_path: String::new(),
+            vllm_version: version.to_owned(),
+            shim_version: String::new(),
+        };
+        for (version, answers) in [
+            ("0.32.0", true),
+            ("0.32.0+cpu", true),
+            ("0.33.1", true),
+            ("1.0", true),
+            ("0.31.2", false),
+            ("0.9", false),
+            ("", false),
+        ] {
+            assert_eq!(info(version).connector_answers(), answers, "{version}");
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! The check of the directories, before any engine is touched.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use dp_sidecar_protocol::machine::weight_update::{Checkpoint, Commit};
+use parking_lot::Mutex;
+
+use crate::manifest::{Manifest, ManifestError, ManifestFile, Progress};
+
+/// What is known about directories, so that nothing is hashed twice.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Known {
+    inner: Arc<Mutex<Inner>>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    /// Manifest of the command line's checkpoint, by directory, as it was first seen.
+    models: BTreeMap<PathBuf, Manifest>,
+    /// Whole digests, with the files they belong to.
+    digests: BTreeMap<PathBuf, (Vec<ManifestFile>, String)>,
+}
+
+/// What to check.
+#[derive(Clone, Debug)]
+pub(super) struct Job {
+    pub(super) source: PathBuf,
+    /// Directory of the command line's checkpoint.
+    pub(super) model_path: PathBuf,
+    pub(super) committed: Option<Commit>,
+    pub(super) allow_no_rollback: bool,
+}
+
+/// Both checkpoints.
+#[derive(Clone, Debug)]
+pub(super) struct Checked {
+    pub(super) new: Checkpoint,
+    pub(super) previous: Option<Checkpoint>,
+}
+
+/// Calls the work off when dropped: a blocking task cannot be aborted.
+#[derive(Debug, Default)]
+pub(super) struct Cancel(Arc<AtomicBool>);
+
+impl Cancel {
+    pub(super) fn flag(&self) -> Arc<AtomicBool> {
+        self.0.clone()
+    }
+}
+
+impl Drop for Cancel {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Known {
+    /// Checks the new directory against the model, hashes it, and makes sure that there is a way back.
+    /// Blocks.
+    pub(super) fn check(
+        &self,
+        job: &Job,
+        progress: &(dyn Fn(Progress) + Sync),
+        cancel: &AtomicBool,
+    ) -> Result<Checked, String> {
+        if !job.source.is_absolute() {
+            return Err(format!(
+                "checkpoint {}: expected an absolute path",
+                job.source.display()
+            ));
+        }
+        let model = self.model(&job.model_path).map_err(|error| {
+            format!("cannot read the checkpoint that the engines were started from: {error}")
+        })?;
+        let new = Manifest::read(&job.source).map_err(|error| error.to_string())?;
+        new.check_against(&model)
+            .map_err(|error| error.to_string())?;
+        // First the way back: if there is none, nothing needs to be hashed.
+        let previous = match self.previous(job, &model, cancel) {
+            Ok(previous) => Some(previous),
+            Err(reason) if job.allow_no_rollback => {
+                tracing::warn!(%reason, "no way back from this update");
+                None
+            }
+            Err(reason) => {
+                return Err(format!(
+                    "a load that fails could not be taken back: {reason}"
+                ));
+            }
+        };
+        let digest = self
+            .digest(&new, progress, cancel)
+            .map_err(|error| error.to_string())?;
+        Ok(Checked {
+            new: new.checkpoint(Some(digest)),
+            previous,
+        })
+    }
+
+    fn model(&self, path: &Path) -> Result<Manifest, ManifestError> {
+        if let Some(known) = self.inner.lock().models.get(path) {
+            return Ok(known.clone());
+        }
+        let manifest = Manifest::read(path)?;
+        let mut inner = self.inner.lock();
+        Ok(inner
+            .models
+            .entry(path.to_owned())
+            .or_insert(manifest)
+            .clone())
+    }
+
+    /// What the engines hold now, checked to be what it was when they loaded it.
+    fn previous(
+        &self,
+        job: &Job,
+        model: &Manifest,
+        cancel: &AtomicBool,
+    ) -> Result<Checkpoint, String> {
+        let gone = |path: &str, error: &dyn std::fmt::Display| {
+            format!("the directory of the current weights, {path}, cannot be used: {error}")
+        };
+        let Some(commit) = &job.committed else {
+            let path = model.path.to_string_lossy();
+            model
+                .check_unchanged()
+                .map_err(|error| gone(&path, &error))?;
+            let digest = self
+                .digest(model, &|_| {}, cancel)
+                .map_err(|error| gone(&path, &error))?;
+            return Ok(model.checkpoint(Some(digest)));
+        };
+        self.verify(&commit.checkpoint, cancel)
+            .map_err(|error| gone(&commit.checkpoint.path, &error))?;
+        Ok(commit.checkpoint.clone())
+    }
+
+    /// Whether a directory still holds what it held when it was committed. Blocks.
+    pub(super) fn verify(
+        &self,
+        checkpoint: &Checkpoint,
+        cancel: &AtomicBool,
+    ) -> Result<(), String> {
+        let manifest = Manifest::read(Path::new(&checkpoint.path)).map_err(|e| e.to_string())?;
+        let digest = self
+            .digest(&manifest, &|_| {}, cancel)
+            .map_err(|error| error.to_string())?;
+        match &checkpoint.digest {
+            Some(expected) if *expected != digest => Err(format!(
+                "its content has changed: digest {digest}, expected {expected}"
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    fn digest(
+        &self,
+        manifest: &Manifest,
+        progress: &(dyn Fn(Progress) + Sync),
+        cancel: &AtomicBool,
+    ) -> Result<String, ManifestError> {
+        if let Some((files, digest)) = self.inner.lock().digests.get(&manifest.path)
+            && *files == manifest.files
+        {
+            let total = manifest.bytes();
+            progress(Progress { done: total, total });
+            return Ok(digest.clone());
+        }
+        let digests = manifest.digests(progress, cancel)?;
+        let entry = (manifest.files.clone(), digests.whole.clone());
+        let mut inner = self.inner.lock();
+        inner.digests.insert(manifest.path.clone(), entry);
+        // Two directories are in use at a time; a few more do not matter.
+        while inner.digests.len() > 16 {
+            inner.digests.pop_first();
+        }
+        Ok(digests.whole)
+    }
+}

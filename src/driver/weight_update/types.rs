@@ -1,0 +1,278 @@
+//! What goes in and out of the update task.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use dp_sidecar_protocol::machine::weight_update::{
+    Checkpoint, Config, Outcome, PauseMode, Phase, RankState, Record, Refusal,
+};
+use dp_sidecar_protocol::{EngineIndex, Incarnation, UpdateId, WeightVersion};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use super::super::handles::GroupKind;
+
+/// Settings of the update task.
+#[derive(Clone, Debug)]
+pub struct UpdateConfig {
+    /// Dense or MoE.
+    pub kind: GroupKind,
+    /// Where the last committed update is remembered.
+    pub state_dir: PathBuf,
+    /// Deadlines. `lockstep` is set from `kind`.
+    pub machine: Config,
+    /// For `dp_sidecar_info` and other small calls.
+    pub call_timeout: Duration,
+}
+
+impl UpdateConfig {
+    /// Usual settings.
+    pub fn new(kind: GroupKind, state_dir: impl Into<PathBuf>) -> Self {
+        Self {
+            kind,
+            state_dir: state_dir.into(),
+            machine: Config {
+                lockstep: kind == GroupKind::Lockstep,
+                ..Config::default()
+            },
+            call_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
+/// An update that somebody wants.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct UpdateRequest {
+    /// Its name; made up when absent. The same name again after success gives the same record again.
+    pub id: Option<UpdateId>,
+    /// Absolute directory of the new checkpoint.
+    pub path: PathBuf,
+    /// Label of the new weights; made from the directory's name and the id when absent.
+    pub version: Option<WeightVersion>,
+    /// Refuse unless this version is current.
+    pub from_version: Option<WeightVersion>,
+    /// What happens to running requests.
+    pub mode: PauseMode,
+    /// How long the pause may take before running requests are aborted.
+    pub pause_deadline: Duration,
+    /// Go on although the directory of the current weights is gone or changed, so that a failed load cannot
+    /// be taken back.
+    #[serde(default)]
+    pub allow_no_rollback: bool,
+    /// How long to wait for another controller (a frontend's control call, the operator).
+    pub patience: Duration,
+}
+
+impl UpdateRequest {
+    /// With usual settings: `wait`, 30 s, then `abort`.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self {
+            id: None,
+            path: path.into(),
+            version: None,
+            from_version: None,
+            mode: PauseMode::Wait,
+            pause_deadline: Duration::from_secs(30),
+            allow_no_rollback: false,
+            patience: Duration::from_secs(5),
+        }
+    }
+}
+
+/// What a running update tells whoever started it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum UpdateEvent {
+    /// The new checkpoint is being hashed; generation goes on.
+    Hashing {
+        /// Bytes hashed.
+        done: u64,
+        /// Bytes altogether.
+        total: u64,
+    },
+    /// Something moved on.
+    Progress {
+        /// Where the update is.
+        phase: Phase,
+        /// Where its ranks are.
+        ranks: BTreeMap<EngineIndex, RankState>,
+    },
+}
+
+/// How an update ended, as far as an exit code is concerned.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum UpdateOutcome {
+    /// All engines that live hold the new weights.
+    Committed,
+    /// The directory, the request or the engines' environment is not fit for it. No engine was touched.
+    RefusedInvalid,
+    /// Another controller has the engines. No engine was touched.
+    RefusedBusy,
+    /// `from_version` is not the current version. No engine was touched.
+    RefusedVersion,
+    /// Ended before any engine was asked to load; all go on with the previous weights.
+    Aborted,
+    /// A load failed; all engines that live hold the previous weights.
+    RolledBack,
+    /// These engines had to be fenced; see `record.committed` for which weights the others hold.
+    Degraded {
+        /// Ranks.
+        fenced: Vec<EngineIndex>,
+    },
+}
+
+/// The final word on an update.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct UpdateRecord {
+    /// Its name.
+    pub id: UpdateId,
+    /// How it ended.
+    pub outcome: UpdateOutcome,
+    /// One line for people. Names the failing rank and worker.
+    pub message: String,
+    /// Version of the weights after it.
+    pub version: WeightVersion,
+    /// When it was asked for, in milliseconds since 1970.
+    pub started_unix_ms: u64,
+    /// Everything else.
+    pub record: Record,
+}
+
+impl UpdateRecord {
+    pub(super) fn ended(record: Record, version: WeightVersion, started_unix_ms: u64) -> Self {
+        let outcome = match &record.outcome {
+            Outcome::Committed => UpdateOutcome::Committed,
+            Outcome::RefusedInvalid => UpdateOutcome::RefusedInvalid,
+            Outcome::Aborted => UpdateOutcome::Aborted,
+            Outcome::RolledBack => UpdateOutcome::RolledBack,
+            Outcome::Degraded { fenced } => UpdateOutcome::Degraded {
+                fenced: fenced.clone(),
+            },
+        };
+        Self {
+            id: record.id.clone(),
+            message: message(&record, &version),
+            outcome,
+            version,
+            started_unix_ms,
+            record,
+        }
+    }
+
+    pub(super) fn refused(
+        id: UpdateId,
+        request: &UpdateRequest,
+        outcome: UpdateOutcome,
+        reason: String,
+        version: WeightVersion,
+        started_unix_ms: u64,
+    ) -> Self {
+        let record = Record {
+            id: id.clone(),
+            outcome: Outcome::RefusedInvalid,
+            from_version: Some(version.clone()),
+            to_version: request.version.clone().unwrap_or_default(),
+            source: request.path.to_string_lossy().into_owned(),
+            mode: request.mode,
+            error: Some(reason.clone()),
+            ..Record::default()
+        };
+        Self {
+            message: format!("update {id} refused: {reason}"),
+            id,
+            outcome,
+            version,
+            started_unix_ms,
+            record,
+        }
+    }
+}
+
+pub(super) fn outcome_of(refusal: &Refusal) -> UpdateOutcome {
+    match refusal {
+        Refusal::Busy { .. } => UpdateOutcome::RefusedBusy,
+        Refusal::WrongVersion { .. } => UpdateOutcome::RefusedVersion,
+        Refusal::NoEngines | Refusal::IdUsed { .. } => UpdateOutcome::RefusedInvalid,
+    }
+}
+
+fn message(record: &Record, version: &WeightVersion) -> String {
+    let id = &record.id;
+    let error = record.error.as_deref().unwrap_or("no reason given");
+    let seconds = |ms: u64| format!("{}.{:03} s", ms / 1000, ms % 1000);
+    match &record.outcome {
+        Outcome::Committed => format!(
+            "update {id} committed: {} ranks hold {version}, {} altogether, paused for {}",
+            record.ranks.len(),
+            seconds(record.total_ms),
+            seconds(record.paused_ms.unwrap_or_default()),
+        ),
+        Outcome::RefusedInvalid => format!("update {id} refused, no engine was touched: {error}"),
+        Outcome::Aborted => {
+            format!("update {id} ended before any engine was loaded, still {version}: {error}")
+        }
+        Outcome::RolledBack => {
+            format!("update {id} rolled back, all engines hold {version}: {error}")
+        }
+        Outcome::Degraded { fenced } => {
+            let fenced: Vec<String> = fenced.iter().map(ToString::to_string).collect();
+            let what = if record.committed {
+                "committed"
+            } else {
+                "rolled back"
+            };
+            format!(
+                "update {id} {what} to {version}, rank {} fenced: {error}",
+                fenced.join(", ")
+            )
+        }
+    }
+}
+
+/// What is known about weights, for status.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct UpdateStatus {
+    /// Label of the committed weights; `default` before the first update.
+    pub version: WeightVersion,
+    /// Where they are; none before the first update (the command line's checkpoint then).
+    pub committed: Option<Checkpoint>,
+    /// The running update, where it is, and its ranks.
+    pub running: Option<UpdateId>,
+    /// Where it is.
+    pub phase: Phase,
+    /// Where its ranks are.
+    pub ranks: BTreeMap<EngineIndex, RankState>,
+    /// How the last one of this process ended.
+    pub last: Option<UpdateRecord>,
+}
+
+/// The update task wants this engine kept from serving, and started again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FenceRequest {
+    /// Which rank.
+    pub rank: EngineIndex,
+    /// Which life of it.
+    pub incarnation: Incarnation,
+    /// Why.
+    pub reason: String,
+}
+
+/// The update task did not do what it was asked to.
+#[derive(Clone, Debug, Error)]
+pub enum UpdateError {
+    /// It has ended; the sidecar is stopping.
+    #[error("the update task has ended")]
+    Gone,
+    /// An engine could not be brought to the committed weights.
+    #[error("rank {rank}: cannot be brought to weight version {version}: {reason}")]
+    Restore {
+        /// Which.
+        rank: EngineIndex,
+        /// The committed version.
+        version: WeightVersion,
+        /// Names the worker.
+        reason: String,
+    },
+}
