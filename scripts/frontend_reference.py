@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """vLLM's own startup code of a frontend without local engines, for one run.
 
-``launch_core_engines`` and ``wait_for_engine_startup`` (and for ``--size`` above 1 the real DP coordinator
-process) of the installed vLLM serve the handshake on 127.0.0.1; input and output sockets are bound as
-``MPClient`` does. Everything that happens is one JSON object per line on stdout. Ends when stdin does, or
-when an output socket says ENGINE_CORE_DEAD. `tests/attachment.rs` attaches to it.
+``launch_core_engines`` and ``wait_for_engine_startup`` of the installed vLLM (and, for ``--size``
+above 1, the real DP coordinator process) serve the handshake on 127.0.0.1; input and output sockets
+are bound as ``MPClient`` does. What happens is one JSON object per line on stdout. Ends when stdin
+does, or when an output socket says ENGINE_CORE_DEAD. `tests/attachment.rs` attaches to it.
 
 Run it with an interpreter that has vLLM (`scripts/vllm_env.py` prepares one).
 """

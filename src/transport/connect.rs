@@ -12,6 +12,7 @@ use std::time::Duration;
 use bytes::{Buf, Bytes, BytesMut};
 use dp_sidecar_protocol::Frames;
 use dp_sidecar_protocol::frames::SUBSCRIBE_ALL;
+use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
 use tokio::net::{TcpStream, UnixStream, tcp, unix};
 use tokio::time::{Instant, sleep, timeout_at};
@@ -474,11 +475,24 @@ async fn open(
     Ok((sender, receiver))
 }
 
+/// The kernel asks a silent peer after ten seconds, and gives it up fifteen later; the same for bytes
+/// that it does not acknowledge. A host that lost its power says nothing, and vLLM's sockets have no
+/// heartbeat.
+fn keep_alive(stream: &TcpStream) -> io::Result<()> {
+    setsockopt(stream, sockopt::KeepAlive, &true)?;
+    setsockopt(stream, sockopt::TcpKeepIdle, &10)?;
+    setsockopt(stream, sockopt::TcpKeepInterval, &5)?;
+    setsockopt(stream, sockopt::TcpKeepCount, &3)?;
+    setsockopt(stream, sockopt::TcpUserTimeout, &25_000)?;
+    Ok(())
+}
+
 async fn connect(target: &Target<'_>) -> io::Result<(ReadHalf, WriteHalf)> {
     loop {
         let attempt = match target {
             Target::Tcp(host_port) => TcpStream::connect(host_port).await.and_then(|stream| {
                 stream.set_nodelay(true)?;
+                keep_alive(&stream)?;
                 let (reader, writer) = stream.into_split();
                 Ok((ReadHalf::Tcp(reader), WriteHalf::Tcp(writer)))
             }),
