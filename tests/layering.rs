@@ -73,8 +73,9 @@ fn names(code: &str, name: &str) -> bool {
         let before = code[..at].chars().next_back();
         let after = code[at + name.len()..].chars().next();
         // A field or method of the same name is something else.
-        !before.is_some_and(|c| word(c) || c == '.' || c == '"')
-            && !(name.chars().last().is_some_and(word) && after.is_some_and(word))
+        let joined_before = before.is_some_and(|c| word(c) || c == '.' || c == '"');
+        let joined_after = name.chars().last().is_some_and(word) && after.is_some_and(word);
+        !joined_before && !joined_after
     })
 }
 
@@ -152,7 +153,12 @@ fn only_the_supervisor_and_the_command_line_start_processes() {
 fn only_the_supervisor_signals_processes() {
     let found = violations(
         &sources("src"),
-        &["signal::kill", "signal::killpg"],
+        &[
+            "signal::kill",
+            "signal::killpg",
+            "kill_process",
+            "kill_process_group",
+        ],
         false,
         |path| path.starts_with("src/supervisor/"),
     );

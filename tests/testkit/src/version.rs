@@ -44,10 +44,16 @@ impl FromStr for VllmVersion {
 pub struct RequestPositions {
     /// Where `sampling_params` is.
     pub sampling_params: usize,
+    /// Where `arrival_time` is: a number, never nil.
+    pub arrival_time: usize,
     /// Where `client_index` is.
     pub client_index: usize,
     /// Where `current_wave` is.
     pub current_wave: usize,
+    /// Where `priority` is: a number, never nil.
+    pub priority: usize,
+    /// Where `resumable` and `abort_immediately` are, if they exist: booleans, never nil.
+    pub flags: &'static [usize],
     /// How many fields there are.
     pub len: usize,
 }
@@ -79,10 +85,22 @@ impl VllmVersion {
         } else {
             (11, 15)
         };
+        let flags: &[usize] = if self.at_least(21, 0) {
+            &[15, 19]
+        } else if self.at_least(17, 0) {
+            &[14]
+        } else if self.at_least(15, 0) {
+            &[15]
+        } else {
+            &[]
+        };
         RequestPositions {
             sampling_params: 3,
+            arrival_time: if self.at_least(17, 0) { 5 } else { 6 },
             client_index,
             current_wave: client_index + 1,
+            priority: client_index + 2,
+            flags,
             len,
         }
     }

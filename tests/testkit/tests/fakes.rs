@@ -143,14 +143,30 @@ fn hazards_kill_an_engine_as_they_kill_the_real_one() {
     let add_for_client_7 = {
         let mut fields = vec![Value::Nil; 22];
         fields[0] = Value::from("x");
+        fields[5] = Value::from(0.0);
+        fields[13] = Value::from(0);
+        fields[15] = Value::from(false);
+        fields[19] = Value::from(false);
         fields[11] = Value::from(7);
         fields[12] = Value::from(0);
+        dp_sidecar_testkit::msg::encode(&Value::Array(fields))
+    };
+    let add_with_nil_for_a_boolean = {
+        let mut fields = vec![Value::Nil; 22];
+        fields[0] = Value::from("x");
+        fields[5] = Value::from(0.0);
+        fields[11..14].fill(Value::from(0));
         dp_sidecar_testkit::msg::encode(&Value::Array(fields))
     };
     let input: fn(&EngineEnd) -> bool = |end| matches!(end, EngineEnd::InputThread(_));
     let output: fn(&EngineEnd) -> bool = |end| matches!(end, EngineEnd::OutputThread(_));
     let core: fn(&EngineEnd) -> bool = |end| matches!(end, EngineEnd::Core(_));
-    let cases: [(&str, Vec<&[u8]>, _); 8] = [
+    let cases: [(&str, Vec<&[u8]>, _); 9] = [
+        (
+            "nil for a boolean",
+            vec![b"\x00", &add_with_nil_for_a_boolean],
+            input,
+        ),
         ("malformed msgpack", vec![b"\x00", b"\x92\xc0"], input),
         ("unknown type byte", vec![b"\x09", b"\x90"], input),
         ("READY on an input socket", vec![b"READY"], input),

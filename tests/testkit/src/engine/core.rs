@@ -373,6 +373,15 @@ impl Engine {
                 .as_i64()
                 .ok_or_else(|| bad(format!("{name} is {value}"))),
         };
+        if !fields[at.arrival_time].is_number() {
+            return Err(bad(format!("arrival_time is {}", fields[at.arrival_time])));
+        }
+        number(at.priority, "priority")?;
+        for flag in at.flags {
+            if let Some(value) = fields.get(*flag).filter(|value| !value.is_bool()) {
+                return Err(bad(format!("position {flag} is {value}, not a boolean")));
+            }
+        }
         let client = number(at.client_index, "client_index")?;
         let wave = u64::try_from(number(at.current_wave, "current_wave")?).unwrap_or_default();
         let client = self.client(client)?;

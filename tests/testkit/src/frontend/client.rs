@@ -272,12 +272,17 @@ impl ApiServer {
         let mut fields = vec![Value::Nil; at.len];
         fields[0] = Value::from(request.id.as_str());
         fields[1] = request.prompt.iter().copied().map(Value::from).collect();
-        fields[at.sampling_params] = msg::map([("max_tokens", Value::from(request.max_tokens))]);
-        let arrival = if self.version.at_least(17, 0) { 5 } else { 6 };
-        fields[arrival] = Value::from(0.0);
+        fields[at.sampling_params] = msg::map([
+            ("temperature", Value::from(0.0)),
+            ("max_tokens", Value::from(request.max_tokens)),
+        ]);
+        fields[at.arrival_time] = Value::from(0.0);
         fields[at.client_index] = Value::from(self.index as u64);
         fields[at.current_wave] = Value::from(self.wave);
-        fields[at.current_wave + 1] = Value::from(0);
+        fields[at.priority] = Value::from(0);
+        for flag in at.flags {
+            fields[*flag] = Value::from(false);
+        }
         self.inflight[usize::from(rank)] += 1;
         self.requests.insert(
             request.id.clone(),
