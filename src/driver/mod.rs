@@ -5,8 +5,10 @@ pub mod attachment;
 pub mod control;
 pub mod coordinator;
 pub(crate) mod engine_calls;
+pub mod frontend;
 pub mod handles;
 pub mod handshake;
+mod init;
 pub mod node;
 pub mod rank;
 #[cfg(test)]

@@ -1,0 +1,247 @@
+//! How lives end: lost, fenced, exited, stopped; and what follows.
+
+use super::{Action, Lifecycle, Phase};
+use crate::machine::restart;
+use crate::{EngineIndex, Incarnation, Time};
+
+impl Lifecycle {
+    /// One engine is not to be used any more. In lockstep that ends the whole group.
+    pub(super) fn lose(&mut self, now: Time, rank: EngineIndex, reason: &str, timeout: bool) {
+        if self.failed || self.stopping {
+            return;
+        }
+        let Some(state) = self.ranks.get(&rank) else {
+            return;
+        };
+        let first_life = self.config.spawn && state.first_life();
+        // A lost connection of a process of ours is followed by its exit, which knows more: only
+        // then is a first start called failed. A process that hangs is failed by its time limit.
+        let exit_will_tell = self.config.spawn && state.process && !timeout;
+        if first_life && !exit_will_tell {
+            self.end_rank(now, rank, reason);
+            self.failed = true;
+            self.actions.push_back(Action::Fail {
+                reason: reason.to_owned(),
+                timeout,
+            });
+            return;
+        }
+        self.end_rank(now, rank, reason);
+        if self.config.lockstep {
+            let others: Vec<EngineIndex> =
+                self.ranks.keys().copied().filter(|&r| r != rank).collect();
+            for other in others {
+                let phase = self.ranks.get(&other).map(|s| s.phase);
+                let active = matches!(
+                    phase,
+                    Some(
+                        Phase::Preparing
+                            | Phase::Starting
+                            | Phase::Connected
+                            | Phase::Ready
+                            | Phase::Restoring
+                            | Phase::Serving
+                    )
+                );
+                // Engines that somebody else starts may already be of the next generation.
+                let same = self.config.spawn
+                    || self.ranks.get(&other).map(|s| s.incarnation)
+                        == self.ranks.get(&rank).map(|s| s.incarnation);
+                if active && same {
+                    let text = format!("lockstep group of engine {rank} ended: {reason}");
+                    self.end_rank(now, other, &text);
+                }
+            }
+        }
+    }
+
+    /// Marks the rank down and has its process stopped.
+    pub(super) fn end_rank(&mut self, now: Time, rank: EngineIndex, reason: &str) {
+        let spawn = self.config.spawn;
+        let Some(state) = self.ranks.get_mut(&rank) else {
+            return;
+        };
+        let incarnation = state.incarnation;
+        let was_open = matches!(
+            state.phase,
+            Phase::Starting | Phase::Connected | Phase::Ready | Phase::Restoring | Phase::Serving
+        );
+        let handshake_only = matches!(state.phase, Phase::Preparing | Phase::Starting) && !spawn;
+        state.last_error = Some(reason.to_owned());
+        state.phase = Phase::Stopping;
+        state.until = None;
+        state.since = now;
+        self.actions.push_back(Action::Down {
+            rank,
+            incarnation,
+            reason: reason.to_owned(),
+        });
+        if spawn && state.process {
+            self.actions
+                .push_back(Action::StopProcess { rank, incarnation });
+        } else if spawn || handshake_only || was_open {
+            // Nothing to wait for: no process of ours. An engine of somebody else whose connection
+            // closed is gone; one that is only fenced keeps its old sockets until they are replaced.
+            self.gone(now, rank);
+        }
+    }
+
+    pub(super) fn exited(
+        &mut self,
+        now: Time,
+        rank: EngineIndex,
+        incarnation: Incarnation,
+        reason: &str,
+    ) {
+        let Some(state) = self
+            .ranks
+            .get_mut(&rank)
+            .filter(|s| s.incarnation == incarnation)
+        else {
+            return;
+        };
+        state.process = false;
+        match state.phase {
+            Phase::Stopping => {
+                if state.first_life() && !self.stopping && !self.failed {
+                    let told = state.last_error.clone().unwrap_or_default();
+                    self.failed = true;
+                    let reason = format!("{told}; {reason}");
+                    self.actions.push_back(Action::Fail {
+                        reason,
+                        timeout: false,
+                    });
+                } else {
+                    self.gone(now, rank);
+                }
+            }
+            Phase::Waiting | Phase::GivenUp | Phase::Stopped => {}
+            _ => {
+                let reason = format!("engine {rank} exited: {reason}");
+                self.lose(now, rank, &reason, false);
+            }
+        }
+        self.report_stopped();
+    }
+
+    /// Nothing is left of the incarnation: decide when the next one begins.
+    pub(super) fn gone(&mut self, now: Time, rank: EngineIndex) {
+        let spawn = self.config.spawn;
+        let Some(state) = self.ranks.get_mut(&rank) else {
+            return;
+        };
+        if self.stopping || self.failed {
+            state.phase = Phase::Stopped;
+            self.report_stopped();
+            return;
+        }
+        if !spawn {
+            // Whoever starts the engines decides when: be ready for HELLO at once.
+            state.phase = Phase::Waiting;
+            state.until = Some(now);
+            return;
+        }
+        let last = state.last_error.clone().unwrap_or_default();
+        let failed = restart::Event::Failed { reason: last };
+        state.restart.handle_event(now, failed);
+        match state.restart.snapshot() {
+            restart::State::Waiting { until } => {
+                state.phase = Phase::Waiting;
+                state.until = Some(until);
+            }
+            restart::State::GivenUp(why) => {
+                state.phase = Phase::GivenUp;
+                state.until = None;
+                let none_left =
+                    self.config.lockstep || self.ranks.values().all(|s| s.phase == Phase::GivenUp);
+                if none_left {
+                    self.failed = true;
+                    let reason = format!("engine {rank} is not started again: {why}");
+                    let timeout = false;
+                    self.actions.push_back(Action::Fail { reason, timeout });
+                }
+            }
+            other => debug_assert!(false, "a failed process is not {other:?}"),
+        }
+    }
+
+    pub(super) fn keeper_lost(&mut self, now: Time) {
+        if self.stopping || self.failed {
+            return;
+        }
+        let ranks: Vec<EngineIndex> = self.ranks.keys().copied().collect();
+        for rank in ranks {
+            let Some(state) = self.ranks.get_mut(&rank) else {
+                continue;
+            };
+            let incarnation = state.incarnation;
+            state.process = false;
+            state.registered = false;
+            match state.phase {
+                Phase::Waiting | Phase::GivenUp | Phase::Stopped => {}
+                _ => {
+                    let reason = "the keeper was killed; its processes were stopped".to_owned();
+                    state.last_error = Some(reason.clone());
+                    // Not the engine's fault: no back-off, nothing charged to its budget.
+                    state.phase = Phase::Waiting;
+                    state.until = Some(now);
+                    self.actions.push_back(Action::Down {
+                        rank,
+                        incarnation,
+                        reason,
+                    });
+                }
+            }
+        }
+    }
+
+    pub(super) fn stop(&mut self) {
+        if self.stopping {
+            return;
+        }
+        self.stopping = true;
+        let spawn = self.config.spawn;
+        for (&rank, state) in &mut self.ranks {
+            let incarnation = state.incarnation;
+            state.until = None;
+            if matches!(
+                state.phase,
+                Phase::Starting
+                    | Phase::Connected
+                    | Phase::Ready
+                    | Phase::Restoring
+                    | Phase::Serving
+            ) {
+                let reason = "the sidecar is stopping".to_owned();
+                self.actions.push_back(Action::Down {
+                    rank,
+                    incarnation,
+                    reason,
+                });
+                if spawn && state.process {
+                    self.actions
+                        .push_back(Action::StopProcess { rank, incarnation });
+                }
+            }
+            state.phase = if state.process {
+                Phase::Stopping
+            } else {
+                Phase::Stopped
+            };
+        }
+        self.report_stopped();
+    }
+
+    pub(super) fn report_stopped(&mut self) {
+        if self.stopping
+            && !self.stopped_reported
+            && self
+                .ranks
+                .values()
+                .all(|s| matches!(s.phase, Phase::Stopped | Phase::GivenUp))
+        {
+            self.stopped_reported = true;
+            self.actions.push_back(Action::Stopped);
+        }
+    }
+}

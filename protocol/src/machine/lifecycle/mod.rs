@@ -1,0 +1,437 @@
+//! Which rank is in which life: prepare, start, handshake, restore the committed weights, serve, and
+//! what follows when an engine is lost.
+//!
+//! Independent ranks (dense models) live alone. Lockstep ranks (MoE) live and die together: when one
+//! is lost all are stopped, and they start again as one generation, with the same incarnation number
+//! and new ports, because the collective groups of the old one cannot be joined again.
+//!
+//! | state | leaves it on |
+//! |---|---|
+//! | `Waiting(until)` | the back-off is over -> `Preparing` |
+//! | `Preparing` | sockets bound, INIT known -> `Starting` (spawned, or awaited) |
+//! | `Starting` | READY and the registration frame -> `Ready` |
+//! | `Ready` | alone, or when the whole group is ready -> `Restoring` |
+//! | `Restoring` | committed weights loaded and verified -> `Serving` |
+//! | `Serving` | lost, fenced -> `Stopping` |
+//! | `Stopping` | the process is gone -> `Waiting`, or `GivenUp` when the budget is spent |
+
+use std::collections::{BTreeMap, VecDeque};
+
+use crate::machine::restart::{self, Restart};
+use crate::{EngineIndex, Incarnation, Time};
+
+mod ending;
+mod types;
+
+pub use types::{Action, Event, LifecycleConfig, Phase, RankLife};
+
+#[derive(Debug)]
+struct RankState {
+    phase: Phase,
+    incarnation: Incarnation,
+    /// Process exists or may exist (spawn mode).
+    process: bool,
+    registered: bool,
+    handshaken: bool,
+    since: Time,
+    until: Option<Time>,
+    restart: Restart,
+    restarts: u64,
+    /// Was admitted in some life.
+    served: bool,
+    last_error: Option<String>,
+}
+
+impl RankState {
+    /// A failure now means that the deployment does not come up, rather than that an engine died.
+    fn first_life(&self) -> bool {
+        !self.served && self.restarts == 0
+    }
+}
+
+/// The machine, see the module text.
+#[derive(Debug)]
+pub struct Lifecycle {
+    config: LifecycleConfig,
+    ranks: BTreeMap<EngineIndex, RankState>,
+    actions: VecDeque<Action>,
+    /// Incarnation number of the newest start; never reused.
+    newest: u64,
+    /// All ranks have served at least once.
+    started: bool,
+    stopping: bool,
+    failed: bool,
+    stopped_reported: bool,
+}
+
+impl Lifecycle {
+    /// A machine that begins to prepare all ranks at `now`.
+    pub fn new(config: LifecycleConfig, now: Time) -> Self {
+        let ranks = config
+            .ranks
+            .iter()
+            .map(|&rank| {
+                let state = RankState {
+                    phase: Phase::Waiting,
+                    incarnation: Incarnation(0),
+                    process: false,
+                    registered: false,
+                    handshaken: false,
+                    since: now,
+                    until: Some(now),
+                    restart: Restart::new(config.restart),
+                    restarts: 0,
+                    served: false,
+                    last_error: None,
+                };
+                (rank, state)
+            })
+            .collect();
+        let mut machine = Self {
+            config,
+            ranks,
+            actions: VecDeque::new(),
+            newest: 0,
+            started: false,
+            stopping: false,
+            failed: false,
+            stopped_reported: false,
+        };
+        machine.handle_timeout(now);
+        machine
+    }
+
+    /// Starts what is due and fails what took too long.
+    pub fn handle_timeout(&mut self, now: Time) {
+        if self.stopping || self.failed {
+            return;
+        }
+        let due: Vec<EngineIndex> = self
+            .ranks
+            .iter()
+            .filter(|(_, s)| s.until.is_some_and(|until| until <= now))
+            .map(|(&rank, _)| rank)
+            .collect();
+        let mut begin = Vec::new();
+        for rank in due {
+            let Some(state) = self.ranks.get_mut(&rank) else {
+                continue;
+            };
+            match state.phase {
+                Phase::Waiting => begin.push(rank),
+                Phase::Starting | Phase::Connected => {
+                    let stage = match (state.phase, state.registered) {
+                        (Phase::Starting, _) => "no HELLO",
+                        (_, false) => "HELLO, but no registration frame (model still loading?)",
+                        (_, true) => "registered, but no READY",
+                    };
+                    let limit = self.config.startup_timeout;
+                    let reason =
+                        format!("engine {rank} did not become ready within {limit:?}: {stage}");
+                    state.until = None;
+                    self.lose(now, rank, &reason, true);
+                }
+                _ => state.until = None,
+            }
+        }
+        if self.config.lockstep {
+            // One generation: the group starts only when every rank is free to.
+            let all_waiting = self
+                .ranks
+                .values()
+                .all(|s| s.phase == Phase::Waiting && s.until.is_none_or(|until| until <= now));
+            if self.config.spawn && !all_waiting {
+                return;
+            }
+        }
+        if begin.is_empty() {
+            return;
+        }
+        if self.config.lockstep {
+            let generation = if self.config.spawn {
+                self.next()
+            } else {
+                self.join_generation()
+            };
+            for rank in begin {
+                self.prepare(now, rank, generation);
+            }
+        } else {
+            for rank in begin {
+                let incarnation = self.next();
+                self.prepare(now, rank, incarnation);
+            }
+        }
+    }
+
+    fn next(&mut self) -> Incarnation {
+        self.newest += 1;
+        Incarnation(self.newest)
+    }
+
+    /// Engines that somebody else starts leave and come one by one: a rank that comes back joins the
+    /// generation that was opened when the first of the old group was lost.
+    fn join_generation(&mut self) -> Incarnation {
+        let open = self.newest > 0
+            && self.ranks.values().any(|s| {
+                s.incarnation.0 == self.newest
+                    && matches!(
+                        s.phase,
+                        Phase::Preparing | Phase::Starting | Phase::Connected
+                    )
+            });
+        let old_alive = self.ranks.values().any(|s| {
+            s.incarnation.0 == self.newest
+                && matches!(
+                    s.phase,
+                    Phase::Stopping | Phase::Serving | Phase::Restoring | Phase::Ready
+                )
+        });
+        if open && !old_alive {
+            Incarnation(self.newest)
+        } else {
+            self.next()
+        }
+    }
+
+    fn prepare(&mut self, now: Time, rank: EngineIndex, incarnation: Incarnation) {
+        let Some(state) = self.ranks.get_mut(&rank) else {
+            return;
+        };
+        if state.incarnation.0 > 0 {
+            state.restarts += 1;
+        }
+        state.phase = Phase::Preparing;
+        state.restart.handle_event(now, restart::Event::Started);
+        state.incarnation = incarnation;
+        state.registered = false;
+        state.handshaken = false;
+        state.process = false;
+        state.since = now;
+        state.until = None;
+        self.actions
+            .push_back(Action::Prepare { rank, incarnation });
+    }
+
+    /// Takes in what happened. Reports about an older incarnation change nothing.
+    pub fn handle_event(&mut self, now: Time, event: Event) {
+        match event {
+            Event::Stop => self.stop(),
+            Event::KeeperLost => self.keeper_lost(now),
+            Event::Prepared { rank, incarnation } => {
+                if let Some(state) = self.current(rank, incarnation, &[Phase::Preparing]) {
+                    state.phase = Phase::Starting;
+                    state.since = now;
+                    if self.config.spawn {
+                        let until = now + self.config.startup_timeout;
+                        if let Some(state) = self.ranks.get_mut(&rank) {
+                            state.process = true;
+                            state.until = Some(until);
+                        }
+                        self.actions.push_back(Action::Spawn { rank, incarnation });
+                    }
+                }
+            }
+            Event::StartFailed {
+                rank,
+                incarnation,
+                reason,
+            } => {
+                if let Some(state) =
+                    self.current(rank, incarnation, &[Phase::Preparing, Phase::Starting])
+                {
+                    state.process = false;
+                    self.lose(
+                        now,
+                        rank,
+                        &format!("engine {rank} could not be started: {reason}"),
+                        false,
+                    );
+                }
+            }
+            Event::Connected { rank, incarnation } => {
+                if let Some(state) = self.current(rank, incarnation, &[Phase::Starting]) {
+                    state.phase = Phase::Connected;
+                }
+            }
+            Event::Registered { rank, incarnation } => {
+                let phases = [Phase::Starting, Phase::Connected];
+                if let Some(state) = self.current(rank, incarnation, &phases) {
+                    state.registered = true;
+                    self.advance(now, rank);
+                }
+            }
+            Event::HandshakeReady { rank, incarnation } => {
+                let phases = [Phase::Starting, Phase::Connected];
+                if let Some(state) = self.current(rank, incarnation, &phases) {
+                    state.handshaken = true;
+                    self.advance(now, rank);
+                }
+            }
+            Event::Restored { ranks } => {
+                for (rank, incarnation) in ranks {
+                    if let Some(state) = self.current(rank, incarnation, &[Phase::Restoring]) {
+                        state.phase = Phase::Serving;
+                        state.served = true;
+                        state.since = now;
+                        state.restart.handle_event(now, restart::Event::Ready);
+                        self.actions.push_back(Action::Admit { rank, incarnation });
+                    }
+                }
+                self.started |= self.ranks.values().all(|s| s.phase == Phase::Serving);
+            }
+            Event::RestoreFailed { ranks, reason } => {
+                for (rank, incarnation) in ranks {
+                    if self
+                        .current(rank, incarnation, &[Phase::Restoring])
+                        .is_some()
+                    {
+                        let text = format!(
+                            "engine {rank}: the committed weights could not be restored: {reason}"
+                        );
+                        self.lose(now, rank, &text, false);
+                    }
+                }
+            }
+            Event::Lost {
+                rank,
+                incarnation,
+                reason,
+            } => {
+                let alive = [
+                    Phase::Starting,
+                    Phase::Connected,
+                    Phase::Ready,
+                    Phase::Restoring,
+                    Phase::Serving,
+                ];
+                if self.current(rank, incarnation, &alive).is_some() {
+                    self.lose(
+                        now,
+                        rank,
+                        &format!("engine {rank} was lost: {reason}"),
+                        false,
+                    );
+                } else if !self.config.spawn
+                    && self
+                        .current(rank, incarnation, &[Phase::Stopping])
+                        .is_some()
+                {
+                    self.gone(now, rank);
+                }
+            }
+            Event::Exited {
+                rank,
+                incarnation,
+                reason,
+            } => self.exited(now, rank, incarnation, &reason),
+            Event::Fence { rank, reason } => {
+                let alive = self.ranks.get(&rank).is_some_and(|s| {
+                    !matches!(
+                        s.phase,
+                        Phase::Stopping | Phase::Waiting | Phase::GivenUp | Phase::Stopped
+                    )
+                });
+                if alive {
+                    self.lose(
+                        now,
+                        rank,
+                        &format!("engine {rank} is fenced: {reason}"),
+                        false,
+                    );
+                }
+            }
+        }
+    }
+
+    fn current(
+        &mut self,
+        rank: EngineIndex,
+        incarnation: Incarnation,
+        phases: &[Phase],
+    ) -> Option<&mut RankState> {
+        self.ranks
+            .get_mut(&rank)
+            .filter(|s| s.incarnation == incarnation && phases.contains(&s.phase))
+    }
+
+    fn advance(&mut self, now: Time, rank: EngineIndex) {
+        let Some(state) = self.ranks.get_mut(&rank) else {
+            return;
+        };
+        if !(state.registered && state.handshaken) {
+            return;
+        }
+        state.phase = Phase::Ready;
+        state.until = None;
+        state.since = now;
+        if self.config.lockstep {
+            let generation = state.incarnation;
+            let all = self
+                .ranks
+                .values()
+                .all(|s| s.phase == Phase::Ready && s.incarnation == generation);
+            if all {
+                let ranks: Vec<_> = self
+                    .ranks
+                    .iter()
+                    .map(|(&r, s)| (r, s.incarnation))
+                    .collect();
+                for state in self.ranks.values_mut() {
+                    state.phase = Phase::Restoring;
+                }
+                self.actions.push_back(Action::Restore { ranks });
+            }
+        } else {
+            state.phase = Phase::Restoring;
+            let ranks = vec![(rank, state.incarnation)];
+            self.actions.push_back(Action::Restore { ranks });
+        }
+    }
+
+    /// The next thing to do.
+    #[must_use]
+    pub fn poll_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    /// When [`Self::handle_timeout`] is due.
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Time> {
+        if self.stopping || self.failed {
+            return None;
+        }
+        let limits = self.ranks.values().filter(|s| s.phase != Phase::Waiting);
+        let limit = limits.filter_map(|s| s.until).min();
+        let waiting = self.ranks.values().filter(|s| s.phase == Phase::Waiting);
+        let begin = if self.config.lockstep && self.config.spawn {
+            // The group begins together, when the last of it may.
+            let all = self.ranks.values().all(|s| s.phase == Phase::Waiting);
+            waiting.filter_map(|s| s.until).max().filter(|_| all)
+        } else {
+            waiting.filter_map(|s| s.until).min()
+        };
+        limit.into_iter().chain(begin).min()
+    }
+
+    /// All ranks serve, or have served once.
+    pub fn started(&self) -> bool {
+        self.started
+    }
+
+    /// Plain data for status.
+    pub fn snapshot(&self) -> BTreeMap<EngineIndex, RankLife> {
+        self.ranks
+            .iter()
+            .map(|(&rank, s)| {
+                let life = RankLife {
+                    phase: s.phase,
+                    incarnation: s.incarnation,
+                    restarts: s.restarts,
+                    last_error: s.last_error.clone(),
+                };
+                (rank, life)
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,200 @@
+//! What goes into the lifecycle machine and what comes out.
+
+use std::time::Duration;
+
+use crate::machine::restart::RestartPolicy;
+use crate::{EngineIndex, Incarnation};
+
+/// What the machine needs to know in advance.
+#[derive(Clone, Debug)]
+pub struct LifecycleConfig {
+    /// The ranks of this node.
+    pub ranks: Vec<EngineIndex>,
+    /// MoE: all ranks share one fate.
+    pub lockstep: bool,
+    /// True when the sidecar starts the processes (through the keeper); false when somebody else does.
+    pub spawn: bool,
+    /// From the start of a process until READY; then it counts as failed. Not used for engines that
+    /// somebody else starts: they may come at any time.
+    pub startup_timeout: Duration,
+    /// When to start again after a failure, and when to give up.
+    pub restart: RestartPolicy,
+}
+
+/// What happened.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// Sockets are bound and the handshake expects the engine.
+    Prepared {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which incarnation.
+        incarnation: Incarnation,
+    },
+    /// Sockets could not be bound, or the process could not be started.
+    StartFailed {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which incarnation.
+        incarnation: Incarnation,
+        /// Why.
+        reason: String,
+    },
+    /// HELLO came.
+    Connected {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which incarnation.
+        incarnation: Incarnation,
+    },
+    /// The registration frame came, and its version is supported.
+    Registered {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which incarnation.
+        incarnation: Incarnation,
+    },
+    /// READY came.
+    HandshakeReady {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which incarnation.
+        incarnation: Incarnation,
+    },
+    /// The committed weights are in these ranks, verified and stamped.
+    Restored {
+        /// Ranks and the incarnations that were restored.
+        ranks: Vec<(EngineIndex, Incarnation)>,
+    },
+    /// They are not.
+    RestoreFailed {
+        /// Ranks and incarnations that were tried.
+        ranks: Vec<(EngineIndex, Incarnation)>,
+        /// Why.
+        reason: String,
+    },
+    /// The engine's connection closed or it said ENGINE_CORE_DEAD.
+    Lost {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which incarnation.
+        incarnation: Incarnation,
+        /// What was seen.
+        reason: String,
+    },
+    /// The process started for the rank has ended, strays included.
+    Exited {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which incarnation.
+        incarnation: Incarnation,
+        /// Exit status and last log lines.
+        reason: String,
+    },
+    /// This engine must not serve (version not supported, rollback failed, rules broken).
+    Fence {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Why.
+        reason: String,
+    },
+    /// All processes are gone because their keeper was killed; start over.
+    KeeperLost,
+    /// Stop everything.
+    Stop,
+}
+
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Bind sockets and expect the engine.
+    Prepare {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Its new incarnation.
+        incarnation: Incarnation,
+    },
+    /// Start the process.
+    Spawn {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which incarnation.
+        incarnation: Incarnation,
+    },
+    /// Stop the process of this incarnation, strays included; answered by [`Event::Exited`].
+    StopProcess {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which incarnation.
+        incarnation: Incarnation,
+    },
+    /// Tell everybody that the engine is gone.
+    Down {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which incarnation.
+        incarnation: Incarnation,
+        /// Why.
+        reason: String,
+    },
+    /// Bring the committed weights into these ranks, together.
+    Restore {
+        /// Ranks and incarnations.
+        ranks: Vec<(EngineIndex, Incarnation)>,
+    },
+    /// Let the frontends' traffic through.
+    Admit {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which incarnation.
+        incarnation: Incarnation,
+    },
+    /// The sidecar cannot do its work and must end.
+    Fail {
+        /// What happened, naming rank and stage.
+        reason: String,
+        /// True when a time limit ran out, false when an engine exited or failed.
+        timeout: bool,
+    },
+    /// Everything is stopped.
+    Stopped,
+}
+
+/// Name of a state, for status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// Waiting out a back-off.
+    Waiting,
+    /// Binding sockets.
+    Preparing,
+    /// Process started or awaited; handshake not complete.
+    Starting,
+    /// HELLO answered with INIT; loading the model.
+    Connected,
+    /// Handshake complete.
+    Ready,
+    /// Loading the committed weights.
+    Restoring,
+    /// Admitted.
+    Serving,
+    /// Being stopped.
+    Stopping,
+    /// Not started again: the restart budget is spent.
+    GivenUp,
+    /// Stopped on request.
+    Stopped,
+}
+
+/// Plain data about one rank.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+pub struct RankLife {
+    /// Where it is.
+    pub phase: Phase,
+    /// Which life.
+    pub incarnation: Incarnation,
+    /// How often it was started again.
+    pub restarts: u64,
+    /// The last thing that went wrong.
+    pub last_error: Option<String>,
+}

@@ -1,0 +1,120 @@
+//! Answers the admin socket: each command in a task of its own, so that none waits for another.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use dp_sidecar_protocol::machine::weight_update::PauseMode as MachineMode;
+use tokio::sync::watch;
+use tokio_util::task::TaskTracker;
+
+use super::answer;
+use super::status::Sources;
+use crate::admin::server::AdminCommand;
+use crate::admin::types::{AdminError, ErrorKind, PauseMode};
+use crate::config::Config;
+use crate::driver::control::{ControlError, ControlHandle};
+use crate::driver::handles::{
+    AttachmentCommand, AttachmentHandle, CoordinatorHandle, HandleError, HandshakeHandle,
+    RankHandle, ask,
+};
+use crate::driver::weight_update::UpdateHandle;
+
+/// Limit for answers of our own tasks.
+const LOCAL_ANSWER: Duration = Duration::from_secs(10);
+/// How long pause and resume wait for another controller before they are refused.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Handles of all tasks that commands need.
+#[derive(Clone, Debug)]
+pub(crate) struct Handles {
+    pub(crate) ranks: Vec<RankHandle>,
+    pub(crate) coordinator: CoordinatorHandle,
+    pub(crate) handshake: HandshakeHandle,
+    pub(crate) attachments: AttachmentHandle,
+    pub(crate) control: ControlHandle,
+    pub(crate) updates: UpdateHandle,
+    pub(super) sources: Sources,
+    pub(crate) stopping: watch::Receiver<bool>,
+}
+
+impl Handles {
+    /// Answers one command, in the background where it takes time.
+    pub(super) fn handle(&self, config: &Arc<Config>, tracker: &TaskTracker, command: AdminCommand) {
+        let this = self.clone();
+        let config = config.clone();
+        tracker.spawn(async move { this.perform(&config, command).await });
+    }
+
+    async fn perform(self, config: &Config, command: AdminCommand) {
+        match command {
+            AdminCommand::Status { reply } => {
+                let stopping = *self.stopping.borrow();
+                let status = self.sources.status(config, stopping).await;
+                answer(reply, Ok(Box::new(status)));
+            }
+            AdminCommand::Version { reply } => answer(reply, Ok(self.sources.versions())),
+            AdminCommand::FrontendList { reply } => answer(reply, Ok(self.sources.frontends())),
+            AdminCommand::Pause { mode, deadline, reply } => {
+                let deadline = deadline.unwrap_or(config.pause_deadline);
+                let paused = self.control.pause(machine_mode(mode), deadline, PATIENCE).await;
+                answer(reply, paused.map_err(control_error));
+            }
+            AdminCommand::Resume { reply } => {
+                answer(reply, self.control.resume(PATIENCE).await.map_err(control_error));
+            }
+            AdminCommand::FrontendAdd { address, reply } => {
+                let what = format!("attachment to {address}");
+                let added = self.attachment(what, |reply| AttachmentCommand::Add { address, reply });
+                answer(reply, added.await);
+            }
+            AdminCommand::FrontendRemove { address, reply } => {
+                let what = format!("detachment from {address}");
+                let removed =
+                    self.attachment(what, |reply| AttachmentCommand::Remove { address, reply });
+                answer(reply, removed.await);
+            }
+            AdminCommand::Update { request, progress, reply } => {
+                answer(reply, self.updates.run(request, progress).await);
+            }
+            // Taken by the run loop.
+            AdminCommand::Stop { reply } => answer(reply, Ok(())),
+        }
+    }
+
+    async fn attachment(
+        &self,
+        what: String,
+        command: impl FnOnce(crate::driver::handles::Reply<()>) -> AttachmentCommand,
+    ) -> Result<(), AdminError> {
+        let commands = &self.attachments.commands;
+        let done = ask(commands, "attachment", what, LOCAL_ANSWER, command).await;
+        done.map_err(|error| match error {
+            HandleError::Gone { .. } => unavailable(),
+            HandleError::Deadline { .. } => AdminError::new(ErrorKind::Timeout, error.to_string()),
+            HandleError::Failed(text) => AdminError::new(ErrorKind::Failed, &*text),
+        })
+    }
+}
+
+fn unavailable() -> AdminError {
+    AdminError::new(ErrorKind::Unavailable, "the sidecar is stopping")
+}
+
+fn control_error(error: ControlError) -> AdminError {
+    let kind = match &error {
+        ControlError::Busy { .. } => ErrorKind::Busy,
+        ControlError::Incomplete { .. } => ErrorKind::Unavailable,
+        ControlError::Ranks { .. } => ErrorKind::Failed,
+        ControlError::Gone => return unavailable(),
+    };
+    AdminError::new(kind, error.to_string())
+}
+
+/// The machine's word for a pause mode.
+pub(super) fn machine_mode(mode: PauseMode) -> MachineMode {
+    match mode {
+        PauseMode::Wait => MachineMode::Wait,
+        PauseMode::Abort => MachineMode::Abort,
+        PauseMode::Keep => MachineMode::Keep,
+    }
+}

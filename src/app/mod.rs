@@ -1,0 +1,283 @@
+//! Wires the tasks together, runs until something ends the run, and stops everything in order.
+//! The only place that knows all tasks.
+
+mod commands;
+mod start;
+mod status;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{debug, error, info, warn};
+
+use crate::admin::server::AdminCommand;
+use crate::config::Config;
+use crate::driver::frontend::FrontendExit;
+use crate::driver::handles::{
+    AttachmentCommand, CoordinatorCommand, HandleError, HandshakeCommand, RankCommand, ask,
+};
+use crate::driver::node::{NodeCommand, NodeExit};
+use crate::exit_code::{self, RunEnd};
+use crate::shutdown::{self, Asked, Why};
+use crate::state_dir::StateDir;
+use crate::supervisor::client::KeeperClient;
+use crate::transport::{self, PrivateDir};
+
+/// Limit for one of our own tasks to end.
+const TASK_END: Duration = Duration::from_secs(5);
+
+/// Runs the sidecar until it is told to stop, or cannot go on.
+pub async fn run(config: Config, state: StateDir) -> RunEnd {
+    let config = Arc::new(config);
+    let tracker = TaskTracker::new();
+    let mut outside = match shutdown::watch_outside(config.lifeline, &tracker) {
+        Ok(outside) => outside,
+        Err(error) => {
+            return RunEnd::new(exit_code::INTERNAL, format!("signal handlers: {error}"));
+        }
+    };
+    let starting = start::start(config, &state, tracker);
+    let app = tokio::select! {
+        app = starting => app,
+        why = asked(&mut outside) => Err(ended_by(why)),
+    };
+    match app {
+        Ok(app) => app.run(outside).await,
+        Err(end) => end,
+    }
+}
+
+/// The running sidecar.
+pub(crate) struct App {
+    config: Arc<Config>,
+    tracker: TaskTracker,
+    /// Ends the small tasks: admin server, GPU reader, distribution of keeper events.
+    stop: CancellationToken,
+    /// Ends the supervised frontend.
+    stop_frontend: CancellationToken,
+    admin: mpsc::Receiver<AdminCommand>,
+    node: JoinHandle<NodeExit>,
+    node_commands: mpsc::Sender<NodeCommand>,
+    frontend: Option<JoinHandle<FrontendExit>>,
+    handles: commands::Handles,
+    stopping: watch::Sender<bool>,
+    keeper: Option<KeeperClient>,
+    ipc: PrivateDir,
+}
+
+/// What ended the run.
+enum End {
+    Outside(Why),
+    Command,
+    Node(NodeExit),
+    Frontend(FrontendExit),
+    Internal(String),
+}
+
+impl App {
+    async fn run(mut self, mut outside: watch::Receiver<Asked>) -> RunEnd {
+        let end = loop {
+            tokio::select! {
+                biased;
+                why = asked(&mut outside) => break End::Outside(why),
+                exit = &mut self.node => break match exit {
+                    Ok(exit) => End::Node(exit),
+                    Err(error) => End::Internal(format!("node task: {error}")),
+                },
+                exit = ended(&mut self.frontend) => break match exit {
+                    Ok(exit) => End::Frontend(exit),
+                    Err(error) => End::Internal(format!("frontend task: {error}")),
+                },
+                command = self.admin.recv() => match command {
+                    Some(AdminCommand::Stop { reply }) => {
+                        answer(reply, Ok(()));
+                        break End::Command;
+                    }
+                    Some(command) => self.handles.handle(&self.config, &self.tracker, command),
+                    None => break End::Internal("the admin server has ended".to_owned()),
+                },
+            }
+        };
+        let node_ended = matches!(end, End::Node(_));
+        let graceful = matches!(end, End::Outside(_) | End::Command);
+        let end = run_end(end);
+        if graceful {
+            info!(reason = %end.reason, "stopping");
+        } else {
+            error!(reason = %end.reason, "cannot go on, stopping");
+        }
+        self.stopping.send_replace(true);
+        let hurry = CancellationToken::new();
+        let stages = self.stop_all(graceful, node_ended, hurry.clone());
+        tokio::pin!(stages);
+        let mut forced = None;
+        loop {
+            tokio::select! {
+                () = &mut stages => break,
+                Ok(()) = outside.changed() => {
+                    let asked = *outside.borrow();
+                    if asked.times > 1 || !graceful {
+                        warn!("asked again: not waiting for anything any more");
+                        forced = asked.why;
+                        hurry.cancel();
+                    }
+                }
+            }
+        }
+        match forced {
+            Some(Why::Signal(number)) => {
+                let number = u8::try_from(number).unwrap_or(15);
+                RunEnd::new(exit_code::signal(number), format!("{}; then asked again", end.reason))
+            }
+            _ => end,
+        }
+    }
+
+    /// Stops everything in the order in which it depends on each other. `hurry` skips every wait for
+    /// requests and processes: what is left is killed.
+    async fn stop_all(mut self, graceful: bool, node_ended: bool, hurry: CancellationToken) {
+        self.stop_frontend.cancel();
+        if graceful {
+            tokio::select! {
+                () = self.drain() => {}
+                () = hurry.cancelled() => {}
+            }
+        }
+        let processes = self.config.shutdown_timeout + self.config.kill_grace + TASK_END;
+        if let Some(frontend) = self.frontend.take() {
+            join("frontend", processes, frontend, &hurry).await;
+        }
+        let attachments = &self.handles.attachments.commands;
+        let shutdown = |reply| AttachmentCommand::Shutdown { reply };
+        gone(ask(attachments, "attachment", "shutdown".into(), TASK_END, shutdown).await);
+        if !node_ended && self.node_commands.send(NodeCommand::Stop).await.is_ok() {
+            join("node", processes, self.node, &hurry).await;
+        }
+        if let Some(keeper) = &self.keeper {
+            let grace = if hurry.is_cancelled() { Duration::ZERO } else { self.config.kill_grace };
+            if let Err(error) = keeper.shutdown(grace).await {
+                error!(%error, "the keeper did not end");
+            }
+        }
+        for rank in &self.handles.ranks {
+            gone(rank.ask("shutdown", TASK_END, |reply| RankCommand::Shutdown { reply }).await);
+        }
+        let coordinator = &self.handles.coordinator.commands;
+        let shutdown = |reply| CoordinatorCommand::Shutdown { reply };
+        gone(ask(coordinator, "coordinator", "shutdown".into(), TASK_END, shutdown).await);
+        let handshake = &self.handles.handshake.commands;
+        let shutdown = |reply| HandshakeCommand::Shutdown { reply };
+        gone(ask(handshake, "handshake", "shutdown".into(), TASK_END, shutdown).await);
+        self.stop.cancel();
+        drop((self.handles, self.admin, self.keeper, self.node_commands));
+        self.tracker.close();
+        // The watcher of signals is in there, too: it ends when its last receiver is dropped.
+        if timeout(TASK_END, until_few(&self.tracker, 1)).await.is_err() {
+            error!(tasks = self.tracker.len() - 1, "tasks did not end in time");
+        }
+        transport::linger().await;
+        drop(self.ipc);
+    }
+
+    /// Lets requests in flight finish, at most for the shutdown timeout.
+    async fn drain(&self) {
+        let until = Instant::now() + self.config.shutdown_timeout;
+        let sources = &self.handles.sources;
+        if sources.in_flight() > 0 && !self.config.shutdown_timeout.is_zero() {
+            let limit = self.config.shutdown_timeout;
+            info!(in_flight = sources.in_flight(), ?limit, "waiting for requests in flight");
+        }
+        while sources.in_flight() > 0 && Instant::now() < until {
+            sources.changed(until).await;
+        }
+        if sources.in_flight() > 0 {
+            warn!(in_flight = sources.in_flight(), "aborting requests: the shutdown timeout is over");
+        }
+    }
+}
+
+/// Waits until no more than `few` tasks are left.
+async fn until_few(tracker: &TaskTracker, few: usize) {
+    let mut tick = tokio::time::interval(Duration::from_millis(10));
+    while tracker.len() > few {
+        tick.tick().await;
+    }
+}
+
+fn ended_by(why: Why) -> RunEnd {
+    let code = match why {
+        Why::Signal(_) => exit_code::OK,
+        Why::Lifeline => exit_code::PEER_OR_LIFELINE,
+    };
+    RunEnd::new(code, why.to_string())
+}
+
+fn run_end(end: End) -> RunEnd {
+    match end {
+        End::Outside(why) => ended_by(why),
+        End::Command => RunEnd::new(exit_code::OK, "stop command"),
+        End::Node(NodeExit::Stopped) | End::Frontend(FrontendExit::Stopped) => {
+            RunEnd::new(exit_code::INTERNAL, "a task ended without being told to")
+        }
+        End::Node(NodeExit::Failed { reason, timeout }) => {
+            let code = if timeout { exit_code::TIMEOUT } else { exit_code::ENGINE_FAILED };
+            RunEnd::new(code, reason)
+        }
+        End::Frontend(FrontendExit::Failed { reason }) => {
+            RunEnd::new(exit_code::ENGINE_FAILED, reason)
+        }
+        End::Internal(reason) => RunEnd::new(exit_code::INTERNAL, reason),
+    }
+}
+
+async fn asked(outside: &mut watch::Receiver<Asked>) -> Why {
+    loop {
+        if let Some(why) = outside.borrow_and_update().why {
+            return why;
+        }
+        if outside.changed().await.is_err() {
+            return std::future::pending().await;
+        }
+    }
+}
+
+/// Answers a client; one that has gone away does not want to know.
+pub(crate) fn answer<T>(reply: oneshot::Sender<T>, value: T) {
+    if reply.send(value).is_err() {
+        debug!("the client that asked has gone away");
+    }
+}
+
+fn gone(ended: Result<(), HandleError>) {
+    if let Err(error) = ended {
+        debug!(%error, "shutdown");
+    }
+}
+
+async fn join<T>(what: &str, limit: Duration, mut task: JoinHandle<T>, hurry: &CancellationToken) {
+    tokio::select! {
+        ended = timeout(limit, &mut task) => match ended {
+            Ok(Ok(_)) => return,
+            Ok(Err(error)) => error!(what, %error, "task failed"),
+            Err(_) => error!(what, ?limit, "did not end in time; the keeper kills what is left"),
+        },
+        () = hurry.cancelled() => {}
+    }
+    task.abort();
+}
+
+async fn ended<T>(task: &mut Option<JoinHandle<T>>) -> Result<T, tokio::task::JoinError> {
+    match task {
+        Some(handle) => {
+            let result = handle.await;
+            *task = None;
+            result
+        }
+        None => std::future::pending().await,
+    }
+}

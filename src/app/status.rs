@@ -1,0 +1,181 @@
+//! Puts the snapshots of all tasks together for `sidecar status`.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use dp_sidecar_protocol::EngineIndex;
+use dp_sidecar_protocol::machine::lifecycle::Phase;
+use tokio::sync::watch;
+
+use crate::admin::types::{
+    ControllerStatus, DeploymentStatus, EngineStatus, FrontendStatus, SidecarStatus, Status,
+    VersionReport,
+};
+use crate::config::{Config, Engines};
+use crate::driver::control::ControlHandle;
+use crate::driver::handles::{CoordinatorSnapshot, FrontendSnapshot, RankHandle};
+use crate::driver::node::NodeRank;
+use crate::driver::weight_update::UpdateHandle;
+use crate::gpu::GpuMonitor;
+use crate::supervisor::client::KeeperClient;
+
+/// Everything status is made of.
+#[derive(Clone, Debug)]
+pub(super) struct Sources {
+    pub(super) began: Instant,
+    pub(super) ranks: Vec<RankHandle>,
+    pub(super) node: watch::Receiver<BTreeMap<EngineIndex, NodeRank>>,
+    pub(super) coordinator: watch::Receiver<CoordinatorSnapshot>,
+    pub(super) frontends: watch::Receiver<Vec<FrontendSnapshot>>,
+    pub(super) updates: UpdateHandle,
+    pub(super) control: ControlHandle,
+    pub(super) gpus: GpuMonitor,
+    pub(super) keeper: Option<KeeperClient>,
+}
+
+impl Sources {
+    /// The whole status.
+    pub(super) async fn status(&self, config: &Config, stopping: bool) -> Status {
+        let gpus = self.gpus.report().await;
+        let engines = self.engines();
+        let state = if stopping {
+            "stopping"
+        } else if engines.iter().all(|e| e.state == "admitted") {
+            "serving"
+        } else if engines.iter().any(|e| e.restarts > 0 || e.state == "failed") {
+            "degraded"
+        } else {
+            "starting"
+        };
+        Status {
+            sidecar: SidecarStatus {
+                pid: std::process::id(),
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                uptime_s: self.began.elapsed().as_secs(),
+                state: state.to_owned(),
+                state_dir: config.state_dir.display().to_string(),
+                keeper_pid: self.keeper.as_ref().and_then(KeeperClient::pid),
+            },
+            deployment: DeploymentStatus {
+                kind: config.kind,
+                size: config.size,
+                start_rank: config.start_rank,
+                size_local: config.size_local,
+                model: match &config.engines {
+                    Engines::Spawn(launch) => launch.model.clone(),
+                    Engines::Attach => None,
+                },
+            },
+            engines,
+            frontends: self.frontends(),
+            coordinator: self.coordinator.borrow().clone(),
+            weights: self.updates.weights(),
+            controller: self.controller(),
+            gpus,
+        }
+    }
+
+    fn controller(&self) -> ControllerStatus {
+        let snapshot = self.control.snapshot();
+        ControllerStatus {
+            holder: snapshot.holder,
+            paused: snapshot.paused_by.is_some(),
+        }
+    }
+
+    fn engines(&self) -> Vec<EngineStatus> {
+        let node = self.node.borrow();
+        let coordinator = self.coordinator.borrow();
+        let mut engines = Vec::with_capacity(self.ranks.len());
+        for handle in &self.ranks {
+            let snapshot = handle.snapshot.borrow();
+            let load = coordinator.loads.get(&handle.rank.0).copied().unwrap_or_default();
+            let mut status = EngineStatus {
+                rank: handle.rank,
+                incarnation: snapshot.incarnation.0,
+                weight_version: snapshot.weight_version.clone(),
+                waiting: load.waiting,
+                running: load.running,
+                kv_cache_usage: load.kv_cache_usage,
+                in_flight: snapshot.in_flight.values().sum(),
+                held: snapshot.held,
+                ..EngineStatus::default()
+            };
+            if let Some(rank) = node.get(&handle.rank) {
+                status.pid = rank.pid;
+                status.vllm_version = rank.vllm_version.clone();
+                status.state = state_name(rank.life.phase).to_owned();
+                status.incarnation = rank.life.incarnation.0;
+                status.restarts = rank.life.restarts;
+                status.last_error = rank.life.last_error.clone();
+            }
+            engines.push(status);
+        }
+        engines
+    }
+
+    /// Wanted frontends with their requests in flight.
+    pub(super) fn frontends(&self) -> Vec<FrontendStatus> {
+        let mut in_flight: BTreeMap<u64, u64> = BTreeMap::new();
+        for handle in &self.ranks {
+            for (&frontend, &requests) in &handle.snapshot.borrow().in_flight {
+                *in_flight.entry(frontend).or_default() += requests;
+            }
+        }
+        let frontends = self.frontends.borrow();
+        let with_requests = |attachment: &FrontendSnapshot| FrontendStatus {
+            attachment: attachment.clone(),
+            in_flight: attachment.id.and_then(|id| in_flight.get(&id).copied()).unwrap_or(0),
+        };
+        frontends.iter().map(with_requests).collect()
+    }
+
+    /// Requests of all frontends in flight on all engines.
+    pub(super) fn in_flight(&self) -> u64 {
+        let of = |handle: &RankHandle| handle.snapshot.borrow().in_flight.values().sum::<u64>();
+        self.ranks.iter().map(of).sum()
+    }
+
+    /// Waits until the requests in flight of some rank may have changed, at most until `until`.
+    pub(super) async fn changed(&self, until: tokio::time::Instant) {
+        let mut receivers: Vec<_> = self.ranks.iter().map(|r| r.snapshot.clone()).collect();
+        let any = receivers.iter_mut().map(|receiver| {
+            receiver.mark_unchanged();
+            Box::pin(receiver.changed())
+        });
+        let any = futures::future::select_all(any);
+        // A change just before the receivers were marked is seen at the latest after this long.
+        let soon = tokio::time::Instant::now() + std::time::Duration::from_millis(200);
+        if tokio::time::timeout_at(until.min(soon), any).await.is_err() {
+            tracing::trace!("no rank changed");
+        }
+    }
+
+    /// Versions of everything that has one.
+    pub(super) fn versions(&self) -> VersionReport {
+        let node = self.node.borrow();
+        let vllm = node
+            .iter()
+            .filter_map(|(rank, entry)| Some((rank.0, entry.vllm_version.clone()?)))
+            .collect();
+        VersionReport {
+            sidecar: env!("CARGO_PKG_VERSION").to_owned(),
+            vllm,
+            weights: self.updates.weights().version,
+        }
+    }
+}
+
+/// The words of `sidecar status`.
+fn state_name(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Waiting | Phase::Stopped => "stopped",
+        Phase::Preparing | Phase::Starting => "starting",
+        Phase::Connected => "handshake",
+        Phase::Ready => "registered",
+        Phase::Restoring => "restoring",
+        Phase::Serving => "admitted",
+        Phase::Stopping => "stopping",
+        Phase::GivenUp => "failed",
+    }
+}

@@ -1,0 +1,216 @@
+//! The supervised frontend (`--serve`): one `vllm serve` without engines, started through the keeper,
+//! attached like any other frontend, and started again when it dies.
+
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::time::Duration;
+
+use dp_sidecar_protocol::Time;
+use dp_sidecar_protocol::machine::restart::{self, Restart};
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, info, warn};
+
+use super::handles::{AttachmentCommand, AttachmentHandle, ask};
+use super::init;
+use crate::config::Config;
+use crate::supervisor::client::KeeperClient;
+use crate::supervisor::keeper::wire::{ExitReport, ExitStatus, KeeperEvent};
+
+/// Name of the keeper's child.
+pub const CHILD: &str = "frontend";
+
+/// Limit for answers of our own tasks.
+const LOCAL_ANSWER: Duration = Duration::from_secs(10);
+
+/// State of the supervised frontend, for status.
+#[derive(Clone, Debug, Default)]
+pub struct SupervisedSnapshot {
+    /// Its handshake address.
+    pub address: Option<SocketAddr>,
+    /// Its process.
+    pub pid: Option<u32>,
+    /// How often it was started again.
+    pub restarts: u64,
+}
+
+/// Why the task ended.
+#[derive(Clone, Debug)]
+pub enum FrontendExit {
+    /// Told to.
+    Stopped,
+    /// It died too often, or at its first start.
+    Failed {
+        /// The whole story.
+        reason: String,
+    },
+}
+
+/// Runs the supervised frontend until `stop`; then it is stopped, and awaited.
+pub async fn run(
+    config: Arc<Config>,
+    keeper: KeeperClient,
+    attachments: AttachmentHandle,
+    mut events: mpsc::Receiver<KeeperEvent>,
+    snapshot: watch::Sender<SupervisedSnapshot>,
+    stop: CancellationToken,
+) -> FrontendExit {
+    let began = Instant::now();
+    let mut policy = Restart::new(init::restart_policy(&config));
+    let mut incarnation = 0_u64;
+    // One address for all its lives: it is what the attachment waits for.
+    let address = match free_address() {
+        Ok(address) => address,
+        Err(reason) => return FrontendExit::Failed { reason },
+    };
+    let what = format!("attachment to {address}");
+    let wanted = ask(
+        &attachments.commands,
+        "attachment",
+        what,
+        LOCAL_ANSWER,
+        |reply| AttachmentCommand::Add {
+            address: address.to_string(),
+            reply,
+        },
+    );
+    if let Err(error) = wanted.await {
+        return FrontendExit::Failed {
+            reason: error.to_string(),
+        };
+    }
+    loop {
+        incarnation += 1;
+        let spawned = spawn(&config, &keeper, incarnation, address).await;
+        let reason = match spawned {
+            Ok(pid) => {
+                snapshot.send_modify(|s| {
+                    s.address = Some(address);
+                    s.pid = Some(pid);
+                    s.restarts = incarnation - 1;
+                });
+                match until_exit(&config, &keeper, &mut events, incarnation, &stop).await {
+                    Ended::Stopped => return FrontendExit::Stopped,
+                    Ended::KeeperReplaced => {
+                        warn!("the frontend was stopped with its keeper; starting it again");
+                        continue;
+                    }
+                    Ended::Exited(reason) => reason,
+                }
+            }
+            Err(reason) => reason,
+        };
+        snapshot.send_modify(|s| s.pid = None);
+        if stop.is_cancelled() {
+            return FrontendExit::Stopped;
+        }
+        let attached = attachments
+            .snapshot
+            .borrow()
+            .iter()
+            .any(|f| f.address == address.to_string() && f.attachments > 0);
+        if !attached && incarnation == 1 {
+            return FrontendExit::Failed {
+                reason: format!("frontend failed to start: {reason}"),
+            };
+        }
+        let now = || Time::from_start(began.elapsed());
+        if attached {
+            policy.handle_event(now(), restart::Event::Ready);
+        }
+        policy.handle_event(now(), restart::Event::Failed { reason: reason.clone() });
+        let until = match policy.snapshot() {
+            restart::State::GivenUp(why) => {
+                let reason = format!("frontend is not started again: {why}");
+                return FrontendExit::Failed { reason };
+            }
+            restart::State::Waiting { until } => began + until.since_start(),
+            _ => Instant::now(),
+        };
+        warn!(%reason, delay = ?until - Instant::now(), "frontend ended; starting it again");
+        tokio::select! {
+            () = stop.cancelled() => return FrontendExit::Stopped,
+            () = tokio::time::sleep_until(until) => {}
+        }
+    }
+}
+
+async fn spawn(
+    config: &Config,
+    keeper: &KeeperClient,
+    incarnation: u64,
+    address: SocketAddr,
+) -> Result<u32, String> {
+    let spec = config
+        .frontend_spawn(incarnation, address)
+        .ok_or("no MODEL was given")?;
+    info!(command = %spec.argv.join(" "), "starting frontend");
+    keeper.spawn(spec).await.map_err(|error| error.to_string())
+}
+
+enum Ended {
+    Stopped,
+    KeeperReplaced,
+    Exited(String),
+}
+
+async fn until_exit(
+    config: &Config,
+    keeper: &KeeperClient,
+    events: &mut mpsc::Receiver<KeeperEvent>,
+    incarnation: u64,
+    stop: &CancellationToken,
+) -> Ended {
+    let mut asked = false;
+    loop {
+        tokio::select! {
+            biased;
+            event = events.recv() => match event {
+                Some(KeeperEvent::Exited(report)) if report.incarnation == incarnation => {
+                    if asked {
+                        return Ended::Stopped;
+                    }
+                    // With an unknown status its keeper is dead, and the successor says so.
+                    if report.status != ExitStatus::Unknown {
+                        return Ended::Exited(describe(&report));
+                    }
+                }
+                Some(KeeperEvent::Replaced { .. }) => return Ended::KeeperReplaced,
+                Some(KeeperEvent::Failed { error }) => return Ended::Exited(error),
+                Some(other) => debug!(?other, "keeper"),
+                None => return Ended::Stopped,
+            },
+            () = stop.cancelled(), if !asked => {
+                asked = true;
+                let grace = config.shutdown_timeout + config.kill_grace;
+                if let Err(error) = keeper.stop(CHILD, grace).await {
+                    error!(%error, "the frontend could not be stopped");
+                    return Ended::Stopped;
+                }
+            }
+        }
+    }
+}
+
+fn describe(report: &ExitReport) -> String {
+    let lines = report.last_lines.len().min(20);
+    let tail = &report.last_lines[report.last_lines.len() - lines..];
+    format!(
+        "{} (pid {}); its last lines:\n  {}",
+        report.status,
+        report.pid,
+        tail.join("\n  ")
+    )
+}
+
+/// A loopback port for the frontend's handshake socket. vLLM binds it itself, so it cannot be kept
+/// open until then; it is taken from outside the range that the kernel hands out to clients.
+fn free_address() -> Result<SocketAddr, String> {
+    let ports = init::free_ports()?;
+    let port = ports
+        .into_iter()
+        .find(|&port| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok())
+        .ok_or("no free port for the frontend's handshake")?;
+    Ok((Ipv4Addr::LOCALHOST, port).into())
+}
