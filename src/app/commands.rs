@@ -9,6 +9,7 @@ use tokio_util::task::TaskTracker;
 
 use super::answer;
 use super::status::Sources;
+use super::updates;
 use crate::admin::server::AdminCommand;
 use crate::admin::types::{AdminError, ErrorKind, PauseMode};
 use crate::config::Config;
@@ -39,7 +40,12 @@ pub(crate) struct Handles {
 
 impl Handles {
     /// Answers one command, in the background where it takes time.
-    pub(super) fn handle(&self, config: &Arc<Config>, tracker: &TaskTracker, command: AdminCommand) {
+    pub(super) fn handle(
+        &self,
+        config: &Arc<Config>,
+        tracker: &TaskTracker,
+        command: AdminCommand,
+    ) {
         let this = self.clone();
         let config = config.clone();
         tracker.spawn(async move { this.perform(&config, command).await });
@@ -54,17 +60,28 @@ impl Handles {
             }
             AdminCommand::Version { reply } => answer(reply, Ok(self.sources.versions())),
             AdminCommand::FrontendList { reply } => answer(reply, Ok(self.sources.frontends())),
-            AdminCommand::Pause { mode, deadline, reply } => {
+            AdminCommand::Pause {
+                mode,
+                deadline,
+                reply,
+            } => {
                 let deadline = deadline.unwrap_or(config.pause_deadline);
-                let paused = self.control.pause(machine_mode(mode), deadline, PATIENCE).await;
+                let paused = self
+                    .control
+                    .pause(machine_mode(mode), deadline, PATIENCE)
+                    .await;
                 answer(reply, paused.map_err(control_error));
             }
             AdminCommand::Resume { reply } => {
-                answer(reply, self.control.resume(PATIENCE).await.map_err(control_error));
+                answer(
+                    reply,
+                    self.control.resume(PATIENCE).await.map_err(control_error),
+                );
             }
             AdminCommand::FrontendAdd { address, reply } => {
                 let what = format!("attachment to {address}");
-                let added = self.attachment(what, |reply| AttachmentCommand::Add { address, reply });
+                let added =
+                    self.attachment(what, |reply| AttachmentCommand::Add { address, reply });
                 answer(reply, added.await);
             }
             AdminCommand::FrontendRemove { address, reply } => {
@@ -73,8 +90,13 @@ impl Handles {
                     self.attachment(what, |reply| AttachmentCommand::Remove { address, reply });
                 answer(reply, removed.await);
             }
-            AdminCommand::Update { request, progress, reply } => {
-                answer(reply, self.updates.run(request, progress).await);
+            AdminCommand::Update {
+                request,
+                progress,
+                reply,
+            } => {
+                let report = updates::run(&self.updates, config, request, progress).await;
+                answer(reply, report);
             }
             // Taken by the run loop.
             AdminCommand::Stop { reply } => answer(reply, Ok(())),

@@ -21,11 +21,13 @@ use crate::driver::attachment::{self, AttachmentConfig};
 use crate::driver::control::ControlHandle;
 use crate::driver::frontend::{self, SupervisedSnapshot};
 use crate::driver::handles::{
-    AttachmentCommand, AttachmentHandle, CoordinatorCommand, CoordinatorHandle, Deployment, RankHandle, ask,
+    AttachmentCommand, AttachmentHandle, CoordinatorCommand, CoordinatorHandle, Deployment,
+    RankHandle, ask,
 };
 use crate::driver::handshake::{HandshakeBindError, HandshakeConfig};
-use crate::driver::node::{Inputs, Node, Outputs, Peers};
+use crate::driver::node::{Inputs, Node, NodeCommand, Outputs, Peers};
 use crate::driver::rank::{RankConfig, RankOutputs};
+use crate::driver::weight_update::{FenceRequest, UpdateConfig};
 use crate::driver::{control, coordinator, handshake as handshake_driver, rank, weight_update};
 use crate::exit_code::{self, RunEnd};
 use crate::gpu::{self, GpuMonitor};
@@ -75,8 +77,9 @@ pub(super) async fn start(
             kill_grace: config.kill_grace,
             tasks: tracker.clone(),
         };
-        let (client, events) =
-            KeeperClient::connect_or_start(options).await.map_err(|e| internal("keeper", &e))?;
+        let (client, events) = KeeperClient::connect_or_start(options)
+            .await
+            .map_err(|e| internal("keeper", &e))?;
         (Some(client), Some(events))
     } else {
         (None, None)
@@ -113,24 +116,39 @@ pub(super) async fn start(
     let (rank_sender, rank_events) = mpsc::channel(QUEUE);
     let (held, held_calls) = mpsc::channel(QUEUE);
     let wake = wakes(&coordinator, &tracker);
-    let outputs = RankOutputs { events: rank_sender, held, wake };
+    let outputs = RankOutputs {
+        events: rank_sender,
+        held,
+        wake,
+    };
     let ranks: Vec<RankHandle> = config
         .local_ranks()
         .map(|r| {
-            let rank_config =
-                RankConfig::new(EngineIndex(r), config.frontend_slots, config.kind, ipc.clone());
+            let rank_config = RankConfig::new(
+                EngineIndex(r),
+                config.frontend_slots,
+                config.kind,
+                ipc.clone(),
+            );
             rank::spawn(rank_config, &tracker, outputs.clone())
         })
         .collect();
     drop(outputs);
 
-    let deployment = Deployment { kind: config.kind, size: config.size, engines: BTreeMap::new() };
+    let deployment = Deployment {
+        kind: config.kind,
+        size: config.size,
+        engines: BTreeMap::new(),
+    };
     let (deployment_sender, deployment) = watch::channel(deployment);
     let model = match &config.engines {
         Engines::Spawn(launch) => launch.model.clone(),
         Engines::Attach => None,
     };
-    let attachment_config = AttachmentConfig { model: model.clone(), ..AttachmentConfig::default() };
+    let attachment_config = AttachmentConfig {
+        model: model.clone(),
+        ..AttachmentConfig::default()
+    };
     let attachments = attachment::spawn(
         attachment_config,
         &tracker,
@@ -149,11 +167,14 @@ pub(super) async fn start(
     frontends_gone(&attachments, &control, &tracker, stop.clone());
     let (node_commands, commands) = mpsc::channel(QUEUE);
     let updates = weight_update::spawn(
+        UpdateConfig::new(config.kind, state.path()),
         ranks.clone(),
         control.clone(),
-        node_commands.clone(),
+        fences(&node_commands, &tracker),
         &tracker,
-    );
+        stop.clone(),
+    )
+    .map_err(|e| internal("journal", &e))?;
 
     let (node_sender, node_snapshot) = watch::channel(BTreeMap::new());
     let node = Node::new(
@@ -165,7 +186,10 @@ pub(super) async fn start(
             updates: updates.clone(),
             keeper: keeper.clone(),
         },
-        Outputs { deployment: deployment_sender, snapshot: node_sender },
+        Outputs {
+            deployment: deployment_sender,
+            snapshot: node_sender,
+        },
     );
     let inputs = Inputs {
         ranks: rank_events,
@@ -279,7 +303,35 @@ fn wakes(coordinator: &CoordinatorHandle, tracker: &TaskTracker) -> mpsc::Sender
     let commands = coordinator.commands.clone();
     tracker.spawn(async move {
         while let Some(rank) = ranks.recv().await {
-            if commands.send(CoordinatorCommand::Wake { rank }).await.is_err() {
+            if commands
+                .send(CoordinatorCommand::Wake { rank })
+                .await
+                .is_err()
+            {
+                return;
+            }
+        }
+    });
+    sender
+}
+
+/// Hands the update task's fences to the node task.
+fn fences(node: &mpsc::Sender<NodeCommand>, tracker: &TaskTracker) -> mpsc::Sender<FenceRequest> {
+    let (sender, mut requests) = mpsc::channel::<FenceRequest>(QUEUE);
+    let node = node.clone();
+    tracker.spawn(async move {
+        while let Some(FenceRequest {
+            rank,
+            incarnation,
+            reason,
+        }) = requests.recv().await
+        {
+            let fence = NodeCommand::Fence {
+                rank,
+                incarnation,
+                reason,
+            };
+            if node.send(fence).await.is_err() {
                 return;
             }
         }
@@ -299,8 +351,11 @@ fn frontends_gone(
     tracker.spawn(stop.run_until_cancelled_owned(async move {
         let mut known: BTreeSet<u64> = BTreeSet::new();
         while snapshots.changed().await.is_ok() {
-            let now: BTreeSet<u64> =
-                snapshots.borrow_and_update().iter().filter_map(|f| f.id).collect();
+            let now: BTreeSet<u64> = snapshots
+                .borrow_and_update()
+                .iter()
+                .filter_map(|f| f.id)
+                .collect();
             for &gone in known.difference(&now) {
                 control.frontend_gone(FrontendId(gone)).await;
             }

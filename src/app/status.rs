@@ -7,6 +7,7 @@ use dp_sidecar_protocol::EngineIndex;
 use dp_sidecar_protocol::machine::lifecycle::Phase;
 use tokio::sync::watch;
 
+use super::updates;
 use crate::admin::types::{
     ControllerStatus, DeploymentStatus, EngineStatus, FrontendStatus, SidecarStatus, Status,
     VersionReport,
@@ -42,7 +43,10 @@ impl Sources {
             "stopping"
         } else if engines.iter().all(|e| e.state == "admitted") {
             "serving"
-        } else if engines.iter().any(|e| e.restarts > 0 || e.state == "failed") {
+        } else if engines
+            .iter()
+            .any(|e| e.restarts > 0 || e.state == "failed")
+        {
             "degraded"
         } else {
             "starting"
@@ -69,7 +73,7 @@ impl Sources {
             engines,
             frontends: self.frontends(),
             coordinator: self.coordinator.borrow().clone(),
-            weights: self.updates.weights(),
+            weights: updates::weights(&self.updates),
             controller: self.controller(),
             gpus,
         }
@@ -89,7 +93,11 @@ impl Sources {
         let mut engines = Vec::with_capacity(self.ranks.len());
         for handle in &self.ranks {
             let snapshot = handle.snapshot.borrow();
-            let load = coordinator.loads.get(&handle.rank.0).copied().unwrap_or_default();
+            let load = coordinator
+                .loads
+                .get(&handle.rank.0)
+                .copied()
+                .unwrap_or_default();
             let mut status = EngineStatus {
                 rank: handle.rank,
                 incarnation: snapshot.incarnation.0,
@@ -125,7 +133,10 @@ impl Sources {
         let frontends = self.frontends.borrow();
         let with_requests = |attachment: &FrontendSnapshot| FrontendStatus {
             attachment: attachment.clone(),
-            in_flight: attachment.id.and_then(|id| in_flight.get(&id).copied()).unwrap_or(0),
+            in_flight: attachment
+                .id
+                .and_then(|id| in_flight.get(&id).copied())
+                .unwrap_or(0),
         };
         frontends.iter().map(with_requests).collect()
     }
@@ -161,7 +172,7 @@ impl Sources {
         VersionReport {
             sidecar: env!("CARGO_PKG_VERSION").to_owned(),
             vllm,
-            weights: self.updates.weights().version,
+            weights: self.updates.status().version.0,
         }
     }
 }

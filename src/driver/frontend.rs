@@ -119,7 +119,12 @@ pub async fn run(
         if attached {
             policy.handle_event(now(), restart::Event::Ready);
         }
-        policy.handle_event(now(), restart::Event::Failed { reason: reason.clone() });
+        policy.handle_event(
+            now(),
+            restart::Event::Failed {
+                reason: reason.clone(),
+            },
+        );
         let until = match policy.snapshot() {
             restart::State::GivenUp(why) => {
                 let reason = format!("frontend is not started again: {why}");

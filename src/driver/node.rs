@@ -32,6 +32,9 @@ use crate::supervisor::keeper::wire::{ExitReport, ExitStatus, KeeperEvent};
 /// Limit for answers of our own tasks and of the keeper.
 const LOCAL_ANSWER: Duration = Duration::from_secs(10);
 
+/// Limit for a restarted lockstep group to run the wave that brings it to the current number.
+const IN_STEP: Duration = Duration::from_secs(120);
+
 /// What others ask of the node task.
 #[derive(Debug)]
 pub enum NodeCommand {
@@ -39,6 +42,8 @@ pub enum NodeCommand {
     Fence {
         /// Which rank.
         rank: EngineIndex,
+        /// Which incarnation; a later one is not meant.
+        incarnation: Incarnation,
         /// Why.
         reason: String,
     },
@@ -201,7 +206,11 @@ impl Node {
             tokio::select! {
                 biased;
                 command = inputs.commands.recv() => match command {
-                    Some(NodeCommand::Fence { rank, reason }) => self.event(Event::Fence { rank, reason }),
+                    Some(NodeCommand::Fence { rank, incarnation, reason }) => {
+                        if self.facts_of(rank, incarnation).is_some() {
+                            self.event(Event::Fence { rank, reason });
+                        }
+                    }
                     Some(NodeCommand::Stop) | None => self.event(Event::Stop),
                 },
                 Some(event) = inputs.keeper.recv() => self.keeper_event(event),
@@ -618,7 +627,20 @@ impl Node {
             }
         }
         let updates = self.peers.updates.clone();
+        let lockstep = self.config.kind == GroupKind::Lockstep;
+        let mut coordinator = self.peers.coordinator.snapshot.clone();
         self.work.spawn(async move {
+            if lockstep {
+                // Engines of a restarted group count waves from zero, the frontends do not. Until the
+                // DP coordinator has brought them together a call could meet a group that runs on one
+                // rank only.
+                let in_step = coordinator.wait_for(|snapshot| snapshot.in_step);
+                if tokio::time::timeout(IN_STEP, in_step).await.is_err() {
+                    let reason =
+                        format!("the group did not reach the current wave within {IN_STEP:?}");
+                    return Outcome::Event(Event::RestoreFailed { ranks, reason });
+                }
+            }
             let engines: Vec<EngineIndex> = ranks.iter().map(|&(rank, _)| rank).collect();
             let event = match updates.restore(engines).await {
                 Ok(()) => Event::Restored { ranks },

@@ -1,0 +1,141 @@
+//! Between the admin socket's words for a weight update and the update task's.
+
+use std::time::Duration;
+
+use dp_sidecar_protocol::machine::weight_update::{Phase, RankState};
+use dp_sidecar_protocol::{UpdateId, WeightVersion};
+use tokio::sync::mpsc;
+
+use super::commands::machine_mode;
+use crate::admin::types::{
+    AdminError, ErrorKind, UpdateProgress, UpdateReport, UpdateRequest, UpdateStatus, WeightsStatus,
+};
+use crate::config::Config;
+use crate::driver::weight_update::{self, UpdateEvent, UpdateHandle, UpdateOutcome, UpdateRecord};
+
+/// Runs one update to its end; progress goes to the client as long as it listens.
+pub(super) async fn run(
+    updates: &UpdateHandle,
+    config: &Config,
+    request: UpdateRequest,
+    progress: mpsc::Sender<UpdateProgress>,
+) -> Result<UpdateReport, AdminError> {
+    let gone = |_| AdminError::new(ErrorKind::Unavailable, "the sidecar is stopping");
+    let deadline = request.pause_deadline_ms.map(Duration::from_millis);
+    let wanted = weight_update::UpdateRequest {
+        id: request.id.map(UpdateId),
+        version: request.version.map(WeightVersion),
+        from_version: request.from_version.map(WeightVersion),
+        mode: machine_mode(request.mode),
+        pause_deadline: deadline.unwrap_or(config.pause_deadline),
+        ..weight_update::UpdateRequest::new(request.path)
+    };
+    let mut run = updates.start(wanted).await.map_err(gone)?;
+    while let Some(event) = run.events.recv().await {
+        // A client that reads slowly, or has gone, misses progress only.
+        if let Err(error) = progress.try_send(describe(event)) {
+            tracing::trace!(%error, "progress dropped");
+        }
+    }
+    let record = run.record().await.map_err(gone)?;
+    match record.outcome {
+        UpdateOutcome::RefusedBusy => Err(AdminError::new(ErrorKind::Busy, record.message)),
+        _ => Ok(report(&record)),
+    }
+}
+
+/// What status says about weights.
+pub(super) fn weights(updates: &UpdateHandle) -> WeightsStatus {
+    let status = updates.status();
+    WeightsStatus {
+        version: status.version.0,
+        dir: status.committed.map(|checkpoint| checkpoint.path),
+        last_update: status.last.as_ref().map(report),
+    }
+}
+
+fn describe(event: UpdateEvent) -> UpdateProgress {
+    match event {
+        UpdateEvent::Hashing { done, total } => UpdateProgress {
+            phase: Phase::Staging.as_str().to_owned(),
+            message: "checking and hashing the checkpoint".to_owned(),
+            done,
+            total,
+        },
+        UpdateEvent::Progress { phase, ranks } => {
+            let past = |state: &&RankState| has_passed(phase, **state);
+            let done = ranks.values().filter(past).count();
+            let states: Vec<String> = ranks
+                .iter()
+                .map(|(rank, state)| format!("rank {rank} {}", words(*state)))
+                .collect();
+            UpdateProgress {
+                phase: phase.as_str().to_owned(),
+                message: states.join(", "),
+                done: done as u64,
+                total: ranks.len() as u64,
+            }
+        }
+    }
+}
+
+/// Whether a rank has done its part of a phase.
+fn has_passed(phase: Phase, state: RankState) -> bool {
+    match phase {
+        Phase::Pausing => state == RankState::Paused,
+        Phase::Loading | Phase::Verifying => state == RankState::Loaded,
+        Phase::RollingBack => state == RankState::RolledBack,
+        Phase::Committing => state == RankState::Stamped,
+        Phase::Resuming => state == RankState::Resumed,
+        Phase::Idle | Phase::Staging | Phase::Prepared => false,
+    }
+}
+
+fn words(state: RankState) -> &'static str {
+    match state {
+        RankState::Serving => "serving",
+        RankState::Pausing => "pausing",
+        RankState::Paused => "paused",
+        RankState::Loading => "loading",
+        RankState::Loaded => "loaded",
+        RankState::LoadFailed => "load failed",
+        RankState::RollingBack => "rolling back",
+        RankState::RolledBack => "rolled back",
+        RankState::Stamped => "stamped",
+        RankState::Resuming => "resuming",
+        RankState::Resumed => "resumed",
+        RankState::Fenced => "fenced",
+        RankState::Lost => "lost",
+    }
+}
+
+fn report(record: &UpdateRecord) -> UpdateReport {
+    let (status, fenced) = match &record.outcome {
+        UpdateOutcome::Committed => (UpdateStatus::Committed, Vec::new()),
+        UpdateOutcome::RefusedInvalid
+        | UpdateOutcome::RefusedBusy
+        | UpdateOutcome::RefusedVersion
+        | UpdateOutcome::Aborted => (UpdateStatus::Refused, Vec::new()),
+        UpdateOutcome::RolledBack => (UpdateStatus::RolledBack, Vec::new()),
+        UpdateOutcome::Degraded { fenced } => (UpdateStatus::Degraded, fenced.clone()),
+    };
+    let detail = &record.record;
+    UpdateReport {
+        id: record.id.to_string(),
+        reason: (status != UpdateStatus::Committed).then(|| record.message.clone()),
+        status,
+        version: record.version.to_string(),
+        previous: detail.from_version.clone().unwrap_or_default().to_string(),
+        fenced,
+        total_s: seconds(detail.total_ms),
+        paused_s: seconds(detail.paused_ms.unwrap_or_default()),
+        bytes: detail
+            .checkpoint
+            .as_ref()
+            .map_or(0, |checkpoint| checkpoint.bytes),
+    }
+}
+
+fn seconds(ms: u64) -> f64 {
+    Duration::from_millis(ms).as_secs_f64()
+}
