@@ -1,53 +1,64 @@
 //! The coordinator task: drives the DP coordinator machine. It owns, per engine incarnation, one
 //! XPUB (READY, START_DP_WAVE) and one PULL (stats, wave edges), and passes on to every attached
-//! frontend's own DP coordinator what the engines report.
+//! frontend's own DP coordinator what the engines report. See `protocol/docs/coordinator.md`.
+
+mod sinks;
+mod sockets;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
-use dp_sidecar_protocol::frames::{COORDINATOR_READY, SUBSCRIBE_ALL};
+use dp_sidecar_protocol::frames::COORDINATOR_READY;
 use dp_sidecar_protocol::layout::Layout;
 use dp_sidecar_protocol::machine::coordinator::{
-    Action, Config, Coordinator, CoordinatorRules, Event, Exclude, GroupKind as MachineKind,
+    Action, Config, Coordinator, CoordinatorRules, Event, Exclude, GroupKind as MachineKind, Load,
     Report, Stamp,
 };
 use dp_sidecar_protocol::output::{
     OutputsView, start_wave_message, stats_message, wave_complete_message,
 };
 use dp_sidecar_protocol::stats::SchedulerStats;
-use dp_sidecar_protocol::wave::StartDpWave;
-use dp_sidecar_protocol::{EngineIndex, Frames, FrontendId, Incarnation, Time, Wave};
-use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::Instant;
-use tokio_util::sync::{CancellationToken, DropGuard};
+use dp_sidecar_protocol::wave::{EngineCounts, FrontendUpstream, Publication, StartDpWave};
+use dp_sidecar_protocol::{DecodeError, EngineIndex, FrontendId, Incarnation, Time, Wave};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, Sleep};
 use tokio_util::task::TaskTracker;
 use tracing::{debug, trace, warn};
 
 use super::handles::{
     CoordinatorCommand, CoordinatorHandle, CoordinatorSnapshot, ForFrontendCoordinator, GroupKind,
-    HandleError, Load,
+    HandleError, Load as LoadSnapshot,
 };
-use crate::transport::{PrivateDir, PullEvent, PullListener, XpubListener, XpubPublisher};
+use crate::transport::{PrivateDir, XpubListener};
+use sinks::{Kind, Sinks};
+use sockets::{EngineSockets, FromEngine, Front, Input};
 
 /// Commands waiting for the task.
 const COMMANDS: usize = 256;
 /// Messages of engines waiting for the task. Readers wait when it is full, the engines buffer.
 const INBOX: usize = 1024;
-/// An engine that takes no message for this long has no input thread any more.
-const SEND_TIMEOUT: Duration = Duration::from_secs(30);
+/// Messages of engines handled before the task looks at something else.
+const BATCH: usize = 64;
+/// Loads in the snapshot are at most this old.
+const SNAPSHOT_INTERVAL: Duration = Duration::from_millis(100);
+/// Until the next try to send what did not fit in a frontend's queue.
+const FLUSH_INTERVAL: Duration = Duration::from_millis(10);
 
 /// What the coordinator task needs to know.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct CoordinatorConfig {
     /// Set-up of the machine.
     pub machine: Config,
     /// Where its sockets are.
     pub dir: PrivateDir,
+    /// For frontends without a handshake with the sidecar: they subscribe here and send FIRST_REQ,
+    /// as to vLLM's DP coordinator. Wants `machine.publish`.
+    pub front: Option<XpubListener>,
 }
 
 impl CoordinatorConfig {
-    /// For hosted engines.
+    /// For hosted engines and attached frontends.
     pub fn new(kind: GroupKind, size: u16, dir: PrivateDir) -> Self {
         let kind = match kind {
             GroupKind::Independent => MachineKind::Independent,
@@ -56,22 +67,9 @@ impl CoordinatorConfig {
         Self {
             machine: Config::hosted(kind, size),
             dir,
+            front: None,
         }
     }
-}
-
-/// From a reader task.
-#[derive(Debug)]
-enum Input {
-    Subscribed,
-    Report(Bytes),
-}
-
-/// Sockets of one engine incarnation. Dropping them ends their reader tasks.
-struct Sockets {
-    incarnation: Incarnation,
-    publisher: XpubPublisher,
-    _readers: DropGuard,
 }
 
 /// Starts the task.
@@ -79,18 +77,25 @@ pub fn spawn(config: CoordinatorConfig, tracker: &TaskTracker) -> CoordinatorHan
     let (commands, receiver) = mpsc::channel(COMMANDS);
     let (inputs, inbox) = mpsc::channel(INBOX);
     let (publish, snapshot) = watch::channel(CoordinatorSnapshot::default());
-    let task = Task {
+    let front = config
+        .front
+        .map(|socket| Front::read(socket, inputs.clone(), tracker));
+    let mut task = Task {
         machine: Coordinator::new(config.machine),
         dir: config.dir,
         tracker: tracker.clone(),
         engines: BTreeMap::new(),
-        layouts: BTreeMap::new(),
-        frontends: BTreeMap::new(),
+        layout: Layout::newest(),
+        front,
+        sinks: Sinks::default(),
         inputs,
         publish,
+        loads_due: None,
+        flush_due: None,
         began: Instant::now(),
         handled: None,
     };
+    task.publish_snapshot();
     tracker.spawn(task.run(receiver, inbox));
     CoordinatorHandle { commands, snapshot }
 }
@@ -99,14 +104,20 @@ struct Task {
     machine: Coordinator,
     dir: PrivateDir,
     tracker: TaskTracker,
-    engines: BTreeMap<EngineIndex, Sockets>,
-    layouts: BTreeMap<EngineIndex, Layout>,
-    frontends: BTreeMap<FrontendId, mpsc::Sender<ForFrontendCoordinator>>,
-    inputs: mpsc::Sender<(EngineIndex, Incarnation, Input)>,
+    engines: BTreeMap<EngineIndex, EngineSockets>,
+    /// Of the engines, which are all of one version.
+    layout: Layout,
+    front: Option<Front>,
+    sinks: Sinks,
+    inputs: mpsc::Sender<Input>,
     publish: watch::Sender<CoordinatorSnapshot>,
+    /// Loads have changed; the snapshot follows at this time.
+    loads_due: Option<Instant>,
+    /// Something waits for room in a frontend's queue; it is tried again at this time.
+    flush_due: Option<Instant>,
     began: Instant,
-    /// The report that is being handled, and whether it may be dropped for a slow frontend.
-    handled: Option<(Bytes, bool)>,
+    /// The report that is being handled.
+    handled: Option<(Bytes, Kind)>,
 }
 
 impl Task {
@@ -117,37 +128,75 @@ impl Task {
     async fn run(
         mut self,
         mut commands: mpsc::Receiver<CoordinatorCommand>,
-        mut inbox: mpsc::Receiver<(EngineIndex, Incarnation, Input)>,
+        mut inbox: mpsc::Receiver<Input>,
     ) {
+        let mut batch = Vec::with_capacity(BATCH);
+        let timer = tokio::time::sleep(Duration::ZERO);
+        tokio::pin!(timer);
         loop {
-            let due = self.machine.poll_timeout();
-            let due = due.map(|time| self.began + time.since_start());
+            let timed = set(timer.as_mut(), self.due());
             tokio::select! {
                 command = commands.recv() => match command {
                     Some(CoordinatorCommand::Shutdown { reply }) => {
                         self.engines.clear();
-                        answer(reply, Ok(()));
+                        let _ = reply.send(Ok(()));
                         return;
                     }
                     Some(command) => self.command(command).await,
                     None => return,
                 },
-                Some((rank, incarnation, input)) = inbox.recv() => self.input(rank, incarnation, input),
-                () = sleep_until(due) => {
-                    let now = self.now();
-                    self.machine.handle_timeout(now);
+                _ = inbox.recv_many(&mut batch, BATCH) => {
+                    for input in batch.drain(..) {
+                        self.input(input);
+                    }
                 }
+                () = timer.as_mut(), if timed => self.timeout(),
             }
-            self.perform();
-            self.handled = None;
-            self.report();
         }
     }
 
-    fn event(&mut self, event: Event) {
+    fn due(&self) -> Option<Instant> {
+        let machine = self.machine.poll_timeout();
+        let machine = machine.map(|time| self.began + time.since_start());
+        [machine, self.loads_due, self.flush_due]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+
+    fn timeout(&mut self) {
         let now = self.now();
+        self.machine.handle_timeout(now);
+        self.perform();
+        let now = Instant::now();
+        if self.flush_due.is_some_and(|due| due <= now) {
+            self.flush_due = None;
+            let gone = self.sinks.flush();
+            self.detach(gone);
+        }
+        if self.loads_due.is_some_and(|due| due <= now) {
+            self.publish_snapshot();
+        }
+    }
+
+    /// Hands an event to the machine and does what it says. Except for load, it shows at once.
+    fn event(&mut self, event: Event) {
         trace!(?event, "dp coordinator");
+        let only_load = matches!(
+            event,
+            Event::Report { report, .. }
+                if report.wave_complete.is_none() && report.start_wave.is_none()
+        );
+        let wake = matches!(event, Event::Wake { .. });
+        let now = self.now();
         self.machine.handle_event(now, event);
+        self.perform();
+        if only_load {
+            self.loads_due
+                .get_or_insert_with(|| Instant::now() + SNAPSHOT_INTERVAL);
+        } else if !wake {
+            self.publish_snapshot();
+        }
     }
 
     async fn command(&mut self, command: CoordinatorCommand) {
@@ -158,32 +207,26 @@ impl Task {
                 reply,
             } => {
                 let bound = self.bind(rank, incarnation).await;
-                answer(reply, bound);
+                let _ = reply.send(bound);
             }
-            CoordinatorCommand::EngineVersion { rank, layout, .. } => {
-                self.layouts.insert(rank, layout);
-                let version = layout.version;
-                self.event(Event::Rules(CoordinatorRules::of(
-                    version.minor,
-                    version.patch,
-                )));
+            CoordinatorCommand::EngineVersion { layout, .. } => {
+                self.layout = layout;
+                self.event(Event::Rules(CoordinatorRules::from(&layout)));
             }
             CoordinatorCommand::Admitted { rank } => self.event(Event::Admitted { rank }),
             CoordinatorCommand::EngineDown { rank, incarnation } => {
                 self.event(Event::EngineDown { rank, incarnation });
-                if self
-                    .engines
-                    .get(&rank)
-                    .is_some_and(|s| s.incarnation == incarnation)
+                if let Some(sockets) = self.engines.get(&rank)
+                    && sockets.incarnation == incarnation
                 {
                     self.engines.remove(&rank);
                 }
             }
             CoordinatorCommand::AddFrontend { frontend, sink } => {
-                self.frontends.insert(frontend, sink);
+                self.sinks.insert(frontend, sink);
                 self.event(Event::FrontendAttached { frontend });
             }
-            CoordinatorCommand::RemoveFrontend { frontend } => self.remove(frontend),
+            CoordinatorCommand::RemoveFrontend { frontend } => self.detach(vec![frontend]),
             CoordinatorCommand::StartWave { frontend, wave, .. } => {
                 self.event(Event::StartWave { frontend, wave });
             }
@@ -193,108 +236,68 @@ impl Task {
         }
     }
 
-    fn remove(&mut self, frontend: FrontendId) {
-        if self.frontends.remove(&frontend).is_some() {
-            self.event(Event::FrontendDetached { frontend });
-        }
-    }
-
     async fn bind(
         &mut self,
         rank: EngineIndex,
         incarnation: Incarnation,
     ) -> Result<(String, String), HandleError> {
+        // Those of the life before close first.
         self.engines.remove(&rank);
-        let failed = |error: &dyn std::fmt::Display| {
+        let inputs = self.inputs.clone();
+        let sockets =
+            EngineSockets::bind(&self.dir, rank, incarnation, inputs, &self.tracker).await;
+        let sockets = sockets.map_err(|error| {
             HandleError::failed(format!("coordinator sockets of rank {rank}: {error}"))
-        };
-        let name = |kind: &str| format!("{kind}-{rank}-{incarnation}");
-        let input = self.dir.ipc_address(&name("ci")).map_err(|e| failed(&e))?;
-        let output = self.dir.ipc_address(&name("co")).map_err(|e| failed(&e))?;
-        let mut xpub = XpubListener::bind(&input, SEND_TIMEOUT)
-            .await
-            .map_err(|e| failed(&e))?;
-        let mut pull = PullListener::bind(&output).await.map_err(|e| failed(&e))?;
-        let publisher = xpub.publisher();
-        let end = CancellationToken::new();
-        let inputs = self.inputs.clone();
-        let ended = end.clone();
-        self.tracker
-            .spawn(ended.run_until_cancelled_owned(async move {
-                while let Ok(frames) = xpub.recv().await {
-                    let subscribed =
-                        matches!(frames.as_slice(), [only] if **only == *SUBSCRIBE_ALL);
-                    if !subscribed {
-                        trace!(rank = rank.0, "upstream message that is no subscription");
-                    } else if inputs
-                        .send((rank, incarnation, Input::Subscribed))
-                        .await
-                        .is_err()
-                    {
-                        return;
-                    }
-                }
-                warn!(
-                    rank = rank.0,
-                    "the engine does not read what its DP coordinator publishes"
-                );
-            }));
-        let inputs = self.inputs.clone();
-        let ended = end.clone();
-        self.tracker
-            .spawn(ended.run_until_cancelled_owned(async move {
-                loop {
-                    match pull.recv().await {
-                        PullEvent::Message(mut frames) => {
-                            // Stats and wave edges are single frames.
-                            if frames.len() != 1 {
-                                debug!(
-                                    rank = rank.0,
-                                    frames = frames.len(),
-                                    "unexpected multipart report"
-                                );
-                            }
-                            let Some(frame) = frames.drain(..).next() else {
-                                continue;
-                            };
-                            let report = Input::Report(frame);
-                            if inputs.send((rank, incarnation, report)).await.is_err() {
-                                return;
-                            }
-                        }
-                        // The rank task notices the loss of the engine, and more surely.
-                        PullEvent::Disconnected => {}
-                    }
-                }
-            }));
-        let sockets = Sockets {
-            incarnation,
-            publisher,
-            _readers: end.drop_guard(),
-        };
+        })?;
+        let addresses = sockets.addresses.clone();
         self.engines.insert(rank, sockets);
-        Ok((input, output))
+        Ok(addresses)
     }
 
-    fn input(&mut self, rank: EngineIndex, incarnation: Incarnation, input: Input) {
-        if self
-            .engines
-            .get(&rank)
-            .is_none_or(|s| s.incarnation != incarnation)
-        {
-            return;
-        }
-        let frame = match input {
-            Input::Subscribed => {
-                debug!(
-                    rank = rank.0,
-                    incarnation = incarnation.0,
-                    "engine subscribed"
-                );
-                return self.event(Event::Subscribed { rank, incarnation });
+    fn detach(&mut self, frontends: Vec<FrontendId>) {
+        for frontend in frontends {
+            if self.sinks.remove(frontend) {
+                self.event(Event::FrontendDetached { frontend });
             }
-            Input::Report(frame) => frame,
-        };
+        }
+    }
+
+    // --- in ---
+
+    fn input(&mut self, input: Input) {
+        match input {
+            Input::Engine {
+                rank,
+                incarnation,
+                what,
+            } => {
+                let current = self.engines.get(&rank);
+                if current.is_none_or(|sockets| sockets.incarnation != incarnation) {
+                    return;
+                }
+                match what {
+                    FromEngine::Subscribed => {
+                        debug!(rank = rank.0, %incarnation, "engine subscribed");
+                        self.event(Event::Subscribed { rank, incarnation });
+                    }
+                    FromEngine::Report(frame) => self.engine_report(rank, incarnation, frame),
+                }
+            }
+            Input::Front(frame) => match FrontendUpstream::decode(&frame) {
+                Ok(FrontendUpstream::FirstReq { target, wave }) => {
+                    // Frontends write the identity.
+                    let target = Some(Exclude::Identity(target.identity()));
+                    self.event(Event::FirstRequest { target, wave });
+                }
+                Ok(FrontendUpstream::ScaleElasticEp { engines }) => {
+                    warn!(engines, "elastic EP is not supported; scaling ignored");
+                }
+                Err(error) => warn!(%error, "message of a frontend is not readable"),
+            },
+        }
+    }
+
+    fn engine_report(&mut self, rank: EngineIndex, incarnation: Incarnation, frame: Bytes) {
         let report = match read_report(&frame) {
             Ok(report) => report,
             Err(error) => {
@@ -302,41 +305,59 @@ impl Task {
                 return;
             }
         };
-        let stats_only = report.wave_complete.is_none() && report.start_wave.is_none();
-        self.handled = Some((frame, stats_only));
+        self.handled = Some((frame, kind(&report)));
         self.event(Event::Report {
             rank,
             incarnation,
             report,
         });
+        self.handled = None;
     }
 
+    // --- out ---
+
     fn perform(&mut self) {
+        let mut gone = Vec::new();
         while let Some(action) = self.machine.poll_action() {
             match action {
                 Action::SendReady { to } => {
-                    let ready = vec![Bytes::from_static(COORDINATOR_READY)];
                     for rank in to {
-                        self.publish_to(rank, ready.clone());
+                        if let Some(sockets) = self.engines.get_mut(&rank) {
+                            sockets.publish(rank, vec![Bytes::from_static(COORDINATOR_READY)]);
+                        }
                     }
                 }
                 Action::SendStartWave { wave, exclude } => {
                     debug!(wave = wave.0, ?exclude, "START_DP_WAVE");
                     let exclude = match exclude {
                         Some(Exclude::Index(index)) => Some(index),
+                        // No engine recognizes itself by its identity.
                         Some(Exclude::Identity(_)) | None => None,
                     };
                     let frames = StartDpWave { wave, exclude }.encode();
-                    let ranks: Vec<EngineIndex> = self.engines.keys().copied().collect();
-                    for rank in ranks {
-                        self.publish_to(rank, frames.clone());
+                    for (rank, sockets) in &mut self.engines {
+                        sockets.publish(*rank, frames.clone());
                     }
                 }
-                // Nobody subscribes here directly: frontends have DP coordinators of their own.
-                Action::Publish { .. } => {}
+                Action::Publish {
+                    counts,
+                    wave,
+                    running,
+                } => {
+                    let counts = counts.map(|counts| counts.iter().map(engine_counts).collect());
+                    let publication = Publication {
+                        counts,
+                        wave,
+                        running,
+                    };
+                    if let Some(front) = &self.front {
+                        front.publish(publication.encode(&self.layout));
+                    }
+                }
                 Action::Forward { rank } => {
-                    if let Some((frame, droppable)) = self.handled.clone() {
-                        self.tell(None, rank, &frame, droppable);
+                    if let Some((frame, kind)) = self.handled.clone() {
+                        let message = ForFrontendCoordinator { rank, frame };
+                        gone.extend(self.sinks.send(None, kind, &message));
                     }
                 }
                 Action::Tell {
@@ -344,86 +365,46 @@ impl Task {
                     rank,
                     report,
                 } => {
-                    for (frame, droppable) in self.encode(rank, report) {
-                        self.tell(frontend, rank, &frame, droppable);
+                    if let Some(frame) = self.encode(rank, &report) {
+                        let message = ForFrontendCoordinator { rank, frame };
+                        gone.extend(self.sinks.send(frontend, kind(&report), &message));
                     }
                 }
                 Action::Note(note) => debug!(?note, "dp coordinator"),
             }
         }
-    }
-
-    fn publish_to(&self, rank: EngineIndex, frames: Frames) {
-        if let Some(sockets) = self.engines.get(&rank)
-            && let Err(error) = sockets.publisher.send(frames)
-        {
-            warn!(rank = rank.0, %error, "the engine cannot be reached by its DP coordinator");
+        if self.flush_due.is_none() && self.sinks.waiting() {
+            self.flush_due = Some(Instant::now() + FLUSH_INTERVAL);
         }
+        self.detach(gone);
     }
 
-    /// Messages of a rank, made here, in the layout of its version.
-    fn encode(&self, rank: EngineIndex, report: Report) -> Vec<(Bytes, bool)> {
-        let layout = self.layouts.get(&rank).copied();
-        let layout = layout.unwrap_or_else(Layout::newest);
+    /// A report of a rank, made here.
+    fn encode(&self, rank: EngineIndex, report: &Report) -> Option<Bytes> {
         let timestamp = self.began.elapsed().as_secs_f64();
-        let mut frames = Vec::new();
         if let Some(wave) = report.wave_complete {
-            frames.push((wave_complete_message(&layout, rank, wave, timestamp), false));
+            return Some(wave_complete_message(&self.layout, rank, wave, timestamp));
         }
         if let Some(wave) = report.start_wave {
-            frames.push((start_wave_message(&layout, rank, wave, timestamp), false));
+            return Some(start_wave_message(&self.layout, rank, wave, timestamp));
         }
-        if let Some((load, stamp)) = report.stats {
-            let stats = SchedulerStats {
-                num_running_reqs: load.running,
-                num_waiting_reqs: load.waiting,
-                step_counter: stamp.step,
-                current_wave: stamp.wave.0,
-                kv_cache_usage: load.kv_cache_usage,
-            };
-            // Said once, unlike an engine's own stats: not to be lost.
-            frames.push((
-                stats_message(&layout, rank, stats.encode(), timestamp),
-                false,
-            ));
-        }
-        frames
+        let (load, stamp) = report.stats?;
+        let stats = SchedulerStats {
+            num_running_reqs: load.running,
+            num_waiting_reqs: load.waiting,
+            step_counter: stamp.step,
+            current_wave: stamp.wave.0,
+            kv_cache_usage: load.kv_cache_usage,
+        };
+        let stats = stats.encode();
+        Some(stats_message(&self.layout, rank, stats, timestamp))
     }
 
-    /// Queues a message for one frontend's DP coordinator, or for all. Half of a queue is kept for
-    /// what must not be lost; a frontend that lets even that fill is given up (its attachment sees
-    /// the channel close).
-    fn tell(&mut self, to: Option<FrontendId>, rank: EngineIndex, frame: &Bytes, droppable: bool) {
-        let mut stuck = Vec::new();
-        for (&frontend, sink) in &self.frontends {
-            if to.is_some_and(|one| one != frontend) {
-                continue;
-            }
-            if droppable && sink.capacity() < sink.max_capacity() / 2 {
-                trace!(frontend = frontend.0, "stats dropped for a slow frontend");
-                continue;
-            }
-            let message = ForFrontendCoordinator {
-                rank,
-                frame: frame.clone(),
-            };
-            if sink.try_send(message).is_err() {
-                stuck.push(frontend);
-            }
-        }
-        for frontend in stuck {
-            debug!(
-                frontend = frontend.0,
-                "its DP coordinator is gone or does not read"
-            );
-            self.remove(frontend);
-        }
-    }
-
-    fn report(&self) {
+    fn publish_snapshot(&mut self) {
+        self.loads_due = None;
         let machine = self.machine.snapshot();
         let loads = machine.loads.iter().zip(0..).map(|(load, rank)| {
-            let load = Load {
+            let load = LoadSnapshot {
                 waiting: load.waiting,
                 running: load.running,
                 kv_cache_usage: load.kv_cache_usage,
@@ -447,11 +428,21 @@ impl Task {
     }
 }
 
+/// Sets the timer if there is something to wait for. Leaves it alone if it is right already.
+fn set(timer: std::pin::Pin<&mut Sleep>, due: Option<Instant>) -> bool {
+    if let Some(due) = due
+        && timer.deadline() != due
+    {
+        timer.reset(due);
+    }
+    due.is_some()
+}
+
 /// What an engine reports in one message.
-fn read_report(frame: &[u8]) -> Result<Report, dp_sidecar_protocol::DecodeError> {
+fn read_report(frame: &[u8]) -> Result<Report, DecodeError> {
     let view = OutputsView::parse(frame)?;
     let stats = view.stats().transpose()?.map(|stats| {
-        let load = dp_sidecar_protocol::machine::coordinator::Load {
+        let load = Load {
             waiting: stats.num_waiting_reqs,
             running: stats.num_running_reqs,
             kv_cache_usage: stats.kv_cache_usage,
@@ -469,15 +460,18 @@ fn read_report(frame: &[u8]) -> Result<Report, dp_sidecar_protocol::DecodeError>
     })
 }
 
-fn answer<T>(reply: oneshot::Sender<T>, value: T) {
-    if reply.send(value).is_err() {
-        debug!("nobody waits for the answer any more");
+fn kind(report: &Report) -> Kind {
+    if report.wave_complete.is_some() || report.start_wave.is_some() {
+        Kind::Wave
+    } else {
+        Kind::Load
     }
 }
 
-async fn sleep_until(due: Option<Instant>) {
-    match due {
-        Some(due) => tokio::time::sleep_until(due).await,
-        None => std::future::pending().await,
+fn engine_counts(load: &Load) -> EngineCounts {
+    EngineCounts {
+        waiting: load.waiting,
+        running: load.running,
+        kv_cache_usage: load.kv_cache_usage,
     }
 }
