@@ -595,7 +595,16 @@ fn simulate(seed: u64) -> World {
         world.rng.random_range(0..10_000),
     );
     world.at(first, Item::StartFrontend);
-    world.at(when, Item::Machine(complete));
+    // The deployment may look incomplete again for a while.
+    let mut time = when;
+    while time < STORM && world.rng.random_bool(0.5) {
+        world.at(time, Item::Machine(complete.clone()));
+        let missing = Event::EnginesMissing(vec![EngineIndex(0)]);
+        time += world.rng.random_range(0..10_000);
+        world.at(time, Item::Machine(missing));
+        time += world.rng.random_range(0..2_000);
+    }
+    world.at(time, Item::Machine(complete));
     world.at(0, Item::Machine(Event::FreeSlots(8)));
     world
 }

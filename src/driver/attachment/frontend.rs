@@ -16,8 +16,8 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 use super::super::handles::{
-    CoordinatorCommand, Deployment, ForFrontendCoordinator, FrontendSnapshot, GroupKind, OpenRoute,
-    RankCommand, Reply, RouteLost,
+    CoordinatorCommand, Deployment, EngineFacts, ForFrontendCoordinator, FrontendSnapshot,
+    GroupKind, OpenRoute, RankCommand, Reply, RouteLost,
 };
 use super::{Shared, sockets};
 
@@ -54,6 +54,8 @@ pub(super) struct Task {
 struct Running {
     attempt: Attempt,
     id: FrontendId,
+    /// The engines as the frontend is told of them.
+    engines: BTreeMap<EngineIndex, EngineFacts>,
     stop: CancellationToken,
     tasks: TaskTracker,
     handshakes: BTreeMap<EngineIndex, mpsc::Sender<Frames>>,
@@ -318,6 +320,7 @@ impl Task {
             self.attempt = Some(Running {
                 attempt,
                 id: self.shared.next_id(),
+                engines: self.shared.deployment.borrow().engines.clone(),
                 stop,
                 tasks,
                 handshakes: BTreeMap::new(),
@@ -365,9 +368,11 @@ impl Task {
     }
 
     fn send_ready(&self, rank: EngineIndex, stats_address: Option<String>) {
-        let ready = {
-            let deployment = self.shared.deployment.borrow();
-            deployment.engines.get(&rank).map(|facts| {
+        let ready = self
+            .attempt
+            .as_ref()
+            .and_then(|running| running.engines.get(&rank))
+            .map(|facts| {
                 Ready {
                     local: Hello::HEADLESS.local,
                     headless: Hello::HEADLESS.headless,
@@ -376,8 +381,7 @@ impl Task {
                     parallel_config_hash: facts.parallel_config_hash.clone(),
                 }
                 .encode(&facts.layout)
-            })
-        };
+            });
         match ready {
             Some(payload) => self.say(rank, payload),
             None => tracing::error!(%rank, "facts of a known engine have gone"),
@@ -416,11 +420,6 @@ impl Task {
         output: String,
         stats_address: Option<&str>,
     ) {
-        let registration = {
-            let deployment = self.shared.deployment.borrow();
-            let facts = deployment.engines.get(&rank);
-            facts.map(|facts| with_dp_stats_address(&facts.registration, stats_address))
-        };
         let handle = self.shared.ranks.iter().find(|handle| handle.rank == rank);
         let (handle, limit) = (handle.cloned(), self.shared.config.route_timeout);
         let events = self.events.clone();
@@ -429,6 +428,9 @@ impl Task {
         };
         running.routed = true;
         let (attempt, frontend, lost) = (running.attempt, running.id, running.lost.clone());
+        let facts = running.engines.get(&rank);
+        let registration =
+            facts.map(|facts| with_dp_stats_address(&facts.registration, stats_address));
         let open = async move {
             let result = match (handle, registration) {
                 (Some(handle), Some(Ok(registration))) => {

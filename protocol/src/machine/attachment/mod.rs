@@ -75,6 +75,9 @@ pub struct Attachment {
     config: Config,
     phase: Phase,
     since: Time,
+    /// The deployment as it is known now, if it is complete.
+    known: Option<Engines>,
+    /// The deployment of this attempt.
     engines: Option<Engines>,
     missing: Vec<EngineIndex>,
     free_slots: u32,
@@ -102,6 +105,7 @@ impl Attachment {
             config,
             phase: Phase::Incomplete,
             since: Time::ZERO,
+            known: None,
             engines: None,
             missing: Vec::new(),
             free_slots: 0,
@@ -123,15 +127,15 @@ impl Attachment {
         match event {
             Event::EnginesComplete(engines) => {
                 self.missing.clear();
-                self.engines = Some(engines);
+                self.known = Some(engines);
                 if matches!(self.phase, Phase::Incomplete) {
                     self.probe(now);
                 }
             }
             Event::EnginesMissing(missing) => {
-                // Facts stay while a rank restarts, so this comes before the first attempt only.
+                // What is under way goes on with the engines it began with.
                 self.missing = missing;
-                self.engines = None;
+                self.known = None;
                 if matches!(self.phase, Phase::Backoff(_)) {
                     self.enter(now, Phase::Incomplete);
                 }
@@ -249,11 +253,7 @@ impl Attachment {
         if let Phase::Backoff(until) = self.phase
             && until <= now
         {
-            if self.engines.is_some() {
-                self.probe(now);
-            } else {
-                self.enter(now, Phase::Incomplete);
-            }
+            self.probe(now);
         }
         if self.stall_at.is_some_and(|due| due <= now) {
             self.stall_at = None;
@@ -345,6 +345,10 @@ impl Attachment {
     // === Before HELLO ===
 
     fn probe(&mut self, now: Time) {
+        if self.known.is_none() {
+            return self.enter(now, Phase::Incomplete);
+        }
+        self.engines.clone_from(&self.known);
         self.attempt += 1;
         self.init = None;
         self.ready_at = None;
@@ -363,9 +367,6 @@ impl Attachment {
             self.refuse(error);
             let until = now + self.config.refused_retry;
             return self.enter(now, Phase::Backoff(until));
-        }
-        if self.size() == 0 {
-            return self.enter(now, Phase::Incomplete);
         }
         self.enter_watched(now, Phase::Connecting(BTreeSet::new()));
         for rank in 0..self.size() {
