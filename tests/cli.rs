@@ -249,6 +249,23 @@ async fn a_state_directory_in_use_names_who_uses_it() {
 }
 
 #[tokio::test]
+async fn a_port_in_use_is_told_before_anything_is_started() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let dense = model(r#"{"model_type":"llama"}"#);
+    let state = tempfile::tempdir().unwrap();
+    let line = format!(
+        "--dp-rank 0 --vllm-bin /bin/true --state-dir {} --serve --host 127.0.0.1 --port {port} \
+         -- {}",
+        state.path().display(),
+        dense.path().display()
+    );
+    let output = sidecar(&line).await;
+    assert_eq!(output.status.code(), Some(8));
+    assert!(text(&output.stderr).contains(&format!("--port {port}: the frontend cannot have it")));
+}
+
+#[tokio::test]
 async fn help_shows_examples_and_exit_codes() {
     for line in ["--help", "run --help", ""] {
         let output = sidecar(line).await;

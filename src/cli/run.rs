@@ -1,6 +1,7 @@
 //! `sidecar run`.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::io::ErrorKind;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -131,6 +132,9 @@ fn host(built: Built) -> RunEnd {
             return RunEnd::new(code, error.to_string());
         }
     };
+    if let Err(end) = check_port(&built.config) {
+        return end;
+    }
     let mut config = built.config;
     config.state_dir = state.path().to_owned();
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -144,6 +148,29 @@ fn host(built: Built) -> RunEnd {
             end
         }
         Err(error) => RunEnd::new(exit_code::INTERNAL, format!("runtime: {error}")),
+    }
+}
+
+/// Whether the supervised frontend can have its port: better told now than after the engines have
+/// loaded.
+fn check_port(config: &Config) -> Result<(), RunEnd> {
+    let Some(serve) = &config.serve else {
+        return Ok(());
+    };
+    let host = serve.host.as_deref().unwrap_or("0.0.0.0");
+    match TcpListener::bind((host, serve.port)) {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            let code = match error.kind() {
+                ErrorKind::AddrInUse => exit_code::IN_USE,
+                _ => exit_code::PREFLIGHT,
+            };
+            let text = format!(
+                "--port {}: the frontend cannot have it: {error}",
+                serve.port
+            );
+            Err(RunEnd::new(code, text))
+        }
     }
 }
 

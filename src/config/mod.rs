@@ -7,7 +7,11 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use tokio_util::task::TaskTracker;
+
 use crate::driver::handles::GroupKind;
+use crate::state_dir::StateDir;
+use crate::supervisor::KeeperOptions;
 use crate::supervisor::command::VllmLaunch;
 
 /// Everything `sidecar run` needs to know. Built by the command line, checked, immutable.
@@ -102,6 +106,18 @@ pub enum LogFormat {
 }
 
 impl Config {
+    /// How this run finds or starts its keeper.
+    pub fn keeper_options(&self, state: &StateDir, tasks: &TaskTracker) -> KeeperOptions {
+        KeeperOptions {
+            state_dir: state.path().to_owned(),
+            exe: self.exe.clone(),
+            run_id: state.run_id().to_owned(),
+            orphan_grace: self.orphan_grace,
+            kill_grace: self.kill_grace,
+            tasks: tasks.clone(),
+        }
+    }
+
     /// The ranks of this node.
     pub fn local_ranks(&self) -> impl Iterator<Item = u16> + Clone + use<> {
         let (start, count) = (self.start_rank, self.size_local);

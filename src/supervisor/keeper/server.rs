@@ -83,8 +83,9 @@ impl Keeper {
         loop {
             self.wait()?;
             let now = Instant::now();
-            self.take_signals()?;
-            self.reap_adopted();
+            if self.take_signals()? {
+                self.reap_adopted();
+            }
             self.accept();
             self.serve(now);
             for child in &mut self.children {
@@ -149,12 +150,15 @@ impl Keeper {
         }
     }
 
-    fn take_signals(&mut self) -> io::Result<()> {
+    /// Returns whether a child, or an adopted one, has ended.
+    fn take_signals(&mut self) -> io::Result<bool> {
+        let mut ended = false;
         while let Some(info) = self.signals.read_signal()? {
             let signal = i32::try_from(info.ssi_signo)
                 .ok()
                 .and_then(|number| Signal::try_from(number).ok());
-            // SIGCHLD only wakes the loop; SIGHUP (a lost terminal) means nothing here.
+            ended |= signal == Some(Signal::SIGCHLD);
+            // SIGHUP (a lost terminal) means nothing here.
             if matches!(signal, Some(Signal::SIGTERM | Signal::SIGINT)) {
                 let grace = if self.shutdown.is_some() {
                     Duration::ZERO
@@ -165,7 +169,7 @@ impl Keeper {
                 self.begin_shutdown(grace, None);
             }
         }
-        Ok(())
+        Ok(ended)
     }
 
     /// Reaps processes that were adopted because their parent died. Children of our own are reaped
