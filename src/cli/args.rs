@@ -87,6 +87,21 @@ pub enum Command {
     /// The process that owns the vLLM processes. Started by the sidecar.
     #[command(hide = true)]
     Keeper(KeeperArgs),
+    /// The DP coordinator alone, for `scripts/bench coordinator`.
+    #[command(hide = true)]
+    Coordinator(CoordinatorArgs),
+}
+
+/// `sidecar coordinator`.
+#[derive(Debug, Args)]
+pub struct CoordinatorArgs {
+    /// Directory of its sockets.
+    #[arg(long, value_name = "DIR")]
+    pub listen_dir: PathBuf,
+
+    /// Number of lockstep engines.
+    #[arg(long, value_name = "N")]
+    pub engines: u16,
 }
 
 /// How the model's ranks depend on each other.

@@ -14,7 +14,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches};
 
-use self::args::{Cli, Command, KeeperArgs};
+use self::args::{Cli, Command, CoordinatorArgs, KeeperArgs};
 use crate::config::LogFormat;
 use crate::exit_code;
 use crate::supervisor::keeper::{self, KeeperConfig};
@@ -50,6 +50,7 @@ fn dispatch(args: impl Iterator<Item = OsString>) -> u8 {
     match cli.command {
         // No runtime and no other thread may exist in the keeper.
         Command::Keeper(args) => keeper(args),
+        Command::Coordinator(args) => coordinator(args),
         Command::Run(args) => run::run(&args, &run::origins(&matches)),
         Command::Update(args) => update::update(&args),
         Command::Status(args) => status::status(&args),
@@ -64,6 +65,17 @@ fn dispatch(args: impl Iterator<Item = OsString>) -> u8 {
 fn usage(problem: &str) -> u8 {
     eprintln!("error: {problem}\n\nFor more information, try '--help'.");
     exit_code::USAGE
+}
+
+fn coordinator(args: CoordinatorArgs) -> u8 {
+    telemetry::init(LogFormat::Text);
+    match crate::bench::coordinator(args.listen_dir, args.engines) {
+        Ok(()) => exit_code::OK,
+        Err(error) => {
+            tracing::error!(%error, "the DP coordinator failed");
+            exit_code::INTERNAL
+        }
+    }
 }
 
 fn keeper(args: KeeperArgs) -> u8 {

@@ -1,0 +1,177 @@
+"""DP coordinator: ours and vLLM's DPCoordinatorProc, alternately, under the same load.
+
+Measured: the time from FIRST_REQ until the last engine has START_DP_WAVE, CPU seconds per 100,000
+stats messages, resident memory. `ratio` is ours divided by vLLM's.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+START_LIMIT_S = 180
+LOAD_LIMIT_S = 600
+TARGETS = {"cpu": 0.5, "rss": 1 / 20, "wake_p50": None, "wake_p99": 1.0}
+
+
+def vllm_python(given):
+    if given:
+        return given
+    found = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "vllm_env.py", "--shell"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+    for line in found.splitlines():
+        name, _, value = line.removeprefix("export ").partition("=")
+        if name == "DP_SIDECAR_PYTHON":
+            return value.strip("'\"")
+    raise SystemExit("scripts/vllm_env.py names no interpreter with vLLM; give --python")
+
+
+def build():
+    command = ["cargo", "build", "--release", "--quiet", "-p", "dp-sidecar", "--bin", "sidecar"]
+    command += ["-p", "dp-sidecar-testkit", "--bin", "load-coordinator"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    target = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release"
+    return target / "sidecar", target / "load-coordinator"
+
+
+def stop(process):
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(timeout=15)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def measure(command, load, directory, template, arguments):
+    """Starts a DP coordinator, puts load on it, returns the figures."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Neither side waits for ever: the line comes, or the process is stopped and the read ends.
+    signal.signal(signal.SIGALRM, lambda *_: process.kill())
+    signal.alarm(START_LIMIT_S)
+    try:
+        line = process.stdout.readline()
+        signal.alarm(0)
+        if not line:
+            raise SystemExit(f"{command[0]} did not start: {process.stderr.read()[-2000:]}")
+        addresses = Path(directory) / "addresses.json"
+        addresses.write_text(line)
+        figures = subprocess.run(
+            [
+                load,
+                f"--addresses={addresses}",
+                f"--pid={process.pid}",
+                f"--template={template}",
+                f"--rounds={arguments.rounds}",
+                f"--stats={arguments.stats}",
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=LOAD_LIMIT_S,
+            check=True,
+        ).stdout
+        return json.loads(figures)
+    finally:
+        signal.alarm(0)
+        stop(process)
+
+
+def once(engines, side, tools, shared, arguments):
+    sidecar, load, python = tools
+    with tempfile.TemporaryDirectory(prefix="dpbench") as directory:
+        template = Path(shared) / "template"
+        if side == "vllm":
+            script = Path(__file__).with_name("vllm_coordinator.py")
+            command = [python, script, directory, str(engines)]
+            if not template.exists():
+                template = Path(directory) / "template"
+        else:
+            command = [sidecar, "coordinator", f"--listen-dir={directory}/s"]
+            command += [f"--engines={engines}"]
+        figures = measure([str(part) for part in command], load, directory, template, arguments)
+        if side == "vllm":
+            shutil.copy(Path(directory) / "template", Path(shared) / "template")
+        return figures
+
+
+def middle(results):
+    """Of several runs: each figure's median."""
+    return {
+        "cpu_s_per_100k": statistics.median(r["cpu_s_per_100k"] for r in results),
+        "rss_mb": statistics.median(r["rss_mb"] for r in results),
+        "wake_us": {
+            key: statistics.median(r["wake_us"][key] for r in results) for key in ("p50", "p99")
+        },
+    }
+
+
+def rounded(value):
+    if isinstance(value, dict):
+        return {key: rounded(entry) for key, entry in value.items()}
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="scripts/bench coordinator", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="only the last line")
+    parser.add_argument("--engines", default="64,256", help="sizes (%(default)s)")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=1000, help="wakes per run (%(default)s)")
+    parser.add_argument("--stats", type=int, default=100_000, help="stats messages per run")
+    parser.add_argument("--python", help="interpreter that has vLLM")
+    arguments = parser.parse_args()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
+    say = (lambda *_: None) if arguments.json else print
+    tools = (*build(), vllm_python(arguments.python))
+    runs = []
+    for engines in (int(size) for size in arguments.engines.split(",")):
+        results = {"vllm": [], "ours": []}
+        with tempfile.TemporaryDirectory(prefix="dpbench") as shared:
+            for _ in range(arguments.repeat):
+                # vLLM first: it also writes the stats message that both get.
+                for side, figures in results.items():
+                    figures.append(once(engines, side, tools, shared, arguments))
+                    say(f"{engines} engines, {side}: {json.dumps(rounded(figures[-1]))}")
+        ours, vllm = middle(results["ours"]), middle(results["vllm"])
+        ratio = {
+            "cpu": ours["cpu_s_per_100k"] / vllm["cpu_s_per_100k"],
+            "rss": ours["rss_mb"] / vllm["rss_mb"],
+            "wake_p50": ours["wake_us"]["p50"] / vllm["wake_us"]["p50"],
+            "wake_p99": ours["wake_us"]["p99"] / vllm["wake_us"]["p99"],
+        }
+        runs.append({"engines": engines, "ours": ours, "vllm": vllm, "ratio": ratio})
+        say(f"\n{engines} engines      ours      vllm     ratio")
+        rows = (
+            ("cpu s / 100k", "cpu", ours["cpu_s_per_100k"], vllm["cpu_s_per_100k"]),
+            ("rss MB", "rss", ours["rss_mb"], vllm["rss_mb"]),
+            ("wake p50 us", "wake_p50", ours["wake_us"]["p50"], vllm["wake_us"]["p50"]),
+            ("wake p99 us", "wake_p99", ours["wake_us"]["p99"], vllm["wake_us"]["p99"]),
+        )
+        for label, key, our, their in rows:
+            target = TARGETS[key]
+            verdict = ""
+            if target is not None:
+                verdict = "ok" if ratio[key] <= target else f"MISSED (at most {target:.3f})"
+            say(f"{label:14}{our:9.2f} {their:9.2f} {ratio[key]:9.3f}  {verdict}")
+        say()
+    print(json.dumps({"bench": "coordinator", "runs": rounded(runs)}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
