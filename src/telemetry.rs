@@ -8,7 +8,7 @@ use tracing_subscriber::filter::LevelFilter;
 use crate::config::LogFormat;
 
 /// What is logged unless `RUST_LOG` says otherwise.
-pub const DEFAULT_FILTER: &str = "warn,dp_sidecar=info";
+pub const DEFAULT_FILTER: &str = "warn,zeromq=error,dp_sidecar=info";
 
 /// Starts logging. Does nothing when it was started before.
 pub fn init(format: LogFormat) {
