@@ -168,7 +168,8 @@ fn calls_are_refused_with_the_name_and_phase_of_the_running_update() {
         Action::Granted {
             owner: OwnerId(9),
             paused_by: None,
-            external_weights: false
+            external_weights: false,
+            asleep: false,
         }
     ));
     let doing = Event::Doing {

@@ -107,6 +107,7 @@ struct Grant {
     owner: OwnerId,
     paused_by: Option<PausedBy>,
     external_weights: bool,
+    asleep: bool,
 }
 
 /// Handle of the control task.
@@ -127,6 +128,8 @@ pub struct ControlGuard {
     pub paused_by: Option<PausedBy>,
     /// A frontend has loaded weights since the last update.
     pub external_weights: bool,
+    /// The engines are asleep: nothing can be loaded into them.
+    pub asleep: bool,
     _held: oneshot::Sender<()>,
 }
 
@@ -197,6 +200,7 @@ impl ControlHandle {
             commands: self.commands.clone(),
             paused_by: grant.paused_by,
             external_weights: grant.external_weights,
+            asleep: grant.asleep,
             _held: keep,
         })
     }
@@ -545,8 +549,10 @@ impl Task {
                     owner,
                     paused_by,
                     external_weights,
+                    asleep,
                 } => {
                     let grant = Grant {
+                        asleep,
                         owner,
                         paused_by,
                         external_weights,

@@ -48,6 +48,8 @@ const SLACK: Duration = Duration::from_secs(5);
 /// Limit for telling a rank task or the node task something.
 const TELL_LIMIT: Duration = Duration::from_secs(10);
 
+type RestoreReply = oneshot::Sender<Result<(), UpdateError>>;
+
 #[derive(Debug)]
 enum Command {
     Start {
@@ -58,7 +60,7 @@ enum Command {
     Abort,
     Restore {
         ranks: Vec<EngineIndex>,
-        reply: oneshot::Sender<Result<(), UpdateError>>,
+        reply: RestoreReply,
     },
     Shutdown {
         forget: bool,
@@ -231,11 +233,11 @@ enum Done {
     Event(u64, Event),
     Acquired(u64, Result<ControlGuard, ControlError>),
     Staged(u64, Result<Staged, String>),
-    Committed(u64, Committed, Result<(), String>),
+    Committed(u64, Box<Committed>, Result<(), String>),
     Restored {
         ranks: Vec<(EngineIndex, Incarnation)>,
         result: Result<Restored, UpdateError>,
-        reply: oneshot::Sender<Result<(), UpdateError>>,
+        reply: RestoreReply,
     },
     Finished(Box<UpdateRecord>, oneshot::Sender<UpdateRecord>),
     Rank(EngineIndex),
@@ -270,7 +272,7 @@ struct Task {
     /// Some engine was brought up by this process.
     any_restored: bool,
     restoring: usize,
-    restores: VecDeque<(Vec<EngineIndex>, oneshot::Sender<Result<(), UpdateError>>)>,
+    restores: VecDeque<(Vec<EngineIndex>, RestoreReply)>,
     known: Known,
     /// Ends blocking work when the task ends.
     cancel: Cancel,
@@ -532,6 +534,11 @@ impl Task {
                     return;
                 }
                 match (result, self.active.take()) {
+                    // A load into discarded memory kills the worker.
+                    (Ok(guard), Some(active)) if guard.asleep => {
+                        let reason = "the engines are asleep: wake them up first".to_owned();
+                        self.refuse(active, UpdateOutcome::RefusedInvalid, reason);
+                    }
                     (Ok(guard), Some(mut active)) => {
                         active.guard = Some(guard);
                         self.active = Some(active);
@@ -549,7 +556,7 @@ impl Task {
             }
             Done::Committed(run, committed, result) => {
                 if result.is_ok() {
-                    self.committed = Some(committed);
+                    self.committed = Some(*committed);
                 }
                 if current == Some(run) {
                     self.event(Event::CommitWritten { result });
@@ -631,11 +638,7 @@ impl Task {
         }
     }
 
-    fn restore(
-        &mut self,
-        ranks: Vec<EngineIndex>,
-        reply: oneshot::Sender<Result<(), UpdateError>>,
-    ) {
+    fn restore(&mut self, ranks: Vec<EngineIndex>, reply: RestoreReply) {
         let handles: Vec<RankHandle> = ranks
             .iter()
             .filter_map(|rank| self.ranks.get(rank).cloned())
@@ -667,7 +670,7 @@ impl Task {
         &mut self,
         ranks: Vec<(EngineIndex, Incarnation)>,
         result: Result<Restored, UpdateError>,
-        reply: oneshot::Sender<Result<(), UpdateError>>,
+        reply: RestoreReply,
     ) {
         self.restoring -= 1;
         let result = result.map(|restored| {
@@ -896,7 +899,7 @@ impl Task {
                 Ok(result) => result.map_err(|error| error.to_string()),
                 Err(error) => Err(error.to_string()),
             };
-            Done::Committed(run, committed, result)
+            Done::Committed(run, Box::new(committed), result)
         });
     }
 

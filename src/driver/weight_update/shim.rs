@@ -108,7 +108,7 @@ fn report((at, worker): (usize, &Value)) -> WorkerReport {
         rank: worker["rank"]
             .as_u64()
             .and_then(|rank| u32::try_from(rank).ok())
-            .unwrap_or(u32::try_from(at).unwrap_or(u32::MAX)),
+            .unwrap_or_else(|| u32::try_from(at).unwrap_or(u32::MAX)),
         ok: worker["ok"].as_bool() == Some(true),
         state,
         tensors: number("tensors"),

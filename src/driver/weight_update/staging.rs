@@ -75,7 +75,10 @@ impl Known {
         let model = self.model(&job.model_path).map_err(|error| {
             format!("cannot read the checkpoint that the engines were started from: {error}")
         })?;
-        let new = Manifest::read(&job.source).map_err(|error| error.to_string())?;
+        // What a link points to: links such as `latest` are moved when the next checkpoint comes.
+        let source = job.source.canonicalize();
+        let source = source.as_ref().unwrap_or(&job.source);
+        let new = Manifest::read(source).map_err(|error| error.to_string())?;
         new.check_against(&model)
             .map_err(|error| error.to_string())?;
         // First the way back: if there is none, nothing needs to be hashed.

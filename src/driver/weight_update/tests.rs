@@ -35,7 +35,7 @@ fn checkpoint(dir: &Path, name: &str, seed: u8) -> String {
 }
 
 async fn world(kind: GroupKind) -> World {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempfile::tempdir_in(std::env::temp_dir().canonicalize().unwrap()).unwrap();
     let start = checkpoint(dir.path(), "start", 0);
     checkpoint(dir.path(), "new", 1);
     let ranks: Vec<FakeRank> = (0..2).map(|rank| FakeRank::start(rank, &start)).collect();
@@ -275,12 +275,8 @@ async fn a_rank_that_can_go_neither_way_is_fenced_and_the_others_serve() {
         "{log:?}"
     );
     assert!(!log.contains(&"resume".to_owned()), "{log:?}");
-    let engine = world.engine(0);
-    assert_eq!(
-        (engine.weights.clone(), engine.paused),
-        (world.path("start"), false)
-    );
-    drop(engine);
+    assert_eq!(world.engine(0).weights, world.path("start"));
+    assert!(!world.engine(0).paused);
     world.end().await;
 }
 
@@ -664,5 +660,52 @@ async fn a_record_can_be_sent_as_json() {
     let text = serde_json::to_string(&record).unwrap();
     let back: UpdateRecord = serde_json::from_str(&text).unwrap();
     assert_eq!(back, record);
+    world.end().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn engines_that_sleep_are_not_updated() {
+    let world = world(GroupKind::Independent).await;
+    for rank in [0, 1] {
+        world.calls.send(held(rank, 7, "sleep")).await.unwrap();
+    }
+    world
+        .control
+        .watch()
+        .wait_for(|state| state.asleep)
+        .await
+        .unwrap();
+    let record = world.update(world.request("u1")).await;
+    assert_eq!(record.outcome, UpdateOutcome::RefusedInvalid);
+    assert!(
+        record.message.contains("asleep: wake them up first"),
+        "{}",
+        record.message
+    );
+    for rank in &world.ranks {
+        assert_eq!(rank.take_log(), ["forward 7"]);
+    }
+    world.end().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_link_is_followed_once_so_that_it_may_be_moved_later() {
+    let world = world(GroupKind::Independent).await;
+    let latest = world.dir.path().join("latest");
+    std::os::unix::fs::symlink(world.path("new"), &latest).unwrap();
+    let mut request = world.request("u1");
+    request.path = latest.clone();
+    let record = world.update(request).await;
+    assert_eq!(
+        record.outcome,
+        UpdateOutcome::Committed,
+        "{}",
+        record.message
+    );
+    std::fs::remove_file(&latest).unwrap();
+    world.all_hold("new");
+    world.ranks[1].restart();
+    world.updates.restore(vec![EngineIndex(1)]).await.unwrap();
+    world.all_hold("new");
     world.end().await;
 }

@@ -453,6 +453,7 @@ impl Control {
             owner: waiter.owner,
             paused_by: self.paused_by.clone(),
             external_weights: self.external_weights,
+            asleep: self.asleep,
         });
     }
 

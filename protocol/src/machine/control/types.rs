@@ -182,6 +182,8 @@ pub enum Action {
         paused_by: Option<PausedBy>,
         /// A frontend has loaded weights; which ones is unknown.
         external_weights: bool,
+        /// The engines are asleep: their weights are not in place.
+        asleep: bool,
     },
     /// Somebody else held the lock for too long.
     Denied {
