@@ -14,6 +14,7 @@
 //!
 //! Facts of vLLM behind them: `docs/weight-update.md`.
 
+mod record;
 mod run;
 #[cfg(test)]
 mod simulation;
@@ -24,10 +25,11 @@ use std::time::Duration;
 
 use crate::{EngineIndex, Incarnation, Time, UpdateId, WeightVersion};
 
+pub use record::{Commit, Outcome, RankRecord, Record, Snapshot};
 use run::Run;
 pub use types::{
-    Action, Begin, Checkpoint, Commit, Event, NodeId, Outcome, Participant, PauseMode, Phase,
-    RankRecord, RankState, Record, Refusal, Snapshot, Target, WorkerReport, WorkerState,
+    Action, Begin, Checkpoint, Event, NodeId, Participant, PauseMode, Phase, RankState, Refusal,
+    Target, WorkerReport, WorkerState,
 };
 
 /// How many committed ids are remembered, so that a repeated request is answered with the same record.

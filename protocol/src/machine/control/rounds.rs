@@ -1,0 +1,180 @@
+//! Rounds that have the lock.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use rmpv::Value;
+
+use crate::{EngineIndex, Time};
+
+use super::{Action, Control, Decision, Holder, Kind, PausedBy, Round, Severity, kind_of, list};
+
+impl Control {
+    /// Decides on a complete round and, unless that settles it, lets it have the lock.
+    pub(super) fn run(&mut self, now: Time, round: Round) {
+        let kind = kind_of(&round.method, &round.args);
+        let down: Vec<EngineIndex> = self.config.ranks.difference(&self.up).copied().collect();
+        let paused = self.paused_by.is_some() || self.asleep;
+        match kind {
+            Kind::Resume | Kind::WakeUp if self.paused_by == Some(PausedBy::Operator) => {
+                self.refuse(
+                    round,
+                    "the engines were paused by the operator, who must resume them",
+                );
+                return;
+            }
+            // A resume of a lockstep group that is idle and not paused can hang it: the ranks enter a
+            // barrier while one that just got a request steps (vllm/v1/engine/core.py 0.32.0,
+            // `DPEngineCoreProc.resume_scheduler`).
+            Kind::Resume if !paused => {
+                self.answer(round, &Value::Nil);
+                return;
+            }
+            Kind::WakeUp if !paused => {
+                self.answer(round, &Value::Boolean(true));
+                return;
+            }
+            Kind::Pause | Kind::Resume if down.len() == self.config.ranks.len() => {
+                // Engines that start again are paused, or not, by what is remembered here.
+                let by = (kind == Kind::Pause).then_some(PausedBy::Frontend { id: round.frontend });
+                self.set_paused_by_round(by);
+                self.answer(round, &Value::Nil);
+                return;
+            }
+            Kind::Pause | Kind::Resume if !self.config.lockstep => {}
+            _ if !down.is_empty() => {
+                let text = format!("engine of rank {} is down", list(&down));
+                self.refuse(round, &text);
+                return;
+            }
+            _ => {}
+        }
+        let mut waiting = BTreeSet::new();
+        for (rank, ticket) in &round.tickets {
+            let decision = if down.contains(rank) {
+                Decision::Answer(Value::Nil)
+            } else {
+                waiting.insert(*rank);
+                Decision::Forward
+            };
+            self.actions.push_back(Action::Decide {
+                rank: *rank,
+                ticket: *ticket,
+                decision,
+            });
+        }
+        if kind == Kind::Weights {
+            // From the first byte on: a call that fails half way leaves unknown weights as well.
+            self.mark_external(&round);
+        }
+        self.holder = Some(Holder::Round {
+            round,
+            waiting,
+            results: BTreeMap::new(),
+            lease_ends: None,
+            deadline: now + self.config.round_timeout,
+        });
+    }
+
+    pub(super) fn mark_external(&mut self, round: &Round) {
+        let what = match round.args.first().and_then(Value::as_str) {
+            Some(first) if round.method == "collective_rpc" => first.to_owned(),
+            _ => round.method.clone(),
+        };
+        if !self.external_weights {
+            self.note(
+                Severity::Warning,
+                format!(
+                    "frontend {} changes weights by {what}: which weights the engines hold is unknown until the next update",
+                    round.frontend
+                ),
+            );
+        }
+        self.external_weights = true;
+    }
+
+    pub(super) fn answered(
+        &mut self,
+        rank: EngineIndex,
+        ticket: u64,
+        result: Result<Value, String>,
+    ) {
+        if let Some(Holder::Round {
+            round,
+            waiting,
+            results,
+            ..
+        }) = &mut self.holder
+            && round.tickets.get(&rank) == Some(&ticket)
+            && waiting.remove(&rank)
+        {
+            results.insert(rank, result);
+            self.finish_round_if_done();
+        }
+    }
+
+    pub(super) fn finish_round_if_done(&mut self) {
+        if !matches!(&self.holder, Some(Holder::Round { waiting, .. }) if waiting.is_empty()) {
+            return;
+        }
+        let Some(Holder::Round {
+            round,
+            results,
+            lease_ends,
+            ..
+        }) = self.holder.take()
+        else {
+            return;
+        };
+        let failed: Vec<EngineIndex> = results
+            .iter()
+            .filter(|(_, result)| result.is_err())
+            .map(|(rank, _)| *rank)
+            .collect();
+        let any_ok = failed.len() < results.len();
+        if !failed.is_empty() && any_ok {
+            self.note(
+                Severity::Warning,
+                format!("{} failed on rank {} only", round.name(), list(&failed)),
+            );
+        }
+        let by = PausedBy::Frontend { id: round.frontend };
+        match kind_of(&round.method, &round.args) {
+            // Also when it failed on some: better resumed once too often than left paused.
+            Kind::Pause if any_ok => self.set_paused_by_round(Some(by)),
+            Kind::Sleep if any_ok => {
+                self.asleep = true;
+                self.set_paused_by_round(Some(by));
+            }
+            Kind::Resume if failed.is_empty() => self.set_paused_by_round(None),
+            Kind::WakeUp if failed.is_empty() => {
+                let awake = results
+                    .values()
+                    .all(|result| !matches!(result, Ok(Value::Boolean(false))));
+                if awake {
+                    self.asleep = false;
+                    self.set_paused_by_round(None);
+                }
+            }
+            _ => {}
+        }
+        if self.paused_by == Some(PausedBy::Frontend { id: round.frontend }) {
+            self.lease_ends = lease_ends;
+        }
+    }
+
+    /// A pause of a frontend does not take the operator's pause over.
+    pub(super) fn set_paused_by_round(&mut self, paused_by: Option<PausedBy>) {
+        if self.paused_by != Some(PausedBy::Operator) {
+            self.set_paused(paused_by);
+        }
+    }
+
+    pub(super) fn set_paused(&mut self, paused_by: Option<PausedBy>) {
+        if paused_by.is_none() {
+            self.pause_again.clear();
+            self.asleep = false;
+        }
+        self.paused_by = paused_by;
+        self.lease_ends = None;
+    }
+}

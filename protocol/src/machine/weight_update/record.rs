@@ -1,0 +1,134 @@
+//! What an update leaves behind.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::{EngineIndex, Incarnation, UpdateId, WeightVersion};
+
+use super::types::{Checkpoint, PauseMode, Phase, RankState, WorkerReport};
+
+/// What the journal keeps of a committed update.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Commit {
+    /// The update.
+    pub id: UpdateId,
+    /// Label of the weights.
+    pub version: WeightVersion,
+    /// Where they are.
+    pub checkpoint: Checkpoint,
+}
+
+/// How an update ended.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Outcome {
+    /// All engines that live hold the new weights.
+    Committed,
+    /// The directory is not what the model needs. No engine was touched.
+    RefusedInvalid,
+    /// Ended before any engine was asked to load. Engines go on with the previous weights.
+    #[default]
+    Aborted,
+    /// All engines that live hold the previous weights again.
+    RolledBack,
+    /// As `Committed` or `RolledBack` (see [`Record::committed`]), but these engines had to be fenced.
+    Degraded {
+        /// They do not serve until started again at the committed version.
+        fenced: Vec<EngineIndex>,
+    },
+}
+
+/// What happened to one rank.
+#[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
+pub struct RankRecord {
+    /// Which life of it.
+    pub incarnation: Incarnation,
+    /// Where it was at the end.
+    pub state: RankState,
+    /// Milliseconds from the first pause call to the answer that counted.
+    pub pause_ms: Option<u64>,
+    /// Milliseconds of the load of the new weights, as seen from here.
+    pub load_ms: Option<u64>,
+    /// Milliseconds of the load of the previous weights.
+    pub rollback_ms: Option<u64>,
+    /// Answers of its workers to the last load.
+    pub workers: Vec<WorkerReport>,
+    /// What went wrong on it, first cause first.
+    pub errors: Vec<String>,
+}
+
+/// What an update did.
+#[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
+pub struct Record {
+    /// Its name.
+    pub id: UpdateId,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// The commit record is durable: the new version is the current one.
+    pub committed: bool,
+    /// Version before; `None`: weights did not come from an update of ours.
+    pub from_version: Option<WeightVersion>,
+    /// Label of the new weights.
+    pub to_version: WeightVersion,
+    /// Their directory.
+    pub source: String,
+    /// What was found there, once it was checked.
+    pub checkpoint: Option<Checkpoint>,
+    /// The mode asked for.
+    pub mode: PauseMode,
+    /// The pause deadline passed, and running requests were aborted.
+    pub pause_escalated: bool,
+    /// Responses that were running may contain tokens of both versions (mode `keep`, committed).
+    pub may_mix_versions: bool,
+    /// Engines were left paused, since they were paused by somebody before the update.
+    pub left_paused: bool,
+    /// First cause of a failure: names rank and worker.
+    pub error: Option<String>,
+    /// What the operator should know although nothing failed.
+    pub warnings: Vec<String>,
+    /// Per rank.
+    pub ranks: BTreeMap<EngineIndex, RankRecord>,
+    /// Milliseconds spent in each phase.
+    pub phases: BTreeMap<Phase, u64>,
+    /// Milliseconds from the first pause call to the last resume: how long nothing was generated.
+    pub paused_ms: Option<u64>,
+    /// Milliseconds altogether.
+    pub total_ms: u64,
+}
+
+impl Record {
+    /// What is known of an update of which only the commit record was kept, because the sidecar ended
+    /// between the commit point and the end.
+    pub fn of_commit(commit: &Commit) -> Self {
+        Self {
+            id: commit.id.clone(),
+            outcome: Outcome::Committed,
+            committed: true,
+            to_version: commit.version.clone(),
+            source: commit.checkpoint.path.clone(),
+            checkpoint: Some(commit.checkpoint.clone()),
+            warnings: vec![
+                "the sidecar ended between the commit point and the end of this update".to_owned(),
+            ],
+            ..Self::default()
+        }
+    }
+}
+
+/// Plain data about the machine.
+#[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// The running update.
+    pub running: Option<UpdateId>,
+    /// Where it is.
+    pub phase: Phase,
+    /// Where its ranks are.
+    pub ranks: BTreeMap<EngineIndex, RankState>,
+    /// Version of the committed weights.
+    pub version: WeightVersion,
+    /// Last update that was committed.
+    pub committed: Option<UpdateId>,
+    /// The running update has passed its commit point.
+    pub past_commit_point: bool,
+}

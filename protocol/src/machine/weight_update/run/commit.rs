@@ -1,0 +1,195 @@
+//! From the commit point on: stamp, caches, resume.
+
+use crate::{EngineIndex, Incarnation};
+
+use super::super::types::{Action, Phase, RankState as State, Target};
+use super::{Cx, RESET_ATTEMPTS, RESUME_ATTEMPTS, Rank, Run, Step};
+
+impl Run {
+    pub(super) fn commit_written(&mut self, cx: &mut Cx<'_>, result: Result<(), String>) {
+        if self.step != Step::WritingCommit {
+            return;
+        }
+        if let Err(error) = result {
+            self.fail(format!("commit record could not be written: {error}"));
+            self.load_failed = true;
+            self.start_load(cx, Target::Previous);
+            return;
+        }
+        self.committed = true;
+        self.enter(cx, Step::Finishing, Phase::Committing);
+        self.deadline = Some(cx.now + cx.config.commit_timeout);
+        for (rank, state) in self.ranks.iter_mut().filter(|(_, state)| state.active) {
+            state.stamping = true;
+            cx.actions.push_back(Action::SetVersion {
+                rank: *rank,
+                incarnation: state.record.incarnation,
+                version: self.begin.to_version.clone(),
+            });
+        }
+        self.reset_caches(cx, |_| true);
+    }
+
+    pub(super) fn reset_caches(&mut self, cx: &mut Cx<'_>, which: impl Fn(&Rank) -> bool) {
+        // With `keep` frozen requests hold blocks, and vLLM would answer false.
+        let reset_running_requests = self.keeps_requests();
+        for (rank, state) in &mut self.ranks {
+            if !state.active || !which(state) {
+                continue;
+            }
+            state.waiting = true;
+            state.attempt = 1;
+            cx.actions.push_back(Action::ResetCaches {
+                rank: *rank,
+                incarnation: state.record.incarnation,
+                attempt: 1,
+                reset_running_requests,
+            });
+        }
+        cx.actions.push_back(Action::Progress);
+        self.advance(cx);
+    }
+
+    pub(super) fn version_set(
+        &mut self,
+        cx: &mut Cx<'_>,
+        rank: EngineIndex,
+        incarnation: Incarnation,
+        result: Result<(), String>,
+    ) {
+        if self.step != Step::Finishing {
+            return;
+        }
+        let Some(state) = self.ranks.get_mut(&rank) else {
+            return;
+        };
+        if !state.active || !state.stamping || state.record.incarnation != incarnation {
+            return;
+        }
+        state.stamping = false;
+        if let Err(error) = result {
+            self.warn(format!(
+                "rank {rank}: outputs do not carry the version: {error}"
+            ));
+        }
+        self.advance(cx);
+    }
+
+    pub(super) fn caches_reset(
+        &mut self,
+        cx: &mut Cx<'_>,
+        rank: EngineIndex,
+        incarnation: Incarnation,
+        attempt: u32,
+        result: Result<bool, String>,
+    ) {
+        let rolling_back = match self.step {
+            Step::Finishing => false,
+            Step::ResettingAfterRollback => true,
+            _ => return,
+        };
+        let Some(state) = self.awaited(rank, incarnation) else {
+            return;
+        };
+        if state.attempt != attempt {
+            return;
+        }
+        let why = match result {
+            Ok(true) => {
+                state.waiting = false;
+                if !rolling_back {
+                    state.record.state = State::Stamped;
+                }
+                cx.actions.push_back(Action::Progress);
+                self.advance(cx);
+                return;
+            }
+            Ok(false) => "blocks are in use".to_owned(),
+            Err(error) => error,
+        };
+        if attempt < RESET_ATTEMPTS {
+            state.attempt += 1;
+            cx.actions.push_back(Action::ResetCaches {
+                rank,
+                incarnation,
+                attempt: attempt + 1,
+                reset_running_requests: true,
+            });
+            return;
+        }
+        if rolling_back && !self.begin.external_weights {
+            // What the cache holds was computed with the weights that are loaded again.
+            if let Some(state) = self.awaited(rank, incarnation) {
+                state.waiting = false;
+            }
+            self.warn(format!(
+                "rank {rank}: caches were not reset after the rollback: {why}"
+            ));
+        } else {
+            self.fence(
+                cx,
+                rank,
+                &format!("caches of the previous weights could not be reset: {why}"),
+            );
+        }
+        self.advance(cx);
+    }
+
+    pub(super) fn start_resume(&mut self, cx: &mut Cx<'_>) {
+        if self.begin.paused_before {
+            self.finish(cx);
+            return;
+        }
+        self.enter(cx, Step::Resuming, Phase::Resuming);
+        self.deadline = Some(cx.now + cx.config.resume_timeout);
+        for (rank, state) in self.ranks.iter_mut().filter(|(_, state)| state.active) {
+            state.waiting = true;
+            state.attempt = 1;
+            state.record.state = State::Resuming;
+            cx.actions.push_back(Action::Resume {
+                rank: *rank,
+                incarnation: state.record.incarnation,
+                attempt: 1,
+            });
+        }
+        cx.actions.push_back(Action::Progress);
+        self.advance(cx);
+    }
+
+    pub(super) fn resumed(
+        &mut self,
+        cx: &mut Cx<'_>,
+        rank: EngineIndex,
+        incarnation: Incarnation,
+        attempt: u32,
+        result: Result<(), String>,
+    ) {
+        if self.step != Step::Resuming {
+            return;
+        }
+        let Some(state) = self.awaited(rank, incarnation) else {
+            return;
+        };
+        if state.attempt != attempt {
+            return;
+        }
+        match result {
+            Ok(()) => {
+                state.waiting = false;
+                state.record.state = State::Resumed;
+            }
+            Err(error) if attempt < RESUME_ATTEMPTS => {
+                state.attempt += 1;
+                state.record.errors.push(format!("resume failed: {error}"));
+                cx.actions.push_back(Action::Resume {
+                    rank,
+                    incarnation,
+                    attempt: attempt + 1,
+                });
+            }
+            Err(error) => self.fence(cx, rank, &format!("resume failed: {error}")),
+        }
+        cx.actions.push_back(Action::Progress);
+        self.advance(cx);
+    }
+}

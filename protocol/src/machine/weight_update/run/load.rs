@@ -1,0 +1,175 @@
+//! The load of the new weights, or back to the previous ones.
+
+use crate::{EngineIndex, Incarnation};
+
+use super::super::record::Commit;
+use super::super::types::{
+    Action, Checkpoint, Phase, RankState as State, Target, WorkerReport, WorkerState,
+};
+use super::{Cx, Run, Step, millis};
+
+impl Run {
+    pub(super) fn start_load(&mut self, cx: &mut Cx<'_>, target: Target) {
+        match target {
+            Target::New => {
+                self.loads_begun = true;
+                self.enter(cx, Step::Loading, Phase::Loading);
+            }
+            Target::Previous => self.enter(cx, Step::RollingBack, Phase::RollingBack),
+        }
+        self.deadline = Some(cx.now + cx.config.load_timeout);
+        let any_touched = self
+            .ranks
+            .values()
+            .any(|state| state.active && state.touched);
+        let external = self.begin.external_weights;
+        for rank in self.active() {
+            let Some(state) = self.ranks.get_mut(&rank) else {
+                continue;
+            };
+            let checkpoint = match target {
+                Target::New => self.new.get(&state.node).cloned(),
+                Target::Previous => self.previous.get(&state.node).cloned().flatten(),
+            };
+            if target == Target::Previous {
+                #[cfg(test)]
+                if self.mutation == Some(super::super::Mutation::RollBackFailedRanksOnly)
+                    && state.record.state == State::Loaded
+                {
+                    continue;
+                }
+                if !(state.touched || (external && any_touched)) {
+                    continue;
+                }
+            }
+            let Some(checkpoint) = checkpoint else {
+                self.fence(cx, rank, "there is no previous checkpoint to go back to");
+                continue;
+            };
+            state.waiting = true;
+            state.sent_at = cx.now;
+            state.record.state = match target {
+                Target::New => State::Loading,
+                Target::Previous => State::RollingBack,
+            };
+            cx.actions.push_back(Action::Load {
+                rank,
+                incarnation: state.record.incarnation,
+                target,
+                checkpoint,
+            });
+        }
+        cx.actions.push_back(Action::Progress);
+        self.advance(cx);
+    }
+
+    pub(super) fn loaded(
+        &mut self,
+        cx: &mut Cx<'_>,
+        rank: EngineIndex,
+        incarnation: Incarnation,
+        target: Target,
+        result: Result<Vec<WorkerReport>, String>,
+    ) {
+        let expected = match self.step {
+            Step::Loading => Target::New,
+            Step::RollingBack => Target::Previous,
+            _ => return,
+        };
+        if target != expected {
+            return;
+        }
+        let Some(node) = self.awaited(rank, incarnation).map(|state| state.node) else {
+            return;
+        };
+        let wanted = match target {
+            Target::New => self.new.get(&node).cloned(),
+            Target::Previous => self.previous.get(&node).cloned().flatten(),
+        };
+        let wanted = wanted.unwrap_or_default();
+        let (fault, workers) = match result {
+            Ok(workers) => (verify(&workers, &wanted), workers),
+            Err(error) => (Some(format!("load failed: {error}")), Vec::new()),
+        };
+        let unchanged = !workers.is_empty()
+            && workers
+                .iter()
+                .all(|worker| worker.state == WorkerState::Unchanged);
+        let unverified = fault.is_none()
+            && wanted.digest.is_some()
+            && workers.iter().any(|worker| worker.digest.is_none());
+        let Some(state) = self.ranks.get_mut(&rank) else {
+            return;
+        };
+        state.waiting = false;
+        state.record.workers = workers;
+        let took = millis(cx.now - state.sent_at);
+        match (target, &fault) {
+            (Target::New, None) => {
+                state.touched = true;
+                state.record.load_ms = Some(took);
+                state.record.state = State::Loaded;
+            }
+            (Target::New, Some(_)) => {
+                state.touched = !unchanged;
+                state.record.load_ms = Some(took);
+                state.record.state = State::LoadFailed;
+                self.load_failed = true;
+            }
+            (Target::Previous, None) => {
+                state.touched = false;
+                state.record.rollback_ms = Some(took);
+                state.record.state = State::RolledBack;
+            }
+            (Target::Previous, Some(_)) => state.record.rollback_ms = Some(took),
+        }
+        if let Some(fault) = fault {
+            let fault = format!("rank {rank}: {fault}");
+            if target == Target::Previous {
+                self.fence(cx, rank, &format!("rollback failed: {fault}"));
+            } else {
+                state.record.errors.push(fault.clone());
+                self.fail(fault);
+            }
+        }
+        if unverified {
+            self.warn(format!(
+                "rank {rank}: the digest was not computed there (module blake3 missing?); counts and bytes agree"
+            ));
+        }
+        cx.actions.push_back(Action::Progress);
+        self.advance(cx);
+    }
+
+    pub(super) fn all_loaded(&mut self, cx: &mut Cx<'_>) {
+        if self.load_failed {
+            self.start_load(cx, Target::Previous);
+            return;
+        }
+        self.enter_phase(cx, Phase::Verifying);
+        // Each report was compared with the manifest when it came; what is left is that all agree, which
+        // follows from all being equal to the same manifest.
+        self.enter(cx, Step::WritingCommit, Phase::Committing);
+        self.deadline = Some(cx.now + cx.config.commit_timeout);
+        cx.actions.push_back(Action::Progress);
+        #[cfg(test)]
+        if self.mutation == Some(super::super::Mutation::SkipCommitRecord) {
+            self.commit_written(cx, Ok(()));
+            return;
+        }
+        cx.actions.push_back(Action::WriteCommit {
+            commit: Commit {
+                id: self.begin.id.clone(),
+                version: self.begin.to_version.clone(),
+                checkpoint: self.new.values().next().cloned().unwrap_or_default(),
+            },
+        });
+    }
+}
+
+fn verify(workers: &[WorkerReport], wanted: &Checkpoint) -> Option<String> {
+    if workers.is_empty() {
+        return Some("no worker answered to the load".to_owned());
+    }
+    workers.iter().find_map(|worker| worker.fault(wanted))
+}

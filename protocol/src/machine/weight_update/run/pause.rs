@@ -1,0 +1,151 @@
+//! Before the load: directories, admission, pause.
+
+use crate::{EngineIndex, Incarnation};
+
+use super::super::types::{
+    Action, Checkpoint, NodeId, PauseMode, Phase, RankState as State, Target,
+};
+use super::{Cx, Run, Step, millis};
+
+impl Run {
+    pub(super) fn staged(
+        &mut self,
+        cx: &mut Cx<'_>,
+        node: NodeId,
+        new: Checkpoint,
+        previous: Option<Checkpoint>,
+    ) {
+        let Step::Staging { waiting } = &mut self.step else {
+            return;
+        };
+        if !waiting.remove(&node) {
+            return;
+        }
+        if let Some((other, first)) = self.new.iter().next() {
+            let same = first.tensors == new.tensors
+                && first.bytes == new.bytes
+                && first.digest == new.digest;
+            if !same {
+                let error = format!(
+                    "nodes {other} and {node} see different checkpoints at {}: digest {} and {}",
+                    self.begin.source,
+                    first.digest.as_deref().unwrap_or("none"),
+                    new.digest.as_deref().unwrap_or("none"),
+                );
+                self.invalid = true;
+                self.fail(error);
+                self.finish(cx);
+                return;
+            }
+        }
+        if previous.is_none() {
+            self.warn(format!(
+                "the previous checkpoint is not there any more on node {node}: no way back"
+            ));
+        }
+        self.new.insert(node, new);
+        self.previous.insert(node, previous);
+        self.advance(cx);
+    }
+
+    pub(super) fn close_admission(&mut self, cx: &mut Cx<'_>) {
+        self.admission_closed = true;
+        self.enter(cx, Step::ClosingAdmission, Phase::Prepared);
+        self.deadline = Some(cx.now + cx.config.admission_timeout);
+        cx.actions.push_back(Action::CloseAdmission);
+    }
+
+    pub(super) fn start_pause(&mut self, cx: &mut Cx<'_>) {
+        self.paused_since = Some(cx.now);
+        let mode = self.begin.mode;
+        let step = Step::Pausing { attempt: 0, mode };
+        self.enter(cx, step, Phase::Pausing);
+        for rank in self.ranks.values_mut() {
+            rank.sent_at = cx.now;
+        }
+        self.send_pause(cx, 1, mode);
+    }
+
+    /// To all ranks, also those that have answered an earlier attempt: a lockstep group pauses together
+    /// or not at all. Only answers to the last attempt count, since a rank must not be loaded while a
+    /// pause is in flight.
+    pub(super) fn send_pause(&mut self, cx: &mut Cx<'_>, attempt: u32, mode: PauseMode) {
+        self.step = Step::Pausing { attempt, mode };
+        let limit = if mode == PauseMode::Abort {
+            cx.config.abort_pause_timeout
+        } else {
+            self.begin.pause_deadline
+        };
+        self.deadline = Some(cx.now + limit);
+        #[cfg(test)]
+        let forgotten = (self.mutation == Some(super::super::Mutation::ForgetOneRankInPause))
+            .then(|| self.active().pop())
+            .flatten();
+        for (rank, state) in self.ranks.iter_mut().filter(|(_, state)| state.active) {
+            #[cfg(test)]
+            if Some(*rank) == forgotten {
+                continue;
+            }
+            state.waiting = true;
+            state.pause_failed = false;
+            state.record.state = State::Pausing;
+            cx.actions.push_back(Action::Pause {
+                rank: *rank,
+                incarnation: state.record.incarnation,
+                attempt,
+                mode,
+                clear_cache: false,
+            });
+        }
+        cx.actions.push_back(Action::Progress);
+    }
+
+    pub(super) fn paused(
+        &mut self,
+        cx: &mut Cx<'_>,
+        rank: EngineIndex,
+        incarnation: Incarnation,
+        attempt: u32,
+        result: Result<(), String>,
+    ) {
+        let current = matches!(self.step, Step::Pausing { attempt: now, .. } if now == attempt);
+        let Some(state) = current.then(|| self.awaited(rank, incarnation)).flatten() else {
+            return;
+        };
+        state.waiting = false;
+        state.record.pause_ms = Some(millis(cx.now - state.sent_at));
+        match result {
+            Ok(()) => state.record.state = State::Paused,
+            Err(error) => {
+                state.pause_failed = true;
+                state.record.state = State::Serving;
+                state.record.errors.push(format!("pause failed: {error}"));
+                self.fail(format!("rank {rank}: pause failed: {error}"));
+            }
+        }
+        cx.actions.push_back(Action::Progress);
+        self.advance(cx);
+    }
+
+    pub(super) fn all_paused(&mut self, cx: &mut Cx<'_>) {
+        let active = self.ranks.values().filter(|state| state.active);
+        let failed = active.clone().filter(|state| state.pause_failed).count();
+        let all = active.count();
+        if failed == 0 && !self.aborted {
+            self.start_load(cx, Target::New);
+        } else if failed == 0 || !cx.config.lockstep {
+            // For an independent engine a resume without a pause is a no-op.
+            self.start_resume(cx);
+        } else if failed == all && matches!(self.step, Step::Pausing { attempt: 1, .. }) {
+            // Nobody has paused (after a second attempt the first one may be in force); a resume of a lockstep group that is not paused can hang it.
+            self.finish(cx);
+        } else if let Some(rank) = self.active().first() {
+            self.fence(
+                cx,
+                *rank,
+                "the group is paused in part and cannot be resumed",
+            );
+            self.finish(cx);
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! From a request to the beginning of the update: refusals, the control lock, restores that go first.
+
+use super::*;
+
+impl Task {
+    pub(super) fn ask(
+        &mut self,
+        request: UpdateRequest,
+        events: mpsc::Sender<UpdateEvent>,
+        record: oneshot::Sender<UpdateRecord>,
+    ) {
+        let id = request
+            .id
+            .clone()
+            .unwrap_or_else(|| UpdateId(uuid::Uuid::new_v4().to_string()));
+        let version = request
+            .version
+            .clone()
+            .unwrap_or_else(|| made_up_version(&request, &id));
+        let started_unix_ms = unix_ms();
+        let current = self.machine.snapshot().version;
+        let refuse = |outcome, reason: String| {
+            UpdateRecord::refused(
+                id.clone(),
+                &request,
+                outcome,
+                reason,
+                current.clone(),
+                started_unix_ms,
+            )
+        };
+        if let Some(active) = &self.active {
+            let snapshot = self.machine.snapshot();
+            let refusal = Refusal::Busy {
+                running: active.id.clone(),
+                phase: snapshot.phase,
+            };
+            let refused = refuse(types::outcome_of(&refusal), refusal.to_string());
+            ignore_gone(record.send(refused));
+            return;
+        }
+        let begin = self.begin_event(&id, &version, &request, None);
+        match self.machine.check(&begin) {
+            Ok(None) => {}
+            Ok(Some(earlier)) => {
+                let again = UpdateRecord::ended(earlier, current, started_unix_ms);
+                ignore_gone(record.send(again));
+                return;
+            }
+            Err(refusal) => {
+                let refused = refuse(types::outcome_of(&refusal), refusal.to_string());
+                ignore_gone(record.send(refused));
+                return;
+            }
+        }
+        self.run += 1;
+        let run = self.run;
+        let control = self.control.clone();
+        let owner = format!("update {id}");
+        let patience = request.patience;
+        self.jobs
+            .spawn(async move { Done::Acquired(run, control.acquire(owner, patience).await) });
+        self.active = Some(Active {
+            id,
+            version,
+            run,
+            events,
+            record,
+            guard: None,
+            begun: false,
+            started_unix_ms,
+            infos: BTreeMap::new(),
+            model_path: None,
+            request,
+        });
+    }
+
+    pub(super) fn begin_event(
+        &self,
+        id: &UpdateId,
+        version: &WeightVersion,
+        request: &UpdateRequest,
+        guard: Option<&ControlGuard>,
+    ) -> Begin {
+        let participant = |life: &Life| Participant {
+            incarnation: life.incarnation,
+            node: NodeId(0),
+        };
+        let external = guard.map_or_else(
+            || self.control.snapshot().external_weights,
+            |guard| guard.external_weights,
+        );
+        Begin {
+            id: id.clone(),
+            from_version: request.from_version.clone(),
+            to_version: version.clone(),
+            source: request.path.to_string_lossy().into_owned(),
+            mode: request.mode,
+            pause_deadline: request.pause_deadline,
+            participants: self
+                .lives
+                .iter()
+                .map(|(rank, life)| (*rank, participant(life)))
+                .collect(),
+            paused_before: guard.is_some_and(|guard| guard.paused_by.is_some()),
+            external_weights: external,
+        }
+    }
+
+    /// Starts what had to wait: restores while no update runs, an update while no restore runs.
+    pub(super) fn start_waiting(&mut self) {
+        let running = self.active.as_ref().is_some_and(|active| active.begun);
+        if !running {
+            while let Some((ranks, reply)) = self.restores.pop_front() {
+                self.restore(ranks, reply);
+            }
+        }
+        if self.restoring > 0 {
+            return;
+        }
+        let Some(mut active) = self.active.take() else {
+            return;
+        };
+        if active.begun || active.guard.is_none() {
+            self.active = Some(active);
+            return;
+        }
+        let missing: Vec<String> = self
+            .ranks
+            .keys()
+            .filter(|rank| !self.lives.contains_key(rank))
+            .map(ToString::to_string)
+            .collect();
+        if self.config.kind == GroupKind::Lockstep && !missing.is_empty() {
+            let reason = format!(
+                "the lockstep group is not complete: rank {} is not serving",
+                missing.join(", ")
+            );
+            self.refuse(active, UpdateOutcome::RefusedInvalid, reason);
+            return;
+        }
+        if !missing.is_empty() {
+            info!(
+                ranks = missing.join(", "),
+                "not serving now; brought to the new weights when started again"
+            );
+        }
+        active.begun = true;
+        let begin = self.begin_event(
+            &active.id,
+            &active.version,
+            &active.request,
+            active.guard.as_ref(),
+        );
+        info!(
+            id = %active.id, version = %active.version, path = %active.request.path.display(),
+            mode = %active.request.mode, ranks = begin.participants.len(), "update begins"
+        );
+        self.active = Some(active);
+        self.event(Event::Begin(begin));
+    }
+
+    pub(super) fn refuse(&self, active: Active, outcome: UpdateOutcome, reason: String) {
+        let current = self.machine.snapshot().version;
+        let refused = UpdateRecord::refused(
+            active.id,
+            &active.request,
+            outcome,
+            reason,
+            current,
+            active.started_unix_ms,
+        );
+        info!("{}", refused.message);
+        ignore_gone(active.record.send(refused));
+    }
+}
