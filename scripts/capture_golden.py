@@ -774,6 +774,7 @@ def engine_verdict(frames: Frames) -> str | None:
 def hostile_messages() -> list[Message]:
     """Messages a frontend should not send, each with what vLLM's decoder does with it."""
     import msgspec
+    from vllm.pooling_params import PoolingParams
 
     pack = msgspec.msgpack.encode
     found: list[Message] = []
@@ -933,6 +934,26 @@ def hostile_messages() -> list[Message]:
         copy[names.index("sampling_params")] = None
         copy[names.index("pooling_params")] = value
         put(f"pooling_{number}", [b"\x00", pack(copy)])
+    pooling_names = list(PoolingParams.__struct_fields__)
+    ends = [[None] * len(pooling_names) for _ in range(4)]
+    for number, (name, value) in enumerate(
+        [
+            ("output_kind", 0),
+            ("output_kind", 2),
+            ("truncate_prompt_tokens", -2),
+            ("extra_kwargs", {1: 2}),
+        ]
+    ):
+        if name in pooling_names:
+            ends[number][pooling_names.index("output_kind")] = 2
+            ends[number][pooling_names.index("requires_token_ids")] = False
+            ends[number][pooling_names.index(name)] = value
+            copy = list(fields)
+            copy[names.index("sampling_params")] = None
+            copy[names.index("pooling_params")] = ends[number]
+            put(f"pooling_full_{number}", [b"\x00", pack(copy)])
+            copy[names.index("pooling_params")] = [*ends[number], "later"]
+            put(f"pooling_longer_{number}", [b"\x00", pack(copy)])
     put(
         "no_params",
         changed("sampling_params", None),
@@ -944,6 +965,7 @@ def hostile_messages() -> list[Message]:
     put("image_longer_tensor_frame", [image_kind, image, *[a + b"0000" for a in aux]])
     put("image_extra_frame", [image_kind, image, *aux, b"more"])
     features = msgspec.msgpack.decode(image)[names.index("mm_features")]
+    plain_elem = {"data": None, "field": ["batched"]}
     edits: list[tuple[str, Any]] = [
         ("modality", 5),
         ("identifier", None),
@@ -960,6 +982,10 @@ def hostile_messages() -> list[Message]:
         ("data", {"k": {"data": [5, 2.5], "field": ["batched", {}]}}),
         ("data", {"k": {"data": None, "field": ["batched", {"bad": 1}]}}),
         ("mm_hash", 5),
+        ("data", []),
+        ("data", {}),
+        ("data", [{"modality": m, "key": k, **plain_elem} for m, k in (("a", "k"), ("b", "l"))]),
+        ("data", [{"modality": m, "key": k, **plain_elem} for m, k in (("a", "k"), ("a", "l"))]),
     ]
     for number, (key, value) in enumerate(edits):
         feature = {**features[0], key: value}

@@ -447,7 +447,9 @@ impl Layout {
 
     /// Which of the forms of `PoolingParams`, oldest first.
     pub(crate) const fn pooling_form(&self) -> usize {
-        if self.version.at_least(18, 0) {
+        if self.version.at_least(33, 0) {
+            5
+        } else if self.version.at_least(18, 0) {
             4
         } else if self.version.at_least(17, 0) {
             3

@@ -286,6 +286,7 @@ fn repetition_detection(scanner: &mut Scanner<'_>) -> Result<(), RefusalKind> {
 #[derive(Clone, Copy)]
 enum Item {
     OptionalInt,
+    Truncation,
     OptionalBool,
     OptionalInts,
     OptionalStr,
@@ -294,6 +295,7 @@ enum Item {
     Task,
     OutputKind,
     LateInteraction,
+    LateChunking,
 }
 
 impl Item {
@@ -305,7 +307,12 @@ impl Item {
             Self::OptionalStr => skip(scanner, field, &[Kind::Nil, Kind::Str]),
             Self::OptionalMap => optional_map(scanner, field),
             Self::Bool => bool(scanner, field).map(drop),
-            Self::OutputKind => output_kind(scanner),
+            Self::Truncation => optional(scanner, field, |s| int(s, field, -1)).map(drop),
+            // FINAL_ONLY.
+            Self::OutputKind => match int(scanner, "output_kind", 2)? {
+                2 => Ok(()),
+                other => Err(wrong("output_kind", other, "2")),
+            },
             Self::Task => optional(scanner, field, |s| {
                 let task = str(s, field)?;
                 if TASKS.contains(&task) {
@@ -314,6 +321,18 @@ impl Item {
                     let task: String = task.chars().take(40).collect();
                     Err(wrong("task", format!("{task:?}"), TASKS.join(", ")))
                 }
+            })
+            .map(drop),
+            Self::LateChunking => optional(scanner, field, |s| {
+                let count = s.array().map_err(malformed(field))?;
+                if count == 0 || int(s, field, 1)? > i128::from(i64::MAX) {
+                    return Err(wrong(
+                        field,
+                        "without chunk size",
+                        "a chunk size of 1 or more",
+                    ));
+                }
+                s.skip_many(count - 1).map_err(malformed(field))
             })
             .map(drop),
             Self::LateInteraction => optional(scanner, field, |s| {
@@ -346,16 +365,30 @@ const TASKS: [&str; 8] = [
     "embed&token_classify",
 ];
 
+/// `PoolingParams` of 0.33.
+const LATEST: [Item; 11] = [
+    Item::OptionalBool,
+    Item::OptionalInt,
+    Item::OptionalInt,
+    Item::OptionalInts,
+    Item::Task,
+    Item::Bool,
+    Item::OptionalBool,
+    Item::LateInteraction,
+    Item::OptionalMap,
+    Item::OutputKind,
+    Item::LateChunking,
+];
+
 /// `pooling_params`, a positional struct with defaults for all fields.
 pub(super) fn pooling(scanner: &mut Scanner<'_>, layout: &Layout) -> Result<(), RefusalKind> {
     use Item::{
-        Bool, LateInteraction, OptionalBool, OptionalInt, OptionalInts, OptionalMap, OutputKind,
-        Task,
+        Bool, OptionalBool, OptionalInt, OptionalInts, OptionalMap, OutputKind, Task, Truncation,
     };
     let items: &[Item] = match layout.pooling_form() {
         // truncate_prompt_tokens, dimensions, normalize, activation, softmax, step_tag_id, ...
         0 => &[
-            OptionalInt,
+            Truncation,
             OptionalInt,
             OptionalBool,
             OptionalBool,
@@ -369,7 +402,7 @@ pub(super) fn pooling(scanner: &mut Scanner<'_>, layout: &Layout) -> Result<(), 
         ],
         // 0.11.1: use_activation, skip_reading_prefix_cache
         1 => &[
-            OptionalInt,
+            Truncation,
             OptionalInt,
             OptionalBool,
             OptionalBool,
@@ -385,7 +418,7 @@ pub(super) fn pooling(scanner: &mut Scanner<'_>, layout: &Layout) -> Result<(), 
         ],
         // 0.16: without normalize, softmax, activation
         2 => &[
-            OptionalInt,
+            Truncation,
             OptionalBool,
             OptionalInt,
             OptionalInt,
@@ -409,18 +442,8 @@ pub(super) fn pooling(scanner: &mut Scanner<'_>, layout: &Layout) -> Result<(), 
             OutputKind,
         ],
         // 0.18: late_interaction_params
-        _ => &[
-            OptionalBool,
-            OptionalInt,
-            OptionalInt,
-            OptionalInts,
-            Task,
-            Bool,
-            OptionalBool,
-            LateInteraction,
-            OptionalMap,
-            OutputKind,
-        ],
+        4 => &LATEST[..10],
+        _ => &LATEST,
     };
     let count = scanner.array().map_err(malformed("pooling_params"))?;
     positional(scanner, "pooling_params", count, items)

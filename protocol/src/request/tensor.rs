@@ -154,17 +154,32 @@ fn position(scanner: &mut Scanner<'_>, frames: &[Bytes]) -> Result<(), RefusalKi
 fn item(scanner: &mut Scanner<'_>, form: MmForm, frames: &[Bytes]) -> Result<(), RefusalKind> {
     const FIELD: &str = "mm_features data";
     if form == MmForm::Keyed {
-        return fields::map(scanner, FIELD, |scanner, _| element(scanner, form, frames));
+        return fields::map(scanner, FIELD, |scanner, _| {
+            element(scanner, form, frames).map(drop)
+        });
     }
+    let mut modality = None;
     for _ in 0..scanner.array().map_err(malformed(FIELD))? {
-        element(scanner, form, frames)?;
+        let here = element(scanner, form, frames)?;
+        if *modality.get_or_insert(here) != here {
+            return Err(wrong(FIELD, "of several modalities", "one modality"));
+        }
+    }
+    if modality.is_none() {
+        return Err(wrong(FIELD, "empty", "elements"));
     }
     Ok(())
 }
 
-fn element(scanner: &mut Scanner<'_>, form: MmForm, frames: &[Bytes]) -> Result<(), RefusalKind> {
+/// Returns the modality, if the element names one.
+fn element<'a>(
+    scanner: &mut Scanner<'a>,
+    form: MmForm,
+    frames: &[Bytes],
+) -> Result<Option<&'a str>, RefusalKind> {
     const FIELD: &str = "mm_features element";
     let mut missing = vec!["data", "field"];
+    let mut modality = None;
     if form != MmForm::Keyed {
         missing.extend(["modality", "key"]);
     }
@@ -179,10 +194,17 @@ fn element(scanner: &mut Scanner<'_>, form: MmForm, frames: &[Bytes]) -> Result<
             "data" => fields::optional(scanner, FIELD, |s| nested(s, frames, 0)).map(|_| ()),
             "field" if form == MmForm::Positional => positional_factory(scanner),
             "field" => factory(scanner),
-            _ => fields::str(scanner, FIELD).map(|_| ()),
+            _ => {
+                let text = fields::str(scanner, FIELD)?;
+                if key == "modality" {
+                    modality = Some(text);
+                }
+                Ok(())
+            }
         }
     })?;
-    none_missing(FIELD, &missing)
+    none_missing(FIELD, &missing)?;
+    Ok(modality)
 }
 
 /// Numbers, tensors, and lists of these.
