@@ -367,6 +367,32 @@ async fn an_engine_killed_while_loading_is_reported_and_its_successor_is_served(
     fixture.shut_down().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stranger_that_comes_again_and_again_is_reported_once() {
+    let mut fixture = task(true).await;
+    let address = fixture.expect(0, 1, Listen::Shared).await;
+    let context = zmq::Context::new();
+    let mut strangers = Vec::new();
+    for _ in 0..20 {
+        let stranger = dealer(&context, address, 7);
+        stranger.send(&Hello::HEADLESS.encode()[..], 0).unwrap();
+        strangers.push(stranger);
+    }
+    let HandshakeEvent::Refused { rank: None, error } = fixture.event().await else {
+        panic!("not refused");
+    };
+    assert!(error.contains("rank 7"), "{error}");
+    // What comes next is the engine, not the other nineteen.
+    let engine = dealer(&context, address, 0);
+    engine.send(&Hello::HEADLESS.encode()[..], 0).unwrap();
+    let event = fixture.event().await;
+    assert!(
+        matches!(event, HandshakeEvent::Connected { .. }),
+        "{event:?}"
+    );
+    fixture.shut_down().await;
+}
+
 #[tokio::test]
 async fn a_taken_port_is_named_with_its_flag() {
     let taken = tokio::net::TcpListener::bind(LOOPBACK).await.unwrap();

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::future::poll_fn;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::task::Poll;
+use std::time::Duration;
 
 use dp_sidecar_protocol::machine::handshake::{Action, Config, Event, Handshake, PeerId, Via};
 use dp_sidecar_protocol::{EngineIndex, Incarnation, Time};
@@ -21,8 +22,10 @@ use crate::transport::{
 
 /// Commands waiting for the task.
 const COMMANDS: usize = 64;
-/// Refusals of strangers that wait for a slow reader; more are only logged.
-const REFUSALS: usize = 64;
+/// Refusals of strangers that are reported within [`REPEAT_INTERVAL`].
+const REFUSALS: usize = 32;
+/// The same refusal is not repeated for so long.
+const REPEAT_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Settings of the handshake task.
 #[derive(Clone, Debug)]
@@ -60,8 +63,8 @@ pub enum HandshakeBindError {
     },
 }
 
-/// Binds the shared address and starts the task. What engines do is reported to `events`; refusals
-/// are also logged here.
+/// Binds the shared address and starts the task. What engines do is reported to `events`, for
+/// the reader to log; the same refusal of a stranger once in ten seconds.
 ///
 /// # Errors
 /// [`HandshakeBindError`] if the shared address cannot be bound.
@@ -90,6 +93,7 @@ pub async fn spawn(
         listeners,
         peers: BTreeMap::new(),
         outbox: VecDeque::new(),
+        said: BTreeMap::new(),
         start: Instant::now(),
     };
     tracker.spawn(task.run(inbox, events));
@@ -106,6 +110,8 @@ struct Task {
     /// Waits for the reader of the events: the machine is never kept waiting, because that reader
     /// may itself wait for an answer of this task.
     outbox: VecDeque<HandshakeEvent>,
+    /// Refusals of strangers, and when they were reported.
+    said: BTreeMap<String, Instant>,
     start: Instant,
 }
 
@@ -261,7 +267,7 @@ impl Task {
                     }
                 }
                 Action::Connected { rank, incarnation } => {
-                    tracing::info!(%rank, %incarnation, "engine said HELLO, INIT is sent");
+                    tracing::debug!(%rank, %incarnation, "engine said HELLO, INIT is sent");
                     self.outbox
                         .push_back(HandshakeEvent::Connected { rank, incarnation });
                 }
@@ -271,7 +277,7 @@ impl Task {
                     parallel_config_hash,
                     num_gpu_blocks,
                 } => {
-                    tracing::info!(%rank, %incarnation, "engine is READY");
+                    tracing::debug!(%rank, %incarnation, "engine is READY");
                     self.close_own(rank, |own| own == incarnation);
                     self.outbox.push_back(HandshakeEvent::Ready {
                         rank,
@@ -281,10 +287,11 @@ impl Task {
                     });
                 }
                 Action::Refused { rank, error } => {
-                    tracing::warn!("handshake refused: {error}");
-                    if rank.is_some() || self.outbox.len() < REFUSALS {
+                    if rank.is_some() || self.is_news(&error) {
                         self.outbox
                             .push_back(HandshakeEvent::Refused { rank, error });
+                    } else {
+                        tracing::debug!(error, "refused again");
                     }
                 }
                 Action::Waiting { hello, ready } => {
@@ -297,6 +304,19 @@ impl Task {
                 }
             }
         }
+    }
+
+    /// Whether a stranger's fault is worth reporting: not said in the last seconds, and not one of too
+    /// many.
+    fn is_news(&mut self, error: &str) -> bool {
+        let now = Instant::now();
+        self.said
+            .retain(|_, at| now.duration_since(*at) < REPEAT_INTERVAL);
+        if self.said.len() >= REFUSALS || self.said.contains_key(error) {
+            return false;
+        }
+        self.said.insert(error.to_owned(), now);
+        true
     }
 
     /// Closes the rank's own listeners that were made for such an incarnation.

@@ -45,8 +45,10 @@ pub(super) struct Task {
     start: Instant,
     shown: Option<Snapshot>,
     finished: bool,
-    /// Tasks that close attempts.
-    closing: TaskTracker,
+    /// Tasks that try the address, and that close attempts.
+    tasks: TaskTracker,
+    /// Ends the tries.
+    stop: CancellationToken,
     _ended: DropGuard,
 }
 
@@ -81,7 +83,8 @@ impl Task {
             start: Instant::now(),
             shown: None,
             finished: false,
-            closing: TaskTracker::new(),
+            tasks: TaskTracker::new(),
+            stop: CancellationToken::new(),
             _ended: ended,
         }
     }
@@ -149,8 +152,9 @@ impl Task {
             running.tasks.close();
             running.tasks.wait().await;
         }
-        self.closing.close();
-        self.closing.wait().await;
+        self.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
         self.shared.claims.lock().remove(&self.number);
         self.shared
             .snapshots
@@ -276,7 +280,6 @@ impl Task {
         let size = self.shared.deployment.borrow().size;
         let limit = self.shared.config.connect_timeout;
         let events = self.events.clone();
-        let running = self.running(attempt);
         let probe = async move {
             let event = match sockets::probe(&address, model.as_deref(), size, limit).await {
                 Ok(mismatch) => Event::ProbeOk { attempt, mismatch },
@@ -284,9 +287,8 @@ impl Task {
             };
             let _ = events.send(event).await;
         };
-        running
-            .tasks
-            .spawn(running.stop.clone().run_until_cancelled_owned(probe));
+        self.tasks
+            .spawn(self.stop.clone().run_until_cancelled_owned(probe));
     }
 
     /// What belongs to this attempt; the first call makes it.
@@ -535,7 +537,7 @@ impl Task {
             }
             let _ = events.send(Event::TornDown { attempt }).await;
         };
-        self.closing.spawn(close);
+        self.tasks.spawn(close);
     }
 }
 
