@@ -220,16 +220,19 @@ impl<'a> Outputs<'a> {
         let fields = inside.array()?;
         let request_id = inside.str()?;
         let mut finished = None;
+        let mut left = fields.saturating_sub(1);
         if fields > FINISH_REASON {
             inside.skip_many(FINISH_REASON - 1)?;
             finished = inside
                 .optional(|s| s.integer::<i64>("finish reason"))?
                 .map(FinishReason::from);
+            left -= FINISH_REASON;
         }
+        inside.skip_many(left)?;
         Ok(RequestOutput {
             request_id,
             finished,
-            raw: scanner.raw()?,
+            raw: scanner.take_until(&inside),
         })
     }
 }

@@ -145,6 +145,24 @@ impl Kind {
     }
 }
 
+/// Length of a number, bool or nil by its marker; 0 for everything else.
+const PLAIN_LENGTH: [u8; 256] = {
+    let mut lengths = [0; 256];
+    let mut marker = 0;
+    while marker < 256 {
+        lengths[marker] = match marker as u8 {
+            0x00..=0x7f | 0xe0..=0xff | 0xc0 | 0xc2 | 0xc3 => 1,
+            0xcc | 0xd0 => 2,
+            0xcd | 0xd1 => 3,
+            0xce | 0xd2 | 0xca => 5,
+            0xcf | 0xd3 | 0xcb => 9,
+            _ => 0,
+        };
+        marker += 1;
+    }
+    lengths
+};
+
 /// First bytes of a value: how long the header is, and what follows.
 #[derive(Clone, Copy, Debug)]
 struct Head {
@@ -408,10 +426,41 @@ impl<'a> Scanner<'a> {
 
     /// Skips `count` values.
     pub fn skip_many(&mut self, count: usize) -> Result<(), ScanError> {
-        for _ in 0..count {
+        let mut left = count;
+        loop {
+            left -= self.skip_plain(left);
+            if left == 0 {
+                return Ok(());
+            }
             self.skip()?;
+            left -= 1;
         }
-        Ok(())
+    }
+
+    /// Skips as many of the next `limit` values as are plain numbers, bools and nils: most of what an
+    /// engine sends, and it sends a lot of it. How many these were.
+    fn skip_plain(&mut self, limit: usize) -> usize {
+        let mut at = self.at;
+        for skipped in 0..limit {
+            let length = match self.bytes.get(at) {
+                Some(marker) => usize::from(PLAIN_LENGTH[usize::from(*marker)]),
+                None => 0,
+            };
+            if length == 0 || at + length > self.bytes.len() {
+                self.at = at;
+                return skipped;
+            }
+            at += length;
+        }
+        self.at = at;
+        limit
+    }
+
+    /// What lies between here and `end`, a scanner over the same bytes; goes there.
+    pub fn take_until(&mut self, end: &Self) -> &'a [u8] {
+        let start = self.at;
+        self.at = end.at.max(start);
+        self.bytes.get(start..self.at).unwrap_or_default()
     }
 
     /// Skips `count` integers (token ids), failing on anything else.
@@ -439,17 +488,24 @@ impl<'a> Scanner<'a> {
 
     fn walk<const CHECKED: bool>(&mut self) -> Result<(), ScanError> {
         let head = self.step::<CHECKED>()?;
-        if head.children == 0 {
+        let mut children = head.children;
+        if head.kind == Kind::Array {
+            children -= self.skip_plain(children);
+        }
+        if children == 0 {
             return Ok(());
         }
         // What is left to read on each level, innermost last, and whether the level is a map.
         let mut left = [0usize; MAX_DEPTH];
         let mut maps = [false; MAX_DEPTH];
-        left[0] = head.children;
+        left[0] = children;
         maps[0] = head.kind == Kind::Map;
         let mut depth = 1;
         while depth > 0 {
             let level = depth - 1;
+            if !maps[level] {
+                left[level] -= self.skip_plain(left[level]);
+            }
             if left[level] == 0 {
                 depth -= 1;
                 continue;
