@@ -353,7 +353,8 @@ fn status() -> Box<Status> {
         ..EngineStatus::default()
     };
     let mut failed = engine(1, "starting");
-    failed.last_error = Some("exit code 1: out of memory".to_owned());
+    failed.last_error = Some("exit code 1, its last lines:\n  out of memory".to_owned());
+    failed.restarts = 2;
     failed.pid = None;
     Box::new(Status {
         sidecar: SidecarStatus {
@@ -370,6 +371,7 @@ fn status() -> Box<Status> {
             start_rank: 0,
             size_local: 2,
             model: Some("tiny-moe".to_owned()),
+            http: Some("127.0.0.1:8000".to_owned()),
         },
         engines: vec![engine(0, "admitted"), failed],
         frontends: vec![FrontendStatus {
@@ -424,6 +426,7 @@ async fn status_is_a_table_for_people_and_json_for_programs() {
     let expected = "\
 sidecar 0.1.0  serving  pid 77  keeper 78  up 1 h 1 min
 ranks 0 to 1 of 2  moe, lockstep ranks  tiny-moe
+frontend of this sidecar at http://127.0.0.1:8000
 weights v1 from /models/a
 last update u1: ROLLED BACK to the previous weights, v1 -> v2, 1.2 s, engines paused 0.50 s
   because rank 1, worker 0: load: tensor x missing
@@ -432,10 +435,11 @@ the engines are PAUSED
 wave 9  running
 
 engines
-  rank state     pid life vllm   weights waiting running  kv in flight held
-     0 admitted 4000    1 0.32.0 v1            2       3 26%         5    0
-     1 starting    -    1 0.32.0 v1            2       3 26%         5    0
-  rank 1: exit code 1: out of memory
+  rank state     pid vllm   weights waiting running  kv in flight held restarts
+     0 admitted 4000 0.32.0 v1            2       3 26%         5    0        0
+     1 starting    - 0.32.0 v1            2       3 26%         5    0        2
+  rank 1, last failure: exit code 1, its last lines:
+      out of memory
 
 frontends
   address        state    slots in flight attached detail

@@ -267,6 +267,9 @@ pub struct DeploymentStatus {
     pub size_local: u16,
     /// Model as given on the command line, if the sidecar starts the engines.
     pub model: Option<String>,
+    /// HTTP address of the frontend that the sidecar starts (`--serve`).
+    #[serde(default)]
+    pub http: Option<String>,
 }
 
 /// One DP rank.

@@ -12,7 +12,7 @@ use crate::admin::types::{
     ControllerStatus, DeploymentStatus, EngineStatus, FrontendStatus, SidecarStatus, Status,
     VersionReport,
 };
-use crate::config::{Config, Engines};
+use crate::config::{Config, Engines, Serve};
 use crate::driver::control::ControlHandle;
 use crate::driver::handles::{CoordinatorSnapshot, FrontendSnapshot, RankHandle};
 use crate::driver::node::NodeRank;
@@ -69,6 +69,7 @@ impl Sources {
                     Engines::Spawn(launch) => launch.model.clone(),
                     Engines::Attach => None,
                 },
+                http: config.serve.as_ref().map(Serve::http_address),
             },
             engines,
             frontends: self.frontends(),

@@ -104,6 +104,9 @@ pub fn render(status: &Status) -> String {
             .as_ref()
             .map_or_else(String::new, |model| format!("  {model}"))
     ));
+    if let Some(http) = &deployment.http {
+        text.push_str(&format!("frontend of this sidecar at http://{http}\n"));
+    }
     text.push_str(&weights(status));
     if let Some(holder) = &status.controller.holder {
         text.push_str(&format!("controlled by {holder}\n"));
@@ -174,7 +177,6 @@ fn engines(engines: &[EngineStatus]) -> String {
         ">rank",
         "state",
         ">pid",
-        ">life",
         "vllm",
         "weights",
         ">waiting",
@@ -182,13 +184,13 @@ fn engines(engines: &[EngineStatus]) -> String {
         ">kv",
         ">in flight",
         ">held",
+        ">restarts",
     ]);
     for engine in engines {
         table.row(vec![
             engine.rank.to_string(),
             engine.state.clone(),
             optional(engine.pid),
-            engine.incarnation.to_string(),
             optional(engine.vllm_version.as_ref()),
             optional(engine.weight_version.as_ref()),
             engine.waiting.to_string(),
@@ -196,12 +198,15 @@ fn engines(engines: &[EngineStatus]) -> String {
             format!("{:.0}%", engine.kv_cache_usage * 100.0),
             engine.in_flight.to_string(),
             engine.held.to_string(),
+            engine.restarts.to_string(),
         ]);
     }
     let mut text = table.render();
     for engine in engines {
         if let Some(error) = &engine.last_error {
-            text.push_str(&format!("  rank {}: {error}\n", engine.rank));
+            // Of an engine that serves again it is history; log lines in it are indented.
+            let error = error.replace('\n', "\n    ");
+            text.push_str(&format!("  rank {}, last failure: {error}\n", engine.rank));
         }
     }
     text

@@ -105,6 +105,21 @@ pub enum LogFormat {
     Json,
 }
 
+impl Serve {
+    /// Where its HTTP server is reached from this node.
+    pub fn http_address(&self) -> String {
+        let host = match self.host.as_deref() {
+            None | Some("" | "0.0.0.0" | "::") => "127.0.0.1",
+            Some(host) => host,
+        };
+        if host.contains(':') {
+            format!("[{host}]:{}", self.port)
+        } else {
+            format!("{host}:{}", self.port)
+        }
+    }
+}
+
 impl Config {
     /// How this run finds or starts its keeper.
     pub fn keeper_options(&self, state: &StateDir, tasks: &TaskTracker) -> KeeperOptions {
