@@ -61,7 +61,7 @@ impl Hosted {
         std::fs::write(model.join("config.json"), r#"{"model_type":"llama"}"#).unwrap();
         let process = Command::new(env!("CARGO_BIN_EXE_sidecar"))
             .args(["--dp-rank", "0", "-dp", "2", "--orphan-grace", "1s"])
-            .args(["--kill-grace", "3s", "--shutdown-timeout", "1s"])
+            .args(["--kill-grace", "3s"])
             .args(options.split_whitespace())
             .arg("--state-dir")
             .arg(dir.path().join("s"))
@@ -69,6 +69,7 @@ impl Hosted {
             .arg(vllm)
             .arg("--")
             .arg(&model)
+            .env("SIDECAR_SHUTDOWN_TIMEOUT", "1s")
             .stdin(Stdio::piped())
             .stderr(Stdio::piped())
             .kill_on_drop(true)

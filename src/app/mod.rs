@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -114,12 +114,34 @@ impl App {
         }
         self.stopping.send_replace(true);
         let hurry = CancellationToken::new();
+        // Status is told until the end; for anything else it is too late.
+        let (_, nobody) = mpsc::channel(1);
+        let mut admin = std::mem::replace(&mut self.admin, nobody);
+        let (sources, config) = (self.handles.sources.clone(), self.config.clone());
         let stages = self.stop_all(graceful, node_ended, hurry.clone());
         tokio::pin!(stages);
         let mut forced = None;
+        let mut late_answers = JoinSet::new();
         loop {
             tokio::select! {
                 () = &mut stages => break,
+                Some(command) = admin.recv() => match command {
+                    AdminCommand::Status { reply } => {
+                        let (sources, config) = (sources.clone(), config.clone());
+                        late_answers.spawn(async move {
+                            let status = sources.status(&config, true).await;
+                            answer(reply, Ok(Box::new(status)));
+                        });
+                    }
+                    AdminCommand::Stop { reply } => answer(reply, Ok(())),
+                    // A dropped reply is answered as "the sidecar is stopping".
+                    _ => {}
+                },
+                Some(answered) = late_answers.join_next() => {
+                    if let Err(error) = answered {
+                        error!(%error, "status");
+                    }
+                }
                 Ok(()) = outside.changed() => {
                     let asked = *outside.borrow();
                     if asked.times > 1 || !graceful {
