@@ -218,6 +218,10 @@ impl<'a> Outputs<'a> {
     fn read(scanner: &mut Scanner<'a>) -> Result<RequestOutput<'a>, ScanError> {
         let mut inside = scanner.clone();
         let fields = inside.array()?;
+        if fields == 0 {
+            // What follows belongs to the next output.
+            return Err(ScanError::Truncated(inside.position()));
+        }
         let request_id = inside.str()?;
         let mut finished = None;
         let mut left = fields.saturating_sub(1);

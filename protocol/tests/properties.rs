@@ -471,3 +471,13 @@ fn the_version_of_an_engine_is_told_from_its_registration() {
     assert!(Layout::from_registration(&named("unknown"), None).is_err());
     assert!(Layout::from_registration(b"\x00", None).is_err());
 }
+
+#[test]
+fn an_output_without_fields_is_not_read_from_its_neighbour() {
+    // [0, [[], "x"], nil, 1.0]
+    let frame = b"\x94\x00\x92\x90\xa1x\xc0\xcb\x3f\xf0\0\0\0\0\0\0";
+    let view = OutputsView::parse(frame).unwrap();
+    let read: Vec<_> = view.outputs().collect();
+    assert_eq!(read.len(), 1);
+    assert!(read[0].is_err());
+}
