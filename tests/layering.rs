@@ -361,3 +361,28 @@ fn a_word_inside_another_word_is_not_a_name() {
     assert!(!names("request.machine", "machine"));
     assert!(names("std::time::Instant::now()", "Instant"));
 }
+
+#[test]
+fn every_test_that_the_specification_names_exists() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text = std::fs::read_to_string(root.join("SPECIFICATION.md")).unwrap();
+    let mut named = 0;
+    for reference in text.split('`').filter(|part| part.contains("::")) {
+        let Some((file, test)) = reference
+            .split_once("::")
+            .filter(|_| reference != "file::test")
+        else {
+            continue;
+        };
+        named += 1;
+        let source = std::fs::read_to_string(root.join(file))
+            .unwrap_or_else(|error| panic!("SPECIFICATION.md names {file}: {error}"));
+        let found =
+            source.contains(&format!("fn {test}(")) || source.contains(&format!("def {test}("));
+        assert!(
+            found,
+            "SPECIFICATION.md names {reference}, which does not exist"
+        );
+    }
+    assert!(named > 40, "only {named} tests named");
+}

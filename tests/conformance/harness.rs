@@ -1,0 +1,649 @@
+//! Starts sidecars, asks them, and leaves nothing behind.
+
+use std::fs::File;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant, SystemTime};
+
+use dp_sidecar_testkit::Reporter;
+use dp_sidecar_testkit::engine::{EngineOptions, FakeEngine, weights};
+use dp_sidecar_testkit::frontend::{Completion, FakeFrontend, FrontendOptions, NewRequest};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+/// Patience for what should take well under a second; CI machines are small and shared.
+pub(crate) const SOON: Duration = Duration::from_secs(30);
+
+/// The prompt of [`NewRequest::new`].
+pub(crate) const PROMPT: [u64; 3] = [1, 2, 3];
+
+/// Environment variable that marks every process of a run.
+const RUN_MARKER: &str = "DP_SIDECAR_RUN_ID";
+
+/// Calls `look` until it gives something. `what` and the last state go into the failure.
+#[track_caller]
+pub(crate) fn until<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Option<T>) -> T {
+    match until_ok(limit, || look().ok_or(())) {
+        Ok(value) => value,
+        Err(()) => panic!("not in {limit:?}: {what}"),
+    }
+}
+
+/// Calls `look` until it succeeds, or gives its last error.
+pub(crate) fn until_ok<T, E>(
+    limit: Duration,
+    mut look: impl FnMut() -> Result<T, E>,
+) -> Result<T, E> {
+    let end = Instant::now() + limit;
+    loop {
+        match look() {
+            Ok(value) => return Ok(value),
+            Err(error) if Instant::now() > end => return Err(error),
+            Err(_) => pause(Duration::from_millis(15)),
+        }
+    }
+}
+
+#[allow(
+    clippy::disallowed_methods,
+    reason = "between two looks at a condition"
+)]
+fn pause(time: Duration) {
+    std::thread::sleep(time);
+}
+
+/// A directory with room for unix sockets in it (their paths are short).
+pub(crate) fn directory() -> tempfile::TempDir {
+    tempfile::Builder::new()
+        .prefix("dps-")
+        .tempdir_in("/tmp")
+        .unwrap()
+}
+
+/// A loopback port that is free now.
+pub(crate) fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port()
+}
+
+/// A checkpoint whose tensors are filled with `fill`; the same shapes for every `fill`.
+pub(crate) struct Model {
+    pub(crate) path: PathBuf,
+    pub(crate) digest: String,
+}
+
+impl Model {
+    /// Tokens that an engine with these weights gives for [`PROMPT`].
+    pub(crate) fn tokens(&self, count: u32) -> Vec<u32> {
+        weights::tokens(&self.digest, &PROMPT, count)
+    }
+}
+
+/// Writes a model directory.
+pub(crate) fn model(parent: &Path, name: &str, fill: u8, moe: bool) -> Model {
+    let path = parent.join(name);
+    std::fs::create_dir_all(&path).unwrap();
+    let mut config = serde_json::json!({
+        "architectures": [if moe { "Qwen3MoeForCausalLM" } else { "LlamaForCausalLM" }],
+        "model_type": if moe { "qwen3_moe" } else { "llama" },
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "vocab_size": 320,
+    });
+    if moe {
+        config["num_experts"] = Value::from(4);
+    }
+    std::fs::write(path.join("config.json"), config.to_string()).unwrap();
+    weights::write_checkpoint(
+        &path.join("model.safetensors"),
+        &[
+            ("lm_head.weight", &[320, 8], fill),
+            ("model.embed_tokens.weight", &[320, 8], fill),
+            ("model.norm.weight", &[8], fill),
+        ],
+    )
+    .unwrap();
+    let files = weights::files(&path).unwrap();
+    let digest = weights::read(&path, &files).unwrap().digest;
+    Model { path, digest }
+}
+
+/// `fake-vllm`, beside the sidecar under test. Built here if it is not there or older than its
+/// sources: cargo builds programs of the tested package only.
+pub(crate) fn fake_vllm() -> &'static Path {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAM.get_or_init(|| {
+        let program = Path::new(env!("CARGO_BIN_EXE_sidecar")).with_file_name("fake-vllm");
+        let built = program.metadata().and_then(|data| data.modified()).ok();
+        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/testkit");
+        if built.is_none_or(|built| newest(&sources) > built) {
+            let status = Command::new(env!("CARGO"))
+                .args(["build", "--quiet", "-p", "dp-sidecar-testkit", "--bins"])
+                .current_dir(env!("CARGO_MANIFEST_DIR"))
+                .status()
+                .unwrap();
+            assert!(status.success(), "fake-vllm cannot be built");
+        }
+        program
+    })
+}
+
+fn newest(directory: &Path) -> SystemTime {
+    let mut newest = SystemTime::UNIX_EPOCH;
+    for entry in std::fs::read_dir(directory).unwrap().flatten() {
+        let path = entry.path();
+        let of = if path.is_dir() {
+            newest_of_sources(&path)
+        } else {
+            path.metadata().unwrap().modified().unwrap()
+        };
+        newest = newest.max(of);
+    }
+    newest
+}
+
+fn newest_of_sources(directory: &Path) -> SystemTime {
+    // Its tests are no part of the programs.
+    if directory.ends_with("testkit/tests") {
+        return SystemTime::UNIX_EPOCH;
+    }
+    newest(directory)
+}
+
+/// How to start a sidecar.
+pub(crate) struct Setup {
+    args: Vec<String>,
+    vllm: Vec<String>,
+    env: Vec<(String, String)>,
+    size: u16,
+    spawns: bool,
+    port: u16,
+    directory: tempfile::TempDir,
+}
+
+impl Setup {
+    /// A sidecar that starts fake engines of `model`.
+    pub(crate) fn spawning(size: u16, model: &Model) -> Self {
+        let mut setup = Self::new(size);
+        setup.spawns = true;
+        setup.vllm = vec![model.path.display().to_string()];
+        setup.args.push("--vllm-bin".to_owned());
+        setup.args.push(fake_vllm().display().to_string());
+        setup
+    }
+
+    /// A sidecar that waits for engines.
+    pub(crate) fn waiting(size: u16, moe: bool) -> Self {
+        let mut setup = Self::new(size);
+        let port = setup.port.to_string();
+        let kind = if moe { "moe" } else { "dense" };
+        for arg in ["--data-parallel-rpc-port", &port, "--model-kind", kind] {
+            setup.args.push(arg.to_owned());
+        }
+        setup
+    }
+
+    fn new(size: u16) -> Self {
+        let args = [
+            "--dp-rank",
+            "0",
+            "--data-parallel-size",
+            &size.to_string(),
+            "--shutdown-timeout",
+            "2s",
+            "--kill-grace",
+            "2s",
+            "--orphan-grace",
+            "2s",
+        ];
+        Self {
+            args: args.map(str::to_owned).to_vec(),
+            vllm: Vec::new(),
+            env: Vec::new(),
+            size,
+            spawns: false,
+            port: free_port(),
+            directory: directory(),
+        }
+    }
+
+    /// More flags.
+    pub(crate) fn args(mut self, args: &[&str]) -> Self {
+        self.args.extend(args.iter().map(|arg| (*arg).to_owned()));
+        self
+    }
+
+    /// A frontend to attach to.
+    pub(crate) fn frontend(self, frontend: &FakeFrontend) -> Self {
+        let address = frontend.host_port().to_owned();
+        self.args(&["--frontend", &address])
+    }
+
+    /// An environment variable of the sidecar and what it starts.
+    pub(crate) fn env(mut self, name: &str, value: impl Into<String>) -> Self {
+        self.env.push((name.to_owned(), value.into()));
+        self
+    }
+
+    /// Faults of the fake engines, and a place to change them later.
+    pub(crate) fn faults(self, faults: &str) -> Self {
+        let control = self.control_dir();
+        std::fs::create_dir_all(&control).unwrap();
+        self.env("FAKE_VLLM_FAULTS", faults)
+            .env("FAKE_VLLM_CONTROL", control.display().to_string())
+    }
+
+    fn control_dir(&self) -> PathBuf {
+        self.directory.path().join("control")
+    }
+
+    /// Starts it.
+    pub(crate) fn start(self) -> Sidecar {
+        let state = self.directory.path().join("s");
+        let log = self.directory.path().join("sidecar.log");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sidecar"));
+        command
+            .args(&self.args)
+            .arg("--state-dir")
+            .arg(&state)
+            .env("RUST_LOG", "info,dp_sidecar=debug")
+            .env("FAKE_VLLM_STEP_MS", "2")
+            .env_remove("XDG_RUNTIME_DIR")
+            .envs(self.env.iter().map(|(name, value)| (name, value)))
+            .stdin(Stdio::null())
+            .stdout(File::create(self.directory.path().join("sidecar.out")).unwrap())
+            .stderr(File::create(&log).unwrap());
+        if self.spawns {
+            command.arg("--").args(&self.vllm);
+        }
+        Sidecar {
+            child: command.spawn().unwrap(),
+            control: self.control_dir(),
+            state,
+            log,
+            size: self.size,
+            port: self.port,
+            ended: None,
+            _directory: self.directory,
+        }
+    }
+}
+
+/// A running sidecar.
+pub(crate) struct Sidecar {
+    child: Child,
+    state: PathBuf,
+    log: PathBuf,
+    control: PathBuf,
+    size: u16,
+    port: u16,
+    ended: Option<ExitStatus>,
+    _directory: tempfile::TempDir,
+}
+
+/// What a subcommand said.
+#[derive(Debug)]
+pub(crate) struct Said {
+    pub(crate) code: i32,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+impl Said {
+    /// stdout as JSON: the last line that is an object.
+    #[track_caller]
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_str(&self.stdout)
+            .ok()
+            .or_else(|| {
+                self.stdout
+                    .lines()
+                    .rev()
+                    .find_map(|line| serde_json::from_str(line).ok())
+            })
+            .unwrap_or_else(|| panic!("no JSON: {self:?}"))
+    }
+
+    /// Everything it said.
+    pub(crate) fn text(&self) -> String {
+        format!("{}{}", self.stdout, self.stderr)
+    }
+}
+
+impl Sidecar {
+    /// Its pid.
+    pub(crate) fn pid(&self) -> Pid {
+        Pid::from_raw(i32::try_from(self.child.id()).unwrap())
+    }
+
+    /// Its state directory.
+    pub(crate) fn state_dir(&self) -> &Path {
+        &self.state
+    }
+
+    /// Handshake address for engines that the test starts.
+    pub(crate) fn handshake(&self) -> String {
+        format!("tcp://127.0.0.1:{}", self.port)
+    }
+
+    /// Runs a subcommand.
+    pub(crate) fn command(&self, args: &[&str]) -> Said {
+        let output = Command::new(env!("CARGO_BIN_EXE_sidecar"))
+            .args(args)
+            .arg("--state-dir")
+            .arg(&self.state)
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        Said {
+            code: output.status.code().unwrap_or(-1),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+
+    /// `sidecar status --json`, if it answers.
+    pub(crate) fn status(&self) -> Option<Value> {
+        let said = self.command(&["status", "--json"]);
+        (said.code == 0).then(|| said.json())
+    }
+
+    /// Waits until its status satisfies `condition`.
+    #[track_caller]
+    pub(crate) fn await_status(&self, what: &str, condition: impl Fn(&Value) -> bool) -> Value {
+        let mut last = None;
+        let found = until_ok(SOON, || {
+            last = self.status();
+            match &last {
+                Some(status) if condition(status) => Ok(status.clone()),
+                _ => Err(()),
+            }
+        });
+        match found {
+            Ok(status) => status,
+            Err(()) => panic!(
+                "not in {SOON:?}: {what}\nlast status: {}\n{}",
+                last.map_or_else(|| "none".to_owned(), |status| format!("{status:#}")),
+                self.log_tail()
+            ),
+        }
+    }
+
+    /// Waits until all engines are admitted.
+    #[track_caller]
+    pub(crate) fn await_admitted(&self) -> Value {
+        let size = usize::from(self.size);
+        self.await_status("all engines admitted", |status| {
+            states(status) == vec!["admitted"; size]
+        })
+    }
+
+    /// Waits until the frontend at `address` is attached.
+    #[track_caller]
+    pub(crate) fn await_attached(&self, address: &str) -> Value {
+        self.await_status(&format!("frontend {address} attached"), |status| {
+            frontend_state(status, address).as_deref() == Some("attached")
+        })
+    }
+
+    /// All it has logged.
+    pub(crate) fn log(&self) -> String {
+        strip_colours(&std::fs::read_to_string(&self.log).unwrap_or_default())
+    }
+
+    fn log_tail(&self) -> String {
+        let log = self.log();
+        let lines: Vec<&str> = log.lines().collect();
+        format!(
+            "log of the sidecar:\n{}",
+            lines[lines.len().saturating_sub(60)..].join("\n")
+        )
+    }
+
+    /// Waits for a line of the log that contains all `parts`.
+    #[track_caller]
+    pub(crate) fn await_log(&self, parts: &[&str]) -> String {
+        let found = until_ok(SOON, || {
+            self.log()
+                .lines()
+                .find(|line| parts.iter().all(|part| line.contains(part)))
+                .map(str::to_owned)
+                .ok_or(())
+        });
+        match found {
+            Ok(line) => line,
+            Err(()) => panic!("not logged in {SOON:?}: {parts:?}\n{}", self.log_tail()),
+        }
+    }
+
+    /// Faults of the running engine of `rank` from now on.
+    pub(crate) fn set_faults(&self, rank: u16, faults: &str) {
+        let path = self.control.join(format!("rank-{rank}"));
+        let fresh = self.control.join(format!(".rank-{rank}"));
+        std::fs::write(&fresh, faults).unwrap();
+        std::fs::rename(fresh, path).unwrap();
+    }
+
+    /// A signal.
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill(self.pid(), signal).unwrap();
+    }
+
+    /// Waits for its end.
+    #[track_caller]
+    pub(crate) fn await_end(&mut self) -> ExitStatus {
+        let end = until_ok(SOON, || self.child.try_wait().unwrap().ok_or(()));
+        match end {
+            Ok(status) => {
+                self.ended = Some(status);
+                status
+            }
+            Err(()) => panic!("the sidecar did not end in {SOON:?}\n{}", self.log_tail()),
+        }
+    }
+
+    /// SIGTERM, and waits.
+    #[track_caller]
+    pub(crate) fn stop(&mut self) -> ExitStatus {
+        self.signal(Signal::SIGTERM);
+        self.await_end()
+    }
+
+    /// Has it ended?
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
+    /// Run id of its state directory.
+    fn run_id(&self) -> Option<String> {
+        let text = std::fs::read_to_string(self.state.join("run-id")).ok()?;
+        Some(text.trim().to_owned()).filter(|id| !id.is_empty())
+    }
+
+    /// Processes that carry its run marker: the keeper's children, and theirs.
+    pub(crate) fn processes(&self) -> Vec<i32> {
+        let Some(id) = self.run_id() else {
+            return Vec::new();
+        };
+        let marker = format!("{RUN_MARKER}={id}");
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+            let Some(pid) = entry
+                .file_name()
+                .to_str()
+                .and_then(|name| name.parse().ok())
+            else {
+                continue;
+            };
+            let environ = std::fs::read(entry.path().join("environ")).unwrap_or_default();
+            if environ
+                .split(|byte| *byte == 0)
+                .any(|variable| variable == marker.as_bytes())
+            {
+                found.push(pid);
+            }
+        }
+        found
+    }
+
+    /// Pid of its keeper.
+    pub(crate) fn keeper(&self) -> Option<i32> {
+        let pid = self.status()?["sidecar"]["keeper_pid"].as_i64()?;
+        i32::try_from(pid).ok()
+    }
+
+    /// Waits until no process of this run is left.
+    #[track_caller]
+    pub(crate) fn await_nothing_left(&self) {
+        let mut left = Vec::new();
+        let done = until_ok(SOON, || {
+            left = self.processes();
+            if left.is_empty() { Ok(()) } else { Err(()) }
+        });
+        assert!(
+            done.is_ok(),
+            "processes left: {left:?}\n{}",
+            self.log_tail()
+        );
+    }
+}
+
+impl Drop for Sidecar {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}", self.log_tail());
+        }
+        let keeper = if self.ended.is_none() {
+            self.keeper()
+        } else {
+            None
+        };
+        if self.child.try_wait().ok().flatten().is_none() {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+        // What this run started, and nothing else: by its own random marker.
+        for pid in keeper.into_iter().chain(self.processes()) {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    }
+}
+
+/// State of each engine, by rank.
+pub(crate) fn states(status: &Value) -> Vec<String> {
+    status["engines"]
+        .as_array()
+        .map(|engines| {
+            engines
+                .iter()
+                .map(|engine| engine["state"].as_str().unwrap_or_default().to_owned())
+                .collect()
+        })
+        .unwrap_or_default()
+}
+
+/// State of a frontend's attachment.
+pub(crate) fn frontend_state(status: &Value, address: &str) -> Option<String> {
+    status["frontends"]
+        .as_array()?
+        .iter()
+        .find(|frontend| frontend["attachment"]["address"] == address)
+        .and_then(|frontend| frontend["attachment"]["state"].as_str())
+        .map(str::to_owned)
+}
+
+/// Weight version of each engine, by rank.
+pub(crate) fn weight_versions(status: &Value) -> Vec<String> {
+    status["engines"]
+        .as_array()
+        .map(|engines| {
+            engines
+                .iter()
+                .map(|engine| {
+                    engine["weight_version"]
+                        .as_str()
+                        .unwrap_or_default()
+                        .to_owned()
+                })
+                .collect()
+        })
+        .unwrap_or_default()
+}
+
+/// A fake frontend of `size` engines.
+pub(crate) fn frontend(size: u16, change: impl FnOnce(&mut FrontendOptions)) -> FakeFrontend {
+    let mut options = FrontendOptions {
+        size,
+        ..FrontendOptions::default()
+    };
+    change(&mut options);
+    FakeFrontend::bind(options, Reporter::memory()).unwrap()
+}
+
+/// A fake engine in this process, for a sidecar that waits for engines.
+pub(crate) fn engine(
+    sidecar: &Sidecar,
+    rank: u16,
+    change: impl FnOnce(&mut EngineOptions),
+) -> FakeEngine {
+    let mut options = EngineOptions {
+        rank,
+        size: sidecar.size,
+        handshake: sidecar.handshake(),
+        ..EngineOptions::default()
+    };
+    change(&mut options);
+    FakeEngine::spawn(options, Reporter::memory()).unwrap()
+}
+
+/// Sends `count` requests of `tokens` tokens and waits for all.
+#[track_caller]
+pub(crate) fn complete_all(
+    frontend: &mut FakeFrontend,
+    name: &str,
+    count: u32,
+    tokens: u32,
+) -> Vec<Completion> {
+    let servers = frontend.servers.len();
+    let ids: Vec<(usize, String)> = (0..count)
+        .map(|at| {
+            (
+                usize::try_from(at).unwrap() % servers,
+                format!("{name}-{at}"),
+            )
+        })
+        .collect();
+    for (server, id) in &ids {
+        frontend.servers[*server]
+            .add(&NewRequest::new(id, tokens))
+            .unwrap();
+    }
+    ids.iter()
+        .map(|(server, id)| frontend.servers[*server].await_request(id, SOON).unwrap())
+        .collect()
+}
+
+/// Did the process end with this exit code?
+pub(crate) fn exited_with(status: ExitStatus, code: u8) -> bool {
+    status.code() == Some(i32::from(code)) && status.signal().is_none()
+}
+
+fn strip_colours(text: &str) -> String {
+    let mut plain = String::with_capacity(text.len());
+    let mut characters = text.chars();
+    while let Some(character) = characters.next() {
+        if character == '\u{1b}' {
+            for character in characters.by_ref() {
+                if character == 'm' {
+                    break;
+                }
+            }
+        } else {
+            plain.push(character);
+        }
+    }
+    plain
+}

@@ -1,0 +1,14 @@
+//! The `sidecar` program against fake engines and fake frontends, over real sockets.
+//!
+//! Each test starts a sidecar of its own in a state directory of its own. Waiting is always for a
+//! condition, see [`harness::until`].
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod control;
+mod engines;
+mod frontends;
+mod handshake;
+mod harness;
+mod hazards;
+mod processes;
+mod update;

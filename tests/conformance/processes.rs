@@ -1,0 +1,139 @@
+//! Nothing outlives what it belongs to.
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::harness::{SOON, Setup, complete_all, directory, exited_with, frontend, model, until};
+
+#[test]
+fn sigterm_stops_everything_that_was_started() {
+    let directory = directory();
+    let model = model(directory.path(), "m", 1, false);
+    let mut sidecar = Setup::spawning(2, &model).start();
+    sidecar.await_admitted();
+    assert!(sidecar.processes().len() >= 4, "launchers and engine cores");
+    let status = sidecar.stop();
+    assert!(exited_with(status, 0), "{status}");
+    assert_eq!(sidecar.processes(), Vec::<i32>::new());
+    let said = sidecar.command(&["status"]);
+    assert_eq!(said.code, 14, "{}", said.text());
+}
+
+#[test]
+fn sigterm_during_the_start_stops_everything() {
+    let directory = directory();
+    let model = model(directory.path(), "m", 1, false);
+    let mut sidecar = Setup::spawning(2, &model)
+        .env("FAKE_VLLM_START_MS", "60000")
+        .start();
+    until("engines started", SOON, || {
+        (sidecar.processes().len() >= 4).then_some(())
+    });
+    let status = sidecar.stop();
+    assert!(exited_with(status, 0), "{status}");
+    sidecar.await_nothing_left();
+}
+
+#[test]
+fn after_a_kill_of_the_sidecar_nothing_is_left_when_the_grace_is_over() {
+    let directory = directory();
+    let model = model(directory.path(), "m", 1, false);
+    let mut sidecar = Setup::spawning(2, &model).start();
+    sidecar.await_admitted();
+    let keeper = sidecar.keeper().unwrap();
+    sidecar.signal(Signal::SIGKILL);
+    sidecar.await_end();
+    assert!(
+        !sidecar.processes().is_empty(),
+        "engines survive the sidecar for the grace"
+    );
+    sidecar.await_nothing_left();
+    until("end of the keeper", SOON, || {
+        kill(Pid::from_raw(keeper), None).is_err().then_some(())
+    });
+}
+
+#[test]
+fn after_a_kill_of_the_keeper_the_engines_are_stopped_and_started_again() {
+    let directory = directory();
+    let model = model(directory.path(), "m", 1, false);
+    let mut frontend = frontend(2, |_| {});
+    let mut sidecar = Setup::spawning(2, &model).frontend(&frontend).start();
+    frontend.startup(SOON).unwrap();
+    sidecar.await_admitted();
+    let before = sidecar.processes();
+    let keeper = sidecar.keeper().unwrap();
+    kill(Pid::from_raw(keeper), Signal::SIGKILL).unwrap();
+    until("the old processes are gone", SOON, || {
+        let now = sidecar.processes();
+        before.iter().all(|pid| !now.contains(pid)).then_some(())
+    });
+    sidecar.await_status("another keeper", |status| {
+        status["sidecar"]["keeper_pid"]
+            .as_i64()
+            .is_some_and(|pid| pid != i64::from(keeper))
+    });
+    sidecar.await_admitted();
+    for done in complete_all(&mut frontend, "after", 4, 4) {
+        assert_eq!(done.tokens, model.tokens(4));
+    }
+    sidecar.stop();
+    sidecar.await_nothing_left();
+}
+
+#[test]
+fn a_launcher_that_is_killed_takes_its_engine_core_with_it() {
+    let directory = directory();
+    let model = model(directory.path(), "m", 1, false);
+    let sidecar = Setup::spawning(1, &model).start();
+    let status = sidecar.await_admitted();
+    let launcher = status["engines"][0]["pid"].as_i64().unwrap();
+    let children =
+        std::fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children")).unwrap();
+    let core: i32 = children.split_whitespace().next().unwrap().parse().unwrap();
+    let launcher = i32::try_from(launcher).unwrap();
+    kill(Pid::from_raw(launcher), Signal::SIGKILL).unwrap();
+    until("end of the stray engine core", SOON, || {
+        (!sidecar.processes().contains(&core)).then_some(())
+    });
+    sidecar.await_admitted();
+}
+
+#[test]
+fn the_served_frontend_comes_up_and_answers() {
+    let directory = directory();
+    let model = model(directory.path(), "m", 1, false);
+    let port = crate::harness::free_port().to_string();
+    let mut sidecar = Setup::spawning(2, &model)
+        .args(&["--serve", "--port", &port, "--host", "127.0.0.1"])
+        .start();
+    sidecar.await_admitted();
+    let answer = until("an HTTP answer", SOON, || {
+        let body = r#"{"prompt": [1, 2, 3], "max_tokens": 4}"#;
+        http(&port, body)
+    });
+    let body: serde_json::Value =
+        serde_json::from_str(answer.split("\r\n\r\n").nth(1).unwrap()).unwrap();
+    assert_eq!(
+        body["choices"][0]["token_ids"],
+        serde_json::json!(model.tokens(4))
+    );
+    let status = sidecar.stop();
+    assert!(exited_with(status, 0), "{status}");
+    sidecar.await_nothing_left();
+}
+
+fn http(port: &str, body: &str) -> Option<String> {
+    use std::io::{Read, Write};
+    let mut stream = std::net::TcpStream::connect(format!("127.0.0.1:{port}")).ok()?;
+    write!(
+        stream,
+        "POST /v1/completions HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    )
+    .ok()?;
+    stream.shutdown(std::net::Shutdown::Write).ok()?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).ok()?;
+    answer.starts_with("HTTP/1.1 200").then_some(answer)
+}

@@ -1,0 +1,317 @@
+//! Weight updates as transactions, on fake engines that really read the checkpoints.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use dp_sidecar_testkit::engine::weights;
+use dp_sidecar_testkit::frontend::{FakeFrontend, NewRequest};
+
+use crate::harness::{
+    Model, SOON, Said, Setup, Sidecar, complete_all, directory, frontend, model, states,
+    weight_versions,
+};
+
+struct Rig {
+    directory: tempfile::TempDir,
+    old: Model,
+    new: Model,
+    frontend: FakeFrontend,
+    sidecar: Sidecar,
+}
+
+fn rig(moe: bool, faults: &str) -> Rig {
+    let directory = directory();
+    let old = model(directory.path(), "old", 1, moe);
+    let new = model(directory.path(), "new", 2, moe);
+    let mut frontend = frontend(2, |options| options.moe = moe);
+    let sidecar = Setup::spawning(2, &old)
+        .faults(faults)
+        .frontend(&frontend)
+        .start();
+    frontend.startup(SOON).unwrap();
+    sidecar.await_admitted();
+    Rig {
+        directory,
+        old,
+        new,
+        frontend,
+        sidecar,
+    }
+}
+
+impl Rig {
+    fn update(&self, path: &Path, more: &[&str]) -> Said {
+        let path = path.display().to_string();
+        let mut args = vec!["update", "--json", "--path", &path];
+        args.extend(more);
+        self.sidecar.command(&args)
+    }
+
+    #[track_caller]
+    fn assert_serves(&mut self, model: &str, name: &str) {
+        let expected = if model == "old" {
+            self.old.tokens(4)
+        } else {
+            self.new.tokens(4)
+        };
+        for done in complete_all(&mut self.frontend, name, 6, 4) {
+            assert_eq!(done.tokens, expected, "{name} on rank {}", done.rank);
+            assert_eq!(done.finish, Some(1));
+        }
+    }
+}
+
+#[test]
+fn an_update_reaches_all_ranks_and_stamps_the_version() {
+    for moe in [false, true] {
+        let mut rig = rig(moe, "");
+        rig.assert_serves("old", "before");
+        let said = rig.update(&rig.new.path.clone(), &["--version", "v2"]);
+        assert_eq!(said.code, 0, "{}", said.text());
+        assert_eq!(said.json()["status"], "committed");
+        rig.assert_serves("new", "after");
+        let status = rig.sidecar.await_admitted();
+        assert_eq!(status["weights"]["version"], "v2");
+        assert_eq!(weight_versions(&status), ["v2", "v2"]);
+        let request = NewRequest::new("stamped", 2);
+        let done = rig.frontend.server().complete(&request, SOON).unwrap();
+        assert_eq!(done.versions, BTreeSet::from(["v2".to_owned()]));
+    }
+}
+
+#[test]
+fn an_update_under_load_mixes_no_versions_and_loses_no_request() {
+    for (moe, mode) in [(false, "wait"), (true, "wait"), (false, "abort")] {
+        let mut rig = rig(moe, "");
+        let state = rig.sidecar.state_dir().display().to_string();
+        let path = rig.new.path.display().to_string();
+        let mut number = 0;
+        let mut send = |rig: &mut Rig| {
+            let request = NewRequest::new(format!("load-{number}"), 25);
+            rig.frontend.server().add(&request).unwrap();
+            number += 1;
+        };
+        for _ in 0..8 {
+            send(&mut rig);
+        }
+        let mut update = std::process::Command::new(env!("CARGO_BIN_EXE_sidecar"))
+            .args(["update", "--path", &path, "--version", "v2", "--mode", mode])
+            .args(["--state-dir", &state])
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut after = 0;
+        while after < 16 {
+            rig.frontend
+                .server()
+                .pump_for(std::time::Duration::from_millis(3))
+                .unwrap();
+            let open = rig
+                .frontend
+                .server()
+                .requests()
+                .values()
+                .filter(|request| request.finish.is_none())
+                .count();
+            if open < 8 {
+                send(&mut rig);
+                after += u32::from(update.try_wait().unwrap().is_some());
+            }
+        }
+        let status = update.wait().unwrap();
+        assert!(status.success(), "{mode}: {status}");
+        for at in 0..number {
+            let id = format!("load-{at}");
+            let done = rig.frontend.server().await_request(&id, SOON).unwrap();
+            assert!(done.versions.len() <= 1, "{id} mixes {:?}", done.versions);
+            let tokens = done.tokens.len();
+            let count = u32::try_from(tokens).unwrap();
+            let expected = if done.versions.contains("v2") {
+                rig.new.tokens(count)
+            } else {
+                rig.old.tokens(count)
+            };
+            assert_eq!(done.tokens, expected, "{id} {:?}", done.versions);
+            match done.finish {
+                Some(1) => assert_eq!(tokens, 25, "{id}"),
+                Some(2) => assert_eq!(mode, "abort", "{id} aborted"),
+                other => panic!("{id}: {other:?}"),
+            }
+        }
+        rig.assert_serves("new", "after");
+    }
+}
+
+#[test]
+fn a_bad_directory_touches_no_engine() {
+    let mut rig = rig(false, "");
+    let make = |name: &str| model(rig.directory.path(), name, 3, false).path;
+    let missing_tensor = make("missing-tensor");
+    weights::write_checkpoint(
+        &missing_tensor.join("model.safetensors"),
+        &[
+            ("lm_head.weight", &[320, 8], 3),
+            ("model.embed_tokens.weight", &[320, 8], 3),
+        ],
+    )
+    .unwrap();
+    let wrong_shape = make("wrong-shape");
+    weights::write_checkpoint(
+        &wrong_shape.join("model.safetensors"),
+        &[
+            ("lm_head.weight", &[320, 9], 3),
+            ("model.embed_tokens.weight", &[320, 8], 3),
+            ("model.norm.weight", &[8], 3),
+        ],
+    )
+    .unwrap();
+    let truncated = make("truncated");
+    let file = truncated.join("model.safetensors");
+    let bytes = std::fs::read(&file).unwrap();
+    std::fs::write(&file, &bytes[..bytes.len() - 100]).unwrap();
+    let absent = rig.directory.path().join("absent");
+    let empty = rig.directory.path().join("empty");
+    std::fs::create_dir(&empty).unwrap();
+    for (path, word) in [
+        (&missing_tensor, "model.norm.weight"),
+        (&wrong_shape, "lm_head.weight"),
+        (&truncated, "model.safetensors"),
+        (&absent, "absent"),
+        (&empty, "empty"),
+    ] {
+        let said = rig.update(path, &["--version", "bad"]);
+        assert_eq!(said.code, 10, "{}: {}", path.display(), said.text());
+        assert!(said.text().contains(word), "{word}: {}", said.text());
+    }
+    let status = rig.sidecar.await_admitted();
+    assert_eq!(weight_versions(&status).len(), 2);
+    assert!(!weight_versions(&status).contains(&"bad".to_owned()));
+    rig.assert_serves("old", "still");
+}
+
+#[test]
+fn a_load_that_fails_on_one_rank_brings_all_back_to_the_previous_weights() {
+    for moe in [false, true] {
+        let mut rig = rig(moe, "1@load-fails:restored-meta,1@load-times:1");
+        let said = rig.update(&rig.new.path.clone(), &["--version", "v2"]);
+        assert_eq!(said.code, 11, "{}", said.text());
+        let report = said.json();
+        assert_eq!(report["status"], "rolled_back");
+        assert!(
+            report["reason"].as_str().unwrap().contains("rank 1"),
+            "{report}"
+        );
+        let status = rig.sidecar.await_admitted();
+        assert!(!weight_versions(&status).contains(&"v2".to_owned()));
+        rig.assert_serves("old", "after the rollback");
+        // And the same directory can be loaded now.
+        let said = rig.update(&rig.new.path.clone(), &["--version", "v2"]);
+        assert_eq!(said.code, 0, "{}", said.text());
+        rig.assert_serves("new", "after the second try");
+    }
+}
+
+#[test]
+fn a_rank_that_cannot_be_brought_back_is_fenced_and_said_so() {
+    let mut rig = rig(false, "1@load-fails:mixed");
+    let said = rig.update(&rig.new.path.clone(), &["--version", "v2"]);
+    assert_eq!(said.code, 12, "{}", said.text());
+    let report = said.json();
+    assert_eq!(report["status"], "degraded");
+    assert_eq!(report["fenced"], serde_json::json!([1]));
+    // Rank 0 serves the old weights; nothing of rank 1 is ever served torn.
+    let done = rig
+        .frontend
+        .server()
+        .complete(&NewRequest::new("on 0", 4).to(0), SOON)
+        .unwrap();
+    assert_eq!(done.tokens, rig.old.tokens(4));
+}
+
+#[test]
+fn a_digest_that_differs_on_one_rank_is_not_committed() {
+    let mut rig = rig(false, "0@load-wrong-digest");
+    let said = rig.update(&rig.new.path.clone(), &["--version", "v2"]);
+    assert!(said.code == 11 || said.code == 12, "{}", said.text());
+    assert!(said.text().contains("rank 0"), "{}", said.text());
+    let status = rig.sidecar.status().unwrap();
+    assert!(!weight_versions(&status).contains(&"v2".to_owned()));
+    let done = rig
+        .frontend
+        .server()
+        .complete(&NewRequest::new("on 1", 4).to(1), SOON)
+        .unwrap();
+    assert_eq!(done.tokens, rig.old.tokens(4));
+}
+
+#[test]
+fn an_engine_that_dies_while_it_loads_ends_with_one_version_everywhere() {
+    let mut rig = rig(false, "");
+    let path = rig.new.path.display().to_string();
+    let state = rig.sidecar.state_dir().display().to_string();
+    rig.sidecar.set_faults(1, "load-hangs");
+    let mut update = std::process::Command::new(env!("CARGO_BIN_EXE_sidecar"))
+        .args(["update", "--path", &path, "--version", "v2"])
+        .args(["--state-dir", &state])
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    rig.sidecar.await_status("update running", |status| {
+        status["controller"]["holder"].is_string() && status["controller"]["paused"] == true
+    });
+    rig.sidecar.set_faults(1, "die:now");
+    crate::harness::until("end of the update", SOON, || update.try_wait().unwrap());
+    rig.sidecar.set_faults(1, "");
+    let status = rig
+        .sidecar
+        .await_status("both admitted, one version", |status| {
+            let versions: BTreeSet<String> = weight_versions(status).into_iter().collect();
+            states(status) == ["admitted", "admitted"] && versions.len() == 1
+        });
+    let which = if status["weights"]["version"] == "v2" {
+        "new"
+    } else {
+        "old"
+    };
+    rig.assert_serves(which, "after");
+}
+
+#[test]
+fn a_restarted_engine_holds_the_committed_weights_before_it_serves() {
+    let mut rig = rig(false, "");
+    let said = rig.update(&rig.new.path.clone(), &["--version", "v2"]);
+    assert_eq!(said.code, 0, "{}", said.text());
+    // It comes up with the command line's checkpoint, which is the old one.
+    rig.sidecar.set_faults(0, "die:now");
+    rig.sidecar
+        .await_status("rank 0 down", |status| states(status)[0] != "admitted");
+    rig.sidecar.set_faults(0, "");
+    let status = rig.sidecar.await_admitted();
+    assert_eq!(weight_versions(&status), ["v2", "v2"]);
+    let done = rig
+        .frontend
+        .server()
+        .complete(&NewRequest::new("on 0", 4).to(0), SOON)
+        .unwrap();
+    assert_eq!(done.tokens, rig.new.tokens(4));
+    rig.assert_serves("new", "after");
+}
+
+#[test]
+fn a_reset_that_says_false_is_not_taken_for_a_yes() {
+    let rig = rig(false, "0@reset-false");
+    let said = rig.update(&rig.new.path.clone(), &["--version", "v2"]);
+    // The weights are in; what the answer of the reset was must be said.
+    rig.sidecar.await_log(&["reset_prefix_cache"]);
+    let _ = said;
+}
+
+#[test]
+fn a_second_update_and_a_wrong_precondition_are_refused() {
+    let rig = rig(false, "");
+    let said = rig.update(&rig.new.path, &["--version", "v2", "--from-version", "v7"]);
+    assert_eq!(said.code, 10, "{}", said.text());
+    assert!(said.text().contains("v7"), "{}", said.text());
+}
