@@ -91,6 +91,10 @@ impl Sources {
     fn engines(&self) -> Vec<EngineStatus> {
         let node = self.node.borrow();
         let coordinator = self.coordinator.borrow();
+        // An admitted engine holds the committed weights; what its last output was stamped with may
+        // be older.
+        let updates = self.updates.status();
+        let settled = updates.running.is_none() && !self.control.snapshot().external_weights;
         let mut engines = Vec::with_capacity(self.ranks.len());
         for handle in &self.ranks {
             let snapshot = handle.snapshot.borrow();
@@ -117,6 +121,9 @@ impl Sources {
                 status.incarnation = rank.life.incarnation.0;
                 status.restarts = rank.life.restarts;
                 status.last_error = rank.life.last_error.clone();
+                if settled && rank.life.phase == Phase::Serving {
+                    status.weight_version = Some(updates.version.0.clone());
+                }
             }
             engines.push(status);
         }

@@ -458,7 +458,10 @@ impl Task {
         if life.incarnation == incarnation && admitted {
             life.admitted = true;
         }
-        if life.incarnation != incarnation || (life.admitted && !admitted) {
+        // The snapshot lags behind: that it still shows the life before this one means nothing.
+        if life.incarnation < incarnation
+            || (life.incarnation == incarnation && life.admitted && !admitted)
+        {
             let incarnation = life.incarnation;
             self.lives.remove(&rank);
             self.event(Event::EngineLost {
@@ -514,10 +517,10 @@ impl Task {
             }
             self.any_restored = true;
             for (rank, incarnation) in ranks {
-                let admitted = self
-                    .ranks
-                    .get(&rank)
-                    .is_some_and(|handle| handle.snapshot.borrow().admitted);
+                let admitted = self.ranks.get(&rank).is_some_and(|handle| {
+                    let snapshot = handle.snapshot.borrow();
+                    snapshot.incarnation == incarnation && snapshot.admitted
+                });
                 let life = Life {
                     incarnation,
                     admitted,

@@ -66,6 +66,9 @@ pub(super) struct RankTask {
     held: VecDeque<HeldCall>,
     wake: bool,
     published: Instant,
+    /// The engine of this rank is another one, or its admission changed: others act on that, so the
+    /// snapshot must not lag behind.
+    urgent: bool,
     /// Something may look different since then.
     changed: bool,
     refused_logged: Option<Instant>,
@@ -100,6 +103,7 @@ impl RankTask {
             held: VecDeque::new(),
             wake: false,
             published: now,
+            urgent: false,
             changed: true,
             refused_logged: None,
             refused_silent: 0,
@@ -191,6 +195,8 @@ impl RankTask {
         match command {
             RankCommand::Prepare { incarnation, reply } => {
                 let result = self.prepare(now, incarnation).await;
+                self.urgent = true;
+                self.publish();
                 let _ = reply.send(result);
             }
             RankCommand::EngineReady {
@@ -206,6 +212,7 @@ impl RankTask {
             }
             RankCommand::Admit { incarnation } => {
                 self.machine.handle_event(now, Event::Admitted(incarnation));
+                self.urgent = true;
             }
             RankCommand::EngineDown {
                 incarnation,
@@ -278,6 +285,7 @@ impl RankTask {
     }
 
     fn engine_down(&mut self, now: Time, incarnation: Incarnation, reason: String) {
+        self.urgent = true;
         if self
             .engine
             .as_ref()
@@ -632,9 +640,11 @@ impl RankTask {
 
     fn publish(&mut self) {
         let now = Instant::now();
-        if !self.changed || now - self.published < SNAPSHOT_INTERVAL {
+        let due = now - self.published >= SNAPSHOT_INTERVAL;
+        if !self.urgent && !(self.changed && due) {
             return;
         }
+        self.urgent = false;
         self.published = now;
         self.changed = false;
         let machine = self.machine.snapshot();
