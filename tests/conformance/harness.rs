@@ -216,6 +216,18 @@ impl Setup {
         self
     }
 
+    /// Another handshake port than the free one it would get.
+    pub(crate) fn port(mut self, port: u16) -> Self {
+        let old = self.port.to_string();
+        for arg in &mut self.args {
+            if *arg == old {
+                *arg = port.to_string();
+            }
+        }
+        self.port = port;
+        self
+    }
+
     /// A frontend to attach to.
     pub(crate) fn frontend(self, frontend: &FakeFrontend) -> Self {
         let address = frontend.host_port().to_owned();
@@ -403,13 +415,13 @@ impl Sidecar {
         )
     }
 
-    /// Waits for a line of the log that contains all `parts`.
+    /// Waits for a line of the log that contains all `parts`; `rank 1` is also found as `rank=1`.
     #[track_caller]
     pub(crate) fn await_log(&self, parts: &[&str]) -> String {
         let found = until_ok(SOON, || {
             self.log()
                 .lines()
-                .find(|line| parts.iter().all(|part| line.contains(part)))
+                .find(|line| parts.iter().all(|part| says(line, part)))
                 .map(str::to_owned)
                 .ok_or(())
         });
@@ -530,6 +542,14 @@ impl Drop for Sidecar {
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         }
     }
+}
+
+/// Does a line of the log say this? A rank may be a field of it.
+pub(crate) fn says(line: &str, part: &str) -> bool {
+    line.contains(part)
+        || part
+            .strip_prefix("rank ")
+            .is_some_and(|rank| line.contains(&format!("rank={rank}")))
 }
 
 /// State of each engine, by rank.

@@ -258,8 +258,10 @@ fn an_engine_that_dies_while_it_loads_ends_with_one_version_everywhere() {
         .stderr(std::process::Stdio::null())
         .spawn()
         .unwrap();
-    rig.sidecar.await_status("update running", |status| {
-        status["controller"]["holder"].is_string() && status["controller"]["paused"] == true
+    rig.sidecar.await_status("update loading", |status| {
+        status["controller"]["holder"]
+            .as_str()
+            .is_some_and(|holder| holder.contains("loading"))
     });
     rig.sidecar.set_faults(1, "die:now");
     crate::harness::until("end of the update", SOON, || update.try_wait().unwrap());
