@@ -329,9 +329,9 @@ impl Engine {
                 let found = self.scheduler.abort(&ids);
                 self.reporter.report(
                     "abort",
-                    json!({"rank": self.options.rank, "ids": ids, "found": found}),
+                    json!({"rank": self.options.rank, "ids": ids, "found": found.len()}),
                 );
-                Ok(())
+                self.report_aborted(found)
             }
             2 => self.start_wave(&payload),
             3 => self.utility(&payload),
@@ -510,6 +510,8 @@ impl Engine {
             pace = pace.max(Duration::from_millis(1));
         }
         self.next_step = Instant::now() + pace;
+        // `include_finished_set` of the scheduler: only with a DP coordinator.
+        let names_finished = self.sockets.coordinator_output.is_some();
         let mut stats = executed.then(|| self.stats(true));
         for (client, (outputs, finished)) in by_client {
             let stats = stats.take();
@@ -517,11 +519,9 @@ impl Engine {
             self.send_client(client, |fields| {
                 fields[1] = Value::Array(outputs);
                 fields[2] = stats.unwrap_or(Value::Nil);
-                fields[5] = if finished.is_empty() {
-                    Value::Nil
-                } else {
-                    Value::Array(finished)
-                };
+                if names_finished && !finished.is_empty() {
+                    fields[5] = Value::Array(finished);
+                }
                 if let Some(field) = fields.get_mut(8) {
                     *field = Value::from(version);
                 }
@@ -536,6 +536,22 @@ impl Engine {
             self.ordered(Stage::MidRequest)?;
         }
         Ok(executed)
+    }
+
+    /// The next step names aborted requests in `finished_requests`, without an output for them.
+    fn report_aborted(&mut self, requests: Vec<Request>) -> Result<(), EngineEnd> {
+        if self.sockets.coordinator_output.is_none() {
+            return Ok(());
+        }
+        let mut by_client: BTreeMap<usize, Vec<Value>> = BTreeMap::new();
+        for request in requests {
+            let ids = by_client.entry(request.client).or_default();
+            ids.push(Value::from(request.id));
+        }
+        for (client, ids) in by_client {
+            self.send_client(client, |fields| fields[5] = Value::Array(ids))?;
+        }
+        Ok(())
     }
 
     /// Ends requests with an empty output.

@@ -69,11 +69,15 @@ impl Scheduler {
     }
 
     /// Takes out requests by id; unknown ids are ignored.
-    pub(crate) fn abort(&mut self, ids: &[String]) -> usize {
-        let before = self.running.len() + self.waiting.len();
-        self.running.retain(|request| !ids.contains(&request.id));
-        self.waiting.retain(|request| !ids.contains(&request.id));
-        before - self.running.len() - self.waiting.len()
+    pub(crate) fn abort(&mut self, ids: &[String]) -> Vec<Request> {
+        let wanted = |request: &mut Request| ids.contains(&request.id);
+        let mut found: Vec<Request> = self.running.extract_if(.., wanted).collect();
+        let (aborted, waiting): (VecDeque<_>, VecDeque<_>) = std::mem::take(&mut self.waiting)
+            .into_iter()
+            .partition(|request| ids.contains(&request.id));
+        self.waiting = waiting;
+        found.extend(aborted);
+        found
     }
 
     /// Takes out everything (`finish_requests(None, FINISHED_ABORTED)`).
