@@ -83,8 +83,9 @@ impl ListeningProcess {
         self.flag(&["--data-parallel-size", "-dp"])?.parse().ok()
     }
 
+    /// The last value of a flag: that is the one which counts.
     fn flag(&self, names: &[&str]) -> Option<&str> {
-        self.argv.iter().enumerate().find_map(|(at, arg)| {
+        self.argv.iter().enumerate().rev().find_map(|(at, arg)| {
             if names.contains(&arg.as_str()) {
                 return self.argv.get(at + 1).map(String::as_str);
             }
@@ -174,7 +175,11 @@ mod tests {
         let fits = vllm(&["serve", "org/model", "--data-parallel-size", "2"]);
         assert_eq!(mismatch("a:1", &fits, Some("org/model"), 2), None);
         assert_eq!(mismatch("a:1", &fits, None, 2), None);
-        for flags in [&["-dp", "3"][..], &["--data-parallel-size=3"][..]] {
+        for flags in [
+            &["-dp", "3"][..],
+            &["--data-parallel-size=3"][..],
+            &["-dp", "2", "--data-parallel-size", "3"][..],
+        ] {
             let other = vllm(&[&["serve", "org/model"][..], flags].concat());
             let error = mismatch("a:1", &other, Some("org/model"), 2).unwrap();
             assert!(
