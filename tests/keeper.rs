@@ -193,6 +193,28 @@ async fn a_program_that_does_not_exist_is_refused_with_its_name() {
 }
 
 #[tokio::test]
+async fn a_child_blocks_no_signals_and_ends_at_once_when_it_is_told_to() {
+    let bench = Bench::new(PATIENCE);
+    let (client, mut events) = bench.start().await;
+    // Without a shell, which would reset the mask itself.
+    let plain = |name: &str, line: &str| SpawnSpec {
+        argv: line.split(' ').map(str::to_owned).collect(),
+        ..script(name, "")
+    };
+    client
+        .spawn(plain("mask", "grep SigBlk /proc/self/status"))
+        .await
+        .unwrap();
+    let report = exit_of(&mut events, "mask").await;
+    assert_eq!(report.last_lines, ["SigBlk:\t0000000000000000"]);
+    client.spawn(plain("engine-0", "sleep 1000")).await.unwrap();
+    client.stop("engine-0", PATIENCE * 10).await.unwrap();
+    let report = exit_of(&mut events, "engine-0").await;
+    assert_eq!(report.status, ExitStatus::Signal { signal: 15 });
+    client.shutdown(Duration::ZERO).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_child_that_ignores_sigterm_is_killed_after_its_grace_together_with_its_strays() {
     let bench = Bench::new(PATIENCE);
     let (client, mut events) = bench.start().await;

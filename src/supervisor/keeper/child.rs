@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::prctl;
-use nix::sys::signal::Signal as NixSignal;
+use nix::sys::signal::{SigSet, Signal as NixSignal};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::{Pid, getppid, setsid};
 use rustix::process::Signal;
@@ -263,12 +263,16 @@ impl Child {
 )]
 fn die_with_the_keeper(command: &mut Command) {
     let keeper = Pid::this();
+    let no_signals = SigSet::empty();
     // SAFETY: between fork and exec only async-signal-safe calls are allowed. The closure makes the
-    // system calls setsid, prctl and getppid, allocates nothing, takes no lock and cannot panic:
-    // the error values carry a number only.
+    // system calls setsid, sigprocmask, prctl and getppid, allocates nothing, takes no lock and
+    // cannot panic: the error values carry a number only.
     unsafe {
         command.pre_exec(move || {
             setsid()?;
+            // The keeper blocks the signals that it reads from its descriptor, and a mask outlives
+            // exec: with it the child would never see a SIGTERM.
+            no_signals.thread_set_mask()?;
             prctl::set_pdeathsig(NixSignal::SIGTERM)?;
             if getppid() != keeper {
                 // The keeper died before the signal was armed.
