@@ -168,11 +168,11 @@ fn engine_core_dead_of_an_engine_is_not_passed_on() {
 fn an_engine_that_ends_during_its_start_is_reported_at_once_with_its_last_lines() {
     let directory = directory();
     let model = model(directory.path(), "m", 1, false);
-    let start = std::time::Instant::now();
-    let mut sidecar = Setup::spawning(2, &model)
+    let setup = Setup::spawning(2, &model)
         .faults("1@die:after-init")
-        .args(&["--max-restarts", "0", "--startup-timeout", "600s"])
-        .start();
+        .args(&["--max-restarts", "0", "--startup-timeout", "600s"]);
+    let start = std::time::Instant::now();
+    let mut sidecar = setup.start();
     let status = sidecar.await_end();
     assert!(exited_with(status, 6), "{status}");
     assert!(start.elapsed() < SOON, "no waiting out of the timeout");
@@ -213,4 +213,44 @@ fn a_wrong_hash_of_a_spawned_rank_ends_the_start_and_names_it() {
         .args(&["--max-restarts", "0"])
         .start();
     sidecar.await_log(&["another-parallel-config", "rank"]);
+}
+
+#[test]
+fn an_engine_that_never_gets_ready_is_given_up_and_said_so() {
+    let directory = directory();
+    let model = model(directory.path(), "m", 1, false);
+    let mut sidecar = Setup::spawning(2, &model)
+        .faults("0@never-ready")
+        .args(&["--max-restarts", "0", "--startup-timeout", "2s"])
+        .start();
+    let status = sidecar.await_end();
+    assert!(exited_with(status, 6) || exited_with(status, 5), "{status}");
+    sidecar.await_log(&["rank 0", "READY"]);
+    sidecar.await_nothing_left();
+}
+
+#[test]
+fn an_engine_that_dies_again_and_again_is_given_up_after_the_allowed_restarts() {
+    let directory = directory();
+    let model = model(directory.path(), "m", 1, false);
+    let sidecar = Setup::spawning(2, &model)
+        .faults("")
+        .args(&["--max-restarts", "2"])
+        .start();
+    sidecar.await_admitted();
+    // The file stays: each next life ends as soon as it reads it.
+    sidecar.set_faults(1, "die:now");
+    let status = sidecar.await_status("rank 1 given up, rank 0 serving", |status| {
+        states(status) == ["admitted", "failed"]
+    });
+    assert_eq!(status["sidecar"]["state"], "degraded");
+    assert_eq!(status["engines"][1]["restarts"], 2);
+    let error = status["engines"][1]["last_error"].as_str().unwrap();
+    assert!(error.contains("engine 1"), "{error}");
+    let starts = sidecar
+        .log()
+        .lines()
+        .filter(|line| line.contains("starting engine") && line.contains("rank=1"))
+        .count();
+    assert_eq!(starts, 3, "one start and two restarts");
 }

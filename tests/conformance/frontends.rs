@@ -369,3 +369,97 @@ fn a_frontend_with_other_parallel_flags_ends_alone() {
     sidecar.await_log(&[&address]);
     assert!(engines.iter().all(|engine| !engine.ended()));
 }
+
+#[test]
+fn many_engines_and_frontends_are_served() {
+    const ENGINES: u16 = 48;
+    let mut frontends: Vec<_> = (0..2)
+        .map(|_| frontend(ENGINES, |options| options.api_servers = 2))
+        .collect();
+    let mut setup = Setup::waiting(ENGINES, false);
+    for frontend in &frontends {
+        setup = setup.frontend(frontend);
+    }
+    let sidecar = setup.start();
+    let _engines: Vec<_> = (0..ENGINES)
+        .map(|rank| engine(&sidecar, rank, |_| {}))
+        .collect();
+    for frontend in &mut frontends {
+        frontend.startup(SOON).unwrap();
+    }
+    for (number, frontend) in frontends.iter_mut().enumerate() {
+        let done = complete_all(frontend, &format!("f{number}"), 4 * u32::from(ENGINES), 3);
+        assert!(done.iter().all(|done| done.tokens.len() == 3));
+        let ranks: std::collections::BTreeSet<u16> = done.iter().map(|done| done.rank).collect();
+        assert!(ranks.len() > usize::from(ENGINES) / 2, "{ranks:?}");
+    }
+}
+
+#[test]
+fn an_engine_that_stops_reading_costs_the_other_rank_nothing() {
+    let mut frontend = frontend(2, |_| {});
+    let sidecar = Setup::waiting(2, false).frontend(&frontend).start();
+    let engines: Vec<_> = (0..2).map(|rank| engine(&sidecar, rank, |_| {})).collect();
+    frontend.startup(SOON).unwrap();
+    sidecar.await_admitted();
+    engines[0].set_faults(dp_sidecar_testkit::engine::Faults {
+        stop_reading: true,
+        ..Default::default()
+    });
+    for at in 0..3000 {
+        frontend
+            .server()
+            .add(&NewRequest::new(format!("deaf-{at}"), 3).to(0))
+            .unwrap();
+    }
+    for at in 0..50 {
+        let request = NewRequest::new(format!("r{at}"), 3).to(1);
+        let done = frontend.server().complete(&request, SOON).unwrap();
+        assert_eq!(done.tokens.len(), 3);
+    }
+    assert!(sidecar.status().is_some());
+    // It reads again, and nothing is lost.
+    engines[0].set_faults(dp_sidecar_testkit::engine::Faults::default());
+    for at in 0..3000 {
+        let done = frontend
+            .server()
+            .await_request(&format!("deaf-{at}"), SOON)
+            .unwrap();
+        assert_eq!(done.tokens.len(), 3, "deaf-{at}");
+    }
+}
+
+#[test]
+fn lockstep_groups_of_other_versions_run_pause_and_update() {
+    for version in [
+        VllmVersion(0, 19, 1),
+        VllmVersion(0, 25, 1),
+        VllmVersion(0, 28, 0),
+        VllmVersion(0, 33, 0),
+    ] {
+        let directory = directory();
+        let old = model(directory.path(), "old", 1, true);
+        let new = model(directory.path(), "new", 2, true);
+        let mut frontend = frontend(2, |options| {
+            options.moe = true;
+            options.version = version;
+        });
+        let sidecar = Setup::spawning(2, &old)
+            .env("FAKE_VLLM_VERSION", version.to_string())
+            .frontend(&frontend)
+            .start();
+        frontend.startup(SOON).unwrap();
+        sidecar.await_admitted();
+        for round in 0..3 {
+            for done in complete_all(&mut frontend, &format!("r{round}"), 4, 5) {
+                assert_eq!(done.tokens, old.tokens(5), "{version}");
+            }
+        }
+        let path = new.path.display().to_string();
+        let said = sidecar.command(&["update", "--path", &path, "--version", "v2"]);
+        assert_eq!(said.code, 0, "{version}: {}", said.text());
+        for done in complete_all(&mut frontend, "after", 4, 5) {
+            assert_eq!(done.tokens, new.tokens(5), "{version}");
+        }
+    }
+}

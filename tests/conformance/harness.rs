@@ -256,31 +256,39 @@ impl Setup {
     pub(crate) fn start(self) -> Sidecar {
         let state = self.directory.path().join("s");
         let log = self.directory.path().join("sidecar.log");
+        Sidecar {
+            child: self.launch(&state, &log),
+            state,
+            log,
+            ended: None,
+            setup: self,
+        }
+    }
+
+    fn launch(&self, state: &Path, log: &Path) -> Child {
+        let append = |path: &Path| {
+            File::options()
+                .create(true)
+                .append(true)
+                .open(path)
+                .unwrap()
+        };
         let mut command = Command::new(env!("CARGO_BIN_EXE_sidecar"));
         command
             .args(&self.args)
             .arg("--state-dir")
-            .arg(&state)
-            .env("RUST_LOG", "info,dp_sidecar=debug")
+            .arg(state)
+            .env("RUST_LOG", "info,dp_sidecar=debug,zeromq=off")
             .env("FAKE_VLLM_STEP_MS", "2")
             .env_remove("XDG_RUNTIME_DIR")
             .envs(self.env.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
-            .stdout(File::create(self.directory.path().join("sidecar.out")).unwrap())
-            .stderr(File::create(&log).unwrap());
+            .stdout(append(&self.directory.path().join("sidecar.out")))
+            .stderr(append(log));
         if self.spawns {
             command.arg("--").args(&self.vllm);
         }
-        Sidecar {
-            child: command.spawn().unwrap(),
-            control: self.control_dir(),
-            state,
-            log,
-            size: self.size,
-            port: self.port,
-            ended: None,
-            _directory: self.directory,
-        }
+        command.spawn().unwrap()
     }
 }
 
@@ -289,11 +297,8 @@ pub(crate) struct Sidecar {
     child: Child,
     state: PathBuf,
     log: PathBuf,
-    control: PathBuf,
-    size: u16,
-    port: u16,
     ended: Option<ExitStatus>,
-    _directory: tempfile::TempDir,
+    setup: Setup,
 }
 
 /// What a subcommand said.
@@ -338,7 +343,7 @@ impl Sidecar {
 
     /// Handshake address for engines that the test starts.
     pub(crate) fn handshake(&self) -> String {
-        format!("tcp://127.0.0.1:{}", self.port)
+        format!("tcp://127.0.0.1:{}", self.setup.port)
     }
 
     /// Runs a subcommand.
@@ -387,7 +392,7 @@ impl Sidecar {
     /// Waits until all engines are admitted.
     #[track_caller]
     pub(crate) fn await_admitted(&self) -> Value {
-        let size = usize::from(self.size);
+        let size = usize::from(self.setup.size);
         self.await_status("all engines admitted", |status| {
             states(status) == vec!["admitted"; size]
         })
@@ -433,8 +438,9 @@ impl Sidecar {
 
     /// Faults of the running engine of `rank` from now on.
     pub(crate) fn set_faults(&self, rank: u16, faults: &str) {
-        let path = self.control.join(format!("rank-{rank}"));
-        let fresh = self.control.join(format!(".rank-{rank}"));
+        let control = self.setup.control_dir();
+        let path = control.join(format!("rank-{rank}"));
+        let fresh = control.join(format!(".rank-{rank}"));
         std::fs::write(&fresh, faults).unwrap();
         std::fs::rename(fresh, path).unwrap();
     }
@@ -462,6 +468,12 @@ impl Sidecar {
     pub(crate) fn stop(&mut self) -> ExitStatus {
         self.signal(Signal::SIGTERM);
         self.await_end()
+    }
+
+    /// Starts it again as it was started before, in the same state directory.
+    pub(crate) fn start_again(&mut self) {
+        self.child = self.setup.launch(&self.state, &self.log);
+        self.ended = None;
     }
 
     /// Has it ended?
@@ -611,7 +623,7 @@ pub(crate) fn engine(
 ) -> FakeEngine {
     let mut options = EngineOptions {
         rank,
-        size: sidecar.size,
+        size: sidecar.setup.size,
         handshake: sidecar.handshake(),
         ..EngineOptions::default()
     };

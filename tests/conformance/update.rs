@@ -302,12 +302,88 @@ fn a_restarted_engine_holds_the_committed_weights_before_it_serves() {
 }
 
 #[test]
-fn a_reset_that_says_false_is_not_taken_for_a_yes() {
-    let rig = rig(false, "0@reset-false");
+fn requests_that_run_too_long_are_aborted_at_the_pause_deadline() {
+    let mut rig = rig(false, "");
+    for at in 0..2 {
+        let request = NewRequest::new(format!("long-{at}"), 1_000_000).to(at);
+        rig.frontend.server().add(&request).unwrap();
+    }
+    rig.frontend
+        .server()
+        .until("tokens of both", SOON, |server| {
+            server
+                .requests()
+                .values()
+                .all(|request| !request.tokens.is_empty())
+        })
+        .unwrap();
+    let path = rig.new.path.clone();
+    let said = rig.update(&path, &["--version", "v2", "--pause-deadline", "300ms"]);
+    assert_eq!(said.code, 0, "{}", said.text());
+    for at in 0..2 {
+        let done = rig
+            .frontend
+            .server()
+            .await_request(&format!("long-{at}"), SOON)
+            .unwrap();
+        assert_eq!(done.finish, Some(2));
+        assert!(!done.versions.contains("v2"), "{:?}", done.versions);
+    }
+    rig.assert_serves("new", "after");
+}
+
+#[test]
+fn a_sidecar_that_is_started_again_restores_the_committed_weights() {
+    let mut rig = rig(false, "");
     let said = rig.update(&rig.new.path.clone(), &["--version", "v2"]);
-    // The weights are in; what the answer of the reset was must be said.
-    rig.sidecar.await_log(&["reset_prefix_cache"]);
-    let _ = said;
+    assert_eq!(said.code, 0, "{}", said.text());
+    rig.sidecar.signal(nix::sys::signal::Signal::SIGKILL);
+    rig.sidecar.await_end();
+    // Its frontend is told that its engines are dead, or sees it; it is started again, too.
+    let address = rig.frontend.address().to_owned();
+    rig.frontend = frontend(2, |_| {});
+    drop(address);
+    rig.sidecar.start_again();
+    rig.sidecar.await_admitted();
+    let host_port = rig.frontend.host_port().to_owned();
+    let said = rig.sidecar.command(&["frontend", "add", &host_port]);
+    assert_eq!(said.code, 0, "{}", said.text());
+    rig.frontend.startup(SOON).unwrap();
+    let status = rig.sidecar.await_admitted();
+    assert_eq!(status["weights"]["version"], "v2");
+    rig.assert_serves("new", "after the restart");
+}
+
+#[test]
+fn a_sidecar_killed_while_it_updates_leaves_one_version_when_it_is_back() {
+    let mut rig = rig(false, "");
+    let path = rig.new.path.display().to_string();
+    let state = rig.sidecar.state_dir().display().to_string();
+    rig.sidecar.set_faults(1, "load-hangs");
+    let mut update = std::process::Command::new(env!("CARGO_BIN_EXE_sidecar"))
+        .args(["update", "--path", &path, "--version", "v2"])
+        .args(["--state-dir", &state])
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    rig.sidecar.await_status("update loading", |status| {
+        status["controller"]["holder"]
+            .as_str()
+            .is_some_and(|holder| holder.contains("loading"))
+    });
+    rig.sidecar.signal(nix::sys::signal::Signal::SIGKILL);
+    rig.sidecar.await_end();
+    let told = crate::harness::until("end of the command", SOON, || update.try_wait().unwrap());
+    assert!(!told.success());
+    rig.sidecar.set_faults(1, "");
+    rig.frontend = frontend(2, |_| {});
+    rig.sidecar.start_again();
+    rig.sidecar.await_admitted();
+    let host_port = rig.frontend.host_port().to_owned();
+    rig.sidecar.command(&["frontend", "add", &host_port]);
+    rig.frontend.startup(SOON).unwrap();
+    rig.assert_serves("old", "after the restart");
 }
 
 #[test]
