@@ -123,10 +123,15 @@ async fn the_models_configuration_tells_whether_ranks_step_in_lockstep() {
         (r#"{"num_experts":4}"#, "moe (lockstep ranks)"),
     ] {
         let dir = model(config);
-        let line = format!("--dp-rank 0 --dry-run -- {}", dir.path().display());
+        let line = format!("--dp-rank 0 -dp 2 --dry-run -- {}", dir.path().display());
         let stdout = text(&sidecar(&line).await.stdout);
         assert!(stdout.contains(expected), "{stdout}");
     }
+    let single = sidecar("--dp-rank 0 --dry-run -- /no/such/model").await;
+    assert!(
+        text(&single.stdout).contains("dense (independent ranks)"),
+        "a single rank has no group, whatever the model"
+    );
 }
 
 #[tokio::test]
@@ -174,8 +179,11 @@ async fn a_command_line_that_makes_no_sense_ends_with_2_and_says_what_would_be_r
             "--dp-rank 0 --frontend h:0 --model-kind dense".into(),
             "1 to 65535 expected",
         ),
-        ("--dp-rank 0".into(), "no model is named"),
-        ("--dp-rank 0 -- /no/such/model".into(), "--model-kind dense"),
+        ("--dp-rank 0 -dp 2".into(), "no model is named"),
+        (
+            "--dp-rank 0 -dp 2 -- /no/such/model".into(),
+            "--model-kind dense",
+        ),
         (
             "--dp-rank 0 --serve --model-kind dense".into(),
             "expected behind `--`",
@@ -201,7 +209,7 @@ async fn a_command_line_that_makes_no_sense_ends_with_2_and_says_what_would_be_r
             "need 2 devices, but 1",
         ),
         (
-            format!("--dp-rank 0 -- {dense} --config x.yaml"),
+            format!("--dp-rank 0 -dp 2 -- {dense} --config x.yaml"),
             "because --config may change",
         ),
     ] {

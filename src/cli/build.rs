@@ -102,7 +102,12 @@ pub fn build(args: &RunArgs, surroundings: &Surroundings) -> Result<Built, Usage
     if let Some(flags) = &flags {
         agree(flags, args, start_rank, size, size_local, address)?;
     }
-    let kind = kind(args, flags.as_ref(), surroundings)?;
+    // One rank has nobody to step in lockstep with: vLLM starts an ordinary engine then.
+    let kind = if size == 1 {
+        GroupKind::Independent
+    } else {
+        kind(args, flags.as_ref(), surroundings)?
+    };
     let serve = serve(args, flags.as_ref(), surroundings, &mut notes)?;
     let engines = match flags {
         None => Engines::Attach,
