@@ -343,6 +343,7 @@ fn report(status: UpdateStatus, reason: Option<&str>) -> UpdateReport {
         total_s: 1.25,
         paused_s: 0.5,
         bytes: 4096,
+        warnings: Vec::new(),
     }
 }
 
@@ -508,6 +509,7 @@ async fn an_update_shows_its_steps_and_ends_with_the_code_of_its_outcome() {
                         mode: PauseMode::Abort,
                         pause_deadline_ms: Some(2500),
                         from_version: None,
+                        allow_no_rollback: false,
                         id: None,
                     }
                 );

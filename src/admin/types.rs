@@ -98,7 +98,7 @@ pub enum Command {
 pub struct UpdateRequest {
     /// Checkpoint directory, absolute.
     pub path: String,
-    /// Version to stamp; without one the sidecar makes one from the manifest.
+    /// Version to stamp; without one the sidecar makes one from the directory's name and the id.
     pub version: Option<String>,
     /// How running requests are treated.
     pub mode: PauseMode,
@@ -108,6 +108,9 @@ pub struct UpdateRequest {
     pub from_version: Option<String>,
     /// Name of the transaction, for logs and repeats; random if absent.
     pub id: Option<String>,
+    /// Go on although the current weights cannot be loaded again after a failure.
+    #[serde(default)]
+    pub allow_no_rollback: bool,
 }
 
 /// One step of a running update.
@@ -158,6 +161,10 @@ pub struct UpdateReport {
     pub paused_s: f64,
     /// Bytes of the checkpoint.
     pub bytes: u64,
+    /// What one should know although nothing failed: responses that mix versions, engines that were
+    /// lost on the way.
+    #[serde(default)]
+    pub warnings: Vec<String>,
 }
 
 /// What kind of refusal or failure an [`Response::Error`] is.

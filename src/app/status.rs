@@ -74,7 +74,7 @@ impl Sources {
             engines,
             frontends: self.frontends(),
             coordinator: self.coordinator.borrow().clone(),
-            weights: updates::weights(&self.updates),
+            weights: updates::weights(&self.updates, self.control.snapshot().external_weights),
             controller: self.controller(),
             gpus,
         }

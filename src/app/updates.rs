@@ -13,6 +13,9 @@ use crate::admin::types::{
 use crate::config::Config;
 use crate::driver::weight_update::{self, UpdateEvent, UpdateHandle, UpdateOutcome, UpdateRecord};
 
+/// Version of weights that a frontend has loaded by itself.
+pub(super) const UNKNOWN: &str = "unknown";
+
 /// Runs one update to its end; progress goes to the client as long as it listens.
 pub(super) async fn run(
     updates: &UpdateHandle,
@@ -28,6 +31,7 @@ pub(super) async fn run(
         from_version: request.from_version.map(WeightVersion),
         mode: machine_mode(request.mode),
         pause_deadline: deadline.unwrap_or(config.pause_deadline),
+        allow_no_rollback: request.allow_no_rollback,
         ..weight_update::UpdateRequest::new(request.path)
     };
     let mut run = updates.start(wanted).await.map_err(gone)?;
@@ -45,11 +49,18 @@ pub(super) async fn run(
 }
 
 /// What status says about weights.
-pub(super) fn weights(updates: &UpdateHandle) -> WeightsStatus {
+///
+/// `external`: a frontend has loaded weights since the last update.
+pub(super) fn weights(updates: &UpdateHandle, external: bool) -> WeightsStatus {
     let status = updates.status();
+    let dir = status.committed.map(|checkpoint| checkpoint.path);
     WeightsStatus {
-        version: status.version.0,
-        dir: status.committed.map(|checkpoint| checkpoint.path),
+        version: if external {
+            UNKNOWN.to_owned()
+        } else {
+            status.version.0
+        },
+        dir: dir.filter(|_| !external),
         last_update: status.last.as_ref().map(report),
     }
 }
@@ -125,7 +136,10 @@ fn report(record: &UpdateRecord) -> UpdateReport {
         reason: (status != UpdateStatus::Committed).then(|| record.message.clone()),
         status,
         version: record.version.to_string(),
-        previous: detail.from_version.clone().unwrap_or_default().to_string(),
+        previous: detail
+            .from_version
+            .as_ref()
+            .map_or_else(|| UNKNOWN.to_owned(), ToString::to_string),
         fenced,
         total_s: seconds(detail.total_ms),
         paused_s: seconds(detail.paused_ms.unwrap_or_default()),
@@ -133,6 +147,7 @@ fn report(record: &UpdateRecord) -> UpdateReport {
             .checkpoint
             .as_ref()
             .map_or(0, |checkpoint| checkpoint.bytes),
+        warnings: detail.warnings.clone(),
     }
 }
 

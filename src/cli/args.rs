@@ -406,7 +406,7 @@ pub struct UpdateArgs {
     /// Directory of the new checkpoint (safetensors).
     #[arg(long, value_name = "DIR")]
     pub path: PathBuf,
-    /// Version to stamp on the responses; made from the files if absent.
+    /// Version to stamp on the responses; made from the directory's name and the id if absent.
     #[arg(long, value_name = "V")]
     pub version: Option<String>,
     /// What happens to running requests.
@@ -418,7 +418,11 @@ pub struct UpdateArgs {
     /// Refuse unless the engines hold this version now.
     #[arg(long, value_name = "V")]
     pub from_version: Option<String>,
-    /// Name of the transaction, for logs.
+    /// Go on although the directory of the current weights is gone or was overwritten, so that a
+    /// failed load cannot be taken back.
+    #[arg(long)]
+    pub allow_no_rollback: bool,
+    /// Name of the transaction, for logs and repeats.
     #[arg(long, value_name = "ID")]
     pub id: Option<String>,
     /// Print the final report as one JSON object on stdout.

@@ -33,6 +33,7 @@ pub fn update(args: &UpdateArgs) -> u8 {
         pause_deadline_ms: args.pause_deadline.map(millis),
         from_version: args.from_version.clone(),
         id: args.id.clone(),
+        allow_no_rollback: args.allow_no_rollback,
     };
     run(async {
         let mut client = AdminClient::connect(&args.target.state_dir()).await?;
@@ -46,6 +47,9 @@ pub fn update(args: &UpdateArgs) -> u8 {
             println!("{}", update_line(&report));
         } else {
             eprintln!("error: {}", update_line(&report));
+        }
+        for warning in &report.warnings {
+            eprintln!("warning: {warning}");
         }
         Ok(code_of(&report))
     })

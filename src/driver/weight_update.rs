@@ -19,8 +19,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use dp_sidecar_protocol::machine::weight_update::{
-    Action, Begin, Commit, Event, NodeId, Participant, PauseMode, Record, Refusal, Target,
-    WeightUpdate,
+    Action, Begin, Commit, Event, NodeId, Participant, PauseMode, Phase, RankState, Record,
+    Refusal, Target, WeightUpdate,
 };
 use dp_sidecar_protocol::{EngineIndex, Incarnation, Time, UpdateId, WeightVersion};
 use futures::future::{join_all, pending};
@@ -537,7 +537,16 @@ impl Task {
 
     fn publish(&self) {
         let snapshot = self.machine.snapshot();
+        let between = |rank: &EngineIndex| {
+            matches!(
+                snapshot.ranks.get(rank),
+                Some(RankState::Loading | RankState::LoadFailed | RankState::RollingBack)
+            ) || (snapshot.ranks.get(rank) == Some(&RankState::Loaded)
+                && !snapshot.past_commit_point)
+        };
+        let held = self.lives.keys().filter(|rank| !between(rank));
         let status = UpdateStatus {
+            held: held.map(|rank| (*rank, snapshot.version.clone())).collect(),
             version: snapshot.version,
             committed: self.committed.as_ref().map(|c| c.commit.checkpoint.clone()),
             running: self.active.as_ref().map(|active| active.id.clone()),

@@ -243,13 +243,16 @@ impl Task {
         if let Some(guard) = &active.guard {
             guard.doing(snapshot.phase.as_str());
         }
+        self.publish();
+        if snapshot.phase == Phase::Idle {
+            return; // the record follows
+        }
         let event = UpdateEvent::Progress {
             phase: snapshot.phase,
             ranks: snapshot.ranks,
         };
         // Whoever does not read loses steps, never the end.
         active.events.try_send(event).ok();
-        self.publish();
     }
 
     pub(super) fn finish(&mut self, record: Record) {

@@ -90,7 +90,7 @@ impl Known {
             }
             Err(reason) => {
                 return Err(format!(
-                    "a load that fails could not be taken back: {reason}"
+                    "a load that fails could not be taken back: {reason}; --allow-no-rollback goes on nevertheless"
                 ));
             }
         };

@@ -182,6 +182,8 @@ async fn an_update_reaches_all_engines_in_order_and_is_remembered() {
     assert_eq!(record.record.ranks[&EngineIndex(1)].workers[0].tensors, 2);
     let status = world.updates.status();
     assert_eq!((status.version.0.as_str(), status.running), ("v1", None));
+    let held: Vec<&str> = status.held.values().map(|held| held.0.as_str()).collect();
+    assert_eq!(held, ["v1", "v1"]);
     assert_eq!(status.last, Some(record));
     assert!(world.dir.path().join("committed.json").is_file());
     world.end().await;

@@ -205,7 +205,11 @@ fn message(record: &Record, version: &WeightVersion) -> String {
     match &record.outcome {
         Outcome::Committed => format!(
             "update {id} committed: {} ranks hold {version}, {} altogether, paused for {}",
-            record.ranks.len(),
+            record
+                .ranks
+                .values()
+                .filter(|rank| !matches!(rank.state, RankState::Lost | RankState::Fenced))
+                .count(),
             seconds(record.total_ms),
             seconds(record.paused_ms.unwrap_or_default()),
         ),
@@ -238,7 +242,9 @@ pub struct UpdateStatus {
     pub version: WeightVersion,
     /// Where they are; none before the first update (the command line's checkpoint then).
     pub committed: Option<Checkpoint>,
-    /// The running update, where it is, and its ranks.
+    /// What each engine that can be updated holds. Not there: it is being started, or just loads.
+    pub held: BTreeMap<EngineIndex, WeightVersion>,
+    /// The running update.
     pub running: Option<UpdateId>,
     /// Where it is.
     pub phase: Phase,

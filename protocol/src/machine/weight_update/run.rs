@@ -216,6 +216,11 @@ impl Run {
         // After an escalation the frozen requests were aborted, and nothing went on.
         record.may_mix_versions =
             self.committed && self.keeps_requests() && !record.pause_escalated;
+        if record.may_mix_versions {
+            let text =
+                "responses that were running may contain tokens of both versions (mode keep)";
+            record.warnings.push(text.to_owned());
+        }
         record.ranks = std::mem::take(&mut self.ranks)
             .into_iter()
             .map(|(rank, state)| (rank, state.record))
