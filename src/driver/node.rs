@@ -641,8 +641,7 @@ impl Node {
                     return Outcome::Event(Event::RestoreFailed { ranks, reason });
                 }
             }
-            let engines: Vec<EngineIndex> = ranks.iter().map(|&(rank, _)| rank).collect();
-            let event = match updates.restore(engines).await {
+            let event = match updates.restore(ranks.clone()).await {
                 Ok(()) => Event::Restored { ranks },
                 Err(error) => Event::RestoreFailed {
                     ranks,

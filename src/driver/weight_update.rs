@@ -63,7 +63,7 @@ enum Command {
     },
     Abort,
     Restore {
-        ranks: Vec<EngineIndex>,
+        ranks: Vec<(EngineIndex, Incarnation)>,
         reply: RestoreReply,
     },
     Shutdown {
@@ -118,7 +118,7 @@ impl UpdateHandle {
 
     /// Brings engines that have just become ready to the committed weights. To be called before they are
     /// admitted; of a lockstep group with all ranks at once. Waits for a running update to end.
-    pub async fn restore(&self, ranks: Vec<EngineIndex>) -> Result<(), UpdateError> {
+    pub async fn restore(&self, ranks: Vec<(EngineIndex, Incarnation)>) -> Result<(), UpdateError> {
         let (reply, done) = oneshot::channel();
         self.send(Command::Restore { ranks, reply }).await?;
         done.await.map_err(|_| UpdateError::Gone)?
@@ -276,7 +276,7 @@ struct Task {
     /// Some engine was brought up by this process.
     any_restored: bool,
     restoring: usize,
-    restores: VecDeque<(Vec<EngineIndex>, RestoreReply)>,
+    restores: VecDeque<(Vec<(EngineIndex, Incarnation)>, RestoreReply)>,
     known: Known,
     /// Ends blocking work when the task ends.
     cancel: Cancel,
@@ -472,14 +472,10 @@ impl Task {
         }
     }
 
-    fn restore(&mut self, ranks: Vec<EngineIndex>, reply: RestoreReply) {
+    fn restore(&mut self, ranks: Vec<(EngineIndex, Incarnation)>, reply: RestoreReply) {
         let handles: Vec<RankHandle> = ranks
             .iter()
-            .filter_map(|rank| self.ranks.get(rank).cloned())
-            .collect();
-        let ranks = handles
-            .iter()
-            .map(|handle| (handle.rank, handle.snapshot.borrow().incarnation))
+            .filter_map(|(rank, _)| self.ranks.get(rank).cloned())
             .collect();
         let job = RestoreJob {
             committed: self.committed.clone(),

@@ -92,8 +92,13 @@ impl World {
         }
     }
 
+    fn life(&self, rank: usize) -> (EngineIndex, Incarnation) {
+        let handle = &self.ranks[rank].handle;
+        (handle.rank, handle.snapshot.borrow().incarnation)
+    }
+
     async fn restore_all(&self) -> Result<(), UpdateError> {
-        let ranks = vec![EngineIndex(0), EngineIndex(1)];
+        let ranks = vec![self.life(0), self.life(1)];
         tokio::time::timeout(LIMIT, self.updates.restore(ranks))
             .await
             .unwrap()
@@ -287,7 +292,7 @@ async fn without_the_shim_an_update_is_refused_and_says_what_to_install() {
     let world = world(GroupKind::Independent).await;
     world.ranks[1].restart();
     world.engine(1).shim_protocol = None;
-    world.updates.restore(vec![EngineIndex(1)]).await.unwrap();
+    world.updates.restore(vec![world.life(1)]).await.unwrap();
     world.ranks[1].admit();
     let record = world.update(world.request("u1")).await;
     assert_eq!(record.outcome, UpdateOutcome::RefusedInvalid);
@@ -414,7 +419,7 @@ async fn an_engine_that_starts_again_is_brought_to_the_committed_weights() {
     world.update(world.request("u1")).await;
     world.ranks[1].take_log();
     world.ranks[1].restart();
-    world.updates.restore(vec![EngineIndex(1)]).await.unwrap();
+    world.updates.restore(vec![world.life(1)]).await.unwrap();
     let load = format!("load {}", world.path("new"));
     assert_eq!(world.ranks[1].take_log(), [load, "version v1".to_owned()]);
     world.all_hold("new");
@@ -424,7 +429,7 @@ async fn an_engine_that_starts_again_is_brought_to_the_committed_weights() {
     world.engine(1).loads.push_back(script);
     let error = world
         .updates
-        .restore(vec![EngineIndex(1)])
+        .restore(vec![world.life(1)])
         .await
         .unwrap_err();
     assert_eq!(
@@ -466,7 +471,7 @@ async fn a_committed_directory_that_is_gone_does_not_keep_a_new_sidecar_from_sta
     world.engine(1).loads.push_back(script);
     world
         .updates
-        .restore(vec![EngineIndex(1)])
+        .restore(vec![world.life(1)])
         .await
         .unwrap_err();
     let world = world.next_sidecar().await;
@@ -534,7 +539,7 @@ async fn an_independent_engine_lost_in_the_middle_is_brought_to_the_new_weights_
         record.message
     );
     world.ranks[1].restart();
-    world.updates.restore(vec![EngineIndex(1)]).await.unwrap();
+    world.updates.restore(vec![world.life(1)]).await.unwrap();
     world.all_hold("new");
     world.end().await;
 }
@@ -707,7 +712,23 @@ async fn a_link_is_followed_once_so_that_it_may_be_moved_later() {
     std::fs::remove_file(&latest).unwrap();
     world.all_hold("new");
     world.ranks[1].restart();
-    world.updates.restore(vec![EngineIndex(1)]).await.unwrap();
+    world.updates.restore(vec![world.life(1)]).await.unwrap();
+    world.all_hold("new");
+    world.end().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_engine_whose_rank_task_reports_late_is_not_taken_for_lost() {
+    let world = world(GroupKind::Independent).await;
+    let (rank, life) = world.life(1);
+    let next = Incarnation(life.0 + 1);
+    // The restore of the next life comes before the snapshot shows that life.
+    world.updates.restore(vec![(rank, next)]).await.unwrap();
+    world.ranks[1].restart();
+    world.ranks[1].admit();
+    let record = world.update(world.request("u1")).await;
+    assert_eq!(record.outcome, UpdateOutcome::Committed);
+    assert_eq!(record.record.ranks[&rank].incarnation, next);
     world.all_hold("new");
     world.end().await;
 }
