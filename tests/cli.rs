@@ -82,7 +82,7 @@ async fn each_rank_gets_a_launcher_of_its_own_and_the_frontend_its_own_flags() {
         planned(&mut with_devices(line), "engine-1").await,
         "CUDA_VISIBLE_DEVICES=6,7 vllm serve tiny --headless --data-parallel-size 2 \
          --data-parallel-size-local 1 --data-parallel-start-rank 1 --data-parallel-address \
-         127.0.0.1 --data-parallel-rpc-port 0 --shutdown-timeout 20 --max-model-len 256 -tp 2"
+         127.0.0.1 --data-parallel-rpc-port 0 --max-model-len 256 -tp 2"
     );
     assert_eq!(
         planned(&mut with_devices(line), "frontend").await,

@@ -194,6 +194,61 @@ async fn sigterm_stops_everything_and_ends_with_0() {
 }
 
 #[tokio::test]
+async fn requests_in_flight_finish_before_sigterm_takes_effect() {
+    let port = std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port();
+    let options = format!("--serve --host 127.0.0.1 --port {port} --shutdown-timeout 30s");
+    let mut hosted = Hosted::start(&options).await;
+    hosted
+        .until("the frontend is attached", |status| {
+            status
+                .frontends
+                .iter()
+                .any(|frontend| frontend.attachment.state == "attached")
+                && status
+                    .engines
+                    .iter()
+                    .all(|engine| engine.state == "admitted")
+        })
+        .await;
+    let ask = tokio::spawn(async move {
+        let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", port))
+            .await
+            .unwrap();
+        let body = r#"{"model":"m","prompt":[1,2,3],"max_tokens":400}"#;
+        let request = format!(
+            "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
+             content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        tokio::io::AsyncWriteExt::write_all(&mut stream, request.as_bytes())
+            .await
+            .unwrap();
+        let mut answer = String::new();
+        timeout(PATIENCE, stream.read_to_string(&mut answer))
+            .await
+            .unwrap()
+            .unwrap();
+        answer
+    });
+    hosted
+        .until("a request is in flight", |status| {
+            status.engines.iter().any(|engine| engine.in_flight > 0)
+        })
+        .await;
+    hosted.signal(Signal::SIGTERM);
+    let answer = ask.await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    assert!(answer.contains("\"finish_reason\":\"length\""), "{answer}");
+    let (code, stderr) = hosted.end().await;
+    assert_eq!(code, Some(0), "{stderr}");
+    hosted.until_nothing_is_left().await;
+}
+
+#[tokio::test]
 async fn the_stop_command_ends_it_as_sigterm_does() {
     let mut hosted = Hosted::start("").await;
     hosted.serving().await;

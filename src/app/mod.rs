@@ -167,13 +167,15 @@ impl App {
     /// Stops everything in the order in which it depends on each other. `hurry` skips every wait for
     /// requests and processes: what is left is killed.
     async fn stop_all(mut self, graceful: bool, node_ended: bool, hurry: CancellationToken) {
-        self.stop_frontend.cancel();
+        // Before the frontend is told: on SIGTERM it ends its requests at once, because a frontend
+        // without engines of its own has nothing to drain (`launcher.py`, 0.32.0).
         if graceful {
             tokio::select! {
                 () = self.drain() => {}
                 () = hurry.cancelled() => {}
             }
         }
+        self.stop_frontend.cancel();
         let processes = self.config.shutdown_timeout + self.config.kill_grace + TASK_END;
         if let Some(frontend) = self.frontend.take() {
             join("frontend", processes, frontend, &hurry).await;
@@ -255,9 +257,20 @@ impl App {
         drop(self.ipc);
     }
 
-    /// Lets requests in flight finish, at most for the shutdown timeout.
+    /// Lets requests in flight finish, at most for the shutdown timeout. New ones are held from now
+    /// on.
     async fn drain(&self) {
         let until = Instant::now() + self.config.shutdown_timeout;
+        let closed = self.handles.ranks.iter().map(|rank| {
+            rank.ask("admission", TASK_END, |reply| RankCommand::Admission {
+                open: false,
+                reply,
+            })
+        });
+        futures::future::join_all(closed)
+            .await
+            .into_iter()
+            .for_each(gone);
         let sources = &self.handles.sources;
         if sources.in_flight() > 0 && !self.config.shutdown_timeout.is_zero() {
             let limit = self.config.shutdown_timeout;

@@ -275,7 +275,7 @@ pub struct RunArgs {
     )]
     pub startup_timeout: Duration,
 
-    /// How long running requests may take to end when everything is stopped; passed to vLLM.
+    /// How long running requests may take to end when everything is stopped.
     #[arg(
         long,
         env = "SIDECAR_SHUTDOWN_TIMEOUT",

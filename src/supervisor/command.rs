@@ -78,7 +78,8 @@ impl Config {
                 ("--data-parallel-rpc-port", handshake.port().to_string()),
             ],
         );
-        self.push_shutdown_timeout(&mut argv);
+        // No --shutdown-timeout: the sidecar has drained when it stops an engine. With one, vLLM waits
+        // that long for workers that hang in their teardown (seen on 0.32.0: 25 s instead of 5).
         argv.extend_from_slice(&launch.common_flags);
         let mut env = launch.env.clone();
         if let Some(slice) = launch.devices.get(local) {
@@ -131,8 +132,8 @@ impl Config {
         })
     }
 
-    /// vLLM drains for as long as the sidecar waits, unless the user chose otherwise: a flag that
-    /// comes later on the command line wins.
+    /// API servers get as long to end as the sidecar waits, unless the user chose otherwise: a flag
+    /// that comes later on the command line wins.
     fn push_shutdown_timeout(&self, argv: &mut Vec<String>) {
         let seconds = self.shutdown_timeout.as_secs();
         if seconds > 0 {
