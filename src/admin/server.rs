@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -111,10 +111,20 @@ pub enum AdminCommand {
     },
 }
 
-/// The listening admin socket.
+/// The listening admin socket. Its file goes when it is dropped.
 #[derive(Debug)]
 pub struct AdminServer {
     listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Drop for AdminServer {
+    fn drop(&mut self) {
+        // Still under the state directory's lock, so it is ours.
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::debug!(path = %self.path.display(), %error, "admin socket not removed");
+        }
+    }
 }
 
 impl AdminServer {
@@ -128,7 +138,7 @@ impl AdminServer {
         }
         let listener = UnixListener::bind(&path)?;
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
-        Ok(Self { listener })
+        Ok(Self { listener, path })
     }
 
     /// Serves clients until `stop`; then lets running answers end, and ends.
