@@ -23,16 +23,18 @@ mod error;
 mod guard;
 mod listen;
 mod paths;
+mod peer;
 mod xpub;
 pub mod zmtp;
 
 use std::time::Duration;
 
-pub use connect::{Dealer, PeerReceiver, PeerSender, Push, Xsub};
+pub use connect::{Dealer, Push, Xsub};
 pub use error::TransportError;
 pub use guard::{GuardEvent, GuardLimits, GuardedRouter, GuardedSender, Numbers};
 pub use listen::{PullEvent, PullListener, RouterEvent, RouterListener, RouterSender};
 pub use paths::{PrivateDir, SUN_PATH_LIMIT, check_socket_path, unlink_stale_socket};
+pub use peer::{PeerReceiver, PeerSender};
 pub use xpub::{XpubListener, XpubPublisher};
 
 /// How long the runtime has to live after the last socket is dropped, so that what was sent gets

@@ -305,6 +305,7 @@ impl RankTask {
         let Some(engine) = self.engine.take() else {
             return;
         };
+        self.urgent = true;
         let incarnation = engine.incarnation;
         tracing::warn!(rank = %self.rank(), %incarnation, reason, "engine lost");
         self.events.push_back(RankEvent::Lost {
@@ -397,6 +398,8 @@ impl RankTask {
     // === sockets ===
 
     async fn handle_input(&mut self, input: Input) {
+        // A request that is held, for one, changes the snapshot without any action.
+        self.changed = true;
         let now = self.now();
         match input {
             Input::Engine {
@@ -641,7 +644,7 @@ impl RankTask {
     fn publish(&mut self) {
         let now = Instant::now();
         let due = now - self.published >= SNAPSHOT_INTERVAL;
-        if !self.urgent && !(self.changed && due) {
+        if !(self.urgent || self.changed && due) {
             return;
         }
         self.urgent = false;

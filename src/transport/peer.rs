@@ -1,0 +1,292 @@
+//! The two halves of a connecting socket.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::{Buf, Bytes, BytesMut};
+use dp_sidecar_protocol::Frames;
+use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
+use tokio::net::{tcp, unix};
+
+use super::TransportError;
+use super::zmtp::{self, Decoder, Item};
+
+/// Frames from this length on are written from where they are instead of being copied together.
+const COPY_LIMIT: usize = 8 * 1024;
+/// Copied bytes are written once this much has gathered.
+const GATHER_LIMIT: usize = 256 * 1024;
+/// Room made for one read, at least and at most: idle connections keep little.
+const MIN_READ: usize = 512;
+const MAX_READ: usize = 128 * 1024;
+
+/// The reading half of a connecting socket.
+pub struct PeerReceiver {
+    pub(super) address: String,
+    pub(super) stream: ReadHalf,
+    pub(super) buffer: BytesMut,
+    /// Room to make for the next read: follows what comes in.
+    chunk: usize,
+    pub(super) decoder: Decoder,
+}
+
+/// The writing half of a connecting socket. `send` returns when the kernel has the bytes.
+pub struct PeerSender {
+    pub(super) address: String,
+    pub(super) stream: Arc<WriteHalf>,
+    /// Small frames and headers, copied together.
+    tail: BytesMut,
+    /// What comes before `tail`.
+    chunks: VecDeque<Bytes>,
+    queued: usize,
+}
+
+impl fmt::Debug for PeerReceiver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("PeerReceiver").field(&self.address).finish()
+    }
+}
+
+impl fmt::Debug for PeerSender {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("PeerSender").field(&self.address).finish()
+    }
+}
+
+impl PeerReceiver {
+    pub(super) fn new(address: &str, stream: ReadHalf) -> Self {
+        Self {
+            address: address.to_owned(),
+            stream,
+            buffer: BytesMut::new(),
+            chunk: MIN_READ,
+            decoder: Decoder::default(),
+        }
+    }
+
+    /// The next message. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`TransportError::Disconnected`] or [`TransportError::Protocol`]; the connection is over.
+    pub async fn recv(&mut self) -> Result<Frames, TransportError> {
+        loop {
+            if let Some(frames) = self.try_recv()? {
+                return Ok(frames);
+            }
+            self.fill().await?;
+        }
+    }
+
+    /// The next message, if it has come in already with an earlier read.
+    ///
+    /// # Errors
+    /// [`TransportError::Protocol`]; the connection is over.
+    pub fn try_recv(&mut self) -> Result<Option<Frames>, TransportError> {
+        loop {
+            match self.decoder.decode(&mut self.buffer) {
+                Ok(Some(Item::Message(frames))) => return Ok(Some(frames)),
+                Ok(Some(Item::Command(_))) => {}
+                Ok(None) => return Ok(None),
+                Err(error) => {
+                    return Err(TransportError::Protocol {
+                        address: self.address.clone(),
+                        reason: error.to_string(),
+                    });
+                }
+            }
+        }
+    }
+
+    pub(super) async fn fill(&mut self) -> Result<(), TransportError> {
+        if self.buffer.is_empty() && self.buffer.capacity() > 4 * self.chunk {
+            self.buffer = BytesMut::new();
+        }
+        if self.buffer.capacity() - self.buffer.len() < self.chunk {
+            self.buffer.reserve(self.chunk);
+        }
+        let room = self.buffer.capacity() - self.buffer.len();
+        match self.stream.read_buf(&mut self.buffer).await {
+            Ok(0) => Err(self.disconnected("the peer closed the connection".to_owned())),
+            Ok(count) => {
+                if count == room {
+                    self.chunk = (self.chunk * 2).min(MAX_READ);
+                } else if count < self.chunk / 4 {
+                    self.chunk = (self.chunk / 2).max(MIN_READ);
+                }
+                Ok(())
+            }
+            Err(error) => Err(self.disconnected(error.to_string())),
+        }
+    }
+
+    fn disconnected(&self, reason: String) -> TransportError {
+        TransportError::Disconnected {
+            address: self.address.clone(),
+            reason,
+        }
+    }
+}
+
+impl PeerSender {
+    pub(super) fn new(address: &str, stream: WriteHalf) -> Self {
+        Self {
+            address: address.to_owned(),
+            stream: Arc::new(stream),
+            tail: BytesMut::new(),
+            chunks: VecDeque::new(),
+            queued: 0,
+        }
+    }
+
+    /// Sends one message. Not cancel-safe in the sense that a cancelled message may still go out with
+    /// the next call; it is never cut in half.
+    ///
+    /// # Errors
+    /// [`TransportError::Disconnected`]; the connection is over.
+    pub async fn send(&mut self, frames: Frames) -> Result<(), TransportError> {
+        self.push(frames);
+        self.flush().await
+    }
+
+    /// Queues one message. Nothing is written before [`Self::try_flush`] or [`Self::flush`]; watch
+    /// [`Self::queued`].
+    pub fn push(&mut self, frames: Frames) {
+        let last = frames.len().saturating_sub(1);
+        for (at, frame) in frames.into_iter().enumerate() {
+            zmtp::encode_header(frame.len(), at < last, &mut self.tail);
+            self.queued += frame.len() + 2;
+            if frame.len() < COPY_LIMIT {
+                self.tail.extend_from_slice(&frame);
+            } else {
+                self.chunks.push_back(self.tail.split().freeze());
+                self.chunks.push_back(frame);
+            }
+            if self.tail.len() >= GATHER_LIMIT {
+                self.chunks.push_back(self.tail.split().freeze());
+            }
+        }
+    }
+
+    /// Bytes that are queued and not yet with the kernel (headers counted roughly).
+    pub const fn queued(&self) -> usize {
+        self.queued
+    }
+
+    /// Writes as much of the queue as the kernel takes now. True if all is written.
+    ///
+    /// # Errors
+    /// [`TransportError::Disconnected`]; the connection is over.
+    pub fn try_flush(&mut self) -> Result<bool, TransportError> {
+        if !self.tail.is_empty() {
+            self.chunks.push_back(self.tail.split().freeze());
+        }
+        while !self.chunks.is_empty() {
+            let mut slices = [IoSlice::new(&[]); 32];
+            let mut count = 0;
+            for (slice, chunk) in slices.iter_mut().zip(&self.chunks) {
+                *slice = IoSlice::new(chunk);
+                count += 1;
+            }
+            let mut written = match self.stream.try_write_vectored(&slices[..count]) {
+                Ok(0) => return Err(self.disconnected("it takes no more bytes".to_owned())),
+                Ok(written) => written,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) => return Err(self.disconnected(error.to_string())),
+            };
+            self.queued = self.queued.saturating_sub(written);
+            while let Some(chunk) = self.chunks.front_mut() {
+                if written < chunk.len() {
+                    chunk.advance(written);
+                    break;
+                }
+                written -= chunk.len();
+                self.chunks.pop_front();
+            }
+        }
+        self.queued = 0;
+        Ok(true)
+    }
+
+    /// Writes the whole queue. Cancel-safe: what is left goes out with the next call.
+    ///
+    /// # Errors
+    /// [`TransportError::Disconnected`]; the connection is over.
+    pub async fn flush(&mut self) -> Result<(), TransportError> {
+        while !self.try_flush()? {
+            let writable = self.stream.writable().await;
+            writable.map_err(|error| self.disconnected(error.to_string()))?;
+        }
+        Ok(())
+    }
+
+    /// Completes when the kernel takes more bytes, or the connection is over: then flush again.
+    pub fn writable(&self) -> impl Future<Output = ()> + Send + 'static {
+        let stream = self.stream.clone();
+        async move {
+            // An error shows again at the next flush.
+            let _ = stream.writable().await;
+        }
+    }
+
+    fn disconnected(&self, reason: String) -> TransportError {
+        TransportError::Disconnected {
+            address: self.address.clone(),
+            reason,
+        }
+    }
+}
+
+pub(super) enum ReadHalf {
+    Tcp(tcp::OwnedReadHalf),
+    Unix(unix::OwnedReadHalf),
+}
+
+impl AsyncRead for ReadHalf {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        match &mut *self {
+            Self::Tcp(half) => Pin::new(half).poll_read(context, buffer),
+            Self::Unix(half) => Pin::new(half).poll_read(context, buffer),
+        }
+    }
+}
+
+pub(super) enum WriteHalf {
+    Tcp(tcp::OwnedWriteHalf),
+    Unix(unix::OwnedWriteHalf),
+}
+
+impl WriteHalf {
+    fn try_write_vectored(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        match self {
+            Self::Tcp(half) => half.try_write_vectored(slices),
+            Self::Unix(half) => half.try_write_vectored(slices),
+        }
+    }
+
+    async fn writable(&self) -> io::Result<()> {
+        match self {
+            Self::Tcp(half) => half.writable().await,
+            Self::Unix(half) => half.writable().await,
+        }
+    }
+
+    pub(super) async fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            self.writable().await?;
+            match self.try_write_vectored(&[IoSlice::new(bytes)]) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => bytes = &bytes[count..],
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
