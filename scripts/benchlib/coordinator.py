@@ -39,10 +39,11 @@ def vllm_python(given):
     raise SystemExit("scripts/vllm_env.py names no interpreter with vLLM; give --python")
 
 
-def build():
+def build(wanted):
     command = ["cargo", "build", "--release", "--quiet", "-p", "dp-sidecar", "--bin", "sidecar"]
     command += ["-p", "dp-sidecar-testkit", "--bin", "load-coordinator"]
-    subprocess.run(command, cwd=ROOT, check=True)
+    if wanted:
+        subprocess.run(command, cwd=ROOT, check=True)
     target = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release"
     return target / "sidecar", target / "load-coordinator"
 
@@ -58,7 +59,9 @@ def stop(process):
 
 def measure(command, load, directory, template, arguments):
     """Starts a DP coordinator, puts load on it, returns the figures."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = Path(directory) / "log"
+    with log.open("w") as stderr:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
     # Neither side waits for ever: the line comes, or the process is stopped and the read ends.
     signal.signal(signal.SIGALRM, lambda *_: process.kill())
     signal.alarm(START_LIMIT_S)
@@ -66,7 +69,7 @@ def measure(command, load, directory, template, arguments):
         line = process.stdout.readline()
         signal.alarm(0)
         if not line:
-            raise SystemExit(f"{command[0]} did not start: {process.stderr.read()[-2000:]}")
+            raise SystemExit(f"{command[0]} did not start: {log.read_text()[-2000:]}")
         addresses = Path(directory) / "addresses.json"
         addresses.write_text(line)
         figures = subprocess.run(
@@ -77,13 +80,15 @@ def measure(command, load, directory, template, arguments):
                 f"--template={template}",
                 f"--rounds={arguments.rounds}",
                 f"--stats={arguments.stats}",
+                f"--step-ms={arguments.step_ms}",
             ],
             stdout=subprocess.PIPE,
             text=True,
             timeout=LOAD_LIMIT_S,
             check=True,
         ).stdout
-        return json.loads(figures)
+        # vLLM logs each; more than a few mean that the machine was too busy for the load.
+        return json.loads(figures) | {"out_of_order": log.read_text().count("out-of-order")}
     finally:
         signal.alarm(0)
         stop(process)
@@ -130,14 +135,16 @@ def main():
     parser.add_argument("--engines", default="64,256", help="sizes (%(default)s)")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each (%(default)s)")
     parser.add_argument("--rounds", type=int, default=1000, help="wakes per run (%(default)s)")
-    parser.add_argument("--stats", type=int, default=100_000, help="stats messages per run")
+    parser.add_argument("--stats", type=int, default=50_000, help="stats messages per run")
+    parser.add_argument("--step-ms", type=int, default=10, help="all engines send one per step")
+    parser.add_argument("--no-build", action="store_true", help="the binaries are there")
     parser.add_argument("--python", help="interpreter that has vLLM")
     arguments = parser.parse_args()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 65536)), hard))
     say = (lambda *_: None) if arguments.json else print
-    tools = (*build(), vllm_python(arguments.python))
+    tools = (*build(not arguments.no_build), vllm_python(arguments.python))
     runs = []
     for engines in (int(size) for size in arguments.engines.split(",")):
         results = {"vllm": [], "ours": []}

@@ -36,9 +36,9 @@ struct Args {
     /// Stats messages.
     #[arg(long, default_value_t = 100_000)]
     stats: u64,
-    /// Stats messages per second; each step of the group sends one per engine.
-    #[arg(long, default_value_t = 12_800)]
-    rate: u64,
+    /// Time between two steps of the group; in each every engine sends its stats.
+    #[arg(long, default_value_t = 10)]
+    step_ms: u64,
 }
 
 struct Engine {
@@ -70,7 +70,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let messages = load.prepare_stats(&template, args.stats)?;
     let before = cpu_seconds(args.pid)?;
     let began = Instant::now();
-    load.send_stats(&messages, args.rate)?;
+    load.send_stats(&messages, Duration::from_millis(args.step_ms))?;
     let sent_in = began.elapsed();
     load.settle()?;
     let cpu = cpu_seconds(args.pid)? - before;
@@ -229,8 +229,7 @@ impl Load {
         Ok(steps)
     }
 
-    fn send_stats(&self, steps: &[Vec<Vec<u8>>], rate: u64) -> Result<(), Box<dyn Error>> {
-        let per_step = Duration::from_secs_f64(self.engines.len() as f64 / rate as f64);
+    fn send_stats(&self, steps: &[Vec<Vec<u8>>], per_step: Duration) -> Result<(), Box<dyn Error>> {
         let began = Instant::now();
         for (number, messages) in (0..).zip(steps) {
             for (engine, message) in self.engines.iter().zip(messages) {
