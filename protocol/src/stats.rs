@@ -4,8 +4,7 @@
 //! 0.11.0 to 0.33.0.
 
 use crate::error::DecodeError;
-use crate::handshake::read_map;
-use crate::positional::Scanner;
+use crate::positional::{ScanError, Scanner};
 use crate::write;
 
 /// What the DP coordinator needs of `SchedulerStats`. Missing keys are zero, as in vLLM.
@@ -24,22 +23,41 @@ pub struct SchedulerStats {
 }
 
 impl SchedulerStats {
-    /// Reads the map.
+    /// Reads the map, as far as needed: the five come first, the rest is three quarters of it.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        const NAME: &str = "SchedulerStats";
         let mut stats = Self::default();
-        let number = |s: &mut Scanner<'_>| s.integer("int of 0 or more");
-        read_map(bytes, "SchedulerStats", |key, scanner| {
-            match key {
-                "num_running_reqs" => stats.num_running_reqs = number(scanner)?,
-                "num_waiting_reqs" => stats.num_waiting_reqs = number(scanner)?,
-                "step_counter" => stats.step_counter = number(scanner)?,
-                "current_wave" => stats.current_wave = number(scanner)?,
-                "kv_cache_usage" => stats.kv_cache_usage = scanner.float()?,
-                _ => scanner.skip()?,
+        let mut missing = 5;
+        let mut scanner = Scanner::new(bytes);
+        let pairs = scanner.map().map_err(|e| e.within(NAME, "top level"))?;
+        for _ in 0..pairs {
+            let key = scanner.str().map_err(|e| e.within(NAME, "key"))?;
+            let found = stats
+                .field(key, &mut scanner)
+                .map_err(|e| e.within(NAME, key))?;
+            missing -= u8::from(found);
+            if missing == 0 {
+                break;
             }
-            Ok(())
-        })?;
+        }
         Ok(stats)
+    }
+
+    /// Reads one value; true if it is one of the five.
+    fn field(&mut self, key: &str, scanner: &mut Scanner<'_>) -> Result<bool, ScanError> {
+        const NUMBER: &str = "int of 0 or more";
+        match key {
+            "num_running_reqs" => self.num_running_reqs = scanner.integer(NUMBER)?,
+            "num_waiting_reqs" => self.num_waiting_reqs = scanner.integer(NUMBER)?,
+            "step_counter" => self.step_counter = scanner.integer(NUMBER)?,
+            "current_wave" => self.current_wave = scanner.integer(NUMBER)?,
+            "kv_cache_usage" => self.kv_cache_usage = scanner.float()?,
+            _ => {
+                scanner.skip()?;
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// A map with these keys only. A frontend takes the other fields' defaults.
