@@ -47,6 +47,8 @@ impl Task {
                 ignore_gone(record.send(again));
                 return;
             }
+            // Engines that are just being brought up will be there when it begins.
+            Err(Refusal::NoEngines) if self.restoring > 0 => {}
             Err(refusal) => {
                 let refused = refuse(types::outcome_of(&refusal), refusal.to_string());
                 ignore_gone(record.send(refused));
