@@ -4,6 +4,10 @@
 //! vLLM's has the same two addresses for all engines. Writes one JSON object: the time from FIRST_REQ
 //! until the last engine has START_DP_WAVE, CPU time of process `--pid` per 100,000 stats messages,
 //! and its resident memory.
+#![expect(
+    clippy::disallowed_methods,
+    reason = "a load generator paces itself; it has one thread and no runtime"
+)]
 
 use std::error::Error;
 use std::path::PathBuf;
