@@ -255,6 +255,12 @@ impl Node {
                 if let Some(facts) = self.facts_of(rank, incarnation) {
                     facts.pid = Some(pid);
                 }
+                // A stop that was asked for meanwhile may have reached the keeper before the process
+                // was there.
+                let life = self.machine.snapshot().remove(&rank);
+                if life.is_some_and(|l| l.incarnation == incarnation && l.phase == Phase::Stopping) {
+                    self.stop_process(rank, incarnation);
+                }
             }
             Ok(Outcome::Done) => {}
             Err(error) => error!(%error, "a task of the node task failed"),
@@ -566,7 +572,8 @@ impl Node {
         let Some(keeper) = self.peers.keeper.clone() else {
             return;
         };
-        let grace = self.config.shutdown_timeout + self.config.kill_grace;
+        // Nothing is left to drain: the app has waited for requests, or the engine is lost.
+        let grace = self.config.kill_grace;
         self.work.spawn(async move {
             let name = init::child_name(rank);
             if let Err(error) = keeper.stop(&name, grace).await {
