@@ -258,7 +258,8 @@ impl Node {
                 // A stop that was asked for meanwhile may have reached the keeper before the process
                 // was there.
                 let life = self.machine.snapshot().remove(&rank);
-                if life.is_some_and(|l| l.incarnation == incarnation && l.phase == Phase::Stopping) {
+                if life.is_some_and(|l| l.incarnation == incarnation && l.phase == Phase::Stopping)
+                {
                     self.stop_process(rank, incarnation);
                 }
             }
