@@ -5,7 +5,6 @@ vLLM's default worker processes. Frontends come and go by command here.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -91,33 +90,28 @@ def test_the_rust_frontend_serves(sidecar, models, attach, shared_world):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "says"),
-    [
-        ("size", {"size": 3}, "3"),
-        ("flags", {"flags": [*MODEL_FLAGS, "--enable-expert-parallel"]}, "hash"),
-    ],
-)
-def test_a_frontend_that_does_not_fit_is_refused_and_costs_nobody(
-    sidecar, models, attach, name, options, says
-):
+def test_frontends_that_do_not_fit_are_refused_and_cost_nobody(sidecar, models, attach):
     good = attach("good", models.path(0))
+    wrong = {
+        "data-parallel-size": attach("wrong-size", models.path(0), size=3),
+        "hash": attach(
+            "wrong-flags", models.path(0), flags=[*MODEL_FLAGS, "--enable-expert-parallel"]
+        ),
+    }
     sidecar.wait_attached(good)
     good.wait_ready()
-    wrong = attach(f"wrong-{name}", models.path(0), **options)
+    for says, frontend in wrong.items():
 
-    def refused(status):
-        states = [entry["attachment"] for entry in status["frontends"]]
-        return [
-            s
-            for s in states
-            if s["address"] == wrong.handshake and s["state"] != "attached" and s["detail"]
-        ]
+        def refused(status, says=says, frontend=frontend):
+            states = [entry["attachment"] for entry in status["frontends"]]
+            return any(
+                state["address"] == frontend.handshake
+                and state["state"] != "attached"
+                and says in (state["detail"] or "")
+                for state in states
+            )
 
-    def named(status):
-        return any(says in state["detail"] for state in refused(status))
-
-    sidecar.wait_status(f"a refusal that says {says!r}", named, 120)
+        sidecar.wait_status(f"a refusal of {frontend.name} that says {says!r}", refused, 120)
     prompt = models.prompts[0]
     assert good.ask(prompt).tokens == models.expected(0, prompt, 24)
-    assert json.loads(sidecar.ok("status", "--json"))["sidecar"]["state"] in ("serving", "degraded")
+    assert sidecar.status()["sidecar"]["state"] == "serving"

@@ -38,6 +38,11 @@ def test_a_sidecar_killed_leaves_nothing_after_the_grace(world, kind):
     sidecar.kill()
     assert all(alive(pid) for pid in engines), "engines died with the sidecar"
     gone(world, GRACE + 45)
+    # What a SIGKILL leaves in the state directory is no obstacle, and goes with the next run.
+    flags = ["--data-parallel-rpc-port", str(free_port()), "--model-kind", kind]
+    second = world.sidecar("second", flags, state_dir=sidecar.state_dir)
+    second.wait_status("up", lambda status: status["sidecar"]["pid"] == second.pid)
+    assert second.terminate() == 0
 
 
 def test_a_keeper_killed_leaves_nothing_and_the_engines_come_back(world):
