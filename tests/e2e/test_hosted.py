@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from frontends import IN_PROCESS_WORKER, MODEL_FLAGS, Frontend, Load
+from frontends import IN_PROCESS_WORKER, MODEL_FLAGS, Frontend, Load, http_post
 from harness import Sidecar, World
 from models import Models
 from processes import START_LIMIT, alive, descendants, wait_for
@@ -34,7 +34,8 @@ class Deployment:
     seed: int = 0
 
     def start_frontend(self, name: str, **ports: int) -> Frontend:
-        return self.world.frontend(name, self.models.path(0), **ports)
+        env = self.world.env(VLLM_SERVER_DEV_MODE="1")
+        return self.world.frontend(name, self.models.path(0), env=env, **ports)
 
     def check_serving(self, seed: int | None = None) -> None:
         """Every frontend answers with the weights of `seed`, on both ranks."""
@@ -76,7 +77,9 @@ def deployment(request, ingredients, tmp_path_factory):
     sidecar = None
     try:
         # Frontends and engines start at the same time: either may be there first.
-        frontends = [world.frontend(name, models.path(0)) for name in ("alpha", "beta")]
+        # Development mode adds /pause and /resume.
+        env = world.env(VLLM_SERVER_DEV_MODE="1")
+        frontends = [world.frontend(name, models.path(0), env=env) for name in ("alpha", "beta")]
         flags = [f"--frontend={frontend.handshake}" for frontend in frontends]
         sidecar = world.sidecar(
             "sidecar",
@@ -305,6 +308,41 @@ def test_pause_holds_requests_and_resume_lets_them_go(deployment):
     asking.join(60)
     assert answers
     assert answers[0].complete, answers
+    deployment.check_serving()
+
+
+def test_a_frontends_pause_holds_for_all_and_passes_through_the_same_lock(deployment):
+    alpha, beta = deployment.frontends
+    prompt = deployment.models.prompts[0]
+    path = "/pause?mode=wait&clear_cache=false"
+    status, text = http_post(alpha.http_port, path, {}, 60)
+    assert status == 200, text
+    try:
+        # Another's update waits for nobody: it is told who holds the engines.
+        done = deployment.sidecar.update(deployment.models.path(0), "--version", "v0")
+        assert done.returncode == 13, (done.returncode, done.stdout, done.stderr)
+        assert alpha.handshake in done.stdout + done.stderr
+        answers = []
+        asking = threading.Thread(target=lambda: answers.append(beta.ask(prompt)))
+        asking.start()
+        deployment.sidecar.wait_status(
+            "the other frontend's request waits",
+            lambda s: any(e["held"] + e["waiting"] + e["in_flight"] > 0 for e in s["engines"]),
+        )
+        assert not answers
+    finally:
+        status, text = http_post(alpha.http_port, "/resume", {}, 60)
+    assert status == 200, text
+    asking.join(60)
+    assert answers
+    assert answers[0].complete, answers
+    # The other way round: the command line's pause is not to be undone by a frontend.
+    deployment.sidecar.ok("pause", "--mode", "wait")
+    try:
+        status, text = http_post(beta.http_port, path, {}, 60)
+        assert status != 200, text
+    finally:
+        deployment.sidecar.ok("resume")
     deployment.check_serving()
 
 
