@@ -311,19 +311,19 @@ def test_pause_holds_requests_and_resume_lets_them_go(deployment):
     deployment.check_serving()
 
 
-def test_a_frontends_pause_holds_for_all_and_passes_through_the_same_lock(deployment):
+def test_a_frontends_pause_holds_for_all_until_it_resumes(deployment):
     alpha, beta = deployment.frontends
     prompt = deployment.models.prompts[0]
+    answers = []
+    asking = threading.Thread(target=lambda: answers.append(beta.ask(prompt)))
     path = "/pause?mode=wait&clear_cache=false"
     status, text = http_post(alpha.http_port, path, {}, 60)
     assert status == 200, text
     try:
-        # Another's update waits for nobody: it is told who holds the engines.
-        done = deployment.sidecar.update(deployment.models.path(0), "--version", "v0")
-        assert done.returncode == 13, (done.returncode, done.stdout, done.stderr)
-        assert alpha.handshake in done.stdout + done.stderr
-        answers = []
-        asking = threading.Thread(target=lambda: answers.append(beta.ask(prompt)))
+        assert deployment.sidecar.status()["controller"]["paused"] is True
+        # An update is possible meanwhile, and does not end the pause.
+        deployment.update(1)
+        assert deployment.sidecar.status()["controller"]["paused"] is True
         asking.start()
         deployment.sidecar.wait_status(
             "the other frontend's request waits",
@@ -335,12 +335,17 @@ def test_a_frontends_pause_holds_for_all_and_passes_through_the_same_lock(deploy
     assert status == 200, text
     asking.join(60)
     assert answers
-    assert answers[0].complete, answers
-    # The other way round: the command line's pause is not to be undone by a frontend.
+    assert answers[0].tokens == deployment.models.expected(1, prompt, 24), answers
+    deployment.check_serving(1)
+
+
+def test_a_frontend_cannot_undo_the_operators_pause(deployment):
+    _, beta = deployment.frontends
     deployment.sidecar.ok("pause", "--mode", "wait")
     try:
-        status, text = http_post(beta.http_port, path, {}, 60)
+        status, text = http_post(beta.http_port, "/resume", {}, 60)
         assert status != 200, text
+        assert deployment.sidecar.status()["controller"]["paused"] is True
     finally:
         deployment.sidecar.ok("resume")
     deployment.check_serving()
