@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, error, info, warn};
@@ -23,6 +23,7 @@ use crate::driver::handles::{
     AttachmentCommand, CoordinatorCommand, HandleError, HandshakeCommand, RankCommand, ask,
 };
 use crate::driver::node::{NodeCommand, NodeExit};
+use crate::driver::rank::SNAPSHOT_LAG;
 use crate::exit_code::{self, RunEnd};
 use crate::shutdown::{self, Asked, Why};
 use crate::state_dir::StateDir;
@@ -272,6 +273,8 @@ impl App {
             .into_iter()
             .for_each(gone);
         let sources = &self.handles.sources;
+        // Requests that came just now are not in the snapshots yet.
+        sleep(SNAPSHOT_LAG * 2).await;
         if sources.in_flight() > 0 && !self.config.shutdown_timeout.is_zero() {
             let limit = self.config.shutdown_timeout;
             info!(

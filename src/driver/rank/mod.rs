@@ -20,6 +20,9 @@ use tokio_util::task::TaskTracker;
 use super::handles::{GroupKind, HeldCall, RankEvent, RankHandle, RankSnapshot};
 use crate::transport::PrivateDir;
 
+/// By how much the numbers in a rank's snapshot may lag behind.
+pub const SNAPSHOT_LAG: Duration = task::SNAPSHOT_INTERVAL;
+
 /// Commands waiting for a rank task.
 const COMMANDS: usize = 64;
 

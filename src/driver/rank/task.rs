@@ -25,7 +25,7 @@ use crate::transport::{Dealer, Push, TransportError};
 /// Inputs handled before routes are flushed and commands are looked at again.
 const TURN: usize = 16;
 /// Between two snapshots.
-const SNAPSHOT_INTERVAL: Duration = Duration::from_millis(50);
+pub(super) const SNAPSHOT_INTERVAL: Duration = Duration::from_millis(50);
 /// Between two log lines about refused messages.
 const REFUSED_INTERVAL: Duration = Duration::from_secs(1);
 
