@@ -463,3 +463,22 @@ fn lockstep_groups_of_other_versions_run_pause_and_update() {
         }
     }
 }
+
+#[test]
+fn a_frontend_without_a_free_slot_waits_and_gets_the_one_that_is_left() {
+    let mut first = frontend(1, |_| {});
+    let mut second = frontend(1, |_| {});
+    let sidecar = Setup::waiting(1, false)
+        .args(&["--frontend-slots", "1"])
+        .frontend(&first)
+        .start();
+    let _engine = engine(&sidecar, 0, |_| {});
+    first.startup(SOON).unwrap();
+    complete_all(&mut first, "first", 2, 3);
+    let said = sidecar.command(&["frontend", "add", second.host_port()]);
+    assert_eq!(said.code, 0, "{}", said.text());
+    assert!(second.startup(Duration::from_millis(700)).is_err());
+    drop(first);
+    second.startup(SOON).unwrap();
+    assert_eq!(complete_all(&mut second, "second", 2, 3).len(), 2);
+}

@@ -160,6 +160,7 @@ pub(crate) struct Setup {
     env: Vec<(String, String)>,
     size: u16,
     spawns: bool,
+    lifeline: bool,
     port: u16,
     directory: tempfile::TempDir,
 }
@@ -205,6 +206,7 @@ impl Setup {
             env: Vec::new(),
             size,
             spawns: false,
+            lifeline: false,
             port: free_port(),
             directory: directory(),
         }
@@ -214,6 +216,12 @@ impl Setup {
     pub(crate) fn args(mut self, args: &[&str]) -> Self {
         self.args.extend(args.iter().map(|arg| (*arg).to_owned()));
         self
+    }
+
+    /// Its stdin is its lifeline.
+    pub(crate) fn lifeline(mut self) -> Self {
+        self.lifeline = true;
+        self.args(&["--lifeline", "stdin"])
     }
 
     /// Another handshake port than the free one it would get.
@@ -282,7 +290,11 @@ impl Setup {
             .env("FAKE_VLLM_STEP_MS", "2")
             .env_remove("XDG_RUNTIME_DIR")
             .envs(self.env.iter().map(|(name, value)| (name, value)))
-            .stdin(Stdio::null())
+            .stdin(if self.lifeline {
+                Stdio::piped()
+            } else {
+                Stdio::null()
+            })
             .stdout(append(&self.directory.path().join("sidecar.out")))
             .stderr(append(log));
         if self.spawns {
@@ -443,6 +455,11 @@ impl Sidecar {
         let fresh = control.join(format!(".rank-{rank}"));
         std::fs::write(&fresh, faults).unwrap();
         std::fs::rename(fresh, path).unwrap();
+    }
+
+    /// Ends its stdin.
+    pub(crate) fn cut_lifeline(&mut self) {
+        drop(self.child.stdin.take());
     }
 
     /// A signal.

@@ -3,6 +3,8 @@
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use dp_sidecar_testkit::frontend::NewRequest;
+
 use crate::harness::{SOON, Setup, complete_all, directory, exited_with, frontend, model, until};
 
 #[test]
@@ -120,6 +122,49 @@ fn the_served_frontend_comes_up_and_answers() {
     );
     let status = sidecar.stop();
     assert!(exited_with(status, 0), "{status}");
+    sidecar.await_nothing_left();
+}
+
+#[test]
+fn sigterm_lets_running_requests_end() {
+    let directory = directory();
+    let model = model(directory.path(), "m", 1, false);
+    let mut frontend = frontend(2, |_| {});
+    let mut sidecar = Setup::spawning(2, &model).frontend(&frontend).start();
+    frontend.startup(SOON).unwrap();
+    for rank in 0..2 {
+        let request = NewRequest::new(format!("r{rank}"), 200).to(rank);
+        frontend.server().add(&request).unwrap();
+    }
+    frontend
+        .server()
+        .until("first tokens", SOON, |server| {
+            server
+                .requests()
+                .values()
+                .all(|request| !request.tokens.is_empty())
+        })
+        .unwrap();
+    sidecar.signal(Signal::SIGTERM);
+    for rank in 0..2 {
+        let id = format!("r{rank}");
+        let done = frontend.server().await_request(&id, SOON).unwrap();
+        assert_eq!((done.tokens.len(), done.finish), (200, Some(1)), "{id}");
+    }
+    let status = sidecar.await_end();
+    assert!(exited_with(status, 0), "{status}");
+    sidecar.await_nothing_left();
+}
+
+#[test]
+fn the_end_of_the_lifeline_stops_everything() {
+    let directory = directory();
+    let model = model(directory.path(), "m", 1, false);
+    let mut sidecar = Setup::spawning(1, &model).lifeline().start();
+    sidecar.await_admitted();
+    sidecar.cut_lifeline();
+    let status = sidecar.await_end();
+    assert!(exited_with(status, 0) || exited_with(status, 7), "{status}");
     sidecar.await_nothing_left();
 }
 

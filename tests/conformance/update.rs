@@ -393,3 +393,77 @@ fn a_second_update_and_a_wrong_precondition_are_refused() {
     assert_eq!(said.code, 10, "{}", said.text());
     assert!(said.text().contains("v7"), "{}", said.text());
 }
+
+#[test]
+fn keep_goes_on_with_running_requests_and_says_that_they_mix() {
+    let mut rig = rig(false, "");
+    rig.frontend
+        .server()
+        .add(&NewRequest::new("frozen", 400).to(0))
+        .unwrap();
+    rig.frontend
+        .server()
+        .until("first token", SOON, |server| {
+            !server.request("frozen").unwrap().tokens.is_empty()
+        })
+        .unwrap();
+    let said = rig.update(
+        &rig.new.path.clone(),
+        &["--version", "v2", "--mode", "keep"],
+    );
+    assert_eq!(said.code, 0, "{}", said.text());
+    assert!(
+        said.text().contains("keep") || said.text().contains("mix"),
+        "{}",
+        said.text()
+    );
+    let done = rig.frontend.server().await_request("frozen", SOON).unwrap();
+    assert_eq!((done.tokens.len(), done.finish), (400, Some(1)));
+    assert_eq!(done.versions.len(), 2, "{:?}", done.versions);
+    // Old tokens, then new ones, nothing else.
+    let (old, new) = (rig.old.tokens(400), rig.new.tokens(400));
+    let switch = (0..400).find(|at| done.tokens[*at] != old[*at]).unwrap();
+    assert_eq!(done.tokens[switch..], new[switch..]);
+}
+
+#[test]
+fn a_frontend_that_loads_weights_itself_is_heard_and_the_version_is_unknown_then() {
+    let mut rig = rig(false, "");
+    let kwargs = rmpv::Value::Map(vec![(
+        rmpv::Value::from("weights_path"),
+        rmpv::Value::from(rig.new.path.display().to_string()),
+    )]);
+    let args = [
+        rmpv::Value::from("reload_weights"),
+        rmpv::Value::Nil,
+        rmpv::Value::Array(Vec::new()),
+        kwargs,
+    ];
+    rig.frontend
+        .server()
+        .call_all("collective_rpc", &args, SOON)
+        .unwrap();
+    rig.assert_serves("new", "after");
+    // The next update cannot roll back to what nobody here knows, and must not pretend to.
+    let said = rig.update(
+        &rig.new.path.clone(),
+        &["--version", "v3", "--from-version", "default"],
+    );
+    assert_eq!(said.code, 10, "{}", said.text());
+    let said = rig.update(&rig.new.path.clone(), &["--version", "v3"]);
+    assert_eq!(said.code, 0, "{}", said.text());
+    rig.assert_serves("new", "after the update");
+}
+
+#[test]
+fn a_cache_reset_that_says_no_is_told_with_its_rank() {
+    let rig = rig(false, "0@reset-false");
+    let said = rig.update(&rig.new.path, &["--version", "v2"]);
+    let report = said.json();
+    let told = format!("{} {}", report["warnings"], report["reason"]);
+    assert!(
+        told.contains("rank 0") && told.contains("cache"),
+        "exit {}: {report}",
+        said.code
+    );
+}
