@@ -385,3 +385,26 @@ fn a_spent_budget_ends_the_sidecar_only_when_no_rank_is_left() {
     }
     assert_eq!(failed, 1);
 }
+
+#[test]
+fn a_waiting_engine_may_go_through_its_handshake_before_its_rank_is_known_to_be_prepared() {
+    let orders: [[usize; 4]; 4] = [[1, 2, 3, 0], [1, 2, 0, 3], [1, 0, 2, 3], [2, 1, 3, 0]];
+    for order in orders {
+        let mut m = machine(false, false);
+        drain(&mut m);
+        let (rank, incarnation) = (R0, Incarnation(1));
+        let mut events = [
+            Some(Event::Prepared { rank, incarnation }),
+            Some(Event::Connected { rank, incarnation }),
+            Some(Event::Registered { rank, incarnation }),
+            Some(Event::HandshakeReady { rank, incarnation }),
+        ];
+        for number in order {
+            at(&mut m, events[number].take().unwrap());
+        }
+        let restore = Action::Restore {
+            ranks: vec![(rank, incarnation)],
+        };
+        assert_eq!(drain(&mut m), [restore], "order {order:?}");
+    }
+}

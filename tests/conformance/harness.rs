@@ -556,6 +556,10 @@ impl Drop for Sidecar {
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("{}", self.log_tail());
+            // `KEEP_LOG=FILE` keeps all of it.
+            if let Some(path) = std::env::var_os("KEEP_LOG") {
+                let _ = std::fs::copy(&self.log, path);
+            }
         }
         let keeper = if self.ended.is_none() {
             self.keeper()

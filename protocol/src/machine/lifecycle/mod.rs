@@ -250,11 +250,13 @@ impl Lifecycle {
                 }
             }
             Event::Connected { rank, incarnation } => {
+                self.prepared_early(now, rank, incarnation);
                 if let Some(state) = self.current(rank, incarnation, &[Phase::Starting]) {
                     state.phase = Phase::Connected;
                 }
             }
             Event::Registered { rank, incarnation } => {
+                self.prepared_early(now, rank, incarnation);
                 let phases = [Phase::Starting, Phase::Connected];
                 if let Some(state) = self.current(rank, incarnation, &phases) {
                     state.registered = true;
@@ -262,6 +264,7 @@ impl Lifecycle {
                 }
             }
             Event::HandshakeReady { rank, incarnation } => {
+                self.prepared_early(now, rank, incarnation);
                 let phases = [Phase::Starting, Phase::Connected];
                 if let Some(state) = self.current(rank, incarnation, &phases) {
                     state.handshaken = true;
@@ -353,6 +356,18 @@ impl Lifecycle {
         self.ranks
             .get_mut(&rank)
             .filter(|s| s.incarnation == incarnation && phases.contains(&s.phase))
+    }
+
+    /// An engine that was waiting to say HELLO may go through its whole handshake before the news
+    /// that its rank is prepared gets here: that it speaks shows that it is.
+    fn prepared_early(&mut self, now: Time, rank: EngineIndex, incarnation: Incarnation) {
+        if self.config.spawn {
+            return;
+        }
+        if let Some(state) = self.current(rank, incarnation, &[Phase::Preparing]) {
+            state.phase = Phase::Starting;
+            state.since = now;
+        }
     }
 
     fn advance(&mut self, now: Time, rank: EngineIndex) {
