@@ -145,7 +145,7 @@ def test_engines_that_break_the_handshake_are_named_and_others_go_on(world):
         assert first.poll(10_000), sidecar.tail()
         assert first.recv(), "no INIT"
         first.send(hello_message())
-        sidecar.wait_line(r"(?i)rank 0.*hello")
+        sidecar.wait_line(r"(?i)second hello.*rank 0")
         assert sidecar.status()["sidecar"]["pid"] == sidecar.pid
         for peer in (stranger, nonsense, first):
             peer.close()
