@@ -45,12 +45,10 @@ async fn run_coordinator(listen_dir: PathBuf, engines: u16) -> Result<(), String
     let mut addresses = Vec::new();
     for rank in (0..engines).map(EngineIndex) {
         let what = format!("sockets of rank {rank}");
-        let asked = ask(&handle.commands, "coordinator", what, LIMIT, |reply| {
-            CoordinatorCommand::Prepare {
-                rank,
-                incarnation: Incarnation(1),
-                reply,
-            }
+        let asked = ask(&handle.commands, "coordinator", what, LIMIT, |reply| CoordinatorCommand::Prepare {
+            rank,
+            incarnation: Incarnation(1),
+            reply,
         });
         addresses.push(asked.await.map_err(|e| text(&e))?);
     }
@@ -65,9 +63,8 @@ async fn run_coordinator(listen_dir: PathBuf, engines: u16) -> Result<(), String
         _ = interrupt.recv() => {}
     }
     let what = "shutdown".to_owned();
-    let asked = ask(&handle.commands, "coordinator", what, LIMIT, |reply| {
-        CoordinatorCommand::Shutdown { reply }
-    });
+    let asked =
+        ask(&handle.commands, "coordinator", what, LIMIT, |reply| CoordinatorCommand::Shutdown { reply });
     asked.await.map_err(|e| text(&e))?;
     tracker.close();
     if tokio::time::timeout(LIMIT, tracker.wait()).await.is_err() {

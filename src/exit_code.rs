@@ -46,10 +46,7 @@ pub struct RunEnd {
 impl RunEnd {
     /// An end with this code.
     pub fn new(code: u8, reason: impl Into<String>) -> Self {
-        Self {
-            code,
-            reason: reason.into(),
-        }
+        Self { code, reason: reason.into() }
     }
 }
 
@@ -66,22 +63,13 @@ pub const TABLE: &[(u8, &str)] = &[
     (PREFLIGHT, "a check before the start failed"),
     (NO_PLACEMENT, "ranks cannot be placed"),
     (TIMEOUT, "something took longer than its limit"),
-    (
-        ENGINE_FAILED,
-        "an engine or the frontend cannot be kept alive",
-    ),
+    (ENGINE_FAILED, "an engine or the frontend cannot be kept alive"),
     (PEER_OR_LIFELINE, "a peer or the lifeline ended the group"),
     (IN_USE, "port, address or state directory in use"),
     (MISMATCH, "nodes are configured differently"),
     (UPDATE_REFUSED, "update refused, no engine was touched"),
-    (
-        UPDATE_ROLLED_BACK,
-        "update failed, all engines hold the previous weights",
-    ),
-    (
-        UPDATE_DEGRADED,
-        "update failed, at least one engine is fenced",
-    ),
+    (UPDATE_ROLLED_BACK, "update failed, all engines hold the previous weights"),
+    (UPDATE_DEGRADED, "update failed, at least one engine is fenced"),
     (BUSY, "another controller holds the engines"),
     (NOT_RUNNING, "no sidecar answers"),
     (COMMAND_FAILED, "the sidecar refused the command"),

@@ -163,11 +163,7 @@ struct Faults<'a>(&'a [Fault]);
 impl fmt::Display for Faults<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let count = self.0.len();
-        write!(
-            f,
-            "{count} tensor fault{}: ",
-            if count == 1 { "" } else { "s" }
-        )?;
+        write!(f, "{count} tensor fault{}: ", if count == 1 { "" } else { "s" })?;
         for (at, fault) in self.0.iter().take(LISTED).enumerate() {
             let comma = if at == 0 { "" } else { "; " };
             write!(f, "{comma}{fault}")?;
@@ -240,15 +236,9 @@ impl Manifest {
             None => list_files(path)?,
         };
         if names.is_empty() {
-            return Err(ManifestError::Empty {
-                path: path.to_owned(),
-            });
+            return Err(ManifestError::Empty { path: path.to_owned() });
         }
-        let mut manifest = Self {
-            path: path.to_owned(),
-            files: Vec::new(),
-            tensors: Vec::new(),
-        };
+        let mut manifest = Self { path: path.to_owned(), files: Vec::new(), tensors: Vec::new() };
         let mut faults = Vec::new();
         let mut seen: BTreeMap<String, usize> = BTreeMap::new();
         for name in names {
@@ -269,10 +259,7 @@ impl Manifest {
         for (name, file) in index.iter().flatten() {
             let found = seen.get(name).map(|at| &manifest.files[*at].name);
             if found != Some(file) {
-                faults.push(Fault::NotWhereIndexed {
-                    name: name.clone(),
-                    file: file.clone(),
-                });
+                faults.push(Fault::NotWhereIndexed { name: name.clone(), file: file.clone() });
             }
         }
         manifest.fail_on(faults)?;
@@ -284,9 +271,7 @@ impl Manifest {
     pub fn check_against(&self, model: &Self) -> Result<(), ManifestError> {
         let by_name = |manifest: &Self| -> BTreeMap<String, Tensor> {
             let tensors = manifest.tensors.iter().cloned();
-            tensors
-                .map(|tensor| (tensor.name.clone(), tensor))
-                .collect()
+            tensors.map(|tensor| (tensor.name.clone(), tensor)).collect()
         };
         let (ours, wanted) = (by_name(self), by_name(model));
         let mut faults = Vec::new();
@@ -336,10 +321,7 @@ impl Manifest {
         if faults.is_empty() {
             return Ok(());
         }
-        Err(ManifestError::Tensors {
-            path: self.path.clone(),
-            faults,
-        })
+        Err(ManifestError::Tensors { path: self.path.clone(), faults })
     }
 }
 
@@ -385,22 +367,15 @@ fn read_index(dir: &Path) -> Result<Option<BTreeMap<String, String>>, ManifestEr
         Err(error) => return Err(unreadable(&path, &error)),
     };
     let mut text = Vec::new();
-    file.take(MAX_INDEX)
-        .read_to_end(&mut text)
-        .map_err(|error| unreadable(&path, &error))?;
-    let fail = |reason: String| ManifestError::Index {
-        path: path.clone(),
-        reason,
-    };
+    file.take(MAX_INDEX).read_to_end(&mut text).map_err(|error| unreadable(&path, &error))?;
+    let fail = |reason: String| ManifestError::Index { path: path.clone(), reason };
     let index: Index = serde_json::from_slice(&text).map_err(|error| fail(error.to_string()))?;
     if index.weight_map.is_empty() {
         return Err(fail("weight_map is empty".to_owned()));
     }
     for file in index.weight_map.values() {
         if file.contains('/') || !file.ends_with(".safetensors") {
-            return Err(fail(format!(
-                "names {file:?}, expected a *.safetensors file in the same directory"
-            )));
+            return Err(fail(format!("names {file:?}, expected a *.safetensors file in the same directory")));
         }
     }
     Ok(Some(index.weight_map))
@@ -447,40 +422,25 @@ fn read_header(
     let mut file = File::open(&path).map_err(|error| unreadable(&path, &error))?;
     let meta = file.metadata().map_err(|error| unreadable(&path, &error))?;
     let actual = meta.len();
-    let fail = |reason: String| ManifestError::Header {
-        path: path.clone(),
-        reason,
-    };
-    let too_short = |expected: u64| ManifestError::Length {
-        path: path.clone(),
-        expected,
-        actual,
-    };
+    let fail = |reason: String| ManifestError::Header { path: path.clone(), reason };
+    let too_short = |expected: u64| ManifestError::Length { path: path.clone(), expected, actual };
     if actual < 8 {
         return Err(too_short(8));
     }
     let mut length = [0; 8];
-    file.read_exact(&mut length)
-        .map_err(|error| unreadable(&path, &error))?;
+    file.read_exact(&mut length).map_err(|error| unreadable(&path, &error))?;
     let length = u64::from_le_bytes(length);
     if length > MAX_HEADER {
-        return Err(fail(format!(
-            "{length} bytes long, at most {MAX_HEADER} are allowed"
-        )));
+        return Err(fail(format!("{length} bytes long, at most {MAX_HEADER} are allowed")));
     }
     let data = 8 + length;
     if actual < data {
         return Err(too_short(data));
     }
     let mut text = Vec::new();
-    file.take(length)
-        .read_to_end(&mut text)
-        .map_err(|error| unreadable(&path, &error))?;
-    let Header(mut entries) =
-        serde_json::from_slice(&text).map_err(|error| fail(error.to_string()))?;
-    entries.sort_by(|(a_name, a), (b_name, b)| {
-        (a.data_offsets, a_name).cmp(&(b.data_offsets, b_name))
-    });
+    file.take(length).read_to_end(&mut text).map_err(|error| unreadable(&path, &error))?;
+    let Header(mut entries) = serde_json::from_slice(&text).map_err(|error| fail(error.to_string()))?;
+    entries.sort_by(|(a_name, a), (b_name, b)| (a.data_offsets, a_name).cmp(&(b.data_offsets, b_name)));
     let mut tensors = Vec::new();
     let mut next = 0u64;
     for (tensor, info) in entries {
@@ -513,19 +473,12 @@ fn read_header(
     if actual != expected {
         return Err(too_short(expected));
     }
-    let file = ManifestFile {
-        name: name.to_owned(),
-        len: actual,
-        modified: meta.modified().ok(),
-    };
+    let file = ManifestFile { name: name.to_owned(), len: actual, modified: meta.modified().ok() };
     Ok((file, tensors))
 }
 
 fn size_of(info: &TensorInfo) -> Option<u64> {
-    let elements = info
-        .shape
-        .iter()
-        .try_fold(1usize, |all, dimension| all.checked_mul(*dimension))?;
+    let elements = info.shape.iter().try_fold(1usize, |all, dimension| all.checked_mul(*dimension))?;
     let bits = elements.checked_mul(info.dtype.bitsize())?;
     bits.is_multiple_of(8).then_some((bits / 8) as u64)
 }

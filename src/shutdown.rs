@@ -40,10 +40,7 @@ pub struct Asked {
 }
 
 /// Watches signals and the lifeline. The task ends when the last receiver is dropped.
-pub fn watch_outside(
-    lifeline: Lifeline,
-    tasks: &TaskTracker,
-) -> io::Result<watch::Receiver<Asked>> {
+pub fn watch_outside(lifeline: Lifeline, tasks: &TaskTracker) -> io::Result<watch::Receiver<Asked>> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let (sender, receiver) = watch::channel(Asked::default());
@@ -51,22 +48,20 @@ pub fn watch_outside(
     if lifeline == Lifeline::Stdin {
         // A thread of its own: it may stay in its read until the process ends, which a thread of
         // the runtime must not.
-        std::thread::Builder::new()
-            .name("lifeline".to_owned())
-            .spawn(move || {
-                let mut buffer = [0; 256];
-                let mut stdin = io::stdin().lock();
-                loop {
-                    match stdin.read(&mut buffer) {
-                        Ok(0) => break,
-                        Ok(_) => {}
-                        Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                        Err(_) => break,
-                    }
+        std::thread::Builder::new().name("lifeline".to_owned()).spawn(move || {
+            let mut buffer = [0; 256];
+            let mut stdin = io::stdin().lock();
+            loop {
+                match stdin.read(&mut buffer) {
+                    Ok(0) => break,
+                    Ok(_) => {}
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(_) => break,
                 }
-                // Nobody may be waiting any more.
-                let _ = end.send(());
-            })?;
+            }
+            // Nobody may be waiting any more.
+            let _ = end.send(());
+        })?;
     }
     tasks.spawn(async move {
         let mut lifeline_lives = lifeline == Lifeline::Stdin;

@@ -68,13 +68,8 @@ impl StateDir {
     /// a folder of this user below `/tmp`.
     pub fn default_path(runtime_dir: Option<&str>, start_rank: u16) -> PathBuf {
         match runtime_dir.filter(|dir| !dir.is_empty()) {
-            Some(dir) => Path::new(dir)
-                .join("dp-sidecar")
-                .join(start_rank.to_string()),
-            None => PathBuf::from(format!(
-                "/tmp/dp-sidecar-{}/{start_rank}",
-                nix::unistd::geteuid()
-            )),
+            Some(dir) => Path::new(dir).join("dp-sidecar").join(start_rank.to_string()),
+            None => PathBuf::from(format!("/tmp/dp-sidecar-{}/{start_rank}", nix::unistd::geteuid())),
         }
     }
 
@@ -82,29 +77,18 @@ impl StateDir {
     pub fn open(path: &Path) -> Result<Self, StateDirError> {
         let length = path.as_os_str().len();
         if length > LONGEST_PATH {
-            return Err(StateDirError::TooLong {
-                path: path.to_owned(),
-                length,
-            });
+            return Err(StateDirError::TooLong { path: path.to_owned(), length });
         }
         let io_error = |path: &Path| {
             let path = path.to_owned();
             move |error| StateDirError::Io { path, error }
         };
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(path)
-            .map_err(io_error(path))?;
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(io_error(path))?;
         let path = path.canonicalize().map_err(io_error(path))?;
         let metadata = fs::metadata(&path).map_err(io_error(&path))?;
         let expected = nix::unistd::geteuid().as_raw();
         if metadata.uid() != expected {
-            return Err(StateDirError::Foreign {
-                path,
-                owner: metadata.uid(),
-                expected,
-            });
+            return Err(StateDirError::Foreign { path, owner: metadata.uid(), expected });
         }
         fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).map_err(io_error(&path))?;
         let lock = take_lock(&path)?;
@@ -117,11 +101,7 @@ impl StateDir {
                 id
             }
         };
-        Ok(Self {
-            path,
-            run_id,
-            _lock: lock,
-        })
+        Ok(Self { path, run_id, _lock: lock })
     }
 
     /// The directory.
@@ -143,10 +123,7 @@ impl StateDir {
 
 fn take_lock(dir: &Path) -> Result<File, StateDirError> {
     let path = dir.join(LOCK_FILE);
-    let io_error = |error| StateDirError::Io {
-        path: path.clone(),
-        error,
-    };
+    let io_error = |error| StateDirError::Io { path: path.clone(), error };
     let mut lock = OpenOptions::new()
         .create(true)
         .truncate(false)
@@ -170,8 +147,7 @@ fn take_lock(dir: &Path) -> Result<File, StateDirError> {
         Err(TryLockError::Error(error)) => return Err(io_error(error)),
     }
     lock.set_len(0).map_err(io_error)?;
-    lock.write_all(format!("{}\n", std::process::id()).as_bytes())
-        .map_err(io_error)?;
+    lock.write_all(format!("{}\n", std::process::id()).as_bytes()).map_err(io_error)?;
     Ok(lock)
 }
 
@@ -187,12 +163,7 @@ mod tests {
         let mode = fs::metadata(first.path()).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o700);
         let error = StateDir::open(&path).unwrap_err();
-        assert!(
-            error
-                .to_string()
-                .ends_with(&format!("is in use by pid {}", std::process::id())),
-            "{error}"
-        );
+        assert!(error.to_string().ends_with(&format!("is in use by pid {}", std::process::id())), "{error}");
         let run_id = first.run_id().to_owned();
         drop(first);
         let second = StateDir::open(&path).unwrap();
@@ -202,22 +173,13 @@ mod tests {
     #[test]
     fn a_path_that_leaves_no_room_for_sockets_is_refused() {
         let path = PathBuf::from(format!("/tmp/{}", "x".repeat(LONGEST_PATH)));
-        assert!(matches!(
-            StateDir::open(&path),
-            Err(StateDirError::TooLong { .. })
-        ));
+        assert!(matches!(StateDir::open(&path), Err(StateDirError::TooLong { .. })));
     }
 
     #[test]
     fn the_default_is_below_the_runtime_directory_or_tmp() {
-        assert_eq!(
-            StateDir::default_path(Some("/run/user/7"), 4),
-            Path::new("/run/user/7/dp-sidecar/4")
-        );
+        assert_eq!(StateDir::default_path(Some("/run/user/7"), 4), Path::new("/run/user/7/dp-sidecar/4"));
         let uid = nix::unistd::geteuid();
-        assert_eq!(
-            StateDir::default_path(Some(""), 0),
-            PathBuf::from(format!("/tmp/dp-sidecar-{uid}/0"))
-        );
+        assert_eq!(StateDir::default_path(Some(""), 0), PathBuf::from(format!("/tmp/dp-sidecar-{uid}/0")));
     }
 }

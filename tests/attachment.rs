@@ -9,9 +9,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use dp_sidecar::driver::attachment::{AttachmentConfig, spawn};
 use dp_sidecar::driver::handles::{
-    AttachmentCommand, AttachmentHandle, CoordinatorCommand, CoordinatorHandle,
-    CoordinatorSnapshot, Deployment, EngineFacts, ForFrontendCoordinator, FrontendSnapshot,
-    GroupKind, HandleError, RankCommand, RankHandle, RankSnapshot, RouteLost, ask,
+    AttachmentCommand, AttachmentHandle, CoordinatorCommand, CoordinatorHandle, CoordinatorSnapshot,
+    Deployment, EngineFacts, ForFrontendCoordinator, FrontendSnapshot, GroupKind, HandleError, RankCommand,
+    RankHandle, RankSnapshot, RouteLost, ask,
 };
 use dp_sidecar::transport::{Dealer, Push};
 use dp_sidecar_protocol::layout::Layout;
@@ -84,11 +84,7 @@ fn with_hash(size: u16, kind: GroupKind, known: u16, hash: &str) -> Deployment {
         };
         (EngineIndex(rank), facts)
     });
-    Deployment {
-        kind,
-        size,
-        engines: engines.collect(),
-    }
+    Deployment { kind, size, engines: engines.collect() }
 }
 
 /// Plays a rank task: connects the routes with its identity and notices when they are lost.
@@ -102,9 +98,7 @@ async fn rank(
     while let Some(command) = commands.recv().await {
         match command {
             RankCommand::OpenRoute { route, reply } => {
-                seen.lock()
-                    .opened
-                    .push((index, route.api_server, route.frontend));
+                seen.lock().opened.push((index, route.api_server, route.frontend));
                 let stop = routes.entry(route.frontend).or_default().clone();
                 let serve = async move {
                     let identity = EngineIndex(index).identity().0;
@@ -166,17 +160,11 @@ fn fixture(size: u16, kind: GroupKind, slots: u32) -> Fixture {
     let mut snapshots = Vec::new();
     for index in 0..size {
         let (commands, inbox) = mpsc::channel(64);
-        let (sender, snapshot) = watch::channel(RankSnapshot {
-            slots: (0, 0, slots),
-            ..RankSnapshot::default()
-        });
+        let (sender, snapshot) =
+            watch::channel(RankSnapshot { slots: (0, 0, slots), ..RankSnapshot::default() });
         ranks.spawn(rank(index, inbox, seen.clone(), ranks.clone()));
         snapshots.push(sender);
-        handles.push(RankHandle {
-            rank: EngineIndex(index),
-            commands,
-            snapshot,
-        });
+        handles.push(RankHandle { rank: EngineIndex(index), commands, snapshot });
     }
     let (commands, inbox) = mpsc::channel(64);
     ranks.spawn(coordinator(inbox, seen.clone()));
@@ -184,21 +172,8 @@ fn fixture(size: u16, kind: GroupKind, slots: u32) -> Fixture {
     let (deployment, known) = watch::channel(deployment(size, kind, size));
     let mut config = AttachmentConfig::default();
     config.machine.stall = Duration::from_millis(800);
-    let handle = spawn(
-        config,
-        &tracker,
-        handles,
-        CoordinatorHandle { commands, snapshot },
-        known,
-    );
-    Fixture {
-        handle,
-        seen,
-        deployment,
-        slots: snapshots,
-        tracker,
-        ranks,
-    }
+    let handle = spawn(config, &tracker, handles, CoordinatorHandle { commands, snapshot }, known);
+    Fixture { handle, seen, deployment, slots: snapshots, tracker, ranks }
 }
 
 impl Fixture {
@@ -212,15 +187,12 @@ impl Fixture {
 
     async fn add(&self, address: &str) {
         let address = address.to_owned();
-        self.ask(|reply| AttachmentCommand::Add { address, reply })
-            .await
-            .unwrap();
+        self.ask(|reply| AttachmentCommand::Add { address, reply }).await.unwrap();
     }
 
     async fn remove(&self, address: &str) -> Result<(), HandleError> {
         let address = address.to_owned();
-        self.ask(|reply| AttachmentCommand::Remove { address, reply })
-            .await
+        self.ask(|reply| AttachmentCommand::Remove { address, reply }).await
     }
 
     /// Waits until the frontend is in a state, with a detail that has all these parts.
@@ -245,9 +217,7 @@ impl Fixture {
     }
 
     async fn shut_down(self) {
-        self.ask(|reply| AttachmentCommand::Shutdown { reply })
-            .await
-            .unwrap();
+        self.ask(|reply| AttachmentCommand::Shutdown { reply }).await.unwrap();
         self.tracker.close();
         timeout(PATIENCE, self.tracker.wait()).await.unwrap();
         let Self { handle, ranks, .. } = self;
@@ -258,10 +228,7 @@ impl Fixture {
 }
 
 fn options(size: u16) -> FrontendOptions {
-    FrontendOptions {
-        size,
-        ..FrontendOptions::default()
-    }
+    FrontendOptions { size, ..FrontendOptions::default() }
 }
 
 fn frontend(options: FrontendOptions) -> FakeFrontend {
@@ -281,10 +248,7 @@ async fn start(mut frontend: FakeFrontend) -> (FakeFrontend, Result<usize, Front
 /// Pumps the first API server until it has heard ENGINE_CORE_DEAD.
 async fn hears_of_death(mut frontend: FakeFrontend) -> bool {
     tokio::task::spawn_blocking(move || {
-        matches!(
-            frontend.server().pump_for(PATIENCE),
-            Err(FrontendError::EngineDead { .. })
-        )
+        matches!(frontend.server().pump_for(PATIENCE), Err(FrontendError::EngineDead { .. }))
     })
     .await
     .unwrap()
@@ -294,10 +258,7 @@ async fn hears_of_death(mut frontend: FakeFrontend) -> bool {
 async fn two_frontends_with_three_api_servers_attach_and_a_removed_one_fails_fast() {
     let fixture = fixture(2, GroupKind::Independent, 4);
     let one = frontend(options(2));
-    let two = frontend(FrontendOptions {
-        api_servers: 2,
-        ..options(2)
-    });
+    let two = frontend(FrontendOptions { api_servers: 2, ..options(2) });
     let addresses = [one.host_port().to_owned(), two.host_port().to_owned()];
     fixture.add(&addresses[0]).await;
     fixture.add(&addresses[1]).await;
@@ -311,19 +272,13 @@ async fn two_frontends_with_three_api_servers_attach_and_a_removed_one_fails_fas
         for server in &frontend.servers {
             for rank in 0..2 {
                 let ready = &server.registrations()[&rank];
-                let address = ready
-                    .as_map()
-                    .unwrap()
-                    .iter()
-                    .find(|(key, _)| key.as_str() == Some("dp_stats_address"));
+                let address =
+                    ready.as_map().unwrap().iter().find(|(key, _)| key.as_str() == Some("dp_stats_address"));
                 assert_eq!(address.unwrap().1.as_str(), Some(stats.as_str()));
             }
         }
     }
-    let error = fixture.ask(|reply| AttachmentCommand::Add {
-        address: addresses[0].clone(),
-        reply,
-    });
+    let error = fixture.ask(|reply| AttachmentCommand::Add { address: addresses[0].clone(), reply });
     assert!(error.await.unwrap_err().to_string().contains("already"));
 
     fixture.remove(&addresses[0]).await.unwrap();
@@ -341,10 +296,7 @@ async fn two_frontends_with_three_api_servers_attach_and_a_removed_one_fails_fas
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn waves_and_stats_pass_between_the_engines_and_the_frontends_coordinator() {
     let fixture = fixture(2, GroupKind::Lockstep, 1);
-    let moe = frontend(FrontendOptions {
-        moe: true,
-        ..options(2)
-    });
+    let moe = frontend(FrontendOptions { moe: true, ..options(2) });
     let address = moe.host_port().to_owned();
     fixture.add(&address).await;
     let (mut moe, started) = start(moe).await;
@@ -368,21 +320,15 @@ async fn waves_and_stats_pass_between_the_engines_and_the_frontends_coordinator(
     outputs[3] = Value::F64(1.0);
     outputs[6] = 0.into();
     let sink = fixture.seen.lock().sinks[&id].clone();
-    sink.send(ForFrontendCoordinator {
-        rank: EngineIndex(1),
-        frame: encode(&Value::Array(outputs)),
-    })
-    .await
-    .unwrap();
+    sink.send(ForFrontendCoordinator { rank: EngineIndex(1), frame: encode(&Value::Array(outputs)) })
+        .await
+        .unwrap();
     let coordinator = moe.coordinator.as_ref().unwrap();
     wait_for("the next wave", || coordinator.state().wave == 1).await;
     assert_eq!(coordinator.state().died, None);
     assert_eq!(fixture.seen.lock().waves, [0]);
     drop(moe);
-    wait_for("RemoveFrontend", || {
-        fixture.seen.lock().removed.contains(&id)
-    })
-    .await;
+    wait_for("RemoveFrontend", || fixture.seen.lock().removed.contains(&id)).await;
     fixture.shut_down().await;
 }
 
@@ -406,22 +352,14 @@ async fn a_killed_frontend_is_attached_again_when_it_comes_back() {
     drop(first);
     fixture.until(&host_port, "waiting", &[]).await;
     for life in 1..3 {
-        let (frontend, started) = start(frontend(FrontendOptions {
-            address: address.clone(),
-            ..options(2)
-        }))
-        .await;
+        let (frontend, started) =
+            start(frontend(FrontendOptions { address: address.clone(), ..options(2) })).await;
         assert_eq!(started.unwrap(), 2, "life {life}");
         let shown = fixture.until(&host_port, "attached", &[]).await;
         assert_eq!(shown.attachments, life);
         drop(frontend);
-        fixture
-            .until(&host_port, "waiting", &["nobody accepts"])
-            .await;
-        wait_for("the routes to be closed", || {
-            fixture.seen.lock().closed.len() as u64 == life * 2
-        })
-        .await;
+        fixture.until(&host_port, "waiting", &["nobody accepts"]).await;
+        wait_for("the routes to be closed", || fixture.seen.lock().closed.len() as u64 == life * 2).await;
     }
     fixture.shut_down().await;
 }
@@ -429,18 +367,12 @@ async fn a_killed_frontend_is_attached_again_when_it_comes_back() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_frontend_waits_for_the_deployment_and_is_told_what_is_missing() {
     let fixture = fixture(2, GroupKind::Independent, 2);
-    fixture
-        .deployment
-        .send_replace(deployment(2, GroupKind::Independent, 1));
+    fixture.deployment.send_replace(deployment(2, GroupKind::Independent, 1));
     let frontend = frontend(options(2));
     let address = frontend.host_port().to_owned();
     fixture.add(&address).await;
-    fixture
-        .until(&address, "waiting", &["waiting for ranks 1"])
-        .await;
-    fixture
-        .deployment
-        .send_replace(deployment(2, GroupKind::Independent, 2));
+    fixture.until(&address, "waiting", &["waiting for ranks 1"]).await;
+    fixture.deployment.send_replace(deployment(2, GroupKind::Independent, 2));
     start(frontend).await.1.unwrap();
     fixture.shut_down().await;
 }
@@ -451,9 +383,8 @@ async fn frontends_of_another_size_are_refused_by_name_and_the_others_go_on() {
     let fits = frontend(options(2));
     let large = frontend(options(3));
     let small = frontend(options(1));
-    let addresses: Vec<String> = [&fits, &large, &small]
-        .map(|frontend| frontend.host_port().to_owned())
-        .to_vec();
+    let addresses: Vec<String> =
+        [&fits, &large, &small].map(|frontend| frontend.host_port().to_owned()).to_vec();
     for address in &addresses {
         fixture.add(address).await;
     }
@@ -470,23 +401,11 @@ async fn frontends_of_another_size_are_refused_by_name_and_the_others_go_on() {
     let (fits, started) = start(fits).await;
     assert_eq!(started.unwrap(), 2);
     fixture.until(&addresses[0], "attached", &[]).await;
-    fixture
-        .until(
-            &addresses[1],
-            "refused",
-            &["--data-parallel-size is probably larger than 2"],
-        )
-        .await;
+    fixture.until(&addresses[1], "refused", &["--data-parallel-size is probably larger than 2"]).await;
     let (small, result) = small.await.unwrap();
     assert!(matches!(result, Err(FrontendError::UnknownIdentity(_))));
     drop(small);
-    fixture
-        .until(
-            &addresses[2],
-            "refused",
-            &["--data-parallel-size 1 while this deployment has 2"],
-        )
-        .await;
+    fixture.until(&addresses[2], "refused", &["--data-parallel-size 1 while this deployment has 2"]).await;
     let (large, failed) = large.await.unwrap();
     assert!(failed);
     fixture.until(&addresses[0], "attached", &[]).await;
@@ -505,9 +424,8 @@ async fn other_parallel_flags_and_other_models_are_refused_with_both_sides_named
     let flags = frontend(moe(2, "other"));
     let size = frontend(moe(4, "fake-parallel-config"));
     let dense = frontend(options(2));
-    let addresses: Vec<String> = [&flags, &size, &dense]
-        .map(|frontend| frontend.host_port().to_owned())
-        .to_vec();
+    let addresses: Vec<String> =
+        [&flags, &size, &dense].map(|frontend| frontend.host_port().to_owned()).to_vec();
     for address in &addresses {
         fixture.add(address).await;
     }
@@ -521,26 +439,12 @@ async fn other_parallel_flags_and_other_models_are_refused_with_both_sides_named
             })
         })
         .collect();
-    fixture
-        .until(
-            &addresses[1],
-            "refused",
-            &["--data-parallel-size 4", "this deployment has 2"],
-        )
-        .await;
-    fixture
-        .until(&addresses[2], "refused", &["does it serve another model"])
-        .await;
+    fixture.until(&addresses[1], "refused", &["--data-parallel-size 4", "this deployment has 2"]).await;
+    fixture.until(&addresses[2], "refused", &["does it serve another model"]).await;
     let (flags, result) = refused.await.unwrap();
     assert!(matches!(result, Err(FrontendError::HashMismatch { .. })));
     drop(flags);
-    fixture
-        .until(
-            &addresses[0],
-            "refused",
-            &["right after READY", "fake-parallel-config"],
-        )
-        .await;
+    fixture.until(&addresses[0], "refused", &["right after READY", "fake-parallel-config"]).await;
     for other in others {
         other.await.unwrap();
     }
@@ -550,20 +454,11 @@ async fn other_parallel_flags_and_other_models_are_refused_with_both_sides_named
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_frontend_without_free_slots_waits_for_them_without_a_second_hello() {
     let fixture = fixture(1, GroupKind::Independent, 2);
-    let many = frontend(FrontendOptions {
-        api_servers: 3,
-        ..options(1)
-    });
+    let many = frontend(FrontendOptions { api_servers: 3, ..options(1) });
     let address = many.host_port().to_owned();
     fixture.add(&address).await;
     let started = tokio::spawn(start(many));
-    fixture
-        .until(
-            &address,
-            "refused",
-            &["3 API servers", "2 slots are free", "--frontend-slots"],
-        )
-        .await;
+    fixture.until(&address, "refused", &["3 API servers", "2 slots are free", "--frontend-slots"]).await;
     assert!(fixture.seen.lock().opened.is_empty());
     fixture.slots[0].send_modify(|snapshot| snapshot.slots = (0, 0, 3));
     let (many, started) = started.await.unwrap();
@@ -659,9 +554,7 @@ async fn the_startup_code_of_vllm_accepts_the_virtual_engines_again_and_again() 
         assert_eq!((shown.attachments, shown.api_servers), (life, 2));
         if life == 1 {
             drop(vllm);
-            fixture
-                .until(&address, "waiting", &["nobody accepts"])
-                .await;
+            fixture.until(&address, "waiting", &["nobody accepts"]).await;
             vllm = Reference::start(port, &arguments).unwrap();
         }
     }
@@ -690,13 +583,7 @@ async fn vllm_checks_the_config_hash_of_moe_engines_and_the_sidecar_says_which()
         panic!("no mismatch");
     });
     failed.await.unwrap();
-    fixture
-        .until(
-            &address,
-            "refused",
-            &["right after READY", "fake-parallel-config"],
-        )
-        .await;
+    fixture.until(&address, "refused", &["right after READY", "fake-parallel-config"]).await;
     drop(vllm);
     // As if the engines had been started with the frontend's flags.
     let fits = with_hash(2, GroupKind::Lockstep, 2, hash);

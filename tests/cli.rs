@@ -8,9 +8,9 @@ use std::process::{Output, Stdio};
 use std::time::Duration;
 
 use dp_sidecar::admin::types::{
-    AdminError, ControllerStatus, DeploymentStatus, EngineStatus, ErrorKind, FrontendStatus,
-    PauseMode, SidecarStatus, Status, UpdateProgress, UpdateReport, UpdateRequest, UpdateStatus,
-    VersionReport, WeightsStatus,
+    AdminError, ControllerStatus, DeploymentStatus, EngineStatus, ErrorKind, FrontendStatus, PauseMode,
+    SidecarStatus, Status, UpdateProgress, UpdateReport, UpdateRequest, UpdateStatus, VersionReport,
+    WeightsStatus,
 };
 use dp_sidecar::admin::{AdminCommand, AdminServer};
 use dp_sidecar::driver::handles::{CoordinatorSnapshot, FrontendSnapshot, GroupKind};
@@ -105,15 +105,11 @@ async fn a_dry_run_says_where_each_value_comes_from() {
         ("--frontend", "a:1,b:2", "SIDECAR_FRONTEND"),
         ("--orphan-grace", "60s", "default"),
     ] {
-        let found = stdout
-            .lines()
-            .any(|line| line.split_whitespace().collect::<Vec<_>>() == [option, value, origin]);
+        let found =
+            stdout.lines().any(|line| line.split_whitespace().collect::<Vec<_>>() == [option, value, origin]);
         assert!(found, "{option} {value} {origin} in {stdout}");
     }
-    assert!(
-        stdout.contains("engines: waits for them at 127.0.0.1:29550"),
-        "{stdout}"
-    );
+    assert!(stdout.contains("engines: waits for them at 127.0.0.1:29550"), "{stdout}");
 }
 
 #[tokio::test]
@@ -139,79 +135,25 @@ async fn a_command_line_that_makes_no_sense_ends_with_2_and_says_what_would_be_r
     let dense = model(r#"{"model_type":"llama"}"#);
     let dense = dense.path().display();
     for (line, expected) in [
-        (
-            "--model-kind dense".to_owned(),
-            "--dp-rank: the first DP rank",
-        ),
-        (
-            "--dp-rank 2 -dp 2 --model-kind dense".into(),
-            "ranks are 0 to 1",
-        ),
-        (
-            "--dp-rank 1 -dp 2 --model-kind dense".into(),
-            "--data-parallel-size-local: expected",
-        ),
-        (
-            "--dp-rank 0 -dp 2 -dpl 3 --model-kind dense".into(),
-            "means ranks 0 to 2",
-        ),
-        (
-            "--dp-rank 0 -dp 2 -dpl 1 --model-kind dense".into(),
-            "not supported yet",
-        ),
-        (
-            "--dp-rank 0 -dp 0 --model-kind dense".into(),
-            "at least 1 expected",
-        ),
-        (
-            "--dp-rank 0 -dpa= --model-kind dense".into(),
-            "an address is expected",
-        ),
-        (
-            "--dp-rank 0 -dpp 0 --model-kind dense".into(),
-            "a port above 0",
-        ),
-        (
-            "--dp-rank 0 --frontend nohost --model-kind dense".into(),
-            "HOST:PORT expected",
-        ),
-        (
-            "--dp-rank 0 --frontend h:0 --model-kind dense".into(),
-            "1 to 65535 expected",
-        ),
+        ("--model-kind dense".to_owned(), "--dp-rank: the first DP rank"),
+        ("--dp-rank 2 -dp 2 --model-kind dense".into(), "ranks are 0 to 1"),
+        ("--dp-rank 1 -dp 2 --model-kind dense".into(), "--data-parallel-size-local: expected"),
+        ("--dp-rank 0 -dp 2 -dpl 3 --model-kind dense".into(), "means ranks 0 to 2"),
+        ("--dp-rank 0 -dp 2 -dpl 1 --model-kind dense".into(), "not supported yet"),
+        ("--dp-rank 0 -dp 0 --model-kind dense".into(), "at least 1 expected"),
+        ("--dp-rank 0 -dpa= --model-kind dense".into(), "an address is expected"),
+        ("--dp-rank 0 -dpp 0 --model-kind dense".into(), "a port above 0"),
+        ("--dp-rank 0 --frontend nohost --model-kind dense".into(), "HOST:PORT expected"),
+        ("--dp-rank 0 --frontend h:0 --model-kind dense".into(), "1 to 65535 expected"),
         ("--dp-rank 0 -dp 2".into(), "no model is named"),
-        (
-            "--dp-rank 0 -dp 2 -- /no/such/model".into(),
-            "--model-kind dense",
-        ),
-        (
-            "--dp-rank 0 --serve --model-kind dense".into(),
-            "expected behind `--`",
-        ),
-        (
-            format!("--dp-rank 0 -- {dense} -dp 3"),
-            "3 behind `--`, but 1",
-        ),
-        (
-            format!("--dp-rank 0 -- {dense} -dph"),
-            "cannot be used with hosted engines",
-        ),
-        (
-            format!("--dp-rank 0 --serve --port 1 -- {dense} --port 2"),
-            "1 before `--`, but 2",
-        ),
-        (
-            format!("--dp-rank 0 --serve -asc 9 -- {dense}"),
-            "--frontend-slots 8",
-        ),
-        (
-            format!("--dp-rank 0 --device-ids 0 -- {dense} -tp 2"),
-            "need 2 devices, but 1",
-        ),
-        (
-            format!("--dp-rank 0 -dp 2 -- {dense} --config x.yaml"),
-            "because --config may change",
-        ),
+        ("--dp-rank 0 -dp 2 -- /no/such/model".into(), "--model-kind dense"),
+        ("--dp-rank 0 --serve --model-kind dense".into(), "expected behind `--`"),
+        (format!("--dp-rank 0 -- {dense} -dp 3"), "3 behind `--`, but 1"),
+        (format!("--dp-rank 0 -- {dense} -dph"), "cannot be used with hosted engines"),
+        (format!("--dp-rank 0 --serve --port 1 -- {dense} --port 2"), "1 before `--`, but 2"),
+        (format!("--dp-rank 0 --serve -asc 9 -- {dense}"), "--frontend-slots 8"),
+        (format!("--dp-rank 0 --device-ids 0 -- {dense} -tp 2"), "need 2 devices, but 1"),
+        (format!("--dp-rank 0 -dp 2 -- {dense} --config x.yaml"), "because --config may change"),
     ] {
         let output = sidecar(&line).await;
         let stderr = text(&output.stderr);
@@ -220,10 +162,7 @@ async fn a_command_line_that_makes_no_sense_ends_with_2_and_says_what_would_be_r
         let last: serde_json::Value = serde_json::from_str(stderr.lines().last().unwrap()).unwrap();
         assert_eq!(last["exit"], 2, "{line}");
         assert_eq!(last["node_rank"], 0);
-        assert!(
-            last["reason"].as_str().unwrap().contains(expected),
-            "{line}"
-        );
+        assert!(last["reason"].as_str().unwrap().contains(expected), "{line}");
     }
 }
 
@@ -246,10 +185,7 @@ async fn a_program_that_is_not_there_is_told_before_anything_is_started() {
 async fn a_state_directory_in_use_names_who_uses_it() {
     let dir = tempfile::tempdir().unwrap();
     let state = dp_sidecar::state_dir::StateDir::open(dir.path()).unwrap();
-    let line = format!(
-        "--dp-rank 0 --model-kind dense --state-dir {}",
-        state.path().display()
-    );
+    let line = format!("--dp-rank 0 --model-kind dense --state-dir {}", state.path().display());
     let output = sidecar(&line).await;
     assert_eq!(output.status.code(), Some(8));
     let expected = format!("is in use by pid {}", std::process::id());
@@ -321,9 +257,7 @@ impl Scripted {
     }
 
     async fn connect(&self) -> UnixStream {
-        UnixStream::connect(self.dir.path().join("admin.sock"))
-            .await
-            .unwrap()
+        UnixStream::connect(self.dir.path().join("admin.sock")).await.unwrap()
     }
 
     async fn end(self) {
@@ -407,10 +341,7 @@ fn status() -> Box<Status> {
                 Some("rank 1, worker 0: load: tensor x missing"),
             )),
         },
-        controller: ControllerStatus {
-            holder: Some("update u2".to_owned()),
-            paused: true,
-        },
+        controller: ControllerStatus { holder: Some("update u2".to_owned()), paused: true },
         gpus: GpuReport {
             source: "fake".to_owned(),
             driver_version: Some("570.1".to_owned()),
@@ -472,11 +403,7 @@ async fn a_watched_status_is_shown_again_and_again() {
         AdminCommand::Status { reply } => drop(reply.send(Ok(status()))),
         other => panic!("{other:?}"),
     });
-    let mut child = scripted
-        .command("status --watch")
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child = scripted.command("status --watch").stdout(Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
     let mut pictures = 0;
     while pictures < 2 {
@@ -496,11 +423,7 @@ async fn an_update_shows_its_steps_and_ends_with_the_code_of_its_outcome() {
         (UpdateStatus::Degraded, 12, "DEGRADED"),
     ] {
         let scripted = Scripted::start(move |command| match command {
-            AdminCommand::Update {
-                request,
-                progress,
-                reply,
-            } => {
+            AdminCommand::Update { request, progress, reply } => {
                 assert_eq!(
                     request,
                     UpdateRequest {
@@ -575,11 +498,7 @@ async fn refusals_and_failures_have_codes_of_their_own() {
 #[tokio::test]
 async fn the_small_commands_reach_the_sidecar() {
     let scripted = Scripted::start(|command| match command {
-        AdminCommand::Pause {
-            mode,
-            deadline,
-            reply,
-        } => {
+        AdminCommand::Pause { mode, deadline, reply } => {
             assert_eq!(mode, PauseMode::Keep);
             assert_eq!(deadline, Some(Duration::from_secs(3)));
             reply.send(Ok(())).unwrap();
@@ -611,10 +530,7 @@ async fn the_small_commands_reach_the_sidecar() {
         other => panic!("{other:?}"),
     });
     for (line, expected) in [
-        (
-            "pause --mode keep --pause-deadline 3",
-            "all engines are paused",
-        ),
+        ("pause --mode keep --pause-deadline 3", "all engines are paused"),
         ("resume", "all engines are resumed"),
         ("stop", "the sidecar stops"),
         ("frontend add h:1", "frontend h:1 is wanted"),
@@ -640,10 +556,7 @@ async fn first_line(stream: UnixStream, request: &[u8]) -> serde_json::Value {
     let (read, mut write) = stream.into_split();
     write.write_all(request).await.unwrap();
     let mut line = String::new();
-    timeout(PATIENCE, BufReader::new(read).read_line(&mut line))
-        .await
-        .unwrap()
-        .unwrap();
+    timeout(PATIENCE, BufReader::new(read).read_line(&mut line)).await.unwrap().unwrap();
     serde_json::from_str(&line).unwrap()
 }
 
@@ -653,14 +566,8 @@ async fn what_is_no_request_is_answered_as_invalid() {
     let long = vec![b'x'; 100 * 1024];
     for (request, words) in [
         (&b"garbage\n"[..], "request: expected value"),
-        (
-            b"{\"version\":7,\"command\":{\"name\":\"new\"}}\n",
-            "protocol version 7",
-        ),
-        (
-            b"{\"version\":1,\"command\":{\"name\":\"new\"}}\n",
-            "unknown variant",
-        ),
+        (b"{\"version\":7,\"command\":{\"name\":\"new\"}}\n", "protocol version 7"),
+        (b"{\"version\":1,\"command\":{\"name\":\"new\"}}\n", "unknown variant"),
         (&long, "max line length exceeded"),
     ] {
         let answer = first_line(scripted.connect().await, request).await;
@@ -676,9 +583,7 @@ async fn what_is_no_request_is_answered_as_invalid() {
 async fn an_update_goes_on_when_its_client_is_gone() {
     let (told, mut heard) = mpsc::unbounded_channel();
     let scripted = Scripted::start(move |command| match command {
-        AdminCommand::Update {
-            progress, reply, ..
-        } => {
+        AdminCommand::Update { progress, reply, .. } => {
             let told = told.clone();
             tokio::spawn(async move {
                 told.send("started").unwrap();
@@ -692,11 +597,7 @@ async fn an_update_goes_on_when_its_client_is_gone() {
                     });
                     tokio::task::yield_now().await;
                 }
-                assert!(
-                    reply
-                        .send(Ok(report(UpdateStatus::Committed, None)))
-                        .is_err()
-                );
+                assert!(reply.send(Ok(report(UpdateStatus::Committed, None))).is_err());
                 told.send("ended").unwrap();
             });
         }
@@ -707,17 +608,11 @@ async fn an_update_goes_on_when_its_client_is_gone() {
         .write_all(b"{\"version\":1,\"command\":{\"name\":\"update\",\"path\":\"/m\",\"version\":null,\"mode\":\"wait\",\"pause_deadline_ms\":null,\"from_version\":null,\"id\":null}}\n")
         .await
         .unwrap();
-    assert_eq!(
-        timeout(PATIENCE, heard.recv()).await.unwrap(),
-        Some("started")
-    );
+    assert_eq!(timeout(PATIENCE, heard.recv()).await.unwrap(), Some("started"));
     let mut buffer = [0; 64];
     stream.read_exact(&mut buffer).await.unwrap();
     drop(stream);
-    assert_eq!(
-        timeout(PATIENCE, heard.recv()).await.unwrap(),
-        Some("ended")
-    );
+    assert_eq!(timeout(PATIENCE, heard.recv()).await.unwrap(), Some("ended"));
     scripted.end().await;
 }
 

@@ -8,14 +8,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use dp_sidecar::driver::coordinator::{CoordinatorConfig, spawn};
 use dp_sidecar::driver::handles::{
-    CoordinatorCommand, CoordinatorHandle, CoordinatorSnapshot, ForFrontendCoordinator, GroupKind,
-    ask,
+    CoordinatorCommand, CoordinatorHandle, CoordinatorSnapshot, ForFrontendCoordinator, GroupKind, ask,
 };
 use dp_sidecar::transport::PrivateDir;
 use dp_sidecar_protocol::layout::{Layout, VllmVersion};
-use dp_sidecar_protocol::output::{
-    OutputsView, start_wave_message, stats_message, wave_complete_message,
-};
+use dp_sidecar_protocol::output::{OutputsView, start_wave_message, stats_message, wave_complete_message};
 use dp_sidecar_protocol::stats::SchedulerStats;
 use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Wave};
 use tempfile::TempDir;
@@ -44,12 +41,7 @@ impl Setup {
         let private = PrivateDir::create(dir.path().join("ipc")).unwrap();
         let tracker = TaskTracker::new();
         let handle = spawn(CoordinatorConfig::new(kind, size, private), &tracker);
-        Self {
-            handle,
-            context: zmq::Context::new(),
-            tracker,
-            _dir: dir,
-        }
+        Self { handle, context: zmq::Context::new(), tracker, _dir: dir }
     }
 
     async fn tell(&self, command: CoordinatorCommand) {
@@ -58,17 +50,10 @@ impl Setup {
 
     async fn prepare(&self, rank: u16, life: u64) -> (String, String) {
         let (rank, incarnation) = (EngineIndex(rank), Incarnation(life));
-        let asked = ask(
-            &self.handle.commands,
-            "coordinator",
-            format!("sockets of rank {rank}"),
-            PATIENCE,
-            |reply| CoordinatorCommand::Prepare {
-                rank,
-                incarnation,
-                reply,
-            },
-        );
+        let asked =
+            ask(&self.handle.commands, "coordinator", format!("sockets of rank {rank}"), PATIENCE, |reply| {
+                CoordinatorCommand::Prepare { rank, incarnation, reply }
+            });
         asked.await.unwrap()
     }
 
@@ -88,29 +73,20 @@ impl Setup {
     async fn attach(&self, frontend: u64, queue: usize) -> mpsc::Receiver<ForFrontendCoordinator> {
         let (sink, messages) = mpsc::channel(queue);
         let frontend = FrontendId(frontend);
-        self.tell(CoordinatorCommand::AddFrontend { frontend, sink })
-            .await;
+        self.tell(CoordinatorCommand::AddFrontend { frontend, sink }).await;
         messages
     }
 
     async fn until(&self, what: &str, condition: impl Fn(&CoordinatorSnapshot) -> bool) {
         let mut snapshot = self.handle.snapshot.clone();
         let waited = timeout(PATIENCE, snapshot.wait_for(|now| condition(now))).await;
-        assert!(
-            waited.is_ok(),
-            "{what} did not happen: {:?}",
-            self.handle.snapshot.borrow()
-        );
+        assert!(waited.is_ok(), "{what} did not happen: {:?}", self.handle.snapshot.borrow());
     }
 
     async fn end(self) {
-        let asked = ask(
-            &self.handle.commands,
-            "coordinator",
-            "shutdown".to_owned(),
-            PATIENCE,
-            |reply| CoordinatorCommand::Shutdown { reply },
-        );
+        let asked = ask(&self.handle.commands, "coordinator", "shutdown".to_owned(), PATIENCE, |reply| {
+            CoordinatorCommand::Shutdown { reply }
+        });
         asked.await.unwrap();
         self.tracker.close();
         timeout(PATIENCE, self.tracker.wait()).await.unwrap();
@@ -145,11 +121,7 @@ fn start_dp_wave(wave: u8, exclude: Option<u8>) -> Vec<Vec<u8>> {
 }
 
 fn load(waiting: u64, step: u64) -> Bytes {
-    let stats = SchedulerStats {
-        num_waiting_reqs: waiting,
-        step_counter: step,
-        ..SchedulerStats::default()
-    };
+    let stats = SchedulerStats { num_waiting_reqs: waiting, step_counter: step, ..SchedulerStats::default() };
     stats_message(&layout(), EngineIndex(0), stats.encode(), 0.0)
 }
 
@@ -168,10 +140,7 @@ async fn told(messages: &mut mpsc::Receiver<ForFrontendCoordinator>) -> String {
     format!("rank {}: {what}", message.rank)
 }
 
-async fn all_told(
-    messages: &mut mpsc::Receiver<ForFrontendCoordinator>,
-    last: &str,
-) -> Vec<String> {
+async fn all_told(messages: &mut mpsc::Receiver<ForFrontendCoordinator>, last: &str) -> Vec<String> {
     let mut all = Vec::new();
     while all.last().is_none_or(|told| told != last) {
         all.push(told(messages).await);
@@ -201,20 +170,9 @@ async fn ready_comes_when_all_have_subscribed_and_a_request_wakes_all() {
         assert_eq!(engine.next().await, start_dp_wave(0, Some(0)));
     }
     setup.tell(CoordinatorCommand::Wake { rank }).await;
-    zero.report(&wave_complete_message(
-        &layout(),
-        EngineIndex(0),
-        Wave(0),
-        0.0,
-    ));
-    setup
-        .until("the end of the wave", |s| !s.running && s.wave == Wave(1))
-        .await;
-    assert_eq!(
-        one.next_within(SILENCE_MS).await,
-        None,
-        "woken though it ran"
-    );
+    zero.report(&wave_complete_message(&layout(), EngineIndex(0), Wave(0), 0.0));
+    setup.until("the end of the wave", |s| !s.running && s.wave == Wave(1)).await;
+    assert_eq!(one.next_within(SILENCE_MS).await, None, "woken though it ran");
     setup.end().await;
 }
 
@@ -236,9 +194,7 @@ async fn a_group_that_is_started_again_goes_on_with_the_wave_the_frontends_know(
 
     for rank in [EngineIndex(0), EngineIndex(1)] {
         let incarnation = Incarnation(1);
-        setup
-            .tell(CoordinatorCommand::EngineDown { rank, incarnation })
-            .await;
+        setup.tell(CoordinatorCommand::EngineDown { rank, incarnation }).await;
     }
     let mut expected: Vec<&str> = steer_away.to_vec();
     expected.push("rank 0: wave complete 0");
@@ -252,15 +208,8 @@ async fn a_group_that_is_started_again_goes_on_with_the_wave_the_frontends_know(
         assert_eq!(engine.next().await, [b"READY"]);
         assert_eq!(engine.next().await, start_dp_wave(1, None));
     }
-    zero.report(&wave_complete_message(
-        &layout(),
-        EngineIndex(0),
-        Wave(1),
-        0.0,
-    ));
-    setup
-        .until("in step", |s| s.in_step && s.wave == Wave(2))
-        .await;
+    zero.report(&wave_complete_message(&layout(), EngineIndex(0), Wave(1), 0.0));
+    setup.until("in step", |s| s.in_step && s.wave == Wave(2)).await;
     setup.end().await;
 }
 
@@ -299,9 +248,7 @@ async fn an_engine_that_does_not_read_delays_nobody() {
         let payload = rmpv::decode::read_value(&mut payload).unwrap();
         assert_eq!(payload[0].as_u64(), Some(wave), "{payload}");
         zero.report(&wave_complete_message(&layout(), rank, Wave(wave), 0.0));
-        setup
-            .until("the end of a wave", |s| s.wave > Wave(wave))
-            .await;
+        setup.until("the end of a wave", |s| s.wave > Wave(wave)).await;
     }
     drop(stuck);
     setup.end().await;

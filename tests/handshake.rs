@@ -32,9 +32,7 @@ fn quick() -> GuardLimits {
 }
 
 async fn guarded(limits: GuardLimits) -> GuardedRouter {
-    GuardedRouter::bind(LOOPBACK, limits, Numbers::default())
-        .await
-        .unwrap()
+    GuardedRouter::bind(LOOPBACK, limits, Numbers::default()).await.unwrap()
 }
 
 /// A libzmq DEALER with an engine's identity.
@@ -71,9 +69,7 @@ async fn closed_after(address: SocketAddr, bytes: &[u8]) -> Duration {
     // The other side may close while this is being written.
     let _ = stream.write_all(bytes).await;
     let mut rest = Vec::new();
-    let _ = timeout(PATIENCE, stream.read_to_end(&mut rest))
-        .await
-        .expect("the connection was not closed");
+    let _ = timeout(PATIENCE, stream.read_to_end(&mut rest)).await.expect("the connection was not closed");
     start.elapsed()
 }
 
@@ -123,31 +119,13 @@ async fn garbage_closes_only_the_connection_it_came_on() {
     // The engine is still served, in both directions.
     engine.send("after", 0).unwrap();
     let after = loop {
-        if let GuardEvent::Message {
-            peer,
-            identity,
-            frames,
-        } = event(&mut router).await
-        {
+        if let GuardEvent::Message { peer, identity, frames } = event(&mut router).await {
             break (peer, identity, frames);
         }
     };
-    assert_eq!(
-        after,
-        (
-            peer,
-            Bytes::from_static(&[1, 0]),
-            vec![Bytes::from_static(b"after")]
-        )
-    );
-    assert!(
-        router
-            .sender()
-            .send(peer, vec![Bytes::from_static(b"INIT")])
-    );
-    let answer = tokio::task::spawn_blocking(move || engine.recv_bytes(0).unwrap())
-        .await
-        .unwrap();
+    assert_eq!(after, (peer, Bytes::from_static(&[1, 0]), vec![Bytes::from_static(b"after")]));
+    assert!(router.sender().send(peer, vec![Bytes::from_static(b"INIT")]));
+    let answer = tokio::task::spawn_blocking(move || engine.recv_bytes(0).unwrap()).await.unwrap();
     assert_eq!(answer, b"INIT");
 }
 
@@ -169,48 +147,32 @@ async fn two_connections_with_one_identity_are_told_apart_and_their_end_is_repor
     }
     assert_ne!(peers[0], peers[1]);
     drop(sockets.remove(0));
-    assert_eq!(
-        event(&mut router).await,
-        GuardEvent::Closed { peer: peers[0] }
-    );
+    assert_eq!(event(&mut router).await, GuardEvent::Closed { peer: peers[0] });
     assert!(!router.sender().send(peers[0], vec![Bytes::new()]));
     assert!(router.sender().send(peers[1], vec![Bytes::new()]));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_are_bounded_and_slow_ones_do_not_stay() {
-    let mut router = guarded(GuardLimits {
-        connections: 3,
-        ..quick()
-    })
-    .await;
+    let mut router = guarded(GuardLimits { connections: 3, ..quick() }).await;
     let address = router.address();
     let mut idle = Vec::new();
     for _ in 0..3 {
         let mut stream = TcpStream::connect(address).await.unwrap();
         // The greeting shows that it was accepted.
-        timeout(PATIENCE, stream.read_exact(&mut [0; 64]))
-            .await
-            .unwrap()
-            .unwrap();
+        timeout(PATIENCE, stream.read_exact(&mut [0; 64])).await.unwrap().unwrap();
         idle.push(stream);
     }
     closed_after(address, b"").await;
     // The idle ones run into the time limit; then there is room for an engine.
     for mut stream in idle {
         let mut rest = Vec::new();
-        timeout(PATIENCE, stream.read_to_end(&mut rest))
-            .await
-            .expect("an idle connection stayed")
-            .unwrap();
+        timeout(PATIENCE, stream.read_to_end(&mut rest)).await.expect("an idle connection stayed").unwrap();
     }
     let context = zmq::Context::new();
     let engine = dealer(&context, address, 0);
     engine.send("hello", 0).unwrap();
-    assert!(matches!(
-        event(&mut router).await,
-        GuardEvent::Message { .. }
-    ));
+    assert!(matches!(event(&mut router).await, GuardEvent::Message { .. }));
 }
 
 // === The task ===
@@ -224,17 +186,10 @@ struct Fixture {
 async fn task(shared: bool) -> Fixture {
     let tracker = TaskTracker::new();
     let (sender, events) = mpsc::channel(16);
-    let config = HandshakeConfig {
-        machine: Config::new(0..2),
-        shared: shared.then_some(LOOPBACK),
-        limits: quick(),
-    };
+    let config =
+        HandshakeConfig { machine: Config::new(0..2), shared: shared.then_some(LOOPBACK), limits: quick() };
     let handle = spawn(config, &tracker, sender).await.unwrap();
-    Fixture {
-        handle,
-        events,
-        tracker,
-    }
+    Fixture { handle, events, tracker }
 }
 
 impl Fixture {
@@ -245,32 +200,21 @@ impl Fixture {
             listen,
             init: Bytes::from(format!("INIT {rank} {incarnation}")),
         };
-        ask(
-            &self.handle.commands,
-            "handshake",
-            "expect".to_owned(),
-            PATIENCE,
-            |reply| HandshakeCommand::Expect { expectation, reply },
-        )
+        ask(&self.handle.commands, "handshake", "expect".to_owned(), PATIENCE, |reply| {
+            HandshakeCommand::Expect { expectation, reply }
+        })
         .await
         .unwrap()
     }
 
     async fn event(&mut self) -> HandshakeEvent {
-        timeout(PATIENCE, self.events.recv())
-            .await
-            .expect("no event")
-            .unwrap()
+        timeout(PATIENCE, self.events.recv()).await.expect("no event").unwrap()
     }
 
     async fn shut_down(self) {
-        ask(
-            &self.handle.commands,
-            "handshake",
-            "shutdown".to_owned(),
-            PATIENCE,
-            |reply| HandshakeCommand::Shutdown { reply },
-        )
+        ask(&self.handle.commands, "handshake", "shutdown".to_owned(), PATIENCE, |reply| {
+            HandshakeCommand::Shutdown { reply }
+        })
         .await
         .unwrap();
         self.tracker.close();
@@ -316,12 +260,7 @@ async fn libzmq_engines_get_through_the_whole_handshake_on_shared_and_own_ports(
             HandshakeEvent::Connected { rank: connected, .. } if connected.0 == rank
         ));
         engine.send(ready(), 0).unwrap();
-        let HandshakeEvent::Ready {
-            rank: index,
-            parallel_config_hash,
-            ..
-        } = fixture.event().await
-        else {
+        let HandshakeEvent::Ready { rank: index, parallel_config_hash, .. } = fixture.event().await else {
             panic!("not READY");
         };
         assert_eq!(index.0, rank);
@@ -386,10 +325,7 @@ async fn a_stranger_that_comes_again_and_again_is_reported_once() {
     let engine = dealer(&context, address, 0);
     engine.send(&Hello::HEADLESS.encode()[..], 0).unwrap();
     let event = fixture.event().await;
-    assert!(
-        matches!(event, HandshakeEvent::Connected { .. }),
-        "{event:?}"
-    );
+    assert!(matches!(event, HandshakeEvent::Connected { .. }), "{event:?}");
     fixture.shut_down().await;
 }
 
@@ -398,15 +334,8 @@ async fn a_taken_port_is_named_with_its_flag() {
     let taken = tokio::net::TcpListener::bind(LOOPBACK).await.unwrap();
     let address = taken.local_addr().unwrap();
     let (sender, _events) = mpsc::channel(1);
-    let config = HandshakeConfig {
-        machine: Config::new(0..1),
-        shared: Some(address),
-        limits: quick(),
-    };
-    let error = spawn(config, &TaskTracker::new(), sender)
-        .await
-        .unwrap_err()
-        .to_string();
+    let config = HandshakeConfig { machine: Config::new(0..1), shared: Some(address), limits: quick() };
+    let error = spawn(config, &TaskTracker::new(), sender).await.unwrap_err().to_string();
     assert!(
         error.contains(&format!("port {} of 127.0.0.1", address.port()))
             && error.contains("--data-parallel-rpc-port"),

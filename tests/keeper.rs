@@ -33,17 +33,11 @@ impl Bench {
         let dir = tempfile::tempdir().unwrap();
         let state = StateDir::open(&dir.path().join("s")).unwrap();
         let options = options(&state, orphan_grace);
-        Self {
-            state,
-            options,
-            _dir: dir,
-        }
+        Self { state, options, _dir: dir }
     }
 
     async fn start(&self) -> (KeeperClient, mpsc::Receiver<KeeperEvent>) {
-        KeeperClient::connect_or_start(self.options.clone())
-            .await
-            .unwrap()
+        KeeperClient::connect_or_start(self.options.clone()).await.unwrap()
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -52,10 +46,7 @@ impl Bench {
 
     /// All processes of this state directory.
     fn marked(&self) -> Vec<Process> {
-        let selector = Selector {
-            run_id: self.state.run_id().to_owned(),
-            ..Selector::default()
-        };
+        let selector = Selector { run_id: self.state.run_id().to_owned(), ..Selector::default() };
         selector.find().unwrap()
     }
 
@@ -111,10 +102,7 @@ async fn eventually(what: &str, condition: impl Fn() -> bool) {
 }
 
 async fn event(events: &mut mpsc::Receiver<KeeperEvent>) -> KeeperEvent {
-    timeout(PATIENCE, events.recv())
-        .await
-        .expect("an event comes in time")
-        .expect("the client lives")
+    timeout(PATIENCE, events.recv()).await.expect("an event comes in time").expect("the client lives")
 }
 
 async fn exit_of(events: &mut mpsc::Receiver<KeeperEvent>, name: &str) -> ExitReport {
@@ -144,11 +132,7 @@ async fn a_child_runs_in_a_session_of_its_own_with_its_markers_and_its_end_is_to
     let pid = client.spawn(spec).await.unwrap();
     assert_eq!(
         event(&mut events).await,
-        KeeperEvent::Spawned {
-            name: "engine-0".to_owned(),
-            incarnation: 3,
-            pid
-        }
+        KeeperEvent::Spawned { name: "engine-0".to_owned(), incarnation: 3, pid }
     );
     let report = exit_of(&mut events, "engine-0").await;
     assert_eq!(report.status, ExitStatus::Code { code: 7 });
@@ -156,20 +140,11 @@ async fn a_child_runs_in_a_session_of_its_own_with_its_markers_and_its_end_is_to
     assert!(!report.requested);
     assert_eq!(
         report.last_lines,
-        [
-            "out",
-            "err",
-            "child=engine-0:3",
-            "foreign=",
-            &pid.to_string()
-        ],
+        ["out", "err", "child=engine-0:3", "foreign=", &pid.to_string()],
         "the environment is the given one, the session the child's own"
     );
     let log = std::fs::read_to_string(bench.path("logs/engine-0.log")).unwrap();
-    assert!(
-        log.contains("out\nerr\n") && log.contains("ended: exit code 7"),
-        "{log}"
-    );
+    assert!(log.contains("out\nerr\n") && log.contains("ended: exit code 7"), "{log}");
     client.shutdown(Duration::ZERO).await.unwrap();
 }
 
@@ -180,10 +155,7 @@ async fn a_program_that_does_not_exist_is_refused_with_its_name() {
     let mut spec = script("engine-0", "");
     spec.argv = vec!["/no/such/vllm".to_owned()];
     let error = client.spawn(spec).await.unwrap_err();
-    assert!(
-        error.to_string().contains("/no/such/vllm: No such file"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("/no/such/vllm: No such file"), "{error}");
     for name in ["../x", ""] {
         let refused = client.spawn(script(name, "exit 0")).await;
         assert!(matches!(refused, Err(KeeperError::Refused { .. })));
@@ -201,10 +173,7 @@ async fn a_child_blocks_no_signals_and_ends_at_once_when_it_is_told_to() {
         argv: line.split(' ').map(str::to_owned).collect(),
         ..script(name, "")
     };
-    client
-        .spawn(plain("mask", "grep SigBlk /proc/self/status"))
-        .await
-        .unwrap();
+    client.spawn(plain("mask", "grep SigBlk /proc/self/status")).await.unwrap();
     let report = exit_of(&mut events, "mask").await;
     assert_eq!(report.last_lines, ["SigBlk:\t0000000000000000"]);
     client.spawn(plain("engine-0", "sleep 1000")).await.unwrap();
@@ -226,28 +195,16 @@ async fn a_child_that_ignores_sigterm_is_killed_after_its_grace_together_with_it
         ready.display()
     );
     client.spawn(script("engine-0", &text)).await.unwrap();
-    eventually("the script is ready", || {
-        exists(&ready) && bench.marked().len() >= 4
-    })
-    .await;
+    eventually("the script is ready", || exists(&ready) && bench.marked().len() >= 4).await;
     let before = std::time::Instant::now();
-    client
-        .stop("engine-0", Duration::from_millis(300))
-        .await
-        .unwrap();
+    client.stop("engine-0", Duration::from_millis(300)).await.unwrap();
     let report = exit_of(&mut events, "engine-0").await;
-    assert!(
-        before.elapsed() >= Duration::from_millis(300),
-        "its grace was kept"
-    );
+    assert!(before.elapsed() >= Duration::from_millis(300), "its grace was kept");
     assert_eq!(report.status, ExitStatus::Signal { signal: 9 });
     assert!(report.requested);
     assert!(report.strays_killed >= 3, "{report:?}");
     assert!(report.left.is_empty());
-    assert!(
-        bench.marked().is_empty(),
-        "all of it is gone when its end is told"
-    );
+    assert!(bench.marked().is_empty(), "all of it is gone when its end is told");
     assert!(client.list().await.unwrap().is_empty());
     client.shutdown(Duration::ZERO).await.unwrap();
 }
@@ -273,10 +230,7 @@ async fn what_a_child_leaves_behind_when_it_dies_is_removed_before_its_end_is_to
     assert!(bench.marked().is_empty());
     // The name is free again.
     client.spawn(script("engine-1", "exit 0")).await.unwrap();
-    assert_eq!(
-        exit_of(&mut events, "engine-1").await.status,
-        ExitStatus::Code { code: 0 }
-    );
+    assert_eq!(exit_of(&mut events, "engine-1").await.status, ExitStatus::Code { code: 0 });
     client.shutdown(Duration::ZERO).await.unwrap();
 }
 
@@ -284,14 +238,8 @@ async fn what_a_child_leaves_behind_when_it_dies_is_removed_before_its_end_is_to
 async fn a_name_is_not_given_twice_while_its_child_lives() {
     let bench = Bench::new(PATIENCE);
     let (client, _events) = bench.start().await;
-    client
-        .spawn(script("engine-0", "sleep 1000"))
-        .await
-        .unwrap();
-    let error = client
-        .spawn(script("engine-0", "exit 0"))
-        .await
-        .unwrap_err();
+    client.spawn(script("engine-0", "sleep 1000")).await.unwrap();
+    let error = client.spawn(script("engine-0", "exit 0")).await.unwrap_err();
     assert!(error.to_string().contains("is not gone yet"), "{error}");
     let error = client.stop("engine-9", PATIENCE).await.unwrap_err();
     assert!(error.to_string().contains("no child"), "{error}");
@@ -300,8 +248,7 @@ async fn a_name_is_not_given_twice_while_its_child_lives() {
 }
 
 #[tokio::test]
-async fn a_shutdown_stops_the_frontend_before_the_engines_and_only_their_main_processes_are_asked()
-{
+async fn a_shutdown_stops_the_frontend_before_the_engines_and_only_their_main_processes_are_asked() {
     let bench = Bench::new(PATIENCE);
     let (client, mut events) = bench.start().await;
     let order = bench.path("order");
@@ -314,10 +261,7 @@ async fn a_shutdown_stops_the_frontend_before_the_engines_and_only_their_main_pr
              while :; do sleep 0.02; done",
             order.display()
         );
-        SpawnSpec {
-            stop_order,
-            ..script(name, &text)
-        }
+        SpawnSpec { stop_order, ..script(name, &text) }
     };
     client.spawn(polite("engine-0", 1)).await.unwrap();
     client.spawn(polite("frontend", 0)).await.unwrap();
@@ -337,10 +281,7 @@ async fn a_shutdown_stops_the_frontend_before_the_engines_and_only_their_main_pr
         assert_eq!(report.strays_killed, 0, "{report:?}");
         assert!(report.requested);
     }
-    assert!(
-        timeout(PATIENCE, events.recv()).await.unwrap().is_none(),
-        "the client has ended"
-    );
+    assert!(timeout(PATIENCE, events.recv()).await.unwrap().is_none(), "the client has ended");
     assert_eq!(client.pid(), None);
     assert!(!exists(&bench.path("keeper.sock")));
     assert!(matches!(client.list().await, Err(KeeperError::Gone { .. })));
@@ -359,10 +300,7 @@ async fn a_keeper_killed_with_9_is_replaced_and_its_children_are_gone_before_tha
         ready.display()
     );
     client.spawn(script("engine-0", &stubborn)).await.unwrap();
-    client
-        .spawn(script("engine-1", "sleep 1000"))
-        .await
-        .unwrap();
+    client.spawn(script("engine-1", "sleep 1000")).await.unwrap();
     eventually("the scripts run", || exists(&ready)).await;
     kill(Pid::from_raw(first.cast_signed()), Signal::SIGKILL).unwrap();
     let mut ended = Vec::new();
@@ -379,17 +317,11 @@ async fn a_keeper_killed_with_9_is_replaced_and_its_children_are_gone_before_tha
     };
     ended.sort();
     assert_eq!(ended, ["engine-0", "engine-1"]);
-    assert!(
-        bench.marked().is_empty(),
-        "nothing is left of the old children"
-    );
+    assert!(bench.marked().is_empty(), "nothing is left of the old children");
     assert_ne!(first, second);
     assert_eq!(client.pid(), Some(second));
     client.spawn(script("engine-0", "exit 4")).await.unwrap();
-    assert_eq!(
-        exit_of(&mut events, "engine-0").await.status,
-        ExitStatus::Code { code: 4 }
-    );
+    assert_eq!(exit_of(&mut events, "engine-0").await.status, ExitStatus::Code { code: 4 });
     client.shutdown(Duration::ZERO).await.unwrap();
 }
 
@@ -398,17 +330,8 @@ async fn without_an_owner_everything_is_stopped_after_the_orphan_grace() {
     let bench = Bench::new(Duration::from_millis(600));
     let (client, events) = bench.start().await;
     let keeper = client.pid().unwrap();
-    client
-        .spawn(script(
-            "engine-0",
-            "trap '' TERM; while :; do sleep 0.05; done",
-        ))
-        .await
-        .unwrap();
-    client
-        .spawn(script("engine-1", "sleep 1000"))
-        .await
-        .unwrap();
+    client.spawn(script("engine-0", "trap '' TERM; while :; do sleep 0.05; done")).await.unwrap();
+    client.spawn(script("engine-1", "sleep 1000")).await.unwrap();
     eventually("both run", || bench.marked().len() >= 2).await;
     let before = std::time::Instant::now();
     drop((client, events));
@@ -428,13 +351,7 @@ async fn owner_process() {
     let state = StateDir::open(Path::new(&std::env::var("OWNER_STATE_DIR").unwrap())).unwrap();
     let options = options(&state, Duration::from_millis(600));
     let (client, _events) = KeeperClient::connect_or_start(options).await.unwrap();
-    client
-        .spawn(script(
-            "engine-0",
-            "trap '' TERM; while :; do sleep 0.05; done",
-        ))
-        .await
-        .unwrap();
+    client.spawn(script("engine-0", "trap '' TERM; while :; do sleep 0.05; done")).await.unwrap();
     std::fs::write(state.path().join("owner-ready"), "").unwrap();
     sleep(PATIENCE).await;
 }
@@ -456,10 +373,7 @@ async fn an_owner_killed_with_9_leaves_nothing_behind_after_the_orphan_grace() {
     let mut owner = start_owner(&dir);
     eventually("the owner has a child", || exists(&dir.join("owner-ready"))).await;
     let run_id = std::fs::read_to_string(dir.join("run-id")).unwrap();
-    let selector = Selector {
-        run_id: run_id.trim().to_owned(),
-        ..Selector::default()
-    };
+    let selector = Selector { run_id: run_id.trim().to_owned(), ..Selector::default() };
     assert!(!selector.find().unwrap().is_empty());
     owner.kill().unwrap();
     owner.wait().unwrap();
@@ -472,13 +386,7 @@ async fn a_new_owner_stops_what_the_keeper_of_a_killed_owner_still_has() {
     let bench = Bench::new(PATIENCE);
     let (client, events) = bench.start().await;
     let first = client.pid().unwrap();
-    client
-        .spawn(script(
-            "engine-0",
-            "trap '' TERM; while :; do sleep 0.05; done",
-        ))
-        .await
-        .unwrap();
+    client.spawn(script("engine-0", "trap '' TERM; while :; do sleep 0.05; done")).await.unwrap();
     drop((client, events));
     // Its orphan grace is long: the keeper and its child still live.
     assert!(Process::read(first.cast_signed()).is_some_and(|process| !process.is_dead()));
@@ -513,10 +421,7 @@ async fn a_keeper_that_does_not_answer_is_killed_and_replaced() {
     let bench = Bench::new(PATIENCE);
     let (client, events) = bench.start().await;
     let first = client.pid().unwrap();
-    client
-        .spawn(script("engine-0", "sleep 1000"))
-        .await
-        .unwrap();
+    client.spawn(script("engine-0", "sleep 1000")).await.unwrap();
     kill(Pid::from_raw(first.cast_signed()), Signal::SIGSTOP).unwrap();
     drop((client, events));
     let (client, _events) = bench.start().await;
@@ -530,15 +435,10 @@ async fn garbage_on_the_keepers_socket_harms_nobody() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let bench = Bench::new(PATIENCE);
     let (client, mut events) = bench.start().await;
-    let mut stream = tokio::net::UnixStream::connect(bench.path("keeper.sock"))
-        .await
-        .unwrap();
+    let mut stream = tokio::net::UnixStream::connect(bench.path("keeper.sock")).await.unwrap();
     stream.write_all(&[0xff; 64]).await.unwrap();
     let mut rest = Vec::new();
-    timeout(PATIENCE, stream.read_to_end(&mut rest))
-        .await
-        .unwrap()
-        .ok();
+    timeout(PATIENCE, stream.read_to_end(&mut rest)).await.unwrap().ok();
     assert!(rest.is_empty(), "it is cut off without an answer");
     client.spawn(script("engine-0", "exit 0")).await.unwrap();
     exit_of(&mut events, "engine-0").await;

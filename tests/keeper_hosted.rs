@@ -97,22 +97,14 @@ impl Hosted {
             if let Some(status) = status.as_ref().filter(|status| condition(status)) {
                 return status.clone();
             }
-            assert!(
-                Instant::now() < limit,
-                "not within {PATIENCE:?}: {what}: {status:?}"
-            );
+            assert!(Instant::now() < limit, "not within {PATIENCE:?}: {what}: {status:?}");
             sleep(Duration::from_millis(50)).await;
         }
     }
 
     async fn serving(&self) -> Status {
         self.until("both engines are admitted", |status| {
-            status
-                .engines
-                .iter()
-                .filter(|engine| engine.state == "admitted")
-                .count()
-                == 2
+            status.engines.iter().filter(|engine| engine.state == "admitted").count() == 2
         })
         .await
     }
@@ -122,11 +114,7 @@ impl Hosted {
         if run_id.is_empty() {
             return Vec::new();
         }
-        let selector = Selector {
-            run_id: run_id.trim().to_owned(),
-            child: None,
-            sessions: BTreeSet::new(),
-        };
+        let selector = Selector { run_id: run_id.trim().to_owned(), child: None, sessions: BTreeSet::new() };
         selector.find().unwrap()
     }
 
@@ -139,10 +127,7 @@ impl Hosted {
     async fn end(&mut self) -> (Option<i32>, String) {
         let mut stderr = self.process.stderr.take().unwrap();
         let mut text = String::new();
-        timeout(PATIENCE, stderr.read_to_string(&mut text))
-            .await
-            .unwrap()
-            .unwrap();
+        timeout(PATIENCE, stderr.read_to_string(&mut text)).await.unwrap().unwrap();
         let status = timeout(PATIENCE, self.process.wait()).await.unwrap();
         (status.unwrap().code(), text)
     }
@@ -154,12 +139,7 @@ impl Hosted {
             Process::read(pid.trim().parse().ok()?).filter(|process| !process.is_dead())
         };
         while !self.marked().is_empty() || keeper().is_some() {
-            assert!(
-                Instant::now() < limit,
-                "left: {:?} {:?}",
-                self.marked(),
-                keeper()
-            );
+            assert!(Instant::now() < limit, "left: {:?} {:?}", self.marked(), keeper());
             sleep(Duration::from_millis(50)).await;
         }
     }
@@ -185,59 +165,37 @@ async fn sigterm_stops_everything_and_ends_with_0() {
     hosted.signal(Signal::SIGTERM);
     let (code, stderr) = hosted.end().await;
     assert_eq!(code, Some(0), "{stderr}");
-    assert_eq!(
-        last_word(&stderr),
-        serde_json::json!({"exit": 0, "reason": "SIGTERM", "node_rank": 0})
-    );
+    assert_eq!(last_word(&stderr), serde_json::json!({"exit": 0, "reason": "SIGTERM", "node_rank": 0}));
     assert!(hosted.marked().is_empty(), "nothing is left when it ends");
     hosted.until_nothing_is_left().await;
 }
 
 #[tokio::test]
 async fn requests_in_flight_finish_before_sigterm_takes_effect() {
-    let port = std::net::TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port();
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let options = format!("--serve --host 127.0.0.1 --port {port} --shutdown-timeout 30s");
     let mut hosted = Hosted::start(&options).await;
     hosted
         .until("the frontend is attached", |status| {
-            status
-                .frontends
-                .iter()
-                .any(|frontend| frontend.attachment.state == "attached")
-                && status
-                    .engines
-                    .iter()
-                    .all(|engine| engine.state == "admitted")
+            status.frontends.iter().any(|frontend| frontend.attachment.state == "attached")
+                && status.engines.iter().all(|engine| engine.state == "admitted")
         })
         .await;
     let ask = tokio::spawn(async move {
-        let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", port))
-            .await
-            .unwrap();
+        let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.unwrap();
         let body = r#"{"model":"m","prompt":[1,2,3],"max_tokens":400}"#;
         let request = format!(
             "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
              content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
             body.len()
         );
-        tokio::io::AsyncWriteExt::write_all(&mut stream, request.as_bytes())
-            .await
-            .unwrap();
+        tokio::io::AsyncWriteExt::write_all(&mut stream, request.as_bytes()).await.unwrap();
         let mut answer = String::new();
-        timeout(PATIENCE, stream.read_to_string(&mut answer))
-            .await
-            .unwrap()
-            .unwrap();
+        timeout(PATIENCE, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
         answer
     });
     hosted
-        .until("a request is in flight", |status| {
-            status.engines.iter().any(|engine| engine.in_flight > 0)
-        })
+        .until("a request is in flight", |status| status.engines.iter().any(|engine| engine.in_flight > 0))
         .await;
     hosted.signal(Signal::SIGTERM);
     let answer = ask.await.unwrap();
@@ -276,10 +234,7 @@ async fn a_sidecar_killed_with_9_leaves_its_engines_for_the_grace_and_then_nothi
     let mut hosted = Hosted::start("").await;
     hosted.serving().await;
     hosted.process.kill().await.unwrap();
-    assert!(
-        hosted.marked().len() >= 2,
-        "the engines outlive the sidecar"
-    );
+    assert!(hosted.marked().len() >= 2, "the engines outlive the sidecar");
     hosted.until_nothing_is_left().await;
 }
 
@@ -294,19 +249,13 @@ async fn a_keeper_killed_with_9_costs_its_engines_and_new_ones_serve() {
     };
     let after = hosted
         .until("new engines serve", |status| {
-            status
-                .engines
-                .iter()
-                .all(|engine| engine.state == "admitted")
+            status.engines.iter().all(|engine| engine.state == "admitted")
                 && status.sidecar.keeper_pid.is_some_and(|pid| pid != keeper)
                 && pids(status).is_disjoint(&pids(&before))
         })
         .await;
     for pid in pids(&before).into_iter().flatten() {
-        assert!(
-            Process::read(pid.cast_signed()).is_none_or(|process| process.is_dead()),
-            "{pid} is gone"
-        );
+        assert!(Process::read(pid.cast_signed()).is_none_or(|process| process.is_dead()), "{pid} is gone");
     }
     assert_eq!(after.engines.len(), 2);
     hosted.signal(Signal::SIGTERM);
@@ -334,20 +283,13 @@ async fn a_second_sidecar_in_the_same_state_directory_is_refused_and_the_first_g
 async fn an_engine_that_exits_during_its_start_is_told_with_its_last_lines() {
     let dir = tempfile::tempdir().unwrap();
     let vllm = dir.path().join("vllm");
-    std::fs::write(
-        &vllm,
-        "#!/bin/sh\necho loading; echo no such tensor >&2; exit 3\n",
-    )
-    .unwrap();
+    std::fs::write(&vllm, "#!/bin/sh\necho loading; echo no such tensor >&2; exit 3\n").unwrap();
     std::fs::set_permissions(&vllm, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     let before = std::time::Instant::now();
     let mut hosted = Hosted::start_with("--max-restarts 0", &vllm);
     let (code, stderr) = hosted.end().await;
     assert_eq!(code, Some(6), "{stderr}");
-    assert!(
-        before.elapsed() < Duration::from_secs(20),
-        "no timeout is waited out"
-    );
+    assert!(before.elapsed() < Duration::from_secs(20), "no timeout is waited out");
     let reason = last_word(&stderr)["reason"].as_str().unwrap().to_owned();
     assert!(reason.contains("exit code 3"), "{reason}");
     assert!(reason.contains("no such tensor"), "{reason}");
@@ -359,21 +301,15 @@ async fn a_second_sigterm_waits_for_nothing_any_more() {
     let dir = tempfile::tempdir().unwrap();
     let vllm = dir.path().join("vllm");
     let ready = dir.path().join("ready");
-    let script = format!(
-        "#!/bin/sh\ntrap '' TERM\ntouch {}\nwhile :; do sleep 0.05; done\n",
-        ready.display()
-    );
+    let script =
+        format!("#!/bin/sh\ntrap '' TERM\ntouch {}\nwhile :; do sleep 0.05; done\n", ready.display());
     std::fs::write(&vllm, script).unwrap();
     std::fs::set_permissions(&vllm, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     let mut hosted = Hosted::start_with("--shutdown-timeout 1000s", &vllm);
-    hosted
-        .until("the engines are starting", |_| ready.exists())
-        .await;
+    hosted.until("the engines are starting", |_| ready.exists()).await;
     let stopping = std::time::Instant::now();
     hosted.signal(Signal::SIGTERM);
-    hosted
-        .until("it stops", |status| status.sidecar.state == "stopping")
-        .await;
+    hosted.until("it stops", |status| status.sidecar.state == "stopping").await;
     hosted.signal(Signal::SIGTERM);
     let (code, stderr) = hosted.end().await;
     assert_eq!(code, Some(128 + 15), "{stderr}");

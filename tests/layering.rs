@@ -38,11 +38,7 @@ fn sources(folder: &str) -> Vec<Source> {
 
 fn read(root: &Path, path: PathBuf) -> Source {
     let text = std::fs::read_to_string(&path).unwrap();
-    let path = path
-        .strip_prefix(root)
-        .unwrap()
-        .to_string_lossy()
-        .replace('\\', "/");
+    let path = path.strip_prefix(root).unwrap().to_string_lossy().replace('\\', "/");
     let mut lines = Vec::new();
     let mut tests_from = None;
     for (number, line) in (1..).zip(text.lines()) {
@@ -59,11 +55,7 @@ fn read(root: &Path, path: PathBuf) -> Source {
     if ["simulation.rs", "tests.rs"].contains(&stem) || path.contains("/simulation/") {
         tests_from = Some(0);
     }
-    Source {
-        path,
-        lines,
-        tests_from,
-    }
+    Source { path, lines, tests_from }
 }
 
 /// Does `code` name the path or identifier `name`, not as a part of a longer word?
@@ -133,32 +125,18 @@ fn only_the_command_line_parses_with_clap() {
 
 #[test]
 fn only_the_supervisor_and_the_command_line_start_processes() {
-    let forbidden = [
-        "process::Command",
-        "tokio::process",
-        "Command::new",
-        "unistd::fork",
-        "unistd::execv",
-    ];
+    let forbidden = ["process::Command", "tokio::process", "Command::new", "unistd::fork", "unistd::execv"];
     let found = violations(&sources("src"), &forbidden, false, |path| {
         path.starts_with("src/supervisor/") || path == "src/cli.rs" || path.starts_with("src/cli/")
     });
-    assert_none(
-        "processes are started by src/supervisor, the keeper by src/cli",
-        &found,
-    );
+    assert_none("processes are started by src/supervisor, the keeper by src/cli", &found);
 }
 
 #[test]
 fn only_the_supervisor_signals_processes() {
     let found = violations(
         &sources("src"),
-        &[
-            "signal::kill",
-            "signal::killpg",
-            "kill_process",
-            "kill_process_group",
-        ],
+        &["signal::kill", "signal::killpg", "kill_process", "kill_process_group"],
         false,
         |path| path.starts_with("src/supervisor/"),
     );
@@ -183,16 +161,9 @@ fn the_protocol_crate_does_no_io_and_reads_no_clock() {
         "HashSet",
     ];
     let found = violations(&sources("protocol/src"), &forbidden, false, |_| false);
-    assert_none(
-        "protocol is pure: no IO, no clock, no order that changes",
-        &found,
-    );
-    let found = violations(
-        &sources("protocol/src"),
-        &["dp_sidecar::", "dp_sidecar_testkit"],
-        true,
-        |_| false,
-    );
+    assert_none("protocol is pure: no IO, no clock, no order that changes", &found);
+    let found =
+        violations(&sources("protocol/src"), &["dp_sidecar::", "dp_sidecar_testkit"], true, |_| false);
     assert_none("protocol uses nothing of ours", &found);
 }
 
@@ -200,14 +171,7 @@ fn the_protocol_crate_does_no_io_and_reads_no_clock() {
 fn the_protocol_crate_depends_on_no_runtime() {
     let manifest = std::fs::read_to_string("protocol/Cargo.toml").unwrap();
     let dependencies = manifest.split("[dev-dependencies]").next().unwrap();
-    for name in [
-        "tokio",
-        "zeromq",
-        "zmq",
-        "nix",
-        "parking_lot",
-        "dp-sidecar.",
-    ] {
+    for name in ["tokio", "zeromq", "zmq", "nix", "parking_lot", "dp-sidecar."] {
         assert!(
             !dependencies.lines().any(|line| line.starts_with(name)),
             "protocol/Cargo.toml depends on {name}"
@@ -217,12 +181,9 @@ fn the_protocol_crate_depends_on_no_runtime() {
 
 #[test]
 fn wire_types_do_not_know_the_machines() {
-    let found = violations(
-        &sources("protocol/src"),
-        &["machine::", "crate::machine"],
-        false,
-        |path| path.starts_with("protocol/src/machine/") || path == "protocol/src/lib.rs",
-    );
+    let found = violations(&sources("protocol/src"), &["machine::", "crate::machine"], false, |path| {
+        path.starts_with("protocol/src/machine/") || path == "protocol/src/lib.rs"
+    });
     assert_none("wire types come below the machines", &found);
 }
 
@@ -253,21 +214,18 @@ fn machines_do_not_know_each_others_insides() {
         .collect();
         let others: Vec<&str> = others.iter().map(String::as_str).collect();
         // The life of an engine embeds the restart policy.
-        let found = violations(&[source], &others, false, |path| {
-            path.starts_with("protocol/src/machine/lifecycle")
-        });
+        let found =
+            violations(&[source], &others, false, |path| path.starts_with("protocol/src/machine/lifecycle"));
         assert_none("machines are independent of each other", &found);
     }
 }
 
 #[test]
 fn the_testkit_shares_nothing_with_the_sidecar() {
-    let found = violations(
-        &sources("tests/testkit"),
-        &["dp_sidecar::", "use dp_sidecar;", "zeromq"],
-        true,
-        |_| false,
-    );
+    let found =
+        violations(&sources("tests/testkit"), &["dp_sidecar::", "use dp_sidecar;", "zeromq"], true, |_| {
+            false
+        });
     assert_none("a fake that shares our transport shares our bugs", &found);
     let manifest = std::fs::read_to_string("tests/testkit/Cargo.toml").unwrap();
     for line in manifest.lines() {
@@ -286,34 +244,14 @@ fn lower_layers_do_not_name_higher_ones() {
     let rules: [(&str, &[&str]); 5] = [
         (
             "src/transport",
-            &[
-                "crate::driver",
-                "crate::supervisor",
-                "crate::admin",
-                "crate::app",
-                "crate::cli",
-            ],
+            &["crate::driver", "crate::supervisor", "crate::admin", "crate::app", "crate::cli"],
         ),
         ("src/driver", &["crate::admin", "crate::app", "crate::cli"]),
         (
             "src/supervisor",
-            &[
-                "crate::driver",
-                "crate::transport",
-                "crate::admin",
-                "crate::app",
-                "crate::cli",
-            ],
+            &["crate::driver", "crate::transport", "crate::admin", "crate::app", "crate::cli"],
         ),
-        (
-            "src/admin",
-            &[
-                "crate::transport",
-                "crate::supervisor::keeper",
-                "crate::app",
-                "crate::cli",
-            ],
-        ),
+        ("src/admin", &["crate::transport", "crate::supervisor::keeper", "crate::app", "crate::cli"]),
         ("src", &["crate::cli"]),
     ];
     for (layer, forbidden) in rules {
@@ -368,21 +306,14 @@ fn every_test_that_the_specification_names_exists() {
     let text = std::fs::read_to_string(root.join("SPECIFICATION.md")).unwrap();
     let mut named = 0;
     for reference in text.split('`').filter(|part| part.contains("::")) {
-        let Some((file, test)) = reference
-            .split_once("::")
-            .filter(|_| reference != "file::test")
-        else {
+        let Some((file, test)) = reference.split_once("::").filter(|_| reference != "file::test") else {
             continue;
         };
         named += 1;
         let source = std::fs::read_to_string(root.join(file))
             .unwrap_or_else(|error| panic!("SPECIFICATION.md names {file}: {error}"));
-        let found =
-            source.contains(&format!("fn {test}(")) || source.contains(&format!("def {test}("));
-        assert!(
-            found,
-            "SPECIFICATION.md names {reference}, which does not exist"
-        );
+        let found = source.contains(&format!("fn {test}(")) || source.contains(&format!("def {test}("));
+        assert!(found, "SPECIFICATION.md names {reference}, which does not exist");
     }
     assert!(named > 40, "only {named} tests named");
 }

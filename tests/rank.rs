@@ -5,20 +5,15 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use dp_sidecar::driver::handles::{
-    GroupKind, HeldCall, OpenRoute, RankCommand, RankEvent, RankHandle, RouteLost, SlotAddresses,
-    Verdict,
+    GroupKind, HeldCall, OpenRoute, RankCommand, RankEvent, RankHandle, RouteLost, SlotAddresses, Verdict,
 };
 use dp_sidecar::driver::rank::{self, RankConfig, RankOutputs};
 use dp_sidecar::transport::PrivateDir;
 use dp_sidecar_protocol::layout::Layout;
 use dp_sidecar_protocol::output::{EngineOutput, FinishReason, NewOutput, NewOutputs};
-use dp_sidecar_protocol::request::{
-    FrontendMessage, NewRequest, check_frontend_message, encode_abort,
-};
+use dp_sidecar_protocol::request::{FrontendMessage, NewRequest, check_frontend_message, encode_abort};
 use dp_sidecar_protocol::utility::{UtilityCall, UtilityOutput};
-use dp_sidecar_protocol::{
-    CallId, ClientIndex, EngineIndex, Frames, FrontendId, Incarnation, Slot, Wave,
-};
+use dp_sidecar_protocol::{CallId, ClientIndex, EngineIndex, Frames, FrontendId, Incarnation, Slot, Wave};
 use tokio::sync::mpsc;
 use tokio_util::task::TaskTracker;
 
@@ -52,11 +47,7 @@ impl Bed {
         let (wake_in, wake) = mpsc::channel(8);
         let mut config = RankConfig::new(RANK, SLOTS, GroupKind::Lockstep, dir);
         change(&mut config);
-        let outputs = RankOutputs {
-            events: events_in,
-            held: held_in,
-            wake: wake_in,
-        };
+        let outputs = RankOutputs { events: events_in, held: held_in, wake: wake_in };
         Self {
             handle: rank::spawn(config, &tracker, outputs),
             events,
@@ -80,10 +71,7 @@ impl Bed {
         let incarnation = Incarnation(self.incarnation);
         let addresses: SlotAddresses = self
             .handle
-            .ask("prepare", LIMIT, |reply| RankCommand::Prepare {
-                incarnation,
-                reply,
-            })
+            .ask("prepare", LIMIT, |reply| RankCommand::Prepare { incarnation, reply })
             .await
             .unwrap();
         let engine = Engine::connect(&self.context, &addresses);
@@ -92,13 +80,8 @@ impl Bed {
         };
         assert_eq!(frame, Bytes::from_static(b"\x80"));
         let layout = Layout::newest();
-        for command in [
-            RankCommand::EngineReady {
-                incarnation,
-                layout,
-            },
-            RankCommand::Admit { incarnation },
-        ] {
+        for command in [RankCommand::EngineReady { incarnation, layout }, RankCommand::Admit { incarnation }]
+        {
             self.handle.tell(command).await.unwrap();
         }
         engine
@@ -107,10 +90,7 @@ impl Bed {
     async fn attach(&mut self, id: u64) -> Frontend {
         let frontend = Frontend::bind(&self.context);
         let slot = self.open(&frontend, id).await.unwrap();
-        assert_eq!(
-            frontend.recv_input(),
-            vec![RANK.identity().0.to_vec(), b"ready".to_vec()]
-        );
+        assert_eq!(frontend.recv_input(), vec![RANK.identity().0.to_vec(), b"ready".to_vec()]);
         Frontend { slot, ..frontend }
     }
 
@@ -128,22 +108,11 @@ impl Bed {
             connect_timeout: LIMIT,
             lost: self.lost.0.clone(),
         };
-        self.handle
-            .ask("open", LIMIT, |reply| RankCommand::OpenRoute {
-                route,
-                reply,
-            })
-            .await
+        self.handle.ask("open", LIMIT, |reply| RankCommand::OpenRoute { route, reply }).await
     }
 
     async fn admission(&self, open: bool) {
-        self.handle
-            .ask("gate", LIMIT, |reply| RankCommand::Admission {
-                open,
-                reply,
-            })
-            .await
-            .unwrap();
+        self.handle.ask("gate", LIMIT, |reply| RankCommand::Admission { open, reply }).await.unwrap();
     }
 
     async fn until(&mut self, what: impl Fn(&dp_sidecar::driver::handles::RankSnapshot) -> bool) {
@@ -152,14 +121,9 @@ impl Bed {
     }
 
     async fn stop(self) {
-        self.handle
-            .ask("shutdown", LIMIT, |reply| RankCommand::Shutdown { reply })
-            .await
-            .unwrap();
+        self.handle.ask("shutdown", LIMIT, |reply| RankCommand::Shutdown { reply }).await.unwrap();
         self.tracker.close();
-        tokio::time::timeout(LIMIT, self.tracker.wait())
-            .await
-            .unwrap();
+        tokio::time::timeout(LIMIT, self.tracker.wait()).await.unwrap();
     }
 }
 
@@ -189,10 +153,7 @@ impl Engine {
             output.connect(address).unwrap();
             output
         });
-        Self {
-            inputs: inputs.collect(),
-            outputs: outputs.collect(),
-        }
+        Self { inputs: inputs.collect(), outputs: outputs.collect() }
     }
 
     fn recv(&self, slot: Slot) -> Frames {
@@ -231,27 +192,14 @@ impl Engine {
     }
 
     fn send(&self, slot: Slot, outputs: NewOutputs) {
-        let outputs = NewOutputs {
-            engine_index: RANK,
-            timestamp: 1.0,
-            ..outputs
-        };
+        let outputs = NewOutputs { engine_index: RANK, timestamp: 1.0, ..outputs };
         let frame = outputs.encode(&Layout::newest());
         self.outputs[slot.0 as usize].send(&frame[..], 0).unwrap();
     }
 
     fn answer(&self, slot: Slot, call_id: CallId, value: i64) {
-        let utility_output = Some(UtilityOutput {
-            call_id,
-            result: Ok(value.into()),
-        });
-        self.send(
-            slot,
-            NewOutputs {
-                utility_output,
-                ..NewOutputs::default()
-            },
-        );
+        let utility_output = Some(UtilityOutput { call_id, result: Ok(value.into()) });
+        self.send(slot, NewOutputs { utility_output, ..NewOutputs::default() });
     }
 }
 
@@ -273,13 +221,7 @@ impl Frontend {
         };
         let (input, input_address) = bind(zmq::ROUTER);
         let (output, output_address) = bind(zmq::PULL);
-        Self {
-            input,
-            output,
-            input_address,
-            output_address,
-            slot: Slot(0),
-        }
+        Self { input, output, input_address, output_address, slot: Slot(0) }
     }
 
     fn recv_input(&self) -> Vec<Vec<u8>> {
@@ -373,8 +315,7 @@ async fn requests_of_two_frontends_reach_the_engine_and_their_outputs_come_back_
     assert_eq!(b.expect_finish("b1"), FinishReason::Stop);
     assert_eq!(a.expect_finish("a1"), FinishReason::Stop);
     assert!(a.is_silent() && b.is_silent());
-    bed.until(|s| s.in_flight.values().all(|n| *n == 0) && s.admitted)
-        .await;
+    bed.until(|s| s.in_flight.values().all(|n| *n == 0) && s.admitted).await;
     bed.stop().await;
 }
 
@@ -387,13 +328,7 @@ async fn a_lost_engine_is_reported_its_requests_are_ended_and_new_ones_wait_for_
     engine.expect_add(a.slot, "in-flight");
     drop(engine);
     assert_eq!(a.expect_finish("in-flight"), FinishReason::Error);
-    assert!(matches!(
-        bed.event().await,
-        RankEvent::Lost {
-            incarnation: Incarnation(1),
-            ..
-        }
-    ));
+    assert!(matches!(bed.event().await, RankEvent::Lost { incarnation: Incarnation(1), .. }));
     a.add("later");
     bed.until(|s| s.held == 1).await;
     let engine = bed.start_engine().await;
@@ -435,10 +370,7 @@ async fn a_frontend_that_dies_has_its_requests_aborted_and_its_slot_comes_back_a
     engine.expect_add(a.slot, "orphan");
     let slot = a.slot;
     drop(a);
-    let lost = tokio::time::timeout(LIMIT, bed.lost.1.recv())
-        .await
-        .unwrap()
-        .unwrap();
+    let lost = tokio::time::timeout(LIMIT, bed.lost.1.recv()).await.unwrap().unwrap();
     assert_eq!((lost.frontend, lost.rank), (FrontendId(1), RANK));
     let frames = engine.recv(slot);
     assert_eq!(frames, encode_abort(["orphan"].into_iter()));
@@ -449,10 +381,7 @@ async fn a_frontend_that_dies_has_its_requests_aborted_and_its_slot_comes_back_a
     engine.answer(slot, fence, 0);
     engine.send(
         slot,
-        NewOutputs {
-            finished_requests: Some(vec!["orphan".to_owned()]),
-            ..NewOutputs::default()
-        },
+        NewOutputs { finished_requests: Some(vec!["orphan".to_owned()]), ..NewOutputs::default() },
     );
     bed.until(|s| s.slots == (1, 0, SLOTS)).await;
     assert_eq!(bed.open(&c, 3).await.unwrap(), slot);
@@ -475,13 +404,7 @@ async fn control_calls_of_frontends_wait_for_a_verdict_and_ours_are_answered() {
     let released = tokio::spawn(async move {
         let ticket = held.ticket;
         let verdict = Verdict::Forward;
-        handle
-            .ask("release", LIMIT, |reply| RankCommand::Release {
-                ticket,
-                verdict,
-                reply,
-            })
-            .await
+        handle.ask("release", LIMIT, |reply| RankCommand::Release { ticket, verdict, reply }).await
     });
     let call = engine.expect_call(a.slot, "pause_scheduler");
     assert_eq!(call, CallId(77));
@@ -492,14 +415,7 @@ async fn control_calls_of_frontends_wait_for_a_verdict_and_ours_are_answered() {
     a.call(78, "sleep");
     let ticket = bed.held.recv().await.unwrap().ticket;
     let verdict = Verdict::Refuse("update v7 is running".to_owned());
-    bed.handle
-        .ask("release", LIMIT, |reply| RankCommand::Release {
-            ticket,
-            verdict,
-            reply,
-        })
-        .await
-        .unwrap();
+    bed.handle.ask("release", LIMIT, |reply| RankCommand::Release { ticket, verdict, reply }).await.unwrap();
     assert_eq!(a.expect_answer(78), Err("update v7 is running".to_owned()));
 
     let handle = bed.handle.clone();
@@ -507,10 +423,7 @@ async fn control_calls_of_frontends_wait_for_a_verdict_and_ours_are_answered() {
     let call = engine.expect_call(Slot::CONTROL, "is_sleeping");
     engine.answer(Slot::CONTROL, call, 1);
     assert_eq!(own.await.unwrap().unwrap(), rmpv::Value::from(1));
-    let late = bed
-        .handle
-        .call("is_sleeping", vec![], Duration::from_millis(50))
-        .await;
+    let late = bed.handle.call("is_sleeping", vec![], Duration::from_millis(50)).await;
     assert!(late.is_err());
     bed.stop().await;
 }
@@ -529,10 +442,7 @@ async fn a_frontend_that_stops_reading_loses_its_route_and_slows_nobody() {
         pull_handshake(&mut stream);
         stream
     });
-    let a = Frontend {
-        output_address,
-        ..a
-    };
+    let a = Frontend { output_address, ..a };
     let slot = bed.open(&a, 1).await.unwrap();
     let _stream = stuck.join().unwrap();
     a.recv_input();
@@ -552,10 +462,7 @@ async fn a_frontend_that_stops_reading_loses_its_route_and_slows_nobody() {
             },
         );
     }
-    let lost = tokio::time::timeout(LIMIT, bed.lost.1.recv())
-        .await
-        .unwrap()
-        .unwrap();
+    let lost = tokio::time::timeout(LIMIT, bed.lost.1.recv()).await.unwrap().unwrap();
     assert!(lost.reason.contains("does not read"), "{}", lost.reason);
     b.add("quick");
     engine.expect_add(b.slot, "quick");
@@ -570,13 +477,9 @@ async fn a_frontend_that_stops_reading_loses_its_route_and_slows_nobody() {
 fn pull_handshake(stream: &mut std::net::TcpStream) {
     use std::io::{Read, Write};
     let mut greeting = [0; 64];
-    stream
-        .write_all(&dp_sidecar::transport::zmtp::greeting())
-        .unwrap();
+    stream.write_all(&dp_sidecar::transport::zmtp::greeting()).unwrap();
     stream.read_exact(&mut greeting).unwrap();
-    stream
-        .write_all(&dp_sidecar::transport::zmtp::ready("PULL", None))
-        .unwrap();
+    stream.write_all(&dp_sidecar::transport::zmtp::ready("PULL", None)).unwrap();
     let mut ready = [0; 2];
     stream.read_exact(&mut ready).unwrap();
     let mut body = vec![0; usize::from(ready[1])];

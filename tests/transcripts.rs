@@ -5,10 +5,7 @@
 //! to a Python that has vLLM, it is recorded again and compared (`REWRITE=1`: written).
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-#[allow(
-    dead_code,
-    reason = "written for the conformance tests; only a part is needed here"
-)]
+#[allow(dead_code, reason = "written for the conformance tests; only a part is needed here")]
 #[path = "conformance/harness.rs"]
 mod harness;
 
@@ -43,8 +40,7 @@ impl Peer {
         let identity = sockets::identity(rank);
         Self {
             rank,
-            handshake: sockets::connect(context, SocketType::DEALER, address, Some(&identity))
-                .unwrap(),
+            handshake: sockets::connect(context, SocketType::DEALER, address, Some(&identity)).unwrap(),
             inputs: Vec::new(),
             outputs: Vec::new(),
             subscription: None,
@@ -62,12 +58,7 @@ impl Peer {
         if let Some(hash) = hash {
             fields.push(("parallel_config_hash", Value::from(hash)));
         }
-        let message = Value::Map(
-            fields
-                .into_iter()
-                .map(|(key, value)| (Value::from(key), value))
-                .collect(),
-        );
+        let message = Value::Map(fields.into_iter().map(|(key, value)| (Value::from(key), value)).collect());
         self.handshake.send(msg::encode(&message), 0).unwrap();
     }
 
@@ -81,22 +72,16 @@ impl Peer {
         let identity = sockets::identity(self.rank);
         let inputs = msg::texts(addresses, "inputs").unwrap();
         let outputs = msg::texts(addresses, "outputs").unwrap();
-        let open = |kind, address: &str, id: Option<&[u8]>| {
-            sockets::connect(context, kind, address, id).unwrap()
-        };
+        let open =
+            |kind, address: &str, id: Option<&[u8]>| sockets::connect(context, kind, address, id).unwrap();
         for address in &inputs {
-            self.inputs
-                .push(open(SocketType::DEALER, address, Some(&identity)));
+            self.inputs.push(open(SocketType::DEALER, address, Some(&identity)));
         }
         for address in &outputs {
             self.outputs.push(open(SocketType::PUSH, address, None));
         }
         let back = |key: &str| msg::text(addresses, key).unwrap();
-        self.subscription = Some(open(
-            SocketType::XSUB,
-            &back("coordinator_input"),
-            Some(&identity),
-        ));
+        self.subscription = Some(open(SocketType::XSUB, &back("coordinator_input"), Some(&identity)));
         self.reports = Some(open(SocketType::PUSH, &back("coordinator_output"), None));
         // Which addresses and ports is each server's own business, and so is how many clients it
         // has; what kind of value is where is not.
@@ -119,11 +104,7 @@ impl Peer {
     }
 
     fn subscribe_and_register(&self, size: u16) {
-        self.subscription
-            .as_ref()
-            .unwrap()
-            .send(&b"\x01"[..], 0)
-            .unwrap();
+        self.subscription.as_ref().unwrap().send(&b"\x01"[..], 0).unwrap();
         let response = msg::map([
             ("max_model_len", Value::from(256)),
             ("num_gpu_blocks", Value::from(1024)),
@@ -187,10 +168,7 @@ impl Peer {
         let [client, id, method, args] = call.as_array().unwrap().as_slice() else {
             panic!("UTILITY {call}");
         };
-        let data = match (
-            method.as_str(),
-            args.as_array().unwrap().first().and_then(Value::as_str),
-        ) {
+        let data = match (method.as_str(), args.as_array().unwrap().first().and_then(Value::as_str)) {
             (Some("collective_rpc"), Some("dp_sidecar_info")) => Value::Array(vec![msg::map([
                 ("ok", Value::from(true)),
                 ("protocol", Value::from(1)),
@@ -212,15 +190,9 @@ impl Peer {
         fields[0] = Value::from(self.rank);
         fields[1] = Value::Array(Vec::new());
         fields[3] = Value::from(1.5);
-        fields[4] = Value::Array(vec![
-            id.clone(),
-            Value::Nil,
-            Value::Array(vec![Value::Nil, data]),
-        ]);
+        fields[4] = Value::Array(vec![id.clone(), Value::Nil, Value::Array(vec![Value::Nil, data])]);
         let client = usize::try_from(client.as_u64().unwrap()).unwrap();
-        self.outputs[client]
-            .send(msg::encode(&Value::Array(fields)), 0)
-            .unwrap();
+        self.outputs[client].send(msg::encode(&Value::Array(fields)), 0).unwrap();
     }
 }
 
@@ -235,19 +207,14 @@ fn kind(value: &Value) -> String {
 
 fn receive(socket: &Socket, what: &str) -> Vec<Vec<u8>> {
     let limit = i64::try_from(SOON.as_millis()).unwrap();
-    assert!(
-        socket.poll(PollEvents::POLLIN, limit).unwrap() > 0,
-        "no {what} in {SOON:?}"
-    );
+    assert!(socket.poll(PollEvents::POLLIN, limit).unwrap() > 0, "no {what} in {SOON:?}");
     socket.recv_multipart(0).unwrap()
 }
 
 /// Plays the whole script against the server at `address`.
 fn play(address: &str, hash: &str) -> serde_json::Value {
     let context = Context::new();
-    let mut peers: Vec<Peer> = (0..RANKS)
-        .map(|rank| Peer::new(&context, address, rank))
-        .collect();
+    let mut peers: Vec<Peer> = (0..RANKS).map(|rank| Peer::new(&context, address, rank)).collect();
     let order = [2, 0, 1];
     for rank in order {
         peers[rank].hello(&context);
@@ -326,10 +293,7 @@ fn until(peers: &mut [Peer], what: &str, done: impl Fn(&Peer) -> bool) {
             return;
         }
         let told: Vec<_> = peers.iter().map(|peer| &peer.told).collect();
-        assert!(
-            Instant::now() < end,
-            "no {what} in {SOON:?}; told: {told:?}"
-        );
+        assert!(Instant::now() < end, "no {what} in {SOON:?}; told: {told:?}");
         let mut items: Vec<_> = peers
             .iter()
             .flat_map(|peer| peer.inputs.iter().chain(&peer.subscription))
@@ -374,11 +338,7 @@ impl Reference {
             .unwrap();
         let stdin = child.stdin.take().unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        Self {
-            child,
-            _stdin: stdin,
-            lines,
-        }
+        Self { child, _stdin: stdin, lines }
     }
 
     fn next(&mut self) -> serde_json::Value {
@@ -406,10 +366,7 @@ fn the_recorded_transcript_is_what_vllm_says() {
     };
     let mut reference = Reference::start(&python);
     let hello = reference.next();
-    let told = play(
-        hello["handshake"].as_str().unwrap(),
-        hello["hash"].as_str().unwrap(),
-    );
+    let told = play(hello["handshake"].as_str().unwrap(), hello["hash"].as_str().unwrap());
     assert_eq!(reference.next(), json!({"started": true}));
     if std::env::var_os("REWRITE").is_some() {
         let text = serde_json::to_string_pretty(&told).unwrap();

@@ -28,10 +28,7 @@ fn peer(context: &zmq::Context, kind: zmq::SocketType) -> zmq::Socket {
 }
 
 fn bytes(frames: &[&[u8]]) -> Vec<Bytes> {
-    frames
-        .iter()
-        .map(|frame| Bytes::copy_from_slice(frame))
-        .collect()
+    frames.iter().map(|frame| Bytes::copy_from_slice(frame)).collect()
 }
 
 fn bound(socket: &zmq::Socket) -> String {
@@ -42,17 +39,13 @@ fn bound(socket: &zmq::Socket) -> String {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_router_exchanges_messages_with_an_engine_and_reports_its_end_after_the_last_one() {
     let (_base, dir) = private();
-    let mut router = RouterListener::bind(&dir.ipc_address("r").unwrap())
-        .await
-        .unwrap();
+    let mut router = RouterListener::bind(&dir.ipc_address("r").unwrap()).await.unwrap();
     let context = zmq::Context::new();
     let engine = peer(&context, zmq::DEALER);
     engine.set_identity(&[0, 0]).unwrap();
     engine.set_linger(2000).unwrap();
     engine.connect(router.address()).unwrap();
-    engine
-        .send_multipart([&b"first"[..], b"", &[7; 300]], 0)
-        .unwrap();
+    engine.send_multipart([&b"first"[..], b"", &[7; 300]], 0).unwrap();
     let event = timeout(LIMIT, router.recv()).await.unwrap();
     assert_eq!(
         event,
@@ -62,14 +55,8 @@ async fn a_router_exchanges_messages_with_an_engine_and_reports_its_end_after_th
         }
     );
     let mut sender = router.sender();
-    sender
-        .send(&[0, 0], bytes(&[b"\x00", b"payload"]))
-        .await
-        .unwrap();
-    assert_eq!(
-        engine.recv_multipart(0).unwrap(),
-        vec![b"\x00".to_vec(), b"payload".to_vec()]
-    );
+    sender.send(&[0, 0], bytes(&[b"\x00", b"payload"])).await.unwrap();
+    assert_eq!(engine.recv_multipart(0).unwrap(), vec![b"\x00".to_vec(), b"payload".to_vec()]);
     let absent = sender.send(&[1, 0], bytes(&[b"x"])).await.unwrap_err();
     assert!(matches!(absent, TransportError::Disconnected { .. }));
     engine.send("last", 0).unwrap();
@@ -79,9 +66,7 @@ async fn a_router_exchanges_messages_with_an_engine_and_reports_its_end_after_th
     assert!(matches!(last, RouterEvent::Message { .. }), "{last:?}");
     assert_eq!(
         timeout(LIMIT, router.recv()).await.unwrap(),
-        RouterEvent::Disconnected {
-            identity: Bytes::from_static(&[0, 0])
-        }
+        RouterEvent::Disconnected { identity: Bytes::from_static(&[0, 0]) }
     );
 }
 
@@ -103,10 +88,7 @@ async fn a_pull_reports_messages_in_order_and_closes_its_connections_when_droppe
         assert_eq!(frames, bytes(&[&number.to_le_bytes()]));
     }
     drop((engine, context));
-    assert_eq!(
-        timeout(LIMIT, pull.recv()).await.unwrap(),
-        PullEvent::Disconnected
-    );
+    assert_eq!(timeout(LIMIT, pull.recv()).await.unwrap(), PullEvent::Disconnected);
     let mut push = Push::connect(&address, LIMIT).await.unwrap();
     push.send(bytes(&[b"seen"])).await.unwrap();
     timeout(LIMIT, pull.recv()).await.unwrap();
@@ -120,9 +102,7 @@ async fn a_pull_reports_messages_in_order_and_closes_its_connections_when_droppe
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_xpub_reports_each_subscription_and_reaches_each_subscriber() {
     let (_base, dir) = private();
-    let mut xpub = XpubListener::bind(&dir.ipc_address("x").unwrap(), LIMIT)
-        .await
-        .unwrap();
+    let mut xpub = XpubListener::bind(&dir.ipc_address("x").unwrap(), LIMIT).await.unwrap();
     let context = zmq::Context::new();
     let engines: Vec<_> = (0..2)
         .map(|_| {
@@ -138,10 +118,7 @@ async fn an_xpub_reports_each_subscription_and_reaches_each_subscriber() {
     }
     xpub.publisher().send(bytes(&[b"\x02", b"wave"])).unwrap();
     for engine in &engines {
-        assert_eq!(
-            engine.recv_multipart(0).unwrap(),
-            vec![b"\x02".to_vec(), b"wave".to_vec()]
-        );
+        assert_eq!(engine.recv_multipart(0).unwrap(), vec![b"\x02".to_vec(), b"wave".to_vec()]);
     }
     let mut ours = Xsub::connect(xpub.address(), LIMIT).await.unwrap();
     ours.subscribe().await.unwrap();
@@ -154,9 +131,8 @@ async fn an_xpub_reports_each_subscription_and_reaches_each_subscriber() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_subscriber_that_does_not_read_ends_the_xpub_and_blocks_nobody() {
     let (_base, dir) = private();
-    let mut xpub = XpubListener::bind(&dir.ipc_address("x").unwrap(), Duration::from_millis(200))
-        .await
-        .unwrap();
+    let mut xpub =
+        XpubListener::bind(&dir.ipc_address("x").unwrap(), Duration::from_millis(200)).await.unwrap();
     let mut stuck = Xsub::connect(xpub.address(), LIMIT).await.unwrap();
     stuck.subscribe().await.unwrap();
     timeout(LIMIT, xpub.recv()).await.unwrap().unwrap();
@@ -180,18 +156,13 @@ async fn a_dealer_talks_to_a_router_of_libzmq_under_its_engine_identity() {
     router.set_router_mandatory(true).unwrap();
     let address = bound(&router);
     let mut dealer = Dealer::connect(&address, &[1, 0], LIMIT).await.unwrap();
-    dealer
-        .send(bytes(&[b"", &[3; 100_000], b"tail"]))
-        .await
-        .unwrap();
+    dealer.send(bytes(&[b"", &[3; 100_000], b"tail"])).await.unwrap();
     assert_eq!(
         router.recv_multipart(0).unwrap(),
         vec![vec![1, 0], vec![], vec![3; 100_000], b"tail".to_vec()]
     );
     let large = vec![9; 20 << 20];
-    router
-        .send_multipart([&[1u8, 0][..], b"\x00", &large], 0)
-        .unwrap();
+    router.send_multipart([&[1u8, 0][..], b"\x00", &large], 0).unwrap();
     let frames = timeout(LIMIT, dealer.recv()).await.unwrap().unwrap();
     assert_eq!(frames, bytes(&[b"\x00", &large]));
     drop((router, context));
@@ -240,16 +211,8 @@ async fn connecting_waits_for_a_listener_and_gives_up_at_the_limit() {
     let (_base, dir) = private();
     let address = dir.ipc_address("late").unwrap();
     let started = std::time::Instant::now();
-    let error = Dealer::connect(&address, &[0, 0], Duration::from_millis(150))
-        .await
-        .unwrap_err();
-    assert!(matches!(
-        error,
-        TransportError::Timeout {
-            stage: "connect",
-            ..
-        }
-    ));
+    let error = Dealer::connect(&address, &[0, 0], Duration::from_millis(150)).await.unwrap_err();
+    assert!(matches!(error, TransportError::Timeout { stage: "connect", .. }));
     assert!(started.elapsed() < LIMIT);
     let connecting = {
         let address = address.clone();
@@ -264,27 +227,10 @@ async fn connecting_waits_for_a_listener_and_gives_up_at_the_limit() {
 async fn a_peer_of_another_kind_or_silent_is_named() {
     let context = zmq::Context::new();
     let rep = peer(&context, zmq::PUB);
-    let error = Dealer::connect(&bound(&rep), &[0, 0], LIMIT)
-        .await
-        .unwrap_err()
-        .to_string();
-    assert!(
-        error.contains("ROUTER") || error.contains("disconnected"),
-        "{error}"
-    );
+    let error = Dealer::connect(&bound(&rep), &[0, 0], LIMIT).await.unwrap_err().to_string();
+    assert!(error.contains("ROUTER") || error.contains("disconnected"), "{error}");
     let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("tcp://{}", silent.local_addr().unwrap());
-    let error = Push::connect(&address, Duration::from_millis(200))
-        .await
-        .unwrap_err();
-    assert!(
-        matches!(
-            error,
-            TransportError::Timeout {
-                stage: "ZMTP handshake",
-                ..
-            }
-        ),
-        "{error}"
-    );
+    let error = Push::connect(&address, Duration::from_millis(200)).await.unwrap_err();
+    assert!(matches!(error, TransportError::Timeout { stage: "ZMTP handshake", .. }), "{error}");
 }

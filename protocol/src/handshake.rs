@@ -28,10 +28,7 @@ pub struct Hello {
 
 impl Hello {
     /// What `vllm serve --headless` says.
-    pub const HEADLESS: Self = Self {
-        local: false,
-        headless: true,
-    };
+    pub const HEADLESS: Self = Self { local: false, headless: true };
 
     /// The message.
     pub fn encode(&self) -> Bytes {
@@ -67,15 +64,9 @@ impl Ready {
     /// `dp_stats_address`.
     pub fn encode(&self, layout: &Layout) -> Bytes {
         let old = layout.registration_is_empty();
-        let hash = self
-            .parallel_config_hash
-            .as_ref()
-            .filter(|_| layout.ready_has_hash());
+        let hash = self.parallel_config_hash.as_ref().filter(|_| layout.ready_has_hash());
         let mut out = Vec::with_capacity(128);
-        write::map(
-            &mut out,
-            3 + 2 * usize::from(old) + usize::from(hash.is_some()),
-        );
+        write::map(&mut out, 3 + 2 * usize::from(old) + usize::from(hash.is_some()));
         write::str(&mut out, "status");
         write::str(&mut out, "READY");
         write::str(&mut out, "local");
@@ -130,8 +121,7 @@ impl EngineMessage {
                     ready.dp_stats_address = scanner.optional(|s| s.str().map(str::to_owned))?;
                 }
                 "parallel_config_hash" => {
-                    ready.parallel_config_hash =
-                        scanner.optional(|s| s.str().map(str::to_owned))?;
+                    ready.parallel_config_hash = scanner.optional(|s| s.str().map(str::to_owned))?;
                 }
                 _ => scanner.skip()?,
             }
@@ -140,10 +130,7 @@ impl EngineMessage {
         ready.local = local.ok_or_else(|| missing(NAME, "local"))?;
         ready.headless = headless.ok_or_else(|| missing(NAME, "headless"))?;
         match status {
-            Some("HELLO") => Ok(Self::Hello(Hello {
-                local: ready.local,
-                headless: ready.headless,
-            })),
+            Some("HELLO") => Ok(Self::Hello(Hello { local: ready.local, headless: ready.headless })),
             Some("READY") => Ok(Self::Ready(ready)),
             Some(other) => Err(DecodeError::Unexpected {
                 message: NAME,
@@ -213,11 +200,7 @@ impl Init {
     /// INIT of an engine that runs alone: a dense engine since 0.14. The DP keys would undo its own
     /// rewrite to a size of one and make its workers wait for peers.
     pub const fn independent(addresses: Addresses) -> Self {
-        Self {
-            addresses,
-            parallel_config: Vec::new(),
-            parallel_config_hash: None,
-        }
+        Self { addresses, parallel_config: Vec::new(), parallel_config_hash: None }
     }
 
     /// INIT of a lockstep engine. No store is offered (`_coord_store_port` 0): the engines take the
@@ -225,39 +208,20 @@ impl Init {
     pub fn lockstep(addresses: Addresses, group: &GroupPorts, layout: &Layout) -> Self {
         let ports = group.ports.iter().map(|port| i64::from(*port)).collect();
         let mut parallel_config = vec![
-            (
-                "data_parallel_master_ip".to_owned(),
-                ConfigValue::Str(group.master_ip.clone()),
-            ),
-            (
-                "data_parallel_master_port".to_owned(),
-                ConfigValue::Int(i64::from(group.master_port)),
-            ),
-            (
-                "_data_parallel_master_port_list".to_owned(),
-                ConfigValue::Ints(ports),
-            ),
+            ("data_parallel_master_ip".to_owned(), ConfigValue::Str(group.master_ip.clone())),
+            ("data_parallel_master_port".to_owned(), ConfigValue::Int(i64::from(group.master_port))),
+            ("_data_parallel_master_port_list".to_owned(), ConfigValue::Ints(ports)),
         ];
         if layout.init_has_coord_store_port() {
             parallel_config.push(("_coord_store_port".to_owned(), ConfigValue::Int(0)));
         }
-        parallel_config.push((
-            "data_parallel_size".to_owned(),
-            ConfigValue::Int(i64::from(group.size)),
-        ));
-        Self {
-            addresses,
-            parallel_config,
-            parallel_config_hash: None,
-        }
+        parallel_config.push(("data_parallel_size".to_owned(), ConfigValue::Int(i64::from(group.size))));
+        Self { addresses, parallel_config, parallel_config_hash: None }
     }
 
     /// A value of `parallel_config`.
     pub fn config(&self, key: &str) -> Option<&ConfigValue> {
-        self.parallel_config
-            .iter()
-            .find(|(name, _)| name == key)
-            .map(|(_, value)| value)
+        self.parallel_config.iter().find(|(name, _)| name == key).map(|(_, value)| value)
     }
 
     /// The DP size a frontend names, if it names one (lockstep only).
@@ -271,17 +235,11 @@ impl Init {
     /// The message.
     pub fn encode(&self) -> Bytes {
         let mut out = Vec::with_capacity(512);
-        write::map(
-            &mut out,
-            2 + usize::from(self.parallel_config_hash.is_some()),
-        );
+        write::map(&mut out, 2 + usize::from(self.parallel_config_hash.is_some()));
         write::str(&mut out, "addresses");
         let addresses = &self.addresses;
         write::map(&mut out, 5);
-        for (key, list) in [
-            ("inputs", &addresses.inputs),
-            ("outputs", &addresses.outputs),
-        ] {
+        for (key, list) in [("inputs", &addresses.inputs), ("outputs", &addresses.outputs)] {
             write::str(&mut out, key);
             write::array(&mut out, list.len());
             for address in list {
@@ -291,10 +249,7 @@ impl Init {
         for (key, address) in [
             ("coordinator_input", &addresses.coordinator_input),
             ("coordinator_output", &addresses.coordinator_output),
-            (
-                "frontend_stats_publish_address",
-                &addresses.frontend_stats_publish_address,
-            ),
+            ("frontend_stats_publish_address", &addresses.frontend_stats_publish_address),
         ] {
             write::str(&mut out, key);
             write::opt_str(&mut out, address.as_deref());
@@ -345,11 +300,7 @@ impl Init {
                 message: NAME,
                 at: "addresses".to_owned(),
                 expected: "as many inputs as outputs, at least one",
-                actual: format!(
-                    "{} inputs, {} outputs",
-                    addresses.inputs.len(),
-                    addresses.outputs.len()
-                ),
+                actual: format!("{} inputs, {} outputs", addresses.inputs.len(), addresses.outputs.len()),
             });
         }
         Ok(Self {
@@ -383,9 +334,7 @@ fn read_addresses(scanner: &mut Scanner<'_>) -> Result<Addresses, ScanError> {
 }
 
 fn read_strings(scanner: &mut Scanner<'_>) -> Result<Vec<String>, ScanError> {
-    (0..scanner.array()?)
-        .map(|_| scanner.str().map(str::to_owned))
-        .collect()
+    (0..scanner.array()?).map(|_| scanner.str().map(str::to_owned)).collect()
 }
 
 fn read_config(scanner: &mut Scanner<'_>) -> Result<Vec<(String, ConfigValue)>, ScanError> {
@@ -396,9 +345,7 @@ fn read_config(scanner: &mut Scanner<'_>) -> Result<Vec<(String, ConfigValue)>, 
             Kind::Str => ConfigValue::Str(scanner.str()?.to_owned()),
             Kind::Array => {
                 let count = scanner.array()?;
-                let ports: Result<_, _> = (0..count)
-                    .map(|_| scanner.integer("int of 64 bits"))
-                    .collect();
+                let ports: Result<_, _> = (0..count).map(|_| scanner.integer("int of 64 bits")).collect();
                 ConfigValue::Ints(ports?)
             }
             _ => ConfigValue::Int(scanner.integer("int, str or list of int")?),
@@ -505,9 +452,7 @@ impl EngineReadyResponse {
 
     /// A key that has no field of its own.
     pub fn other_value(&self, key: &str) -> Option<rmpv::Value> {
-        self.other
-            .get(key)
-            .and_then(|raw| positional::value(raw).ok())
+        self.other.get(key).and_then(|raw| positional::value(raw).ok())
     }
 }
 
@@ -538,12 +483,7 @@ pub fn with_dp_stats_address(frame: &Bytes, address: Option<&str>) -> Result<Byt
 }
 
 fn missing(message: &'static str, at: &str) -> DecodeError {
-    DecodeError::Unexpected {
-        message,
-        at: at.to_owned(),
-        expected: "a value",
-        actual: "missing".to_owned(),
-    }
+    DecodeError::Unexpected { message, at: at.to_owned(), expected: "a value", actual: "missing".to_owned() }
 }
 
 /// Calls `entry` for each key of the map that fills `frame`; it must take the value.
@@ -553,16 +493,10 @@ pub(crate) fn read_map<'a>(
     mut entry: impl FnMut(&'a str, &mut Scanner<'a>) -> Result<(), ScanError>,
 ) -> Result<(), DecodeError> {
     let mut scanner = Scanner::new(frame);
-    let pairs = scanner
-        .map()
-        .map_err(|error| error.within(message, "top level"))?;
+    let pairs = scanner.map().map_err(|error| error.within(message, "top level"))?;
     for _ in 0..pairs {
-        let key = scanner
-            .str()
-            .map_err(|error| error.within(message, "key"))?;
+        let key = scanner.str().map_err(|error| error.within(message, "key"))?;
         entry(key, &mut scanner).map_err(|error| error.within(message, key))?;
     }
-    scanner
-        .finish()
-        .map_err(|error| error.within(message, "end"))
+    scanner.finish().map_err(|error| error.within(message, "end"))
 }

@@ -32,11 +32,7 @@ impl VllmVersion {
 
     /// A version.
     pub const fn new(major: u16, minor: u16, patch: u16) -> Self {
-        Self {
-            major,
-            minor,
-            patch,
-        }
+        Self { major, minor, patch }
     }
 
     const fn at_least(self, minor: u16, patch: u16) -> bool {
@@ -217,11 +213,7 @@ pub struct Layout {
 impl Layout {
     /// The layout of a version.
     pub fn for_version(version: VllmVersion) -> Result<Self, UnknownVersion> {
-        if Self::is_known(version) {
-            Ok(Self::build(version))
-        } else {
-            Err(UnknownVersion(version))
-        }
+        if Self::is_known(version) { Ok(Self::build(version)) } else { Err(UnknownVersion(version)) }
     }
 
     /// The layout of a version, or of the closest known one (`--allow-untested-vllm`).
@@ -247,21 +239,14 @@ impl Layout {
     }
 
     fn build(version: VllmVersion) -> Self {
-        Self {
-            version,
-            add: add_positions(version),
-            output: output_positions(version),
-        }
+        Self { version, add: add_positions(version), output: output_positions(version) }
     }
 
     /// Finds the layout from an engine's registration frame (its ready response).
     ///
     /// `expected` is what the operator or the installed package says, if known; it decides where
     /// the frame alone cannot, and must agree where it can.
-    pub fn from_registration(
-        frame: &[u8],
-        expected: Option<VllmVersion>,
-    ) -> Result<Detected, DetectError> {
+    pub fn from_registration(frame: &[u8], expected: Option<VllmVersion>) -> Result<Detected, DetectError> {
         let (first, last) = if frame.is_empty() {
             (VllmVersion::OLDEST, VllmVersion::new(0, 19, u16::MAX))
         } else {
@@ -269,21 +254,12 @@ impl Layout {
             if let Some(text) = &ready.vllm_version {
                 let version: VllmVersion = text.parse().map_err(DetectError::Version)?;
                 let layout = Self::for_version(version).map_err(DetectError::Unknown)?;
-                return Ok(Detected {
-                    layout,
-                    certain: true,
-                });
+                return Ok(Detected { layout, certain: true });
             }
             if ready.dtype.is_some() {
-                (
-                    VllmVersion::new(0, 22, 0),
-                    VllmVersion::new(0, 22, u16::MAX),
-                )
+                (VllmVersion::new(0, 22, 0), VllmVersion::new(0, 22, u16::MAX))
             } else {
-                (
-                    VllmVersion::new(0, 20, 0),
-                    VllmVersion::new(0, 21, u16::MAX),
-                )
+                (VllmVersion::new(0, 20, 0), VllmVersion::new(0, 21, u16::MAX))
             }
         };
         match expected {
@@ -291,11 +267,7 @@ impl Layout {
                 layout: Self::for_version(version).map_err(DetectError::Unknown)?,
                 certain: true,
             }),
-            Some(version) => Err(DetectError::Differs {
-                expected: version,
-                first,
-                last: last.minor,
-            }),
+            Some(version) => Err(DetectError::Differs { expected: version, first, last: last.minor }),
             None => {
                 // The releases that were run without a version on the wire.
                 let guess = match last.minor {
@@ -303,10 +275,7 @@ impl Layout {
                     21 => VllmVersion::new(0, 20, 2),
                     _ => VllmVersion::new(0, 22, 1),
                 };
-                Ok(Detected {
-                    layout: Self::build(guess),
-                    certain: last.minor == 22,
-                })
+                Ok(Detected { layout: Self::build(guess), certain: last.minor == 22 })
             }
         }
     }
@@ -412,11 +381,7 @@ impl Layout {
 
     /// Highest temperature `SamplingParams` takes; decoding another one raises.
     pub const fn max_temperature(&self) -> f64 {
-        if self.version.at_least(24, 0) {
-            2.0
-        } else {
-            f64::MAX
-        }
+        if self.version.at_least(24, 0) { 2.0 } else { f64::MAX }
     }
 
     /// Whether `StructuredOutputsParams` without any constraint raises.
@@ -589,8 +554,7 @@ fn output_positions(version: VllmVersion) -> OutputPositions {
         weight_version: stamped.then_some(8),
         output_fields,
         num_cached_tokens: (!version.at_least(20, 0)).then_some(10),
-        num_external_computed_tokens: (version.at_least(16, 0) && !version.at_least(20, 0))
-            .then_some(11),
+        num_external_computed_tokens: (version.at_least(16, 0) && !version.at_least(20, 0)).then_some(11),
         // Fields before it came and went.
         num_nans_in_logits: match version.minor {
             11 if version.patch == 0 => None,

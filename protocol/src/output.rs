@@ -75,12 +75,7 @@ impl<'a> EngineOutput<'a> {
         match frames {
             [only] if **only == *ENGINE_CORE_DEAD => Ok(Self::Dead),
             [first, ..] => OutputsView::parse(first).map(Self::Outputs),
-            [] => Err(DecodeError::TooShort {
-                message: NAME,
-                unit: "frames",
-                expected: 1,
-                actual: 0,
-            }),
+            [] => Err(DecodeError::TooShort { message: NAME, unit: "frames", expected: 1, actual: 0 }),
         }
     }
 }
@@ -113,8 +108,7 @@ impl<'a> OutputsView<'a> {
         let fields = scanner.array().map_err(|e| e.within(NAME, "top level"))?;
         let mut view = Self::default();
         for position in 0..fields {
-            view.field(&mut scanner, position)
-                .map_err(|e| e.within(NAME, format!("position {position}")))?;
+            view.field(&mut scanner, position).map_err(|e| e.within(NAME, format!("position {position}")))?;
         }
         scanner.finish().map_err(|e| e.within(NAME, "end"))?;
         Ok(view)
@@ -165,8 +159,7 @@ impl<'a> OutputsView<'a> {
 
     /// The answer to a utility call, decoded.
     pub fn utility_output(&self) -> Option<Result<UtilityOutput, DecodeError>> {
-        self.utility_output
-            .map(|(_, raw)| UtilityOutput::decode(raw))
+        self.utility_output.map(|(_, raw)| UtilityOutput::decode(raw))
     }
 
     /// Ids of requests that ended in this step, whether or not they have an output here.
@@ -227,17 +220,11 @@ impl<'a> Outputs<'a> {
         let mut left = fields.saturating_sub(1);
         if fields > FINISH_REASON {
             inside.skip_many(FINISH_REASON - 1)?;
-            finished = inside
-                .optional(|s| s.integer::<i64>("finish reason"))?
-                .map(FinishReason::from);
+            finished = inside.optional(|s| s.integer::<i64>("finish reason"))?.map(FinishReason::from);
             left -= FINISH_REASON;
         }
         inside.skip_many(left)?;
-        Ok(RequestOutput {
-            request_id,
-            finished,
-            raw: scanner.take_until(&inside),
-        })
+        Ok(RequestOutput { request_id, finished, raw: scanner.take_until(&inside) })
     }
 }
 
@@ -361,11 +348,7 @@ impl NewOutput {
 /// The reason with which a request is ended when its engine is lost: error, or abort where error
 /// does not exist yet.
 pub const fn error_reason(layout: &Layout) -> FinishReason {
-    if layout.error_finish_known() {
-        FinishReason::Error
-    } else {
-        FinishReason::Abort
-    }
+    if layout.error_finish_known() { FinishReason::Error } else { FinishReason::Abort }
 }
 
 /// Ends requests with an error. `timestamp` in seconds.
@@ -375,13 +358,7 @@ pub fn error_finish<'a>(
     request_ids: impl IntoIterator<Item = &'a str>,
     timestamp: f64,
 ) -> Bytes {
-    finish(
-        layout,
-        engine_index,
-        request_ids,
-        error_reason(layout),
-        timestamp,
-    )
+    finish(layout, engine_index, request_ids, error_reason(layout), timestamp)
 }
 
 /// Ends requests. `timestamp` in seconds.
@@ -428,19 +405,9 @@ pub fn utility_answer(
 }
 
 /// Reports load. `stats` is an encoded `SchedulerStats` map.
-pub fn stats_message(
-    layout: &Layout,
-    engine_index: EngineIndex,
-    stats: Vec<u8>,
-    timestamp: f64,
-) -> Bytes {
-    NewOutputs {
-        engine_index,
-        scheduler_stats: Some(stats),
-        timestamp,
-        ..NewOutputs::default()
-    }
-    .encode(layout)
+pub fn stats_message(layout: &Layout, engine_index: EngineIndex, stats: Vec<u8>, timestamp: f64) -> Bytes {
+    NewOutputs { engine_index, scheduler_stats: Some(stats), timestamp, ..NewOutputs::default() }
+        .encode(layout)
 }
 
 /// Tells the coordinator that a wave ended.
@@ -450,27 +417,10 @@ pub fn wave_complete_message(
     wave: Wave,
     timestamp: f64,
 ) -> Bytes {
-    NewOutputs {
-        engine_index,
-        wave_complete: Some(wave),
-        timestamp,
-        ..NewOutputs::default()
-    }
-    .encode(layout)
+    NewOutputs { engine_index, wave_complete: Some(wave), timestamp, ..NewOutputs::default() }.encode(layout)
 }
 
 /// Tells the coordinator that a wave must start.
-pub fn start_wave_message(
-    layout: &Layout,
-    engine_index: EngineIndex,
-    wave: Wave,
-    timestamp: f64,
-) -> Bytes {
-    NewOutputs {
-        engine_index,
-        start_wave: Some(wave),
-        timestamp,
-        ..NewOutputs::default()
-    }
-    .encode(layout)
+pub fn start_wave_message(layout: &Layout, engine_index: EngineIndex, wave: Wave, timestamp: f64) -> Bytes {
+    NewOutputs { engine_index, start_wave: Some(wave), timestamp, ..NewOutputs::default() }.encode(layout)
 }

@@ -68,19 +68,10 @@ impl ScanError {
     /// With the name of the message and of the field or position that was read.
     pub fn within(self, message: &'static str, at: impl Into<String>) -> DecodeError {
         match self {
-            Self::Type {
-                expected, actual, ..
-            } => DecodeError::Unexpected {
-                message,
-                at: at.into(),
-                expected,
-                actual: actual.to_string(),
-            },
-            other => DecodeError::Malformed {
-                message,
-                at: at.into(),
-                reason: other.to_string(),
-            },
+            Self::Type { expected, actual, .. } => {
+                DecodeError::Unexpected { message, at: at.into(), expected, actual: actual.to_string() }
+            }
+            other => DecodeError::Malformed { message, at: at.into(), reason: other.to_string() },
         }
     }
 }
@@ -203,19 +194,13 @@ impl<'a> Scanner<'a> {
         if self.is_at_end() {
             Ok(())
         } else {
-            Err(ScanError::Trailing {
-                at: self.at,
-                extra: self.bytes.len() - self.at,
-            })
+            Err(ScanError::Trailing { at: self.at, extra: self.bytes.len() - self.at })
         }
     }
 
     /// Type of the next value.
     pub fn kind(&self) -> Result<Kind, ScanError> {
-        self.bytes
-            .get(self.at)
-            .map(|marker| Kind::of(*marker))
-            .ok_or(ScanError::Truncated(self.at))
+        self.bytes.get(self.at).map(|marker| Kind::of(*marker)).ok_or(ScanError::Truncated(self.at))
     }
 
     fn big_endian(&self, at: usize, width: usize) -> Result<u64, ScanError> {
@@ -223,27 +208,17 @@ impl<'a> Scanner<'a> {
             .checked_add(width)
             .and_then(|end| self.bytes.get(at..end))
             .ok_or(ScanError::Truncated(self.at))?;
-        Ok(field
-            .iter()
-            .fold(0, |value, byte| value << 8 | u64::from(*byte)))
+        Ok(field.iter().fold(0, |value, byte| value << 8 | u64::from(*byte)))
     }
 
     fn head(&self) -> Result<Head, ScanError> {
-        let marker = *self
-            .bytes
-            .get(self.at)
-            .ok_or(ScanError::Truncated(self.at))?;
+        let marker = *self.bytes.get(self.at).ok_or(ScanError::Truncated(self.at))?;
         let kind = Kind::of(marker);
         let length = |width: usize| -> Result<usize, ScanError> {
             let value = self.big_endian(self.at + 1, width)?;
             usize::try_from(value).map_err(|_| ScanError::Truncated(self.at))
         };
-        let plain = |header, body, children| Head {
-            kind,
-            header,
-            body,
-            children,
-        };
+        let plain = |header, body, children| Head { kind, header, body, children };
         let head = match marker {
             0x00..=0x7f | 0xe0..=0xff | 0xc0 | 0xc2 | 0xc3 => plain(1, 0, 0),
             0xc1 => return Err(ScanError::Reserved(self.at)),
@@ -278,15 +253,7 @@ impl<'a> Scanner<'a> {
 
     fn typed(&self, wanted: Kind, expected: &'static str) -> Result<Head, ScanError> {
         let actual = self.kind()?;
-        if actual == wanted {
-            self.head()
-        } else {
-            Err(ScanError::Type {
-                at: self.at,
-                expected,
-                actual,
-            })
-        }
+        if actual == wanted { self.head() } else { Err(ScanError::Type { at: self.at, expected, actual }) }
     }
 
     /// Enters an array; returns how many elements follow.
@@ -341,11 +308,7 @@ impl<'a> Scanner<'a> {
     /// Reads an integer that fits `T`.
     pub fn integer<T: TryFrom<i128>>(&mut self, expected: &'static str) -> Result<T, ScanError> {
         let at = self.at;
-        T::try_from(self.int()?).map_err(|_| ScanError::Type {
-            at,
-            expected,
-            actual: Kind::Int,
-        })
+        T::try_from(self.int()?).map_err(|_| ScanError::Type { at, expected, actual: Kind::Int })
     }
 
     /// Reads a float, or an integer as one (msgspec accepts both where a float is declared).
@@ -355,11 +318,7 @@ impl<'a> Scanner<'a> {
         }
         let head = self.typed(Kind::Float, "float")?;
         let raw = self.big_endian(self.at + 1, head.body)?;
-        let value = if head.body == 4 {
-            f64::from(f32::from_bits(raw as u32))
-        } else {
-            f64::from_bits(raw)
-        };
+        let value = if head.body == 4 { f64::from(f32::from_bits(raw as u32)) } else { f64::from_bits(raw) };
         self.at += head.header + head.body;
         Ok(value)
     }
@@ -399,11 +358,7 @@ impl<'a> Scanner<'a> {
         &mut self,
         read: impl FnOnce(&mut Self) -> Result<T, ScanError>,
     ) -> Result<Option<T>, ScanError> {
-        if self.nil()? {
-            Ok(None)
-        } else {
-            read(self).map(Some)
-        }
+        if self.nil()? { Ok(None) } else { read(self).map(Some) }
     }
 
     /// Skips one value with everything in it.
@@ -515,10 +470,7 @@ impl<'a> Scanner<'a> {
             let at = self.at;
             let head = self.step::<CHECKED>()?;
             if CHECKED && is_key && matches!(head.kind, Kind::Map | Kind::Array | Kind::Ext) {
-                return Err(ScanError::Key {
-                    at,
-                    actual: head.kind,
-                });
+                return Err(ScanError::Key { at, actual: head.kind });
             }
             if head.children > 0 {
                 if depth == MAX_DEPTH {
@@ -576,11 +528,7 @@ pub fn value(bytes: &[u8]) -> Result<rmpv::Value, ScanError> {
 }
 
 /// Writes `bytes[..range.start]`, `replacement`, `bytes[range.end..]`.
-pub(crate) fn splice(
-    bytes: &[u8],
-    range: std::ops::Range<usize>,
-    replacement: &[u8],
-) -> bytes::Bytes {
+pub(crate) fn splice(bytes: &[u8], range: std::ops::Range<usize>, replacement: &[u8]) -> bytes::Bytes {
     let mut out = Vec::with_capacity(bytes.len() + replacement.len());
     out.extend_from_slice(&bytes[..range.start]);
     out.extend_from_slice(replacement);

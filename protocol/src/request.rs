@@ -83,11 +83,7 @@ enum IndexAt {
     Bytes(Range<usize>),
     /// Nowhere: the array is shorter. It has so many elements after a header of so many bytes, and
     /// the field belongs at that position.
-    Beyond {
-        header: usize,
-        elements: usize,
-        position: usize,
-    },
+    Beyond { header: usize, elements: usize, position: usize },
 }
 
 /// Why a message is refused, and whom that concerns.
@@ -104,11 +100,7 @@ pub struct Refusal {
 
 impl From<RefusalKind> for Refusal {
     fn from(kind: RefusalKind) -> Self {
-        Self {
-            kind: Box::new(kind),
-            request_id: None,
-            call_id: None,
-        }
+        Self { kind: Box::new(kind), request_id: None, call_id: None }
     }
 }
 
@@ -218,11 +210,7 @@ impl<'a> FrontendMessage<'a> {
                 }
                 positional::splice(payload, range.clone(), &number)
             }
-            IndexAt::Beyond {
-                header,
-                elements,
-                position,
-            } => {
+            IndexAt::Beyond { header, elements, position } => {
                 // The fields in between all default to None.
                 let mut out = Vec::with_capacity(payload.len() + 16);
                 write::array(&mut out, position + 1);
@@ -247,47 +235,23 @@ impl<'a> FrontendMessage<'a> {
 }
 
 fn check_abort(payload: &Bytes) -> Result<Vec<&str>, RefusalKind> {
-    let fail = |at| {
-        move |error| RefusalKind::Malformed {
-            message: "ABORT",
-            at,
-            error,
-        }
-    };
+    let fail = |at| move |error| RefusalKind::Malformed { message: "ABORT", at, error };
     let mut scanner = Scanner::new(payload);
     let count = scanner.array().map_err(fail("request ids"))?;
     if count > MAX_ABORTS {
-        return Err(RefusalKind::FieldCount {
-            message: "ABORT",
-            actual: count,
-            expected: MAX_ABORTS,
-        });
+        return Err(RefusalKind::FieldCount { message: "ABORT", actual: count, expected: MAX_ABORTS });
     }
-    let ids = (0..count)
-        .map(|_| scanner.str())
-        .collect::<Result<_, _>>()
-        .map_err(fail("request id"))?;
+    let ids = (0..count).map(|_| scanner.str()).collect::<Result<_, _>>().map_err(fail("request id"))?;
     scanner.finish().map_err(fail("end"))?;
     Ok(ids)
 }
 
 fn check_utility(payload: &Bytes) -> Result<Utility<'_>, Refusal> {
-    let fail = |at| {
-        move |error| RefusalKind::Malformed {
-            message: "UTILITY",
-            at,
-            error,
-        }
-    };
+    let fail = |at| move |error| RefusalKind::Malformed { message: "UTILITY", at, error };
     let mut scanner = Scanner::new(payload);
     let fields = scanner.array().map_err(fail("top level"))?;
     if fields != 4 {
-        return Err(RefusalKind::FieldCount {
-            message: "UTILITY",
-            actual: fields,
-            expected: 4,
-        }
-        .into());
+        return Err(RefusalKind::FieldCount { message: "UTILITY", actual: fields, expected: 4 }.into());
     }
     let start = scanner.position();
     let client_index = scanner.int().map_err(fail("client_index"))?;
@@ -302,11 +266,7 @@ fn check_utility(payload: &Bytes) -> Result<Utility<'_>, Refusal> {
         }
         .into());
     }
-    let refuse = |kind| Refusal {
-        kind: Box::new(kind),
-        request_id: None,
-        call_id: Some(CallId(call_id)),
-    };
+    let refuse = |kind| Refusal { kind: Box::new(kind), request_id: None, call_id: Some(CallId(call_id)) };
     let client_index = client(client_index, "UTILITY").map_err(refuse)?;
     let method = scanner.str().map_err(fail("method")).map_err(refuse)?;
     let args_start = scanner.position();
@@ -319,29 +279,15 @@ fn check_utility(payload: &Bytes) -> Result<Utility<'_>, Refusal> {
             expected: "array".to_owned(),
         }));
     }
-    scanner
-        .skip_checked()
-        .map_err(fail("args"))
-        .map_err(refuse)?;
+    scanner.skip_checked().map_err(fail("args")).map_err(refuse)?;
     scanner.finish().map_err(fail("end")).map_err(refuse)?;
     let args = &payload[args_start..];
     check_method(method, args).map_err(refuse)?;
-    Ok(Utility {
-        client_index,
-        call_id: CallId(call_id),
-        method,
-        args,
-        index_at,
-    })
+    Ok(Utility { client_index, call_id: CallId(call_id), method, args, index_at })
 }
 
 fn check_method(method: &str, args: &[u8]) -> Result<(), RefusalKind> {
-    let refuse = |reason| {
-        Err(RefusalKind::Method {
-            method: method.chars().take(80).collect(),
-            reason,
-        })
-    };
+    let refuse = |reason| Err(RefusalKind::Method { method: method.chars().take(80).collect(), reason });
     // Since 0.27.1 run in the input thread, through an attribute that only fault tolerance sets.
     if method == "handle_fault_tolerance" {
         return refuse("ends the input thread of an engine without fault tolerance");
@@ -357,14 +303,12 @@ fn check_method(method: &str, args: &[u8]) -> Result<(), RefusalKind> {
 }
 
 fn client(index: i128, message: &'static str) -> Result<ClientIndex, RefusalKind> {
-    u32::try_from(index)
-        .map(ClientIndex)
-        .map_err(|_| RefusalKind::Value {
-            message,
-            field: "client_index",
-            actual: index.to_string(),
-            expected: "0 or more, 32 bits".to_owned(),
-        })
+    u32::try_from(index).map(ClientIndex).map_err(|_| RefusalKind::Value {
+        message,
+        field: "client_index",
+        actual: index.to_string(),
+        expected: "0 or more, 32 bits".to_owned(),
+    })
 }
 
 /// A plain text request, for fakes and tests.

@@ -32,9 +32,7 @@ impl SchedulerStats {
         let pairs = scanner.map().map_err(|e| e.within(NAME, "top level"))?;
         for _ in 0..pairs {
             let key = scanner.str().map_err(|e| e.within(NAME, "key"))?;
-            let found = stats
-                .field(key, &mut scanner)
-                .map_err(|e| e.within(NAME, key))?;
+            let found = stats.field(key, &mut scanner).map_err(|e| e.within(NAME, key))?;
             missing -= u8::from(found);
             if missing == 0 {
                 break;

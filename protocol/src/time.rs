@@ -7,9 +7,7 @@ use serde::{Deserialize, Serialize};
 
 /// Time since the process (or the simulation) began. Monotone: a machine is never called with an
 /// earlier time than before.
-#[derive(
-    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
-)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 pub struct Time(Duration);
 
 impl Time {

@@ -57,23 +57,14 @@ impl UtilityOutput {
         let mut scanner = Scanner::new(bytes);
         let fields = scanner.array().map_err(|e| e.within(NAME, "top level"))?;
         if fields == 0 {
-            return Err(DecodeError::TooShort {
-                message: NAME,
-                unit: "fields",
-                expected: 1,
-                actual: 0,
-            });
+            return Err(DecodeError::TooShort { message: NAME, unit: "fields", expected: 1, actual: 0 });
         }
         let call_id = CallId(scanner.int().map_err(|e| e.within(NAME, "call_id"))?);
         if fields > 1
-            && let Some(message) = scanner
-                .optional(Scanner::str)
-                .map_err(|e| e.within(NAME, "failure_message"))?
+            && let Some(message) =
+                scanner.optional(Scanner::str).map_err(|e| e.within(NAME, "failure_message"))?
         {
-            return Ok(Self {
-                call_id,
-                result: Err(message.to_owned()),
-            });
+            return Ok(Self { call_id, result: Err(message.to_owned()) });
         }
         let mut result = rmpv::Value::Nil;
         let fail = |e: positional::ScanError| e.within(NAME, "result");
@@ -91,10 +82,7 @@ impl UtilityOutput {
             let data = scanner.raw().map_err(fail)?;
             result = positional::value(data).map_err(fail)?;
         }
-        Ok(Self {
-            call_id,
-            result: Ok(result),
-        })
+        Ok(Self { call_id, result: Ok(result) })
     }
 
     /// The array, to stand in an `EngineCoreOutputs`.

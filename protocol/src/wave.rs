@@ -39,9 +39,7 @@ impl StartDpWave {
         const NAME: &str = "START_DP_WAVE";
         let mut scanner = Scanner::new(payload);
         fields(&mut scanner, NAME, 2)?;
-        let wave = scanner
-            .integer("wave of 0 or more")
-            .map_err(|e| e.within(NAME, "wave"))?;
+        let wave = scanner.integer("wave of 0 or more").map_err(|e| e.within(NAME, "wave"))?;
         let fail = |e: ScanError| e.within(NAME, "exclude");
         let exclude = match scanner.kind().map_err(fail)? {
             Kind::Int => Some(EngineIndex(scanner.integer("engine index").map_err(fail)?)),
@@ -55,15 +53,9 @@ impl StartDpWave {
                 })?;
                 None
             }
-            _ => scanner
-                .optional(|s| s.integer("nil, int or bin"))
-                .map_err(fail)?
-                .map(EngineIndex),
+            _ => scanner.optional(|s| s.integer("nil, int or bin")).map_err(fail)?.map(EngineIndex),
         };
-        Ok(Self {
-            wave: Wave(wave),
-            exclude,
-        })
+        Ok(Self { wave: Wave(wave), exclude })
     }
 }
 
@@ -102,9 +94,7 @@ impl FrontendUpstream {
                         actual: name.chars().take(40).collect(),
                     });
                 }
-                let engines = scanner
-                    .integer("int of 0 or more")
-                    .map_err(|e| e.within(NAME, "engines"))?;
+                let engines = scanner.integer("int of 0 or more").map_err(|e| e.within(NAME, "engines"))?;
                 return Ok(Self::ScaleElasticEp { engines });
             }
             Kind::Int => EngineIndex(scanner.integer("engine index").map_err(fail)?),
@@ -120,13 +110,8 @@ impl FrontendUpstream {
                     .index()
             }
         };
-        let wave = scanner
-            .integer("wave of 0 or more")
-            .map_err(|e| e.within(NAME, "wave"))?;
-        Ok(Self::FirstReq {
-            target,
-            wave: Wave(wave),
-        })
+        let wave = scanner.integer("wave of 0 or more").map_err(|e| e.within(NAME, "wave"))?;
+        Ok(Self::FirstReq { target, wave: Wave(wave) })
     }
 
     /// The message as a frontend sends it.
@@ -199,18 +184,10 @@ impl Publication {
         const NAME: &str = "publication";
         let mut scanner = Scanner::new(frame);
         fields(&mut scanner, NAME, 3)?;
-        let counts = scanner
-            .optional(read_counts)
-            .map_err(|e| e.within(NAME, "counts"))?;
-        let wave = scanner
-            .integer("wave of 0 or more")
-            .map_err(|e| e.within(NAME, "wave"))?;
+        let counts = scanner.optional(read_counts).map_err(|e| e.within(NAME, "counts"))?;
+        let wave = scanner.integer("wave of 0 or more").map_err(|e| e.within(NAME, "wave"))?;
         let running = scanner.bool().map_err(|e| e.within(NAME, "running"))?;
-        Ok(Self {
-            counts,
-            wave: Wave(wave),
-            running,
-        })
+        Ok(Self { counts, wave: Wave(wave), running })
     }
 }
 
@@ -232,21 +209,10 @@ fn read_counts(scanner: &mut Scanner<'_>) -> Result<Vec<EngineCounts>, ScanError
     Ok(counts)
 }
 
-fn fields(
-    scanner: &mut Scanner<'_>,
-    message: &'static str,
-    expected: usize,
-) -> Result<usize, DecodeError> {
-    let actual = scanner
-        .array()
-        .map_err(|e| e.within(message, "top level"))?;
+fn fields(scanner: &mut Scanner<'_>, message: &'static str, expected: usize) -> Result<usize, DecodeError> {
+    let actual = scanner.array().map_err(|e| e.within(message, "top level"))?;
     if actual < expected {
-        return Err(DecodeError::TooShort {
-            message,
-            unit: "fields",
-            expected,
-            actual,
-        });
+        return Err(DecodeError::TooShort { message, unit: "fields", expected, actual });
     }
     Ok(actual)
 }

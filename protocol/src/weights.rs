@@ -60,9 +60,7 @@ impl FromStr for PauseMode {
             "abort" => Ok(Self::Abort),
             "wait" => Ok(Self::Wait),
             "keep" => Ok(Self::Keep),
-            other => Err(format!(
-                "pause mode {other:?}, expected abort, wait or keep"
-            )),
+            other => Err(format!("pause mode {other:?}, expected abort, wait or keep")),
         }
     }
 }
@@ -70,10 +68,7 @@ impl FromStr for PauseMode {
 /// `pause_scheduler(mode, clear_cache)`. The answer, nil, comes when the pause is complete. On
 /// lockstep engines since 0.21 it comes only once all ranks have been asked.
 pub fn pause_scheduler(mode: PauseMode, clear_cache: bool) -> Call {
-    Call {
-        method: "pause_scheduler",
-        args: vec![mode.as_str().into(), clear_cache.into()],
-    }
+    Call { method: "pause_scheduler", args: vec![mode.as_str().into(), clear_cache.into()] }
 }
 
 /// `resume_scheduler()`. To all lockstep ranks at once or to none.
@@ -88,17 +83,10 @@ pub const fn is_scheduler_paused() -> Call {
 
 /// `reset_prefix_cache(reset_running_requests, reset_connector)` with as many arguments as the
 /// version takes. Answers false if blocks are still in use (nil in 0.11).
-pub fn reset_prefix_cache(
-    layout: &Layout,
-    reset_running_requests: bool,
-    reset_connector: bool,
-) -> Call {
+pub fn reset_prefix_cache(layout: &Layout, reset_running_requests: bool, reset_connector: bool) -> Call {
     let mut args = vec![reset_running_requests.into(), reset_connector.into()];
     args.truncate(layout.reset_prefix_cache_args());
-    Call {
-        method: "reset_prefix_cache",
-        args,
-    }
+    Call { method: "reset_prefix_cache", args }
 }
 
 /// `reset_mm_cache()`, answers nil.
@@ -108,10 +96,7 @@ pub const fn reset_mm_cache() -> Call {
 
 /// `set_weight_version(version)`, answers nil.
 pub fn set_weight_version(version: &WeightVersion) -> Call {
-    Call {
-        method: "set_weight_version",
-        args: vec![version.0.as_str().into()],
-    }
+    Call { method: "set_weight_version", args: vec![version.0.as_str().into()] }
 }
 
 /// `get_weight_version()`, answers a str, `default` on a fresh engine.
@@ -123,33 +108,18 @@ pub const fn get_weight_version() -> Call {
 /// entry per worker of this DP rank. No time limit is given: the caller keeps its own, and the
 /// engine's would leave the call running.
 pub fn collective_rpc(method: &str, args: Vec<Value>, kwargs: Vec<(String, Value)>) -> Call {
-    let kwargs = kwargs
-        .into_iter()
-        .map(|(key, value)| (Value::from(key), value))
-        .collect();
+    let kwargs = kwargs.into_iter().map(|(key, value)| (Value::from(key), value)).collect();
     Call {
         method: "collective_rpc",
-        args: vec![
-            method.into(),
-            Value::Nil,
-            Value::Array(args),
-            Value::Map(kwargs),
-        ],
+        args: vec![method.into(), Value::Nil, Value::Array(args), Value::Map(kwargs)],
     }
 }
 
 /// `reload_weights` of every worker from a directory on the engine's node (0.16.0 and later).
 pub fn reload_weights(directory: &str) -> Call {
-    collective_rpc(
-        "reload_weights",
-        Vec::new(),
-        vec![("weights_path".to_owned(), directory.into())],
-    )
+    collective_rpc("reload_weights", Vec::new(), vec![("weights_path".to_owned(), directory.into())])
 }
 
 const fn plain(method: &'static str) -> Call {
-    Call {
-        method,
-        args: Vec::new(),
-    }
+    Call { method, args: Vec::new() }
 }

@@ -6,9 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use dp_sidecar_protocol::handshake::{Addresses, ConfigValue, Init};
-use dp_sidecar_protocol::machine::attachment::{
-    Action, Attachment, Config, Engines, Event, Snapshot, State,
-};
+use dp_sidecar_protocol::machine::attachment::{Action, Attachment, Config, Engines, Event, Snapshot, State};
 use dp_sidecar_protocol::{EngineIndex, Time, Wave};
 
 const A: u64 = 1;
@@ -38,20 +36,14 @@ fn init(api_servers: u32, coordinator: bool, size: Option<i64>) -> Bytes {
 impl Bench {
     /// A deployment with all handshake sockets connected to the frontend.
     fn connected(size: u16, lockstep: bool) -> Self {
-        let mut bench = Self {
-            machine: Attachment::new(Config::new("host:7200")),
-            now: Time::ZERO,
-        };
+        let mut bench = Self { machine: Attachment::new(Config::new("host:7200")), now: Time::ZERO };
         bench.event(Event::FreeSlots(4));
         bench.event(Event::EnginesComplete(Engines {
             size,
             lockstep,
             parallel_config_hash: lockstep.then(|| "cafe".to_owned()),
         }));
-        bench.event(Event::ProbeOk {
-            attempt: A,
-            mismatch: None,
-        });
+        bench.event(Event::ProbeOk { attempt: A, mismatch: None });
         for rank in (0..size).map(EngineIndex) {
             bench.event(Event::HandshakeConnected { attempt: A, rank });
         }
@@ -75,19 +67,11 @@ impl Bench {
     }
 
     fn init(&mut self, rank: u16, payload: Bytes) {
-        self.event(Event::Init {
-            attempt: A,
-            rank: EngineIndex(rank),
-            payload,
-        });
+        self.event(Event::Init { attempt: A, rank: EngineIndex(rank), payload });
     }
 
     fn handshake_lost(&mut self, rank: u16) {
-        self.event(Event::HandshakeLost {
-            attempt: A,
-            rank: EngineIndex(rank),
-            reason: "closed".to_owned(),
-        });
+        self.event(Event::HandshakeLost { attempt: A, rank: EngineIndex(rank), reason: "closed".to_owned() });
     }
 
     fn snapshot(&self) -> Snapshot {
@@ -106,16 +90,11 @@ impl Bench {
 }
 
 fn hello(rank: u16) -> Action {
-    Action::SendHello {
-        attempt: A,
-        rank: EngineIndex(rank),
-    }
+    Action::SendHello { attempt: A, rank: EngineIndex(rank) }
 }
 
 fn is_teardown(actions: &[Action]) -> bool {
-    actions
-        .iter()
-        .any(|action| matches!(action, Action::Teardown { .. }))
+    actions.iter().any(|action| matches!(action, Action::Teardown { .. }))
 }
 
 #[test]
@@ -125,9 +104,7 @@ fn the_whole_way_to_attached_and_back() {
     assert_eq!(bench.drain(), [hello(1)]);
     bench.init(1, init(2, true, Some(2)));
     let actions = bench.drain();
-    let routes = actions
-        .iter()
-        .filter(|action| matches!(action, Action::OpenRoute { .. }));
+    let routes = actions.iter().filter(|action| matches!(action, Action::OpenRoute { .. }));
     assert_eq!(routes.count(), 4);
     assert!(actions.contains(&Action::ConnectCoordinator {
         attempt: A,
@@ -140,48 +117,24 @@ fn the_whole_way_to_attached_and_back() {
     assert_eq!(bench.drain(), []);
     let rank = EngineIndex(1);
     bench.event(Event::CoordinatorReady { attempt: A, rank });
-    let ready = |rank| Action::SendReady {
-        attempt: A,
-        rank: EngineIndex(rank),
-        stats_address: Some("f".to_owned()),
-    };
-    assert_eq!(
-        bench.drain(),
-        [Action::JoinCoordinator { attempt: A }, ready(0), ready(1)]
-    );
+    let ready =
+        |rank| Action::SendReady { attempt: A, rank: EngineIndex(rank), stats_address: Some("f".to_owned()) };
+    assert_eq!(bench.drain(), [Action::JoinCoordinator { attempt: A }, ready(0), ready(1)]);
     for rank in 0..2 {
         bench.handshake_lost(rank);
         for api_server in 0..2 {
             assert_eq!(bench.snapshot().state, State::Registering);
-            bench.event(Event::RouteOpen {
-                attempt: A,
-                rank: EngineIndex(rank),
-                api_server,
-            });
+            bench.event(Event::RouteOpen { attempt: A, rank: EngineIndex(rank), api_server });
         }
     }
     assert_eq!(
         bench.drain(),
-        [
-            Action::CloseHandshake { attempt: A },
-            Action::Attached {
-                attempt: A,
-                api_servers: 2
-            },
-        ]
+        [Action::CloseHandshake { attempt: A }, Action::Attached { attempt: A, api_servers: 2 },]
     );
     for rank in (0..2).map(EngineIndex) {
-        bench.event(Event::StartWave {
-            attempt: A,
-            rank,
-            wave: Wave(3),
-            exclude: None,
-        });
+        bench.event(Event::StartWave { attempt: A, rank, wave: Wave(3), exclude: None });
     }
-    let wave = Action::StartWave {
-        wave: Wave(3),
-        exclude: None,
-    };
+    let wave = Action::StartWave { wave: Wave(3), exclude: None };
     assert_eq!(bench.drain(), [wave]);
     bench.now = bench.now + Duration::from_secs(60);
     bench.event(Event::RouteLost {
@@ -208,16 +161,7 @@ fn without_a_coordinator_ready_waits_for_nothing() {
     bench.init(0, init(1, false, None));
     let actions = bench.drain();
     assert!(
-        matches!(
-            &actions[..],
-            [
-                Action::OpenRoute { .. },
-                Action::SendReady {
-                    stats_address: None,
-                    ..
-                }
-            ]
-        ),
+        matches!(&actions[..], [Action::OpenRoute { .. }, Action::SendReady { stats_address: None, .. }]),
         "{actions:?}"
     );
 }
@@ -246,10 +190,7 @@ fn another_dp_size_of_a_dense_frontend_is_told_by_what_it_does() {
     }
     assert_eq!(bench.drain(), [hello(1), hello(2)]);
     bench.handshake_lost(0);
-    bench.assert_refused(&[
-        "after HELLO of rank 2",
-        "--data-parallel-size 2 while this deployment has 4",
-    ]);
+    bench.assert_refused(&["after HELLO of rank 2", "--data-parallel-size 2 while this deployment has 4"]);
 
     // Larger: its coordinator waits.
     let mut bench = Bench::connected(1, false);
@@ -265,20 +206,11 @@ fn another_dp_size_of_a_dense_frontend_is_told_by_what_it_does() {
     // Larger, and without a coordinator: it keeps its handshake socket open.
     let mut bench = Bench::connected(1, false);
     bench.init(0, init(1, false, None));
-    bench.event(Event::RouteOpen {
-        attempt: A,
-        rank: EngineIndex(0),
-        api_server: 0,
-    });
+    bench.event(Event::RouteOpen { attempt: A, rank: EngineIndex(0), api_server: 0 });
     bench.pass(Duration::from_secs(5));
     let snapshot = bench.snapshot();
     assert_eq!(snapshot.state, State::Attached);
-    assert!(
-        snapshot
-            .detail
-            .unwrap()
-            .contains("wait for more engines than 1")
-    );
+    assert!(snapshot.detail.unwrap().contains("wait for more engines than 1"));
 }
 
 #[test]
@@ -323,11 +255,7 @@ fn a_process_that_cannot_fit_gets_no_hello_and_is_looked_at_again() {
     let mut machine = Attachment::new(Config::new("host:7200"));
     machine.handle_event(
         Time::ZERO,
-        Event::EnginesComplete(Engines {
-            size: 2,
-            lockstep: false,
-            parallel_config_hash: None,
-        }),
+        Event::EnginesComplete(Engines { size: 2, lockstep: false, parallel_config_hash: None }),
     );
     machine.handle_event(
         Time::ZERO,
@@ -337,10 +265,7 @@ fn a_process_that_cannot_fit_gets_no_hello_and_is_looked_at_again() {
         },
     );
     let actions: Vec<_> = std::iter::from_fn(|| machine.poll_action()).collect();
-    assert!(
-        matches!(&actions[..], [Action::Probe { .. }, Action::Refused { .. }]),
-        "{actions:?}"
-    );
+    assert!(matches!(&actions[..], [Action::Probe { .. }, Action::Refused { .. }]), "{actions:?}");
     assert_eq!(machine.snapshot().state, State::Refused);
     assert_eq!(machine.poll_timeout(), Some(Time::from_millis(5000)));
     machine.handle_timeout(Time::from_millis(5000));

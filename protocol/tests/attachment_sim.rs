@@ -12,9 +12,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use dp_sidecar_protocol::handshake::{Addresses, ConfigValue, Init};
-use dp_sidecar_protocol::machine::attachment::{
-    Action, Attachment, Attempt, Config, Engines, Event, State,
-};
+use dp_sidecar_protocol::machine::attachment::{Action, Attachment, Attempt, Config, Engines, Event, State};
 use dp_sidecar_protocol::{EngineIndex, Time, Wave};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -161,8 +159,7 @@ impl World {
         if let Event::CoordinatorReady { attempt, rank } = &event {
             self.coordinator_ready_seen.insert((*attempt, *rank));
         }
-        self.machine
-            .handle_event(Time::from_millis(self.now), event);
+        self.machine.handle_event(Time::from_millis(self.now), event);
         self.drain();
     }
 
@@ -194,12 +191,9 @@ impl World {
             Action::ConnectCoordinator { attempt, rank, .. } => {
                 self.connect(attempt, Link::Coordinator(rank));
             }
-            Action::OpenRoute {
-                attempt,
-                rank,
-                api_server,
-                ..
-            } => self.connect(attempt, Link::Route(rank, api_server)),
+            Action::OpenRoute { attempt, rank, api_server, .. } => {
+                self.connect(attempt, Link::Route(rank, api_server))
+            }
             Action::SendReady { attempt, rank, .. } => {
                 if self.has_coordinator[&attempt] {
                     assert!(
@@ -213,12 +207,9 @@ impl World {
                 }
             }
             Action::CloseHandshake { attempt } => {
-                self.open
-                    .retain(|(a, link), _| *a != attempt || !matches!(link, Link::Handshake(_)));
+                self.open.retain(|(a, link), _| *a != attempt || !matches!(link, Link::Handshake(_)));
             }
-            Action::Teardown {
-                attempt, farewell, ..
-            } => {
+            Action::Teardown { attempt, farewell, .. } => {
                 assert_eq!(self.tearing_down, None);
                 self.attached = false;
                 self.tearing_down = Some(attempt);
@@ -240,11 +231,7 @@ impl World {
             Action::JoinCoordinator { .. } | Action::Refused { .. } => {}
             Action::Done => {
                 assert!(!self.done);
-                assert!(
-                    self.open.keys().all(|(_, link)| *link == Link::Probe),
-                    "{:?}",
-                    self.open
-                );
+                assert!(self.open.keys().all(|(_, link)| *link == Link::Probe), "{:?}", self.open);
                 self.done = true;
             }
         }
@@ -267,22 +254,9 @@ impl World {
         let reason = "closed".to_owned();
         match link {
             Link::Probe => Event::ProbeFailed { attempt, reason },
-            Link::Handshake(rank) => Event::HandshakeLost {
-                attempt,
-                rank,
-                reason,
-            },
-            Link::Coordinator(rank) => Event::CoordinatorLost {
-                attempt,
-                rank,
-                reason,
-            },
-            Link::Route(rank, api_server) => Event::RouteLost {
-                attempt,
-                rank,
-                api_server,
-                reason,
-            },
+            Link::Handshake(rank) => Event::HandshakeLost { attempt, rank, reason },
+            Link::Coordinator(rank) => Event::CoordinatorLost { attempt, rank, reason },
+            Link::Route(rank, api_server) => Event::RouteLost { attempt, rank, api_server, reason },
             Link::Teardown => Event::TornDown { attempt },
         }
     }
@@ -299,27 +273,18 @@ impl World {
             }
             (_, Link::Probe | Link::Handshake(_)) => None,
             // Data and coordinator ports are random: only the process that named them has them.
-            (Some(process), _) => self
-                .named
-                .get(&attempt)
-                .copied()
-                .filter(|generation| *generation == process.generation),
+            (Some(process), _) => {
+                self.named.get(&attempt).copied().filter(|generation| *generation == process.generation)
+            }
             (None, _) => None,
         };
         let Some(generation) = generation else {
             return self.report(attempt, link, Self::lost(attempt, link));
         };
         let event = match link {
-            Link::Probe => Event::ProbeOk {
-                attempt,
-                mismatch: None,
-            },
+            Link::Probe => Event::ProbeOk { attempt, mismatch: None },
             Link::Handshake(rank) => Event::HandshakeConnected { attempt, rank },
-            Link::Route(rank, api_server) => Event::RouteOpen {
-                attempt,
-                rank,
-                api_server,
-            },
+            Link::Route(rank, api_server) => Event::RouteOpen { attempt, rank, api_server },
             Link::Coordinator(rank) => {
                 self.open.insert((attempt, link), generation);
                 let item = Item::Subscribe(generation, rank);
@@ -334,9 +299,7 @@ impl World {
     }
 
     fn process_of(&mut self, generation: u64) -> Option<&mut Process> {
-        self.process
-            .as_mut()
-            .filter(|process| process.generation == generation)
+        self.process.as_mut().filter(|process| process.generation == generation)
     }
 
     fn hello(&mut self, generation: u64, attempt: Attempt, rank: EngineIndex) {
@@ -349,19 +312,12 @@ impl World {
         }
         if !process.hellos.insert(rank) {
             // One that lost a connection in the middle of its life cannot go on anyway.
-            assert!(
-                process.broken,
-                "frontend {generation} got a second HELLO of rank {rank}"
-            );
+            assert!(process.broken, "frontend {generation} got a second HELLO of rank {rank}");
             return self.stop("second HELLO");
         }
         let addresses = Addresses {
-            inputs: (0..process.api_servers)
-                .map(|n| format!("i{generation}.{n}"))
-                .collect(),
-            outputs: (0..process.api_servers)
-                .map(|n| format!("o{generation}.{n}"))
-                .collect(),
+            inputs: (0..process.api_servers).map(|n| format!("i{generation}.{n}")).collect(),
+            outputs: (0..process.api_servers).map(|n| format!("o{generation}.{n}")).collect(),
             coordinator_input: process.coordinator.then(|| "b".to_owned()),
             coordinator_output: process.coordinator.then(|| "k".to_owned()),
             frontend_stats_publish_address: process.coordinator.then(|| "f".to_owned()),
@@ -369,23 +325,13 @@ impl World {
         let coordinator = process.coordinator;
         let mut init = Init::independent(addresses);
         if lockstep && size > 1 {
-            init.parallel_config.push((
-                "data_parallel_size".to_owned(),
-                ConfigValue::Int(process.size.into()),
-            ));
+            init.parallel_config
+                .push(("data_parallel_size".to_owned(), ConfigValue::Int(process.size.into())));
         }
         self.has_coordinator.insert(attempt, coordinator);
         self.named.insert(attempt, generation);
         let payload: Bytes = init.encode();
-        self.report(
-            attempt,
-            Link::Handshake(rank),
-            Event::Init {
-                attempt,
-                rank,
-                payload,
-            },
-        );
+        self.report(attempt, Link::Handshake(rank), Event::Init { attempt, rank, payload });
     }
 
     fn subscribe(&mut self, generation: u64, rank: EngineIndex) {
@@ -435,12 +381,7 @@ impl World {
         let wave = Wave(process.waves);
         for (attempt, link) in self.links(generation) {
             if let Link::Coordinator(rank) = link {
-                let event = Event::StartWave {
-                    attempt,
-                    rank,
-                    wave,
-                    exclude: None,
-                };
+                let event = Event::StartWave { attempt, rank, wave, exclude: None };
                 if rank.0 == 0 {
                     self.waves_expected += 1;
                 }
@@ -450,11 +391,7 @@ impl World {
     }
 
     fn links(&self, generation: u64) -> Vec<(Attempt, Link)> {
-        self.open
-            .iter()
-            .filter(|(_, to)| **to == generation)
-            .map(|(key, _)| *key)
-            .collect()
+        self.open.iter().filter(|(_, to)| **to == generation).map(|(key, _)| *key).collect()
     }
 
     fn start(&mut self) {
@@ -465,11 +402,7 @@ impl World {
         let storm = self.now < STORM;
         // What is started last fits.
         let misfit = storm && self.rng.random_bool(0.4);
-        let size = if misfit && self.rng.random_bool(0.6) {
-            self.rng.random_range(1..5)
-        } else {
-            self.size
-        };
+        let size = if misfit && self.rng.random_bool(0.6) { self.rng.random_range(1..5) } else { self.size };
         self.process = Some(Process {
             generation: self.generations,
             size,
@@ -559,10 +492,8 @@ impl World {
         loop {
             steps += 1;
             assert!(steps < 200_000, "livelock");
-            let timer = self
-                .machine
-                .poll_timeout()
-                .map(|at| u64::try_from(at.since_start().as_millis()).unwrap());
+            let timer =
+                self.machine.poll_timeout().map(|at| u64::try_from(at.since_start().as_millis()).unwrap());
             let next = self.queue.first_key_value().map(|((time, _), _)| *time);
             let Some(time) = [timer, next].into_iter().flatten().min() else {
                 return;
@@ -590,10 +521,7 @@ fn simulate(seed: u64) -> World {
         lockstep: world.lockstep,
         parallel_config_hash: world.lockstep.then(|| "h".to_owned()),
     });
-    let (when, first) = (
-        world.rng.random_range(0..10_000),
-        world.rng.random_range(0..10_000),
-    );
+    let (when, first) = (world.rng.random_range(0..10_000), world.rng.random_range(0..10_000));
     world.at(first, Item::StartFrontend);
     // The deployment may look incomplete again for a while.
     let mut time = when;
@@ -627,10 +555,7 @@ fn check(world: &mut World) {
     world.run(END);
     let snapshot = world.machine.snapshot();
     if removed {
-        assert!(
-            world.done && snapshot.state == State::Removed,
-            "{snapshot:?}"
-        );
+        assert!(world.done && snapshot.state == State::Removed, "{snapshot:?}");
         assert!(world.open.is_empty(), "{:?}", world.open);
     } else {
         assert_eq!(snapshot.state, State::Attached, "{snapshot:?}");
@@ -645,9 +570,7 @@ fn in_any_order_of_events_it_ends_attached_and_no_frontend_gets_hello_twice() {
     let only = std::env::var("SEED").ok().map(|seed| seed.parse().unwrap());
     let seeds = only.map_or(0..SEEDS, |seed: u64| seed..seed + 1);
     for seed in seeds {
-        let run = |world: &mut World| {
-            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| check(world)))
-        };
+        let run = |world: &mut World| std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| check(world)));
         if let Err(panic) = run(&mut simulate(seed)) {
             // Once more, with a log.
             let mut world = simulate(seed);
@@ -665,11 +588,7 @@ fn a_wave_of_the_frontend_is_passed_on_once_however_many_ranks_hear_it() {
     let mut world = World::new(1);
     world.size = 3;
     world.lockstep = true;
-    let engines = Engines {
-        size: 3,
-        lockstep: true,
-        parallel_config_hash: None,
-    };
+    let engines = Engines { size: 3, lockstep: true, parallel_config_hash: None };
     world.now = STORM;
     world.start();
     world.at(STORM, Item::Machine(Event::FreeSlots(8)));
@@ -688,29 +607,16 @@ fn backoff_stays_within_its_bounds() {
     let mut now = Time::ZERO;
     machine.handle_event(
         now,
-        Event::EnginesComplete(Engines {
-            size: 1,
-            lockstep: false,
-            parallel_config_hash: None,
-        }),
+        Event::EnginesComplete(Engines { size: 1, lockstep: false, parallel_config_hash: None }),
     );
     let mut pauses = Vec::new();
     for attempt in 1..8 {
         assert_eq!(machine.poll_action(), Some(Action::Probe { attempt }));
-        machine.handle_event(
-            now,
-            Event::ProbeFailed {
-                attempt,
-                reason: "refused".to_owned(),
-            },
-        );
+        machine.handle_event(now, Event::ProbeFailed { attempt, reason: "refused".to_owned() });
         let due = machine.poll_timeout().unwrap();
         pauses.push(due.saturating_since(now));
         now = due;
         machine.handle_timeout(now);
     }
-    assert_eq!(
-        pauses,
-        [100, 200, 400, 800, 1000, 1000, 1000].map(Duration::from_millis)
-    );
+    assert_eq!(pauses, [100, 200, 400, 800, 1000, 1000, 1000].map(Duration::from_millis));
 }

@@ -32,19 +32,11 @@ fn held(rank: u16, ticket: u64, frontend: u64, method: &str) -> Event {
 }
 
 fn answered(rank: u16, ticket: u64) -> Event {
-    Event::Answered {
-        rank: EngineIndex(rank),
-        ticket,
-        result: Ok(Value::Nil),
-    }
+    Event::Answered { rank: EngineIndex(rank), ticket, result: Ok(Value::Nil) }
 }
 
 fn acquire(owner: u64, name: &str, patience: u64) -> Event {
-    Event::Acquire {
-        owner: OwnerId(owner),
-        name: name.to_owned(),
-        patience: Duration::from_millis(patience),
-    }
+    Event::Acquire { owner: OwnerId(owner), name: name.to_owned(), patience: Duration::from_millis(patience) }
 }
 
 fn actions(control: &mut Control) -> Vec<Action> {
@@ -60,11 +52,7 @@ fn decisions(control: &mut Control) -> Vec<(u16, u64, Decision)> {
     actions(control)
         .into_iter()
         .filter_map(|action| match action {
-            Action::Decide {
-                rank,
-                ticket,
-                decision,
-            } => Some((rank.0, ticket, decision)),
+            Action::Decide { rank, ticket, decision } => Some((rank.0, ticket, decision)),
             _ => None,
         })
         .collect()
@@ -92,10 +80,7 @@ fn a_call_is_forwarded_when_all_ranks_have_it() {
     control.handle_event(at(0), held(0, 10, 1, "pause_scheduler"));
     assert_eq!(decisions(&mut control), []);
     control.handle_event(at(3), held(1, 20, 1, "pause_scheduler"));
-    assert_eq!(
-        decisions(&mut control),
-        [(0, 10, Decision::Forward), (1, 20, Decision::Forward)]
-    );
+    assert_eq!(decisions(&mut control), [(0, 10, Decision::Forward), (1, 20, Decision::Forward)]);
 }
 
 #[test]
@@ -105,20 +90,14 @@ fn two_frontends_reach_all_ranks_in_the_same_order() {
     control.handle_event(at(0), held(1, 2, 2, "pause_scheduler"));
     control.handle_event(at(1), held(0, 3, 2, "pause_scheduler"));
     let first = decisions(&mut control);
-    assert_eq!(
-        first,
-        [(0, 3, Decision::Forward), (1, 2, Decision::Forward)]
-    );
+    assert_eq!(first, [(0, 3, Decision::Forward), (1, 2, Decision::Forward)]);
     control.handle_event(at(2), held(1, 4, 1, "pause_scheduler"));
     assert_eq!(decisions(&mut control), [], "one round at a time");
     control.handle_event(at(3), answered(0, 3));
     assert_eq!(decisions(&mut control), []);
     control.handle_event(at(4), answered(1, 2));
     let second = decisions(&mut control);
-    assert_eq!(
-        second,
-        [(0, 1, Decision::Forward), (1, 4, Decision::Forward)]
-    );
+    assert_eq!(second, [(0, 1, Decision::Forward), (1, 4, Decision::Forward)]);
 }
 
 #[test]
@@ -133,10 +112,7 @@ fn a_call_that_misses_a_rank_is_refused_after_five_seconds_and_the_rank_is_named
     let refused = decisions(&mut control);
     assert_eq!(refused.len(), 2);
     let text = refusal(&refused[0].2);
-    assert!(
-        text.contains("sleep of frontend 7") && text.contains("not for rank 1 within"),
-        "{text}"
-    );
+    assert!(text.contains("sleep of frontend 7") && text.contains("not for rank 1 within"), "{text}");
 }
 
 #[test]
@@ -146,10 +122,7 @@ fn the_same_call_sent_twice_makes_two_rounds() {
         control.handle_event(at(0), held(0, ticket, 1, "reset_prefix_cache"));
     }
     control.handle_event(at(0), held(1, 5, 1, "reset_prefix_cache"));
-    assert_eq!(
-        decisions(&mut control),
-        [(0, 1, Decision::Forward), (1, 5, Decision::Forward)]
-    );
+    assert_eq!(decisions(&mut control), [(0, 1, Decision::Forward), (1, 5, Decision::Forward)]);
     assert_eq!(control.snapshot().waiting_rounds, 1);
 }
 
@@ -159,23 +132,13 @@ fn calls_are_refused_with_the_name_and_phase_of_the_running_update() {
     control.handle_event(at(0), held(0, 1, 1, "pause_scheduler"));
     control.handle_event(at(1), acquire(9, "update u1", 0));
     let granted = actions(&mut control);
-    assert!(
-        matches!(&granted[0], Action::Decide { decision: Decision::Refuse(text), .. }
-        if text.contains("update u1 is running"))
-    );
+    assert!(matches!(&granted[0], Action::Decide { decision: Decision::Refuse(text), .. }
+        if text.contains("update u1 is running")));
     assert!(matches!(
         &granted[1],
-        Action::Granted {
-            owner: OwnerId(9),
-            paused_by: None,
-            external_weights: false,
-            asleep: false,
-        }
+        Action::Granted { owner: OwnerId(9), paused_by: None, external_weights: false, asleep: false }
     ));
-    let doing = Event::Doing {
-        owner: OwnerId(9),
-        what: "loading".to_owned(),
-    };
+    let doing = Event::Doing { owner: OwnerId(9), what: "loading".to_owned() };
     control.handle_event(at(2), doing);
     control.handle_event(at(3), held(1, 1, 1, "resume_scheduler"));
     let refused = decisions(&mut control);
@@ -194,21 +157,9 @@ fn a_second_owner_waits_and_is_denied_with_the_name_of_the_holder() {
     control.handle_event(at(0), acquire(3, "operator pause", 1000));
     assert_eq!(actions(&mut control).len(), 1);
     control.handle_timeout(at(100));
-    assert_eq!(
-        actions(&mut control),
-        [Action::Denied {
-            owner: OwnerId(2),
-            holder: "update u1".to_owned()
-        }]
-    );
+    assert_eq!(actions(&mut control), [Action::Denied { owner: OwnerId(2), holder: "update u1".to_owned() }]);
     control.handle_event(at(200), Event::Release { owner: OwnerId(1) });
-    assert!(matches!(
-        actions(&mut control)[..],
-        [Action::Granted {
-            owner: OwnerId(3),
-            ..
-        }]
-    ));
+    assert!(matches!(actions(&mut control)[..], [Action::Granted { owner: OwnerId(3), .. }]));
 }
 
 #[test]
@@ -220,22 +171,9 @@ fn a_waiting_update_goes_before_rounds_that_are_ready() {
     assert_eq!(decisions(&mut control), [(0, 1, Decision::Forward)]);
     control.handle_event(at(2), answered(0, 1));
     let all = actions(&mut control);
-    assert!(
-        matches!(
-            &all[0],
-            Action::Decide {
-                ticket: 2,
-                decision: Decision::Refuse(_),
-                ..
-            }
-        ),
-        "{all:?}"
-    );
+    assert!(matches!(&all[0], Action::Decide { ticket: 2, decision: Decision::Refuse(_), .. }), "{all:?}");
     let by_frontend = Some(PausedBy::Frontend { id: FrontendId(1) });
-    assert!(
-        matches!(&all[1], Action::Granted { paused_by, .. } if *paused_by == by_frontend),
-        "{all:?}"
-    );
+    assert!(matches!(&all[1], Action::Granted { paused_by, .. } if *paused_by == by_frontend), "{all:?}");
 }
 
 #[test]
@@ -244,10 +182,7 @@ fn resume_of_engines_that_are_not_paused_is_answered_without_asking_them() {
     control.handle_event(at(0), held(0, 1, 1, "resume_scheduler"));
     control.handle_event(at(0), held(1, 2, 1, "resume_scheduler"));
     let nil = Decision::Answer(Value::Nil);
-    assert_eq!(
-        decisions(&mut control),
-        [(0, 1, nil.clone()), (1, 2, nil.clone())]
-    );
+    assert_eq!(decisions(&mut control), [(0, 1, nil.clone()), (1, 2, nil.clone())]);
     pause(&mut control, at(1), 1, 3);
     control.handle_event(at(2), held(0, 4, 2, "resume_scheduler"));
     control.handle_event(at(2), held(1, 4, 2, "resume_scheduler"));
@@ -262,9 +197,7 @@ fn resume_of_engines_that_are_not_paused_is_answered_without_asking_them() {
 fn the_pause_of_a_frontend_that_dies_is_lifted_after_the_grace() {
     let mut control = control(2, true);
     pause(&mut control, at(0), 1, 1);
-    let gone = Event::FrontendGone {
-        frontend: FrontendId(1),
-    };
+    let gone = Event::FrontendGone { frontend: FrontendId(1) };
     control.handle_event(at(1000), gone);
     assert_eq!(control.poll_timeout(), Some(at(31_000)));
     actions(&mut control);
@@ -273,11 +206,7 @@ fn the_pause_of_a_frontend_that_dies_is_lifted_after_the_grace() {
     let called: Vec<u16> = all
         .iter()
         .filter_map(|action| match action {
-            Action::Call {
-                rank,
-                method: "resume_scheduler",
-                ..
-            } => Some(rank.0),
+            Action::Call { rank, method: "resume_scheduler", .. } => Some(rank.0),
             _ => None,
         })
         .collect();
@@ -285,11 +214,7 @@ fn the_pause_of_a_frontend_that_dies_is_lifted_after_the_grace() {
     let says_so = |action: &Action| matches!(action, Action::Note { text, .. } if text.contains("frontend 1 paused them"));
     assert!(all.iter().any(says_so), "{all:?}");
     for rank in [0, 1] {
-        let event = Event::CallAnswered {
-            rank: EngineIndex(rank),
-            operation: 1,
-            result: Ok(Value::Nil),
-        };
+        let event = Event::CallAnswered { rank: EngineIndex(rank), operation: 1, result: Ok(Value::Nil) };
         control.handle_event(at(31_001), event);
     }
     assert_eq!(control.snapshot().paused_by, None);
@@ -300,9 +225,7 @@ fn the_pause_of_a_frontend_that_dies_is_lifted_after_the_grace() {
 fn a_pause_that_completes_after_its_frontend_died_is_lifted_too() {
     let mut control = control(1, false);
     control.handle_event(at(0), held(0, 1, 1, "pause_scheduler"));
-    let gone = Event::FrontendGone {
-        frontend: FrontendId(1),
-    };
+    let gone = Event::FrontendGone { frontend: FrontendId(1) };
     control.handle_event(at(1000), gone);
     control.handle_event(at(2000), answered(0, 1));
     assert_eq!(control.poll_timeout(), Some(at(31_000)));
@@ -312,9 +235,7 @@ fn a_pause_that_completes_after_its_frontend_died_is_lifted_too() {
 fn a_lease_is_over_when_somebody_else_resumes() {
     let mut control = control(2, false);
     pause(&mut control, at(0), 1, 1);
-    let gone = Event::FrontendGone {
-        frontend: FrontendId(1),
-    };
+    let gone = Event::FrontendGone { frontend: FrontendId(1) };
     control.handle_event(at(1000), gone);
     control.handle_event(at(2000), held(0, 4, 2, "resume_scheduler"));
     control.handle_event(at(2000), held(1, 4, 2, "resume_scheduler"));
@@ -327,10 +248,7 @@ fn a_lease_is_over_when_somebody_else_resumes() {
 fn the_operators_pause_is_not_lifted_by_a_frontend() {
     let mut control = control(1, false);
     control.handle_event(at(0), acquire(1, "operator pause", 0));
-    let paused = Event::PausedSet {
-        owner: OwnerId(1),
-        paused_by: Some(PausedBy::Operator),
-    };
+    let paused = Event::PausedSet { owner: OwnerId(1), paused_by: Some(PausedBy::Operator) };
     control.handle_event(at(0), paused);
     control.handle_event(at(0), Event::Release { owner: OwnerId(1) });
     control.handle_event(at(1), held(0, 1, 1, "resume_scheduler"));
@@ -347,10 +265,7 @@ fn an_engine_that_dies_ends_its_part_of_the_round_and_waiting_rounds_are_refused
         control.handle_event(at(0), held(rank, 2, 2, "list_loras"));
     }
     actions(&mut control);
-    let down = |rank| Event::EngineDown {
-        rank: EngineIndex(rank),
-        reason: "killed".to_owned(),
-    };
+    let down = |rank| Event::EngineDown { rank: EngineIndex(rank), reason: "killed".to_owned() };
     control.handle_event(at(1), down(1));
     assert_eq!(decisions(&mut control), [], "rank 0 has not answered yet");
     control.handle_event(at(2), down(0));
@@ -363,29 +278,12 @@ fn an_engine_that_dies_ends_its_part_of_the_round_and_waiting_rounds_are_refused
 fn an_independent_engine_that_starts_again_into_a_pause_is_paused() {
     let mut control = control(2, false);
     pause(&mut control, at(0), 1, 1);
-    let down = Event::EngineDown {
-        rank: EngineIndex(1),
-        reason: "killed".to_owned(),
-    };
+    let down = Event::EngineDown { rank: EngineIndex(1), reason: "killed".to_owned() };
     control.handle_event(at(1), down);
-    control.handle_event(
-        at(9),
-        Event::EngineUp {
-            rank: EngineIndex(1),
-        },
-    );
-    let calls: Vec<_> = actions(&mut control)
-        .into_iter()
-        .filter(|action| matches!(action, Action::Call { .. }))
-        .collect();
-    assert!(matches!(
-        calls[..],
-        [Action::Call {
-            rank: EngineIndex(1),
-            method: "pause_scheduler",
-            ..
-        }]
-    ));
+    control.handle_event(at(9), Event::EngineUp { rank: EngineIndex(1) });
+    let calls: Vec<_> =
+        actions(&mut control).into_iter().filter(|action| matches!(action, Action::Call { .. })).collect();
+    assert!(matches!(calls[..], [Action::Call { rank: EngineIndex(1), method: "pause_scheduler", .. }]));
 }
 
 #[test]
@@ -397,24 +295,14 @@ fn weights_that_a_frontend_loads_make_the_current_version_unknown() {
         frontend: FrontendId(1),
         api_server: 0,
         method: "collective_rpc".to_owned(),
-        args: vec![
-            Value::from("reload_weights"),
-            Value::Nil,
-            Value::Array(Vec::new()),
-        ],
+        args: vec![Value::from("reload_weights"), Value::Nil, Value::Array(Vec::new())],
     };
     control.handle_event(at(0), Event::Held(reload));
     assert!(control.snapshot().external_weights);
     control.handle_event(at(0), answered(0, 1));
     control.handle_event(at(1), acquire(1, "update u1", 0));
     let granted = actions(&mut control);
-    assert!(matches!(
-        granted.last(),
-        Some(Action::Granted {
-            external_weights: true,
-            ..
-        })
-    ));
+    assert!(matches!(granted.last(), Some(Action::Granted { external_weights: true, .. })));
     control.handle_event(at(2), Event::WeightsKnown { owner: OwnerId(1) });
     assert!(!control.snapshot().external_weights);
 }
@@ -437,13 +325,7 @@ fn a_worker_call_that_changes_nothing_leaves_the_version_known() {
 /// Frontends call, come and go, engines die, owners come and go, in an order that a seed decides.
 #[test]
 fn every_call_is_decided_once_and_all_ranks_see_one_order_whatever_happens() {
-    let methods = [
-        "pause_scheduler",
-        "resume_scheduler",
-        "sleep",
-        "wake_up",
-        "list_loras",
-    ];
+    let methods = ["pause_scheduler", "resume_scheduler", "sleep", "wake_up", "list_loras"];
     let (mut forwarded_rounds, mut refused_calls, mut grants, mut compared) = (0, 0, 0, 0);
     for seed in 0..20_000u64 {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -479,31 +361,22 @@ fn every_call_is_decided_once_and_all_ranks_see_one_order_whatever_happens() {
                     let method = methods[rng.random_range(0..methods.len())];
                     for rank in 0..ranks {
                         if !(lossy && rng.random_bool(0.1)) {
-                            links
-                                .entry((rank, frontend))
-                                .or_default()
-                                .push((call_number, method));
+                            links.entry((rank, frontend)).or_default().push((call_number, method));
                         }
                     }
                     None
                 }
                 2..=5 => {
-                    let waiting: Vec<_> = links
-                        .iter_mut()
-                        .filter(|(_, queue)| !queue.is_empty())
-                        .collect();
+                    let waiting: Vec<_> = links.iter_mut().filter(|(_, queue)| !queue.is_empty()).collect();
                     let at = rng.random_range(0..waiting.len().max(1));
-                    waiting
-                        .into_iter()
-                        .nth(at)
-                        .map(|((rank, frontend), queue)| {
-                            let (call, method) = queue.remove(0);
-                            ticket += 1;
-                            open.insert((*rank, ticket));
-                            of_call.insert((*rank, ticket), call);
-                            in_engine.insert((*rank, ticket), method);
-                            held(*rank, ticket, *frontend, method)
-                        })
+                    waiting.into_iter().nth(at).map(|((rank, frontend), queue)| {
+                        let (call, method) = queue.remove(0);
+                        ticket += 1;
+                        open.insert((*rank, ticket));
+                        of_call.insert((*rank, ticket), call);
+                        in_engine.insert((*rank, ticket), method);
+                        held(*rank, ticket, *frontend, method)
+                    })
                 }
                 6 if !quiet && !calm => {
                     next_owner += 1;
@@ -514,21 +387,16 @@ fn every_call_is_decided_once_and_all_ranks_see_one_order_whatever_happens() {
                 8 if !quiet && !calm && rng.random_bool(0.3) => {
                     let rank = rng.random_range(0..ranks);
                     if down.remove(&rank) {
-                        Some(Event::EngineUp {
-                            rank: EngineIndex(rank),
-                        })
+                        Some(Event::EngineUp { rank: EngineIndex(rank) })
                     } else {
                         down.insert(rank);
                         calls.retain(|(at, _)| *at != rank);
-                        Some(Event::EngineDown {
-                            rank: EngineIndex(rank),
-                            reason: "killed".to_owned(),
-                        })
+                        Some(Event::EngineDown { rank: EngineIndex(rank), reason: "killed".to_owned() })
                     }
                 }
-                9 if !quiet && !calm && rng.random_bool(0.1) => Some(Event::FrontendGone {
-                    frontend: FrontendId(rng.random_range(1..=2)),
-                }),
+                9 if !quiet && !calm && rng.random_bool(0.1) => {
+                    Some(Event::FrontendGone { frontend: FrontendId(rng.random_range(1..=2)) })
+                }
                 _ => calls.pop_first().map(|(rank, ticket)| {
                     if ticket >= 1 << 32 {
                         Event::CallAnswered {
@@ -552,11 +420,7 @@ fn every_call_is_decided_once_and_all_ranks_see_one_order_whatever_happens() {
             let mut last_call = None;
             for action in actions(&mut control) {
                 match action {
-                    Action::Decide {
-                        rank,
-                        ticket,
-                        decision,
-                    } => {
+                    Action::Decide { rank, ticket, decision } => {
                         let key = (rank.0, ticket);
                         assert!(open.remove(&key), "seed {seed}: {key:?} decided twice");
                         match decision {
@@ -577,9 +441,7 @@ fn every_call_is_decided_once_and_all_ranks_see_one_order_whatever_happens() {
                             }
                         }
                     }
-                    Action::Call {
-                        rank, operation, ..
-                    } => {
+                    Action::Call { rank, operation, .. } => {
                         assert_eq!(owner, None, "seed {seed}: errand past the lock");
                         calls.insert((rank.0, operation + (1 << 32)));
                     }
@@ -598,16 +460,9 @@ fn every_call_is_decided_once_and_all_ranks_see_one_order_whatever_happens() {
             if !forwards.is_empty() {
                 forwarded_rounds += 1;
                 let all = forwards.len() + answers.len();
-                assert!(
-                    all >= usize::from(ranks),
-                    "seed {seed}: {last_call:?} reached {forwards:?} only"
-                );
+                assert!(all >= usize::from(ranks), "seed {seed}: {last_call:?} reached {forwards:?} only");
                 if lockstep {
-                    assert_eq!(
-                        forwards.len() % usize::from(ranks),
-                        0,
-                        "seed {seed}: in part"
-                    );
+                    assert_eq!(forwards.len() % usize::from(ranks), 0, "seed {seed}: in part");
                 }
             }
         }
@@ -665,9 +520,6 @@ fn every_call_is_decided_once_and_all_ranks_see_one_order_whatever_happens() {
         assert!(asked.is_empty(), "seed {seed}: never answered: {asked:?}");
     }
     let counts = (forwarded_rounds, refused_calls, grants, compared);
-    assert!(
-        forwarded_rounds > 10_000 && refused_calls > 10_000,
-        "{counts:?}"
-    );
+    assert!(forwarded_rounds > 10_000 && refused_calls > 10_000, "{counts:?}");
     assert!(grants > 10_000 && compared > 1_000, "{counts:?}");
 }

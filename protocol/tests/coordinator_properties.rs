@@ -66,11 +66,7 @@ fn event() -> impl Strategy<Value = Event> {
 
 fn config() -> impl Strategy<Value = Config> {
     (any::<bool>(), any::<bool>(), any::<bool>()).prop_map(|(lockstep, upstream, publish)| {
-        let kind = if lockstep {
-            GroupKind::Lockstep
-        } else {
-            GroupKind::Independent
-        };
+        let kind = if lockstep { GroupKind::Lockstep } else { GroupKind::Independent };
         let mut config = Config::hosted(kind, SIZE);
         if upstream {
             config = Config::upstream(kind, SIZE, CoordinatorRules::default());
@@ -133,11 +129,7 @@ fn a_wave_at_the_end_of_its_range_stays_there() {
     let (rank, incarnation) = (EngineIndex(0), Incarnation(1));
     machine.handle_event(Time::ZERO, Event::Subscribed { rank, incarnation });
     let report = Report::wave_complete(Wave(u64::MAX));
-    let event = Event::Report {
-        rank,
-        incarnation,
-        report,
-    };
+    let event = Event::Report { rank, incarnation, report };
     machine.handle_event(Time::ZERO, event);
     assert_eq!(machine.wave(), Wave(u64::MAX));
 }

@@ -55,11 +55,7 @@ impl Replay {
                     };
                     self.back.push(json!({"wave": wave.0, "exclude": exclude}));
                 }
-                Action::Publish {
-                    counts,
-                    wave,
-                    running,
-                } => {
+                Action::Publish { counts, wave, running } => {
                     let counts = counts.map(|counts| {
                         let entry = |l: &Load| json!([l.waiting, l.running, l.kv_cache_usage]);
                         counts.iter().map(entry).collect::<Vec<_>>()
@@ -82,18 +78,12 @@ impl Replay {
         let wave = |value: &Value| value.as_u64().map(Wave);
         match event["kind"].as_str().unwrap() {
             "sleep" => self.sleep(Duration::from_millis(event["ms"].as_u64().unwrap())),
-            "subscribe" => self.handle(Event::Subscribed {
-                rank: rank(),
-                incarnation: LIFE,
-            }),
+            "subscribe" => self.handle(Event::Subscribed { rank: rank(), incarnation: LIFE }),
             "first_request" => {
-                let index =
-                    |value: &Value| EngineIndex(value.as_u64().unwrap().try_into().unwrap());
+                let index = |value: &Value| EngineIndex(value.as_u64().unwrap().try_into().unwrap());
                 let target = match &event["target"] {
                     Value::Null => None,
-                    Value::Object(map) => {
-                        Some(Exclude::Identity(index(&map["identity"]).identity()))
-                    }
+                    Value::Object(map) => Some(Exclude::Identity(index(&map["identity"]).identity())),
                     number => Some(Exclude::Index(index(number))),
                 };
                 let wave = wave(&event["wave"]).unwrap();
@@ -106,10 +96,7 @@ impl Replay {
                         running: stats[1].as_u64().unwrap(),
                         kv_cache_usage: stats[2].as_f64().unwrap(),
                     };
-                    let stamp = Stamp {
-                        wave: wave(&stats[3]).unwrap(),
-                        step: stats[4].as_u64().unwrap(),
-                    };
+                    let stamp = Stamp { wave: wave(&stats[3]).unwrap(), step: stats[4].as_u64().unwrap() };
                     (load, stamp)
                 });
                 let report = Report {
@@ -117,11 +104,7 @@ impl Replay {
                     wave_complete: wave(&event["wave_complete"]),
                     start_wave: wave(&event["start_wave"]),
                 };
-                self.handle(Event::Report {
-                    rank: rank(),
-                    incarnation: LIFE,
-                    report,
-                });
+                self.handle(Event::Report { rank: rank(), incarnation: LIFE, report });
             }
             other => panic!("unknown event {other}"),
         }
@@ -138,12 +121,8 @@ fn the_machine_does_what_the_real_dp_coordinator_did() {
         PathBuf::from,
     );
     let trace: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
-    let version: Vec<u16> = trace["vllm"]
-        .as_str()
-        .unwrap()
-        .split('.')
-        .map(|number| number.parse().unwrap())
-        .collect();
+    let version: Vec<u16> =
+        trace["vllm"].as_str().unwrap().split('.').map(|number| number.parse().unwrap()).collect();
     let rules = CoordinatorRules::of(version[1], version[2]);
     let mut steps = 0;
     for run in trace["runs"].as_array().unwrap() {
@@ -162,10 +141,7 @@ fn the_machine_does_what_the_real_dp_coordinator_did() {
         for (number, step) in run["steps"].as_array().unwrap().iter().enumerate() {
             if step["event"].is_null() {
                 for rank in (0..size).map(EngineIndex) {
-                    replay.handle(Event::Subscribed {
-                        rank,
-                        incarnation: LIFE,
-                    });
+                    replay.handle(Event::Subscribed { rank, incarnation: LIFE });
                 }
             } else {
                 replay.event(&step["event"]);

@@ -22,11 +22,7 @@ impl<'a> Line<'a> {
         let mut words = text.split_whitespace();
         let verb = words.next().unwrap();
         let arguments = words.map(|word| word.split_once('=').unwrap_or((word, "")));
-        Self {
-            verb,
-            arguments: arguments.collect(),
-            text,
-        }
+        Self { verb, arguments: arguments.collect(), text }
     }
 
     fn text(&self, key: &str) -> Option<&'a str> {
@@ -40,8 +36,7 @@ impl<'a> Line<'a> {
     }
 
     fn required<T: std::str::FromStr>(&self, key: &str) -> T {
-        self.number(key)
-            .unwrap_or_else(|| panic!("{}: {key} is missing", self.text))
+        self.number(key).unwrap_or_else(|| panic!("{}: {key} is missing", self.text))
     }
 }
 
@@ -105,11 +100,8 @@ fn check(prefix: &str, fresh: impl Fn() -> Box<dyn Script>) {
         if std::env::var_os("REWRITE").is_some() {
             std::fs::write(&path, now).unwrap();
         } else {
-            let difference = text
-                .lines()
-                .zip(now.lines())
-                .enumerate()
-                .find(|(_, (expected, actual))| expected != actual);
+            let difference =
+                text.lines().zip(now.lines()).enumerate().find(|(_, (expected, actual))| expected != actual);
             assert!(
                 text == now,
                 "{}: first difference {difference:?}; REWRITE=1 writes what the machine does now",
@@ -121,7 +113,5 @@ fn check(prefix: &str, fresh: impl Fn() -> Box<dyn Script>) {
 
 #[test]
 fn the_dp_coordinator_does_what_its_scripts_say() {
-    check("coordinator", || {
-        Box::new(coordinator::Coordinated::default())
-    });
+    check("coordinator", || Box::new(coordinator::Coordinated::default()));
 }

@@ -58,10 +58,7 @@ fn captures() -> Vec<Golden> {
         let mut files = BTreeMap::new();
         for (name, file) in manifest["files"].as_object().unwrap() {
             let data = std::fs::read(path.join(name)).unwrap();
-            let digest: String = Sha256::digest(&data)
-                .iter()
-                .map(|byte| format!("{byte:02x}"))
-                .collect();
+            let digest: String = Sha256::digest(&data).iter().map(|byte| format!("{byte:02x}")).collect();
             assert_eq!(digest, file["sha256"], "{version} {name}");
             let names = file["messages"].as_array().unwrap();
             let messages = frames(&data);
@@ -91,9 +88,7 @@ fn frames(data: &[u8]) -> Vec<Vec<Bytes>> {
     let mut scanner = Scanner::new(data);
     let messages = (0..scanner.array().unwrap())
         .map(|_| {
-            (0..scanner.array().unwrap())
-                .map(|_| Bytes::copy_from_slice(scanner.bin().unwrap()))
-                .collect()
+            (0..scanner.array().unwrap()).map(|_| Bytes::copy_from_slice(scanner.bin().unwrap())).collect()
         })
         .collect();
     scanner.finish().unwrap();
@@ -145,9 +140,7 @@ fn rmpv_value(value: &Json) -> rmpv::Value {
                     .collect(),
             ),
             None => rmpv::Value::Map(
-                map.iter()
-                    .map(|(key, value)| (key.as_str().into(), rmpv_value(value)))
-                    .collect(),
+                map.iter().map(|(key, value)| (key.as_str().into(), rmpv_value(value))).collect(),
             ),
         },
         other => rmpv::ext::to_value(other).unwrap(),
@@ -169,17 +162,10 @@ fn layouts_agree_with_the_field_lists_of_every_version() {
     }
     for (version, fields) in lists {
         let layout = Layout::for_version(version.parse().unwrap()).unwrap();
-        let at = |class: &str, field: &str| {
-            strings(&fields[class])
-                .iter()
-                .position(|name| *name == field)
-        };
+        let at = |class: &str, field: &str| strings(&fields[class]).iter().position(|name| *name == field);
         let add = |field| at("EngineCoreRequest", field);
         let positions = layout.add;
-        assert_eq!(
-            strings(&fields["EngineCoreRequest"]).len(),
-            positions.fields
-        );
+        assert_eq!(strings(&fields["EngineCoreRequest"]).len(), positions.fields);
         for (field, position) in [
             ("arrival_time", positions.arrival_time),
             ("lora_request", positions.lora_request),
@@ -207,39 +193,20 @@ fn layouts_agree_with_the_field_lists_of_every_version() {
             assert_eq!(add(field), position, "{version} {field}");
         }
         let output = |field| at("EngineCoreOutput", field);
-        assert_eq!(
-            strings(&fields["EngineCoreOutput"]).len(),
-            layout.output.output_fields,
-            "{version}"
-        );
+        assert_eq!(strings(&fields["EngineCoreOutput"]).len(), layout.output.output_fields, "{version}");
         assert_eq!(output("finish_reason"), Some(5), "{version}");
         for (field, position) in [
             ("num_cached_tokens", layout.output.num_cached_tokens),
-            (
-                "num_external_computed_tokens",
-                layout.output.num_external_computed_tokens,
-            ),
+            ("num_external_computed_tokens", layout.output.num_external_computed_tokens),
             ("num_nans_in_logits", layout.output.num_nans_in_logits),
         ] {
             assert_eq!(output(field), position, "{version} {field}");
         }
         let outputs = strings(&fields["EngineCoreOutputs"]);
         assert_eq!(outputs.len(), layout.output.outputs_fields, "{version}");
-        assert_eq!(
-            at("EngineCoreOutputs", "weight_version"),
-            layout.output.weight_version,
-            "{version}"
-        );
-        assert_eq!(
-            fields["EngineCoreReadyResponse"].is_null(),
-            layout.registration_is_empty(),
-            "{version}"
-        );
-        assert_eq!(
-            fields["FinishReason"]["ERROR"] == 3,
-            layout.error_finish_known(),
-            "{version}"
-        );
+        assert_eq!(at("EngineCoreOutputs", "weight_version"), layout.output.weight_version, "{version}");
+        assert_eq!(fields["EngineCoreReadyResponse"].is_null(), layout.registration_is_empty(), "{version}");
+        assert_eq!(fields["FinishReason"]["ERROR"] == 3, layout.error_finish_known(), "{version}");
     }
 }
 
@@ -255,11 +222,7 @@ fn requests_are_read_as_vllm_reads_them() {
                 assert_eq!(add.request_id, expect["request_id"], "{label}");
                 assert_eq!(add.client_index.0, expect["client_index"], "{label}");
                 assert_eq!(add.current_wave.0, expect["current_wave"], "{label}");
-                assert_eq!(
-                    add.data_parallel_rank,
-                    expect["data_parallel_rank"].as_i64(),
-                    "{label}"
-                );
+                assert_eq!(add.data_parallel_rank, expect["data_parallel_rank"].as_i64(), "{label}");
                 assert_eq!(message.frames.len(), expect["frames"], "{label}");
             }
             FrontendMessage::Abort(ids) => {
@@ -267,11 +230,7 @@ fn requests_are_read_as_vllm_reads_them() {
             }
             FrontendMessage::Utility(call) => {
                 assert_eq!(call.client_index.0, expect["client_index"], "{label}");
-                assert_eq!(
-                    call.call_id.0,
-                    i128::from(expect["call_id"].as_u64().unwrap()),
-                    "{label}"
-                );
+                assert_eq!(call.call_id.0, i128::from(expect["call_id"].as_u64().unwrap()), "{label}");
                 assert_eq!(call.method, expect["method"], "{label}");
                 let args = json(&rmpv::Value::Array(call.decode_args()));
                 assert_eq!(args, expect["args"], "{label}");
@@ -324,22 +283,13 @@ fn compare_outputs(label: &str, view: &OutputsView<'_>, expect: &Json) {
         })
         .collect();
     assert_eq!(outputs, expect["outputs"], "{label}");
-    assert_eq!(
-        view.output_count(),
-        expect["outputs"].as_array().unwrap().len()
-    );
+    assert_eq!(view.output_count(), expect["outputs"].as_array().unwrap().len());
     match view.stats() {
         Some(stats) => {
             let stats = stats.unwrap();
             let wanted = &expect["stats"];
-            assert_eq!(
-                stats.num_running_reqs, wanted["num_running_reqs"],
-                "{label}"
-            );
-            assert_eq!(
-                stats.num_waiting_reqs, wanted["num_waiting_reqs"],
-                "{label}"
-            );
+            assert_eq!(stats.num_running_reqs, wanted["num_running_reqs"], "{label}");
+            assert_eq!(stats.num_waiting_reqs, wanted["num_waiting_reqs"], "{label}");
             assert_eq!(stats.step_counter, wanted["step_counter"], "{label}");
             assert_eq!(stats.current_wave, wanted["current_wave"], "{label}");
             assert_eq!(stats.kv_cache_usage, wanted["kv_cache_usage"], "{label}");
@@ -396,9 +346,7 @@ fn what_the_sidecar_says_for_an_engine_is_what_the_engine_would_say() {
         let engine = |index| EngineIndex(index);
         let written = match name {
             "error_finish" => output::error_finish(layout, engine(3), ["req-a", "req-b"], CLOCK),
-            "abort_finish" => {
-                output::finish(layout, engine(0), ["req-a"], FinishReason::Abort, CLOCK)
-            }
+            "abort_finish" => output::finish(layout, engine(0), ["req-a"], FinishReason::Abort, CLOCK),
             "wave_complete" => output::wave_complete_message(layout, engine(0), Wave(7), CLOCK),
             "start_wave" => output::start_wave_message(layout, engine(2), Wave(0), CLOCK),
             "empty" => output::finish(layout, engine(0), [], FinishReason::Abort, CLOCK),
@@ -452,11 +400,7 @@ fn handshake_messages_are_read_and_written_as_vllm_does() {
                     local: expect["local"].as_bool().unwrap(),
                     headless: expect["headless"].as_bool().unwrap(),
                 };
-                assert_eq!(
-                    EngineMessage::decode(frame).unwrap(),
-                    EngineMessage::Hello(hello),
-                    "{label}"
-                );
+                assert_eq!(EngineMessage::decode(frame).unwrap(), EngineMessage::Hello(hello), "{label}");
                 assert_eq!(hello.encode(), *frame, "{label}");
             }
             "ready" | "ready_hash" => {
@@ -486,12 +430,7 @@ fn handshake_messages_are_read_and_written_as_vllm_does() {
 fn check_init(layout: &Layout, label: &str, frame: &Bytes, expect: &Json) {
     let init = Init::decode(frame).unwrap();
     let text = |key: &str| expect["addresses"][key].as_str().map(str::to_owned);
-    let list = |key: &str| {
-        strings(&expect["addresses"][key])
-            .into_iter()
-            .map(str::to_owned)
-            .collect()
-    };
+    let list = |key: &str| strings(&expect["addresses"][key]).into_iter().map(str::to_owned).collect();
     let addresses = Addresses {
         inputs: list("inputs"),
         outputs: list("outputs"),
@@ -562,17 +501,10 @@ fn check_ready_response(layout: &Layout, label: &str, frame: &Bytes, expect: &Js
     }
     let again = EngineReadyResponse::decode(&changed).unwrap();
     assert_eq!(again.dp_stats_address.as_deref(), Some("tcp://elsewhere:1"));
-    let wanted = EngineReadyResponse {
-        dp_stats_address: again.dp_stats_address.clone(),
-        ..ready
-    };
+    let wanted = EngineReadyResponse { dp_stats_address: again.dp_stats_address.clone(), ..ready };
     assert_eq!(again, wanted, "{label}");
     let address = expect["dp_stats_address"].as_str();
-    assert_eq!(
-        with_dp_stats_address(&changed, address).unwrap(),
-        *frame,
-        "{label}"
-    );
+    assert_eq!(with_dp_stats_address(&changed, address).unwrap(), *frame, "{label}");
     let none = with_dp_stats_address(frame, None).unwrap();
     let none = EngineReadyResponse::decode(&none).unwrap();
     assert_eq!(none.dp_stats_address, None, "{label}");
@@ -587,10 +519,7 @@ fn coordinator_messages_are_read_and_written_as_vllm_does() {
         if name == "ready" {
             assert_eq!(message.frames, [COORDINATOR_READY], "{label}");
         } else if name == "first_req" {
-            let first = FrontendUpstream::FirstReq {
-                target: EngineIndex(1),
-                wave,
-            };
+            let first = FrontendUpstream::FirstReq { target: EngineIndex(1), wave };
             assert_eq!(FrontendUpstream::decode(&message.frames[0]).unwrap(), first);
             assert_eq!(first.encode(), message.frames[0], "{label}");
         } else if name.starts_with("start_by") {
@@ -622,24 +551,21 @@ fn coordinator_messages_are_read_and_written_as_vllm_does() {
 
 #[test]
 fn calls_and_aborts_are_written_as_vllm_writes_them() {
-    each(
-        "input",
-        |layout, label, message| match check_frontend_message(layout, &message.frames).unwrap() {
-            FrontendMessage::Abort(ids) => {
-                assert_eq!(encode_abort(ids.into_iter()), message.frames, "{label}");
-            }
-            FrontendMessage::Utility(call) => {
-                let call = UtilityCall {
-                    client_index: call.client_index,
-                    call_id: call.call_id,
-                    method: call.method.to_owned(),
-                    args: call.decode_args(),
-                };
-                assert_eq!(call.encode(), message.frames, "{label}");
-            }
-            FrontendMessage::Add(_) => {}
-        },
-    );
+    each("input", |layout, label, message| match check_frontend_message(layout, &message.frames).unwrap() {
+        FrontendMessage::Abort(ids) => {
+            assert_eq!(encode_abort(ids.into_iter()), message.frames, "{label}");
+        }
+        FrontendMessage::Utility(call) => {
+            let call = UtilityCall {
+                client_index: call.client_index,
+                call_id: call.call_id,
+                method: call.method.to_owned(),
+                args: call.decode_args(),
+            };
+            assert_eq!(call.encode(), message.frames, "{label}");
+        }
+        FrontendMessage::Add(_) => {}
+    });
 }
 
 /// The array with one more element.
@@ -685,10 +611,7 @@ fn every_truncation_is_refused_without_a_panic() {
         for length in 0..message.frames[1].len() {
             let mut frames = message.frames.clone();
             frames[1].truncate(length);
-            assert!(
-                check_frontend_message(layout, &frames).is_err(),
-                "{label} cut to {length}"
-            );
+            assert!(check_frontend_message(layout, &frames).is_err(), "{label} cut to {length}");
         }
     });
     each("output", |_, label, message| {
@@ -703,14 +626,8 @@ fn every_truncation_is_refused_without_a_panic() {
             let cut = Bytes::copy_from_slice(&message.frames[0][..length]);
             assert!(EngineMessage::decode(&cut).is_err(), "{label} at {length}");
             assert!(Init::decode(&cut).is_err(), "{label} at {length}");
-            assert!(
-                EngineReadyResponse::decode(&cut).is_err(),
-                "{label} at {length}"
-            );
-            assert!(
-                with_dp_stats_address(&cut, None).is_err(),
-                "{label} at {length}"
-            );
+            assert!(EngineReadyResponse::decode(&cut).is_err(), "{label} at {length}");
+            assert!(with_dp_stats_address(&cut, None).is_err(), "{label} at {length}");
         }
     });
     each("coordinator", |_, label, message| {
@@ -718,10 +635,7 @@ fn every_truncation_is_refused_without_a_panic() {
         for length in 0..frame.len() {
             let cut = &frame[..length];
             assert!(StartDpWave::decode(cut).is_err(), "{label} cut to {length}");
-            assert!(
-                FrontendUpstream::decode(cut).is_err(),
-                "{label} at {length}"
-            );
+            assert!(FrontendUpstream::decode(cut).is_err(), "{label} at {length}");
             assert!(Publication::decode(cut).is_err(), "{label} cut to {length}");
         }
     });

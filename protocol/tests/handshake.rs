@@ -6,9 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use dp_sidecar_protocol::handshake::Hello;
-use dp_sidecar_protocol::machine::handshake::{
-    Action, Config, Event, Handshake, PeerId, Stage, Via,
-};
+use dp_sidecar_protocol::machine::handshake::{Action, Config, Event, Handshake, PeerId, Stage, Via};
 use dp_sidecar_protocol::{EngineIndex, Incarnation, Time};
 use proptest::prelude::*;
 
@@ -19,19 +17,11 @@ fn machine(ranks: std::ops::Range<u16>) -> Handshake {
 }
 
 fn expect(rank: u16, incarnation: u64, own: bool) -> Event {
-    Event::Expect {
-        rank: EngineIndex(rank),
-        incarnation: Incarnation(incarnation),
-        own,
-        init: INIT,
-    }
+    Event::Expect { rank: EngineIndex(rank), incarnation: Incarnation(incarnation), own, init: INIT }
 }
 
 fn forget(rank: u16, incarnation: u64) -> Event {
-    Event::Forget {
-        rank: EngineIndex(rank),
-        incarnation: Incarnation(incarnation),
-    }
+    Event::Forget { rank: EngineIndex(rank), incarnation: Incarnation(incarnation) }
 }
 
 fn says(via: Via, peer: u64, rank: u16, payload: Bytes) -> Event {
@@ -103,14 +93,8 @@ fn two_engines_start_in_any_order_and_init_waits_for_nobody() {
         assert_eq!(
             actions,
             [
-                Action::SendInit {
-                    peer: PeerId(rank.into()),
-                    init: INIT
-                },
-                Action::Connected {
-                    rank: EngineIndex(rank),
-                    incarnation: Incarnation(1)
-                },
+                Action::SendInit { peer: PeerId(rank.into()), init: INIT },
+                Action::Connected { rank: EngineIndex(rank), incarnation: Incarnation(1) },
             ]
         );
     }
@@ -186,15 +170,7 @@ fn a_second_hello_is_refused_with_both_explanations_and_the_first_engine_goes_on
         let actions = step(&mut machine, hello(2, 0));
         let (rank, error) = refusal(&actions);
         assert_eq!(rank, None);
-        assert_says(
-            error,
-            &[
-                "two engines run with rank 0",
-                "exit being noticed",
-                stage,
-                "incarnation 3",
-            ],
-        );
+        assert_says(error, &["two engines run with rank 0", "exit being noticed", stage, "incarnation 3"]);
         step(&mut machine, ready(1, 0, None));
     }
     assert_eq!(stage(&machine, 0), Stage::Ready);
@@ -224,9 +200,7 @@ fn ready_of_the_first_engine_is_not_taken_for_that_of_its_successor() {
     let actions = step(&mut machine, ready(1, 0, None));
     assert_says(refusal(&actions).1, &["another connection"]);
     let actions = step(&mut machine, ready(2, 0, None));
-    assert!(
-        matches!(actions[0], Action::Ready { incarnation, .. } if incarnation == Incarnation(2))
-    );
+    assert!(matches!(actions[0], Action::Ready { incarnation, .. } if incarnation == Incarnation(2)));
 }
 
 #[test]
@@ -308,10 +282,7 @@ fn own_ports_and_the_shared_address_do_not_mix() {
     let actions = step(&mut machine, hello(1, 0));
     assert_says(refusal(&actions).1, &["starts rank 0 itself"]);
     let own = |rank, incarnation| {
-        let via = Via::Own {
-            rank: EngineIndex(0),
-            incarnation: Incarnation(incarnation),
-        };
+        let via = Via::Own { rank: EngineIndex(0), incarnation: Incarnation(incarnation) };
         says(via, 2, rank, Hello::HEADLESS.encode())
     };
     let actions = step(&mut machine, own(1, 1));
@@ -337,10 +308,7 @@ fn deadlines_apply_to_engines_that_have_init_and_progress_names_the_others() {
     machine.handle_timeout(Time::from_millis(10_000));
     assert_eq!(
         drain(&mut machine),
-        [Action::Waiting {
-            hello: vec![EngineIndex(1)],
-            ready: vec![EngineIndex(0)],
-        }]
+        [Action::Waiting { hello: vec![EngineIndex(1)], ready: vec![EngineIndex(0)] }]
     );
     machine.handle_timeout(Time::from_millis(60_000));
     let actions = drain(&mut machine);

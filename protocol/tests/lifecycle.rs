@@ -30,20 +30,12 @@ fn at(m: &mut Lifecycle, event: Event) {
 
 fn lost(rank: EngineIndex, incarnation: u64) -> Event {
     let reason = "connection closed".to_owned();
-    Event::Lost {
-        rank,
-        incarnation: Incarnation(incarnation),
-        reason,
-    }
+    Event::Lost { rank, incarnation: Incarnation(incarnation), reason }
 }
 
 fn exited(rank: EngineIndex, incarnation: u64, reason: &str) -> Event {
     let reason = reason.to_owned();
-    Event::Exited {
-        rank,
-        incarnation: Incarnation(incarnation),
-        reason,
-    }
+    Event::Exited { rank, incarnation: Incarnation(incarnation), reason }
 }
 
 /// Takes one rank from Preparing through READY.
@@ -68,36 +60,16 @@ fn serve(m: &mut Lifecycle, lives: &[(EngineIndex, u64)]) {
 fn independent_ranks_are_restored_and_admitted_one_by_one() {
     let mut m = machine(false, true);
     let prepares = [
-        Action::Prepare {
-            rank: R0,
-            incarnation: Incarnation(1),
-        },
-        Action::Prepare {
-            rank: R1,
-            incarnation: Incarnation(2),
-        },
+        Action::Prepare { rank: R0, incarnation: Incarnation(1) },
+        Action::Prepare { rank: R1, incarnation: Incarnation(2) },
     ];
     assert_eq!(drain(&mut m), prepares);
     shake(&mut m, R0, 1);
     let ranks = vec![(R0, Incarnation(1))];
-    let spawn = Action::Spawn {
-        rank: R0,
-        incarnation: Incarnation(1),
-    };
-    assert_eq!(
-        drain(&mut m),
-        [
-            spawn,
-            Action::Restore {
-                ranks: ranks.clone()
-            }
-        ]
-    );
+    let spawn = Action::Spawn { rank: R0, incarnation: Incarnation(1) };
+    assert_eq!(drain(&mut m), [spawn, Action::Restore { ranks: ranks.clone() }]);
     at(&mut m, Event::Restored { ranks });
-    let admit = Action::Admit {
-        rank: R0,
-        incarnation: Incarnation(1),
-    };
+    let admit = Action::Admit { rank: R0, incarnation: Incarnation(1) };
     assert_eq!(drain(&mut m), [admit]);
     assert!(!m.started());
 }
@@ -107,10 +79,7 @@ fn a_lockstep_group_is_restored_only_when_every_rank_is_ready() {
     let mut m = machine(true, true);
     drain(&mut m);
     shake(&mut m, R0, 1);
-    let spawn = |rank| Action::Spawn {
-        rank,
-        incarnation: Incarnation(1),
-    };
+    let spawn = |rank| Action::Spawn { rank, incarnation: Incarnation(1) };
     assert_eq!(drain(&mut m), [spawn(R0)]);
     shake(&mut m, R1, 1);
     let ranks = vec![(R0, Incarnation(1)), (R1, Incarnation(1))];
@@ -120,23 +89,12 @@ fn a_lockstep_group_is_restored_only_when_every_rank_is_ready() {
 #[test]
 fn an_exit_during_the_first_start_fails_at_once_with_its_last_lines() {
     let mut m = machine(false, true);
-    at(
-        &mut m,
-        Event::Prepared {
-            rank: R0,
-            incarnation: Incarnation(1),
-        },
-    );
+    at(&mut m, Event::Prepared { rank: R0, incarnation: Incarnation(1) });
     drain(&mut m);
-    at(
-        &mut m,
-        exited(R0, 1, "exit code 1; last lines: no such model"),
-    );
+    at(&mut m, exited(R0, 1, "exit code 1; last lines: no such model"));
     let actions = drain(&mut m);
     assert!(
-        actions
-            .iter()
-            .any(|a| matches!(a, Action::Fail { reason, timeout: false }
+        actions.iter().any(|a| matches!(a, Action::Fail { reason, timeout: false }
             if reason.contains("no such model"))),
         "{actions:?}"
     );
@@ -145,30 +103,16 @@ fn an_exit_during_the_first_start_fails_at_once_with_its_last_lines() {
 #[test]
 fn a_connection_lost_during_the_first_start_waits_for_the_exit_that_explains_it() {
     let mut m = machine(false, true);
-    at(
-        &mut m,
-        Event::Prepared {
-            rank: R0,
-            incarnation: Incarnation(1),
-        },
-    );
+    at(&mut m, Event::Prepared { rank: R0, incarnation: Incarnation(1) });
     drain(&mut m);
     at(&mut m, lost(R0, 1));
     let actions = drain(&mut m);
-    assert!(actions.contains(&Action::StopProcess {
-        rank: R0,
-        incarnation: Incarnation(1)
-    }));
-    assert!(
-        !actions.iter().any(|a| matches!(a, Action::Fail { .. })),
-        "{actions:?}"
-    );
+    assert!(actions.contains(&Action::StopProcess { rank: R0, incarnation: Incarnation(1) }));
+    assert!(!actions.iter().any(|a| matches!(a, Action::Fail { .. })), "{actions:?}");
     at(&mut m, exited(R0, 1, "out of memory"));
     let actions = drain(&mut m);
     assert!(
-        actions
-            .iter()
-            .any(|a| matches!(a, Action::Fail { reason, .. }
+        actions.iter().any(|a| matches!(a, Action::Fail { reason, .. }
             if reason.contains("connection closed") && reason.contains("out of memory"))),
         "{actions:?}"
     );
@@ -177,28 +121,14 @@ fn a_connection_lost_during_the_first_start_waits_for_the_exit_that_explains_it(
 #[test]
 fn a_start_that_takes_too_long_fails_as_a_timeout_and_names_the_stage() {
     let mut m = machine(false, true);
-    at(
-        &mut m,
-        Event::Prepared {
-            rank: R0,
-            incarnation: Incarnation(1),
-        },
-    );
-    at(
-        &mut m,
-        Event::Connected {
-            rank: R0,
-            incarnation: Incarnation(1),
-        },
-    );
+    at(&mut m, Event::Prepared { rank: R0, incarnation: Incarnation(1) });
+    at(&mut m, Event::Connected { rank: R0, incarnation: Incarnation(1) });
     drain(&mut m);
     let due = m.poll_timeout().expect("a deadline");
     m.handle_timeout(due);
     let actions = drain(&mut m);
     assert!(
-        actions
-            .iter()
-            .any(|a| matches!(a, Action::Fail { reason, timeout: true }
+        actions.iter().any(|a| matches!(a, Action::Fail { reason, timeout: true }
             if reason.contains("no registration frame"))),
         "{actions:?}"
     );
@@ -212,24 +142,14 @@ fn losing_one_lockstep_rank_stops_all_and_starts_one_new_generation() {
     at(&mut m, lost(R1, 1));
     let actions = drain(&mut m);
     for rank in [R0, R1] {
-        assert!(actions.contains(&Action::StopProcess {
-            rank,
-            incarnation: Incarnation(1)
-        }));
+        assert!(actions.contains(&Action::StopProcess { rank, incarnation: Incarnation(1) }));
     }
     at(&mut m, exited(R1, 1, "signal 9"));
-    assert_eq!(
-        m.poll_timeout(),
-        None,
-        "the group waits for its last process"
-    );
+    assert_eq!(m.poll_timeout(), None, "the group waits for its last process");
     at(&mut m, exited(R0, 1, "signal 15"));
     let due = m.poll_timeout().expect("the back-off");
     m.handle_timeout(due);
-    let prepare = |rank| Action::Prepare {
-        rank,
-        incarnation: Incarnation(2),
-    };
+    let prepare = |rank| Action::Prepare { rank, incarnation: Incarnation(2) };
     assert_eq!(drain(&mut m), [prepare(R0), prepare(R1)]);
 }
 
@@ -241,10 +161,7 @@ fn losing_one_independent_rank_leaves_the_other_alone() {
     assert!(m.started());
     at(&mut m, lost(R1, 2));
     let actions = drain(&mut m);
-    assert!(actions.contains(&Action::StopProcess {
-        rank: R1,
-        incarnation: Incarnation(2)
-    }));
+    assert!(actions.contains(&Action::StopProcess { rank: R1, incarnation: Incarnation(2) }));
     let touches_r0 = |a: &Action| matches!(a, Action::Down { rank: R0, .. } | Action::Fail { .. });
     assert!(!actions.iter().any(touches_r0), "{actions:?}");
     assert_eq!(m.snapshot()[&R0].phase, Phase::Serving);
@@ -259,10 +176,7 @@ fn an_engine_that_somebody_else_starts_is_awaited_again_at_once() {
     at(&mut m, lost(R0, 1));
     m.handle_timeout(Time::ZERO);
     let actions = drain(&mut m);
-    let again = Action::Prepare {
-        rank: R0,
-        incarnation: Incarnation(3),
-    };
+    let again = Action::Prepare { rank: R0, incarnation: Incarnation(3) };
     assert!(actions.contains(&again), "{actions:?}");
     assert!(!actions.iter().any(|a| matches!(a, Action::Fail { .. })));
 }
@@ -280,17 +194,9 @@ fn lockstep_engines_of_somebody_else_come_back_as_one_generation() {
     assert_eq!(lives, [Incarnation(2), Incarnation(2)]);
     drain(&mut m);
     shake(&mut m, R0, 2);
-    assert!(
-        !drain(&mut m)
-            .iter()
-            .any(|a| matches!(a, Action::Restore { .. }))
-    );
+    assert!(!drain(&mut m).iter().any(|a| matches!(a, Action::Restore { .. })));
     shake(&mut m, R1, 2);
-    assert!(
-        drain(&mut m)
-            .iter()
-            .any(|a| matches!(a, Action::Restore { .. }))
-    );
+    assert!(drain(&mut m).iter().any(|a| matches!(a, Action::Restore { .. })));
 }
 
 #[test]
@@ -311,16 +217,9 @@ fn the_loss_of_the_keeper_starts_everything_over() {
     at(&mut m, Event::KeeperLost);
     m.handle_timeout(Time::ZERO);
     let actions = drain(&mut m);
-    let again = Action::Prepare {
-        rank: R1,
-        incarnation: Incarnation(2),
-    };
+    let again = Action::Prepare { rank: R1, incarnation: Incarnation(2) };
     assert!(actions.contains(&again), "{actions:?}");
-    assert!(
-        !actions
-            .iter()
-            .any(|a| matches!(a, Action::StopProcess { .. }))
-    );
+    assert!(!actions.iter().any(|a| matches!(a, Action::StopProcess { .. })));
 }
 
 #[test]
@@ -347,25 +246,13 @@ fn a_spent_budget_ends_the_sidecar_only_when_no_rank_is_left() {
     let mut lives = vec![(R0, Incarnation(1)), (R1, Incarnation(2))];
     for (rank, incarnation) in lives.clone() {
         shake(&mut m, rank, incarnation.0);
-        m.handle_event(
-            now,
-            Event::Restored {
-                ranks: vec![(rank, incarnation)],
-            },
-        );
+        m.handle_event(now, Event::Restored { ranks: vec![(rank, incarnation)] });
     }
     for _ in 0..200 {
         for (rank, incarnation) in lives.drain(..) {
             let reason = "it died again".to_owned();
             m.handle_event(now, Event::Prepared { rank, incarnation });
-            m.handle_event(
-                now,
-                Event::Exited {
-                    rank,
-                    incarnation,
-                    reason,
-                },
-            );
+            m.handle_event(now, Event::Exited { rank, incarnation, reason });
         }
         if let Some(due) = m.poll_timeout() {
             now = due;
@@ -402,9 +289,7 @@ fn a_waiting_engine_may_go_through_its_handshake_before_its_rank_is_known_to_be_
         for number in order {
             at(&mut m, events[number].take().unwrap());
         }
-        let restore = Action::Restore {
-            ranks: vec![(rank, incarnation)],
-        };
+        let restore = Action::Restore { ranks: vec![(rank, incarnation)] };
         assert_eq!(drain(&mut m), [restore], "order {order:?}");
     }
 }

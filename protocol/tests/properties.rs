@@ -12,9 +12,7 @@ use dp_sidecar_protocol::output::{
     EngineOutput, FinishReason, NewOutput, NewOutputs, OutputsView, error_finish, error_reason,
 };
 use dp_sidecar_protocol::positional::{self, Scanner, element};
-use dp_sidecar_protocol::request::{
-    FrontendMessage, NewRequest, check_frontend_message, encode_abort,
-};
+use dp_sidecar_protocol::request::{FrontendMessage, NewRequest, check_frontend_message, encode_abort};
 use dp_sidecar_protocol::stats::SchedulerStats;
 use dp_sidecar_protocol::utility::{UtilityCall, UtilityOutput};
 use dp_sidecar_protocol::wave::{EngineCounts, FrontendUpstream, Publication, StartDpWave};
@@ -34,9 +32,7 @@ fn values() -> impl Strategy<Value = rmpv::Value> {
         any::<bool>().prop_map(rmpv::Value::from),
         any::<i64>().prop_map(rmpv::Value::from),
         any::<u64>().prop_map(rmpv::Value::from),
-        any::<f64>()
-            .prop_filter("NaN differs from itself", |f| !f.is_nan())
-            .prop_map(rmpv::Value::from),
+        any::<f64>().prop_filter("NaN differs from itself", |f| !f.is_nan()).prop_map(rmpv::Value::from),
         ".{0,40}".prop_map(|text: String| rmpv::Value::from(text)),
         vec(any::<u8>(), 0..300).prop_map(rmpv::Value::from),
     ];
@@ -44,10 +40,7 @@ fn values() -> impl Strategy<Value = rmpv::Value> {
         prop_oneof![
             vec(inner.clone(), 0..20).prop_map(rmpv::Value::from),
             vec(("[a-z]{0,8}", inner), 0..20).prop_map(|pairs| rmpv::Value::Map(
-                pairs
-                    .into_iter()
-                    .map(|(key, value)| (rmpv::Value::from(key), value))
-                    .collect()
+                pairs.into_iter().map(|(key, value)| (rmpv::Value::from(key), value)).collect()
             )),
         ]
     })
@@ -60,24 +53,16 @@ fn bytes_of(value: &rmpv::Value) -> Bytes {
 }
 
 fn requests() -> impl Strategy<Value = NewRequest> {
-    (
-        "[ -~]{0,64}",
-        vec(any::<u32>(), 0..200),
-        1..u32::MAX,
-        any::<u32>(),
-        any::<u64>(),
-        0.0..4e9,
+    ("[ -~]{0,64}", vec(any::<u32>(), 0..200), 1..u32::MAX, any::<u32>(), any::<u64>(), 0.0..4e9).prop_map(
+        |(request_id, prompt_token_ids, max_tokens, client, wave, arrival_time)| NewRequest {
+            request_id,
+            prompt_token_ids,
+            max_tokens,
+            client_index: ClientIndex(client),
+            current_wave: Wave(wave),
+            arrival_time,
+        },
     )
-        .prop_map(
-            |(request_id, prompt_token_ids, max_tokens, client, wave, arrival_time)| NewRequest {
-                request_id,
-                prompt_token_ids,
-                max_tokens,
-                client_index: ClientIndex(client),
-                current_wave: Wave(wave),
-                arrival_time,
-            },
-        )
 }
 
 /// Feeds bytes to everything that reads bytes of a peer.
@@ -442,10 +427,7 @@ fn calls_carry_as_many_arguments_as_the_version_takes() {
     let reload = weights::reload_weights("/models/next");
     assert_eq!(reload.method, "collective_rpc");
     assert_eq!(reload.args[0], "reload_weights".into());
-    assert_eq!(
-        reload.args[3],
-        rmpv::Value::Map(vec![("weights_path".into(), "/models/next".into())])
-    );
+    assert_eq!(reload.args[3], rmpv::Value::Map(vec![("weights_path".into(), "/models/next".into())]));
 }
 
 #[test]

@@ -42,10 +42,8 @@ fn run_all(seeds: u64, mutation: Option<Mutation>) -> (usize, Vec<(u64, String)>
                     }
                     for seed in from..(from + BLOCK).min(seeds) {
                         let run = || World::new(seed, mutation, false).run();
-                        let outcome = catch_unwind(run).unwrap_or_else(|panic| Outcome {
-                            result: Err(text(&*panic)),
-                            events: 0,
-                        });
+                        let outcome = catch_unwind(run)
+                            .unwrap_or_else(|panic| Outcome { result: Err(text(&*panic)), events: 0 });
                         events.fetch_add(outcome.events, Ordering::Relaxed);
                         if let Err(broken) = outcome.result {
                             failures.lock().unwrap().push((seed, broken));
@@ -75,10 +73,7 @@ fn every_law_holds_on_every_seed() {
     let (count, first, events) = run_all(seeds, None);
     println!("{seeds} seeds, {events} events, {count} failures");
     assert!(events > seeds * 50, "the worlds are too quiet: {events}");
-    assert!(
-        first.is_empty(),
-        "{count} of {seeds} seeds failed; replay with SIM_SEED=<seed>: {first:#?}"
-    );
+    assert!(first.is_empty(), "{count} of {seeds} seeds failed; replay with SIM_SEED=<seed>: {first:#?}");
 }
 
 #[test]
@@ -108,10 +103,7 @@ fn a_wake_that_is_lost_in_a_pause_and_not_repeated_is_caught() {
 
 fn caught(mutation: Mutation) {
     let (count, first, _) = run_all(20_000, Some(mutation));
-    println!(
-        "{mutation:?}: {count} of 20000 seeds fail, first {:?}",
-        first.first()
-    );
+    println!("{mutation:?}: {count} of 20000 seeds fail, first {:?}", first.first());
     assert!(count > 0, "{mutation:?} was not noticed");
 }
 

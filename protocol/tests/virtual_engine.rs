@@ -58,10 +58,7 @@ impl Bed {
         self.incarnation.0 += 1;
         let incarnation = self.incarnation;
         self.event(Event::Prepared(incarnation));
-        self.event(Event::Ready {
-            incarnation,
-            layout: Box::new(Layout::newest()),
-        });
+        self.event(Event::Ready { incarnation, layout: Box::new(Layout::newest()) });
         self.event(Event::Admitted(incarnation))
     }
 
@@ -71,24 +68,17 @@ impl Bed {
     }
 
     fn actions(&mut self) -> Vec<Action> {
-        std::iter::from_fn(|| self.machine.poll_action())
-            .filter(|action| *action != Action::Wake)
-            .collect()
+        std::iter::from_fn(|| self.machine.poll_action()).filter(|action| *action != Action::Wake).collect()
     }
 
     fn open(&mut self, frontend: u64, api_server: u32) -> Slot {
-        self.machine
-            .open_slot(FrontendId(frontend), api_server)
-            .unwrap()
+        self.machine.open_slot(FrontendId(frontend), api_server).unwrap()
     }
 
     fn down(&mut self, reason: &str) -> Vec<Action> {
         let incarnation = self.incarnation;
         let reason = reason.to_owned();
-        self.event(Event::Down {
-            incarnation,
-            reason,
-        })
+        self.event(Event::Down { incarnation, reason })
     }
 
     fn wait(&mut self, seconds: u64) -> Vec<Action> {
@@ -119,32 +109,15 @@ impl Bed {
     }
 
     fn engine(&mut self, slot: Slot, outputs: NewOutputs) -> Vec<Action> {
-        let outputs = NewOutputs {
-            engine_index: RANK,
-            timestamp: 5.0,
-            ..outputs
-        };
+        let outputs = NewOutputs { engine_index: RANK, timestamp: 5.0, ..outputs };
         let incarnation = self.incarnation;
         let frames = vec![outputs.encode(&Layout::newest())];
-        self.event(Event::FromEngine {
-            incarnation,
-            slot,
-            frames,
-        })
+        self.event(Event::FromEngine { incarnation, slot, frames })
     }
 
     fn answer(&mut self, slot: Slot, id: i128, value: &str) -> Vec<Action> {
-        let utility_output = Some(UtilityOutput {
-            call_id: CallId(id),
-            result: Ok(value.into()),
-        });
-        self.engine(
-            slot,
-            NewOutputs {
-                utility_output,
-                ..NewOutputs::default()
-            },
-        )
+        let utility_output = Some(UtilityOutput { call_id: CallId(id), result: Ok(value.into()) });
+        self.engine(slot, NewOutputs { utility_output, ..NewOutputs::default() })
     }
 }
 
@@ -176,9 +149,9 @@ fn heard(actions: &[Action]) -> Vec<(u32, Heard)> {
                 Heard::Answer(answer.call_id.0, answer.result)
             } else if let Some(output) = view.outputs().next() {
                 let output = output.unwrap();
-                output.finished.map_or(Heard::Other, |reason| {
-                    Heard::Finish(output.request_id.to_owned(), reason)
-                })
+                output
+                    .finished
+                    .map_or(Heard::Other, |reason| Heard::Finish(output.request_id.to_owned(), reason))
             } else if view.scheduler_stats.is_some() {
                 Heard::Stats
             } else {
@@ -199,19 +172,12 @@ fn to_engine(actions: &[Action]) -> Vec<(u32, &Frames)> {
 }
 
 fn stats() -> NewOutputs {
-    NewOutputs {
-        scheduler_stats: Some(vec![0x80]),
-        ..NewOutputs::default()
-    }
+    NewOutputs { scheduler_stats: Some(vec![0x80]), ..NewOutputs::default() }
 }
 
 fn output(id: &str) -> NewOutputs {
     NewOutputs {
-        outputs: vec![NewOutput {
-            request_id: id.to_owned(),
-            new_token_ids: vec![1],
-            finish_reason: None,
-        }],
+        outputs: vec![NewOutput { request_id: id.to_owned(), new_token_ids: vec![1], finish_reason: None }],
         ..NewOutputs::default()
     }
 }
@@ -224,10 +190,7 @@ fn nothing_of_a_frontend_reaches_an_engine_before_it_is_admitted() {
     bed.incarnation = Incarnation(1);
     assert_eq!(to_engine(&bed.add(slot, "a")), []);
     assert_eq!(to_engine(&bed.call(slot, 1, "is_sleeping", vec![])), []);
-    let ready = bed.event(Event::Ready {
-        incarnation: Incarnation(1),
-        layout: Box::new(Layout::newest()),
-    });
+    let ready = bed.event(Event::Ready { incarnation: Incarnation(1), layout: Box::new(Layout::newest()) });
     assert_eq!(to_engine(&ready), []);
     let admitted = bed.event(Event::Admitted(Incarnation(1)));
     assert_eq!(to_engine(&admitted).len(), 2);
@@ -257,10 +220,7 @@ fn an_abort_of_a_held_request_is_answered_here_and_tells_the_load_balancer() {
     let slot = bed.open(1, 0);
     bed.add(slot, "a");
     let aborted = bed.abort(slot, &["a"]);
-    assert_eq!(
-        heard(&aborted),
-        [(slot.0, Heard::Finished(vec!["a".into()]))]
-    );
+    assert_eq!(heard(&aborted), [(slot.0, Heard::Finished(vec!["a".into()]))]);
     assert_eq!(to_engine(&bed.admit()), []);
 }
 
@@ -311,10 +271,7 @@ fn a_dead_engine_ends_its_requests_and_calls_once_and_late_outputs_are_dropped()
     let Heard::Answer(7, Err(message)) = &down[1].1 else {
         panic!("{down:?}");
     };
-    assert!(
-        message.contains("DP rank 3") && message.contains("signal 9"),
-        "{message}"
-    );
+    assert!(message.contains("DP rank 3") && message.contains("signal 9"), "{message}");
     assert_eq!(bed.engine(slot, output("a")), []);
     assert_eq!(bed.down("again"), []);
 }
@@ -327,16 +284,10 @@ fn supported_tasks_are_answered_from_memory_while_the_engine_is_away() {
     bed.answer(slot, 1, "generate");
     bed.down("restart");
     let answered = heard(&bed.call(slot, 2, "get_supported_tasks", vec![]));
-    assert_eq!(
-        answered,
-        [(slot.0, Heard::Answer(2, Ok("generate".into())))]
-    );
+    assert_eq!(answered, [(slot.0, Heard::Answer(2, Ok("generate".into())))]);
     assert_eq!(heard(&bed.call(slot, 3, "reset_mm_cache", vec![])), []);
     let late = heard(&bed.wait(600));
-    assert!(
-        matches!(&late[..], [(_, Heard::Answer(3, Err(_)))]),
-        "{late:?}"
-    );
+    assert!(matches!(&late[..], [(_, Heard::Answer(3, Err(_)))]), "{late:?}");
 }
 
 #[test]
@@ -363,29 +314,16 @@ fn a_control_call_waits_for_its_verdict_with_its_arguments_and_a_deadline() {
             args: rpc,
         }]
     );
-    bed.machine
-        .release(0, Verdict::Refuse("update u1 is running".to_owned()));
+    bed.machine.release(0, Verdict::Refuse("update u1 is running".to_owned()));
     let released = bed.actions();
     let refusal = Heard::Answer(9, Err("update u1 is running".to_owned()));
     assert_eq!(heard(&released), [(slot.0, refusal)]);
     bed.call(slot, 10, "sleep", vec![]);
     let late = heard(&bed.wait(3600));
-    assert!(
-        matches!(&late[..], [(_, Heard::Answer(10, Err(_)))]),
-        "{late:?}"
-    );
+    assert!(matches!(&late[..], [(_, Heard::Answer(10, Err(_)))]), "{late:?}");
     bed.machine.release(1, Verdict::Forward);
     let gone = bed.actions();
-    assert!(
-        matches!(
-            &gone[..],
-            [Action::Released {
-                ticket: 1,
-                result: Err(_)
-            }]
-        ),
-        "{gone:?}"
-    );
+    assert!(matches!(&gone[..], [Action::Released { ticket: 1, result: Err(_) }]), "{gone:?}");
 }
 
 #[test]
@@ -397,13 +335,7 @@ fn a_decided_call_is_followed_to_its_end_when_its_frontend_has_gone() {
     assert_eq!(to_engine(&bed.actions()).len(), 1);
     bed.event(Event::CloseSlot { slot });
     let answered = bed.answer(slot, 9, "paused");
-    assert_eq!(
-        answered,
-        [Action::Released {
-            ticket: 0,
-            result: Ok("paused".into())
-        }]
-    );
+    assert_eq!(answered, [Action::Released { ticket: 0, result: Ok("paused".into()) }]);
 }
 
 #[test]
@@ -416,13 +348,7 @@ fn own_calls_fail_without_an_engine_and_at_their_deadline() {
         timeout: Duration::from_secs(2),
     };
     let actions = bed.event(call(1));
-    let [
-        Action::CallAnswered {
-            token: 1,
-            result: Err(CallError::Down(reason)),
-        },
-    ] = &actions[..]
-    else {
+    let [Action::CallAnswered { token: 1, result: Err(CallError::Down(reason)) }] = &actions[..] else {
         panic!("{actions:?}");
     };
     assert!(reason.contains("DP rank 3"), "{reason}");
@@ -430,13 +356,7 @@ fn own_calls_fail_without_an_engine_and_at_their_deadline() {
     assert_eq!(to_engine(&bed.event(call(2))).len(), 1);
     let late = bed.wait(2);
     let deadline = Err(CallError::Deadline(Duration::from_secs(2)));
-    assert_eq!(
-        late,
-        [Action::CallAnswered {
-            token: 2,
-            result: deadline
-        }]
-    );
+    assert_eq!(late, [Action::CallAnswered { token: 2, result: deadline }]);
 }
 
 #[test]
@@ -451,10 +371,7 @@ fn idle_stats_reach_the_first_api_server_of_every_frontend() {
 fn stats_on_one_frontends_outputs_are_copied_to_the_others_now_and_then() {
     let mut bed = Bed::admitted();
     let (a, b) = (bed.open(1, 0), bed.open(2, 0));
-    let with_output = NewOutputs {
-        scheduler_stats: Some(vec![0x80]),
-        ..output("x")
-    };
+    let with_output = NewOutputs { scheduler_stats: Some(vec![0x80]), ..output("x") };
     let first = heard(&bed.engine(a, with_output.clone()));
     assert_eq!(first, [(b.0, Heard::Stats), (a.0, Heard::Other)]);
     let soon = heard(&bed.engine(a, with_output.clone()));
@@ -486,10 +403,7 @@ fn a_slot_comes_back_when_the_engine_has_answered_the_fence_and_let_go_of_the_re
     assert_eq!(bed.machine.snapshot().draining, 1);
     assert_eq!(bed.engine(slot, output("a")), []);
     assert_eq!(bed.answer(slot, 1, "false"), []);
-    let finished = NewOutputs {
-        finished_requests: Some(vec!["a".to_owned()]),
-        ..NewOutputs::default()
-    };
+    let finished = NewOutputs { finished_requests: Some(vec!["a".to_owned()]), ..NewOutputs::default() };
     assert_eq!(bed.engine(slot, finished), [Action::SlotFree { slot }]);
 }
 
@@ -497,10 +411,7 @@ fn a_slot_comes_back_when_the_engine_has_answered_the_fence_and_let_go_of_the_re
 fn the_weight_version_of_the_last_step_is_known() {
     let mut bed = Bed::admitted();
     let slot = bed.open(1, 0);
-    let stamped = NewOutputs {
-        weight_version: Some("v7".to_owned()),
-        ..output("a")
-    };
+    let stamped = NewOutputs { weight_version: Some("v7".to_owned()), ..output("a") };
     bed.engine(slot, stamped);
     assert_eq!(bed.machine.snapshot().weight_version.as_deref(), Some("v7"));
 }

@@ -5,26 +5,20 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use dp_sidecar_protocol::machine::weight_update::{
-    Action, Begin, Checkpoint, Config, Event, NodeId, Outcome, Participant, PauseMode, Phase,
-    Record, Refusal, Target, WeightUpdate, WorkerReport, WorkerState,
+    Action, Begin, Checkpoint, Config, Event, NodeId, Outcome, Participant, PauseMode, Phase, Record,
+    Refusal, Target, WeightUpdate, WorkerReport, WorkerState,
 };
 use dp_sidecar_protocol::{EngineIndex, Incarnation, Time, UpdateId, WeightVersion};
 
 const LIFE: Incarnation = Incarnation(1);
 
 fn machine(lockstep: bool) -> WeightUpdate {
-    let config = Config {
-        lockstep,
-        ..Config::default()
-    };
+    let config = Config { lockstep, ..Config::default() };
     WeightUpdate::new(config, WeightVersion::default(), None)
 }
 
 fn begin(id: &str) -> Begin {
-    let participant = Participant {
-        incarnation: LIFE,
-        node: NodeId(0),
-    };
+    let participant = Participant { incarnation: LIFE, node: NodeId(0) };
     Begin {
         id: UpdateId(id.to_owned()),
         from_version: None,
@@ -32,9 +26,7 @@ fn begin(id: &str) -> Begin {
         source: "/new".to_owned(),
         mode: PauseMode::Wait,
         pause_deadline: Duration::from_secs(30),
-        participants: (0..2)
-            .map(|rank| (EngineIndex(rank), participant))
-            .collect(),
+        participants: (0..2).map(|rank| (EngineIndex(rank), participant)).collect(),
         paused_before: false,
         external_weights: false,
     }
@@ -74,16 +66,12 @@ fn names(machine: &mut WeightUpdate) -> Vec<String> {
                 Action::Stage { node, .. } => format!("stage {node}"),
                 Action::CloseAdmission => "close".to_owned(),
                 Action::Pause { rank, mode, .. } => format!("pause {rank} {mode}"),
-                Action::Load {
-                    rank, checkpoint, ..
-                } => format!("load {rank} {}", checkpoint.path),
+                Action::Load { rank, checkpoint, .. } => format!("load {rank} {}", checkpoint.path),
                 Action::WriteCommit { commit } => format!("commit {}", commit.version),
                 Action::SetVersion { rank, .. } => format!("version {rank}"),
-                Action::ResetCaches {
-                    rank,
-                    reset_running_requests,
-                    ..
-                } => format!("reset {rank} {reset_running_requests}"),
+                Action::ResetCaches { rank, reset_running_requests, .. } => {
+                    format!("reset {rank} {reset_running_requests}")
+                }
                 Action::Resume { rank, .. } => format!("resume {rank}"),
                 Action::OpenAdmission => "open".to_owned(),
                 Action::Fence { rank, .. } => format!("fence {rank}"),
@@ -100,76 +88,41 @@ fn actions(machine: &mut WeightUpdate) -> Vec<Action> {
 }
 
 fn record(machine: &mut WeightUpdate) -> Record {
-    let done = actions(machine)
-        .into_iter()
-        .find_map(|action| match action {
-            Action::Done(record) => Some(*record),
-            _ => None,
-        });
+    let done = actions(machine).into_iter().find_map(|action| match action {
+        Action::Done(record) => Some(*record),
+        _ => None,
+    });
     done.expect("the update has ended")
 }
 
 fn stage(machine: &mut WeightUpdate, now: Time) {
-    let staged = Event::Staged {
-        node: NodeId(0),
-        new: checkpoint("/new"),
-        previous: Some(checkpoint("/old")),
-    };
+    let staged =
+        Event::Staged { node: NodeId(0), new: checkpoint("/new"), previous: Some(checkpoint("/old")) };
     machine.handle_event(now, staged);
 }
 
 fn paused(machine: &mut WeightUpdate, now: Time, rank: u16, attempt: u32) {
-    let event = Event::Paused {
-        rank: EngineIndex(rank),
-        incarnation: LIFE,
-        attempt,
-        result: Ok(()),
-    };
+    let event = Event::Paused { rank: EngineIndex(rank), incarnation: LIFE, attempt, result: Ok(()) };
     machine.handle_event(now, event);
 }
 
-fn loaded(
-    machine: &mut WeightUpdate,
-    now: Time,
-    rank: u16,
-    target: Target,
-    workers: Vec<WorkerReport>,
-) {
-    let event = Event::Loaded {
-        rank: EngineIndex(rank),
-        incarnation: LIFE,
-        target,
-        result: Ok(workers),
-    };
+fn loaded(machine: &mut WeightUpdate, now: Time, rank: u16, target: Target, workers: Vec<WorkerReport>) {
+    let event = Event::Loaded { rank: EngineIndex(rank), incarnation: LIFE, target, result: Ok(workers) };
     machine.handle_event(now, event);
 }
 
 fn reset(machine: &mut WeightUpdate, now: Time, rank: u16, attempt: u32, done: bool) {
-    let event = Event::CachesReset {
-        rank: EngineIndex(rank),
-        incarnation: LIFE,
-        attempt,
-        result: Ok(done),
-    };
+    let event = Event::CachesReset { rank: EngineIndex(rank), incarnation: LIFE, attempt, result: Ok(done) };
     machine.handle_event(now, event);
 }
 
 fn stamped(machine: &mut WeightUpdate, now: Time, rank: u16) {
-    let event = Event::VersionSet {
-        rank: EngineIndex(rank),
-        incarnation: LIFE,
-        result: Ok(()),
-    };
+    let event = Event::VersionSet { rank: EngineIndex(rank), incarnation: LIFE, result: Ok(()) };
     machine.handle_event(now, event);
 }
 
 fn resumed(machine: &mut WeightUpdate, now: Time, rank: u16) {
-    let event = Event::Resumed {
-        rank: EngineIndex(rank),
-        incarnation: LIFE,
-        attempt: 1,
-        result: Ok(()),
-    };
+    let event = Event::Resumed { rank: EngineIndex(rank), incarnation: LIFE, attempt: 1, result: Ok(()) };
     machine.handle_event(now, event);
 }
 
@@ -224,10 +177,7 @@ fn an_update_goes_through_its_phases_in_order() {
     assert_eq!(machine.snapshot().version.0, "default");
     machine.handle_event(at(320), Event::CommitWritten { result: Ok(()) });
     assert_eq!(machine.snapshot().version.0, "v1");
-    assert_eq!(
-        names(&mut machine),
-        ["version 0", "version 1", "reset 0 false", "reset 1 false"]
-    );
+    assert_eq!(names(&mut machine), ["version 0", "version 1", "reset 0 false", "reset 1 false"]);
     for rank in [0, 1] {
         stamped(&mut machine, at(330), rank);
         reset(&mut machine, at(330), rank, 1, true);
@@ -249,19 +199,11 @@ fn a_bad_directory_touches_no_engine() {
     let mut machine = machine(false);
     machine.handle_event(at(0), Event::Begin(begin("u1")));
     actions(&mut machine);
-    let failed = Event::StageFailed {
-        node: NodeId(0),
-        error: "tensor a.weight is missing".to_owned(),
-    };
+    let failed = Event::StageFailed { node: NodeId(0), error: "tensor a.weight is missing".to_owned() };
     machine.handle_event(at(5), failed);
     let all = actions(&mut machine);
-    assert!(
-        all.iter()
-            .all(|action| matches!(action, Action::Progress | Action::Done(_)))
-    );
-    let Some(Action::Done(record)) = all.last() else {
-        panic!("{all:?}")
-    };
+    assert!(all.iter().all(|action| matches!(action, Action::Progress | Action::Done(_))));
+    let Some(Action::Done(record)) = all.last() else { panic!("{all:?}") };
     assert_eq!(record.outcome, Outcome::RefusedInvalid);
     assert_eq!(record.error.as_deref(), Some("tensor a.weight is missing"));
 }
@@ -296,28 +238,12 @@ fn a_load_that_fails_on_one_rank_takes_all_touched_ranks_back_and_names_rank_and
         error_kind: Some("injected".to_owned()),
         ..WorkerReport::default()
     };
-    loaded(
-        &mut machine,
-        at(300),
-        1,
-        Target::New,
-        vec![good("/new"), torn],
-    );
-    assert_eq!(
-        names(&mut machine),
-        [""; 0],
-        "a load in flight cannot be overtaken"
-    );
+    loaded(&mut machine, at(300), 1, Target::New, vec![good("/new"), torn]);
+    assert_eq!(names(&mut machine), [""; 0], "a load in flight cannot be overtaken");
     loaded(&mut machine, at(310), 0, Target::New, vec![good("/new")]);
     assert_eq!(names(&mut machine), ["load 0 /old", "load 1 /old"]);
     for rank in [0, 1] {
-        loaded(
-            &mut machine,
-            at(400),
-            rank,
-            Target::Previous,
-            vec![good("/old")],
-        );
+        loaded(&mut machine, at(400), rank, Target::Previous, vec![good("/old")]);
     }
     assert_eq!(names(&mut machine), ["reset 0 false", "reset 1 false"]);
     for rank in [0, 1] {
@@ -329,10 +255,7 @@ fn a_load_that_fails_on_one_rank_takes_all_touched_ranks_back_and_names_rank_and
     }
     let record = record(&mut machine);
     assert_eq!(record.outcome, Outcome::RolledBack);
-    assert_eq!(
-        record.error.as_deref(),
-        Some("rank 1: worker 3: load failed (injected): boom")
-    );
+    assert_eq!(record.error.as_deref(), Some("rank 1: worker 3: load failed (injected): boom"));
     assert_eq!(machine.snapshot().version.0, "default");
 }
 
@@ -346,13 +269,7 @@ fn ranks_that_were_not_touched_are_not_loaded_again() {
         ..WorkerReport::default()
     };
     for rank in [0, 1] {
-        loaded(
-            &mut machine,
-            at(300),
-            rank,
-            Target::New,
-            vec![refused.clone()],
-        );
+        loaded(&mut machine, at(300), rank, Target::New, vec![refused.clone()]);
     }
     assert_eq!(names(&mut machine), ["resume 0", "resume 1"]);
 }
@@ -361,10 +278,7 @@ fn ranks_that_were_not_touched_are_not_loaded_again() {
 fn a_worker_that_consumed_something_else_has_not_loaded() {
     let mut machine = machine(false);
     until_loading(&mut machine, begin("u1"));
-    let short = WorkerReport {
-        tensors: 2,
-        ..good("/new")
-    };
+    let short = WorkerReport { tensors: 2, ..good("/new") };
     loaded(&mut machine, at(300), 0, Target::New, vec![short]);
     loaded(&mut machine, at(300), 1, Target::New, vec![good("/new")]);
     assert_eq!(names(&mut machine), ["load 0 /old", "load 1 /old"]);
@@ -379,21 +293,12 @@ fn an_independent_rank_whose_rollback_fails_is_fenced_and_only_that_one() {
     actions(&mut machine);
     loaded(&mut machine, at(400), 1, Target::Previous, Vec::new());
     assert_eq!(names(&mut machine), ["fence 1"]);
-    loaded(
-        &mut machine,
-        at(410),
-        0,
-        Target::Previous,
-        vec![good("/old")],
-    );
+    loaded(&mut machine, at(410), 0, Target::Previous, vec![good("/old")]);
     reset(&mut machine, at(420), 0, 1, true);
     resumed(&mut machine, at(430), 0);
     let names = names(&mut machine);
     assert!(!names.contains(&"resume 1".to_owned()), "{names:?}");
-    assert_eq!(
-        names.last().map(String::as_str),
-        Some("done Degraded { fenced: [EngineIndex(1)] }")
-    );
+    assert_eq!(names.last().map(String::as_str), Some("done Degraded { fenced: [EngineIndex(1)] }"));
 }
 
 #[test]
@@ -406,18 +311,11 @@ fn a_lockstep_group_is_fenced_as_one() {
     loaded(&mut machine, at(400), 1, Target::Previous, Vec::new());
     let names = names(&mut machine);
     assert_eq!(names[..3], ["fence 0", "fence 1", "open"]);
-    assert_eq!(
-        names[3],
-        "done Degraded { fenced: [EngineIndex(0), EngineIndex(1)] }"
-    );
+    assert_eq!(names[3], "done Degraded { fenced: [EngineIndex(0), EngineIndex(1)] }");
 }
 
 fn lost(rank: u16) -> Event {
-    Event::EngineLost {
-        rank: EngineIndex(rank),
-        incarnation: LIFE,
-        reason: "killed".to_owned(),
-    }
+    Event::EngineLost { rank: EngineIndex(rank), incarnation: LIFE, reason: "killed".to_owned() }
 }
 
 #[test]
@@ -456,19 +354,10 @@ fn the_same_id_after_success_gives_the_same_record() {
     let first = to_the_end(&mut machine);
     machine.handle_event(at(9_000), Event::Begin(begin("u1")));
     assert_eq!(record(&mut machine), first);
-    let other = Begin {
-        source: "/other".to_owned(),
-        ..begin("u1")
-    };
+    let other = Begin { source: "/other".to_owned(), ..begin("u1") };
     machine.handle_event(at(9_001), Event::Begin(other));
     let all = actions(&mut machine);
-    assert!(matches!(
-        &all[0],
-        Action::Refuse {
-            refusal: Refusal::IdUsed { .. },
-            ..
-        }
-    ));
+    assert!(matches!(&all[0], Action::Refuse { refusal: Refusal::IdUsed { .. }, .. }));
 }
 
 #[test]
@@ -477,28 +366,17 @@ fn another_update_is_refused_with_the_name_of_the_running_one() {
     until_loading(&mut machine, begin("u1"));
     machine.handle_event(at(300), Event::Begin(begin("u2")));
     let all = actions(&mut machine);
-    let Action::Refuse { refusal, .. } = &all[0] else {
-        panic!("{all:?}")
-    };
+    let Action::Refuse { refusal, .. } = &all[0] else { panic!("{all:?}") };
     assert_eq!(refusal.to_string(), "update u1 is running (loading)");
 }
 
 #[test]
 fn a_wrong_from_version_is_refused() {
     let mut machine = machine(false);
-    let update = Begin {
-        from_version: Some(WeightVersion("v7".to_owned())),
-        ..begin("u1")
-    };
+    let update = Begin { from_version: Some(WeightVersion("v7".to_owned())), ..begin("u1") };
     machine.handle_event(at(0), Event::Begin(update));
     let all = actions(&mut machine);
-    assert!(matches!(
-        &all[..],
-        [Action::Refuse {
-            refusal: Refusal::WrongVersion { .. },
-            ..
-        }]
-    ));
+    assert!(matches!(&all[..], [Action::Refuse { refusal: Refusal::WrongVersion { .. }, .. }]));
 }
 
 #[test]
@@ -514,10 +392,7 @@ fn caches_that_are_not_reset_are_reset_with_running_requests_and_then_the_rank_i
 #[test]
 fn engines_that_somebody_had_paused_stay_paused() {
     let mut machine = machine(true);
-    let update = Begin {
-        paused_before: true,
-        ..begin("u1")
-    };
+    let update = Begin { paused_before: true, ..begin("u1") };
     until_committed(&mut machine, update);
     for rank in [0, 1] {
         stamped(&mut machine, at(320), rank);
@@ -531,10 +406,7 @@ fn engines_that_somebody_had_paused_stay_paused() {
 #[test]
 fn keep_says_in_the_record_that_responses_may_mix() {
     let mut machine = machine(false);
-    let update = Begin {
-        mode: PauseMode::Keep,
-        ..begin("u1")
-    };
+    let update = Begin { mode: PauseMode::Keep, ..begin("u1") };
     until_committed(&mut machine, update);
     assert!(to_the_end(&mut machine).may_mix_versions);
 }

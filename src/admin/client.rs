@@ -12,9 +12,7 @@ use tokio::time::timeout;
 use tokio_util::codec::{FramedRead, LinesCodec};
 
 use super::server::HEARTBEAT;
-use super::types::{
-    AdminError, Command, Request, Response, UpdateProgress, UpdateReport, UpdateRequest,
-};
+use super::types::{AdminError, Command, Request, Response, UpdateProgress, UpdateReport, UpdateRequest};
 use crate::state_dir::StateDir;
 
 /// Longest answer line in bytes: the status of a large deployment.
@@ -65,18 +63,11 @@ impl AdminClient {
         };
         let (read, requests) = stream.into_split();
         let codec = LinesCodec::new_with_max_length(ANSWER_LIMIT);
-        Ok(Self {
-            answers: FramedRead::new(read, codec),
-            requests,
-        })
+        Ok(Self { answers: FramedRead::new(read, codec), requests })
     }
 
     /// Gives a command and waits for its answer, at most `limit`.
-    pub async fn call(
-        &mut self,
-        command: Command,
-        limit: Duration,
-    ) -> Result<Response, ClientError> {
+    pub async fn call(&mut self, command: Command, limit: Duration) -> Result<Response, ClientError> {
         self.send(command).await?;
         self.receive(limit).await
     }
@@ -99,8 +90,8 @@ impl AdminClient {
 
     async fn send(&mut self, command: Command) -> Result<(), ClientError> {
         let broken = |error: String| ClientError::Broken(format!("request: {error}"));
-        let mut line = serde_json::to_vec(&Request::new(command))
-            .map_err(|error| broken(error.to_string()))?;
+        let mut line =
+            serde_json::to_vec(&Request::new(command)).map_err(|error| broken(error.to_string()))?;
         line.push(b'\n');
         match timeout(CONNECT_LIMIT, self.requests.write_all(&line)).await {
             Ok(Ok(())) => Ok(()),

@@ -16,8 +16,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::types::{
-    ADMIN_PROTOCOL, AdminError, Command, ErrorKind, FrontendStatus, PauseMode, Request, Response,
-    Status, UpdateProgress, UpdateReport, UpdateRequest, VersionReport,
+    ADMIN_PROTOCOL, AdminError, Command, ErrorKind, FrontendStatus, PauseMode, Request, Response, Status,
+    UpdateProgress, UpdateReport, UpdateRequest, VersionReport,
 };
 use crate::state_dir::StateDir;
 
@@ -180,9 +180,7 @@ impl AdminServer {
 
 fn is_allowed(stream: &UnixStream) -> bool {
     let own = nix::unistd::geteuid().as_raw();
-    stream
-        .peer_cred()
-        .is_ok_and(|peer| peer.uid() == own || peer.uid() == 0)
+    stream.peer_cred().is_ok_and(|peer| peer.uid() == own || peer.uid() == 0)
 }
 
 struct Client {
@@ -195,11 +193,7 @@ impl Client {
     fn new(stream: UnixStream, commands: mpsc::Sender<AdminCommand>) -> Self {
         let (read, answers) = stream.into_split();
         let codec = LinesCodec::new_with_max_length(REQUEST_LIMIT);
-        Self {
-            requests: FramedRead::new(read, codec),
-            answers,
-            commands,
-        }
+        Self { requests: FramedRead::new(read, codec), answers, commands }
     }
 
     async fn serve(mut self, stop: &CancellationToken) {
@@ -232,56 +226,40 @@ impl Client {
     /// Answers a request; returns whether the client still listens.
     async fn answer(&mut self, command: Command) -> bool {
         let response = match command {
-            Command::Status => self
-                .ask(ANSWER_LIMIT, |reply| AdminCommand::Status { reply })
-                .await
-                .map(Response::Status),
-            Command::Version => self
-                .ask(ANSWER_LIMIT, |reply| AdminCommand::Version { reply })
-                .await
-                .map(Response::Version),
+            Command::Status => {
+                self.ask(ANSWER_LIMIT, |reply| AdminCommand::Status { reply }).await.map(Response::Status)
+            }
+            Command::Version => {
+                self.ask(ANSWER_LIMIT, |reply| AdminCommand::Version { reply }).await.map(Response::Version)
+            }
             Command::FrontendList => self
                 .ask(ANSWER_LIMIT, |reply| AdminCommand::FrontendList { reply })
                 .await
                 .map(Response::Frontends),
             Command::FrontendAdd { address } => match check_address(&address) {
                 Ok(()) => self
-                    .ask(ANSWER_LIMIT, |reply| AdminCommand::FrontendAdd {
-                        address,
-                        reply,
-                    })
+                    .ask(ANSWER_LIMIT, |reply| AdminCommand::FrontendAdd { address, reply })
                     .await
                     .map(|()| Response::Done),
                 Err(error) => Err(error),
             },
             Command::FrontendRemove { address } => self
-                .ask(CONTROL_LIMIT, |reply| AdminCommand::FrontendRemove {
-                    address,
-                    reply,
-                })
+                .ask(CONTROL_LIMIT, |reply| AdminCommand::FrontendRemove { address, reply })
                 .await
                 .map(|()| Response::Done),
             Command::Pause { mode, deadline_ms } => {
                 let deadline = deadline_ms.map(Duration::from_millis);
-                let limit = deadline
-                    .unwrap_or(PAUSE_LIMIT)
-                    .saturating_add(CONTROL_LIMIT);
-                self.ask(limit, |reply| AdminCommand::Pause {
-                    mode,
-                    deadline,
-                    reply,
-                })
-                .await
-                .map(|()| Response::Done)
+                let limit = deadline.unwrap_or(PAUSE_LIMIT).saturating_add(CONTROL_LIMIT);
+                self.ask(limit, |reply| AdminCommand::Pause { mode, deadline, reply })
+                    .await
+                    .map(|()| Response::Done)
             }
-            Command::Resume => self
-                .ask(CONTROL_LIMIT, |reply| AdminCommand::Resume { reply })
-                .await
-                .map(|()| Response::Done),
-            Command::Stop => self
-                .ask(ANSWER_LIMIT, |reply| AdminCommand::Stop { reply })
-                .await
-                .map(|()| Response::Done),
+            Command::Resume => {
+                self.ask(CONTROL_LIMIT, |reply| AdminCommand::Resume { reply }).await.map(|()| Response::Done)
+            }
+            Command::Stop => {
+                self.ask(ANSWER_LIMIT, |reply| AdminCommand::Stop { reply }).await.map(|()| Response::Done)
+            }
             Command::Update(request) => return self.update(request).await,
         };
         self.send(&response.unwrap_or_else(Response::Error)).await
@@ -294,10 +272,7 @@ impl Client {
     ) -> Result<T, AdminError> {
         let (reply, answer) = oneshot::channel();
         let exchange = async {
-            self.commands
-                .send(command(reply))
-                .await
-                .map_err(|_| stopping())?;
+            self.commands.send(command(reply)).await.map_err(|_| stopping())?;
             answer.await.map_err(|_| stopping())?
         };
         timeout(limit, exchange).await.unwrap_or_else(|_| {
@@ -312,11 +287,7 @@ impl Client {
         let commands = self.commands.clone();
         let report = async move {
             let (reply, answer) = oneshot::channel();
-            let command = AdminCommand::Update {
-                request,
-                progress,
-                reply,
-            };
+            let command = AdminCommand::Update { request, progress, reply };
             commands.send(command).await.map_err(|_| stopping())?;
             answer.await.map_err(|_| stopping())?
         };
@@ -371,10 +342,7 @@ impl Client {
             }
         };
         line.push(b'\n');
-        matches!(
-            timeout(WRITE_LIMIT, self.answers.write_all(&line)).await,
-            Ok(Ok(()))
-        )
+        matches!(timeout(WRITE_LIMIT, self.answers.write_all(&line)).await, Ok(Ok(())))
     }
 }
 
@@ -383,12 +351,8 @@ fn stopping() -> AdminError {
 }
 
 fn check_address(address: &str) -> Result<(), AdminError> {
-    crate::config::check_host_port(address).map_err(|problem| {
-        AdminError::new(
-            ErrorKind::Invalid,
-            format!("frontend {address:?}: {problem}"),
-        )
-    })
+    crate::config::check_host_port(address)
+        .map_err(|problem| AdminError::new(ErrorKind::Invalid, format!("frontend {address:?}: {problem}")))
 }
 
 fn parse(line: &str) -> Result<Command, AdminError> {

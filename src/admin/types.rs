@@ -26,10 +26,7 @@ pub struct Request {
 impl Request {
     /// A request of the current protocol version.
     pub fn new(command: Command) -> Self {
-        Self {
-            version: ADMIN_PROTOCOL,
-            command,
-        }
+        Self { version: ADMIN_PROTOCOL, command }
     }
 }
 
@@ -196,10 +193,7 @@ pub struct AdminError {
 impl AdminError {
     /// An error of this kind.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self {
-            kind,
-            message: message.into(),
-        }
+        Self { kind, message: message.into() }
     }
 }
 

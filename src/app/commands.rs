@@ -15,8 +15,7 @@ use crate::admin::types::{AdminError, ErrorKind, PauseMode};
 use crate::config::Config;
 use crate::driver::control::{ControlError, ControlHandle};
 use crate::driver::handles::{
-    AttachmentCommand, AttachmentHandle, CoordinatorHandle, HandleError, HandshakeHandle,
-    RankHandle, ask,
+    AttachmentCommand, AttachmentHandle, CoordinatorHandle, HandleError, HandshakeHandle, RankHandle, ask,
 };
 use crate::driver::weight_update::UpdateHandle;
 
@@ -40,12 +39,7 @@ pub(crate) struct Handles {
 
 impl Handles {
     /// Answers one command, in the background where it takes time.
-    pub(super) fn handle(
-        &self,
-        config: &Arc<Config>,
-        tracker: &TaskTracker,
-        command: AdminCommand,
-    ) {
+    pub(super) fn handle(&self, config: &Arc<Config>, tracker: &TaskTracker, command: AdminCommand) {
         let this = self.clone();
         let config = config.clone();
         tracker.spawn(async move { this.perform(&config, command).await });
@@ -60,41 +54,25 @@ impl Handles {
             }
             AdminCommand::Version { reply } => answer(reply, Ok(self.sources.versions())),
             AdminCommand::FrontendList { reply } => answer(reply, Ok(self.sources.frontends())),
-            AdminCommand::Pause {
-                mode,
-                deadline,
-                reply,
-            } => {
+            AdminCommand::Pause { mode, deadline, reply } => {
                 let deadline = deadline.unwrap_or(config.pause_deadline);
-                let paused = self
-                    .control
-                    .pause(machine_mode(mode), deadline, PATIENCE)
-                    .await;
+                let paused = self.control.pause(machine_mode(mode), deadline, PATIENCE).await;
                 answer(reply, paused.map_err(control_error));
             }
             AdminCommand::Resume { reply } => {
-                answer(
-                    reply,
-                    self.control.resume(PATIENCE).await.map_err(control_error),
-                );
+                answer(reply, self.control.resume(PATIENCE).await.map_err(control_error));
             }
             AdminCommand::FrontendAdd { address, reply } => {
                 let what = format!("attachment to {address}");
-                let added =
-                    self.attachment(what, |reply| AttachmentCommand::Add { address, reply });
+                let added = self.attachment(what, |reply| AttachmentCommand::Add { address, reply });
                 answer(reply, added.await);
             }
             AdminCommand::FrontendRemove { address, reply } => {
                 let what = format!("detachment from {address}");
-                let removed =
-                    self.attachment(what, |reply| AttachmentCommand::Remove { address, reply });
+                let removed = self.attachment(what, |reply| AttachmentCommand::Remove { address, reply });
                 answer(reply, removed.await);
             }
-            AdminCommand::Update {
-                request,
-                progress,
-                reply,
-            } => {
+            AdminCommand::Update { request, progress, reply } => {
                 let report = updates::run(&self.updates, config, request, progress).await;
                 answer(reply, report);
             }

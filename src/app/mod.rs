@@ -156,10 +156,7 @@ impl App {
         match forced {
             Some(Why::Signal(number)) => {
                 let number = u8::try_from(number).unwrap_or(15);
-                RunEnd::new(
-                    exit_code::signal(number),
-                    format!("{}; then asked again", end.reason),
-                )
+                RunEnd::new(exit_code::signal(number), format!("{}; then asked again", end.reason))
             }
             _ => end,
         }
@@ -183,25 +180,12 @@ impl App {
         }
         let attachments = &self.handles.attachments.commands;
         let shutdown = |reply| AttachmentCommand::Shutdown { reply };
-        gone(
-            ask(
-                attachments,
-                "attachment",
-                "shutdown".into(),
-                TASK_END,
-                shutdown,
-            )
-            .await,
-        );
+        gone(ask(attachments, "attachment", "shutdown".into(), TASK_END, shutdown).await);
         if !node_ended && self.node_commands.send(NodeCommand::Stop).await.is_ok() {
             join("node", processes, self.node, &hurry).await;
         }
         if let Some(keeper) = &self.keeper {
-            let grace = if hurry.is_cancelled() {
-                Duration::ZERO
-            } else {
-                self.config.kill_grace
-            };
+            let grace = if hurry.is_cancelled() { Duration::ZERO } else { self.config.kill_grace };
             if let Err(error) = keeper.shutdown(grace).await {
                 error!(%error, "the keeper did not end");
             }
@@ -213,45 +197,19 @@ impl App {
             Err(_) => error!("the update task did not end in time"),
         }
         for rank in &self.handles.ranks {
-            gone(
-                rank.ask("shutdown", TASK_END, |reply| RankCommand::Shutdown {
-                    reply,
-                })
-                .await,
-            );
+            gone(rank.ask("shutdown", TASK_END, |reply| RankCommand::Shutdown { reply }).await);
         }
         let coordinator = &self.handles.coordinator.commands;
         let shutdown = |reply| CoordinatorCommand::Shutdown { reply };
-        gone(
-            ask(
-                coordinator,
-                "coordinator",
-                "shutdown".into(),
-                TASK_END,
-                shutdown,
-            )
-            .await,
-        );
+        gone(ask(coordinator, "coordinator", "shutdown".into(), TASK_END, shutdown).await);
         let handshake = &self.handles.handshake.commands;
         let shutdown = |reply| HandshakeCommand::Shutdown { reply };
-        gone(
-            ask(
-                handshake,
-                "handshake",
-                "shutdown".into(),
-                TASK_END,
-                shutdown,
-            )
-            .await,
-        );
+        gone(ask(handshake, "handshake", "shutdown".into(), TASK_END, shutdown).await);
         self.stop.cancel();
         drop((self.handles, self.admin, self.keeper, self.node_commands));
         self.tracker.close();
         // The watcher of signals is in there, too: it ends when its last receiver is dropped.
-        if timeout(TASK_END, until_few(&self.tracker, 1))
-            .await
-            .is_err()
-        {
+        if timeout(TASK_END, until_few(&self.tracker, 1)).await.is_err() {
             error!(tasks = self.tracker.len() - 1, "tasks did not end in time");
         }
         transport::linger().await;
@@ -263,34 +221,21 @@ impl App {
     async fn drain(&self) {
         let until = Instant::now() + self.config.shutdown_timeout;
         let closed = self.handles.ranks.iter().map(|rank| {
-            rank.ask("admission", TASK_END, |reply| RankCommand::Admission {
-                open: false,
-                reply,
-            })
+            rank.ask("admission", TASK_END, |reply| RankCommand::Admission { open: false, reply })
         });
-        futures::future::join_all(closed)
-            .await
-            .into_iter()
-            .for_each(gone);
+        futures::future::join_all(closed).await.into_iter().for_each(gone);
         let sources = &self.handles.sources;
         // Requests that came just now are not in the snapshots yet.
         sleep(SNAPSHOT_LAG * 2).await;
         if sources.in_flight() > 0 && !self.config.shutdown_timeout.is_zero() {
             let limit = self.config.shutdown_timeout;
-            info!(
-                in_flight = sources.in_flight(),
-                ?limit,
-                "waiting for requests in flight"
-            );
+            info!(in_flight = sources.in_flight(), ?limit, "waiting for requests in flight");
         }
         while sources.in_flight() > 0 && Instant::now() < until {
             sources.changed(until).await;
         }
         if sources.in_flight() > 0 {
-            warn!(
-                in_flight = sources.in_flight(),
-                "aborting requests: the shutdown timeout is over"
-            );
+            warn!(in_flight = sources.in_flight(), "aborting requests: the shutdown timeout is over");
         }
     }
 }
@@ -319,16 +264,10 @@ fn run_end(end: End) -> RunEnd {
             RunEnd::new(exit_code::INTERNAL, "a task ended without being told to")
         }
         End::Node(NodeExit::Failed { reason, timeout }) => {
-            let code = if timeout {
-                exit_code::TIMEOUT
-            } else {
-                exit_code::ENGINE_FAILED
-            };
+            let code = if timeout { exit_code::TIMEOUT } else { exit_code::ENGINE_FAILED };
             RunEnd::new(code, reason)
         }
-        End::Frontend(FrontendExit::Failed { reason }) => {
-            RunEnd::new(exit_code::ENGINE_FAILED, reason)
-        }
+        End::Frontend(FrontendExit::Failed { reason }) => RunEnd::new(exit_code::ENGINE_FAILED, reason),
         End::Internal(reason) => RunEnd::new(exit_code::INTERNAL, reason),
     }
 }

@@ -21,8 +21,7 @@ use crate::driver::attachment::{self, AttachmentConfig};
 use crate::driver::control::ControlHandle;
 use crate::driver::frontend::{self, SupervisedSnapshot};
 use crate::driver::handles::{
-    AttachmentCommand, AttachmentHandle, CoordinatorCommand, CoordinatorHandle, Deployment,
-    RankHandle, ask,
+    AttachmentCommand, AttachmentHandle, CoordinatorCommand, CoordinatorHandle, Deployment, RankHandle, ask,
 };
 use crate::driver::handshake::{HandshakeBindError, HandshakeConfig};
 use crate::driver::node::{Inputs, Node, NodeCommand, Outputs, Peers};
@@ -77,9 +76,8 @@ pub(super) async fn start(
             kill_grace: config.kill_grace,
             tasks: tracker.clone(),
         };
-        let (client, events) = KeeperClient::connect_or_start(options)
-            .await
-            .map_err(|e| internal("keeper", &e))?;
+        let (client, events) =
+            KeeperClient::connect_or_start(options).await.map_err(|e| internal("keeper", &e))?;
         (Some(client), Some(events))
     } else {
         (None, None)
@@ -99,11 +97,12 @@ pub(super) async fn start(
         shared,
         limits: GuardLimits::default(),
     };
-    let handshake = handshake_driver::spawn(handshake_config, &tracker, handshake_sender)
-        .await
-        .map_err(|error| match error {
-            HandshakeBindError::InUse { .. } => RunEnd::new(exit_code::IN_USE, error.to_string()),
-            HandshakeBindError::Other { .. } => internal("handshake", &error),
+    let handshake =
+        handshake_driver::spawn(handshake_config, &tracker, handshake_sender).await.map_err(|error| {
+            match error {
+                HandshakeBindError::InUse { .. } => RunEnd::new(exit_code::IN_USE, error.to_string()),
+                HandshakeBindError::Other { .. } => internal("handshake", &error),
+            }
         })?;
     if let Some(address) = shared {
         info!(%address, "waiting for engines");
@@ -116,46 +115,26 @@ pub(super) async fn start(
     let (rank_sender, rank_events) = mpsc::channel(QUEUE);
     let (held, held_calls) = mpsc::channel(QUEUE);
     let wake = wakes(&coordinator, &tracker);
-    let outputs = RankOutputs {
-        events: rank_sender,
-        held,
-        wake,
-    };
+    let outputs = RankOutputs { events: rank_sender, held, wake };
     let ranks: Vec<RankHandle> = config
         .local_ranks()
         .map(|r| {
-            let rank_config = RankConfig::new(
-                EngineIndex(r),
-                config.frontend_slots,
-                config.kind,
-                ipc.clone(),
-            );
+            let rank_config =
+                RankConfig::new(EngineIndex(r), config.frontend_slots, config.kind, ipc.clone());
             rank::spawn(rank_config, &tracker, outputs.clone())
         })
         .collect();
     drop(outputs);
 
-    let deployment = Deployment {
-        kind: config.kind,
-        size: config.size,
-        engines: BTreeMap::new(),
-    };
+    let deployment = Deployment { kind: config.kind, size: config.size, engines: BTreeMap::new() };
     let (deployment_sender, deployment) = watch::channel(deployment);
     let model = match &config.engines {
         Engines::Spawn(launch) => launch.model.clone(),
         Engines::Attach => None,
     };
-    let attachment_config = AttachmentConfig {
-        model: model.clone(),
-        ..AttachmentConfig::default()
-    };
-    let attachments = attachment::spawn(
-        attachment_config,
-        &tracker,
-        ranks.clone(),
-        coordinator.clone(),
-        deployment,
-    );
+    let attachment_config = AttachmentConfig { model: model.clone(), ..AttachmentConfig::default() };
+    let attachments =
+        attachment::spawn(attachment_config, &tracker, ranks.clone(), coordinator.clone(), deployment);
 
     let control = control::spawn(
         &control::ControlConfig::new(config.kind),
@@ -186,17 +165,9 @@ pub(super) async fn start(
             updates: updates.clone(),
             keeper: keeper.clone(),
         },
-        Outputs {
-            deployment: deployment_sender,
-            snapshot: node_sender,
-        },
+        Outputs { deployment: deployment_sender, snapshot: node_sender },
     );
-    let inputs = Inputs {
-        ranks: rank_events,
-        handshake: handshake_events,
-        keeper: engine_events,
-        commands,
-    };
+    let inputs = Inputs { ranks: rank_events, handshake: handshake_events, keeper: engine_events, commands };
     let node = tokio::spawn(node.run(inputs));
 
     for address in &config.frontends {
@@ -286,9 +257,7 @@ fn distribute(
                 {
                     debug!("no frontend task");
                 }
-                if name.is_none_or(|name| name != frontend::CHILD)
-                    && to_engines.send(event).await.is_err()
-                {
+                if name.is_none_or(|name| name != frontend::CHILD) && to_engines.send(event).await.is_err() {
                     debug!("no node task");
                 }
             }
@@ -303,11 +272,7 @@ fn wakes(coordinator: &CoordinatorHandle, tracker: &TaskTracker) -> mpsc::Sender
     let commands = coordinator.commands.clone();
     tracker.spawn(async move {
         while let Some(rank) = ranks.recv().await {
-            if commands
-                .send(CoordinatorCommand::Wake { rank })
-                .await
-                .is_err()
-            {
+            if commands.send(CoordinatorCommand::Wake { rank }).await.is_err() {
                 return;
             }
         }
@@ -320,17 +285,8 @@ fn fences(node: &mpsc::Sender<NodeCommand>, tracker: &TaskTracker) -> mpsc::Send
     let (sender, mut requests) = mpsc::channel::<FenceRequest>(QUEUE);
     let node = node.clone();
     tracker.spawn(async move {
-        while let Some(FenceRequest {
-            rank,
-            incarnation,
-            reason,
-        }) = requests.recv().await
-        {
-            let fence = NodeCommand::Fence {
-                rank,
-                incarnation,
-                reason,
-            };
+        while let Some(FenceRequest { rank, incarnation, reason }) = requests.recv().await {
+            let fence = NodeCommand::Fence { rank, incarnation, reason };
             if node.send(fence).await.is_err() {
                 return;
             }
@@ -351,11 +307,7 @@ fn frontends_gone(
     tracker.spawn(stop.run_until_cancelled_owned(async move {
         let mut known: BTreeSet<u64> = BTreeSet::new();
         while snapshots.changed().await.is_ok() {
-            let now: BTreeSet<u64> = snapshots
-                .borrow_and_update()
-                .iter()
-                .filter_map(|f| f.id)
-                .collect();
+            let now: BTreeSet<u64> = snapshots.borrow_and_update().iter().filter_map(|f| f.id).collect();
             for &gone in known.difference(&now) {
                 control.frontend_gone(FrontendId(gone)).await;
             }

@@ -9,8 +9,7 @@ use tokio::sync::watch;
 
 use super::updates;
 use crate::admin::types::{
-    ControllerStatus, DeploymentStatus, EngineStatus, FrontendStatus, SidecarStatus, Status,
-    VersionReport,
+    ControllerStatus, DeploymentStatus, EngineStatus, FrontendStatus, SidecarStatus, Status, VersionReport,
 };
 use crate::config::{Config, Engines, Serve};
 use crate::driver::control::ControlHandle;
@@ -43,10 +42,7 @@ impl Sources {
             "stopping"
         } else if engines.iter().all(|e| e.state == "admitted") {
             "serving"
-        } else if engines
-            .iter()
-            .any(|e| e.restarts > 0 || e.state == "failed")
-        {
+        } else if engines.iter().any(|e| e.restarts > 0 || e.state == "failed") {
             "degraded"
         } else {
             "starting"
@@ -82,10 +78,7 @@ impl Sources {
 
     fn controller(&self) -> ControllerStatus {
         let snapshot = self.control.snapshot();
-        ControllerStatus {
-            holder: snapshot.holder,
-            paused: snapshot.paused_by.is_some(),
-        }
+        ControllerStatus { holder: snapshot.holder, paused: snapshot.paused_by.is_some() }
     }
 
     fn engines(&self) -> Vec<EngineStatus> {
@@ -98,11 +91,7 @@ impl Sources {
         let mut engines = Vec::with_capacity(self.ranks.len());
         for handle in &self.ranks {
             let snapshot = handle.snapshot.borrow();
-            let load = coordinator
-                .loads
-                .get(&handle.rank.0)
-                .copied()
-                .unwrap_or_default();
+            let load = coordinator.loads.get(&handle.rank.0).copied().unwrap_or_default();
             let mut status = EngineStatus {
                 rank: handle.rank,
                 incarnation: snapshot.incarnation.0,
@@ -141,10 +130,7 @@ impl Sources {
         let frontends = self.frontends.borrow();
         let with_requests = |attachment: &FrontendSnapshot| FrontendStatus {
             attachment: attachment.clone(),
-            in_flight: attachment
-                .id
-                .and_then(|id| in_flight.get(&id).copied())
-                .unwrap_or(0),
+            in_flight: attachment.id.and_then(|id| in_flight.get(&id).copied()).unwrap_or(0),
         };
         frontends.iter().map(with_requests).collect()
     }
@@ -173,10 +159,8 @@ impl Sources {
     /// Versions of everything that has one.
     pub(super) fn versions(&self) -> VersionReport {
         let node = self.node.borrow();
-        let vllm = node
-            .iter()
-            .filter_map(|(rank, entry)| Some((rank.0, entry.vllm_version.clone()?)))
-            .collect();
+        let vllm =
+            node.iter().filter_map(|(rank, entry)| Some((rank.0, entry.vllm_version.clone()?))).collect();
         VersionReport {
             sidecar: env!("CARGO_PKG_VERSION").to_owned(),
             vllm,

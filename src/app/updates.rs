@@ -55,11 +55,7 @@ pub(super) fn weights(updates: &UpdateHandle, external: bool) -> WeightsStatus {
     let status = updates.status();
     let dir = status.committed.map(|checkpoint| checkpoint.path);
     WeightsStatus {
-        version: if external {
-            UNKNOWN.to_owned()
-        } else {
-            status.version.0
-        },
+        version: if external { UNKNOWN.to_owned() } else { status.version.0 },
         dir: dir.filter(|_| !external),
         last_update: status.last.as_ref().map(report),
     }
@@ -76,10 +72,8 @@ fn describe(event: UpdateEvent) -> UpdateProgress {
         UpdateEvent::Progress { phase, ranks } => {
             let past = |state: &&RankState| has_passed(phase, **state);
             let done = ranks.values().filter(past).count();
-            let states: Vec<String> = ranks
-                .iter()
-                .map(|(rank, state)| format!("rank {rank} {}", words(*state)))
-                .collect();
+            let states: Vec<String> =
+                ranks.iter().map(|(rank, state)| format!("rank {rank} {}", words(*state))).collect();
             UpdateProgress {
                 phase: phase.as_str().to_owned(),
                 message: states.join(", "),
@@ -136,17 +130,11 @@ fn report(record: &UpdateRecord) -> UpdateReport {
         reason: (status != UpdateStatus::Committed).then(|| record.message.clone()),
         status,
         version: record.version.to_string(),
-        previous: detail
-            .from_version
-            .as_ref()
-            .map_or_else(|| UNKNOWN.to_owned(), ToString::to_string),
+        previous: detail.from_version.as_ref().map_or_else(|| UNKNOWN.to_owned(), ToString::to_string),
         fenced,
         total_s: seconds(detail.total_ms),
         paused_s: seconds(detail.paused_ms.unwrap_or_default()),
-        bytes: detail
-            .checkpoint
-            .as_ref()
-            .map_or(0, |checkpoint| checkpoint.bytes),
+        bytes: detail.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.bytes),
         warnings: detail.warnings.clone(),
     }
 }

@@ -141,12 +141,7 @@ pub struct RunArgs {
     pub data_parallel_size: u16,
 
     /// DP ranks of this node (-dpl); all, if this is the node of rank 0.
-    #[arg(
-        long,
-        env = "SIDECAR_DATA_PARALLEL_SIZE_LOCAL",
-        value_name = "L",
-        help_heading = "Deployment"
-    )]
+    #[arg(long, env = "SIDECAR_DATA_PARALLEL_SIZE_LOCAL", value_name = "L", help_heading = "Deployment")]
     pub data_parallel_size_local: Option<u16>,
 
     /// Where engines that somebody else starts do their handshake (-dpa).
@@ -171,22 +166,11 @@ pub struct RunArgs {
 
     /// Whether the ranks are independent (dense) or step in lockstep (MoE). `auto` counts the
     /// experts in the model's configuration, as vLLM does.
-    #[arg(
-        long,
-        env = "SIDECAR_MODEL_KIND",
-        value_enum,
-        default_value_t,
-        help_heading = "Deployment"
-    )]
+    #[arg(long, env = "SIDECAR_MODEL_KIND", value_enum, default_value_t, help_heading = "Deployment")]
     pub model_kind: ModelKind,
 
     /// Model whose configuration tells the kind, when the sidecar does not start the engines.
-    #[arg(
-        long,
-        env = "SIDECAR_MODEL",
-        value_name = "PATH",
-        help_heading = "Deployment"
-    )]
+    #[arg(long, env = "SIDECAR_MODEL", value_name = "PATH", help_heading = "Deployment")]
     pub model: Option<String>,
 
     /// Attach to the frontend with this handshake address, as soon as it is there and again when it
@@ -215,23 +199,11 @@ pub struct RunArgs {
     pub serve: bool,
 
     /// HTTP port of that frontend.
-    #[arg(
-        long,
-        env = "SIDECAR_PORT",
-        value_name = "PORT",
-        requires = "serve",
-        help_heading = "Frontends"
-    )]
+    #[arg(long, env = "SIDECAR_PORT", value_name = "PORT", requires = "serve", help_heading = "Frontends")]
     pub port: Option<u16>,
 
     /// HTTP host of that frontend.
-    #[arg(
-        long,
-        env = "SIDECAR_HOST",
-        value_name = "HOST",
-        requires = "serve",
-        help_heading = "Frontends"
-    )]
+    #[arg(long, env = "SIDECAR_HOST", value_name = "HOST", requires = "serve", help_heading = "Frontends")]
     pub host: Option<String>,
 
     /// API server processes of that frontend (-asc).
@@ -256,12 +228,7 @@ pub struct RunArgs {
 
     /// Devices of this node, in order; by default those of CUDA_VISIBLE_DEVICES (HIP_, ROCR_), or
     /// all that NVML counts.
-    #[arg(
-        long,
-        env = "SIDECAR_DEVICE_IDS",
-        value_name = "IDS",
-        help_heading = "Processes"
-    )]
+    #[arg(long, env = "SIDECAR_DEVICE_IDS", value_name = "IDS", help_heading = "Processes")]
     pub device_ids: Option<String>,
 
     /// Limit for an engine's start.
@@ -319,13 +286,7 @@ pub struct RunArgs {
     pub max_restarts: u32,
 
     /// Stop when this pipe ends, as on SIGTERM (for ssh, Ray actors and other launchers).
-    #[arg(
-        long,
-        env = "SIDECAR_LIFELINE",
-        value_enum,
-        default_value_t,
-        help_heading = "Processes"
-    )]
+    #[arg(long, env = "SIDECAR_LIFELINE", value_enum, default_value_t, help_heading = "Processes")]
     pub lifeline: Lifeline,
 
     /// How long a `wait` pause may take before running requests are aborted.
@@ -345,32 +306,15 @@ pub struct RunArgs {
 
     /// Private directory for sockets, logs and the lock; subcommands find the sidecar by it.
     /// [default: $XDG_RUNTIME_DIR/dp-sidecar/R, or /tmp/dp-sidecar-UID/R]
-    #[arg(
-        long,
-        env = "SIDECAR_STATE_DIR",
-        value_name = "DIR",
-        help_heading = "Processes"
-    )]
+    #[arg(long, env = "SIDECAR_STATE_DIR", value_name = "DIR", help_heading = "Processes")]
     pub state_dir: Option<PathBuf>,
 
     /// How logs are written to stderr; RUST_LOG chooses what.
-    #[arg(
-        long,
-        env = "SIDECAR_LOG_FORMAT",
-        value_enum,
-        default_value_t,
-        help_heading = "Processes"
-    )]
+    #[arg(long, env = "SIDECAR_LOG_FORMAT", value_enum, default_value_t, help_heading = "Processes")]
     pub log_format: LogFormat,
 
     /// Take the accelerators from this JSON file instead of NVML, for trying things out.
-    #[arg(
-        long,
-        env = "SIDECAR_ACCEL_FILE",
-        hide = true,
-        value_name = "FILE",
-        help_heading = "Processes"
-    )]
+    #[arg(long, env = "SIDECAR_ACCEL_FILE", hide = true, value_name = "FILE", help_heading = "Processes")]
     pub accel_file: Option<PathBuf>,
 
     /// Print what would be started and where each value comes from, and start nothing.
@@ -521,9 +465,7 @@ pub struct KeeperArgs {
 /// Reads `90`, `90s`, `1.5m`, `500ms`, `2h`; seconds without a unit.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let text = text.trim();
-    let digits = text
-        .find(|c: char| !(c.is_ascii_digit() || c == '.'))
-        .unwrap_or(text.len());
+    let digits = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
     let factor = match unit.trim() {
         "" | "s" => 1.0,
@@ -532,9 +474,8 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
         "h" => 3600.0,
         other => return Err(format!("unit {other:?}, expected ms, s, m or h")),
     };
-    let number: f64 = number
-        .parse()
-        .map_err(|_| "expected a number with or without a unit, like 30s".to_owned())?;
+    let number: f64 =
+        number.parse().map_err(|_| "expected a number with or without a unit, like 30s".to_owned())?;
     Duration::try_from_secs_f64(number * factor).map_err(|error| error.to_string())
 }
 
@@ -561,10 +502,7 @@ mod tests {
                 continue;
             }
             let expected = format!("SIDECAR_{}", long.to_uppercase().replace('-', "_"));
-            assert_eq!(
-                argument.get_env().and_then(|env| env.to_str()),
-                Some(expected.as_str())
-            );
+            assert_eq!(argument.get_env().and_then(|env| env.to_str()), Some(expected.as_str()));
         }
     }
 

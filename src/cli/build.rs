@@ -37,11 +37,7 @@ pub enum UsageError {
 }
 
 fn check(ok: bool, text: impl FnOnce() -> String) -> Result<(), UsageError> {
-    if ok {
-        Ok(())
-    } else {
-        Err(UsageError::Check(text()))
-    }
+    if ok { Ok(()) } else { Err(UsageError::Check(text())) }
 }
 
 /// What is asked of the surroundings, so that tests need not have them.
@@ -59,10 +55,7 @@ pub struct Surroundings {
 
 impl Surroundings {
     fn variable(&self, name: &str) -> Option<String> {
-        self.variables
-            .iter()
-            .find(|(key, _)| key == name)
-            .map(|(_, value)| value.clone())
+        self.variables.iter().find(|(key, _)| key == name).map(|(_, value)| value.clone())
     }
 }
 
@@ -88,43 +81,26 @@ pub fn build(args: &RunArgs, surroundings: &Surroundings) -> Result<Built, Usage
             .map_err(|error| UsageError::Check(format!("--frontend {frontend:?}: {error}")))?;
     }
     check((1..=1024).contains(&args.frontend_slots), || {
-        format!(
-            "--frontend-slots {}: 1 to 1024 expected",
-            args.frontend_slots
-        )
+        format!("--frontend-slots {}: 1 to 1024 expected", args.frontend_slots)
     })?;
     let state_dir = state_dir(args.state_dir.as_deref(), start_rank, surroundings);
-    let flags = if args.vllm.is_empty() {
-        None
-    } else {
-        Some(VllmFlags::parse(&args.vllm)?)
-    };
+    let flags = if args.vllm.is_empty() { None } else { Some(VllmFlags::parse(&args.vllm)?) };
     if let Some(flags) = &flags {
         agree(flags, args, start_rank, size, size_local, address)?;
     }
     // One rank has nobody to step in lockstep with: vLLM starts an ordinary engine then.
-    let kind = if size == 1 {
-        GroupKind::Independent
-    } else {
-        kind(args, flags.as_ref(), surroundings)?
-    };
+    let kind = if size == 1 { GroupKind::Independent } else { kind(args, flags.as_ref(), surroundings)? };
     let serve = serve(args, flags.as_ref(), surroundings, &mut notes)?;
     let engines = match flags {
         None => Engines::Attach,
         Some(flags) => {
             let clean = environment::clean(surroundings.variables.clone());
             if !clean.removed.is_empty() {
-                notes.push(format!(
-                    "not passed on to vLLM: {}",
-                    clean.removed.join(", ")
-                ));
+                notes.push(format!("not passed on to vLLM: {}", clean.removed.join(", ")));
             }
             let visible = visible_devices(args, surroundings);
-            let devices = devices::slices(
-                visible.as_ref(),
-                usize::from(size_local),
-                flags.world_size as usize,
-            )?;
+            let devices =
+                devices::slices(visible.as_ref(), usize::from(size_local), flags.world_size as usize)?;
             Engines::Spawn(VllmLaunch {
                 bin: args.vllm_bin.clone(),
                 model: flags.model,
@@ -193,19 +169,13 @@ pub fn visible_devices(args: &RunArgs, surroundings: &Surroundings) -> Option<Vi
 fn ranks(args: &RunArgs) -> Result<(u16, u16, u16), UsageError> {
     let Some(start) = args.dp_rank else {
         return Err(UsageError::Check(
-            "--dp-rank: the first DP rank of this node is expected (0 on the first node)"
-                .to_owned(),
+            "--dp-rank: the first DP rank of this node is expected (0 on the first node)".to_owned(),
         ));
     };
     let size = args.data_parallel_size;
-    check(size > 0, || {
-        "--data-parallel-size 0: at least 1 expected".to_owned()
-    })?;
+    check(size > 0, || "--data-parallel-size 0: at least 1 expected".to_owned())?;
     check(start < size, || {
-        format!(
-            "--dp-rank {start}: ranks are 0 to {} with --data-parallel-size {size}",
-            size - 1
-        )
+        format!("--dp-rank {start}: ranks are 0 to {} with --data-parallel-size {size}", size - 1)
     })?;
     let local = match args.data_parallel_size_local {
         Some(local) => local,
@@ -220,16 +190,13 @@ fn ranks(args: &RunArgs) -> Result<(u16, u16, u16), UsageError> {
     check(local > 0, || {
         "--data-parallel-size-local 0: at least 1 expected, this node has engines".to_owned()
     })?;
-    check(
-        u32::from(start) + u32::from(local) <= u32::from(size),
-        || {
-            format!(
-                "--dp-rank {start} with --data-parallel-size-local {local} means ranks {start} to {}, \
+    check(u32::from(start) + u32::from(local) <= u32::from(size), || {
+        format!(
+            "--dp-rank {start} with --data-parallel-size-local {local} means ranks {start} to {}, \
              but --data-parallel-size is {size}",
-                u32::from(start) + u32::from(local) - 1
-            )
-        },
-    )?;
+            u32::from(start) + u32::from(local) - 1
+        )
+    })?;
     // The peer link between nodes will lift this.
     check(start == 0 && local == size, || {
         format!(
@@ -241,9 +208,7 @@ fn ranks(args: &RunArgs) -> Result<(u16, u16, u16), UsageError> {
 }
 
 fn resolve(address: &str) -> Result<IpAddr, UsageError> {
-    let failed = |detail: String| {
-        UsageError::Check(format!("--data-parallel-address {address:?}: {detail}"))
-    };
+    let failed = |detail: String| UsageError::Check(format!("--data-parallel-address {address:?}: {detail}"));
     if address.trim().is_empty() {
         return Err(failed("an address is expected, it is empty".to_owned()));
     }
@@ -283,10 +248,7 @@ fn agree(
             Managed::SizeLocal => ("--data-parallel-size-local", size_local.to_string()),
             Managed::StartRank => ("--data-parallel-start-rank", start_rank.to_string()),
             Managed::Address => ("--data-parallel-address", address.to_string()),
-            Managed::RpcPort => (
-                "--data-parallel-rpc-port",
-                args.data_parallel_rpc_port.to_string(),
-            ),
+            Managed::RpcPort => ("--data-parallel-rpc-port", args.data_parallel_rpc_port.to_string()),
         };
         let same = match managed {
             Managed::Address => *value == ours || *value == args.data_parallel_address,
@@ -315,9 +277,7 @@ fn kind(
              say"
         )));
     }
-    let model = flags
-        .and_then(|flags| flags.model.as_deref())
-        .or(args.model.as_deref());
+    let model = flags.and_then(|flags| flags.model.as_deref()).or(args.model.as_deref());
     let Some(model) = model else {
         return Err(UsageError::Check(
             "--model-kind: dense or moe expected (or --model PATH), because no model is named \
@@ -341,9 +301,7 @@ fn serve(
     notes: &mut Vec<String>,
 ) -> Result<Option<Serve>, UsageError> {
     let Some(flags) = flags else {
-        check(!args.serve, || {
-            "--serve: the model and vLLM's flags are expected behind `--`".to_owned()
-        })?;
+        check(!args.serve, || "--serve: the model and vLLM's flags are expected behind `--`".to_owned())?;
         return Ok(None);
     };
     if !args.serve {
@@ -375,15 +333,9 @@ fn serve(
     }
     let port = one("--port", args.port, flags.port)?.unwrap_or(HTTP_PORT);
     let host = one("--host", args.host.clone(), flags.host.clone())?;
-    let count = one(
-        "--api-server-count",
-        args.api_server_count,
-        flags.api_server_count,
-    )?;
+    let count = one("--api-server-count", args.api_server_count, flags.api_server_count)?;
     let mut api_server_count = count.unwrap_or(1);
-    check(api_server_count > 0, || {
-        "--api-server-count 0: at least 1 expected with --serve".to_owned()
-    })?;
+    check(api_server_count > 0, || "--api-server-count 0: at least 1 expected with --serve".to_owned())?;
     check(api_server_count <= args.frontend_slots, || {
         format!(
             "--api-server-count {api_server_count}: each API server takes one of \
@@ -398,9 +350,5 @@ fn serve(
         notes.push("VLLM_USE_RUST_FRONTEND is set: one API server, whatever was asked".to_owned());
         api_server_count = 1;
     }
-    Ok(Some(Serve {
-        host,
-        port,
-        api_server_count: Some(api_server_count),
-    }))
+    Ok(Some(Serve { host, port, api_server_count: Some(api_server_count) }))
 }

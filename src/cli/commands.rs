@@ -37,9 +37,7 @@ impl Target {
 /// Runs a subcommand: a runtime, and the exit code of its error.
 pub fn run(work: impl Future<Output = Result<u8, ClientError>>) -> u8 {
     telemetry::init(LogFormat::Text);
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -72,11 +70,7 @@ pub fn code_of(error: &ClientError) -> u8 {
 }
 
 /// One command, one answer.
-pub async fn call(
-    target: &Target,
-    command: Command,
-    limit: Duration,
-) -> Result<Response, ClientError> {
+pub async fn call(target: &Target, command: Command, limit: Duration) -> Result<Response, ClientError> {
     let mut client = AdminClient::connect(&target.state_dir()).await?;
     client.call(command, limit).await
 }
@@ -97,9 +91,7 @@ fn done(target: &Target, command: Command, limit: Duration, text: &str) -> u8 {
 pub fn pause(args: &PauseArgs) -> u8 {
     let command = Command::Pause {
         mode: args.mode,
-        deadline_ms: args
-            .pause_deadline
-            .map(crate::supervisor::keeper::wire::millis),
+        deadline_ms: args.pause_deadline.map(crate::supervisor::keeper::wire::millis),
     };
     let limit = args.pause_deadline.unwrap_or(PAUSE_LIMIT) + CONTROL_LIMIT;
     done(&args.target, command, limit, "all engines are paused")
@@ -107,12 +99,7 @@ pub fn pause(args: &PauseArgs) -> u8 {
 
 /// `sidecar resume`.
 pub fn resume(target: &Target) -> u8 {
-    done(
-        target,
-        Command::Resume,
-        CONTROL_LIMIT,
-        "all engines are resumed",
-    )
+    done(target, Command::Resume, CONTROL_LIMIT, "all engines are resumed")
 }
 
 /// `sidecar stop`.
@@ -143,17 +130,13 @@ pub fn frontend(args: &FrontendArgs) -> u8 {
     match &args.action {
         FrontendAction::Add { address, target } => done(
             target,
-            Command::FrontendAdd {
-                address: address.clone(),
-            },
+            Command::FrontendAdd { address: address.clone() },
             ANSWER_LIMIT,
             &format!("frontend {address} is wanted; see `sidecar frontend list`"),
         ),
         FrontendAction::Remove { address, target } => done(
             target,
-            Command::FrontendRemove {
-                address: address.clone(),
-            },
+            Command::FrontendRemove { address: address.clone() },
             CONTROL_LIMIT,
             &format!("frontend {address} is removed"),
         ),

@@ -58,9 +58,7 @@ pub fn normalize(args: Vec<String>) -> Result<Vec<String>, String> {
         }
         let (name, value) = flag_name(&arg);
         if BEHIND_DASHES.contains(&name.as_str()) {
-            return Err(format!(
-                "{arg}: this is a flag for vLLM; give it behind `--`, after the model"
-            ));
+            return Err(format!("{arg}: this is a flag for vLLM; give it behind `--`, after the model"));
         }
         match value {
             Some(value) => normal.push(format!("{name}={value}")),

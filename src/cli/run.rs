@@ -63,11 +63,7 @@ pub fn origins(matches: &ArgMatches) -> Vec<Origin> {
             };
             let values = matches.try_get_raw(id).ok()??;
             let values: Vec<_> = values.map(|value| value.to_string_lossy()).collect();
-            Some(Origin {
-                name: name.to_owned(),
-                value: values.join(","),
-                origin,
-            })
+            Some(Origin { name: name.to_owned(), value: values.join(","), origin })
         })
         .collect()
 }
@@ -87,11 +83,7 @@ pub fn run(args: &RunArgs, origins: &[Origin]) -> u8 {
     if end.code != exit_code::OK {
         eprintln!("error: {}", end.reason);
     }
-    let last_word = LastWord {
-        exit: end.code,
-        reason: &end.reason,
-        node_rank: 0,
-    };
+    let last_word = LastWord { exit: end.code, reason: &end.reason, node_rank: 0 };
     if let Ok(line) = serde_json::to_string(&last_word) {
         eprintln!("{line}");
     }
@@ -115,10 +107,8 @@ fn host(built: Built) -> RunEnd {
     if let Engines::Spawn(launch) = &built.config.engines
         && !launch.finds_bin()
     {
-        let text = format!(
-            "{}: no such program; give --vllm-bin, or put vllm into PATH",
-            launch.bin.display()
-        );
+        let text =
+            format!("{}: no such program; give --vllm-bin, or put vllm into PATH", launch.bin.display());
         return RunEnd::new(exit_code::PREFLIGHT, text);
     }
     let state = match StateDir::open(&built.config.state_dir) {
@@ -137,10 +127,7 @@ fn host(built: Built) -> RunEnd {
     }
     let mut config = built.config;
     config.state_dir = state.path().to_owned();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .thread_name("sidecar")
-        .build();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("sidecar").build();
     match runtime {
         Ok(runtime) => {
             let end = runtime.block_on(app::run(config, state));
@@ -165,10 +152,7 @@ fn check_port(config: &Config) -> Result<(), RunEnd> {
                 ErrorKind::AddrInUse => exit_code::IN_USE,
                 _ => exit_code::PREFLIGHT,
             };
-            let text = format!(
-                "--port {}: the frontend cannot have it: {error}",
-                serve.port
-            );
+            let text = format!("--port {}: the frontend cannot have it: {error}", serve.port);
             Err(RunEnd::new(code, text))
         }
     }
@@ -176,12 +160,7 @@ fn check_port(config: &Config) -> Result<(), RunEnd> {
 
 /// The effective values and what would be started, for `--dry-run`.
 fn describe(built: &Built, origins: &[Origin]) -> String {
-    let Config {
-        start_rank,
-        size,
-        size_local,
-        ..
-    } = built.config;
+    let Config { start_rank, size, size_local, .. } = built.config;
     let config = &built.config;
     let kind = match config.kind {
         GroupKind::Independent => "dense (independent ranks)",
@@ -194,23 +173,19 @@ fn describe(built: &Built, origins: &[Origin]) -> String {
     );
     let handshake = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     match &config.engines {
-        Engines::Attach => text.push_str(&format!(
-            "engines: waits for them at {}:{}\n",
-            config.address, config.rpc_port
-        )),
+        Engines::Attach => {
+            text.push_str(&format!("engines: waits for them at {}:{}\n", config.address, config.rpc_port))
+        }
         Engines::Spawn(launch) => {
             for (local, rank) in config.local_ranks().enumerate() {
                 let Some(spec) = config.engine_spawn(rank, 1, handshake) else {
                     continue;
                 };
-                let devices = launch.devices.get(local).map_or_else(String::new, |slice| {
-                    format!("{}={} ", slice.variable, slice.value)
-                });
-                text.push_str(&format!(
-                    "{}: {devices}{}\n",
-                    spec.name,
-                    shell_line(&spec.argv)
-                ));
+                let devices = launch
+                    .devices
+                    .get(local)
+                    .map_or_else(String::new, |slice| format!("{}={} ", slice.variable, slice.value));
+                text.push_str(&format!("{}: {devices}{}\n", spec.name, shell_line(&spec.argv)));
             }
         }
     }
@@ -219,12 +194,7 @@ fn describe(built: &Built, origins: &[Origin]) -> String {
     }
     text.push_str("(port 0: a free loopback port, chosen at each start)\n\nvalues\n");
     let mut table = Table::new(&["option", "value", "from"]);
-    for Origin {
-        name,
-        value,
-        origin,
-    } in origins
-    {
+    for Origin { name, value, origin } in origins {
         table.row(vec![format!("--{name}"), value.clone(), origin.clone()]);
     }
     text.push_str(&table.render());

@@ -44,11 +44,7 @@ pub fn status(args: &StatusArgs) -> u8 {
 async fn watch(args: &StatusArgs) -> Result<u8, ClientError> {
     let mut client = AdminClient::connect(&args.target.state_dir()).await?;
     let mut ticks = tokio::time::interval(PERIOD);
-    let clear = if std::io::stdout().is_terminal() {
-        CLEAR
-    } else {
-        ""
-    };
+    let clear = if std::io::stdout().is_terminal() { CLEAR } else { "" };
     loop {
         tokio::select! {
             _ = ticks.tick() => {}
@@ -89,9 +85,7 @@ pub fn render(status: &Status) -> String {
         sidecar.version,
         sidecar.state,
         sidecar.pid,
-        sidecar
-            .keeper_pid
-            .map_or_else(|| "none".to_owned(), |pid| pid.to_string()),
+        sidecar.keeper_pid.map_or_else(|| "none".to_owned(), |pid| pid.to_string()),
         duration(sidecar.uptime_s)
     );
     text.push_str(&format!(
@@ -99,10 +93,7 @@ pub fn render(status: &Status) -> String {
         deployment.start_rank,
         deployment.start_rank + deployment.size_local.max(1) - 1,
         deployment.size,
-        deployment
-            .model
-            .as_ref()
-            .map_or_else(String::new, |model| format!("  {model}"))
+        deployment.model.as_ref().map_or_else(String::new, |model| format!("  {model}"))
     ));
     if let Some(http) = &deployment.http {
         text.push_str(&format!("frontend of this sidecar at http://{http}\n"));
@@ -118,11 +109,7 @@ pub fn render(status: &Status) -> String {
         text.push_str(&format!(
             "wave {}  {}\n",
             status.coordinator.wave,
-            if status.coordinator.running {
-                "running"
-            } else {
-                "idle"
-            }
+            if status.coordinator.running { "running" } else { "idle" }
         ));
     }
     text.push_str("\nengines\n");
@@ -136,10 +123,7 @@ pub fn render(status: &Status) -> String {
 
 fn weights(status: &Status) -> String {
     let weights = &status.weights;
-    let from = weights
-        .dir
-        .as_ref()
-        .map_or_else(String::new, |dir| format!(" from {dir}"));
+    let from = weights.dir.as_ref().map_or_else(String::new, |dir| format!(" from {dir}"));
     let mut text = format!("weights {}{from}\n", weights.version);
     if let Some(update) = &weights.last_update {
         text.push_str(&format!("last update {}\n", update_line(update)));
@@ -217,14 +201,7 @@ pub fn frontends(frontends: &[FrontendStatus]) -> String {
     if frontends.is_empty() {
         return "  none\n".to_owned();
     }
-    let mut table = Table::new(&[
-        "address",
-        "state",
-        ">slots",
-        ">in flight",
-        ">attached",
-        "detail",
-    ]);
+    let mut table = Table::new(&["address", "state", ">slots", ">in flight", ">attached", "detail"]);
     for frontend in frontends {
         let attachment = &frontend.attachment;
         table.row(vec![
@@ -244,16 +221,8 @@ fn gpus(report: &GpuReport) -> String {
         let reason = report.reason.as_deref().unwrap_or("no devices");
         return format!("  none ({reason})\n");
     }
-    let mut table = Table::new(&[
-        ">index",
-        "name",
-        "uuid",
-        ">memory",
-        ">use",
-        ">temp",
-        ">ecc errors",
-        "pids",
-    ]);
+    let mut table =
+        Table::new(&[">index", "name", "uuid", ">memory", ">use", ">temp", ">ecc errors", "pids"]);
     for device in &report.devices {
         let memory = match (device.memory_used, device.memory_total) {
             (Some(used), Some(total)) => format!("{:.1} / {:.1} GiB", gib(used), gib(total)),
@@ -269,20 +238,14 @@ fn gpus(report: &GpuReport) -> String {
             optional(device.name.as_ref()),
             optional(device.uuid.as_ref()),
             memory,
-            device
-                .utilization
-                .map_or_else(|| "-".to_owned(), |percent| format!("{percent}%")),
-            device
-                .temperature
-                .map_or_else(|| "-".to_owned(), |degrees| format!("{degrees} C")),
+            device.utilization.map_or_else(|| "-".to_owned(), |percent| format!("{percent}%")),
+            device.temperature.map_or_else(|| "-".to_owned(), |degrees| format!("{degrees} C")),
             optional(device.ecc_uncorrected),
             pids.map_or_else(|| "-".to_owned(), |pids| pids.join(" ")),
         ]);
     }
-    let driver = report
-        .driver_version
-        .as_ref()
-        .map_or_else(String::new, |version| format!("  driver {version}\n"));
+    let driver =
+        report.driver_version.as_ref().map_or_else(String::new, |version| format!("  driver {version}\n"));
     format!("{driver}{}", table.render())
 }
 

@@ -12,10 +12,7 @@ impl Table {
     /// A table with these columns. A column whose name starts with `>` is aligned to the right.
     pub fn new(columns: &[&'static str]) -> Self {
         Self {
-            header: columns
-                .iter()
-                .map(|name| name.trim_start_matches('>'))
-                .collect(),
+            header: columns.iter().map(|name| name.trim_start_matches('>')).collect(),
             right: columns.iter().map(|name| name.starts_with('>')).collect(),
             rows: Vec::new(),
         }
@@ -65,9 +62,6 @@ mod tests {
         let mut table = Table::new(&["name", ">n", "state"]);
         table.row(vec!["a".into(), "1".into(), "ok".into()]);
         table.row(vec!["längst".into(), "1000".into(), String::new()]);
-        assert_eq!(
-            table.render(),
-            "  name      n state\n  a         1 ok\n  längst 1000\n"
-        );
+        assert_eq!(table.render(), "  name      n state\n  a         1 ok\n  längst 1000\n");
     }
 }

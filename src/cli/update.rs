@@ -85,10 +85,7 @@ impl View {
         if self.last.as_ref() == Some(step) {
             return;
         }
-        let new_phase = self
-            .last
-            .as_ref()
-            .is_none_or(|last| last.phase != step.phase);
+        let new_phase = self.last.as_ref().is_none_or(|last| last.phase != step.phase);
         match &self.bar {
             Some(bar) => {
                 let sized = |step: &UpdateProgress| step.total > 0;
@@ -107,10 +104,7 @@ impl View {
             }
             // Not every byte count gets a line, every phase and message does.
             None => {
-                let new_text = self
-                    .last
-                    .as_ref()
-                    .is_none_or(|last| last.message != step.message);
+                let new_text = self.last.as_ref().is_none_or(|last| last.message != step.message);
                 if new_phase || new_text {
                     eprintln!("{}: {}{}", step.phase, step.message, share(step));
                 }
@@ -127,19 +121,13 @@ impl View {
 }
 
 fn share(step: &UpdateProgress) -> String {
-    if step.total == 0 {
-        String::new()
-    } else {
-        format!(" ({} of {})", step.done, step.total)
-    }
+    if step.total == 0 { String::new() } else { format!(" ({} of {})", step.done, step.total) }
 }
 
 fn style(step: &UpdateProgress) -> ProgressStyle {
     let template = match (step.total, step.phase.as_str()) {
         (0, _) => "{spinner} {prefix}  {msg}  {elapsed}",
-        (_, "staging") => {
-            "{spinner} {prefix}  [{bar:30}] {bytes} of {total_bytes}, {bytes_per_sec}  {msg}"
-        }
+        (_, "staging") => "{spinner} {prefix}  [{bar:30}] {bytes} of {total_bytes}, {bytes_per_sec}  {msg}",
         _ => "{spinner} {prefix}  [{bar:30}] {pos} of {len}  {msg}  {elapsed}",
     };
     ProgressStyle::with_template(template)

@@ -6,11 +6,7 @@ use crate::supervisor::command::DeviceSlice;
 
 /// Variables that choose devices, the more specific platform first. vLLM reads the one of its
 /// platform (`device_control_env_var` in `vllm/platforms`).
-const VARIABLES: &[&str] = &[
-    "HIP_VISIBLE_DEVICES",
-    "ROCR_VISIBLE_DEVICES",
-    "CUDA_VISIBLE_DEVICES",
-];
+const VARIABLES: &[&str] = &["HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"];
 
 /// The devices do not suffice.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -58,37 +54,23 @@ pub fn visible(
     variable: impl Fn(&str) -> Option<String>,
     nvml_count: impl FnOnce() -> u32,
 ) -> Option<Visible> {
-    let in_environment = VARIABLES.iter().find_map(|name| {
-        variable(name)
-            .filter(|value| !value.trim().is_empty())
-            .map(|value| (*name, value))
-    });
-    let name = in_environment
-        .as_ref()
-        .map_or("CUDA_VISIBLE_DEVICES", |(name, _)| name);
+    let in_environment = VARIABLES
+        .iter()
+        .find_map(|name| variable(name).filter(|value| !value.trim().is_empty()).map(|value| (*name, value)));
+    let name = in_environment.as_ref().map_or("CUDA_VISIBLE_DEVICES", |(name, _)| name);
     let (devices, source) = match (given, &in_environment) {
         (Some(list), _) => (split(list), "--device-ids".to_owned()),
         (None, Some((name, list))) => (split(list), (*name).to_owned()),
         (None, None) => {
             let count = nvml_count();
-            (
-                (0..count).map(|i| i.to_string()).collect(),
-                "NVML".to_owned(),
-            )
+            ((0..count).map(|i| i.to_string()).collect(), "NVML".to_owned())
         }
     };
-    (!devices.is_empty()).then(|| Visible {
-        variable: name.to_owned(),
-        devices,
-        source,
-    })
+    (!devices.is_empty()).then(|| Visible { variable: name.to_owned(), devices, source })
 }
 
 fn split(list: &str) -> Vec<String> {
-    list.split(',')
-        .map(|device| device.trim().to_owned())
-        .filter(|device| !device.is_empty())
-        .collect()
+    list.split(',').map(|device| device.trim().to_owned()).filter(|device| !device.is_empty()).collect()
 }
 
 /// Cuts the visible devices into one slice per rank: rank i gets the i-th `world_size` of them, as
@@ -121,10 +103,7 @@ pub fn slices(
         .devices
         .chunks(world_size)
         .take(ranks)
-        .map(|devices| DeviceSlice {
-            variable: visible.variable.clone(),
-            value: devices.join(","),
-        })
+        .map(|devices| DeviceSlice { variable: visible.variable.clone(), value: devices.join(",") })
         .collect())
 }
 
@@ -132,14 +111,8 @@ pub fn slices(
 mod tests {
     use super::*;
 
-    fn environment(
-        set: &'static [(&'static str, &'static str)],
-    ) -> impl Fn(&str) -> Option<String> {
-        move |name| {
-            set.iter()
-                .find(|(key, _)| *key == name)
-                .map(|(_, value)| (*value).to_owned())
-        }
+    fn environment(set: &'static [(&'static str, &'static str)]) -> impl Fn(&str) -> Option<String> {
+        move |name| set.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned())
     }
 
     fn values(slices: &[DeviceSlice]) -> Vec<&str> {
@@ -148,11 +121,9 @@ mod tests {
 
     #[test]
     fn each_rank_gets_its_slice_of_the_visible_devices() {
-        let found = visible(
-            None,
-            environment(&[("CUDA_VISIBLE_DEVICES", "4, 5,6,GPU-abc")]),
-            || panic!("NVML is not asked"),
-        );
+        let found = visible(None, environment(&[("CUDA_VISIBLE_DEVICES", "4, 5,6,GPU-abc")]), || {
+            panic!("NVML is not asked")
+        });
         let slices = slices(found.as_ref(), 2, 2).unwrap();
         assert_eq!(values(&slices), ["4,5", "6,GPU-abc"]);
         assert_eq!(slices[0].variable, "CUDA_VISIBLE_DEVICES");
@@ -160,12 +131,7 @@ mod tests {
 
     #[test]
     fn an_explicit_list_wins_and_keeps_the_platforms_variable() {
-        let found = visible(
-            Some("1,0"),
-            environment(&[("HIP_VISIBLE_DEVICES", "0,1,2,3")]),
-            || 0,
-        )
-        .unwrap();
+        let found = visible(Some("1,0"), environment(&[("HIP_VISIBLE_DEVICES", "0,1,2,3")]), || 0).unwrap();
         assert_eq!(found.variable, "HIP_VISIBLE_DEVICES");
         assert_eq!(values(&slices(Some(&found), 2, 1).unwrap()), ["1", "0"]);
     }
@@ -173,10 +139,7 @@ mod tests {
     #[test]
     fn an_empty_variable_counts_as_unset_and_no_device_is_no_slice() {
         let found = visible(None, environment(&[("CUDA_VISIBLE_DEVICES", "")]), || 8);
-        assert_eq!(
-            values(&slices(found.as_ref(), 2, 4).unwrap()),
-            ["0,1,2,3", "4,5,6,7"]
-        );
+        assert_eq!(values(&slices(found.as_ref(), 2, 4).unwrap()), ["0,1,2,3", "4,5,6,7"]);
         assert_eq!(visible(None, environment(&[]), || 0), None);
         assert_eq!(slices(None, 2, 4), Ok(Vec::new()));
     }
@@ -190,9 +153,6 @@ mod tests {
             "2 ranks of 2 devices each need 4 devices, but 3 are visible (0,1,2, from NVML)"
         );
         let twice = visible(Some("0,0"), environment(&[]), || 0);
-        assert!(matches!(
-            slices(twice.as_ref(), 1, 1),
-            Err(DeviceError::Twice { .. })
-        ));
+        assert!(matches!(slices(twice.as_ref(), 1, 1), Err(DeviceError::Twice { .. })));
     }
 }

@@ -112,11 +112,7 @@ impl Serve {
             None | Some("" | "0.0.0.0" | "::") => "127.0.0.1",
             Some(host) => host,
         };
-        if host.contains(':') {
-            format!("[{host}]:{}", self.port)
-        } else {
-            format!("{host}:{}", self.port)
-        }
+        if host.contains(':') { format!("[{host}]:{}", self.port) } else { format!("{host}:{}", self.port) }
     }
 }
 

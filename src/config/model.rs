@@ -11,22 +11,11 @@ use thiserror::Error;
 use crate::driver::handles::GroupKind;
 
 /// Keys that may hold the number of experts; the first that is present counts, even if it is null.
-const EXPERT_KEYS: &[&str] = &[
-    "num_experts",
-    "moe_num_experts",
-    "n_routed_experts",
-    "num_local_experts",
-];
+const EXPERT_KEYS: &[&str] = &["num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts"];
 
 /// Where multimodal models keep the configuration of their language model.
-const TEXT_CONFIG_KEYS: &[&str] = &[
-    "text_config",
-    "llm_config",
-    "language_config",
-    "thinker_config",
-    "decoder",
-    "generator",
-];
+const TEXT_CONFIG_KEYS: &[&str] =
+    &["text_config", "llm_config", "language_config", "thinker_config", "decoder", "generator"];
 
 /// The kind of a model cannot be told.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -73,27 +62,17 @@ pub fn kind_of(model: &str, revision: Option<&str>, cache: &Path) -> Result<Grou
     let directory = if directory.is_dir() {
         directory.to_owned()
     } else {
-        snapshot(model, revision, cache).ok_or_else(|| ModelError::NotFound {
-            model: model.to_owned(),
-            cache: cache.to_owned(),
-        })?
+        snapshot(model, revision, cache)
+            .ok_or_else(|| ModelError::NotFound { model: model.to_owned(), cache: cache.to_owned() })?
     };
     let file = directory.join("config.json");
     // Mistral's own format has no config.json.
     let mistral = directory.join("params.json");
-    let (file, mistral) = if !file.exists() && mistral.exists() {
-        (mistral, true)
-    } else {
-        (file, false)
-    };
-    let unreadable = |detail: String| ModelError::Unreadable {
-        model: model.to_owned(),
-        file: file.clone(),
-        detail,
-    };
+    let (file, mistral) = if !file.exists() && mistral.exists() { (mistral, true) } else { (file, false) };
+    let unreadable =
+        |detail: String| ModelError::Unreadable { model: model.to_owned(), file: file.clone(), detail };
     let text = fs::read(&file).map_err(|error| unreadable(error.to_string()))?;
-    let config: Value =
-        serde_json::from_slice(&text).map_err(|error| unreadable(error.to_string()))?;
+    let config: Value = serde_json::from_slice(&text).map_err(|error| unreadable(error.to_string()))?;
     if !config.is_object() {
         return Err(unreadable("an object expected".to_owned()));
     }
@@ -106,20 +85,12 @@ pub fn kind_of(model: &str, revision: Option<&str>, cache: &Path) -> Result<Grou
         Some(count) => Ok(kind(count > 0)),
         None => {
             let model_type = |config: &Value| {
-                config
-                    .get("model_type")
-                    .and_then(Value::as_str)
-                    .unwrap_or_default()
-                    .to_owned()
+                config.get("model_type").and_then(Value::as_str).unwrap_or_default().to_owned()
             };
-            let doubtful = [model_type(text_config), model_type(&config)]
-                .into_iter()
-                .find(|name| name.contains("moe"));
+            let doubtful =
+                [model_type(text_config), model_type(&config)].into_iter().find(|name| name.contains("moe"));
             match doubtful {
-                Some(model_type) => Err(ModelError::Doubtful {
-                    model: model.to_owned(),
-                    model_type,
-                }),
+                Some(model_type) => Err(ModelError::Doubtful { model: model.to_owned(), model_type }),
                 None => Ok(GroupKind::Independent),
             }
         }
@@ -127,11 +98,7 @@ pub fn kind_of(model: &str, revision: Option<&str>, cache: &Path) -> Result<Grou
 }
 
 fn kind(has_experts: bool) -> GroupKind {
-    if has_experts {
-        GroupKind::Lockstep
-    } else {
-        GroupKind::Independent
-    }
+    if has_experts { GroupKind::Lockstep } else { GroupKind::Independent }
 }
 
 /// The language model's part of a configuration.
@@ -211,22 +178,10 @@ mod tests {
             (r#"{"n_routed_experts":null}"#, Independent),
             (r#"{"num_local_experts":8}"#, Lockstep),
             (r#"{"moe_num_experts":[64,64]}"#, Lockstep),
-            (
-                r#"{"num_experts":0,"model_type":"granitemoe"}"#,
-                Independent,
-            ),
-            (
-                r#"{"num_local_experts":8,"text_config":{"model_type":"llama"}}"#,
-                Independent,
-            ),
-            (
-                r#"{"model_type":"x_moe","text_config":{"num_experts":128}}"#,
-                Lockstep,
-            ),
-            (
-                r#"{"thinker_config":{"text_config":{"num_experts":128}}}"#,
-                Lockstep,
-            ),
+            (r#"{"num_experts":0,"model_type":"granitemoe"}"#, Independent),
+            (r#"{"num_local_experts":8,"text_config":{"model_type":"llama"}}"#, Independent),
+            (r#"{"model_type":"x_moe","text_config":{"num_experts":128}}"#, Lockstep),
+            (r#"{"thinker_config":{"text_config":{"num_experts":128}}}"#, Lockstep),
             (
                 r#"{"block_configs":[{"block_type":"attention"},{"block_type":"moe","n_routed_experts":16}]}"#,
                 Lockstep,
@@ -238,17 +193,11 @@ mod tests {
 
     #[test]
     fn what_cannot_be_told_is_not_guessed() {
-        assert!(matches!(
-            model(r#"{"model_type":"qwen3_moe"}"#),
-            Err(ModelError::Doubtful { .. })
-        ));
+        assert!(matches!(model(r#"{"model_type":"qwen3_moe"}"#), Err(ModelError::Doubtful { .. })));
         assert!(matches!(model("[]"), Err(ModelError::Unreadable { .. })));
         assert!(matches!(model("{"), Err(ModelError::Unreadable { .. })));
         let error = kind_of("org/unknown", None, Path::new("/nowhere")).unwrap_err();
-        assert!(
-            error.to_string().contains("--model-kind dense"),
-            "the way out is named: {error}"
-        );
+        assert!(error.to_string().contains("--model-kind dense"), "the way out is named: {error}");
     }
 
     #[test]
@@ -258,17 +207,9 @@ mod tests {
         fs::create_dir_all(folder.join("refs")).unwrap();
         fs::create_dir_all(folder.join("snapshots/abc")).unwrap();
         fs::write(folder.join("refs/main"), "abc\n").unwrap();
-        fs::write(
-            folder.join("snapshots/abc/config.json"),
-            r#"{"num_experts":2}"#,
-        )
-        .unwrap();
+        fs::write(folder.join("snapshots/abc/config.json"), r#"{"num_experts":2}"#).unwrap();
         for revision in [None, Some("main"), Some("abc")] {
-            assert_eq!(
-                kind_of("org/name", revision, cache.path()),
-                Ok(GroupKind::Lockstep),
-                "{revision:?}"
-            );
+            assert_eq!(kind_of("org/name", revision, cache.path()), Ok(GroupKind::Lockstep), "{revision:?}");
         }
         assert!(kind_of("org/name", Some("v2"), cache.path()).is_err());
     }
@@ -276,11 +217,7 @@ mod tests {
     #[test]
     fn mistrals_own_format_is_read() {
         let dir = tempfile::tempdir().unwrap();
-        fs::write(
-            dir.path().join("params.json"),
-            r#"{"dim":1,"moe":{"num_experts":8}}"#,
-        )
-        .unwrap();
+        fs::write(dir.path().join("params.json"), r#"{"dim":1,"moe":{"num_experts":8}}"#).unwrap();
         assert_eq!(
             kind_of(dir.path().to_str().unwrap(), None, Path::new("/nowhere")),
             Ok(GroupKind::Lockstep)
@@ -291,19 +228,11 @@ mod tests {
     fn the_cache_is_where_hugging_face_puts_it() {
         let with = |set: &'static [(&'static str, &'static str)]| {
             cache_path(move |name| {
-                set.iter()
-                    .find(|(key, _)| *key == name)
-                    .map(|(_, value)| (*value).to_owned())
+                set.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned())
             })
         };
-        assert_eq!(
-            with(&[("HF_HUB_CACHE", "/a"), ("HF_HOME", "/b")]),
-            Path::new("/a")
-        );
+        assert_eq!(with(&[("HF_HUB_CACHE", "/a"), ("HF_HOME", "/b")]), Path::new("/a"));
         assert_eq!(with(&[("HF_HOME", "/b")]), Path::new("/b/hub"));
-        assert_eq!(
-            with(&[("HOME", "/h"), ("HF_HOME", "")]),
-            Path::new("/h/.cache/huggingface/hub")
-        );
+        assert_eq!(with(&[("HOME", "/h"), ("HF_HOME", "")]), Path::new("/h/.cache/huggingface/hub"));
     }
 }

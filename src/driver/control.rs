@@ -22,9 +22,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
 
 use super::engine_calls;
-use super::handles::{
-    GroupKind, HandleError, HeldCall, RankCommand, RankHandle, RankSnapshot, Verdict,
-};
+use super::handles::{GroupKind, HandleError, HeldCall, RankCommand, RankHandle, RankSnapshot, Verdict};
 
 /// Commands waiting for the task.
 const COMMANDS: usize = 64;
@@ -137,10 +135,7 @@ impl ControlGuard {
     /// Says what the holder is doing, for messages to those who are refused. Dropped when the task is
     /// busy.
     pub fn doing(&self, what: &str) {
-        let event = Event::Doing {
-            owner: self.owner,
-            what: what.to_owned(),
-        };
+        let event = Event::Doing { owner: self.owner, what: what.to_owned() };
         if self.commands.try_send(Command::Tell(event, None)).is_err() {
             debug!(what, "the control task was not told what is being done");
         }
@@ -180,19 +175,12 @@ impl ControlHandle {
     ) -> Result<ControlGuard, ControlError> {
         let (reply, answer) = oneshot::channel();
         let (keep, held) = oneshot::channel();
-        let command = Command::Acquire {
-            name: owner.into(),
-            patience,
-            reply,
-            held,
-        };
+        let command = Command::Acquire { name: owner.into(), patience, reply, held };
         let sent = self.commands.send(command).await;
         sent.map_err(|_| ControlError::Gone)?;
         let answer = tokio::time::timeout(patience + SLACK, answer).await;
         let grant = answer
-            .map_err(|_| ControlError::Busy {
-                holder: "somebody who does not say".to_owned(),
-            })?
+            .map_err(|_| ControlError::Busy { holder: "somebody who does not say".to_owned() })?
             .map_err(|_| ControlError::Gone)?
             .map_err(|holder| ControlError::Busy { holder })?;
         Ok(ControlGuard {
@@ -208,12 +196,7 @@ impl ControlHandle {
     /// A frontend is gone: what it has asked for is dropped, its pause becomes a lease.
     pub async fn frontend_gone(&self, frontend: FrontendId) {
         let event = Event::FrontendGone { frontend };
-        if self
-            .commands
-            .send(Command::Tell(event, None))
-            .await
-            .is_err()
-        {
+        if self.commands.send(Command::Tell(event, None)).await.is_err() {
             debug!("the control task has ended");
         }
     }
@@ -292,17 +275,12 @@ impl ControlHandle {
 
     /// The ranks that can be controlled: of a lockstep group all or none.
     fn serving(&self) -> Result<Vec<RankHandle>, ControlError> {
-        let (up, down): (Vec<_>, Vec<_>) = self
-            .ranks
-            .iter()
-            .cloned()
-            .partition(|rank| rank.snapshot.borrow().admitted);
+        let (up, down): (Vec<_>, Vec<_>) =
+            self.ranks.iter().cloned().partition(|rank| rank.snapshot.borrow().admitted);
         let lockstep = self.kind == GroupKind::Lockstep;
         if up.is_empty() || (lockstep && !down.is_empty()) {
             let ranks: Vec<String> = down.iter().map(|rank| rank.rank.to_string()).collect();
-            return Err(ControlError::Incomplete {
-                ranks: ranks.join(", "),
-            });
+            return Err(ControlError::Incomplete { ranks: ranks.join(", ") });
         }
         Ok(up)
     }
@@ -334,10 +312,7 @@ fn all_ok(
     if failures.is_empty() {
         return Ok(());
     }
-    Err(ControlError::Ranks {
-        what,
-        failures: failures.join(", "),
-    })
+    Err(ControlError::Ranks { what, failures: failures.join(", ") })
 }
 
 /// Starts the task. It ends when `stop` is cancelled, or nobody can send held calls and commands any
@@ -358,12 +333,7 @@ pub fn spawn(
         ..Config::new(ranks.iter().map(|rank| rank.rank), false)
     });
     let (publish, snapshot) = watch::channel(machine.snapshot());
-    let handle = ControlHandle {
-        commands,
-        snapshot,
-        ranks: ranks.clone(),
-        kind: config.kind,
-    };
+    let handle = ControlHandle { commands, snapshot, ranks: ranks.clone(), kind: config.kind };
     let task = Task {
         machine,
         ranks: ranks.into_iter().map(|rank| (rank.rank, rank)).collect(),
@@ -469,12 +439,7 @@ impl Task {
                 self.told = done;
                 Some(event)
             }
-            Command::Acquire {
-                name,
-                patience,
-                reply,
-                held,
-            } => {
+            Command::Acquire { name, patience, reply, held } => {
                 self.next_owner += 1;
                 let owner = OwnerId(self.next_owner);
                 self.owners.insert(owner, reply);
@@ -484,11 +449,7 @@ impl Task {
                         Ok(()) | Err(_) => Done::Event(Event::Release { owner }),
                     }
                 });
-                Some(Event::Acquire {
-                    owner,
-                    name,
-                    patience,
-                })
+                Some(Event::Acquire { owner, name, patience })
             }
         }
     }
@@ -514,8 +475,7 @@ impl Task {
         if known.is_some() && (!admitted || known != Some(incarnation)) {
             self.lives.remove(&rank);
             let reason = "the engine is not serving any more".to_owned();
-            self.machine
-                .handle_event(now, Event::EngineDown { rank, reason });
+            self.machine.handle_event(now, Event::EngineDown { rank, reason });
         }
         if admitted && known != Some(incarnation) {
             self.lives.insert(rank, incarnation);
@@ -525,38 +485,16 @@ impl Task {
 
     fn rank_down(&mut self, rank: EngineIndex, reason: &str) -> Option<Event> {
         self.lives.remove(&rank)?;
-        Some(Event::EngineDown {
-            rank,
-            reason: reason.to_owned(),
-        })
+        Some(Event::EngineDown { rank, reason: reason.to_owned() })
     }
 
     fn perform(&mut self) {
         while let Some(action) = self.machine.poll_action() {
             match action {
-                Action::Decide {
-                    rank,
-                    ticket,
-                    decision,
-                } => self.decide(rank, ticket, decision),
-                Action::Call {
-                    rank,
-                    operation,
-                    method,
-                    args,
-                } => self.call(rank, operation, method, args),
-                Action::Granted {
-                    owner,
-                    paused_by,
-                    external_weights,
-                    asleep,
-                } => {
-                    let grant = Grant {
-                        asleep,
-                        owner,
-                        paused_by,
-                        external_weights,
-                    };
+                Action::Decide { rank, ticket, decision } => self.decide(rank, ticket, decision),
+                Action::Call { rank, operation, method, args } => self.call(rank, operation, method, args),
+                Action::Granted { owner, paused_by, external_weights, asleep } => {
+                    let grant = Grant { asleep, owner, paused_by, external_weights };
                     self.answer(owner, Ok(grant));
                 }
                 Action::Denied { owner, holder } => self.answer(owner, Err(holder)),
@@ -584,10 +522,7 @@ impl Task {
         if let Some(reply) = self.owners.remove(&owner)
             && reply.send(answer).is_err()
         {
-            debug!(
-                owner = owner.0,
-                "nobody waits for the control lock any more"
-            );
+            debug!(owner = owner.0, "nobody waits for the control lock any more");
         }
     }
 
@@ -604,18 +539,10 @@ impl Task {
                 Verdict::Refuse(text)
             }
         };
-        let limit = if forward {
-            self.round_timeout + SLACK
-        } else {
-            DECISION_LIMIT
-        };
+        let limit = if forward { self.round_timeout + SLACK } else { DECISION_LIMIT };
         self.jobs.spawn(async move {
             let answer = handle
-                .ask("control call", limit, |reply| RankCommand::Release {
-                    ticket,
-                    verdict,
-                    reply,
-                })
+                .ask("control call", limit, |reply| RankCommand::Release { ticket, verdict, reply })
                 .await;
             if forward {
                 return Done::Event(Event::Answered {
@@ -639,9 +566,7 @@ impl Task {
             let answer = match handle {
                 None => Err(HandleError::failed("no such rank")),
                 Some(handle) => match method {
-                    "pause_scheduler" => {
-                        engine_calls::pause(&handle, PauseMode::Keep, false, limit).await
-                    }
+                    "pause_scheduler" => engine_calls::pause(&handle, PauseMode::Keep, false, limit).await,
                     "resume_scheduler" => engine_calls::resume(&handle, limit).await,
                     method => handle.call(method, args, limit).await,
                 },

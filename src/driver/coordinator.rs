@@ -12,12 +12,10 @@ use bytes::Bytes;
 use dp_sidecar_protocol::frames::COORDINATOR_READY;
 use dp_sidecar_protocol::layout::Layout;
 use dp_sidecar_protocol::machine::coordinator::{
-    Action, Config, Coordinator, CoordinatorRules, Event, Exclude, GroupKind as MachineKind, Load,
-    Report, Stamp,
+    Action, Config, Coordinator, CoordinatorRules, Event, Exclude, GroupKind as MachineKind, Load, Report,
+    Stamp,
 };
-use dp_sidecar_protocol::output::{
-    OutputsView, start_wave_message, stats_message, wave_complete_message,
-};
+use dp_sidecar_protocol::output::{OutputsView, start_wave_message, stats_message, wave_complete_message};
 use dp_sidecar_protocol::stats::SchedulerStats;
 use dp_sidecar_protocol::wave::{EngineCounts, FrontendUpstream, Publication, StartDpWave};
 use dp_sidecar_protocol::{DecodeError, EngineIndex, FrontendId, Incarnation, Time, Wave};
@@ -64,11 +62,7 @@ impl CoordinatorConfig {
             GroupKind::Independent => MachineKind::Independent,
             GroupKind::Lockstep => MachineKind::Lockstep,
         };
-        Self {
-            machine: Config::hosted(kind, size),
-            dir,
-            front: None,
-        }
+        Self { machine: Config::hosted(kind, size), dir, front: None }
     }
 }
 
@@ -77,9 +71,7 @@ pub fn spawn(config: CoordinatorConfig, tracker: &TaskTracker) -> CoordinatorHan
     let (commands, receiver) = mpsc::channel(COMMANDS);
     let (inputs, inbox) = mpsc::channel(INBOX);
     let (publish, snapshot) = watch::channel(CoordinatorSnapshot::default());
-    let front = config
-        .front
-        .map(|socket| Front::read(socket, inputs.clone(), tracker));
+    let front = config.front.map(|socket| Front::read(socket, inputs.clone(), tracker));
     let mut task = Task {
         machine: Coordinator::new(config.machine),
         dir: config.dir,
@@ -158,10 +150,7 @@ impl Task {
     fn due(&self) -> Option<Instant> {
         let machine = self.machine.poll_timeout();
         let machine = machine.map(|time| self.began + time.since_start());
-        [machine, self.loads_due, self.flush_due]
-            .into_iter()
-            .flatten()
-            .min()
+        [machine, self.loads_due, self.flush_due].into_iter().flatten().min()
     }
 
     fn timeout(&mut self) {
@@ -192,8 +181,7 @@ impl Task {
         self.machine.handle_event(now, event);
         self.perform();
         if only_load {
-            self.loads_due
-                .get_or_insert_with(|| Instant::now() + SNAPSHOT_INTERVAL);
+            self.loads_due.get_or_insert_with(|| Instant::now() + SNAPSHOT_INTERVAL);
         } else if !wake {
             self.publish_snapshot();
         }
@@ -201,11 +189,7 @@ impl Task {
 
     async fn command(&mut self, command: CoordinatorCommand) {
         match command {
-            CoordinatorCommand::Prepare {
-                rank,
-                incarnation,
-                reply,
-            } => {
+            CoordinatorCommand::Prepare { rank, incarnation, reply } => {
                 let bound = self.bind(rank, incarnation).await;
                 let _ = reply.send(bound);
             }
@@ -244,11 +228,9 @@ impl Task {
         // Those of the life before close first.
         self.engines.remove(&rank);
         let inputs = self.inputs.clone();
-        let sockets =
-            EngineSockets::bind(&self.dir, rank, incarnation, inputs, &self.tracker).await;
-        let sockets = sockets.map_err(|error| {
-            HandleError::failed(format!("coordinator sockets of rank {rank}: {error}"))
-        })?;
+        let sockets = EngineSockets::bind(&self.dir, rank, incarnation, inputs, &self.tracker).await;
+        let sockets = sockets
+            .map_err(|error| HandleError::failed(format!("coordinator sockets of rank {rank}: {error}")))?;
         let addresses = sockets.addresses.clone();
         self.engines.insert(rank, sockets);
         Ok(addresses)
@@ -266,11 +248,7 @@ impl Task {
 
     fn input(&mut self, input: Input) {
         match input {
-            Input::Engine {
-                rank,
-                incarnation,
-                what,
-            } => {
+            Input::Engine { rank, incarnation, what } => {
                 let current = self.engines.get(&rank);
                 if current.is_none_or(|sockets| sockets.incarnation != incarnation) {
                     return;
@@ -306,11 +284,7 @@ impl Task {
             }
         };
         self.handled = Some((frame, kind(&report)));
-        self.event(Event::Report {
-            rank,
-            incarnation,
-            report,
-        });
+        self.event(Event::Report { rank, incarnation, report });
         self.handled = None;
     }
 
@@ -339,17 +313,9 @@ impl Task {
                         sockets.publish(*rank, frames.clone());
                     }
                 }
-                Action::Publish {
-                    counts,
-                    wave,
-                    running,
-                } => {
+                Action::Publish { counts, wave, running } => {
                     let counts = counts.map(|counts| counts.iter().map(engine_counts).collect());
-                    let publication = Publication {
-                        counts,
-                        wave,
-                        running,
-                    };
+                    let publication = Publication { counts, wave, running };
                     if let Some(front) = &self.front {
                         front.publish(publication.encode(&self.layout));
                     }
@@ -360,11 +326,7 @@ impl Task {
                         gone.extend(self.sinks.send(None, kind, &message));
                     }
                 }
-                Action::Tell {
-                    frontend,
-                    rank,
-                    report,
-                } => {
+                Action::Tell { frontend, rank, report } => {
                     if let Some(frame) = self.encode(rank, &report) {
                         let message = ForFrontendCoordinator { rank, frame };
                         gone.extend(self.sinks.send(frontend, kind(&report), &message));
@@ -447,31 +409,16 @@ fn read_report(frame: &[u8]) -> Result<Report, DecodeError> {
             running: stats.num_running_reqs,
             kv_cache_usage: stats.kv_cache_usage,
         };
-        let stamp = Stamp {
-            wave: Wave(stats.current_wave),
-            step: stats.step_counter,
-        };
+        let stamp = Stamp { wave: Wave(stats.current_wave), step: stats.step_counter };
         (load, stamp)
     });
-    Ok(Report {
-        stats,
-        wave_complete: view.wave_complete,
-        start_wave: view.start_wave,
-    })
+    Ok(Report { stats, wave_complete: view.wave_complete, start_wave: view.start_wave })
 }
 
 fn kind(report: &Report) -> Kind {
-    if report.wave_complete.is_some() || report.start_wave.is_some() {
-        Kind::Wave
-    } else {
-        Kind::Load
-    }
+    if report.wave_complete.is_some() || report.start_wave.is_some() { Kind::Wave } else { Kind::Load }
 }
 
 fn engine_counts(load: &Load) -> EngineCounts {
-    EngineCounts {
-        waiting: load.waiting,
-        running: load.running,
-        kv_cache_usage: load.kv_cache_usage,
-    }
+    EngineCounts { waiting: load.waiting, running: load.running, kv_cache_usage: load.kv_cache_usage }
 }

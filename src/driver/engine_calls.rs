@@ -15,12 +15,7 @@ fn is_unknown_method(error: &HandleError) -> bool {
 }
 
 /// Calls the first of several names of a method that the engine has.
-async fn call_any(
-    rank: &RankHandle,
-    methods: &[&str],
-    args: &[Value],
-    limit: Duration,
-) -> CallResult {
+async fn call_any(rank: &RankHandle, methods: &[&str], args: &[Value], limit: Duration) -> CallResult {
     let mut last = HandleError::failed("no method to call");
     for method in methods {
         match rank.call(method, args.to_vec(), limit).await {
@@ -56,12 +51,7 @@ pub(crate) async fn worker_call(
     kwargs: Value,
     limit: Duration,
 ) -> CallResult {
-    let args = vec![
-        Value::from(method),
-        Value::Nil,
-        Value::Array(Vec::new()),
-        kwargs,
-    ];
+    let args = vec![Value::from(method), Value::Nil, Value::Array(Vec::new()), kwargs];
     rank.call("collective_rpc", args, limit).await
 }
 
@@ -84,9 +74,7 @@ pub(crate) async fn reset_caches(
         if count == 0 && reset_running_requests {
             break;
         }
-        answer = rank
-            .call("reset_prefix_cache", all[..count].to_vec(), limit)
-            .await;
+        answer = rank.call("reset_prefix_cache", all[..count].to_vec(), limit).await;
         match &answer {
             Ok(Value::Boolean(false)) if count == 2 && !connector_answers => {}
             Err(HandleError::Failed(text)) if is_about_arguments(text) => {}

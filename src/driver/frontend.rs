@@ -65,20 +65,11 @@ pub async fn run(
         Err(reason) => return FrontendExit::Failed { reason },
     };
     let what = format!("attachment to {address}");
-    let wanted = ask(
-        &attachments.commands,
-        "attachment",
-        what,
-        LOCAL_ANSWER,
-        |reply| AttachmentCommand::Add {
-            address: address.to_string(),
-            reply,
-        },
-    );
+    let wanted = ask(&attachments.commands, "attachment", what, LOCAL_ANSWER, |reply| {
+        AttachmentCommand::Add { address: address.to_string(), reply }
+    });
     if let Err(error) = wanted.await {
-        return FrontendExit::Failed {
-            reason: error.to_string(),
-        };
+        return FrontendExit::Failed { reason: error.to_string() };
     }
     loop {
         incarnation += 1;
@@ -111,20 +102,13 @@ pub async fn run(
             .iter()
             .any(|f| f.address == address.to_string() && f.attachments > 0);
         if !attached && incarnation == 1 {
-            return FrontendExit::Failed {
-                reason: format!("frontend failed to start: {reason}"),
-            };
+            return FrontendExit::Failed { reason: format!("frontend failed to start: {reason}") };
         }
         let now = || Time::from_start(began.elapsed());
         if attached {
             policy.handle_event(now(), restart::Event::Ready);
         }
-        policy.handle_event(
-            now(),
-            restart::Event::Failed {
-                reason: reason.clone(),
-            },
-        );
+        policy.handle_event(now(), restart::Event::Failed { reason: reason.clone() });
         let until = match policy.snapshot() {
             restart::State::GivenUp(why) => {
                 let reason = format!("frontend is not started again: {why}");
@@ -147,9 +131,7 @@ async fn spawn(
     incarnation: u64,
     address: SocketAddr,
 ) -> Result<u32, String> {
-    let spec = config
-        .frontend_spawn(incarnation, address)
-        .ok_or("no MODEL was given")?;
+    let spec = config.frontend_spawn(incarnation, address).ok_or("no MODEL was given")?;
     info!(command = %spec.argv.join(" "), "starting frontend");
     keeper.spawn(spec).await.map_err(|error| error.to_string())
 }
@@ -201,12 +183,7 @@ async fn until_exit(
 fn describe(report: &ExitReport) -> String {
     let lines = report.last_lines.len().min(20);
     let tail = &report.last_lines[report.last_lines.len() - lines..];
-    format!(
-        "{} (pid {}); its last lines:\n  {}",
-        report.status,
-        report.pid,
-        tail.join("\n  ")
-    )
+    format!("{} (pid {}); its last lines:\n  {}", report.status, report.pid, tail.join("\n  "))
 }
 
 /// A loopback port for the frontend's handshake socket. vLLM binds it itself, so it cannot be kept

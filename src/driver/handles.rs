@@ -276,40 +276,23 @@ impl RankHandle {
         limit: Duration,
         command: impl FnOnce(Reply<T>) -> RankCommand,
     ) -> Result<T, HandleError> {
-        ask(
-            &self.commands,
-            "rank",
-            format!("{what} of rank {}", self.rank),
-            limit,
-            command,
-        )
-        .await
+        ask(&self.commands, "rank", format!("{what} of rank {}", self.rank), limit, command).await
     }
 
     /// Sends a command that has no answer.
     pub async fn tell(&self, command: RankCommand) -> Result<(), HandleError> {
-        self.commands
-            .send(command)
-            .await
-            .map_err(|_| HandleError::Gone { task: "rank" })
+        self.commands.send(command).await.map_err(|_| HandleError::Gone { task: "rank" })
     }
 
     /// Calls a method of the engine core on the control slot.
-    pub async fn call(
-        &self,
-        method: &str,
-        args: Vec<rmpv::Value>,
-        timeout: Duration,
-    ) -> CallResult {
+    pub async fn call(&self, method: &str, args: Vec<rmpv::Value>, timeout: Duration) -> CallResult {
         let method = method.to_owned();
         let what = method.clone();
-        self.ask(&what, timeout + Duration::from_secs(1), |reply| {
-            RankCommand::Call {
-                method,
-                args,
-                timeout,
-                reply,
-            }
+        self.ask(&what, timeout + Duration::from_secs(1), |reply| RankCommand::Call {
+            method,
+            args,
+            timeout,
+            reply,
         })
         .await
     }
@@ -325,10 +308,7 @@ pub async fn ask<C, T>(
 ) -> Result<T, HandleError> {
     let (reply, answer) = oneshot::channel();
     let exchange = async {
-        commands
-            .send(command(reply))
-            .await
-            .map_err(|_| HandleError::Gone { task })?;
+        commands.send(command(reply)).await.map_err(|_| HandleError::Gone { task })?;
         answer.await.map_err(|_| HandleError::Gone { task })?
     };
     match tokio::time::timeout(limit, exchange).await {
@@ -349,6 +329,7 @@ pub struct ForFrontendCoordinator {
 }
 
 /// Commands of the coordinator task.
+#[expect(clippy::large_enum_variant, reason = "the large one comes once in an engine's life")]
 #[derive(Debug)]
 pub enum CoordinatorCommand {
     /// Bind fresh sockets for a rank's new incarnation.

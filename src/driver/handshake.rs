@@ -13,12 +13,8 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::task::TaskTracker;
 
-use super::handles::{
-    Expectation, HandleError, HandshakeCommand, HandshakeEvent, HandshakeHandle, Listen,
-};
-use crate::transport::{
-    GuardEvent, GuardLimits, GuardedRouter, GuardedSender, Numbers, TransportError,
-};
+use super::handles::{Expectation, HandleError, HandshakeCommand, HandshakeEvent, HandshakeHandle, Listen};
+use crate::transport::{GuardEvent, GuardLimits, GuardedRouter, GuardedSender, Numbers, TransportError};
 
 /// Commands waiting for the task.
 const COMMANDS: usize = 64;
@@ -76,11 +72,12 @@ pub async fn spawn(
     let numbers = Numbers::default();
     let mut listeners = BTreeMap::new();
     if let Some(address) = config.shared {
-        let router = GuardedRouter::bind(address, config.limits.clone(), numbers.clone())
-            .await
-            .map_err(|source| match source {
-                TransportError::InUse { .. } => HandshakeBindError::InUse { address },
-                source => HandshakeBindError::Other { address, source },
+        let router =
+            GuardedRouter::bind(address, config.limits.clone(), numbers.clone()).await.map_err(|source| {
+                match source {
+                    TransportError::InUse { .. } => HandshakeBindError::InUse { address },
+                    source => HandshakeBindError::Other { address, source },
+                }
             })?;
         tracing::info!(listen.addr = %router.address(), "engines may say HELLO");
         listeners.insert(Via::Shared, router);
@@ -122,10 +119,7 @@ impl Task {
         events: mpsc::Sender<HandshakeEvent>,
     ) {
         loop {
-            let due = self
-                .machine
-                .poll_timeout()
-                .map(|at| self.start + at.since_start());
+            let due = self.machine.poll_timeout().map(|at| self.start + at.since_start());
             let timer = async {
                 match due {
                     Some(due) => sleep_until(due).await,
@@ -172,8 +166,7 @@ impl Task {
             }
             HandshakeCommand::Forget { rank, incarnation } => {
                 let now = self.now();
-                self.machine
-                    .handle_event(now, Event::Forget { rank, incarnation });
+                self.machine.handle_event(now, Event::Forget { rank, incarnation });
                 self.close_own(rank, |own| own == incarnation);
             }
             HandshakeCommand::Shutdown { .. } => {}
@@ -181,23 +174,16 @@ impl Task {
     }
 
     async fn expect(&mut self, expectation: Expectation) -> Result<SocketAddr, HandleError> {
-        let Expectation {
-            rank,
-            incarnation,
-            listen,
-            init,
-        } = expectation;
+        let Expectation { rank, incarnation, listen, init } = expectation;
         self.close_own(rank, |_| true);
         let address = match listen {
-            Listen::Shared => self
-                .listeners
-                .get(&Via::Shared)
-                .map(GuardedRouter::address)
-                .ok_or_else(|| {
+            Listen::Shared => {
+                self.listeners.get(&Via::Shared).map(GuardedRouter::address).ok_or_else(|| {
                     HandleError::failed(format!(
                         "rank {rank} is to say HELLO on the shared address, but none was given"
                     ))
-                })?,
+                })?
+            }
             Listen::Own => {
                 let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
                 let router = GuardedRouter::bind(any, self.limits.clone(), self.numbers.clone())
@@ -208,41 +194,23 @@ impl Task {
                         ))
                     })?;
                 let address = router.address();
-                self.listeners
-                    .insert(Via::Own { rank, incarnation }, router);
+                self.listeners.insert(Via::Own { rank, incarnation }, router);
                 address
             }
         };
         let now = self.now();
-        self.machine.handle_event(
-            now,
-            Event::Expect {
-                rank,
-                incarnation,
-                own: listen == Listen::Own,
-                init,
-            },
-        );
+        self.machine.handle_event(now, Event::Expect { rank, incarnation, own: listen == Listen::Own, init });
         Ok(address)
     }
 
     fn received(&mut self, via: Via, event: GuardEvent) {
         let event = match event {
-            GuardEvent::Message {
-                peer,
-                identity,
-                frames,
-            } => {
+            GuardEvent::Message { peer, identity, frames } => {
                 let peer = PeerId(peer);
                 if let Some(listener) = self.listeners.get(&via) {
                     self.peers.insert(peer, (via, listener.sender()));
                 }
-                Event::Message {
-                    via,
-                    peer,
-                    identity,
-                    frames,
-                }
+                Event::Message { via, peer, identity, frames }
             }
             GuardEvent::Closed { peer } => {
                 self.peers.remove(&PeerId(peer));
@@ -257,10 +225,8 @@ impl Task {
         while let Some(action) = self.machine.poll_action() {
             match action {
                 Action::SendInit { peer, init } => {
-                    let sent = self
-                        .peers
-                        .get(&peer)
-                        .is_some_and(|(_, sender)| sender.send(peer.0, vec![init]));
+                    let sent =
+                        self.peers.get(&peer).is_some_and(|(_, sender)| sender.send(peer.0, vec![init]));
                     if !sent {
                         // It is gone; the machine hears of that next.
                         tracing::debug!(peer = peer.0, "INIT could not be sent");
@@ -268,15 +234,9 @@ impl Task {
                 }
                 Action::Connected { rank, incarnation } => {
                     tracing::debug!(%rank, %incarnation, "engine said HELLO, INIT is sent");
-                    self.outbox
-                        .push_back(HandshakeEvent::Connected { rank, incarnation });
+                    self.outbox.push_back(HandshakeEvent::Connected { rank, incarnation });
                 }
-                Action::Ready {
-                    rank,
-                    incarnation,
-                    parallel_config_hash,
-                    num_gpu_blocks,
-                } => {
+                Action::Ready { rank, incarnation, parallel_config_hash, num_gpu_blocks } => {
                     tracing::debug!(%rank, %incarnation, "engine is READY");
                     self.close_own(rank, |own| own == incarnation);
                     self.outbox.push_back(HandshakeEvent::Ready {
@@ -288,8 +248,7 @@ impl Task {
                 }
                 Action::Refused { rank, error } => {
                     if rank.is_some() || self.is_news(&error) {
-                        self.outbox
-                            .push_back(HandshakeEvent::Refused { rank, error });
+                        self.outbox.push_back(HandshakeEvent::Refused { rank, error });
                     } else {
                         tracing::debug!(error, "refused again");
                     }
@@ -310,8 +269,7 @@ impl Task {
     /// many.
     fn is_news(&mut self, error: &str) -> bool {
         let now = Instant::now();
-        self.said
-            .retain(|_, at| now.duration_since(*at) < REPEAT_INTERVAL);
+        self.said.retain(|_, at| now.duration_since(*at) < REPEAT_INTERVAL);
         if self.said.len() >= REFUSALS || self.said.contains_key(error) {
             return false;
         }
@@ -322,10 +280,7 @@ impl Task {
     /// Closes the rank's own listeners that were made for such an incarnation.
     fn close_own(&mut self, rank: EngineIndex, closes: impl Fn(Incarnation) -> bool) {
         let stays = |via: &Via| match via {
-            Via::Own {
-                rank: owner,
-                incarnation,
-            } => *owner != rank || !closes(*incarnation),
+            Via::Own { rank: owner, incarnation } => *owner != rank || !closes(*incarnation),
             Via::Shared => true,
         };
         self.listeners.retain(|via, _| stays(via));

@@ -28,19 +28,14 @@ pub(super) fn rank_of_child(name: &str) -> Option<EngineIndex> {
 
 /// When engines are started again, by `--max-restarts`.
 pub(super) fn restart_policy(config: &Config) -> RestartPolicy {
-    RestartPolicy {
-        budget: config.max_restarts,
-        ..RestartPolicy::default()
-    }
+    RestartPolicy { budget: config.max_restarts, ..RestartPolicy::default() }
 }
 
 /// Field positions of the engine's version, or why it cannot be used.
 pub(super) fn layout_of(registration: &[u8], allow_untested: bool) -> Result<Layout, String> {
     match Layout::from_registration(registration, None) {
         Ok(detected) => Ok(detected.layout),
-        Err(DetectError::Unknown(UnknownVersion(version))) if allow_untested => {
-            Ok(Layout::closest(version))
-        }
+        Err(DetectError::Unknown(UnknownVersion(version))) if allow_untested => Ok(Layout::closest(version)),
         Err(error) => Err(error.to_string()),
     }
 }
@@ -113,13 +108,8 @@ pub(super) fn encode(
 /// socket takes one before the group binds it.
 pub(super) fn free_ports() -> Result<Vec<u16>, String> {
     const LOWEST: u16 = 20_000;
-    let range =
-        std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
-    let ephemeral: u16 = range
-        .split_whitespace()
-        .next()
-        .and_then(|s| s.parse().ok())
-        .unwrap_or(32_768);
+    let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
+    let ephemeral: u16 = range.split_whitespace().next().and_then(|s| s.parse().ok()).unwrap_or(32_768);
     let span = u32::from(ephemeral.saturating_sub(LOWEST)).max(1_000);
     let seed = uuid::Uuid::new_v4().as_u128();
     let mut ports = Vec::with_capacity(GROUP_PORTS);
@@ -151,10 +141,7 @@ mod tests {
         let ports = free_ports().unwrap();
         assert_eq!(ports.len(), GROUP_PORTS);
         for &port in &ports {
-            assert!(
-                TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok(),
-                "{port}"
-            );
+            assert!(TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).is_ok(), "{port}");
         }
         let distinct: std::collections::BTreeSet<u16> = ports.iter().copied().collect();
         assert_eq!(distinct.len(), ports.len());
@@ -162,10 +149,7 @@ mod tests {
 
     #[test]
     fn a_child_name_leads_back_to_its_rank() {
-        assert_eq!(
-            rank_of_child(&child_name(EngineIndex(17))),
-            Some(EngineIndex(17))
-        );
+        assert_eq!(rank_of_child(&child_name(EngineIndex(17))), Some(EngineIndex(17)));
         assert_eq!(rank_of_child("frontend"), None);
     }
 }

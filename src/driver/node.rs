@@ -9,9 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use dp_sidecar_protocol::handshake::EngineReadyResponse;
 use dp_sidecar_protocol::layout::Layout;
-use dp_sidecar_protocol::machine::lifecycle::{
-    Action, Event, Lifecycle, LifecycleConfig, Phase, RankLife,
-};
+use dp_sidecar_protocol::machine::lifecycle::{Action, Event, Lifecycle, LifecycleConfig, Phase, RankLife};
 use dp_sidecar_protocol::{EngineIndex, Incarnation, Time};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -19,9 +17,8 @@ use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
 use super::handles::{
-    CoordinatorCommand, CoordinatorHandle, Deployment, EngineFacts, Expectation, GroupKind,
-    HandleError, HandshakeCommand, HandshakeEvent, HandshakeHandle, Listen, RankCommand, RankEvent,
-    RankHandle, ask,
+    CoordinatorCommand, CoordinatorHandle, Deployment, EngineFacts, Expectation, GroupKind, HandleError,
+    HandshakeCommand, HandshakeEvent, HandshakeHandle, Listen, RankCommand, RankEvent, RankHandle, ask,
 };
 use super::init;
 use super::weight_update::UpdateHandle;
@@ -130,17 +127,9 @@ enum Outcome {
     /// The machine is told.
     Event(Event),
     /// Sockets are bound; the engine's handshake address is known.
-    Prepared {
-        rank: EngineIndex,
-        incarnation: Incarnation,
-        address: SocketAddr,
-    },
+    Prepared { rank: EngineIndex, incarnation: Incarnation, address: SocketAddr },
     /// The process runs.
-    Spawned {
-        rank: EngineIndex,
-        incarnation: Incarnation,
-        pid: u32,
-    },
+    Spawned { rank: EngineIndex, incarnation: Incarnation, pid: u32 },
     /// Nothing to tell.
     Done,
 }
@@ -199,10 +188,7 @@ impl Node {
                 break exit;
             }
             self.publish();
-            let due = self
-                .machine
-                .poll_timeout()
-                .map(|t| self.began + t.since_start());
+            let due = self.machine.poll_timeout().map(|t| self.began + t.since_start());
             tokio::select! {
                 biased;
                 command = inputs.commands.recv() => match command {
@@ -237,29 +223,20 @@ impl Node {
     fn work_done(&mut self, done: Result<Outcome, tokio::task::JoinError>) {
         match done {
             Ok(Outcome::Event(event)) => self.event(event),
-            Ok(Outcome::Prepared {
-                rank,
-                incarnation,
-                address,
-            }) => {
+            Ok(Outcome::Prepared { rank, incarnation, address }) => {
                 if let Some(facts) = self.facts_of(rank, incarnation) {
                     facts.handshake_at = Some(address);
                     self.event(Event::Prepared { rank, incarnation });
                 }
             }
-            Ok(Outcome::Spawned {
-                rank,
-                incarnation,
-                pid,
-            }) => {
+            Ok(Outcome::Spawned { rank, incarnation, pid }) => {
                 if let Some(facts) = self.facts_of(rank, incarnation) {
                     facts.pid = Some(pid);
                 }
                 // A stop that was asked for meanwhile may have reached the keeper before the process
                 // was there.
                 let life = self.machine.snapshot().remove(&rank);
-                if life.is_some_and(|l| l.incarnation == incarnation && l.phase == Phase::Stopping)
-                {
+                if life.is_some_and(|l| l.incarnation == incarnation && l.phase == Phase::Stopping) {
                     self.stop_process(rank, incarnation);
                 }
             }
@@ -269,9 +246,7 @@ impl Node {
     }
 
     fn facts_of(&mut self, rank: EngineIndex, incarnation: Incarnation) -> Option<&mut Facts> {
-        self.facts
-            .get_mut(&rank)
-            .filter(|f| f.incarnation == incarnation)
+        self.facts.get_mut(&rank).filter(|f| f.incarnation == incarnation)
     }
 
     fn keeper_event(&mut self, event: KeeperEvent) {
@@ -298,17 +273,10 @@ impl Node {
                 if let Some(facts) = self.facts_of(rank, incarnation) {
                     facts.pid = None;
                 }
-                self.event(Event::Exited {
-                    rank,
-                    incarnation,
-                    reason,
-                });
+                self.event(Event::Exited { rank, incarnation, reason });
             }
             KeeperEvent::Replaced { pid } => {
-                warn!(
-                    pid,
-                    "the keeper was killed and replaced; its engines were stopped"
-                );
+                warn!(pid, "the keeper was killed and replaced; its engines were stopped");
                 self.keeper_away = false;
                 for facts in self.facts.values_mut() {
                     facts.pid = None;
@@ -326,73 +294,38 @@ impl Node {
     fn handshake_event(&mut self, event: HandshakeEvent) {
         match event {
             HandshakeEvent::Connected { rank, incarnation } => {
-                info!(
-                    rank = rank.0,
-                    incarnation = incarnation.0,
-                    "HELLO answered with INIT"
-                );
+                info!(rank = rank.0, incarnation = incarnation.0, "HELLO answered with INIT");
                 self.event(Event::Connected { rank, incarnation });
             }
-            HandshakeEvent::Ready {
-                rank,
-                incarnation,
-                parallel_config_hash,
-                num_gpu_blocks,
-            } => {
-                info!(
-                    rank = rank.0,
-                    incarnation = incarnation.0,
-                    "engine is READY"
-                );
+            HandshakeEvent::Ready { rank, incarnation, parallel_config_hash, num_gpu_blocks } => {
+                info!(rank = rank.0, incarnation = incarnation.0, "engine is READY");
                 if let Some(facts) = self.facts_of(rank, incarnation) {
                     facts.ready = Some((parallel_config_hash, num_gpu_blocks));
                     self.event(Event::HandshakeReady { rank, incarnation });
                 }
             }
             HandshakeEvent::Refused { rank: None, error } => warn!(%error, "handshake refused"),
-            HandshakeEvent::Refused {
-                rank: Some(rank),
-                error,
-            } => {
+            HandshakeEvent::Refused { rank: Some(rank), error } => {
                 error!(rank = rank.0, %error, "handshake refused");
-                self.event(Event::Fence {
-                    rank,
-                    reason: error,
-                });
+                self.event(Event::Fence { rank, reason: error });
             }
         }
     }
 
     async fn rank_event(&mut self, event: RankEvent) {
         match event {
-            RankEvent::Lost {
-                rank,
-                incarnation,
-                reason,
-            } => {
+            RankEvent::Lost { rank, incarnation, reason } => {
                 warn!(rank = rank.0, incarnation = incarnation.0, %reason, "engine lost");
-                self.event(Event::Lost {
-                    rank,
-                    incarnation,
-                    reason,
-                });
+                self.event(Event::Lost { rank, incarnation, reason });
             }
-            RankEvent::Registered {
-                rank,
-                incarnation,
-                frame,
-            } => {
+            RankEvent::Registered { rank, incarnation, frame } => {
                 self.registered(rank, incarnation, frame).await;
             }
         }
     }
 
     async fn registered(&mut self, rank: EngineIndex, incarnation: Incarnation, frame: Bytes) {
-        let Some(facts) = self
-            .facts
-            .get_mut(&rank)
-            .filter(|f| f.incarnation == incarnation)
-        else {
+        let Some(facts) = self.facts.get_mut(&rank).filter(|f| f.incarnation == incarnation) else {
             return;
         };
         let layout = match init::layout_of(&frame, self.config.allow_untested_vllm) {
@@ -413,17 +346,12 @@ impl Node {
         );
         facts.vllm_version = version;
         facts.registration = Some((frame, layout));
-        let told = CoordinatorCommand::EngineVersion {
-            rank,
-            incarnation,
-            layout,
-        };
+        let told = CoordinatorCommand::EngineVersion { rank, incarnation, layout };
         if self.peers.coordinator.commands.send(told).await.is_err() {
             error!("the coordinator task has ended");
         }
         if let Ok(response) = &response
-            && let Err(reason) =
-                init::check_kind(self.config.kind, self.config.size, rank, response)
+            && let Err(reason) = init::check_kind(self.config.kind, self.config.size, rank, response)
         {
             error!(rank = rank.0, %reason, "engine refused");
             self.event(Event::Fence { rank, reason });
@@ -440,11 +368,7 @@ impl Node {
                 Action::Prepare { rank, incarnation } => self.prepare(rank, incarnation),
                 Action::Spawn { rank, incarnation } => self.spawn(rank, incarnation),
                 Action::StopProcess { rank, incarnation } => self.stop_process(rank, incarnation),
-                Action::Down {
-                    rank,
-                    incarnation,
-                    reason,
-                } => self.down(rank, incarnation, reason).await,
+                Action::Down { rank, incarnation, reason } => self.down(rank, incarnation, reason).await,
                 Action::Restore { ranks } => self.restore(ranks).await,
                 Action::Admit { rank, incarnation } => self.admit(rank, incarnation).await,
                 Action::Fail { reason, timeout } => {
@@ -457,20 +381,8 @@ impl Node {
     }
 
     fn prepare(&mut self, rank: EngineIndex, incarnation: Incarnation) {
-        self.facts.insert(
-            rank,
-            Facts {
-                incarnation,
-                ..Facts::default()
-            },
-        );
-        let failed = move |reason: String| {
-            Outcome::Event(Event::StartFailed {
-                rank,
-                incarnation,
-                reason,
-            })
-        };
+        self.facts.insert(rank, Facts { incarnation, ..Facts::default() });
+        let failed = move |reason: String| Outcome::Event(Event::StartFailed { rank, incarnation, reason });
         let ports = match self.ports(incarnation) {
             Ok(ports) => ports,
             Err(reason) => {
@@ -487,18 +399,11 @@ impl Node {
         self.work.spawn(async move {
             let prepared: Result<SocketAddr, HandleError> = async {
                 let slots = handle
-                    .ask("sockets", LOCAL_ANSWER, |reply| RankCommand::Prepare {
-                        incarnation,
-                        reply,
-                    })
+                    .ask("sockets", LOCAL_ANSWER, |reply| RankCommand::Prepare { incarnation, reply })
                     .await?;
                 let what = format!("coordinator sockets of rank {rank}");
                 let coordinator = ask(&coordinator, "coordinator", what, LOCAL_ANSWER, |reply| {
-                    CoordinatorCommand::Prepare {
-                        rank,
-                        incarnation,
-                        reply,
-                    }
+                    CoordinatorCommand::Prepare { rank, incarnation, reply }
                 })
                 .await?;
                 let listen = match config.engines {
@@ -506,25 +411,17 @@ impl Node {
                     Engines::Attach => Listen::Shared,
                 };
                 let init = init::encode(&config, slots, coordinator, &ports);
-                let expectation = Expectation {
-                    rank,
-                    incarnation,
-                    listen,
-                    init,
-                };
+                let expectation = Expectation { rank, incarnation, listen, init };
                 let what = format!("handshake listener of rank {rank}");
-                ask(&handshake, "handshake", what, LOCAL_ANSWER, |reply| {
-                    HandshakeCommand::Expect { expectation, reply }
+                ask(&handshake, "handshake", what, LOCAL_ANSWER, |reply| HandshakeCommand::Expect {
+                    expectation,
+                    reply,
                 })
                 .await
             }
             .await;
             match prepared {
-                Ok(address) => Outcome::Prepared {
-                    rank,
-                    incarnation,
-                    address,
-                },
+                Ok(address) => Outcome::Prepared { rank, incarnation, address },
                 Err(error) => failed(error.to_string()),
             }
         });
@@ -594,12 +491,7 @@ impl Node {
             debug!("a task has ended before the engine");
         }
         if let Some(handle) = self.peers.ranks.get(&rank)
-            && let Err(error) = handle
-                .tell(RankCommand::EngineDown {
-                    incarnation,
-                    reason,
-                })
-                .await
+            && let Err(error) = handle.tell(RankCommand::EngineDown { incarnation, reason }).await
         {
             debug!(rank = rank.0, %error, "engine down");
         }
@@ -610,8 +502,7 @@ impl Node {
             let Some(facts) = self.facts.get(&rank) else {
                 continue;
             };
-            let (Some((registration, layout)), Some((hash, blocks))) =
-                (&facts.registration, &facts.ready)
+            let (Some((registration, layout)), Some((hash, blocks))) = (&facts.registration, &facts.ready)
             else {
                 continue;
             };
@@ -624,10 +515,7 @@ impl Node {
             self.outputs.deployment.send_modify(|d| {
                 d.engines.insert(rank, engine);
             });
-            let ready = RankCommand::EngineReady {
-                incarnation,
-                layout: *layout,
-            };
+            let ready = RankCommand::EngineReady { incarnation, layout: *layout };
             if let Some(handle) = self.peers.ranks.get(&rank)
                 && let Err(error) = handle.tell(ready).await
             {
@@ -644,17 +532,13 @@ impl Node {
                 // rank only.
                 let in_step = coordinator.wait_for(|snapshot| snapshot.in_step);
                 if tokio::time::timeout(IN_STEP, in_step).await.is_err() {
-                    let reason =
-                        format!("the group did not reach the current wave within {IN_STEP:?}");
+                    let reason = format!("the group did not reach the current wave within {IN_STEP:?}");
                     return Outcome::Event(Event::RestoreFailed { ranks, reason });
                 }
             }
             let event = match updates.restore(ranks.clone()).await {
                 Ok(()) => Event::Restored { ranks },
-                Err(error) => Event::RestoreFailed {
-                    ranks,
-                    reason: error.to_string(),
-                },
+                Err(error) => Event::RestoreFailed { ranks, reason: error.to_string() },
             };
             Outcome::Event(event)
         });
@@ -667,21 +551,10 @@ impl Node {
             debug!(rank = rank.0, %error, "admit");
         }
         let admitted = CoordinatorCommand::Admitted { rank };
-        if self
-            .peers
-            .coordinator
-            .commands
-            .send(admitted)
-            .await
-            .is_err()
-        {
+        if self.peers.coordinator.commands.send(admitted).await.is_err() {
             debug!("the coordinator task has ended");
         }
-        info!(
-            rank = rank.0,
-            incarnation = incarnation.0,
-            "engine admitted"
-        );
+        info!(rank = rank.0, incarnation = incarnation.0, "engine admitted");
     }
 
     fn publish(&self) {
@@ -718,11 +591,6 @@ fn describe_exit(report: &ExitReport) -> String {
     if tail.is_empty() {
         format!("{} (pid {}), no output", report.status, report.pid)
     } else {
-        format!(
-            "{} (pid {}); its last lines:\n  {}",
-            report.status,
-            report.pid,
-            tail.join("\n  ")
-        )
+        format!("{} (pid {}); its last lines:\n  {}", report.status, report.pid, tail.join("\n  "))
     }
 }

@@ -9,9 +9,7 @@ use parking_lot::Mutex;
 use rmpv::Value;
 use tokio::sync::{Notify, mpsc, watch};
 
-use super::handles::{
-    HandleError, HeldCall, RankCommand, RankHandle, RankSnapshot, Reply, Verdict,
-};
+use super::handles::{HandleError, HeldCall, RankCommand, RankHandle, RankSnapshot, Reply, Verdict};
 
 /// What the engine does with a load.
 #[derive(Clone, Debug)]
@@ -86,11 +84,7 @@ impl FakeRank {
         // Ends with its queue, which ends with the handle.
         tokio::spawn(run(inbox, engine.clone(), changed.clone()));
         Self {
-            handle: RankHandle {
-                rank: EngineIndex(rank),
-                commands,
-                snapshot: receiver,
-            },
+            handle: RankHandle { rank: EngineIndex(rank), commands, snapshot: receiver },
             engine,
             snapshot,
             changed,
@@ -108,10 +102,7 @@ impl FakeRank {
                 changed.await;
             }
         };
-        if tokio::time::timeout(Duration::from_secs(120), wait)
-            .await
-            .is_err()
-        {
+        if tokio::time::timeout(Duration::from_secs(120), wait).await.is_err() {
             panic!("{entry:?} is not in {:?}", self.engine.lock().log);
         }
     }
@@ -158,30 +149,19 @@ pub(crate) fn held(rank: u16, ticket: u64, method: &str) -> HeldCall {
     }
 }
 
-async fn run(
-    mut inbox: mpsc::Receiver<RankCommand>,
-    engine: Arc<Mutex<Engine>>,
-    changed: Arc<Notify>,
-) {
+async fn run(mut inbox: mpsc::Receiver<RankCommand>, engine: Arc<Mutex<Engine>>, changed: Arc<Notify>) {
     let mut waiting: Vec<Reply<Value>> = Vec::new();
     while let Some(command) = inbox.recv().await {
         let mut engine = engine.lock();
         match command {
-            RankCommand::Call {
-                method,
-                args,
-                reply,
-                ..
-            } => call(&mut engine, &method, &args, reply, &mut waiting),
+            RankCommand::Call { method, args, reply, .. } => {
+                call(&mut engine, &method, &args, reply, &mut waiting)
+            }
             RankCommand::Admission { open, reply } => {
                 engine.log.push(format!("admission {open}"));
                 reply.send(Ok(())).ok();
             }
-            RankCommand::Release {
-                ticket,
-                verdict,
-                reply,
-            } => {
+            RankCommand::Release { ticket, verdict, reply } => {
                 let text = match verdict {
                     Verdict::Forward => format!("forward {ticket}"),
                     Verdict::Answer(value) => format!("answer {ticket} {value}"),
@@ -254,11 +234,7 @@ fn call(
 
 fn map(entries: Vec<(&str, Value)>) -> Value {
     let entries = entries.into_iter();
-    Value::Map(
-        entries
-            .map(|(key, value)| (Value::from(key), value))
-            .collect(),
-    )
+    Value::Map(entries.map(|(key, value)| (Value::from(key), value)).collect())
 }
 
 fn info(engine: &Engine) -> Result<Value, HandleError> {
@@ -290,9 +266,7 @@ fn load(engine: &mut Engine, request: &Value) -> Option<Result<Value, HandleErro
         LoadScript::Hangs => return None,
         LoadScript::Raises => {
             engine.weights = "torn".to_owned();
-            return Some(Err(HandleError::failed(
-                "Call to collective_rpc failed: boom",
-            )));
+            return Some(Err(HandleError::failed("Call to collective_rpc failed: boom")));
         }
     };
     let good = state == "loaded";
@@ -308,11 +282,7 @@ fn load(engine: &mut Engine, request: &Value) -> Option<Result<Value, HandleErro
         }
         _ => request["digest"].clone(),
     };
-    let error = if good {
-        Value::Nil
-    } else {
-        Value::from("injected")
-    };
+    let error = if good { Value::Nil } else { Value::from("injected") };
     Some(Ok(Value::Array(vec![map(vec![
         ("ok", Value::Boolean(good)),
         ("protocol", Value::from(1)),

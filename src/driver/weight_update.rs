@@ -19,8 +19,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use dp_sidecar_protocol::machine::weight_update::{
-    Action, Begin, Commit, Event, NodeId, Participant, PauseMode, Phase, RankState, Record,
-    Refusal, Target, WeightUpdate,
+    Action, Begin, Commit, Event, NodeId, Participant, PauseMode, Phase, RankState, Record, Refusal, Target,
+    WeightUpdate,
 };
 use dp_sidecar_protocol::{EngineIndex, Incarnation, Time, UpdateId, WeightVersion};
 use futures::future::{join_all, pending};
@@ -39,8 +39,8 @@ use journal::{Committed, Journal};
 use shim::EngineInfo;
 use staging::{Cancel, Checked, Job, Known};
 pub use types::{
-    FenceRequest, UpdateConfig, UpdateError, UpdateEvent, UpdateOutcome, UpdateRecord,
-    UpdateRequest, UpdateStatus,
+    FenceRequest, UpdateConfig, UpdateError, UpdateEvent, UpdateOutcome, UpdateRecord, UpdateRequest,
+    UpdateStatus,
 };
 
 /// Commands waiting for the task.
@@ -56,20 +56,10 @@ type RestoreReply = oneshot::Sender<Result<(), UpdateError>>;
 
 #[derive(Debug)]
 enum Command {
-    Start {
-        request: UpdateRequest,
-        events: mpsc::Sender<UpdateEvent>,
-        record: oneshot::Sender<UpdateRecord>,
-    },
+    Start { request: UpdateRequest, events: mpsc::Sender<UpdateEvent>, record: oneshot::Sender<UpdateRecord> },
     Abort,
-    Restore {
-        ranks: Vec<(EngineIndex, Incarnation)>,
-        reply: RestoreReply,
-    },
-    Shutdown {
-        forget: bool,
-        reply: oneshot::Sender<()>,
-    },
+    Restore { ranks: Vec<(EngineIndex, Incarnation)>, reply: RestoreReply },
+    Shutdown { forget: bool, reply: oneshot::Sender<()> },
 }
 
 /// Handle of the update task.
@@ -99,16 +89,8 @@ impl UpdateHandle {
     pub async fn start(&self, request: UpdateRequest) -> Result<UpdateRun, UpdateError> {
         let (events, progress) = mpsc::channel(EVENTS);
         let (record, end) = oneshot::channel();
-        self.send(Command::Start {
-            request,
-            events,
-            record,
-        })
-        .await?;
-        Ok(UpdateRun {
-            events: progress,
-            record: end,
-        })
+        self.send(Command::Start { request, events, record }).await?;
+        Ok(UpdateRun { events: progress, record: end })
     }
 
     /// Ends the running update without a commit, if it is not past its commit point.
@@ -339,11 +321,7 @@ impl Task {
 
     fn command(&mut self, command: Command) {
         match command {
-            Command::Start {
-                request,
-                events,
-                record,
-            } => self.ask(request, events, record),
+            Command::Start { request, events, record } => self.ask(request, events, record),
             Command::Abort => self.event(Event::Abort),
             Command::Restore { ranks, reply } => self.restores.push_back((ranks, reply)),
             Command::Shutdown { .. } => {}
@@ -393,11 +371,7 @@ impl Task {
                     self.event(Event::CommitWritten { result });
                 }
             }
-            Done::Restored {
-                ranks,
-                result,
-                reply,
-            } => self.restored(ranks, result, reply),
+            Done::Restored { ranks, result, reply } => self.restored(ranks, result, reply),
             Done::Finished(record, reply) => {
                 self.active = None;
                 self.last = Some((*record).clone());
@@ -459,9 +433,7 @@ impl Task {
             life.admitted = true;
         }
         // The snapshot lags behind: that it still shows the life before this one means nothing.
-        if life.incarnation < incarnation
-            || (life.incarnation == incarnation && life.admitted && !admitted)
-        {
+        if life.incarnation < incarnation || (life.incarnation == incarnation && life.admitted && !admitted) {
             let incarnation = life.incarnation;
             self.lives.remove(&rank);
             self.event(Event::EngineLost {
@@ -473,10 +445,8 @@ impl Task {
     }
 
     fn restore(&mut self, ranks: Vec<(EngineIndex, Incarnation)>, reply: RestoreReply) {
-        let handles: Vec<RankHandle> = ranks
-            .iter()
-            .filter_map(|(rank, _)| self.ranks.get(rank).cloned())
-            .collect();
+        let handles: Vec<RankHandle> =
+            ranks.iter().filter_map(|(rank, _)| self.ranks.get(rank).cloned()).collect();
         let job = RestoreJob {
             committed: self.committed.clone(),
             may_forget: !self.any_restored,
@@ -488,11 +458,7 @@ impl Task {
         self.restoring += 1;
         self.jobs.spawn(async move {
             let result = job.run(handles).await;
-            Done::Restored {
-                ranks,
-                result,
-                reply,
-            }
+            Done::Restored { ranks, result, reply }
         });
     }
 
@@ -517,11 +483,7 @@ impl Task {
                     let snapshot = handle.snapshot.borrow();
                     snapshot.incarnation == incarnation && snapshot.admitted
                 });
-                let life = Life {
-                    incarnation,
-                    admitted,
-                    info: restored.infos.get(&rank).cloned(),
-                };
+                let life = Life { incarnation, admitted, info: restored.infos.get(&rank).cloned() };
                 self.lives.insert(rank, life);
             }
         });
@@ -537,8 +499,7 @@ impl Task {
             matches!(
                 snapshot.ranks.get(rank),
                 Some(RankState::Loading | RankState::LoadFailed | RankState::RollingBack)
-            ) || (snapshot.ranks.get(rank) == Some(&RankState::Loaded)
-                && !snapshot.past_commit_point)
+            ) || (snapshot.ranks.get(rank) == Some(&RankState::Loaded) && !snapshot.past_commit_point)
         };
         let held = self.lives.keys().filter(|rank| !between(rank));
         let status = UpdateStatus {
@@ -573,9 +534,7 @@ fn made_up_version(request: &UpdateRequest, id: &UpdateId) -> WeightVersion {
 
 fn unix_ms() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    since.map_or(0, |since| {
-        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
-    })
+    since.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }
 
 async fn sleep_until(due: Option<Instant>) {

@@ -80,11 +80,7 @@ pub struct NoneAccel {
 
 impl Accelerators for NoneAccel {
     fn report(&mut self) -> GpuReport {
-        GpuReport {
-            source: "none".to_owned(),
-            reason: Some(self.reason.clone()),
-            ..GpuReport::default()
-        }
+        GpuReport { source: "none".to_owned(), reason: Some(self.reason.clone()), ..GpuReport::default() }
     }
 }
 
@@ -99,14 +95,9 @@ impl Accelerators for FakeAccel {
     fn report(&mut self) -> GpuReport {
         let read = std::fs::read(&self.file)
             .map_err(|error| error.to_string())
-            .and_then(|text| {
-                serde_json::from_slice::<GpuReport>(&text).map_err(|error| error.to_string())
-            });
+            .and_then(|text| serde_json::from_slice::<GpuReport>(&text).map_err(|error| error.to_string()));
         match read {
-            Ok(report) => GpuReport {
-                source: "fake".to_owned(),
-                ..report
-            },
+            Ok(report) => GpuReport { source: "fake".to_owned(), ..report },
             Err(error) => {
                 let reason = format!("{}: {error}", self.file.display());
                 NoneAccel { reason }.report()
@@ -118,9 +109,7 @@ impl Accelerators for FakeAccel {
 /// The accelerators of this machine, or those of a file.
 pub fn detect(file: Option<&Path>) -> Box<dyn Accelerators> {
     match file {
-        Some(file) => Box::new(FakeAccel {
-            file: file.to_owned(),
-        }),
+        Some(file) => Box::new(FakeAccel { file: file.to_owned() }),
         None => match NvmlAccel::open() {
             Ok(nvml) => Box::new(nvml),
             Err(reason) => Box::new(NoneAccel { reason }),
@@ -137,19 +126,15 @@ pub struct GpuMonitor {
 impl GpuMonitor {
     /// Starts the thread. `open` runs on it, because opening NVML may block, too. The thread ends
     /// when the last monitor is dropped; one that hangs inside the driver ends with the process.
-    pub fn start(
-        open: impl FnOnce() -> Box<dyn Accelerators> + Send + 'static,
-    ) -> std::io::Result<Self> {
+    pub fn start(open: impl FnOnce() -> Box<dyn Accelerators> + Send + 'static) -> std::io::Result<Self> {
         let (asks, queue) = sync_channel::<oneshot::Sender<GpuReport>>(4);
-        std::thread::Builder::new()
-            .name("accelerators".to_owned())
-            .spawn(move || {
-                let mut accelerators = open();
-                while let Ok(reply) = queue.recv() {
-                    // The asker may have given up.
-                    let _ = reply.send(accelerators.report());
-                }
-            })?;
+        std::thread::Builder::new().name("accelerators".to_owned()).spawn(move || {
+            let mut accelerators = open();
+            while let Ok(reply) = queue.recv() {
+                // The asker may have given up.
+                let _ = reply.send(accelerators.report());
+            }
+        })?;
         Ok(Self { asks })
     }
 
@@ -184,12 +169,10 @@ impl GpuMonitor {
 pub fn count(file: Option<&Path>) -> u32 {
     let file = file.map(Path::to_owned);
     let (sender, receiver) = sync_channel(1);
-    let asked = std::thread::Builder::new()
-        .name("accelerators".to_owned())
-        .spawn(move || {
-            // The asker may have given up.
-            let _ = sender.send(detect(file.as_deref()).report().devices.len());
-        });
+    let asked = std::thread::Builder::new().name("accelerators".to_owned()).spawn(move || {
+        // The asker may have given up.
+        let _ = sender.send(detect(file.as_deref()).report().devices.len());
+    });
     match asked {
         Ok(_) => receiver
             .recv_timeout(REPORT_LIMIT * 3)

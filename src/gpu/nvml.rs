@@ -19,9 +19,7 @@ impl NvmlAccel {
     pub fn open() -> Result<Self, String> {
         match Nvml::init() {
             Ok(nvml) => Ok(Self { nvml }),
-            Err(NvmlError::LibloadingError(error)) => {
-                Err(format!("no NVIDIA management library: {error}"))
-            }
+            Err(NvmlError::LibloadingError(error)) => Err(format!("no NVIDIA management library: {error}")),
             Err(error) => Err(error.to_string()),
         }
     }
@@ -39,10 +37,7 @@ impl NvmlAccel {
     /// One device. Whatever it does not support, or may not be asked, is left out.
     fn device(&self, index: u32) -> GpuDevice {
         let Ok(device) = self.nvml.device_by_index(index) else {
-            return GpuDevice {
-                index,
-                ..GpuDevice::default()
-            };
+            return GpuDevice { index, ..GpuDevice::default() };
         };
         let memory = device.memory_info().ok();
         let errors = device.total_ecc_errors(MemoryError::Uncorrected, EccCounter::Volatile);
@@ -55,10 +50,7 @@ impl NvmlAccel {
             memory_used: memory.as_ref().map(|memory| memory.used),
             utilization: device.utilization_rates().ok().map(|rates| rates.gpu),
             temperature: device.temperature(TemperatureSensor::Gpu).ok(),
-            ecc_enabled: device
-                .is_ecc_enabled()
-                .ok()
-                .map(|state| state.currently_enabled),
+            ecc_enabled: device.is_ecc_enabled().ok().map(|state| state.currently_enabled),
             ecc_uncorrected: errors.ok(),
             processes: processes.map(|list| {
                 list.into_iter()
@@ -87,10 +79,7 @@ impl Accelerators for NvmlAccel {
                 });
                 again.unwrap_or_else(|reason| NoneAccel { reason }.report())
             }
-            Err(error) => NoneAccel {
-                reason: error.to_string(),
-            }
-            .report(),
+            Err(error) => NoneAccel { reason: error.to_string() }.report(),
         }
     }
 }

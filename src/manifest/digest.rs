@@ -87,16 +87,11 @@ impl Manifest {
             return Err(error);
         }
         if cancel.load(Ordering::Relaxed) {
-            return Err(ManifestError::Cancelled {
-                path: self.path.clone(),
-            });
+            return Err(ManifestError::Cancelled { path: self.path.clone() });
         }
         self.check_unchanged()?;
         let tensors = found.into_inner();
-        Ok(Digests {
-            whole: self.whole(&tensors),
-            tensors,
-        })
+        Ok(Digests { whole: self.whole(&tensors), tensors })
     }
 
     fn hash_tensor(
@@ -113,9 +108,7 @@ impl Manifest {
             let size = left.min(buffer.len());
             let chunk = &mut buffer[..size];
             file.read_exact_at(chunk, tensor.start + at)
-                .map_err(|error| {
-                    unreadable(&self.path.join(&self.files[tensor.file].name), &error)
-                })?;
+                .map_err(|error| unreadable(&self.path.join(&self.files[tensor.file].name), &error))?;
             if tensor.len >= LARGE {
                 hasher.update_rayon(chunk);
             } else {
@@ -142,11 +135,8 @@ impl Manifest {
     }
 
     fn whole(&self, digests: &BTreeMap<String, String>) -> String {
-        let by_name: BTreeMap<&str, &Tensor> = self
-            .tensors
-            .iter()
-            .map(|tensor| (tensor.name.as_str(), tensor))
-            .collect();
+        let by_name: BTreeMap<&str, &Tensor> =
+            self.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
         let mut hasher = blake3::Hasher::new();
         for (name, tensor) in by_name {
             let shape: Vec<String> = tensor.shape.iter().map(ToString::to_string).collect();

@@ -23,8 +23,7 @@ pub(crate) fn write(dir: &Path, file: &str, tensors: &[(&str, &str, &[usize], &[
     std::fs::write(dir.join(file), all).unwrap();
 }
 
-const BIAS: (&str, &str, &[usize], &[u8]) =
-    ("a.bias", "F32", &[2], &[0, 0, 0x80, 0x3f, 0, 0, 0, 0x40]);
+const BIAS: (&str, &str, &[usize], &[u8]) = ("a.bias", "F32", &[2], &[0, 0, 0x80, 0x3f, 0, 0, 0, 0x40]);
 const SCALAR: (&str, &str, &[usize], &[u8]) = ("b", "BF16", &[], &[0x80, 0x3f]);
 
 fn dir() -> tempfile::TempDir {
@@ -46,18 +45,9 @@ fn the_digest_is_that_of_the_contract_with_the_shim() {
     write(dir.path(), "model.safetensors", &[SCALAR, BIAS]);
     let digests = digest(dir.path());
     // From protocol/docs/weight-update.md, computed in Python.
-    assert_eq!(
-        digests.tensors["a.bias"],
-        "83376e7b4f6f582dcb75e173caef357ad07daba8f7d086eb4ee23fb8d699f138"
-    );
-    assert_eq!(
-        digests.tensors["b"],
-        "26ec6f78b11c047a24fdb290f03420238227035d0519325a8c69044624a31513"
-    );
-    assert_eq!(
-        digests.whole,
-        "1be5773b02fdc5720476d39d52ead12cd6337b2ec6c46c2fa30c1605fe645988"
-    );
+    assert_eq!(digests.tensors["a.bias"], "83376e7b4f6f582dcb75e173caef357ad07daba8f7d086eb4ee23fb8d699f138");
+    assert_eq!(digests.tensors["b"], "26ec6f78b11c047a24fdb290f03420238227035d0519325a8c69044624a31513");
+    assert_eq!(digests.whole, "1be5773b02fdc5720476d39d52ead12cd6337b2ec6c46c2fa30c1605fe645988");
     let contract = include_str!("../../protocol/docs/weight-update.md");
     assert!(contract.contains(&digests.whole));
 }
@@ -73,10 +63,7 @@ fn the_digest_does_not_depend_on_the_files() {
     assert_eq!((manifest.tensors.len(), manifest.bytes()), (2, 10));
     assert_eq!(
         manifest.checkpoint(None).files,
-        [
-            "model-00001-of-00002.safetensors",
-            "model-00002-of-00002.safetensors"
-        ]
+        ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     );
 }
 
@@ -84,11 +71,7 @@ fn the_digest_does_not_depend_on_the_files() {
 fn a_large_tensor_is_hashed_in_chunks_with_progress() {
     let dir = dir();
     let bytes: Vec<u8> = (0..9_000_001u32).map(|n| (n % 251) as u8).collect();
-    write(
-        dir.path(),
-        "model.safetensors",
-        &[("big", "U8", &[9_000_001], &bytes), BIAS],
-    );
+    write(dir.path(), "model.safetensors", &[("big", "U8", &[9_000_001], &bytes), BIAS]);
     let manifest = Manifest::read(dir.path()).unwrap();
     let (calls, last) = (AtomicU64::new(0), AtomicU64::new(0));
     let progress = |progress: Progress| {
@@ -96,13 +79,8 @@ fn a_large_tensor_is_hashed_in_chunks_with_progress() {
         last.fetch_max(progress.done, Ordering::Relaxed);
         assert_eq!(progress.total, 9_000_009);
     };
-    let digests = manifest
-        .digests(&progress, &AtomicBool::new(false))
-        .unwrap();
-    assert_eq!(
-        digests.tensors["big"],
-        blake3::hash(&bytes).to_hex().to_string()
-    );
+    let digests = manifest.digests(&progress, &AtomicBool::new(false)).unwrap();
+    assert_eq!(digests.tensors["big"], blake3::hash(&bytes).to_hex().to_string());
     assert_eq!(calls.load(Ordering::Relaxed), 4);
     assert_eq!(last.load(Ordering::Relaxed), 9_000_009);
 }
@@ -122,10 +100,7 @@ fn a_file_that_changes_while_it_is_hashed_is_noticed() {
     write(dir.path(), "model.safetensors", &[BIAS]);
     let manifest = Manifest::read(dir.path()).unwrap();
     let later = std::time::SystemTime::now() + std::time::Duration::from_secs(10);
-    let file = File::options()
-        .write(true)
-        .open(dir.path().join("model.safetensors"))
-        .unwrap();
+    let file = File::options().write(true).open(dir.path().join("model.safetensors")).unwrap();
     file.set_modified(later).unwrap();
     let result = manifest.digests(&|_| {}, &AtomicBool::new(false));
     assert!(matches!(result, Err(ManifestError::Changed { .. })));
@@ -147,11 +122,7 @@ fn a_path_that_is_no_directory_is_named() {
 fn what_the_model_needs_is_compared_by_name_shape_and_dtype() {
     let (model, new) = (dir(), dir());
     let gone = ("gone", "F32", &[1usize] as &[usize], &[0u8; 4] as &[u8]);
-    write(
-        model.path(),
-        "model.safetensors",
-        &[BIAS, SCALAR, gone, ("half", "F16", &[2], &[0; 4])],
-    );
+    write(model.path(), "model.safetensors", &[BIAS, SCALAR, gone, ("half", "F16", &[2], &[0; 4])]);
     write(
         new.path(),
         "model.safetensors",
@@ -184,19 +155,14 @@ fn what_the_model_needs_is_compared_by_name_shape_and_dtype() {
 fn a_long_list_of_faults_is_cut() {
     let (model, new) = (dir(), dir());
     let names: Vec<String> = (0..20).map(|n| format!("t{n:02}")).collect();
-    let tensors: Vec<_> = names
-        .iter()
-        .map(|name| (name.as_str(), "U8", &[1usize] as &[usize], &[0u8] as &[u8]))
-        .collect();
+    let tensors: Vec<_> =
+        names.iter().map(|name| (name.as_str(), "U8", &[1usize] as &[usize], &[0u8] as &[u8])).collect();
     write(model.path(), "model.safetensors", &tensors);
     write(new.path(), "model.safetensors", &tensors[..1]);
     let model = Manifest::read(model.path()).unwrap();
     let new = Manifest::read(new.path()).unwrap();
     let text = new.check_against(&model).unwrap_err().to_string();
-    assert!(
-        text.contains("19 tensor faults: missing t01; missing t02"),
-        "{text}"
-    );
+    assert!(text.contains("19 tensor faults: missing t01; missing t02"), "{text}");
     assert!(text.ends_with("missing t08; and 11 more"), "{text}");
 }
 
@@ -220,18 +186,13 @@ fn a_truncated_or_too_long_file_is_refused() {
     for cut in [whole.len() - 1, whole.len() - 9, 20, 8, 7, 0] {
         std::fs::write(&path, &whole[..cut]).unwrap();
         let error = Manifest::read(dir.path()).unwrap_err();
-        let ManifestError::Length { actual, .. } = error else {
-            panic!("cut at {cut}: {error}")
-        };
+        let ManifestError::Length { actual, .. } = error else { panic!("cut at {cut}: {error}") };
         assert_eq!(actual, cut as u64);
     }
     let mut long = whole.clone();
     long.push(0);
     std::fs::write(&path, &long).unwrap();
-    assert!(matches!(
-        Manifest::read(dir.path()),
-        Err(ManifestError::Length { .. })
-    ));
+    assert!(matches!(Manifest::read(dir.path()), Err(ManifestError::Length { .. })));
 }
 
 #[test]
@@ -250,49 +211,19 @@ fn garbage_is_refused_whatever_it_is() {
         ("huge header", huge),
         ("not json", with_header("nonsense", &[])),
         ("array", with_header("[]", &[])),
-        (
-            "unknown dtype",
-            with_header(
-                r#"{"a":{"dtype":"F7","shape":[1],"data_offsets":[0,4]}}"#,
-                &[0; 4],
-            ),
-        ),
-        (
-            "wrong size",
-            with_header(
-                r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}"#,
-                &[0; 4],
-            ),
-        ),
+        ("unknown dtype", with_header(r#"{"a":{"dtype":"F7","shape":[1],"data_offsets":[0,4]}}"#, &[0; 4])),
+        ("wrong size", with_header(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}"#, &[0; 4])),
         (
             "overflow",
-            with_header(
-                r#"{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}}"#,
-                &[],
-            ),
+            with_header(r#"{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}}"#, &[]),
         ),
-        (
-            "hole",
-            with_header(
-                r#"{"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}"#,
-                &[0; 2],
-            ),
-        ),
-        (
-            "backwards",
-            with_header(
-                r#"{"a":{"dtype":"U8","shape":[1],"data_offsets":[1,0]}}"#,
-                &[0; 2],
-            ),
-        ),
+        ("hole", with_header(r#"{"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}"#, &[0; 2])),
+        ("backwards", with_header(r#"{"a":{"dtype":"U8","shape":[1],"data_offsets":[1,0]}}"#, &[0; 2])),
     ];
     for (what, bytes) in cases {
         std::fs::write(&path, bytes).unwrap();
         let result = Manifest::read(dir.path());
-        assert!(
-            matches!(result, Err(ManifestError::Header { .. })),
-            "{what}: {result:?}"
-        );
+        assert!(matches!(result, Err(ManifestError::Header { .. })), "{what}: {result:?}");
     }
 }
 
@@ -308,32 +239,20 @@ fn an_index_decides_which_files_count_and_must_be_true() {
     write(dir.path(), "x.safetensors", &[BIAS]);
     write(dir.path(), "y.safetensors", &[SCALAR]);
     write(dir.path(), "ignored.safetensors", &[BIAS]);
-    write_index(
-        dir.path(),
-        &[("a.bias", "x.safetensors"), ("b", "y.safetensors")],
-    );
+    write_index(dir.path(), &[("a.bias", "x.safetensors"), ("b", "y.safetensors")]);
     let manifest = Manifest::read(dir.path()).unwrap();
     assert_eq!(manifest.files.len(), 2);
 
-    write_index(
-        dir.path(),
-        &[("a.bias", "y.safetensors"), ("b", "y.safetensors")],
-    );
+    write_index(dir.path(), &[("a.bias", "y.safetensors"), ("b", "y.safetensors")]);
     assert!(error(dir.path()).contains("a.bias is not in y.safetensors, where the index says"));
 
     write_index(dir.path(), &[("a.bias", "z.safetensors")]);
     assert!(error(dir.path()).ends_with("z.safetensors: cannot be read: no such file"));
 
     write_index(dir.path(), &[("a.bias", "../x.safetensors")]);
-    assert!(matches!(
-        Manifest::read(dir.path()),
-        Err(ManifestError::Index { .. })
-    ));
+    assert!(matches!(Manifest::read(dir.path()), Err(ManifestError::Index { .. })));
     std::fs::write(dir.path().join(INDEX), "{").unwrap();
-    assert!(matches!(
-        Manifest::read(dir.path()),
-        Err(ManifestError::Index { .. })
-    ));
+    assert!(matches!(Manifest::read(dir.path()), Err(ManifestError::Index { .. })));
 }
 
 #[test]

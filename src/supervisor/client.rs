@@ -14,8 +14,8 @@ use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
 
 use super::keeper::wire::{
-    self, Answer, ChildInfo, ExitReport, ExitStatus, FromKeeper, KeeperEvent, Request, SpawnSpec,
-    ToKeeper, millis,
+    self, Answer, ChildInfo, ExitReport, ExitStatus, FromKeeper, KeeperEvent, Request, SpawnSpec, ToKeeper,
+    millis,
 };
 use super::{launch, leftovers};
 
@@ -126,13 +126,7 @@ impl KeeperClient {
         let link = task.start_keeper(BTreeSet::new()).await?;
         let tasks = task.options.tasks.clone();
         tasks.spawn(task.run(link, asks));
-        Ok((
-            Self {
-                asks: ask_sender,
-                pid,
-            },
-            events,
-        ))
+        Ok((Self { asks: ask_sender, pid }, events))
     }
 
     /// Pid of the keeper; `None` while there is none.
@@ -143,10 +137,7 @@ impl KeeperClient {
     /// Starts a child; returns the pid of its main process.
     pub async fn spawn(&self, spec: SpawnSpec) -> Result<u32, KeeperError> {
         let what = format!("start of {}", spec.name);
-        match self
-            .ask(&what, ANSWER_LIMIT, Request::Spawn { spec })
-            .await?
-        {
+        match self.ask(&what, ANSWER_LIMIT, Request::Spawn { spec }).await? {
             Answer::Spawned { pid } => Ok(pid),
             other => Err(unexpected(&what, &other)),
         }
@@ -156,10 +147,7 @@ impl KeeperClient {
     /// has accepted; the end comes as [`KeeperEvent::Exited`].
     pub async fn stop(&self, name: &str, grace: Duration) -> Result<(), KeeperError> {
         let what = format!("stop of {name}");
-        let request = Request::Stop {
-            name: name.to_owned(),
-            grace_ms: millis(grace),
-        };
+        let request = Request::Stop { name: name.to_owned(), grace_ms: millis(grace) };
         match self.ask(&what, ANSWER_LIMIT, request).await? {
             Answer::Done => Ok(()),
             other => Err(unexpected(&what, &other)),
@@ -178,51 +166,32 @@ impl KeeperClient {
     /// when all are gone.
     pub async fn shutdown(&self, grace: Duration) -> Result<(), KeeperError> {
         let limit = (grace + SHUTDOWN_MARGIN) * SHUTDOWN_STAGES;
-        let request = Request::Shutdown {
-            grace_ms: millis(grace),
-        };
+        let request = Request::Shutdown { grace_ms: millis(grace) };
         match self.ask("shutdown", limit, request).await? {
             Answer::Done => Ok(()),
             other => Err(unexpected("shutdown", &other)),
         }
     }
 
-    async fn ask(
-        &self,
-        what: &str,
-        limit: Duration,
-        request: Request,
-    ) -> Result<Answer, KeeperError> {
-        let gone = || KeeperError::Gone {
-            what: what.to_owned(),
-        };
+    async fn ask(&self, what: &str, limit: Duration, request: Request) -> Result<Answer, KeeperError> {
+        let gone = || KeeperError::Gone { what: what.to_owned() };
         let exchange = async {
             let (reply, answer) = oneshot::channel();
-            self.asks
-                .send(Ask { request, reply })
-                .await
-                .map_err(|_| gone())?;
+            self.asks.send(Ask { request, reply }).await.map_err(|_| gone())?;
             answer.await.map_err(|_| gone())
         };
         match timeout(limit, exchange).await {
-            Ok(Ok(Answer::Failed { error })) => Err(KeeperError::Refused {
-                what: what.to_owned(),
-                detail: error,
-            }),
+            Ok(Ok(Answer::Failed { error })) => {
+                Err(KeeperError::Refused { what: what.to_owned(), detail: error })
+            }
             Ok(answer) => answer,
-            Err(_) => Err(KeeperError::Deadline {
-                what: what.to_owned(),
-                limit,
-            }),
+            Err(_) => Err(KeeperError::Deadline { what: what.to_owned(), limit }),
         }
     }
 }
 
 fn unexpected(what: &str, answer: &Answer) -> KeeperError {
-    KeeperError::Refused {
-        what: what.to_owned(),
-        detail: format!("unexpected answer {answer:?}"),
-    }
+    KeeperError::Refused { what: what.to_owned(), detail: format!("unexpected answer {answer:?}") }
 }
 
 /// A connection to a keeper, and what waits for its answers.
@@ -237,12 +206,7 @@ struct Link {
 
 impl Link {
     fn new(stream: UnixStream) -> Self {
-        Self {
-            stream,
-            inbox: Vec::new(),
-            pending: BTreeMap::new(),
-            ending: false,
-        }
+        Self { stream, inbox: Vec::new(), pending: BTreeMap::new(), ending: false }
     }
 
     async fn send(&mut self, message: &ToKeeper) -> Result<(), String> {
@@ -281,9 +245,7 @@ impl Link {
                 }
             }
         };
-        timeout(limit, exchange)
-            .await
-            .unwrap_or_else(|_| Err(format!("no answer within {limit:?}")))
+        timeout(limit, exchange).await.unwrap_or_else(|_| Err(format!("no answer within {limit:?}")))
     }
 }
 
@@ -318,9 +280,7 @@ impl ClientTask {
             let own = link.exchange(Request::Own, INTRODUCTION_LIMIT).await;
             let ended = match own {
                 Ok(_) => {
-                    let request = Request::Shutdown {
-                        grace_ms: millis(options.kill_grace),
-                    };
+                    let request = Request::Shutdown { grace_ms: millis(options.kill_grace) };
                     link.exchange(request, limit).await
                 }
                 Err(error) => Err(error),
@@ -350,10 +310,7 @@ impl ClientTask {
     /// Removes what a dead keeper left behind and starts a new one.
     async fn start_keeper(&mut self, sessions: BTreeSet<i32>) -> Result<Link, KeeperError> {
         let options = &self.options;
-        let failed = |detail: String| KeeperError::Start {
-            state_dir: options.state_dir.clone(),
-            detail,
-        };
+        let failed = |detail: String| KeeperError::Start { state_dir: options.state_dir.clone(), detail };
         let removed = leftovers::remove(&options.run_id, sessions, options.kill_grace)
             .await
             .map_err(|error| failed(format!("search for leftovers: {error}")))?;
@@ -366,10 +323,7 @@ impl ClientTask {
             );
         }
         if !removed.left.is_empty() {
-            return Err(failed(format!(
-                "processes {:?} of an earlier run cannot be ended",
-                removed.left
-            )));
+            return Err(failed(format!("processes {:?} of an earlier run cannot be ended", removed.left)));
         }
         let (process, stream) = launch::start(options, &options.run_id).await?;
         let mut link = Link::new(stream);
@@ -444,11 +398,7 @@ impl ClientTask {
         self.next_seq += 1;
         link.ending |= matches!(ask.request, Request::Shutdown { .. });
         link.pending.insert(self.next_seq, ask.reply);
-        link.send(&ToKeeper {
-            seq: self.next_seq,
-            request: ask.request,
-        })
-        .await
+        link.send(&ToKeeper { seq: self.next_seq, request: ask.request }).await
     }
 
     fn take(&mut self, link: &mut Link, message: FromKeeper) {
@@ -461,15 +411,8 @@ impl ClientTask {
             }
             FromKeeper::Event { event } => {
                 match &event {
-                    KeeperEvent::Spawned {
-                        name,
-                        incarnation,
-                        pid,
-                    } => {
-                        let known = Known {
-                            incarnation: *incarnation,
-                            pid: *pid,
-                        };
+                    KeeperEvent::Spawned { name, incarnation, pid } => {
+                        let known = Known { incarnation: *incarnation, pid: *pid };
                         self.children.insert(name.clone(), known);
                     }
                     KeeperEvent::Exited(report) => {
@@ -486,24 +429,14 @@ impl ClientTask {
     /// is started.
     async fn replace(&mut self) -> Result<Link, KeeperError> {
         // It may be alive but unreachable (it closed the connection, or does not read).
-        launch::kill_unresponsive(&self.options.state_dir)
-            .await
-            .map_err(|error| KeeperError::Start {
-                state_dir: self.options.state_dir.clone(),
-                detail: format!("the old keeper's pid file: {error}"),
-            })?;
-        let sessions = self
-            .children
-            .values()
-            .filter_map(|child| i32::try_from(child.pid).ok())
-            .collect();
+        launch::kill_unresponsive(&self.options.state_dir).await.map_err(|error| KeeperError::Start {
+            state_dir: self.options.state_dir.clone(),
+            detail: format!("the old keeper's pid file: {error}"),
+        })?;
+        let sessions = self.children.values().filter_map(|child| i32::try_from(child.pid).ok()).collect();
         let started = self.start_keeper(sessions).await;
         for (name, known) in std::mem::take(&mut self.children) {
-            let log = self
-                .options
-                .state_dir
-                .join(super::keeper::LOGS)
-                .join(format!("{name}.log"));
+            let log = self.options.state_dir.join(super::keeper::LOGS).join(format!("{name}.log"));
             self.backlog.push_back(KeeperEvent::Exited(ExitReport {
                 name,
                 incarnation: known.incarnation,

@@ -56,12 +56,7 @@ impl Config {
     /// The engine of `rank` (global), doing its handshake at `handshake`: a launcher of its own for
     /// each rank, because `vllm serve --headless` ends with the first of its engines that dies.
     /// `None` in attach mode, or if the rank is not of this node.
-    pub fn engine_spawn(
-        &self,
-        rank: u16,
-        incarnation: u64,
-        handshake: SocketAddr,
-    ) -> Option<SpawnSpec> {
+    pub fn engine_spawn(&self, rank: u16, incarnation: u64, handshake: SocketAddr) -> Option<SpawnSpec> {
         let Engines::Spawn(launch) = &self.engines else {
             return None;
         };
@@ -150,8 +145,7 @@ impl VllmLaunch {
                 Some(cwd) => cwd.join(directory).join(&self.bin),
                 None => directory.join(&self.bin),
             };
-            path.metadata()
-                .is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0)
+            path.metadata().is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0)
         };
         if self.bin.components().count() > 1 {
             return in_directory(Path::new(""));
@@ -196,10 +190,7 @@ mod tests {
     #[test]
     fn words_are_quoted_as_a_shell_needs_it() {
         let argv = ["vllm", "--hf-overrides", r#"{"a": 1}"#, "", "it's"].map(str::to_owned);
-        assert_eq!(
-            shell_line(&argv),
-            r#"vllm --hf-overrides '{"a": 1}' '' 'it'\''s'"#
-        );
+        assert_eq!(shell_line(&argv), r#"vllm --hf-overrides '{"a": 1}' '' 'it'\''s'"#);
     }
 
     #[test]

@@ -83,16 +83,7 @@ mod tests {
         );
         let kept: Vec<&str> = clean.variables.keys().map(String::as_str).collect();
         assert_eq!(kept, ["NCCL_DEBUG", "PATH", "VLLM_LOGGING_LEVEL"]);
-        assert_eq!(
-            clean.removed,
-            [
-                "RANK",
-                "ROLE_RANK",
-                "TORCHELASTIC_RUN_ID",
-                "VLLM_DP_RANK",
-                "VLLM_PORT"
-            ]
-        );
+        assert_eq!(clean.removed, ["RANK", "ROLE_RANK", "TORCHELASTIC_RUN_ID", "VLLM_DP_RANK", "VLLM_PORT"]);
     }
 
     #[test]

@@ -92,47 +92,17 @@ const MANAGED_FLAGS: &[(&str, Managed)] = &[
 
 /// Flags that cannot be used with hosted engines, and why.
 const REFUSED_FLAGS: &[(&str, &str)] = &[
-    (
-        "--data-parallel-rank",
-        "external load balancing has no place in front of hosted engines",
-    ),
-    (
-        "--data-parallel-hybrid-lb",
-        "the sidecar's frontends balance over all ranks",
-    ),
-    (
-        "--data-parallel-external-lb",
-        "the sidecar's frontends balance over all ranks",
-    ),
-    (
-        "--data-parallel-multi-port-external-lb",
-        "the sidecar's frontends balance over all ranks",
-    ),
-    (
-        "--data-parallel-supervisor-port",
-        "it belongs to --data-parallel-multi-port-external-lb",
-    ),
-    (
-        "--headless",
-        "the sidecar decides which processes are headless",
-    ),
+    ("--data-parallel-rank", "external load balancing has no place in front of hosted engines"),
+    ("--data-parallel-hybrid-lb", "the sidecar's frontends balance over all ranks"),
+    ("--data-parallel-external-lb", "the sidecar's frontends balance over all ranks"),
+    ("--data-parallel-multi-port-external-lb", "the sidecar's frontends balance over all ranks"),
+    ("--data-parallel-supervisor-port", "it belongs to --data-parallel-multi-port-external-lb"),
+    ("--headless", "the sidecar decides which processes are headless"),
     ("--grpc", "vLLM starts no engine with it"),
-    (
-        "--nnodes",
-        "replicas over several nodes are not supported yet",
-    ),
-    (
-        "--node-rank",
-        "replicas over several nodes are not supported yet",
-    ),
-    (
-        "--device-ids",
-        "give it before `--`: the sidecar divides the devices among the ranks",
-    ),
-    (
-        "--enable-elastic-ep",
-        "the sidecar does not scale a group while it runs",
-    ),
+    ("--nnodes", "replicas over several nodes are not supported yet"),
+    ("--node-rank", "replicas over several nodes are not supported yet"),
+    ("--device-ids", "give it before `--`: the sidecar divides the devices among the ranks"),
+    ("--enable-elastic-ep", "the sidecar does not scale a group while it runs"),
 ];
 
 /// vLLM's multi-letter short forms of flags that matter here (`vllm/engine/arg_utils.py` 0.32.0).
@@ -229,10 +199,7 @@ pub struct VllmFlags {
 impl VllmFlags {
     /// Takes `[MODEL] [flags]` apart.
     pub fn parse(args: &[String]) -> Result<Self, FlagError> {
-        let mut parsed = Self {
-            world_size: 1,
-            ..Self::default()
-        };
+        let mut parsed = Self { world_size: 1, ..Self::default() };
         let mut rest = args;
         if let Some((first, tail)) = args.split_first()
             && !first.starts_with('-')
@@ -242,10 +209,7 @@ impl VllmFlags {
         }
         while let Some((token, tail)) = rest.split_first() {
             let (name, inline) = flag_name(token);
-            let following = tail
-                .iter()
-                .take_while(|value| !looks_like_flag(value))
-                .count();
+            let following = tail.iter().take_while(|value| !looks_like_flag(value)).count();
             let used = parsed.take_flag(token, &name, inline, &tail[..following])?;
             rest = &tail[used..];
         }
@@ -261,21 +225,13 @@ impl VllmFlags {
         following: &[String],
     ) -> Result<usize, FlagError> {
         let positive = name.replacen("--no-", "--", 1);
-        if let Some((_, why)) = REFUSED_FLAGS
-            .iter()
-            .find(|(flag, _)| *flag == name || *flag == positive)
-        {
-            return Err(FlagError::Refused {
-                flag: name.to_owned(),
-                why: (*why).to_owned(),
-            });
+        if let Some((_, why)) = REFUSED_FLAGS.iter().find(|(flag, _)| *flag == name || *flag == positive) {
+            return Err(FlagError::Refused { flag: name.to_owned(), why: (*why).to_owned() });
         }
         let value = || {
             inline
                 .or_else(|| following.first().map(String::as_str))
-                .ok_or_else(|| FlagError::NoValue {
-                    flag: name.to_owned(),
-                })
+                .ok_or_else(|| FlagError::NoValue { flag: name.to_owned() })
         };
         let one = usize::from(inline.is_none());
         if let Some((_, managed)) = MANAGED_FLAGS.iter().find(|(flag, _)| *flag == name) {
@@ -301,9 +257,7 @@ impl VllmFlags {
                 self.model = Some(value()?.to_owned());
                 return Ok(one);
             }
-            "--tensor-parallel-size"
-            | "--pipeline-parallel-size"
-            | "--prefill-context-parallel-size" => {
+            "--tensor-parallel-size" | "--pipeline-parallel-size" | "--prefill-context-parallel-size" => {
                 self.world_size = self.world_size.saturating_mul(number(name, value()?)?);
             }
             "--revision" => self.revision = Some(value()?.to_owned()),
@@ -335,10 +289,7 @@ impl VllmFlags {
                 value()?;
                 (&mut self.frontend, one)
             }
-            Some(Many) => (
-                &mut self.frontend,
-                if inline.is_some() { 0 } else { following.len() },
-            ),
+            Some(Many) => (&mut self.frontend, if inline.is_some() { 0 } else { following.len() }),
             // Whatever follows a flag we do not know goes with it.
             None => (&mut self.common, following.len()),
         };
@@ -363,10 +314,7 @@ pub fn flag_name(token: &str) -> (String, Option<&str>) {
         Some((name, value)) => (name, Some(value)),
         None => (token, None),
     };
-    let long = SHORT_FORMS
-        .iter()
-        .find(|(short, _)| *short == name)
-        .map(|(_, long)| (*long).to_owned());
+    let long = SHORT_FORMS.iter().find(|(short, _)| *short == name).map(|(_, long)| (*long).to_owned());
     (long.unwrap_or_else(|| name.replace('_', "-")), value)
 }
 
@@ -415,13 +363,7 @@ mod tests {
              --shutdown-timeout 5 --seed -1",
         )
         .unwrap();
-        assert_eq!(
-            flags.managed,
-            [
-                (Managed::Size, "2".to_owned()),
-                (Managed::SizeLocal, "1".to_owned())
-            ]
-        );
+        assert_eq!(flags.managed, [(Managed::Size, "2".to_owned()), (Managed::SizeLocal, "1".to_owned())]);
         assert_eq!(flags.port, Some(81));
         assert_eq!(flags.host.as_deref(), Some("::1"));
         assert_eq!(flags.api_server_count, Some(3));
@@ -444,11 +386,7 @@ mod tests {
             "m -n 2",
             "m --device-ids 0,1",
         ] {
-            assert!(
-                matches!(parse(line), Err(FlagError::Refused { .. })),
-                "{line}: {:?}",
-                parse(line)
-            );
+            assert!(matches!(parse(line), Err(FlagError::Refused { .. })), "{line}: {:?}", parse(line));
         }
         assert!(parse("m --data-parallel-backend mp").is_ok());
     }

@@ -34,14 +34,8 @@ pub(super) async fn connect(state_dir: &Path) -> Option<UnixStream> {
 }
 
 /// Starts a keeper and connects to it.
-pub(super) async fn start(
-    options: &KeeperOptions,
-    run_id: &str,
-) -> Result<(Child, UnixStream), KeeperError> {
-    let failed = |detail: String| KeeperError::Start {
-        state_dir: options.state_dir.clone(),
-        detail,
-    };
+pub(super) async fn start(options: &KeeperOptions, run_id: &str) -> Result<(Child, UnixStream), KeeperError> {
+    let failed = |detail: String| KeeperError::Start { state_dir: options.state_dir.clone(), detail };
     let log_path = options.state_dir.join(LOG_FILE);
     if fs::metadata(&log_path).is_ok_and(|log| log.len() > LOG_LIMIT) {
         let _ = fs::rename(&log_path, log_path.with_extension("log.1"));

@@ -28,27 +28,15 @@ pub(super) struct Removed {
 /// Ends every process that carries the run id or belongs to one of the sessions. First the
 /// outermost processes get SIGTERM, so that vLLM's launchers can stop their own in order; after
 /// `grace` all get SIGKILL.
-pub(super) async fn remove(
-    run_id: &str,
-    sessions: BTreeSet<i32>,
-    grace: Duration,
-) -> io::Result<Removed> {
-    let selector = Selector {
-        run_id: run_id.to_owned(),
-        child: None,
-        sessions,
-    };
+pub(super) async fn remove(run_id: &str, sessions: BTreeSet<i32>, grace: Duration) -> io::Result<Removed> {
+    let selector = Selector { run_id: run_id.to_owned(), child: None, sessions };
     let mut removed = Removed::default();
     let first = find(&selector).await?;
     removed.found = first.len();
     if first.is_empty() {
         return Ok(removed);
     }
-    tracing::warn!(
-        processes = first.len(),
-        ?grace,
-        "processes without a keeper are stopped"
-    );
+    tracing::warn!(processes = first.len(), ?grace, "processes without a keeper are stopped");
     for process in roots(&first) {
         process.signal(Signal::TERM);
     }
@@ -77,7 +65,5 @@ pub(super) async fn remove(
 /// Walks /proc on a thread that may block.
 async fn find(selector: &Selector) -> io::Result<Vec<Process>> {
     let selector = selector.clone();
-    tokio::task::spawn_blocking(move || selector.find())
-        .await
-        .map_err(io::Error::other)?
+    tokio::task::spawn_blocking(move || selector.find()).await.map_err(io::Error::other)?
 }

@@ -62,14 +62,7 @@ fn parse_stat(stat: &str) -> Option<Process> {
     let session = fields.next()?.parse().ok()?;
     // Fields 7 to 21 are of no interest; the start time is the 22nd.
     let started = fields.nth(15)?.parse().ok()?;
-    Some(Process {
-        pid,
-        parent,
-        group,
-        session,
-        state,
-        started,
-    })
+    Some(Process { pid, parent, group, session, state, started })
 }
 
 /// All processes that can be seen.
@@ -88,15 +81,11 @@ pub fn processes() -> io::Result<Vec<Process>> {
 pub fn own_children() -> io::Result<Vec<Process>> {
     let own = own_pid();
     match fs::read_to_string(format!("/proc/self/task/{own}/children")) {
-        Ok(list) => Ok(list
-            .split_ascii_whitespace()
-            .filter_map(|pid| Process::read(pid.parse().ok()?))
-            .collect()),
+        Ok(list) => {
+            Ok(list.split_ascii_whitespace().filter_map(|pid| Process::read(pid.parse().ok()?)).collect())
+        }
         // Not every kernel has that file.
-        Err(_) => Ok(processes()?
-            .into_iter()
-            .filter(|process| process.parent == own)
-            .collect()),
+        Err(_) => Ok(processes()?.into_iter().filter(|process| process.parent == own).collect()),
     }
 }
 
@@ -119,10 +108,8 @@ impl Selector {
     /// The living processes that are selected, and all their descendants, whatever those did to
     /// their session and environment. This process and its ancestors are never selected.
     pub fn find(&self) -> io::Result<Vec<Process>> {
-        let all: BTreeMap<i32, Process> = processes()?
-            .into_iter()
-            .map(|process| (process.pid, process))
-            .collect();
+        let all: BTreeMap<i32, Process> =
+            processes()?.into_iter().map(|process| (process.pid, process)).collect();
         let protected = lineage(&all, own_pid());
         let mut selected: BTreeSet<i32> = all
             .values()
@@ -158,10 +145,7 @@ impl Selector {
             return false;
         };
         has_variable(&environ, RUN_MARKER, &self.run_id)
-            && self
-                .child
-                .as_ref()
-                .is_none_or(|child| has_variable(&environ, CHILD_MARKER, child))
+            && self.child.as_ref().is_none_or(|child| has_variable(&environ, CHILD_MARKER, child))
     }
 }
 
@@ -169,19 +153,12 @@ impl Selector {
 /// stop the others in order.
 pub fn roots(processes: &[Process]) -> Vec<Process> {
     let pids: BTreeSet<i32> = processes.iter().map(|process| process.pid).collect();
-    processes
-        .iter()
-        .filter(|process| !pids.contains(&process.parent))
-        .copied()
-        .collect()
+    processes.iter().filter(|process| !pids.contains(&process.parent)).copied().collect()
 }
 
 fn has_variable(environ: &[u8], name: &str, value: &str) -> bool {
     environ.split(|byte| *byte == 0).any(|entry| {
-        entry
-            .strip_prefix(name.as_bytes())
-            .and_then(|rest| rest.strip_prefix(b"="))
-            == Some(value.as_bytes())
+        entry.strip_prefix(name.as_bytes()).and_then(|rest| rest.strip_prefix(b"=")) == Some(value.as_bytes())
     })
 }
 
@@ -202,19 +179,11 @@ mod tests {
 
     #[test]
     fn a_stat_line_is_read_although_its_name_has_parentheses_and_spaces() {
-        let line =
-            "4242 (tmux: (a) b) S 17 4242 4240 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 99887 1 2";
+        let line = "4242 (tmux: (a) b) S 17 4242 4240 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 99887 1 2";
         let process = parse_stat(line).unwrap();
         assert_eq!(
             process,
-            Process {
-                pid: 4242,
-                parent: 17,
-                group: 4242,
-                session: 4240,
-                state: b'S',
-                started: 99887,
-            }
+            Process { pid: 4242, parent: 17, group: 4242, session: 4240, state: b'S', started: 99887 }
         );
         assert_eq!(parse_stat("1 (x) S 0"), None);
     }
@@ -230,11 +199,7 @@ mod tests {
             .spawn()
             .unwrap();
         let mut line = String::new();
-        io::BufRead::read_line(
-            &mut io::BufReader::new(child.stdout.take().unwrap()),
-            &mut line,
-        )
-        .unwrap();
+        io::BufRead::read_line(&mut io::BufReader::new(child.stdout.take().unwrap()), &mut line).unwrap();
         let selector = |child: Option<&str>| Selector {
             run_id: run_id.clone(),
             child: child.map(str::to_owned),
@@ -252,10 +217,7 @@ mod tests {
         }
         child.wait().unwrap();
         assert!(selector(None).find().unwrap().is_empty());
-        assert!(
-            !found[0].signal(Signal::KILL),
-            "a dead process is not signalled"
-        );
+        assert!(!found[0].signal(Signal::KILL), "a dead process is not signalled");
     }
 
     #[test]

@@ -33,11 +33,7 @@ impl Dealer {
     /// # Errors
     /// [`TransportError::Address`], [`TransportError::Connect`], [`TransportError::Timeout`] or
     /// [`TransportError::Protocol`].
-    pub async fn connect(
-        address: &str,
-        identity: &[u8],
-        limit: Duration,
-    ) -> Result<Self, TransportError> {
+    pub async fn connect(address: &str, identity: &[u8], limit: Duration) -> Result<Self, TransportError> {
         let (sender, receiver) = open(address, "DEALER", "ROUTER", Some(identity), limit).await?;
         Ok(Self { sender, receiver })
     }
@@ -122,9 +118,7 @@ impl Xsub {
     /// # Errors
     /// The connection is over.
     pub async fn subscribe(&mut self) -> Result<(), TransportError> {
-        self.sender
-            .send(vec![Bytes::from_static(SUBSCRIBE_ALL)])
-            .await
+        self.sender.send(vec![Bytes::from_static(SUBSCRIBE_ALL)]).await
     }
 
     /// Sends upstream data. It must not begin with the byte 0 or 1 (a subscription).
@@ -181,26 +175,16 @@ async fn open(
         });
     };
     let deadline = Instant::now() + limit;
-    let late = |stage| TransportError::Timeout {
-        address: address.to_owned(),
-        stage,
-        limit,
-    };
-    let (reader, writer) = timeout_at(deadline, connect(&target))
-        .await
-        .map_err(|_| late("connect"))?
-        .map_err(|error| TransportError::Connect {
-            address: address.to_owned(),
-            reason: error.to_string(),
+    let late = |stage| TransportError::Timeout { address: address.to_owned(), stage, limit };
+    let (reader, writer) =
+        timeout_at(deadline, connect(&target)).await.map_err(|_| late("connect"))?.map_err(|error| {
+            TransportError::Connect { address: address.to_owned(), reason: error.to_string() }
         })?;
     let mut receiver = PeerReceiver::new(address, reader);
     let mut sender = PeerSender::new(address, writer);
-    timeout_at(
-        deadline,
-        handshake(&mut sender, &mut receiver, own_type, peer_type, identity),
-    )
-    .await
-    .map_err(|_| late("ZMTP handshake"))??;
+    timeout_at(deadline, handshake(&mut sender, &mut receiver, own_type, peer_type, identity))
+        .await
+        .map_err(|_| late("ZMTP handshake"))??;
     Ok((sender, receiver))
 }
 
@@ -232,11 +216,9 @@ async fn connect(target: &Target<'_>) -> io::Result<(ReadHalf, WriteHalf)> {
         };
         match attempt {
             Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound
-                ) && (matches!(target, Target::Ipc(_))
-                    || error.kind() == io::ErrorKind::ConnectionRefused) =>
+                if matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound)
+                    && (matches!(target, Target::Ipc(_))
+                        || error.kind() == io::ErrorKind::ConnectionRefused) =>
             {
                 sleep(RETRY_INTERVAL).await;
             }
@@ -253,10 +235,7 @@ async fn handshake(
     identity: Option<&[u8]>,
 ) -> Result<(), TransportError> {
     let address = sender.address.clone();
-    let broken = |reason: String| TransportError::Protocol {
-        address: address.clone(),
-        reason,
-    };
+    let broken = |reason: String| TransportError::Protocol { address: address.clone(), reason };
     let lost = |error: io::Error| TransportError::Disconnected {
         address: address.clone(),
         reason: format!("during the ZMTP handshake: {error}"),
@@ -267,19 +246,13 @@ async fn handshake(
     let mut hello = zmtp::greeting().to_vec();
     sender.stream.write_all(&hello).await.map_err(lost)?;
     let mut greeting = [0; GREETING_LENGTH];
-    receiver
-        .stream
-        .read_exact(&mut greeting)
-        .await
-        .map_err(lost)?;
+    receiver.stream.read_exact(&mut greeting).await.map_err(lost)?;
     zmtp::check_greeting(&greeting).map_err(broken)?;
     hello = zmtp::ready(own_type, identity);
     sender.stream.write_all(&hello).await.map_err(lost)?;
     loop {
-        let item = receiver
-            .decoder
-            .decode(&mut receiver.buffer)
-            .map_err(|error| broken(error.to_string()))?;
+        let item =
+            receiver.decoder.decode(&mut receiver.buffer).map_err(|error| broken(error.to_string()))?;
         match item {
             None => receiver.fill().await?,
             Some(Item::Command(command)) => {

@@ -106,9 +106,7 @@ impl GuardedSender {
     /// Queues a message for a connection; false if it is closed, or does not read.
     pub fn send(&self, peer: u64, frames: Frames) -> bool {
         let connections = self.connections.lock();
-        connections
-            .get(&peer)
-            .is_some_and(|connection| connection.try_send(frames).is_ok())
+        connections.get(&peer).is_some_and(|connection| connection.try_send(frames).is_ok())
     }
 }
 
@@ -128,18 +126,13 @@ impl GuardedRouter {
             if error.kind() == io::ErrorKind::AddrInUse {
                 TransportError::InUse { address }
             } else {
-                TransportError::Bind {
-                    address,
-                    reason: error.to_string(),
-                }
+                TransportError::Bind { address, reason: error.to_string() }
             }
         };
         let listener = TcpListener::bind(address).await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
         let (out, events) = mpsc::channel(EVENTS);
-        let sender = GuardedSender {
-            connections: Arc::default(),
-        };
+        let sender = GuardedSender { connections: Arc::default() };
         let stop = CancellationToken::new();
         let tasks = TaskTracker::new();
         let guard = Arc::new(Guard {
@@ -152,13 +145,7 @@ impl GuardedRouter {
         });
         let accept = accept(guard, listener, numbers, tasks.clone(), stop.clone());
         tasks.spawn(stop.clone().run_until_cancelled_owned(accept));
-        Ok(Self {
-            address,
-            events,
-            sender,
-            tasks,
-            _stop: stop.drop_guard(),
-        })
+        Ok(Self { address, events, sender, tasks, _stop: stop.drop_guard() })
     }
 
     /// The address, with the port that was taken.
@@ -183,12 +170,7 @@ impl GuardedRouter {
 
     /// Closes the port and all connections, and waits until they are.
     pub async fn close(self) {
-        let Self {
-            tasks,
-            _stop,
-            events,
-            ..
-        } = self;
+        let Self { tasks, _stop, events, .. } = self;
         drop(events);
         drop(_stop);
         tasks.close();
@@ -235,10 +217,7 @@ async fn accept(
         let Ok(slot) = guard.slots.clone().try_acquire_owned() else {
             guard.complain(
                 from,
-                &format!(
-                    "more than {} connections are open, this one is closed",
-                    guard.limits.connections
-                ),
+                &format!("more than {} connections are open, this one is closed", guard.limits.connections),
             );
             continue;
         };
@@ -259,11 +238,7 @@ async fn serve(guard: &Guard, mut stream: TcpStream, peer: u64) -> Result<(), St
     let limits = &guard.limits;
     let mut buffer = BytesMut::new();
     let mut decoder = Decoder::with_limits(limits.message_bytes, limits.frames);
-    let opened = timeout(
-        limits.handshake,
-        open(&mut stream, &mut buffer, &mut decoder),
-    )
-    .await;
+    let opened = timeout(limits.handshake, open(&mut stream, &mut buffer, &mut decoder)).await;
     let identity = match opened {
         Ok(Ok(Some(identity))) => identity,
         // Somebody looked whether the port is open.
@@ -313,15 +288,12 @@ async fn open(
             Err(error) => return Err(broken(error)),
         }
         if buffer[0] != 0xff || buffer.get(9).is_some_and(|byte| *byte != 0x7f) {
-            return Err(format!(
-                "expected a ZMTP greeting, got {}",
-                printable(buffer)
-            ));
+            return Err(format!("expected a ZMTP greeting, got {}", printable(buffer)));
         }
     }
     let start = buffer.split_to(GREETING_LENGTH);
-    let greeting = <&[u8; GREETING_LENGTH]>::try_from(&start[..])
-        .map_err(|error| format!("greeting: {error}"))?;
+    let greeting =
+        <&[u8; GREETING_LENGTH]>::try_from(&start[..]).map_err(|error| format!("greeting: {error}"))?;
     zmtp::check_greeting(greeting)?;
     stream
         .write_all(&zmtp::ready("ROUTER", None))
@@ -364,20 +336,13 @@ async fn exchange(
     let mut due: Option<Instant> = None;
     loop {
         if messages > limits.messages {
-            return Err(format!(
-                "expected at most {} messages on a handshake connection",
-                limits.messages
-            ));
+            return Err(format!("expected at most {} messages on a handshake connection", limits.messages));
         }
         match decoder.decode(&mut buffer) {
             Ok(Some(Item::Message(frames))) => {
                 due = None;
                 messages += 1;
-                let event = GuardEvent::Message {
-                    peer,
-                    identity: identity.clone(),
-                    frames,
-                };
+                let event = GuardEvent::Message { peer, identity: identity.clone(), frames };
                 if guard.out.send(event).await.is_err() {
                     return Ok(());
                 }
@@ -467,12 +432,8 @@ impl Guard {
 
 /// The first bytes, readable.
 fn printable(bytes: &[u8]) -> String {
-    let start: String = bytes
-        .iter()
-        .take(24)
-        .flat_map(|byte| std::ascii::escape_default(*byte))
-        .map(char::from)
-        .collect();
+    let start: String =
+        bytes.iter().take(24).flat_map(|byte| std::ascii::escape_default(*byte)).map(char::from).collect();
     let more = if bytes.len() > 24 { ".." } else { "" };
     format!("\"{start}\"{more}")
 }

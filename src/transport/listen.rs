@@ -8,8 +8,8 @@ use dp_sidecar_protocol::Frames;
 use futures::StreamExt;
 use futures::channel::mpsc;
 use zeromq::{
-    PullSocket, RouterRecvHalf, RouterSendHalf, RouterSocket, Socket, SocketBackend, SocketEvent,
-    SocketRecv, SocketSend, ZmqError, ZmqMessage,
+    PullSocket, RouterRecvHalf, RouterSendHalf, RouterSocket, Socket, SocketBackend, SocketEvent, SocketRecv,
+    SocketSend, ZmqError, ZmqMessage,
 };
 
 use super::{TransportError, unlink_stale_socket};
@@ -60,9 +60,7 @@ pub struct RouterSender {
 
 impl fmt::Debug for RouterListener {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("RouterListener")
-            .field(&self.address)
-            .finish()
+        f.debug_tuple("RouterListener").field(&self.address).finish()
     }
 }
 
@@ -83,12 +81,7 @@ impl RouterListener {
         let monitor = socket.monitor();
         let address = bind(&mut socket, address).await?;
         let (sender, receiver) = socket.split();
-        Ok(Self {
-            address,
-            receiver,
-            sender,
-            monitor,
-        })
+        Ok(Self { address, receiver, sender, monitor })
     }
 
     /// The address, with the port that was taken.
@@ -98,10 +91,7 @@ impl RouterListener {
 
     /// A sender.
     pub fn sender(&self) -> RouterSender {
-        RouterSender {
-            address: self.address.clone(),
-            sender: self.sender.clone(),
-        }
+        RouterSender { address: self.address.clone(), sender: self.sender.clone() }
     }
 
     /// The next event. Cancel-safe.
@@ -139,13 +129,10 @@ impl RouterSender {
         for frame in frames {
             message.push_back(frame);
         }
-        self.sender
-            .send(message)
-            .await
-            .map_err(|error| TransportError::Disconnected {
-                address: self.address.clone(),
-                reason: error.to_string(),
-            })
+        self.sender.send(message).await.map_err(|error| TransportError::Disconnected {
+            address: self.address.clone(),
+            reason: error.to_string(),
+        })
     }
 }
 
@@ -171,11 +158,7 @@ impl PullListener {
         let mut socket = PullSocket::new();
         let monitor = socket.monitor();
         let address = bind(&mut socket, address).await?;
-        Ok(Self {
-            address,
-            socket,
-            monitor,
-        })
+        Ok(Self { address, socket, monitor })
     }
 
     /// The address, with the port that was taken.
@@ -226,10 +209,7 @@ pub(super) fn unlink(address: &str) {
 }
 
 /// Binds a socket of the crate; the resolved address.
-pub(super) async fn bind<S: Socket>(
-    socket: &mut S,
-    address: &str,
-) -> Result<String, TransportError> {
+pub(super) async fn bind<S: Socket>(socket: &mut S, address: &str) -> Result<String, TransportError> {
     if let Some(path) = address.strip_prefix("ipc://") {
         // `ipc://*` panics in the crate, `ipc://@name` makes a file of that name.
         if !path.starts_with('/') {
@@ -249,10 +229,7 @@ pub(super) async fn bind<S: Socket>(
         .bind(address)
         .await
         .map(|endpoint| endpoint.to_string())
-        .map_err(|error| TransportError::Bind {
-            address: address.to_owned(),
-            reason: error.to_string(),
-        })
+        .map_err(|error| TransportError::Bind { address: address.to_owned(), reason: error.to_string() })
 }
 
 async fn connection_error(address: &str, error: &ZmqError) {

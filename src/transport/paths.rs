@@ -24,10 +24,7 @@ impl PrivateDir {
     /// The path cannot be created, is no directory, or belongs to another user.
     pub fn create(path: impl Into<PathBuf>) -> Result<Self, TransportError> {
         let path = path.into();
-        let fail = |source| TransportError::Path {
-            path: path.clone(),
-            source,
-        };
+        let fail = |source| TransportError::Path { path: path.clone(), source };
         match DirBuilder::new().mode(0o700).create(&path) {
             Ok(()) => {}
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {
@@ -60,12 +57,10 @@ impl PrivateDir {
     pub fn ipc_address(&self, file_name: &str) -> Result<String, TransportError> {
         let path = self.path.join(file_name);
         check_socket_path(&path)?;
-        path.to_str()
-            .map(|path| format!("ipc://{path}"))
-            .ok_or_else(|| TransportError::Address {
-                address: path.display().to_string(),
-                reason: "not valid UTF-8".to_owned(),
-            })
+        path.to_str().map(|path| format!("ipc://{path}")).ok_or_else(|| TransportError::Address {
+            address: path.display().to_string(),
+            reason: "not valid UTF-8".to_owned(),
+        })
     }
 }
 
@@ -76,11 +71,7 @@ impl PrivateDir {
 pub fn check_socket_path(path: &Path) -> Result<(), TransportError> {
     let length = path.as_os_str().len();
     if length > SUN_PATH_LIMIT {
-        return Err(TransportError::PathTooLong {
-            path: path.to_owned(),
-            length,
-            limit: SUN_PATH_LIMIT,
-        });
+        return Err(TransportError::PathTooLong { path: path.to_owned(), length, limit: SUN_PATH_LIMIT });
     }
     Ok(())
 }
@@ -92,19 +83,11 @@ pub fn check_socket_path(path: &Path) -> Result<(), TransportError> {
 pub fn unlink_stale_socket(path: &Path) -> Result<(), TransportError> {
     check_socket_path(path)?;
     match UnixStream::connect(path) {
-        Ok(_) => Err(TransportError::InUse {
-            address: path.display().to_string(),
-        }),
+        Ok(_) => Err(TransportError::InUse { address: path.display().to_string() }),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => std::fs::remove_file(path)
-            .map_err(|source| TransportError::Path {
-                path: path.to_owned(),
-                source,
-            }),
-        Err(source) => Err(TransportError::Path {
-            path: path.to_owned(),
-            source,
-        }),
+            .map_err(|source| TransportError::Path { path: path.to_owned(), source }),
+        Err(source) => Err(TransportError::Path { path: path.to_owned(), source }),
     }
 }
 
@@ -138,10 +121,7 @@ mod tests {
         let path = base.path().join("s");
         unlink_stale_socket(&path).unwrap();
         let listener = UnixListener::bind(&path).unwrap();
-        assert!(matches!(
-            unlink_stale_socket(&path),
-            Err(TransportError::InUse { .. })
-        ));
+        assert!(matches!(unlink_stale_socket(&path), Err(TransportError::InUse { .. })));
         drop(listener);
         unlink_stale_socket(&path).unwrap();
         assert!(!path.exists());

@@ -123,10 +123,7 @@ impl PeerReceiver {
     }
 
     fn disconnected(&self, reason: String) -> TransportError {
-        TransportError::Disconnected {
-            address: self.address.clone(),
-            reason,
-        }
+        TransportError::Disconnected { address: self.address.clone(), reason }
     }
 }
 
@@ -232,10 +229,7 @@ impl PeerSender {
     }
 
     fn disconnected(&self, reason: String) -> TransportError {
-        TransportError::Disconnected {
-            address: self.address.clone(),
-            reason,
-        }
+        TransportError::Disconnected { address: self.address.clone(), reason }
     }
 }
 

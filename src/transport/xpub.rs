@@ -7,9 +7,7 @@ use futures::StreamExt;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use zeromq::util::PeerIdentity;
-use zeromq::{
-    MultiPeerBackend, Socket, SocketEvent, SocketRecv, SocketSend, XPubSocket, ZmqMessage,
-};
+use zeromq::{MultiPeerBackend, Socket, SocketEvent, SocketRecv, SocketSend, XPubSocket, ZmqMessage};
 
 use super::TransportError;
 use super::listen::{bind, unlink};
@@ -49,20 +47,12 @@ impl XpubListener {
         let address = bind(&mut socket, address).await?;
         let (publisher, commands) = mpsc::channel(QUEUE);
         let (events, upstream) = mpsc::channel(QUEUE);
-        let owned = Owned {
-            socket,
-            peers: Vec::new(),
-        };
+        let owned = Owned { socket, peers: Vec::new() };
         let name = address.clone();
         let task = tokio::spawn(async move {
             run(owned, monitor, commands, events, &name, send_timeout).await;
         });
-        Ok(Self {
-            address,
-            publisher,
-            upstream,
-            task,
-        })
+        Ok(Self { address, publisher, upstream, task })
     }
 
     /// The address, with the port that was taken.
@@ -72,10 +62,7 @@ impl XpubListener {
 
     /// A publisher.
     pub fn publisher(&self) -> XpubPublisher {
-        XpubPublisher {
-            address: self.address.clone(),
-            publisher: self.publisher.clone(),
-        }
+        XpubPublisher { address: self.address.clone(), publisher: self.publisher.clone() }
     }
 
     /// Publishes; see [`XpubPublisher::send`].
@@ -91,10 +78,7 @@ impl XpubListener {
     /// # Errors
     /// [`TransportError::Disconnected`] when a subscriber was stuck; the socket is over.
     pub async fn recv(&mut self) -> Result<Frames, TransportError> {
-        self.upstream
-            .recv()
-            .await
-            .ok_or_else(|| stuck(&self.address))
+        self.upstream.recv().await.ok_or_else(|| stuck(&self.address))
     }
 }
 
@@ -115,11 +99,7 @@ impl XpubPublisher {
     }
 }
 
-fn send(
-    address: &str,
-    publisher: &mpsc::Sender<Frames>,
-    frames: Frames,
-) -> Result<(), TransportError> {
+fn send(address: &str, publisher: &mpsc::Sender<Frames>, frames: Frames) -> Result<(), TransportError> {
     publisher.try_send(frames).map_err(|_| stuck(address))
 }
 

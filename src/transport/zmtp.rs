@@ -42,10 +42,7 @@ pub fn check_greeting(bytes: &[u8; GREETING_LENGTH]) -> Result<(), String> {
     if bytes[12..32] != greeting()[12..32] {
         let end = bytes[12..32].iter().position(|byte| *byte == 0);
         let name = &bytes[12..12 + end.unwrap_or(20)];
-        return Err(format!(
-            "mechanism {:?}, expected NULL",
-            String::from_utf8_lossy(name)
-        ));
+        return Err(format!("mechanism {:?}, expected NULL", String::from_utf8_lossy(name)));
     }
     Ok(())
 }
@@ -78,16 +75,10 @@ pub fn check_ready(command: &[u8], expected_type: &str) -> Result<(), String> {
     let name = take(&mut rest, 1).ok_or("an empty command")?;
     if name == b"ERROR" {
         let reason = take(&mut rest, 1).unwrap_or_default();
-        return Err(format!(
-            "it refuses the connection: {}",
-            String::from_utf8_lossy(reason)
-        ));
+        return Err(format!("it refuses the connection: {}", String::from_utf8_lossy(reason)));
     }
     if name != b"READY" {
-        return Err(format!(
-            "command {:?}, expected READY",
-            String::from_utf8_lossy(name)
-        ));
+        return Err(format!("command {:?}, expected READY", String::from_utf8_lossy(name)));
     }
     while !rest.is_empty() {
         let key = take(&mut rest, 1).ok_or("a READY that ends early")?;
@@ -122,9 +113,7 @@ pub fn property<'a>(command: &'a [u8], name: &str) -> Option<&'a [u8]> {
 /// Takes a value with a big-endian length of `width` bytes in front.
 fn take<'a>(rest: &mut &'a [u8], width: usize) -> Option<&'a [u8]> {
     let length = rest.get(..width)?;
-    let length = length
-        .iter()
-        .fold(0usize, |sum, byte| (sum << 8) | usize::from(*byte));
+    let length = length.iter().fold(0usize, |sum, byte| (sum << 8) | usize::from(*byte));
     let value = rest.get(width..width.checked_add(length)?)?;
     *rest = &rest[width + length..];
     Some(value)
@@ -157,12 +146,7 @@ impl Default for Decoder {
 impl Decoder {
     /// A decoder for messages of at most this many bytes and frames.
     pub fn with_limits(message_limit: usize, frame_count_limit: usize) -> Self {
-        Self {
-            frames: Frames::new(),
-            size: 0,
-            message_limit,
-            frame_count_limit,
-        }
+        Self { frames: Frames::new(), size: 0, message_limit, frame_count_limit }
     }
 
     /// Frames of a message that is not complete have been read.
@@ -182,11 +166,8 @@ impl Decoder {
             if flags & !(FLAG_MORE | FLAG_LONG | FLAG_COMMAND) != 0 {
                 return Err(invalid(format!("frame flags {flags:#04x}")));
             }
-            let limit = if flags & FLAG_COMMAND != 0 {
-                COMMAND_LIMIT
-            } else {
-                self.message_limit - self.size
-            };
+            let limit =
+                if flags & FLAG_COMMAND != 0 { COMMAND_LIMIT } else { self.message_limit - self.size };
             let length = usize::try_from(length).unwrap_or(usize::MAX);
             if length > limit {
                 return Err(invalid(format!(
@@ -205,10 +186,7 @@ impl Decoder {
                 return Ok(Some(Item::Command(body)));
             }
             if self.frames.len() == self.frame_count_limit {
-                return Err(invalid(format!(
-                    "more than {} frames",
-                    self.frame_count_limit
-                )));
+                return Err(invalid(format!("more than {} frames", self.frame_count_limit)));
             }
             self.size += length;
             self.frames.push(body);

@@ -9,9 +9,7 @@ use std::io::{BufRead, Write};
 use std::time::Duration;
 
 use bytes::Bytes;
-use dp_sidecar::driver::handles::{
-    GroupKind, OpenRoute, RankCommand, RankEvent, RankHandle, SlotAddresses,
-};
+use dp_sidecar::driver::handles::{GroupKind, OpenRoute, RankCommand, RankEvent, RankHandle, SlotAddresses};
 use dp_sidecar::driver::rank::{self, RankConfig, RankOutputs};
 use dp_sidecar::transport::PrivateDir;
 use dp_sidecar_protocol::layout::Layout;
@@ -30,10 +28,11 @@ fn main() -> Result<(), Failure> {
     let ranks: u16 = args.next().ok_or("usage: relay RANKS SLOTS DIR")?.parse()?;
     let slots: u32 = args.next().ok_or("usage: relay RANKS SLOTS DIR")?.parse()?;
     let dir = args.next().ok_or("usage: relay RANKS SLOTS DIR")?;
-    tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()?
-        .block_on(serve(ranks, slots, PrivateDir::create(dir)?))
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(serve(
+        ranks,
+        slots,
+        PrivateDir::create(dir)?,
+    ))
 }
 
 async fn serve(ranks: u16, slots: u32, dir: PrivateDir) -> Result<(), Failure> {
@@ -41,27 +40,14 @@ async fn serve(ranks: u16, slots: u32, dir: PrivateDir) -> Result<(), Failure> {
     let (events_in, mut events) = mpsc::channel(1024);
     let (held, _held) = mpsc::channel(16);
     let (wake, _wake) = mpsc::channel(16);
-    let outputs = RankOutputs {
-        events: events_in,
-        held,
-        wake,
-    };
+    let outputs = RankOutputs { events: events_in, held, wake };
     let mut handles = Vec::new();
     let mut addresses = Vec::new();
     for rank in 0..ranks {
-        let config = RankConfig::new(
-            EngineIndex(rank),
-            slots,
-            GroupKind::Independent,
-            dir.clone(),
-        );
+        let config = RankConfig::new(EngineIndex(rank), slots, GroupKind::Independent, dir.clone());
         let handle = rank::spawn(config, &tracker, outputs.clone());
-        let bound: SlotAddresses = handle
-            .ask("prepare", LIMIT, |reply| RankCommand::Prepare {
-                incarnation: FIRST,
-                reply,
-            })
-            .await?;
+        let bound: SlotAddresses =
+            handle.ask("prepare", LIMIT, |reply| RankCommand::Prepare { incarnation: FIRST, reply }).await?;
         addresses.push(json!({"inputs": bound.inputs, "outputs": bound.outputs}));
         handles.push(handle);
     }
@@ -93,14 +79,9 @@ async fn admit(
     }
     for handle in handles {
         let layout = Layout::newest();
-        let ready = RankCommand::EngineReady {
-            incarnation: FIRST,
-            layout,
-        };
+        let ready = RankCommand::EngineReady { incarnation: FIRST, layout };
         handle.tell(ready).await?;
-        handle
-            .tell(RankCommand::Admit { incarnation: FIRST })
-            .await?;
+        handle.tell(RankCommand::Admit { incarnation: FIRST }).await?;
     }
     Ok(json!({ "admitted": handles.len() }))
 }
@@ -123,12 +104,7 @@ async fn attach(
             connect_timeout: LIMIT,
             lost: lost.clone(),
         };
-        handle
-            .ask("open", LIMIT, |reply| RankCommand::OpenRoute {
-                route,
-                reply,
-            })
-            .await?;
+        handle.ask("open", LIMIT, |reply| RankCommand::OpenRoute { route, reply }).await?;
     }
     Ok(json!({ "attached": id }))
 }

@@ -18,26 +18,14 @@ fn a_lockstep_group_paused_by_two_frontends_at_once_neither_hangs_nor_splits() {
     for round in 0..3 {
         // Interleaved, and in opposite order of ranks: on bare engines a recipe for a hang.
         let mode = || vec![Value::from("abort")];
-        let calls_a: Vec<u64> = [0, 1]
-            .map(|rank| {
-                a.server()
-                    .start_call(rank, "pause_scheduler", mode())
-                    .unwrap()
-            })
-            .to_vec();
-        let calls_b: Vec<u64> = [1, 0]
-            .map(|rank| {
-                b.server()
-                    .start_call(rank, "pause_scheduler", mode())
-                    .unwrap()
-            })
-            .to_vec();
+        let calls_a: Vec<u64> =
+            [0, 1].map(|rank| a.server().start_call(rank, "pause_scheduler", mode()).unwrap()).to_vec();
+        let calls_b: Vec<u64> =
+            [1, 0].map(|rank| b.server().start_call(rank, "pause_scheduler", mode()).unwrap()).to_vec();
         let mut granted = 0;
         for (frontend, calls) in [(&mut a, &calls_a), (&mut b, &calls_b)] {
-            let results: Vec<_> = calls
-                .iter()
-                .map(|call| frontend.server().await_call(*call, SOON))
-                .collect();
+            let results: Vec<_> =
+                calls.iter().map(|call| frontend.server().await_call(*call, SOON)).collect();
             assert!(
                 results.iter().all(Result::is_ok) || results.iter().all(Result::is_err),
                 "round {round}: one answer for all ranks: {results:?}"
@@ -45,19 +33,13 @@ fn a_lockstep_group_paused_by_two_frontends_at_once_neither_hangs_nor_splits() {
             granted += usize::from(results[0].is_ok());
         }
         assert!(granted >= 1, "round {round}");
-        let paused = a
-            .server()
-            .call_all("is_scheduler_paused", &[], SOON)
-            .unwrap();
+        let paused = a.server().call_all("is_scheduler_paused", &[], SOON).unwrap();
         assert_eq!(paused, vec![Value::from(true); 2]);
         for frontend in [&mut a, &mut b] {
             // The one that was refused may not resume; either way nothing hangs.
             let _ = frontend.server().call_all("resume_scheduler", &[], SOON);
         }
-        let paused = b
-            .server()
-            .call_all("is_scheduler_paused", &[], SOON)
-            .unwrap();
+        let paused = b.server().call_all("is_scheduler_paused", &[], SOON).unwrap();
         assert_eq!(paused, vec![Value::from(false); 2]);
         for (name, frontend) in [("a", &mut a), ("b", &mut b)] {
             let done = complete_all(frontend, &format!("{name}{round}"), 4, 3);
@@ -78,11 +60,7 @@ fn pause_and_resume_by_command_hold_requests_and_let_them_go() {
     sidecar.await_status("paused", |status| status["controller"]["paused"] == true);
     frontend.server().add(&NewRequest::new("held", 3)).unwrap();
     let refused = sidecar.command(&["pause"]);
-    assert!(
-        refused.code == 0 || refused.code == 13,
-        "{}",
-        refused.text()
-    );
+    assert!(refused.code == 0 || refused.code == 13, "{}", refused.text());
     assert_eq!(frontend.server().request("held").unwrap().tokens.len(), 0);
     let said = sidecar.command(&["resume"]);
     assert_eq!(said.code, 0, "{}", said.text());
@@ -96,41 +74,22 @@ fn a_weight_call_of_a_frontend_during_an_update_is_refused_and_names_it() {
     let old = model(directory.path(), "old", 1, false);
     let new = model(directory.path(), "new", 2, false);
     let mut frontend = frontend(2, |_| {});
-    let sidecar = Setup::spawning(2, &old)
-        .env("FAKE_VLLM_LOAD_MS", "1500")
-        .frontend(&frontend)
-        .start();
+    let sidecar = Setup::spawning(2, &old).env("FAKE_VLLM_LOAD_MS", "1500").frontend(&frontend).start();
     frontend.startup(SOON).unwrap();
     let path = new.path.display().to_string();
     let state = sidecar.state_dir().display().to_string();
     let mut update = std::process::Command::new(env!("CARGO_BIN_EXE_sidecar"))
-        .args([
-            "update",
-            "--path",
-            &path,
-            "--version",
-            "v2",
-            "--id",
-            "the-update",
-        ])
+        .args(["update", "--path", &path, "--version", "v2", "--id", "the-update"])
         .args(["--state-dir", &state])
         .stdout(std::process::Stdio::null())
         .stderr(std::process::Stdio::null())
         .spawn()
         .unwrap();
     sidecar.await_status("update running", |status| {
-        status["controller"]["holder"]
-            .as_str()
-            .is_some_and(|holder| holder.contains("the-update"))
+        status["controller"]["holder"].as_str().is_some_and(|holder| holder.contains("the-update"))
     });
-    let calls: Vec<u64> = [0, 1]
-        .map(|rank| {
-            frontend
-                .server()
-                .start_call(rank, "resume_scheduler", vec![])
-                .unwrap()
-        })
-        .to_vec();
+    let calls: Vec<u64> =
+        [0, 1].map(|rank| frontend.server().start_call(rank, "resume_scheduler", vec![]).unwrap()).to_vec();
     for call in calls {
         let refused = frontend.server().await_call(call, SOON).unwrap_err();
         assert!(refused.to_string().contains("the-update"), "{refused}");

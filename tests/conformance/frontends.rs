@@ -6,9 +6,7 @@ use dp_sidecar_testkit::VllmVersion;
 use dp_sidecar_testkit::frontend::NewRequest;
 use rmpv::Value;
 
-use crate::harness::{
-    PROMPT, SOON, Setup, complete_all, directory, engine, frontend, model, until,
-};
+use crate::harness::{PROMPT, SOON, Setup, complete_all, directory, engine, frontend, model, until};
 
 #[test]
 fn a_frontend_gets_its_answers_through_the_sidecar_from_both_ranks() {
@@ -64,17 +62,13 @@ fn two_frontends_with_two_api_servers_each_get_only_their_own_answers() {
 
 #[test]
 fn versions_on_both_sides_are_served_with_their_own_layouts() {
-    for version in [
-        VllmVersion(0, 19, 1),
-        VllmVersion(0, 23, 0),
-        VllmVersion(0, 28, 0),
-        VllmVersion(0, 33, 0),
-    ] {
+    for version in
+        [VllmVersion(0, 19, 1), VllmVersion(0, 23, 0), VllmVersion(0, 28, 0), VllmVersion(0, 33, 0)]
+    {
         let mut frontend = frontend(2, |options| options.version = version);
         let sidecar = Setup::waiting(2, false).frontend(&frontend).start();
-        let _engines: Vec<_> = (0..2)
-            .map(|rank| engine(&sidecar, rank, |options| options.version = version))
-            .collect();
+        let _engines: Vec<_> =
+            (0..2).map(|rank| engine(&sidecar, rank, |options| options.version = version)).collect();
         frontend.startup(SOON).unwrap();
         for completion in complete_all(&mut frontend, "r", 4, 3) {
             assert_eq!(completion.tokens.len(), 3, "{version}");
@@ -98,9 +92,7 @@ fn a_frontend_may_be_there_before_or_after_the_engines_or_be_added_later() {
     }
     let said = sidecar.command(&["frontend", "remove", after.host_port()]);
     assert_eq!(said.code, 0, "{}", said.text());
-    sidecar.await_status("one frontend left", |status| {
-        status["frontends"].as_array().unwrap().len() == 1
-    });
+    sidecar.await_status("one frontend left", |status| status["frontends"].as_array().unwrap().len() == 1);
     assert_eq!(complete_all(&mut before, "s", 1, 3)[0].tokens.len(), 3);
 }
 
@@ -108,30 +100,18 @@ fn a_frontend_may_be_there_before_or_after_the_engines_or_be_added_later() {
 fn a_frontend_killed_under_load_costs_only_its_own_requests_and_comes_back() {
     let mut victim = frontend(2, |_| {});
     let mut other = frontend(2, |_| {});
-    let sidecar = Setup::waiting(2, false)
-        .frontend(&victim)
-        .frontend(&other)
-        .start();
+    let sidecar = Setup::waiting(2, false).frontend(&victim).frontend(&other).start();
     let engines: Vec<_> = (0..2).map(|rank| engine(&sidecar, rank, |_| {})).collect();
     victim.startup(SOON).unwrap();
     other.startup(SOON).unwrap();
     for at in 0..6 {
-        victim
-            .server()
-            .add(&NewRequest::new(format!("victim-{at}"), 1_000_000))
-            .unwrap();
-        other
-            .server()
-            .add(&NewRequest::new(format!("other-{at}"), 400))
-            .unwrap();
+        victim.server().add(&NewRequest::new(format!("victim-{at}"), 1_000_000)).unwrap();
+        other.server().add(&NewRequest::new(format!("other-{at}"), 400)).unwrap();
     }
     victim
         .server()
         .until("tokens of all", SOON, |server| {
-            server
-                .requests()
-                .values()
-                .all(|request| !request.tokens.is_empty())
+            server.requests().values().all(|request| !request.tokens.is_empty())
         })
         .unwrap();
     let address = victim.address().to_owned();
@@ -149,10 +129,7 @@ fn a_frontend_killed_under_load_costs_only_its_own_requests_and_comes_back() {
     });
     // ... the other's go on to their end ...
     for at in 0..6 {
-        let done = other
-            .server()
-            .await_request(&format!("other-{at}"), SOON)
-            .unwrap();
+        let done = other.server().await_request(&format!("other-{at}"), SOON).unwrap();
         assert_eq!((done.tokens.len(), done.finish), (400, Some(1)));
     }
     // ... and a new frontend at the same address is attached and served, by the same engines.
@@ -160,21 +137,14 @@ fn a_frontend_killed_under_load_costs_only_its_own_requests_and_comes_back() {
     again.startup(SOON).unwrap();
     assert_eq!(complete_all(&mut again, "again", 4, 5).len(), 4);
     sidecar.await_attached(&host_port);
-    assert!(
-        engines
-            .iter()
-            .all(|engine| engine.reporter().count("hello") == 1)
-    );
+    assert!(engines.iter().all(|engine| engine.reporter().count("hello") == 1));
 }
 
 #[test]
 fn a_frontend_that_stops_reading_slows_nobody() {
     let mut deaf = frontend(1, |_| {});
     let mut other = frontend(1, |_| {});
-    let sidecar = Setup::waiting(1, false)
-        .frontend(&deaf)
-        .frontend(&other)
-        .start();
+    let sidecar = Setup::waiting(1, false).frontend(&deaf).frontend(&other).start();
     let _engine = engine(&sidecar, 0, |options| {
         options.step = Duration::from_millis(1);
         // 16 tokens a step make the messages to the deaf one pile up fast.
@@ -183,25 +153,17 @@ fn a_frontend_that_stops_reading_slows_nobody() {
     deaf.startup(SOON).unwrap();
     other.startup(SOON).unwrap();
     for at in 0..32 {
-        deaf.server()
-            .add(&NewRequest::new(format!("deaf-{at}"), 10_000_000))
-            .unwrap();
+        deaf.server().add(&NewRequest::new(format!("deaf-{at}"), 10_000_000)).unwrap();
     }
     // From here on nobody reads the deaf one's output socket.
     let mut slowest = Duration::ZERO;
     for round in 0..60 {
         let start = std::time::Instant::now();
-        let done = other
-            .server()
-            .complete(&NewRequest::new(format!("other-{round}"), 64), SOON)
-            .unwrap();
+        let done = other.server().complete(&NewRequest::new(format!("other-{round}"), 64), SOON).unwrap();
         assert_eq!(done.tokens.len(), 64);
         slowest = slowest.max(start.elapsed());
     }
-    assert!(
-        slowest < Duration::from_secs(3),
-        "a round trip took {slowest:?}"
-    );
+    assert!(slowest < Duration::from_secs(3), "a round trip took {slowest:?}");
     assert!(sidecar.status().is_some());
 }
 
@@ -224,9 +186,7 @@ fn requests_and_waves_of_a_lockstep_group_work_through_two_frontends() {
             let before = u64::from(round > 0);
             frontend
                 .server()
-                .until("end of the wave", SOON, |server| {
-                    server.wave().0 > before && !server.wave().1
-                })
+                .until("end of the wave", SOON, |server| server.wave().0 > before && !server.wave().1)
                 .unwrap();
         }
     }
@@ -251,10 +211,7 @@ fn what_only_client_0_gets_reaches_every_frontend() {
     // would show for ever what it saw last.
     complete_all(&mut a, "r", 2, 4);
     for frontend in [&mut a, &mut b] {
-        frontend
-            .server()
-            .until("idle stats", SOON, |server| server.stats_messages()[0] > 0)
-            .unwrap();
+        frontend.server().until("idle stats", SOON, |server| server.stats_messages()[0] > 0).unwrap();
     }
 }
 
@@ -265,17 +222,9 @@ fn load_reaches_the_frontends_coordinators() {
     let _engines: Vec<_> = (0..2).map(|rank| engine(&sidecar, rank, |_| {})).collect();
     frontend.startup(SOON).unwrap();
     for at in 0..3 {
-        frontend
-            .server()
-            .add(&NewRequest::new(format!("r{at}"), 1_000_000).to(1))
-            .unwrap();
+        frontend.server().add(&NewRequest::new(format!("r{at}"), 1_000_000).to(1)).unwrap();
     }
-    frontend
-        .server()
-        .until("load of rank 1", SOON, |server| {
-            server.counts()[1] == [0, 3]
-        })
-        .unwrap();
+    frontend.server().until("load of rank 1", SOON, |server| server.counts()[1] == [0, 3]).unwrap();
     assert_eq!(frontend.server().counts()[0], [0, 0]);
 }
 
@@ -287,18 +236,10 @@ fn a_client_abort_reaches_the_engine() {
     frontend.startup(SOON).unwrap();
     let server = frontend.server();
     server.add(&NewRequest::new("long", 1_000_000)).unwrap();
-    server
-        .until("first token", SOON, |server| {
-            !server.request("long").unwrap().tokens.is_empty()
-        })
-        .unwrap();
+    server.until("first token", SOON, |server| !server.request("long").unwrap().tokens.is_empty()).unwrap();
     server.abort(&["long"]).unwrap();
-    until("abort on the engine", SOON, || {
-        (engine.reporter().count("abort") == 1).then_some(())
-    });
-    sidecar.await_status("nothing in flight", |status| {
-        status["engines"][0]["in_flight"] == 0
-    });
+    until("abort on the engine", SOON, || (engine.reporter().count("abort") == 1).then_some(()));
+    sidecar.await_status("nothing in flight", |status| status["engines"][0]["in_flight"] == 0);
 }
 
 #[test]
@@ -319,13 +260,8 @@ fn harmless_utility_calls_pass_through_and_unknown_methods_fail_like_in_vllm() {
 fn a_frontend_of_another_dp_size_is_refused_by_name_and_the_others_go_on() {
     let mut wrong = frontend(3, |options| options.moe = true);
     let mut right = frontend(2, |options| options.moe = true);
-    let sidecar = Setup::waiting(2, true)
-        .frontend(&wrong)
-        .frontend(&right)
-        .start();
-    let _engines: Vec<_> = (0..2)
-        .map(|rank| engine(&sidecar, rank, |options| options.moe = true))
-        .collect();
+    let sidecar = Setup::waiting(2, true).frontend(&wrong).frontend(&right).start();
+    let _engines: Vec<_> = (0..2).map(|rank| engine(&sidecar, rank, |options| options.moe = true)).collect();
     assert!(wrong.startup(Duration::from_millis(1500)).is_err());
     right.startup(SOON).unwrap();
     let status = sidecar.await_status("the wrong one refused", |status| {
@@ -338,10 +274,7 @@ fn a_frontend_of_another_dp_size_is_refused_by_name_and_the_others_go_on() {
         .find(|frontend| frontend["attachment"]["address"] == wrong.host_port())
         .and_then(|frontend| frontend["attachment"]["detail"].as_str().map(str::to_owned));
     let detail = detail.unwrap_or_default();
-    assert!(
-        detail.contains('3') && detail.contains('2'),
-        "detail: {detail}"
-    );
+    assert!(detail.contains('3') && detail.contains('2'), "detail: {detail}");
     assert_eq!(complete_all(&mut right, "r", 2, 3).len(), 2);
 }
 
@@ -352,13 +285,8 @@ fn a_frontend_with_other_parallel_flags_ends_alone() {
         options.parallel_config_hash = "flags-of-somebody-else".to_owned();
     });
     let mut right = frontend(2, |options| options.moe = true);
-    let sidecar = Setup::waiting(2, true)
-        .frontend(&wrong)
-        .frontend(&right)
-        .start();
-    let engines: Vec<_> = (0..2)
-        .map(|rank| engine(&sidecar, rank, |options| options.moe = true))
-        .collect();
+    let sidecar = Setup::waiting(2, true).frontend(&wrong).frontend(&right).start();
+    let engines: Vec<_> = (0..2).map(|rank| engine(&sidecar, rank, |options| options.moe = true)).collect();
     let error = wrong.startup(SOON).unwrap_err().to_string();
     // vLLM's frontend compares the hashes itself, says so and ends.
     assert!(error.contains("flags-of-somebody-else"), "{error}");
@@ -373,17 +301,14 @@ fn a_frontend_with_other_parallel_flags_ends_alone() {
 #[test]
 fn many_engines_and_frontends_are_served() {
     const ENGINES: u16 = 48;
-    let mut frontends: Vec<_> = (0..2)
-        .map(|_| frontend(ENGINES, |options| options.api_servers = 2))
-        .collect();
+    let mut frontends: Vec<_> =
+        (0..2).map(|_| frontend(ENGINES, |options| options.api_servers = 2)).collect();
     let mut setup = Setup::waiting(ENGINES, false);
     for frontend in &frontends {
         setup = setup.frontend(frontend);
     }
     let sidecar = setup.start();
-    let _engines: Vec<_> = (0..ENGINES)
-        .map(|rank| engine(&sidecar, rank, |_| {}))
-        .collect();
+    let _engines: Vec<_> = (0..ENGINES).map(|rank| engine(&sidecar, rank, |_| {})).collect();
     for frontend in &mut frontends {
         frontend.startup(SOON).unwrap();
     }
@@ -402,15 +327,9 @@ fn an_engine_that_stops_reading_costs_the_other_rank_nothing() {
     let engines: Vec<_> = (0..2).map(|rank| engine(&sidecar, rank, |_| {})).collect();
     frontend.startup(SOON).unwrap();
     sidecar.await_admitted();
-    engines[0].set_faults(dp_sidecar_testkit::engine::Faults {
-        stop_reading: true,
-        ..Default::default()
-    });
+    engines[0].set_faults(dp_sidecar_testkit::engine::Faults { stop_reading: true, ..Default::default() });
     for at in 0..3000 {
-        frontend
-            .server()
-            .add(&NewRequest::new(format!("deaf-{at}"), 3).to(0))
-            .unwrap();
+        frontend.server().add(&NewRequest::new(format!("deaf-{at}"), 3).to(0)).unwrap();
     }
     for at in 0..50 {
         let request = NewRequest::new(format!("r{at}"), 3).to(1);
@@ -421,22 +340,16 @@ fn an_engine_that_stops_reading_costs_the_other_rank_nothing() {
     // It reads again, and nothing is lost.
     engines[0].set_faults(dp_sidecar_testkit::engine::Faults::default());
     for at in 0..3000 {
-        let done = frontend
-            .server()
-            .await_request(&format!("deaf-{at}"), SOON)
-            .unwrap();
+        let done = frontend.server().await_request(&format!("deaf-{at}"), SOON).unwrap();
         assert_eq!(done.tokens.len(), 3, "deaf-{at}");
     }
 }
 
 #[test]
 fn lockstep_groups_of_other_versions_run_pause_and_update() {
-    for version in [
-        VllmVersion(0, 19, 1),
-        VllmVersion(0, 25, 1),
-        VllmVersion(0, 28, 0),
-        VllmVersion(0, 33, 0),
-    ] {
+    for version in
+        [VllmVersion(0, 19, 1), VllmVersion(0, 25, 1), VllmVersion(0, 28, 0), VllmVersion(0, 33, 0)]
+    {
         let directory = directory();
         let old = model(directory.path(), "old", 1, true);
         let new = model(directory.path(), "new", 2, true);
@@ -468,10 +381,7 @@ fn lockstep_groups_of_other_versions_run_pause_and_update() {
 fn a_frontend_without_a_free_slot_waits_and_gets_the_one_that_is_left() {
     let mut first = frontend(1, |_| {});
     let mut second = frontend(1, |_| {});
-    let sidecar = Setup::waiting(1, false)
-        .args(&["--frontend-slots", "1"])
-        .frontend(&first)
-        .start();
+    let sidecar = Setup::waiting(1, false).args(&["--frontend-slots", "1"]).frontend(&first).start();
     let _engine = engine(&sidecar, 0, |_| {});
     first.startup(SOON).unwrap();
     complete_all(&mut first, "first", 2, 3);

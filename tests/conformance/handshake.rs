@@ -11,10 +11,7 @@ use crate::harness::{self, SOON, Setup, engine, exited_with, states};
 #[test]
 fn engines_are_accepted_in_any_order() {
     let sidecar = Setup::waiting(3, false).start();
-    let _late: Vec<_> = [2, 0, 1]
-        .map(|rank| engine(&sidecar, rank, |_| {}))
-        .into_iter()
-        .collect();
+    let _late: Vec<_> = [2, 0, 1].map(|rank| engine(&sidecar, rank, |_| {})).into_iter().collect();
     let status = sidecar.await_admitted();
     assert_eq!(status["engines"][2]["rank"], 2);
     assert_eq!(status["engines"][2]["vllm_version"], "0.32.0");
@@ -23,9 +20,7 @@ fn engines_are_accepted_in_any_order() {
 #[test]
 fn a_lockstep_group_that_somebody_else_starts_is_accepted() {
     let sidecar = Setup::waiting(2, true).start();
-    let engines: Vec<_> = (0..2)
-        .map(|rank| engine(&sidecar, rank, |options| options.moe = true))
-        .collect();
+    let engines: Vec<_> = (0..2).map(|rank| engine(&sidecar, rank, |options| options.moe = true)).collect();
     sidecar.await_admitted();
     for engine in &engines {
         assert_eq!(engine.reporter().count("coordinator_ready"), 1);
@@ -70,10 +65,7 @@ fn two_engines_with_one_rank_are_told_apart_and_the_first_goes_on() {
     let _impostor = engine(&sidecar, 0, |_| {});
     sidecar.await_log(&["refused", "HELLO", "rank 0"]);
     let after = sidecar.await_admitted();
-    assert_eq!(
-        before["engines"][0]["incarnation"],
-        after["engines"][0]["incarnation"]
-    );
+    assert_eq!(before["engines"][0]["incarnation"], after["engines"][0]["incarnation"]);
     assert!(!first.ended());
     assert!(!sidecar.has_ended());
 }
@@ -101,9 +93,7 @@ fn an_unknown_vllm_version_is_refused_unless_allowed() {
     let _engine = engine(&sidecar, 0, |options| options.version = future);
     sidecar.await_log(&["rank 0", "0.99.0", "allow-untested-vllm"]);
 
-    let sidecar = Setup::waiting(1, false)
-        .args(&["--allow-untested-vllm"])
-        .start();
+    let sidecar = Setup::waiting(1, false).args(&["--allow-untested-vllm"]).start();
     let _engine = engine(&sidecar, 0, |options| options.version = future);
     sidecar.await_admitted();
 }
@@ -132,12 +122,7 @@ fn garbage_on_the_handshake_port_names_the_peer_and_hurts_nobody() {
     huge_frame.resize(64, 0);
     huge_frame.push(0x06);
     huge_frame.extend((1_u64 << 62).to_be_bytes());
-    let attacks: [&[u8]; 4] = [
-        b"GET / HTTP/1.1\r\nhost: x\r\n\r\n",
-        &[0xff; 4096],
-        &huge_frame,
-        b"\xff\x00",
-    ];
+    let attacks: [&[u8]; 4] = [b"GET / HTTP/1.1\r\nhost: x\r\n\r\n", &[0xff; 4096], &huge_frame, b"\xff\x00"];
     let mut open = Vec::new();
     for attack in attacks {
         let mut stream = TcpStream::connect(address).unwrap();
@@ -157,17 +142,10 @@ fn a_message_that_is_no_hello_names_the_sender() {
     sidecar.await_status("answers", |_| true);
     let context = zmq_context();
     let identity = sockets::identity(0);
-    let socket = sockets::connect(
-        &context,
-        zmq::SocketType::DEALER,
-        &sidecar.handshake(),
-        Some(&identity),
-    )
-    .unwrap();
+    let socket =
+        sockets::connect(&context, zmq::SocketType::DEALER, &sidecar.handshake(), Some(&identity)).unwrap();
     socket.send(&b"\xc1 not msgpack"[..], 0).unwrap();
-    socket
-        .send(msg::encode(&rmpv::Value::from("HELLO")), 0)
-        .unwrap();
+    socket.send(msg::encode(&rmpv::Value::from("HELLO")), 0).unwrap();
     sidecar.await_log(&["rank 0"]);
     drop(socket);
     let _engine = engine(&sidecar, 0, |_| {});

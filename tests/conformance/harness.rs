@@ -33,10 +33,7 @@ pub(crate) fn until<T>(what: &str, limit: Duration, mut look: impl FnMut() -> Op
 }
 
 /// Calls `look` until it succeeds, or gives its last error.
-pub(crate) fn until_ok<T, E>(
-    limit: Duration,
-    mut look: impl FnMut() -> Result<T, E>,
-) -> Result<T, E> {
+pub(crate) fn until_ok<T, E>(limit: Duration, mut look: impl FnMut() -> Result<T, E>) -> Result<T, E> {
     let end = Instant::now() + limit;
     loop {
         match look() {
@@ -47,20 +44,14 @@ pub(crate) fn until_ok<T, E>(
     }
 }
 
-#[allow(
-    clippy::disallowed_methods,
-    reason = "between two looks at a condition"
-)]
+#[allow(clippy::disallowed_methods, reason = "between two looks at a condition")]
 fn pause(time: Duration) {
     std::thread::sleep(time);
 }
 
 /// A directory with room for unix sockets in it (their paths are short).
 pub(crate) fn directory() -> tempfile::TempDir {
-    tempfile::Builder::new()
-        .prefix("dps-")
-        .tempdir_in("/tmp")
-        .unwrap()
+    tempfile::Builder::new().prefix("dps-").tempdir_in("/tmp").unwrap()
 }
 
 /// A loopback port that is free now.
@@ -252,8 +243,7 @@ impl Setup {
     pub(crate) fn faults(self, faults: &str) -> Self {
         let control = self.control_dir();
         std::fs::create_dir_all(&control).unwrap();
-        self.env("FAKE_VLLM_FAULTS", faults)
-            .env("FAKE_VLLM_CONTROL", control.display().to_string())
+        self.env("FAKE_VLLM_FAULTS", faults).env("FAKE_VLLM_CONTROL", control.display().to_string())
     }
 
     fn control_dir(&self) -> PathBuf {
@@ -264,23 +254,11 @@ impl Setup {
     pub(crate) fn start(self) -> Sidecar {
         let state = self.directory.path().join("s");
         let log = self.directory.path().join("sidecar.log");
-        Sidecar {
-            child: self.launch(&state, &log),
-            state,
-            log,
-            ended: None,
-            setup: self,
-        }
+        Sidecar { child: self.launch(&state, &log), state, log, ended: None, setup: self }
     }
 
     fn launch(&self, state: &Path, log: &Path) -> Child {
-        let append = |path: &Path| {
-            File::options()
-                .create(true)
-                .append(true)
-                .open(path)
-                .unwrap()
-        };
+        let append = |path: &Path| File::options().create(true).append(true).open(path).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_sidecar"));
         command
             .args(&self.args)
@@ -290,11 +268,7 @@ impl Setup {
             .env("FAKE_VLLM_STEP_MS", "2")
             .env_remove("XDG_RUNTIME_DIR")
             .envs(self.env.iter().map(|(name, value)| (name, value)))
-            .stdin(if self.lifeline {
-                Stdio::piped()
-            } else {
-                Stdio::null()
-            })
+            .stdin(if self.lifeline { Stdio::piped() } else { Stdio::null() })
             .stdout(append(&self.directory.path().join("sidecar.out")))
             .stderr(append(log));
         if self.spawns {
@@ -327,12 +301,7 @@ impl Said {
     pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.stdout)
             .ok()
-            .or_else(|| {
-                self.stdout
-                    .lines()
-                    .rev()
-                    .find_map(|line| serde_json::from_str(line).ok())
-            })
+            .or_else(|| self.stdout.lines().rev().find_map(|line| serde_json::from_str(line).ok()))
             .unwrap_or_else(|| panic!("no JSON: {self:?}"))
     }
 
@@ -405,9 +374,7 @@ impl Sidecar {
     #[track_caller]
     pub(crate) fn await_admitted(&self) -> Value {
         let size = usize::from(self.setup.size);
-        self.await_status("all engines admitted", |status| {
-            states(status) == vec!["admitted"; size]
-        })
+        self.await_status("all engines admitted", |status| states(status) == vec!["admitted"; size])
     }
 
     /// Waits until the frontend at `address` is attached.
@@ -426,10 +393,7 @@ impl Sidecar {
     fn log_tail(&self) -> String {
         let log = self.log();
         let lines: Vec<&str> = log.lines().collect();
-        format!(
-            "log of the sidecar:\n{}",
-            lines[lines.len().saturating_sub(60)..].join("\n")
-        )
+        format!("log of the sidecar:\n{}", lines[lines.len().saturating_sub(60)..].join("\n"))
     }
 
     /// Waits for a line of the log that contains all `parts`; `rank 1` is also found as `rank=1`.
@@ -512,18 +476,11 @@ impl Sidecar {
         let marker = format!("{RUN_MARKER}={id}");
         let mut found = Vec::new();
         for entry in std::fs::read_dir("/proc").unwrap().flatten() {
-            let Some(pid) = entry
-                .file_name()
-                .to_str()
-                .and_then(|name| name.parse().ok())
-            else {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
                 continue;
             };
             let environ = std::fs::read(entry.path().join("environ")).unwrap_or_default();
-            if environ
-                .split(|byte| *byte == 0)
-                .any(|variable| variable == marker.as_bytes())
-            {
+            if environ.split(|byte| *byte == 0).any(|variable| variable == marker.as_bytes()) {
                 found.push(pid);
             }
         }
@@ -544,11 +501,7 @@ impl Sidecar {
             left = self.processes();
             if left.is_empty() { Ok(()) } else { Err(()) }
         });
-        assert!(
-            done.is_ok(),
-            "processes left: {left:?}\n{}",
-            self.log_tail()
-        );
+        assert!(done.is_ok(), "processes left: {left:?}\n{}", self.log_tail());
     }
 }
 
@@ -561,11 +514,7 @@ impl Drop for Sidecar {
                 let _ = std::fs::copy(&self.log, path);
             }
         }
-        let keeper = if self.ended.is_none() {
-            self.keeper()
-        } else {
-            None
-        };
+        let keeper = if self.ended.is_none() { self.keeper() } else { None };
         if self.child.try_wait().ok().flatten().is_none() {
             let _ = self.child.kill();
             let _ = self.child.wait();
@@ -580,9 +529,7 @@ impl Drop for Sidecar {
 /// Does a line of the log say this? A rank may be a field of it.
 pub(crate) fn says(line: &str, part: &str) -> bool {
     line.contains(part)
-        || part
-            .strip_prefix("rank ")
-            .is_some_and(|rank| line.contains(&format!("rank={rank}")))
+        || part.strip_prefix("rank ").is_some_and(|rank| line.contains(&format!("rank={rank}")))
 }
 
 /// State of each engine, by rank.
@@ -590,10 +537,7 @@ pub(crate) fn states(status: &Value) -> Vec<String> {
     status["engines"]
         .as_array()
         .map(|engines| {
-            engines
-                .iter()
-                .map(|engine| engine["state"].as_str().unwrap_or_default().to_owned())
-                .collect()
+            engines.iter().map(|engine| engine["state"].as_str().unwrap_or_default().to_owned()).collect()
         })
         .unwrap_or_default()
 }
@@ -615,12 +559,7 @@ pub(crate) fn weight_versions(status: &Value) -> Vec<String> {
         .map(|engines| {
             engines
                 .iter()
-                .map(|engine| {
-                    engine["weight_version"]
-                        .as_str()
-                        .unwrap_or_default()
-                        .to_owned()
-                })
+                .map(|engine| engine["weight_version"].as_str().unwrap_or_default().to_owned())
                 .collect()
         })
         .unwrap_or_default()
@@ -628,20 +567,13 @@ pub(crate) fn weight_versions(status: &Value) -> Vec<String> {
 
 /// A fake frontend of `size` engines.
 pub(crate) fn frontend(size: u16, change: impl FnOnce(&mut FrontendOptions)) -> FakeFrontend {
-    let mut options = FrontendOptions {
-        size,
-        ..FrontendOptions::default()
-    };
+    let mut options = FrontendOptions { size, ..FrontendOptions::default() };
     change(&mut options);
     FakeFrontend::bind(options, Reporter::memory()).unwrap()
 }
 
 /// A fake engine in this process, for a sidecar that waits for engines.
-pub(crate) fn engine(
-    sidecar: &Sidecar,
-    rank: u16,
-    change: impl FnOnce(&mut EngineOptions),
-) -> FakeEngine {
+pub(crate) fn engine(sidecar: &Sidecar, rank: u16, change: impl FnOnce(&mut EngineOptions)) -> FakeEngine {
     let mut options = EngineOptions {
         rank,
         size: sidecar.setup.size,
@@ -661,22 +593,12 @@ pub(crate) fn complete_all(
     tokens: u32,
 ) -> Vec<Completion> {
     let servers = frontend.servers.len();
-    let ids: Vec<(usize, String)> = (0..count)
-        .map(|at| {
-            (
-                usize::try_from(at).unwrap() % servers,
-                format!("{name}-{at}"),
-            )
-        })
-        .collect();
+    let ids: Vec<(usize, String)> =
+        (0..count).map(|at| (usize::try_from(at).unwrap() % servers, format!("{name}-{at}"))).collect();
     for (server, id) in &ids {
-        frontend.servers[*server]
-            .add(&NewRequest::new(id, tokens))
-            .unwrap();
+        frontend.servers[*server].add(&NewRequest::new(id, tokens)).unwrap();
     }
-    ids.iter()
-        .map(|(server, id)| frontend.servers[*server].await_request(id, SOON).unwrap())
-        .collect()
+    ids.iter().map(|(server, id)| frontend.servers[*server].await_request(id, SOON).unwrap()).collect()
 }
 
 /// Did the process end with this exit code?

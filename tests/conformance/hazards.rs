@@ -21,12 +21,7 @@ fn add(client_index: i64) -> Vec<u8> {
 }
 
 fn call(method: &str, args: Vec<Value>) -> Vec<u8> {
-    let fields = vec![
-        Value::from(0),
-        Value::from(77),
-        Value::from(method),
-        Value::Array(args),
-    ];
+    let fields = vec![Value::from(0), Value::from(77), Value::from(method), Value::Array(args)];
     msg::encode(&Value::Array(fields))
 }
 
@@ -57,12 +52,7 @@ fn messages_that_kill_an_engine_are_refused_and_counted() {
     let ft = call("handle_fault_tolerance", vec![Value::Map(Vec::new())]);
     let get_model = call(
         "collective_rpc",
-        vec![
-            Value::from("get_model"),
-            Value::Nil,
-            Value::Array(Vec::new()),
-            Value::Nil,
-        ],
+        vec![Value::from("get_model"), Value::Nil, Value::Array(Vec::new()), Value::Nil],
     );
     let shutdown = call("shutdown", Vec::new());
     let (minus, huge) = (add(-1), add(1 << 40));
@@ -93,10 +83,7 @@ fn messages_that_kill_an_engine_are_refused_and_counted() {
         ("START_DP_WAVE of a client", vec![b"\x02", b"\x92\x00\xc0"]),
         ("short UTILITY", vec![b"\x03", &short_call]),
         ("handle_fault_tolerance", vec![b"\x03", &ft]),
-        (
-            "result that cannot be serialized",
-            vec![b"\x03", &get_model],
-        ),
+        ("result that cannot be serialized", vec![b"\x03", &get_model]),
         ("shutdown", vec![b"\x03", &shutdown]),
         ("pickle", vec![b"\x03", &ext]),
         ("ABORT that is no array", vec![b"\x01", &not_array]),
@@ -107,10 +94,7 @@ fn messages_that_kill_an_engine_are_refused_and_counted() {
         // The engine answers the next one, so it has survived this one.
         let done = good
             .server()
-            .complete(
-                &dp_sidecar_testkit::frontend::NewRequest::new(format!("after {what}"), 2).to(1),
-                SOON,
-            )
+            .complete(&dp_sidecar_testkit::frontend::NewRequest::new(format!("after {what}"), 2).to(1), SOON)
             .unwrap();
         assert_eq!(done.tokens.len(), 2, "after {what}");
         assert!(!engines[1].ended(), "killed by: {what}");

@@ -25,12 +25,8 @@ fn sigterm_stops_everything_that_was_started() {
 fn sigterm_during_the_start_stops_everything() {
     let directory = directory();
     let model = model(directory.path(), "m", 1, false);
-    let mut sidecar = Setup::spawning(2, &model)
-        .env("FAKE_VLLM_START_MS", "60000")
-        .start();
-    until("engines started", SOON, || {
-        (sidecar.processes().len() >= 4).then_some(())
-    });
+    let mut sidecar = Setup::spawning(2, &model).env("FAKE_VLLM_START_MS", "60000").start();
+    until("engines started", SOON, || (sidecar.processes().len() >= 4).then_some(()));
     let status = sidecar.stop();
     assert!(exited_with(status, 0), "{status}");
     sidecar.await_nothing_left();
@@ -45,14 +41,9 @@ fn after_a_kill_of_the_sidecar_nothing_is_left_when_the_grace_is_over() {
     let keeper = sidecar.keeper().unwrap();
     sidecar.signal(Signal::SIGKILL);
     sidecar.await_end();
-    assert!(
-        !sidecar.processes().is_empty(),
-        "engines survive the sidecar for the grace"
-    );
+    assert!(!sidecar.processes().is_empty(), "engines survive the sidecar for the grace");
     sidecar.await_nothing_left();
-    until("end of the keeper", SOON, || {
-        kill(Pid::from_raw(keeper), None).is_err().then_some(())
-    });
+    until("end of the keeper", SOON, || kill(Pid::from_raw(keeper), None).is_err().then_some(()));
 }
 
 #[test]
@@ -71,9 +62,7 @@ fn after_a_kill_of_the_keeper_the_engines_are_stopped_and_started_again() {
         before.iter().all(|pid| !now.contains(pid)).then_some(())
     });
     sidecar.await_status("another keeper", |status| {
-        status["sidecar"]["keeper_pid"]
-            .as_i64()
-            .is_some_and(|pid| pid != i64::from(keeper))
+        status["sidecar"]["keeper_pid"].as_i64().is_some_and(|pid| pid != i64::from(keeper))
     });
     sidecar.await_admitted();
     for done in complete_all(&mut frontend, "after", 4, 4) {
@@ -90,14 +79,11 @@ fn a_launcher_that_is_killed_takes_its_engine_core_with_it() {
     let sidecar = Setup::spawning(1, &model).start();
     let status = sidecar.await_admitted();
     let launcher = status["engines"][0]["pid"].as_i64().unwrap();
-    let children =
-        std::fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children")).unwrap();
+    let children = std::fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children")).unwrap();
     let core: i32 = children.split_whitespace().next().unwrap().parse().unwrap();
     let launcher = i32::try_from(launcher).unwrap();
     kill(Pid::from_raw(launcher), Signal::SIGKILL).unwrap();
-    until("end of the stray engine core", SOON, || {
-        (!sidecar.processes().contains(&core)).then_some(())
-    });
+    until("end of the stray engine core", SOON, || (!sidecar.processes().contains(&core)).then_some(()));
     sidecar.await_admitted();
 }
 
@@ -106,20 +92,15 @@ fn the_served_frontend_comes_up_and_answers() {
     let directory = directory();
     let model = model(directory.path(), "m", 1, false);
     let port = crate::harness::free_port().to_string();
-    let mut sidecar = Setup::spawning(2, &model)
-        .args(&["--serve", "--port", &port, "--host", "127.0.0.1"])
-        .start();
+    let mut sidecar =
+        Setup::spawning(2, &model).args(&["--serve", "--port", &port, "--host", "127.0.0.1"]).start();
     sidecar.await_admitted();
     let answer = until("an HTTP answer", SOON, || {
         let body = r#"{"prompt": [1, 2, 3], "max_tokens": 4}"#;
         http(&port, body)
     });
-    let body: serde_json::Value =
-        serde_json::from_str(answer.split("\r\n\r\n").nth(1).unwrap()).unwrap();
-    assert_eq!(
-        body["choices"][0]["token_ids"],
-        serde_json::json!(model.tokens(4))
-    );
+    let body: serde_json::Value = serde_json::from_str(answer.split("\r\n\r\n").nth(1).unwrap()).unwrap();
+    assert_eq!(body["choices"][0]["token_ids"], serde_json::json!(model.tokens(4)));
     let status = sidecar.stop();
     assert!(exited_with(status, 0), "{status}");
     sidecar.await_nothing_left();
@@ -139,10 +120,7 @@ fn sigterm_lets_running_requests_end() {
     frontend
         .server()
         .until("first tokens", SOON, |server| {
-            server
-                .requests()
-                .values()
-                .all(|request| !request.tokens.is_empty())
+            server.requests().values().all(|request| !request.tokens.is_empty())
         })
         .unwrap();
     sidecar.signal(Signal::SIGTERM);
@@ -171,12 +149,7 @@ fn the_end_of_the_lifeline_stops_everything() {
 fn http(port: &str, body: &str) -> Option<String> {
     use std::io::{Read, Write};
     let mut stream = std::net::TcpStream::connect(format!("127.0.0.1:{port}")).ok()?;
-    write!(
-        stream,
-        "POST /v1/completions HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}",
-        body.len()
-    )
-    .ok()?;
+    write!(stream, "POST /v1/completions HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}", body.len()).ok()?;
     stream.shutdown(std::net::Shutdown::Write).ok()?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer).ok()?;

@@ -7,8 +7,7 @@ use dp_sidecar_testkit::engine::weights;
 use dp_sidecar_testkit::frontend::{FakeFrontend, NewRequest};
 
 use crate::harness::{
-    Model, SOON, Said, Setup, Sidecar, complete_all, directory, frontend, model, states,
-    weight_versions,
+    Model, SOON, Said, Setup, Sidecar, complete_all, directory, frontend, model, states, weight_versions,
 };
 
 struct Rig {
@@ -24,19 +23,10 @@ fn rig(moe: bool, faults: &str) -> Rig {
     let old = model(directory.path(), "old", 1, moe);
     let new = model(directory.path(), "new", 2, moe);
     let mut frontend = frontend(2, |options| options.moe = moe);
-    let sidecar = Setup::spawning(2, &old)
-        .faults(faults)
-        .frontend(&frontend)
-        .start();
+    let sidecar = Setup::spawning(2, &old).faults(faults).frontend(&frontend).start();
     frontend.startup(SOON).unwrap();
     sidecar.await_admitted();
-    Rig {
-        directory,
-        old,
-        new,
-        frontend,
-        sidecar,
-    }
+    Rig { directory, old, new, frontend, sidecar }
 }
 
 impl Rig {
@@ -49,11 +39,7 @@ impl Rig {
 
     #[track_caller]
     fn assert_serves(&mut self, model: &str, name: &str) {
-        let expected = if model == "old" {
-            self.old.tokens(4)
-        } else {
-            self.new.tokens(4)
-        };
+        let expected = if model == "old" { self.old.tokens(4) } else { self.new.tokens(4) };
         for done in complete_all(&mut self.frontend, name, 6, 4) {
             assert_eq!(done.tokens, expected, "{name} on rank {}", done.rank);
             assert_eq!(done.finish, Some(1));
@@ -103,17 +89,9 @@ fn an_update_under_load_mixes_no_versions_and_loses_no_request() {
             .unwrap();
         let mut after = 0;
         while after < 16 {
-            rig.frontend
-                .server()
-                .pump_for(std::time::Duration::from_millis(3))
-                .unwrap();
-            let open = rig
-                .frontend
-                .server()
-                .requests()
-                .values()
-                .filter(|request| request.finish.is_none())
-                .count();
+            rig.frontend.server().pump_for(std::time::Duration::from_millis(3)).unwrap();
+            let open =
+                rig.frontend.server().requests().values().filter(|request| request.finish.is_none()).count();
             if open < 8 {
                 send(&mut rig);
                 after += u32::from(update.try_wait().unwrap().is_some());
@@ -127,11 +105,8 @@ fn an_update_under_load_mixes_no_versions_and_loses_no_request() {
             assert!(done.versions.len() <= 1, "{id} mixes {:?}", done.versions);
             let tokens = done.tokens.len();
             let count = u32::try_from(tokens).unwrap();
-            let expected = if done.versions.contains("v2") {
-                rig.new.tokens(count)
-            } else {
-                rig.old.tokens(count)
-            };
+            let expected =
+                if done.versions.contains("v2") { rig.new.tokens(count) } else { rig.old.tokens(count) };
             assert_eq!(done.tokens, expected, "{id} {:?}", done.versions);
             match done.finish {
                 Some(1) => assert_eq!(tokens, 25, "{id}"),
@@ -150,10 +125,7 @@ fn a_bad_directory_touches_no_engine() {
     let missing_tensor = make("missing-tensor");
     weights::write_checkpoint(
         &missing_tensor.join("model.safetensors"),
-        &[
-            ("lm_head.weight", &[320, 8], 3),
-            ("model.embed_tokens.weight", &[320, 8], 3),
-        ],
+        &[("lm_head.weight", &[320, 8], 3), ("model.embed_tokens.weight", &[320, 8], 3)],
     )
     .unwrap();
     let wrong_shape = make("wrong-shape");
@@ -198,10 +170,7 @@ fn a_load_that_fails_on_one_rank_brings_all_back_to_the_previous_weights() {
         assert_eq!(said.code, 11, "{}", said.text());
         let report = said.json();
         assert_eq!(report["status"], "rolled_back");
-        assert!(
-            report["reason"].as_str().unwrap().contains("rank 1"),
-            "{report}"
-        );
+        assert!(report["reason"].as_str().unwrap().contains("rank 1"), "{report}");
         let status = rig.sidecar.await_admitted();
         assert!(!weight_versions(&status).contains(&"v2".to_owned()));
         rig.assert_serves("old", "after the rollback");
@@ -221,11 +190,7 @@ fn a_rank_that_cannot_be_brought_back_is_fenced_and_said_so() {
     assert_eq!(report["status"], "degraded");
     assert_eq!(report["fenced"], serde_json::json!([1]));
     // Rank 0 serves the old weights; nothing of rank 1 is ever served torn.
-    let done = rig
-        .frontend
-        .server()
-        .complete(&NewRequest::new("on 0", 4).to(0), SOON)
-        .unwrap();
+    let done = rig.frontend.server().complete(&NewRequest::new("on 0", 4).to(0), SOON).unwrap();
     assert_eq!(done.tokens, rig.old.tokens(4));
 }
 
@@ -237,11 +202,7 @@ fn a_digest_that_differs_on_one_rank_is_not_committed() {
     assert!(said.text().contains("rank 0"), "{}", said.text());
     let status = rig.sidecar.status().unwrap();
     assert!(!weight_versions(&status).contains(&"v2".to_owned()));
-    let done = rig
-        .frontend
-        .server()
-        .complete(&NewRequest::new("on 1", 4).to(1), SOON)
-        .unwrap();
+    let done = rig.frontend.server().complete(&NewRequest::new("on 1", 4).to(1), SOON).unwrap();
     assert_eq!(done.tokens, rig.old.tokens(4));
 }
 
@@ -259,24 +220,16 @@ fn an_engine_that_dies_while_it_loads_ends_with_one_version_everywhere() {
         .spawn()
         .unwrap();
     rig.sidecar.await_status("update loading", |status| {
-        status["controller"]["holder"]
-            .as_str()
-            .is_some_and(|holder| holder.contains("loading"))
+        status["controller"]["holder"].as_str().is_some_and(|holder| holder.contains("loading"))
     });
     rig.sidecar.set_faults(1, "die:now");
     crate::harness::until("end of the update", SOON, || update.try_wait().unwrap());
     rig.sidecar.set_faults(1, "");
-    let status = rig
-        .sidecar
-        .await_status("both admitted, one version", |status| {
-            let versions: BTreeSet<String> = weight_versions(status).into_iter().collect();
-            states(status) == ["admitted", "admitted"] && versions.len() == 1
-        });
-    let which = if status["weights"]["version"] == "v2" {
-        "new"
-    } else {
-        "old"
-    };
+    let status = rig.sidecar.await_status("both admitted, one version", |status| {
+        let versions: BTreeSet<String> = weight_versions(status).into_iter().collect();
+        states(status) == ["admitted", "admitted"] && versions.len() == 1
+    });
+    let which = if status["weights"]["version"] == "v2" { "new" } else { "old" };
     rig.assert_serves(which, "after");
 }
 
@@ -287,16 +240,11 @@ fn a_restarted_engine_holds_the_committed_weights_before_it_serves() {
     assert_eq!(said.code, 0, "{}", said.text());
     // It comes up with the command line's checkpoint, which is the old one.
     rig.sidecar.set_faults(0, "die:now");
-    rig.sidecar
-        .await_status("rank 0 down", |status| states(status)[0] != "admitted");
+    rig.sidecar.await_status("rank 0 down", |status| states(status)[0] != "admitted");
     rig.sidecar.set_faults(0, "");
     let status = rig.sidecar.await_admitted();
     assert_eq!(weight_versions(&status), ["v2", "v2"]);
-    let done = rig
-        .frontend
-        .server()
-        .complete(&NewRequest::new("on 0", 4).to(0), SOON)
-        .unwrap();
+    let done = rig.frontend.server().complete(&NewRequest::new("on 0", 4).to(0), SOON).unwrap();
     assert_eq!(done.tokens, rig.new.tokens(4));
     rig.assert_serves("new", "after");
 }
@@ -311,21 +259,14 @@ fn requests_that_run_too_long_are_aborted_at_the_pause_deadline() {
     rig.frontend
         .server()
         .until("tokens of both", SOON, |server| {
-            server
-                .requests()
-                .values()
-                .all(|request| !request.tokens.is_empty())
+            server.requests().values().all(|request| !request.tokens.is_empty())
         })
         .unwrap();
     let path = rig.new.path.clone();
     let said = rig.update(&path, &["--version", "v2", "--pause-deadline", "300ms"]);
     assert_eq!(said.code, 0, "{}", said.text());
     for at in 0..2 {
-        let done = rig
-            .frontend
-            .server()
-            .await_request(&format!("long-{at}"), SOON)
-            .unwrap();
+        let done = rig.frontend.server().await_request(&format!("long-{at}"), SOON).unwrap();
         assert_eq!(done.finish, Some(2));
         assert!(!done.versions.contains("v2"), "{:?}", done.versions);
     }
@@ -368,9 +309,7 @@ fn a_sidecar_killed_while_it_updates_leaves_one_version_when_it_is_back() {
         .spawn()
         .unwrap();
     rig.sidecar.await_status("update loading", |status| {
-        status["controller"]["holder"]
-            .as_str()
-            .is_some_and(|holder| holder.contains("loading"))
+        status["controller"]["holder"].as_str().is_some_and(|holder| holder.contains("loading"))
     });
     rig.sidecar.signal(nix::sys::signal::Signal::SIGKILL);
     rig.sidecar.await_end();
@@ -397,26 +336,14 @@ fn a_second_update_and_a_wrong_precondition_are_refused() {
 #[test]
 fn keep_goes_on_with_running_requests_and_says_that_they_mix() {
     let mut rig = rig(false, "");
+    rig.frontend.server().add(&NewRequest::new("frozen", 400).to(0)).unwrap();
     rig.frontend
         .server()
-        .add(&NewRequest::new("frozen", 400).to(0))
+        .until("first token", SOON, |server| !server.request("frozen").unwrap().tokens.is_empty())
         .unwrap();
-    rig.frontend
-        .server()
-        .until("first token", SOON, |server| {
-            !server.request("frozen").unwrap().tokens.is_empty()
-        })
-        .unwrap();
-    let said = rig.update(
-        &rig.new.path.clone(),
-        &["--version", "v2", "--mode", "keep"],
-    );
+    let said = rig.update(&rig.new.path.clone(), &["--version", "v2", "--mode", "keep"]);
     assert_eq!(said.code, 0, "{}", said.text());
-    assert!(
-        said.text().contains("keep") || said.text().contains("mix"),
-        "{}",
-        said.text()
-    );
+    assert!(said.text().contains("keep") || said.text().contains("mix"), "{}", said.text());
     let done = rig.frontend.server().await_request("frozen", SOON).unwrap();
     assert_eq!((done.tokens.len(), done.finish), (400, Some(1)));
     assert_eq!(done.versions.len(), 2, "{:?}", done.versions);
@@ -433,22 +360,12 @@ fn a_frontend_that_loads_weights_itself_is_heard_and_the_version_is_unknown_then
         rmpv::Value::from("weights_path"),
         rmpv::Value::from(rig.new.path.display().to_string()),
     )]);
-    let args = [
-        rmpv::Value::from("reload_weights"),
-        rmpv::Value::Nil,
-        rmpv::Value::Array(Vec::new()),
-        kwargs,
-    ];
-    rig.frontend
-        .server()
-        .call_all("collective_rpc", &args, SOON)
-        .unwrap();
+    let args =
+        [rmpv::Value::from("reload_weights"), rmpv::Value::Nil, rmpv::Value::Array(Vec::new()), kwargs];
+    rig.frontend.server().call_all("collective_rpc", &args, SOON).unwrap();
     rig.assert_serves("new", "after");
     // The next update cannot roll back to what nobody here knows, and must not pretend to.
-    let said = rig.update(
-        &rig.new.path.clone(),
-        &["--version", "v3", "--from-version", "default"],
-    );
+    let said = rig.update(&rig.new.path.clone(), &["--version", "v3", "--from-version", "default"]);
     assert_eq!(said.code, 10, "{}", said.text());
     let said = rig.update(&rig.new.path.clone(), &["--version", "v3"]);
     assert_eq!(said.code, 0, "{}", said.text());
@@ -461,9 +378,5 @@ fn a_cache_reset_that_says_no_is_told_with_its_rank() {
     let said = rig.update(&rig.new.path, &["--version", "v2"]);
     let report = said.json();
     let told = format!("{} {}", report["warnings"], report["reason"]);
-    assert!(
-        told.contains("rank 0") && told.contains("cache"),
-        "exit {}: {report}",
-        said.code
-    );
+    assert!(told.contains("rank 0") && told.contains("cache"), "exit {}: {report}", said.code);
 }

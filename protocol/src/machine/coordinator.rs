@@ -24,8 +24,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
 pub use types::{
-    Action, Behaviour, CoordinatorRules, Event, Exclude, GroupKind, Load, Note, Report, Snapshot,
-    Stamp,
+    Action, Behaviour, CoordinatorRules, Event, Exclude, GroupKind, Load, Note, Report, Snapshot, Stamp,
 };
 
 use crate::{EngineIndex, FrontendId, Incarnation, Time, Wave};
@@ -89,12 +88,7 @@ impl Config {
 
     /// As `DPCoordinatorProc`, directly connected frontends.
     pub fn upstream(kind: GroupKind, size: u16, rules: CoordinatorRules) -> Self {
-        Self {
-            behaviour: Behaviour::Upstream,
-            rules,
-            publish: true,
-            ..Self::hosted(kind, size)
-        }
+        Self { behaviour: Behaviour::Upstream, rules, publish: true, ..Self::hosted(kind, size) }
     }
 }
 
@@ -175,11 +169,7 @@ impl Coordinator {
         match event {
             Event::Rules(rules) => self.config.rules = rules,
             Event::Subscribed { rank, incarnation } => self.subscribed(now, rank, incarnation),
-            Event::Report {
-                rank,
-                incarnation,
-                report,
-            } => self.report(now, rank, incarnation, &report),
+            Event::Report { rank, incarnation, report } => self.report(now, rank, incarnation, &report),
             Event::FirstRequest { target, wave } => self.first_request(now, target, wave),
             Event::StartWave { wave, .. } => {
                 // A frontend can be ahead only if the machine lost its memory. Falling behind is what
@@ -224,10 +214,7 @@ impl Coordinator {
     /// When to call [`Self::handle_timeout`].
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Time> {
-        [self.wake_deadline(), self.cadence.deadline()]
-            .into_iter()
-            .flatten()
-            .min()
+        [self.wake_deadline(), self.cadence.deadline()].into_iter().flatten().min()
     }
 
     /// Where it stands.
@@ -271,21 +258,13 @@ impl Coordinator {
 
     fn publish(&mut self, counts: Option<Vec<Load>>) {
         if self.config.publish {
-            self.push(Action::Publish {
-                counts,
-                wave: self.wave,
-                running: self.running,
-            });
+            self.push(Action::Publish { counts, wave: self.wave, running: self.running });
         }
     }
 
     fn tell_all(&mut self, rank: EngineIndex, report: Report) {
         if !self.frontends.is_empty() {
-            self.push(Action::Tell {
-                frontend: None,
-                rank,
-                report,
-            });
+            self.push(Action::Tell { frontend: None, rank, report });
         }
     }
 
@@ -307,10 +286,7 @@ impl Coordinator {
         let (known, stage) = (rank.incarnation, rank.stage);
         let fresh = known.is_none_or(|known| incarnation > known);
         if known.is_some_and(|known| incarnation < known) || (!fresh && stage == Stage::Down) {
-            self.push(Action::Note(Note::Stale {
-                rank: index,
-                incarnation,
-            }));
+            self.push(Action::Note(Note::Stale { rank: index, incarnation }));
             return;
         }
         if !fresh {
@@ -330,11 +306,7 @@ impl Coordinator {
         }
         if !lockstep && self.hosted() {
             self.send_ready(vec![index]);
-        } else if self
-            .ranks
-            .iter()
-            .all(|rank| rank.stage == Stage::Subscribed)
-        {
+        } else if self.ranks.iter().all(|rank| rank.stage == Stage::Subscribed) {
             let all = (0..self.config.size).map(EngineIndex).collect();
             self.send_ready(all);
             self.formed = true;
@@ -442,11 +414,7 @@ impl Coordinator {
             .map(EngineIndex)
             .zip(&self.ranks)
             .map(|(index, rank)| {
-                let load = if rank.admitted {
-                    rank.load
-                } else {
-                    Load::STEER_AWAY
-                };
+                let load = if rank.admitted { rank.load } else { Load::STEER_AWAY };
                 (index, Report::stats(load, rank.stamp))
             })
             .collect();
@@ -460,11 +428,7 @@ impl Coordinator {
             }
         }
         for (rank, report) in reports {
-            self.push(Action::Tell {
-                frontend: Some(frontend),
-                rank,
-                report,
-            });
+            self.push(Action::Tell { frontend: Some(frontend), rank, report });
         }
     }
 
@@ -473,10 +437,7 @@ impl Coordinator {
     fn report(&mut self, now: Time, index: EngineIndex, incarnation: Incarnation, report: &Report) {
         let Some(rank) = self.rank(index) else { return };
         if rank.stage == Stage::Down || rank.incarnation != Some(incarnation) {
-            self.push(Action::Note(Note::Stale {
-                rank: index,
-                incarnation,
-            }));
+            self.push(Action::Note(Note::Stale { rank: index, incarnation }));
             return;
         }
         let mut forward = false;
@@ -521,10 +482,7 @@ impl Coordinator {
             self.wave = wave;
             self.running = true;
             self.waking = None;
-            self.push(Action::SendStartWave {
-                wave,
-                exclude: Some(Exclude::Index(from)),
-            });
+            self.push(Action::SendStartWave { wave, exclude: Some(Exclude::Index(from)) });
             self.publish(None);
             return true;
         }
@@ -552,17 +510,9 @@ impl Coordinator {
             self.wave = wave;
         }
         // A request with an old wave number does not start its engine in the current wave.
-        let exclude = if stale && mutation != Some(Mutation::StaleHintKeepsExclude) {
-            None
-        } else {
-            target
-        };
+        let exclude = if stale && mutation != Some(Mutation::StaleHintKeepsExclude) { None } else { target };
         if self.hosted() {
-            self.waking = Some(Waking {
-                wave: self.wave,
-                sent: now,
-                again: false,
-            });
+            self.waking = Some(Waking { wave: self.wave, sent: now, again: false });
         }
         self.send_start(exclude);
         if !self.hosted() && self.config.rules.first_request_sets_running {
@@ -577,10 +527,7 @@ impl Coordinator {
             return;
         }
         match &mut self.waking {
-            Some(waking)
-                if waking.wave == self.wave
-                    && now.saturating_since(waking.sent) < WAKE_INTERVAL =>
-            {
+            Some(waking) if waking.wave == self.wave && now.saturating_since(waking.sent) < WAKE_INTERVAL => {
                 waking.again = true;
             }
             _ => self.send_wake(now),
@@ -589,20 +536,13 @@ impl Coordinator {
 
     fn send_wake(&mut self, now: Time) {
         if self.formed {
-            self.waking = Some(Waking {
-                wave: self.wave,
-                sent: now,
-                again: false,
-            });
+            self.waking = Some(Waking { wave: self.wave, sent: now, again: false });
             self.send_start(None);
         }
     }
 
     fn send_start(&mut self, exclude: Option<Exclude>) {
-        self.push(Action::SendStartWave {
-            wave: self.wave,
-            exclude,
-        });
+        self.push(Action::SendStartWave { wave: self.wave, exclude });
         if self.config.mutation == Some(Mutation::ForwardedWakeSetsRunning) {
             self.running = true;
             self.waking = None;

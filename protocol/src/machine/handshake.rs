@@ -30,11 +30,7 @@ pub struct Config {
 impl Config {
     /// Generous bounds for the given ranks: one hour to become READY, progress every ten seconds.
     pub fn new(ranks: Range<u16>) -> Self {
-        Self {
-            ranks,
-            ready_timeout: Duration::from_secs(3600),
-            progress_interval: Duration::from_secs(10),
-        }
+        Self { ranks, ready_timeout: Duration::from_secs(3600), progress_interval: Duration::from_secs(10) }
     }
 }
 
@@ -200,27 +196,15 @@ impl Handshake {
     /// Takes in what happened.
     pub fn handle_event(&mut self, now: Time, event: Event) {
         match event {
-            Event::Expect {
-                rank,
-                incarnation,
-                own,
-                init,
-            } => self.expect(now, rank, incarnation, own, init),
+            Event::Expect { rank, incarnation, own, init } => self.expect(now, rank, incarnation, own, init),
             Event::Forget { rank, incarnation } => {
-                if self
-                    .ranks
-                    .get(&rank)
-                    .is_some_and(|known| known.incarnation == incarnation)
-                {
+                if self.ranks.get(&rank).is_some_and(|known| known.incarnation == incarnation) {
                     self.ranks.remove(&rank);
                 }
             }
-            Event::Message {
-                via,
-                peer,
-                identity,
-                frames,
-            } => self.message(now, via, peer, &identity, &frames),
+            Event::Message { via, peer, identity, frames } => {
+                self.message(now, via, peer, &identity, &frames)
+            }
             Event::Closed { peer } => self.closed(peer),
         }
         self.arm(now);
@@ -278,25 +262,10 @@ impl Handshake {
         }
     }
 
-    fn expect(
-        &mut self,
-        now: Time,
-        rank: EngineIndex,
-        incarnation: Incarnation,
-        own: bool,
-        init: Bytes,
-    ) {
+    fn expect(&mut self, now: Time, rank: EngineIndex, incarnation: Incarnation, own: bool, init: Bytes) {
         self.ranks.insert(
             rank,
-            Rank {
-                incarnation,
-                own,
-                init,
-                stage: Stage::New,
-                peer: None,
-                since: now,
-                hash: None,
-            },
+            Rank { incarnation, own, init, stage: Stage::New, peer: None, since: now, hash: None },
         );
         if !own && let Some(peer) = self.early.remove(&rank) {
             self.accept_hello(now, peer, rank);
@@ -308,26 +277,17 @@ impl Handshake {
             return;
         };
         let [payload] = frames.as_slice() else {
-            let error = format!(
-                "rank {rank}: handshake message of {} frames, expected 1",
-                frames.len()
-            );
+            let error = format!("rank {rank}: handshake message of {} frames, expected 1", frames.len());
             return self.broken(rank, peer, error);
         };
         match EngineMessage::decode(payload) {
             Ok(EngineMessage::Hello(_)) => self.hello(now, via, peer, rank),
-            Ok(EngineMessage::Ready(ready)) => self.ready(
-                now,
-                peer,
-                rank,
-                ready.parallel_config_hash,
-                ready.num_gpu_blocks,
-            ),
-            Err(error) => self.broken(
-                rank,
-                peer,
-                format!("rank {rank}: malformed handshake message: {error}"),
-            ),
+            Ok(EngineMessage::Ready(ready)) => {
+                self.ready(now, peer, rank, ready.parallel_config_hash, ready.num_gpu_blocks)
+            }
+            Err(error) => {
+                self.broken(rank, peer, format!("rank {rank}: malformed handshake message: {error}"))
+            }
         }
     }
 
@@ -353,10 +313,7 @@ impl Handshake {
             return None;
         }
         match via {
-            Via::Own {
-                rank: owner,
-                incarnation,
-            } => {
+            Via::Own { rank: owner, incarnation } => {
                 if owner != rank {
                     self.refuse(format!(
                         "handshake message from rank {rank} on the port made for rank {owner} (incarnation {incarnation})"
@@ -391,9 +348,8 @@ impl Handshake {
         };
         let incarnation = known.incarnation;
         if known.peer == Some(peer) {
-            let error = format!(
-                "second HELLO from rank {rank} (incarnation {incarnation}) on the same connection"
-            );
+            let error =
+                format!("second HELLO from rank {rank} (incarnation {incarnation}) on the same connection");
             return self.broken(rank, peer, error);
         }
         let what = match known.stage {
@@ -417,14 +373,8 @@ impl Handshake {
         known.stage = Stage::Connected;
         known.peer = Some(peer);
         known.since = now;
-        self.actions.push_back(Action::SendInit {
-            peer,
-            init: known.init.clone(),
-        });
-        self.actions.push_back(Action::Connected {
-            rank,
-            incarnation: known.incarnation,
-        });
+        self.actions.push_back(Action::SendInit { peer, init: known.init.clone() });
+        self.actions.push_back(Action::Connected { rank, incarnation: known.incarnation });
     }
 
     fn ready(
@@ -454,9 +404,7 @@ impl Handshake {
                 ));
             }
             Stage::Ready => {
-                return self.refuse(format!(
-                    "second READY from rank {rank} (incarnation {incarnation})"
-                ));
+                return self.refuse(format!("second READY from rank {rank} (incarnation {incarnation})"));
             }
             Stage::Refused => {
                 return self.refuse(format!(
@@ -498,11 +446,7 @@ impl Handshake {
 
     fn closed(&mut self, peer: PeerId) {
         self.early.retain(|_, held| *held != peer);
-        let Some((rank, known)) = self
-            .ranks
-            .iter_mut()
-            .find(|(_, known)| known.peer == Some(peer))
-        else {
+        let Some((rank, known)) = self.ranks.iter_mut().find(|(_, known)| known.peer == Some(peer)) else {
             return;
         };
         // After READY an engine closes its handshake connection; before, only death closes it.
@@ -529,24 +473,16 @@ impl Handshake {
     }
 
     fn refuse(&mut self, error: String) {
-        self.actions
-            .push_back(Action::Refused { rank: None, error });
+        self.actions.push_back(Action::Refused { rank: None, error });
     }
 
     fn refuse_rank(&mut self, rank: EngineIndex, error: String) {
-        self.actions.push_back(Action::Refused {
-            rank: Some(rank),
-            error,
-        });
+        self.actions.push_back(Action::Refused { rank: Some(rank), error });
     }
 
     fn missing(&self) -> (Vec<EngineIndex>, Vec<EngineIndex>) {
         let of = |stage: Stage| {
-            self.ranks
-                .iter()
-                .filter(|(_, known)| known.stage == stage)
-                .map(|(rank, _)| *rank)
-                .collect()
+            self.ranks.iter().filter(|(_, known)| known.stage == stage).map(|(rank, _)| *rank).collect()
         };
         (of(Stage::New), of(Stage::Connected))
     }

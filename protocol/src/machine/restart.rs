@@ -38,9 +38,7 @@ impl RestartPolicy {
     /// The wait after the `failures`-th failure in a row.
     fn delay(&self, failures: u32) -> Duration {
         let doublings = failures.saturating_sub(1).min(31);
-        self.first_delay
-            .saturating_mul(1 << doublings)
-            .min(self.max_delay)
+        self.first_delay.saturating_mul(1 << doublings).min(self.max_delay)
     }
 }
 
@@ -84,11 +82,7 @@ pub struct GiveUp {
 
 impl fmt::Display for GiveUp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "failed {} times within {:?}, last: {}",
-            self.failures, self.window, self.last
-        )
+        write!(f, "failed {} times within {:?}, last: {}", self.failures, self.window, self.last)
     }
 }
 
@@ -126,12 +120,7 @@ pub struct Restart {
 impl Restart {
     /// Of a process that was not started yet.
     pub fn new(policy: RestartPolicy) -> Self {
-        Self {
-            policy,
-            state: State::Stopped,
-            failures: VecDeque::new(),
-            actions: VecDeque::new(),
-        }
+        Self { policy, state: State::Stopped, failures: VecDeque::new(), actions: VecDeque::new() }
     }
 
     /// Something happened.
@@ -147,10 +136,7 @@ impl Restart {
             Event::Stopped => self.state = State::Stopped,
             Event::Reset => {
                 self.failures.clear();
-                if matches!(
-                    self.state,
-                    State::Stopped | State::Waiting { .. } | State::GivenUp(_)
-                ) {
+                if matches!(self.state, State::Stopped | State::Waiting { .. } | State::GivenUp(_)) {
                     self.start();
                 }
             }
@@ -177,9 +163,7 @@ impl Restart {
     pub fn poll_timeout(&self) -> Option<Time> {
         match self.state {
             State::Waiting { until } => Some(until),
-            State::Ready { since } if !self.failures.is_empty() => {
-                Some(since + self.policy.healthy_after)
-            }
+            State::Ready { since } if !self.failures.is_empty() => Some(since + self.policy.healthy_after),
             _ => None,
         }
     }
@@ -209,27 +193,17 @@ impl Restart {
         }
         self.forget_if_healthy(now);
         let window = self.policy.window;
-        while self
-            .failures
-            .front()
-            .is_some_and(|failed| now.saturating_since(*failed) > window)
-        {
+        while self.failures.front().is_some_and(|failed| now.saturating_since(*failed) > window) {
             self.failures.pop_front();
         }
         self.failures.push_back(now);
         let failures = u32::try_from(self.failures.len()).unwrap_or(u32::MAX);
         if failures > self.policy.budget {
-            let why = GiveUp {
-                failures,
-                window,
-                last,
-            };
+            let why = GiveUp { failures, window, last };
             self.actions.push_back(Action::GiveUp(why.clone()));
             self.state = State::GivenUp(why);
         } else {
-            self.state = State::Waiting {
-                until: now + self.policy.delay(failures),
-            };
+            self.state = State::Waiting { until: now + self.policy.delay(failures) };
         }
     }
 }
@@ -251,12 +225,7 @@ mod tests {
     }
 
     fn fail(machine: &mut Restart, now: Time) -> Option<Duration> {
-        machine.handle_event(
-            now,
-            Event::Failed {
-                reason: "exit code 1".to_owned(),
-            },
-        );
+        machine.handle_event(now, Event::Failed { reason: "exit code 1".to_owned() });
         machine.poll_timeout().map(|until| until - now)
     }
 
@@ -282,10 +251,7 @@ mod tests {
         let Some(Action::GiveUp(why)) = machine.poll_action() else {
             panic!("expected to give up, is {:?}", machine.snapshot());
         };
-        assert_eq!(
-            why.to_string(),
-            "failed 5 times within 100s, last: exit code 1"
-        );
+        assert_eq!(why.to_string(), "failed 5 times within 100s, last: exit code 1");
         assert_eq!(fail(&mut machine, now + Duration::from_secs(500)), None);
         assert_eq!(machine.poll_action(), None, "once");
     }

@@ -12,50 +12,25 @@ use super::fields::{self, malformed};
 use super::{Add, IndexAt, Refusal, RefusalKind, client, params, tensor};
 
 /// Checks an ADD with everything in it.
-pub(super) fn check<'a>(
-    layout: &Layout,
-    payload: &'a Bytes,
-    frames: &[Bytes],
-) -> Result<Add<'a>, Refusal> {
-    let fail = |at| {
-        move |error| RefusalKind::Malformed {
-            message: "ADD",
-            at,
-            error,
-        }
-    };
+pub(super) fn check<'a>(layout: &Layout, payload: &'a Bytes, frames: &[Bytes]) -> Result<Add<'a>, Refusal> {
+    let fail = |at| move |error| RefusalKind::Malformed { message: "ADD", at, error };
     let mut scanner = Scanner::new(payload);
     let fields = scanner.array().map_err(fail("top level"))?;
     let header = scanner.position();
     let required = layout.add.required();
     if fields < required {
-        return Err(RefusalKind::FieldCount {
-            message: "ADD",
-            actual: fields,
-            expected: required,
-        }
-        .into());
+        return Err(RefusalKind::FieldCount { message: "ADD", actual: fields, expected: required }.into());
     }
     let request_id = scanner.str().map_err(fail("request_id"))?;
     let rest = check_add_fields(layout, &mut scanner, fields, frames);
-    let refuse = |kind| Refusal {
-        kind: Box::new(kind),
-        request_id: Some(request_id.to_owned()),
-        call_id: None,
-    };
+    let refuse =
+        |kind| Refusal { kind: Box::new(kind), request_id: Some(request_id.to_owned()), call_id: None };
     let found = rest.map_err(refuse)?;
     scanner.finish().map_err(fail("end")).map_err(refuse)?;
     let position = layout.add.client_index;
     let (client_index, index_at) = match found.client_index {
         Some((index, range)) => (index, IndexAt::Bytes(range)),
-        None => (
-            ClientIndex(0),
-            IndexAt::Beyond {
-                header,
-                elements: fields,
-                position,
-            },
-        ),
+        None => (ClientIndex(0), IndexAt::Beyond { header, elements: fields, position }),
     };
     Ok(Add {
         request_id,
@@ -84,21 +59,17 @@ fn check_add_fields(
     let mut has_params = false;
     for position in 1..count {
         match position {
-            1 => fields::optional(scanner, "prompt_token_ids", |s| {
-                fields::ints(s, "prompt_token_ids")
-            })
-            .map(drop)?,
+            1 => fields::optional(scanner, "prompt_token_ids", |s| fields::ints(s, "prompt_token_ids"))
+                .map(drop)?,
             2 => tensor::features(scanner, layout.mm_form(), frames)?,
             3 => {
-                has_params |= fields::optional(scanner, "sampling_params", |s| {
-                    params::sampling(s, layout, frames)
-                })?
-                .is_some();
+                has_params |=
+                    fields::optional(scanner, "sampling_params", |s| params::sampling(s, layout, frames))?
+                        .is_some();
             }
             4 => {
                 has_params |=
-                    fields::optional(scanner, "pooling_params", |s| params::pooling(s, layout))?
-                        .is_some();
+                    fields::optional(scanner, "pooling_params", |s| params::pooling(s, layout))?.is_some();
             }
             _ => check_later_field(layout, scanner, position, frames, &mut found)?,
         }
@@ -106,11 +77,7 @@ fn check_add_fields(
     if has_params {
         Ok(found)
     } else {
-        Err(fields::wrong(
-            "sampling_params and pooling_params",
-            Kind::Nil,
-            "one of them",
-        ))
+        Err(fields::wrong("sampling_params and pooling_params", Kind::Nil, "one of them"))
     }
 }
 
@@ -141,16 +108,12 @@ fn check_later_field(
     } else if position == add.cache_salt {
         fields::skip(scanner, "cache_salt", TEXT)?;
     } else if position == add.prompt_embeds {
-        fields::optional(scanner, "prompt_embeds", |s| {
-            tensor::tensor(s, "prompt_embeds", frames)
-        })?;
+        fields::optional(scanner, "prompt_embeds", |s| tensor::tensor(s, "prompt_embeds", frames))?;
     } else if position == add.priority {
         fields::skip(scanner, "priority", &[Kind::Int])?;
     } else if position == add.trace_headers {
         fields::optional(scanner, "trace_headers", |s| {
-            fields::map(s, "trace_headers", |s, _| {
-                fields::str(s, "trace_headers").map(drop)
-            })
+            fields::map(s, "trace_headers", |s, _| fields::str(s, "trace_headers").map(drop))
         })?;
     } else if here == add.eos_token_id {
         fields::skip(scanner, "eos_token_id", &[Kind::Nil, Kind::Int])?;
@@ -215,9 +178,7 @@ fn check_kv_action(scanner: &mut Scanner<'_>) -> Result<(), RefusalKind> {
         }
         "payload" => {
             keys += 1;
-            fields::map(scanner, FIELD, |s, _| {
-                s.skip_checked().map_err(malformed(FIELD))
-            })
+            fields::map(scanner, FIELD, |s, _| s.skip_checked().map_err(malformed(FIELD)))
         }
         _ => scanner.skip_checked().map_err(malformed(FIELD)),
     })?;

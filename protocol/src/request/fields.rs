@@ -8,24 +8,11 @@ use crate::positional::{Kind, ScanError, Scanner};
 use super::RefusalKind;
 
 pub(super) fn malformed(field: &'static str) -> impl Fn(ScanError) -> RefusalKind + Copy {
-    move |error| RefusalKind::Malformed {
-        message: "ADD",
-        at: field,
-        error,
-    }
+    move |error| RefusalKind::Malformed { message: "ADD", at: field, error }
 }
 
-pub(super) fn wrong(
-    field: &'static str,
-    actual: impl ToString,
-    expected: impl Into<String>,
-) -> RefusalKind {
-    RefusalKind::Value {
-        message: "ADD",
-        field,
-        actual: actual.to_string(),
-        expected: expected.into(),
-    }
+pub(super) fn wrong(field: &'static str, actual: impl ToString, expected: impl Into<String>) -> RefusalKind {
+    RefusalKind::Value { message: "ADD", field, actual: actual.to_string(), expected: expected.into() }
 }
 
 /// The next value must be of one of `kinds`; returns which.
@@ -58,17 +45,10 @@ pub(super) fn optional<'a, T>(
     field: &'static str,
     read: impl FnOnce(&mut Scanner<'a>) -> Result<T, RefusalKind>,
 ) -> Result<Option<T>, RefusalKind> {
-    if scanner.nil().map_err(malformed(field))? {
-        Ok(None)
-    } else {
-        read(scanner).map(Some)
-    }
+    if scanner.nil().map_err(malformed(field))? { Ok(None) } else { read(scanner).map(Some) }
 }
 
-pub(super) fn str<'a>(
-    scanner: &mut Scanner<'a>,
-    field: &'static str,
-) -> Result<&'a str, RefusalKind> {
+pub(super) fn str<'a>(scanner: &mut Scanner<'a>, field: &'static str) -> Result<&'a str, RefusalKind> {
     scanner.str().map_err(malformed(field))
 }
 
@@ -82,11 +62,7 @@ pub(super) fn int(
     at_least: i128,
 ) -> Result<i128, RefusalKind> {
     let value = scanner.int().map_err(malformed(field))?;
-    if value >= at_least {
-        Ok(value)
-    } else {
-        Err(wrong(field, value, format!("{at_least} or more")))
-    }
+    if value >= at_least { Ok(value) } else { Err(wrong(field, value, format!("{at_least} or more"))) }
 }
 
 /// A finite float within `range`.
@@ -100,11 +76,8 @@ pub(super) fn float(
         Ok(value)
     } else {
         let (low, high) = range.into_inner();
-        let expected = if high < f64::MAX {
-            format!("{low} to {high}")
-        } else {
-            format!("finite, {low} or more")
-        };
+        let expected =
+            if high < f64::MAX { format!("{low} to {high}") } else { format!("finite, {low} or more") };
         Err(wrong(field, value, expected))
     }
 }
@@ -144,12 +117,6 @@ pub(super) fn map<'a>(
 }
 
 /// nil or a map with str keys and any values.
-pub(super) fn optional_map(
-    scanner: &mut Scanner<'_>,
-    field: &'static str,
-) -> Result<(), RefusalKind> {
-    optional(scanner, field, |s| {
-        map(s, field, |s, _| s.skip_checked().map_err(malformed(field)))
-    })
-    .map(|_| ())
+pub(super) fn optional_map(scanner: &mut Scanner<'_>, field: &'static str) -> Result<(), RefusalKind> {
+    optional(scanner, field, |s| map(s, field, |s, _| s.skip_checked().map_err(malformed(field)))).map(|_| ())
 }

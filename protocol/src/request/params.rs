@@ -23,17 +23,9 @@ pub(super) fn sampling(
     layout: &Layout,
     frames: &[Bytes],
 ) -> Result<(), RefusalKind> {
-    let mut seen = Seen {
-        n: 1,
-        temperature: 1.0,
-        max_tokens: Some(16),
-        min_tokens: 0,
-        stops: false,
-        detokenize: true,
-    };
-    map(scanner, "sampling_params", |scanner, key| {
-        sampling_field(scanner, key, layout, frames, &mut seen)
-    })?;
+    let mut seen =
+        Seen { n: 1, temperature: 1.0, max_tokens: Some(16), min_tokens: 0, stops: false, detokenize: true };
+    map(scanner, "sampling_params", |scanner, key| sampling_field(scanner, key, layout, frames, &mut seen))?;
     seen.check()
 }
 
@@ -50,11 +42,7 @@ struct Seen {
 impl Seen {
     fn check(&self) -> Result<(), RefusalKind> {
         if let Some(max) = self.max_tokens.filter(|max| self.min_tokens > *max) {
-            return Err(wrong(
-                "min_tokens",
-                self.min_tokens,
-                format!("at most max_tokens, {max}"),
-            ));
+            return Err(wrong("min_tokens", self.min_tokens, format!("at most max_tokens, {max}")));
         }
         if self.stops && !self.detokenize {
             return Err(wrong("detokenize", false, "true, because of stop"));
@@ -89,32 +77,30 @@ fn sampling_field(
         "min_p" => float(scanner, "min_p", 0.0..=1.0).map(drop)?,
         "seed" => optional(scanner, "seed", |s| int(s, "seed", ANY)).map(drop)?,
         "stop" => {
-            seen.stops =
-                if one_of(scanner, "stop", &[Kind::Nil, Kind::Str, Kind::Array])? == Kind::Str {
-                    if str(scanner, "stop")?.is_empty() {
-                        return Err(wrong("stop", "an empty string", "no empty string"));
-                    }
-                    true
-                } else {
-                    optional(scanner, "stop", |s| strs(s, "stop", false))?.is_some_and(|n| n > 0)
-                };
+            seen.stops = if one_of(scanner, "stop", &[Kind::Nil, Kind::Str, Kind::Array])? == Kind::Str {
+                if str(scanner, "stop")?.is_empty() {
+                    return Err(wrong("stop", "an empty string", "no empty string"));
+                }
+                true
+            } else {
+                optional(scanner, "stop", |s| strs(s, "stop", false))?.is_some_and(|n| n > 0)
+            };
         }
-        "bad_words" => optional(scanner, "bad_words", |s| {
-            strs(s, "bad_words", layout.bad_words_may_be_empty())
-        })
-        .map(drop)?,
+        "bad_words" => {
+            optional(scanner, "bad_words", |s| strs(s, "bad_words", layout.bad_words_may_be_empty()))
+                .map(drop)?
+        }
         "stop_token_ids" | "allowed_token_ids" | "logprob_token_ids" | "trace_decode_token_ids" => {
             optional(scanner, "token ids", |s| ints(s, "token ids")).map(drop)?;
         }
         "_all_stop_token_ids" => ints(scanner, "_all_stop_token_ids")?,
-        "_bad_words_token_ids" => optional(scanner, "_bad_words_token_ids", |s| {
-            int_lists(s, "_bad_words_token_ids")
-        })
-        .map(drop)?,
-        "prompt_logprob_token_ids" => optional(scanner, "prompt_logprob_token_ids", |s| {
-            prompt_logprob_ids(s, layout, frames)
-        })
-        .map(drop)?,
+        "_bad_words_token_ids" => {
+            optional(scanner, "_bad_words_token_ids", |s| int_lists(s, "_bad_words_token_ids")).map(drop)?
+        }
+        "prompt_logprob_token_ids" => {
+            optional(scanner, "prompt_logprob_token_ids", |s| prompt_logprob_ids(s, layout, frames))
+                .map(drop)?
+        }
         "ignore_eos"
         | "detokenize"
         | "skip_special_tokens"
@@ -135,26 +121,20 @@ fn sampling_field(
         }
         "min_tokens" => seen.min_tokens = int(scanner, "min_tokens", 0)?,
         "logprobs" => optional(scanner, "logprobs", |s| int(s, "logprobs", -1)).map(drop)?,
-        "prompt_logprobs" => optional(scanner, "prompt_logprobs", |s| {
-            int(s, "prompt_logprobs", -1)
-        })
-        .map(drop)?,
-        "truncate_prompt_tokens" => optional(scanner, "truncate_prompt_tokens", |s| {
-            int(s, "truncate_prompt_tokens", -1)
-        })
-        .map(drop)?,
-        "thinking_token_budget" => optional(scanner, "thinking_token_budget", |s| {
-            int(s, "thinking_token_budget", -1)
-        })
-        .map(drop)?,
+        "prompt_logprobs" => {
+            optional(scanner, "prompt_logprobs", |s| int(s, "prompt_logprobs", -1)).map(drop)?
+        }
+        "truncate_prompt_tokens" => {
+            optional(scanner, "truncate_prompt_tokens", |s| int(s, "truncate_prompt_tokens", -1)).map(drop)?
+        }
+        "thinking_token_budget" => {
+            optional(scanner, "thinking_token_budget", |s| int(s, "thinking_token_budget", -1)).map(drop)?
+        }
         "stream_interval" => {
             optional(scanner, "stream_interval", |s| int(s, "stream_interval", 1)).map(drop)?
         }
         "_eos_token_id" | "prompt_logprob_start" | "best_of" | "_real_n" => {
-            optional(scanner, "sampling_params", |s| {
-                int(s, "a number of sampling_params", ANY)
-            })
-            .map(drop)?;
+            optional(scanner, "sampling_params", |s| int(s, "a number of sampling_params", ANY)).map(drop)?;
         }
         "output_text_buffer_length" | "routed_experts_prompt_start" => {
             int(scanner, "a number of sampling_params", ANY).map(drop)?;
@@ -162,28 +142,21 @@ fn sampling_field(
         "output_kind" => output_kind(scanner)?,
         "logit_bias" => optional(scanner, "logit_bias", logit_bias).map(drop)?,
         "extra_args" => optional_map(scanner, "extra_args")?,
-        "structured_outputs" => optional(scanner, "structured_outputs", |s| {
-            structured_outputs(s, layout)
-        })
-        .map(drop)?,
+        "structured_outputs" => {
+            optional(scanner, "structured_outputs", |s| structured_outputs(s, layout)).map(drop)?
+        }
         "repetition_detection" => {
             optional(scanner, "repetition_detection", repetition_detection).map(drop)?;
         }
         "guided_decoding" => skip(scanner, "guided_decoding", &[Kind::Nil, Kind::Map])?,
-        _ => scanner
-            .skip_checked()
-            .map_err(malformed("sampling_params"))?,
+        _ => scanner.skip_checked().map_err(malformed("sampling_params"))?,
     }
     Ok(())
 }
 
 fn positive(scanner: &mut Scanner<'_>, field: &'static str, most: f64) -> Result<(), RefusalKind> {
     let value = float(scanner, field, 0.0..=most)?;
-    if value > 0.0 {
-        Ok(())
-    } else {
-        Err(wrong(field, value, "more than 0"))
-    }
+    if value > 0.0 { Ok(()) } else { Err(wrong(field, value, "more than 0")) }
 }
 
 fn output_kind(scanner: &mut Scanner<'_>) -> Result<(), RefusalKind> {
@@ -251,11 +224,7 @@ fn structured_outputs(scanner: &mut Scanner<'_>, layout: &Layout) -> Result<(), 
         }
     })?;
     if constraints > 1 || (constraints == 0 && layout.structured_outputs_need_one()) {
-        return Err(wrong(
-            FIELD,
-            format!("of {constraints} constraints"),
-            "one constraint",
-        ));
+        return Err(wrong(FIELD, format!("of {constraints} constraints"), "one constraint"));
     }
     Ok(())
 }
@@ -326,11 +295,7 @@ impl Item {
             Self::LateChunking => optional(scanner, field, |s| {
                 let count = s.array().map_err(malformed(field))?;
                 if count == 0 || int(s, field, 1)? > i128::from(i64::MAX) {
-                    return Err(wrong(
-                        field,
-                        "without chunk size",
-                        "a chunk size of 1 or more",
-                    ));
+                    return Err(wrong(field, "without chunk size", "a chunk size of 1 or more"));
                 }
                 s.skip_many(count - 1).map_err(malformed(field))
             })
@@ -345,8 +310,7 @@ impl Item {
                 if count > 2 {
                     optional(s, field, |s| int(s, field, ANY))?;
                 }
-                s.skip_many(count.saturating_sub(3))
-                    .map_err(malformed(field))
+                s.skip_many(count.saturating_sub(3)).map_err(malformed(field))
             })
             .map(drop),
         }
@@ -382,9 +346,7 @@ const LATEST: [Item; 11] = [
 
 /// `pooling_params`, a positional struct with defaults for all fields.
 pub(super) fn pooling(scanner: &mut Scanner<'_>, layout: &Layout) -> Result<(), RefusalKind> {
-    use Item::{
-        Bool, OptionalBool, OptionalInt, OptionalInts, OptionalMap, OutputKind, Task, Truncation,
-    };
+    use Item::{Bool, OptionalBool, OptionalInt, OptionalInts, OptionalMap, OutputKind, Task, Truncation};
     let items: &[Item] = match layout.pooling_form() {
         // truncate_prompt_tokens, dimensions, normalize, activation, softmax, step_tag_id, ...
         0 => &[

@@ -78,8 +78,7 @@ fn array(
 fn torch_size(dtype: &str) -> Option<u64> {
     Some(match dtype {
         "bool" | "uint8" | "int8" => 1,
-        "float8_e4m3fn" | "float8_e4m3fnuz" | "float8_e5m2" | "float8_e5m2fnuz"
-        | "float8_e8m0fnu" => 1,
+        "float8_e4m3fn" | "float8_e4m3fnuz" | "float8_e5m2" | "float8_e5m2fnuz" | "float8_e8m0fnu" => 1,
         "float16" | "bfloat16" | "int16" | "uint16" => 2,
         "float32" | "int32" | "uint32" => 4,
         "float64" | "int64" | "uint64" | "complex64" => 8,
@@ -101,11 +100,7 @@ fn numpy_size(dtype: &str) -> Option<u64> {
 }
 
 /// `mm_features`: nil, or an array of `MultiModalFeatureSpec`.
-pub(super) fn features(
-    scanner: &mut Scanner<'_>,
-    form: MmForm,
-    frames: &[Bytes],
-) -> Result<(), RefusalKind> {
+pub(super) fn features(scanner: &mut Scanner<'_>, form: MmForm, frames: &[Bytes]) -> Result<(), RefusalKind> {
     const FIELD: &str = "mm_features";
     if scanner.nil().map_err(malformed(FIELD))? {
         return Ok(());
@@ -141,9 +136,7 @@ fn position(scanner: &mut Scanner<'_>, frames: &[Bytes]) -> Result<(), RefusalKi
         missing.retain(|name| *name != key);
         match key {
             "offset" | "length" => fields::int(scanner, FIELD, 0).map(|_| ()),
-            "is_embed" => {
-                fields::optional(scanner, FIELD, |s| tensor(s, FIELD, frames)).map(|_| ())
-            }
+            "is_embed" => fields::optional(scanner, FIELD, |s| tensor(s, FIELD, frames)).map(|_| ()),
             _ => scanner.skip_checked().map_err(malformed(FIELD)),
         }
     })?;
@@ -154,9 +147,7 @@ fn position(scanner: &mut Scanner<'_>, frames: &[Bytes]) -> Result<(), RefusalKi
 fn item(scanner: &mut Scanner<'_>, form: MmForm, frames: &[Bytes]) -> Result<(), RefusalKind> {
     const FIELD: &str = "mm_features data";
     if form == MmForm::Keyed {
-        return fields::map(scanner, FIELD, |scanner, _| {
-            element(scanner, form, frames).map(drop)
-        });
+        return fields::map(scanner, FIELD, |scanner, _| element(scanner, form, frames).map(drop));
     }
     let mut modality = None;
     for _ in 0..scanner.array().map_err(malformed(FIELD))? {
@@ -210,12 +201,7 @@ fn element<'a>(
 /// Numbers, tensors, and lists of these.
 fn nested(scanner: &mut Scanner<'_>, frames: &[Bytes], depth: usize) -> Result<(), RefusalKind> {
     const FIELD: &str = "mm_features tensors";
-    if one_of(
-        scanner,
-        FIELD,
-        &[Kind::Array, Kind::Int, Kind::Float, Kind::Bool],
-    )? != Kind::Array
-    {
+    if one_of(scanner, FIELD, &[Kind::Array, Kind::Int, Kind::Float, Kind::Bool])? != Kind::Array {
         return scanner.skip().map_err(malformed(FIELD));
     }
     let mut inside = scanner.clone();

@@ -106,16 +106,9 @@ fn event(line: &Line<'_>) -> Event {
     let incarnation = || Incarnation(line.number("life").unwrap_or(1));
     let frontend = || FrontendId(line.required("frontend"));
     let wave = || Wave(line.required("wave"));
-    let report = |report| Event::Report {
-        rank: rank(),
-        incarnation: incarnation(),
-        report,
-    };
+    let report = |report| Event::Report { rank: rank(), incarnation: incarnation(), report };
     match line.verb {
-        "subscribe" => Event::Subscribed {
-            rank: rank(),
-            incarnation: incarnation(),
-        },
+        "subscribe" => Event::Subscribed { rank: rank(), incarnation: incarnation() },
         "stats" => {
             let load = Load {
                 waiting: line.required("waiting"),
@@ -130,10 +123,9 @@ fn event(line: &Line<'_>) -> Event {
         }
         "wave-complete" => report(Report::wave_complete(wave())),
         "start-wave" => report(Report::start_wave(wave())),
-        "start-wave-and-wave-complete" => report(Report {
-            wave_complete: Some(wave()),
-            ..Report::start_wave(wave())
-        }),
+        "start-wave-and-wave-complete" => {
+            report(Report { wave_complete: Some(wave()), ..Report::start_wave(wave()) })
+        }
         "first-request" => {
             let target = match line.text("target") {
                 None | Some("none") => None,
@@ -142,27 +134,14 @@ fn event(line: &Line<'_>) -> Event {
                     None => Exclude::Index(EngineIndex(text.parse().unwrap())),
                 }),
             };
-            Event::FirstRequest {
-                target,
-                wave: wave(),
-            }
+            Event::FirstRequest { target, wave: wave() }
         }
-        "frontend-start-wave" => Event::StartWave {
-            frontend: frontend(),
-            wave: wave(),
-        },
+        "frontend-start-wave" => Event::StartWave { frontend: frontend(), wave: wave() },
         "wake" => Event::Wake { rank: rank() },
         "admit" => Event::Admitted { rank: rank() },
-        "down" => Event::EngineDown {
-            rank: rank(),
-            incarnation: incarnation(),
-        },
-        "attach" => Event::FrontendAttached {
-            frontend: frontend(),
-        },
-        "detach" => Event::FrontendDetached {
-            frontend: frontend(),
-        },
+        "down" => Event::EngineDown { rank: rank(), incarnation: incarnation() },
+        "attach" => Event::FrontendAttached { frontend: frontend() },
+        "detach" => Event::FrontendDetached { frontend: frontend() },
         other => panic!("unknown verb {other}"),
     }
 }
@@ -181,20 +160,12 @@ fn show(action: &Action) -> String {
             };
             format!("start-dp-wave wave={wave} exclude={exclude}")
         }
-        Action::Publish {
-            counts,
-            wave,
-            running,
-        } => {
+        Action::Publish { counts, wave, running } => {
             let counts = counts.as_deref().map_or_else(|| "none".to_owned(), loads);
             format!("publish counts={counts} wave={wave} running={running}")
         }
         Action::Forward { rank } => format!("forward as rank {rank}"),
-        Action::Tell {
-            frontend,
-            rank,
-            report,
-        } => {
+        Action::Tell { frontend, rank, report } => {
             let to = frontend.map_or_else(|| "all".to_owned(), |id| format!("frontend {id}"));
             format!("tell {to} as rank {rank}: {}", show_report(report))
         }

@@ -25,18 +25,9 @@ pub(crate) type RequestId = u32;
 #[derive(Clone, Debug)]
 pub(crate) enum Input {
     Ready,
-    StartWave {
-        wave: u64,
-        exclude: Option<u16>,
-    },
-    Add {
-        id: RequestId,
-        steps: u32,
-        wave: u64,
-    },
-    Abort {
-        id: RequestId,
-    },
+    StartWave { wave: u64, exclude: Option<u16> },
+    Add { id: RequestId, steps: u32, wave: u64 },
+    Abort { id: RequestId },
     Pause(PauseMode),
     Resume,
 }
@@ -293,10 +284,7 @@ impl Engine {
             }
             self.wave += 1;
             self.step_counter = 0;
-        } else if !self.was_running
-            && self.index == 0
-            && !self.pending_pause
-            && self.version >= Version::V32
+        } else if !self.was_running && self.index == 0 && !self.pending_pause && self.version >= Version::V32
         {
             out.push(Output::Report(Report::start_wave(Wave(self.wave))));
         }

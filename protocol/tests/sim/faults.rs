@@ -51,44 +51,27 @@ impl World {
         let rank = u16::try_from(self.rng.below(u64::from(self.size))).unwrap();
         let steps = 1 + u32::try_from(self.rng.below(12)).unwrap();
         let id = RequestId::try_from(self.requests.len()).unwrap();
-        let request = Request {
-            rank,
-            ended: false,
-            life: (self.topology == Topology::Stock).then_some(self.life),
-        };
+        let request =
+            Request { rank, ended: false, life: (self.topology == Topology::Stock).then_some(self.life) };
         self.requests.insert(id, request);
         let frontend = &mut self.frontends[at];
         frontend.requests.push(id);
         let (from, wave) = (frontend.id, frontend.wave);
         let first = !frontend.running && self.version < Version::V33;
         frontend.running |= first;
-        self.note(|| {
-            format!("    -> request {id} of {from} for {rank}, wave {wave}, first {first}")
-        });
+        self.note(|| format!("    -> request {id} of {from} for {rank}, wave {wave}, first {first}"));
         let hosted = self.topology == Topology::Hosted;
         if hosted {
-            let what = Happening::AtRelay {
-                rank,
-                from,
-                id,
-                steps,
-                wave,
-            };
+            let what = Happening::AtRelay { rank, from, id, steps, wave };
             self.send(Link::ToRelay(from, rank), what);
         } else {
             let input = Input::Add { id, steps, wave };
             self.send_to_engine(Link::Slot(from, rank), rank, input);
         }
         if first {
-            let event = Event::FirstRequest {
-                target: Some(Exclude::Index(EngineIndex(rank))),
-                wave: Wave(wave),
-            };
-            let what = if hosted {
-                Happening::ToTheirs(from, event)
-            } else {
-                Happening::ToMachine(event)
-            };
+            let event =
+                Event::FirstRequest { target: Some(Exclude::Index(EngineIndex(rank))), wave: Wave(wave) };
+            let what = if hosted { Happening::ToTheirs(from, event) } else { Happening::ToMachine(event) };
             self.send(Link::FrontendToMachine(from), what);
         }
     }
@@ -97,12 +80,8 @@ impl World {
         let Some(at) = self.some_frontend() else {
             return;
         };
-        let open: Vec<RequestId> = self.frontends[at]
-            .requests
-            .iter()
-            .copied()
-            .filter(|id| !self.requests[id].ended)
-            .collect();
+        let open: Vec<RequestId> =
+            self.frontends[at].requests.iter().copied().filter(|id| !self.requests[id].ended).collect();
         let Some(id) = open.last().copied() else {
             return;
         };
@@ -197,9 +176,7 @@ impl World {
         }
         self.admitted = true;
         for rank in 0..self.size {
-            let event = Event::Admitted {
-                rank: EngineIndex(rank),
-            };
+            let event = Event::Admitted { rank: EngineIndex(rank) };
             self.send(Link::NodeCommands, Happening::ToMachine(event));
         }
         for (from, rank, id, steps, wave) in std::mem::take(&mut self.held) {
@@ -281,11 +258,7 @@ impl World {
                     }
                 }
                 Action::Publish { wave, running, .. } => {
-                    let what = Happening::View {
-                        to: id,
-                        wave: wave.0,
-                        running,
-                    };
+                    let what = Happening::View { to: id, wave: wave.0, running };
                     self.send(Link::MachineToFrontend(id), what);
                 }
                 _ => {}

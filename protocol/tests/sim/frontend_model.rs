@@ -21,33 +21,20 @@ pub(crate) struct Frontend {
 
 impl Frontend {
     pub(crate) fn direct(id: FrontendId) -> Self {
-        Self {
-            id,
-            wave: 0,
-            running: false,
-            requests: Vec::new(),
-            coordinator: None,
-            timer_set: false,
-        }
+        Self { id, wave: 0, running: false, requests: Vec::new(), coordinator: None, timer_set: false }
     }
 
     pub(crate) fn attached(id: FrontendId, version: Version, size: u16, now: Time) -> Self {
         let config = Config::upstream(GroupKind::Lockstep, size, rules(version));
         let mut coordinator = Coordinator::new(config);
         for rank in 0..size {
-            let event = Event::Subscribed {
-                rank: EngineIndex(rank),
-                incarnation: Incarnation(1),
-            };
+            let event = Event::Subscribed { rank: EngineIndex(rank), incarnation: Incarnation(1) };
             coordinator.handle_event(now, event);
         }
         while let Some(action) = coordinator.poll_action() {
             assert!(matches!(action, Action::SendReady { .. }));
         }
-        Self {
-            coordinator: Some(coordinator),
-            ..Self::direct(id)
-        }
+        Self { coordinator: Some(coordinator), ..Self::direct(id) }
     }
 }
 

@@ -214,13 +214,9 @@ pub(crate) struct World {
 impl World {
     pub(crate) fn new(seed: u64, mutation: Option<Mutation>, log: bool) -> Self {
         let mut rng = Rng(seed.wrapping_mul(0x2545_f491_4f6c_dd1d) ^ 0x5bd1_e995);
-        let topology = if rng.chance(40) {
-            Topology::Stock
-        } else {
-            Topology::Hosted
-        };
-        let version = [Version::V28, Version::V32, Version::V32, Version::V33]
-            [usize::try_from(rng.below(4)).unwrap()];
+        let topology = if rng.chance(40) { Topology::Stock } else { Topology::Hosted };
+        let version =
+            [Version::V28, Version::V32, Version::V32, Version::V33][usize::try_from(rng.below(4)).unwrap()];
         let size = u16::try_from(2 + rng.below(3)).unwrap();
         let mut config = Config::hosted(GroupKind::Lockstep, size);
         config.rules = rules(version);
@@ -290,10 +286,7 @@ impl World {
             self.happen(next.what);
         }
         self.check_end();
-        Outcome {
-            result: self.broken.map_or(Ok(()), Err),
-            events,
-        }
+        Outcome { result: self.broken.map_or(Ok(()), Err), events }
     }
 
     fn note(&self, text: impl FnOnce() -> String) {
@@ -358,16 +351,11 @@ impl World {
         self.barrier = false;
         self.admitted = false;
         self.admit_planned = false;
-        self.engines = (0..self.size)
-            .map(|rank| Engine::new(rank, self.version))
-            .collect();
+        self.engines = (0..self.size).map(|rank| Engine::new(rank, self.version)).collect();
     }
 
     fn subscribe(&mut self, rank: u16) {
-        let event = Event::Subscribed {
-            rank: EngineIndex(rank),
-            incarnation: Incarnation(self.life),
-        };
+        let event = Event::Subscribed { rank: EngineIndex(rank), incarnation: Incarnation(self.life) };
         self.send(Link::FromEngine(rank), Happening::ToMachine(event));
     }
 
@@ -412,18 +400,10 @@ impl World {
             return;
         }
         let life = self.life;
-        if self
-            .engines
-            .iter()
-            .all(|engine| engine.phase == Phase::Step)
-        {
+        if self.engines.iter().all(|engine| engine.phase == Phase::Step) {
             self.barrier = true;
             self.schedule(self.step_time, Happening::StepDone { life });
-        } else if self
-            .engines
-            .iter()
-            .all(|engine| engine.phase == Phase::Resume)
-        {
+        } else if self.engines.iter().all(|engine| engine.phase == Phase::Resume) {
             self.barrier = true;
             self.schedule(1, Happening::ResumeDone { life });
         }
@@ -510,13 +490,7 @@ impl World {
                     frontend.running = running;
                 }
             }
-            Happening::AtRelay {
-                rank,
-                from,
-                id,
-                steps,
-                wave,
-            } => {
+            Happening::AtRelay { rank, from, id, steps, wave } => {
                 if !self.frontends.iter().any(|f| f.id == from) {
                     self.end(id);
                 } else if self.admitted {
@@ -554,9 +528,7 @@ impl World {
             request.life = Some(self.life);
         }
         self.send_to_engine(Link::Slot(from, rank), rank, Input::Add { id, steps, wave });
-        let wake = Event::Wake {
-            rank: EngineIndex(rank),
-        };
+        let wake = Event::Wake { rank: EngineIndex(rank) };
         self.send(Link::RelayCommands(rank), Happening::ToMachine(wake));
     }
 
@@ -583,10 +555,7 @@ impl World {
             self.note(|| format!("    -> {action:?}"));
             self.perform(action);
         }
-        let due = self
-            .machine
-            .poll_timeout()
-            .map(|at| u64::try_from(at.since_start().as_micros()).unwrap());
+        let due = self.machine.poll_timeout().map(|at| u64::try_from(at.since_start().as_micros()).unwrap());
         // One periodic publish after another is no progress: in stock topology the timer stops with
         // the rest of the world.
         if let Some(due) = due
@@ -627,10 +596,7 @@ impl World {
                     _ => None,
                 };
                 for rank in 0..self.size {
-                    let input = Input::StartWave {
-                        wave: wave.0,
-                        exclude,
-                    };
+                    let input = Input::StartWave { wave: wave.0, exclude };
                     self.publish_to_engine(rank, input);
                 }
             }
@@ -638,21 +604,14 @@ impl World {
                 for at in 0..self.frontends.len() {
                     let to = self.frontends[at].id;
                     let wave = wave.0;
-                    self.send(
-                        Link::MachineToFrontend(to),
-                        Happening::View { to, wave, running },
-                    );
+                    self.send(Link::MachineToFrontend(to), Happening::View { to, wave, running });
                 }
             }
             Action::Forward { rank } => {
                 let report = self.handled.expect("only a report is forwarded");
                 self.tell(None, rank, report);
             }
-            Action::Tell {
-                frontend,
-                rank,
-                report,
-            } => self.tell(frontend, rank, report),
+            Action::Tell { frontend, rank, report } => self.tell(frontend, rank, report),
             Action::Note(_) => {}
         }
     }
@@ -661,11 +620,7 @@ impl World {
         for at in 0..self.frontends.len() {
             let id = self.frontends[at].id;
             if frontend.is_none_or(|only| only == id) {
-                let event = Event::Report {
-                    rank,
-                    incarnation: Incarnation(1),
-                    report,
-                };
+                let event = Event::Report { rank, incarnation: Incarnation(1), report };
                 self.send(Link::ToTheirs(id, rank.0), Happening::ToTheirs(id, event));
             }
         }

@@ -16,8 +16,8 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 use super::super::handles::{
-    CoordinatorCommand, Deployment, EngineFacts, ForFrontendCoordinator, FrontendSnapshot,
-    GroupKind, OpenRoute, RankCommand, Reply, RouteLost,
+    CoordinatorCommand, Deployment, EngineFacts, ForFrontendCoordinator, FrontendSnapshot, GroupKind,
+    OpenRoute, RankCommand, Reply, RouteLost,
 };
 use super::{Shared, sockets};
 
@@ -105,10 +105,7 @@ impl Task {
         let mut deployment_open = true;
         while !self.finished {
             self.publish();
-            let due = self
-                .machine
-                .poll_timeout()
-                .map(|at| self.start + at.since_start());
+            let due = self.machine.poll_timeout().map(|at| self.start + at.since_start());
             let timer = async {
                 match due {
                     Some(due) => sleep_until(due).await,
@@ -156,9 +153,7 @@ impl Task {
         self.tasks.close();
         self.tasks.wait().await;
         self.shared.claims.lock().remove(&self.number);
-        self.shared
-            .snapshots
-            .send_modify(|all| all.retain(|shown| shown.address != self.address));
+        self.shared.snapshots.send_modify(|all| all.retain(|shown| shown.address != self.address));
         if let Some(Some(reply)) = reply {
             let _ = reply.send(Ok(()));
         }
@@ -218,26 +213,14 @@ impl Task {
                 Action::SendHello { rank, .. } => {
                     self.say(rank, Hello::HEADLESS.encode());
                 }
-                Action::ConnectCoordinator {
-                    rank,
-                    input,
-                    output,
-                    ..
-                } => self.connect_coordinator(rank, input, output),
-                Action::OpenRoute {
-                    rank,
-                    api_server,
-                    input,
-                    output,
-                    stats_address,
-                    ..
-                } => self.open_route(rank, api_server, input, output, stats_address.as_deref()),
+                Action::ConnectCoordinator { rank, input, output, .. } => {
+                    self.connect_coordinator(rank, input, output)
+                }
+                Action::OpenRoute { rank, api_server, input, output, stats_address, .. } => {
+                    self.open_route(rank, api_server, input, output, stats_address.as_deref())
+                }
                 Action::JoinCoordinator { .. } => self.join_coordinator(),
-                Action::SendReady {
-                    rank,
-                    stats_address,
-                    ..
-                } => self.send_ready(rank, stats_address),
+                Action::SendReady { rank, stats_address, .. } => self.send_ready(rank, stats_address),
                 Action::CloseHandshake { .. } => {
                     if let Some(running) = &mut self.attempt {
                         running.handshakes.clear();
@@ -247,11 +230,7 @@ impl Task {
                     let Some(running) = &self.attempt else {
                         continue;
                     };
-                    let command = CoordinatorCommand::StartWave {
-                        frontend: running.id,
-                        wave,
-                        exclude,
-                    };
+                    let command = CoordinatorCommand::StartWave { frontend: running.id, wave, exclude };
                     // The engines are woken by the request itself, too.
                     if self.shared.coordinator.commands.try_send(command).is_err() {
                         tracing::warn!(frontend.addr = %self.address, "START_DP_WAVE dropped: the coordinator task is behind");
@@ -262,11 +241,7 @@ impl Task {
                     tracing::info!(frontend.addr = %self.address, id, api_servers, "frontend attached");
                 }
                 Action::Refused { error } => tracing::warn!("{error}"),
-                Action::Teardown {
-                    attempt,
-                    farewell,
-                    reason,
-                } => self.tear_down(attempt, farewell, &reason),
+                Action::Teardown { attempt, farewell, reason } => self.tear_down(attempt, farewell, &reason),
                 Action::Done => {
                     tracing::info!(frontend.addr = %self.address, "frontend removed");
                     self.finished = true;
@@ -287,17 +262,12 @@ impl Task {
             };
             let _ = events.send(event).await;
         };
-        self.tasks
-            .spawn(self.stop.clone().run_until_cancelled_owned(probe));
+        self.tasks.spawn(self.stop.clone().run_until_cancelled_owned(probe));
     }
 
     /// What belongs to this attempt; the first call makes it.
     fn running(&mut self, attempt: Attempt) -> &mut Running {
-        if self
-            .attempt
-            .as_ref()
-            .is_none_or(|running| running.attempt != attempt)
-        {
+        if self.attempt.as_ref().is_none_or(|running| running.attempt != attempt) {
             if let Some(old) = self.attempt.take() {
                 old.stop.cancel();
             }
@@ -349,12 +319,7 @@ impl Task {
         let (sender, outgoing) = mpsc::channel(SOCKET_QUEUE);
         let running = self.running(attempt);
         running.handshakes.insert(rank, sender);
-        running.tasks.spawn(
-            running
-                .stop
-                .clone()
-                .run_until_cancelled_owned(task.run(outgoing)),
-        );
+        running.tasks.spawn(running.stop.clone().run_until_cancelled_owned(task.run(outgoing)));
     }
 
     fn say(&self, rank: EngineIndex, payload: Bytes) {
@@ -370,20 +335,16 @@ impl Task {
     }
 
     fn send_ready(&self, rank: EngineIndex, stats_address: Option<String>) {
-        let ready = self
-            .attempt
-            .as_ref()
-            .and_then(|running| running.engines.get(&rank))
-            .map(|facts| {
-                Ready {
-                    local: Hello::HEADLESS.local,
-                    headless: Hello::HEADLESS.headless,
-                    num_gpu_blocks: facts.num_gpu_blocks,
-                    dp_stats_address: stats_address,
-                    parallel_config_hash: facts.parallel_config_hash.clone(),
-                }
-                .encode(&facts.layout)
-            });
+        let ready = self.attempt.as_ref().and_then(|running| running.engines.get(&rank)).map(|facts| {
+            Ready {
+                local: Hello::HEADLESS.local,
+                headless: Hello::HEADLESS.headless,
+                num_gpu_blocks: facts.num_gpu_blocks,
+                dp_stats_address: stats_address,
+                parallel_config_hash: facts.parallel_config_hash.clone(),
+            }
+            .encode(&facts.layout)
+        });
         match ready {
             Some(payload) => self.say(rank, payload),
             None => tracing::error!(%rank, "facts of a known engine have gone"),
@@ -398,20 +359,9 @@ impl Task {
         };
         let (sender, outgoing) = mpsc::channel(SOCKET_QUEUE);
         running.coordinator.insert(rank, sender);
-        let task = sockets::CoordinatorSockets {
-            input,
-            output,
-            attempt: running.attempt,
-            rank,
-            limit,
-            events,
-        };
-        running.tasks.spawn(
-            running
-                .stop
-                .clone()
-                .run_until_cancelled_owned(task.run(outgoing)),
-        );
+        let task =
+            sockets::CoordinatorSockets { input, output, attempt: running.attempt, rank, limit, events };
+        running.tasks.spawn(running.stop.clone().run_until_cancelled_owned(task.run(outgoing)));
     }
 
     fn open_route(
@@ -431,8 +381,7 @@ impl Task {
         running.routed = true;
         let (attempt, frontend, lost) = (running.attempt, running.id, running.lost.clone());
         let facts = running.engines.get(&rank);
-        let registration =
-            facts.map(|facts| with_dp_stats_address(&facts.registration, stats_address));
+        let registration = facts.map(|facts| with_dp_stats_address(&facts.registration, stats_address));
         let open = async move {
             let result = match (handle, registration) {
                 (Some(handle), Some(Ok(registration))) => {
@@ -447,10 +396,7 @@ impl Task {
                     };
                     let what = format!("opening the route to API server {api_server}");
                     handle
-                        .ask(&what, limit + CLOSE_LIMIT, |reply| RankCommand::OpenRoute {
-                            route,
-                            reply,
-                        })
+                        .ask(&what, limit + CLOSE_LIMIT, |reply| RankCommand::OpenRoute { route, reply })
                         .await
                         .map_err(|error| error.to_string())
                 }
@@ -459,23 +405,12 @@ impl Task {
                 (_, Some(Err(error))) => Err(format!("ready response of rank {rank}: {error}")),
             };
             let event = match result {
-                Ok(_slot) => Event::RouteOpen {
-                    attempt,
-                    rank,
-                    api_server,
-                },
-                Err(reason) => Event::RouteLost {
-                    attempt,
-                    rank,
-                    api_server,
-                    reason,
-                },
+                Ok(_slot) => Event::RouteOpen { attempt, rank, api_server },
+                Err(reason) => Event::RouteLost { attempt, rank, api_server, reason },
             };
             let _ = events.send(event).await;
         };
-        running
-            .tasks
-            .spawn(running.stop.clone().run_until_cancelled_owned(open));
+        running.tasks.spawn(running.stop.clone().run_until_cancelled_owned(open));
     }
 
     /// Asks the coordinator task for the engines' waves and stats, and hands them to the sockets of
@@ -502,9 +437,7 @@ impl Task {
                 }
             }
         };
-        running
-            .tasks
-            .spawn(running.stop.clone().run_until_cancelled_owned(pass));
+        running.tasks.spawn(running.stop.clone().run_until_cancelled_owned(pass));
     }
 
     /// Closes everything of the attempt, then reports it. Runs beside the machine.
@@ -521,9 +454,7 @@ impl Task {
                 running.tasks.close();
                 running.tasks.wait().await;
                 if running.joined {
-                    let command = CoordinatorCommand::RemoveFrontend {
-                        frontend: running.id,
-                    };
+                    let command = CoordinatorCommand::RemoveFrontend { frontend: running.id };
                     let _ = shared.coordinator.commands.send(command).await;
                 }
                 let routes = async {
@@ -531,8 +462,7 @@ impl Task {
                         close_routes(&shared, running.id).await;
                     }
                 };
-                let farewells =
-                    futures::future::join_all(farewell.iter().map(|to| sockets::say_dead(to)));
+                let farewells = futures::future::join_all(farewell.iter().map(|to| sockets::say_dead(to)));
                 futures::future::join(routes, farewells).await;
             }
             let _ = events.send(Event::TornDown { attempt }).await;
@@ -544,9 +474,7 @@ impl Task {
 async fn close_routes(shared: &Shared, frontend: FrontendId) {
     let closing = shared.ranks.iter().map(|handle| async move {
         let closed = handle
-            .ask("closing the routes", CLOSE_LIMIT, |reply| {
-                RankCommand::CloseRoutes { frontend, reply }
-            })
+            .ask("closing the routes", CLOSE_LIMIT, |reply| RankCommand::CloseRoutes { frontend, reply })
             .await;
         if let Err(error) = closed {
             tracing::warn!(rank = %handle.rank, %frontend, %error, "routes are not closed");
@@ -556,10 +484,8 @@ async fn close_routes(shared: &Shared, frontend: FrontendId) {
 }
 
 fn engines(deployment: &Deployment) -> Event {
-    let missing: Vec<EngineIndex> = (0..deployment.size)
-        .map(EngineIndex)
-        .filter(|rank| !deployment.engines.contains_key(rank))
-        .collect();
+    let missing: Vec<EngineIndex> =
+        (0..deployment.size).map(EngineIndex).filter(|rank| !deployment.engines.contains_key(rank)).collect();
     if !missing.is_empty() || deployment.size == 0 {
         return Event::EnginesMissing(missing);
     }

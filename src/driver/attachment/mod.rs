@@ -18,8 +18,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::handles::{
-    AttachmentCommand, AttachmentHandle, CoordinatorHandle, Deployment, FrontendSnapshot,
-    HandleError, RankHandle, Reply,
+    AttachmentCommand, AttachmentHandle, CoordinatorHandle, Deployment, FrontendSnapshot, HandleError,
+    RankHandle, Reply,
 };
 
 pub use peer::{ListeningProcess, listening_process};
@@ -75,11 +75,7 @@ impl Shared {
 
     /// Slots that this task may take, on the rank that has the fewest.
     fn free_slots(&self, claims: &BTreeMap<u64, u32>, task: u64) -> u32 {
-        let others: u32 = claims
-            .iter()
-            .filter(|(other, _)| **other != task)
-            .map(|(_, slots)| slots)
-            .sum();
+        let others: u32 = claims.iter().filter(|(other, _)| **other != task).map(|(_, slots)| slots).sum();
         let fewest = self
             .ranks
             .iter()
@@ -168,14 +164,10 @@ impl Manager {
     fn add(&mut self, address: String) -> Result<(), HandleError> {
         check_address(&address)?;
         if self.wanted.contains_key(&address) {
-            return Err(HandleError::failed(format!(
-                "frontend {address} is wanted already"
-            )));
+            return Err(HandleError::failed(format!("frontend {address} is wanted already")));
         }
         if self.wanted.len() == FRONTENDS {
-            return Err(HandleError::failed(format!(
-                "{FRONTENDS} frontends are wanted already"
-            )));
+            return Err(HandleError::failed(format!("{FRONTENDS} frontends are wanted already")));
         }
         self.ending.retain(|_, ended| !ended.is_cancelled());
         let (remove, removed) = oneshot::channel();
@@ -187,8 +179,7 @@ impl Manager {
             ended.clone().drop_guard(),
         );
         self.next_task += 1;
-        self.tasks
-            .spawn(task.run(removed, self.ending.remove(&address)));
+        self.tasks.spawn(task.run(removed, self.ending.remove(&address)));
         self.wanted.insert(address, Entry { remove, ended });
         Ok(())
     }
@@ -198,11 +189,7 @@ impl Manager {
             let known: Vec<&str> = self.wanted.keys().map(String::as_str).collect();
             let _ = reply.send(Err(HandleError::failed(format!(
                 "frontend {address} is not wanted; wanted are: {}",
-                if known.is_empty() {
-                    "none".to_owned()
-                } else {
-                    known.join(", ")
-                }
+                if known.is_empty() { "none".to_owned() } else { known.join(", ") }
             ))));
             return;
         };
@@ -243,16 +230,7 @@ mod tests {
         for good in ["127.0.0.1:7200", "node-1:1", "[::1]:29550"] {
             check_address(good).unwrap();
         }
-        for bad in [
-            "",
-            "localhost",
-            ":7200",
-            "h:0",
-            "h:99999",
-            "h:x",
-            "::1:7200",
-            "http://h:80",
-        ] {
+        for bad in ["", "localhost", ":7200", "h:0", "h:99999", "h:x", "::1:7200", "http://h:80"] {
             let error = check_address(bad).unwrap_err().to_string();
             assert!(error.contains("HOST:PORT"), "{bad}: {error}");
         }

@@ -29,9 +29,7 @@ pub fn listening_process(port: u16) -> Option<ListeningProcess> {
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
         .collect();
     pids.sort_unstable();
-    pids.into_iter()
-        .filter(|pid| has_descriptor(*pid, &socket))
-        .find_map(process)
+    pids.into_iter().filter(|pid| has_descriptor(*pid, &socket)).find_map(process)
 }
 
 /// The inode of the socket that listens (state 0A) on `port`, from `/proc/net/tcp`.
@@ -116,9 +114,7 @@ pub(super) fn mismatch(
     if same_model(ours, theirs, &process.cwd) {
         return None;
     }
-    Some(format!(
-        "frontend {address} (pid {pid}) serves model {theirs}, this deployment runs {ours}"
-    ))
+    Some(format!("frontend {address} (pid {pid}) serves model {theirs}, this deployment runs {ours}"))
 }
 
 /// Two names of a model fit if they are the same, or directories with the same `config.json`: a
@@ -151,11 +147,7 @@ mod tests {
     fn vllm(args: &[&str]) -> ListeningProcess {
         let mut argv = vec!["python3".to_owned(), "/venv/bin/vllm".to_owned()];
         argv.extend(args.iter().map(|arg| (*arg).to_owned()));
-        ListeningProcess {
-            pid: 7,
-            cwd: PathBuf::from("/nonexistent"),
-            argv,
-        }
+        ListeningProcess { pid: 7, cwd: PathBuf::from("/nonexistent"), argv }
     }
 
     #[test]
@@ -182,10 +174,7 @@ mod tests {
         ] {
             let other = vllm(&[&["serve", "org/model"][..], flags].concat());
             let error = mismatch("a:1", &other, Some("org/model"), 2).unwrap();
-            assert!(
-                error.contains("a:1") && error.contains("size 3") && error.contains("has 2"),
-                "{error}"
-            );
+            assert!(error.contains("a:1") && error.contains("size 3") && error.contains("has 2"), "{error}");
         }
         for args in [
             &["serve", "org/other"][..],
@@ -193,24 +182,15 @@ mod tests {
             &["serve", "--port", "1", "--model", "org/other"][..],
         ] {
             let error = mismatch("a:1", &vllm(args), Some("org/model"), 2).unwrap();
-            assert!(
-                error.contains("org/other") && error.contains("org/model"),
-                "{error}"
-            );
+            assert!(error.contains("org/other") && error.contains("org/model"), "{error}");
         }
     }
 
     #[test]
     fn what_cannot_be_told_is_not_refused() {
-        let proxy = ListeningProcess {
-            argv: vec!["haproxy".to_owned()],
-            ..vllm(&[])
-        };
+        let proxy = ListeningProcess { argv: vec!["haproxy".to_owned()], ..vllm(&[]) };
         assert_eq!(mismatch("a:1", &proxy, Some("org/model"), 2), None);
-        let titled = ListeningProcess {
-            argv: vec!["VLLM::APIServer".to_owned()],
-            ..vllm(&[])
-        };
+        let titled = ListeningProcess { argv: vec!["VLLM::APIServer".to_owned()], ..vllm(&[]) };
         assert_eq!(mismatch("a:1", &titled, Some("org/model"), 2), None);
         // Model in a config file.
         let config = vllm(&["serve", "--config", "x.yaml"]);

@@ -65,11 +65,7 @@ impl HandshakeSocket {
     pub(super) async fn run(self, outgoing: mpsc::Receiver<Frames>) {
         let (attempt, rank) = (self.attempt, self.rank);
         if let Err(error) = self.exchange(outgoing).await {
-            let event = Event::HandshakeLost {
-                attempt,
-                rank,
-                reason: error.to_string(),
-            };
+            let event = Event::HandshakeLost { attempt, rank, reason: error.to_string() };
             let _ = self.events.send(event).await;
         }
     }
@@ -78,8 +74,7 @@ impl HandshakeSocket {
         let (attempt, rank) = (self.attempt, self.rank);
         let dealer = Dealer::connect(&self.address, &rank.identity().0, self.limit).await?;
         let (mut sender, mut receiver) = dealer.split();
-        self.report(Event::HandshakeConnected { attempt, rank })
-            .await;
+        self.report(Event::HandshakeConnected { attempt, rank }).await;
         loop {
             tokio::select! {
                 frames = outgoing.recv() => match frames {
@@ -115,11 +110,7 @@ impl CoordinatorSockets {
     pub(super) async fn run(self, outgoing: mpsc::Receiver<Bytes>) {
         let (attempt, rank) = (self.attempt, self.rank);
         if let Err(error) = self.exchange(outgoing).await {
-            let event = Event::CoordinatorLost {
-                attempt,
-                rank,
-                reason: error.to_string(),
-            };
+            let event = Event::CoordinatorLost { attempt, rank, reason: error.to_string() };
             let _ = self.events.send(event).await;
         }
     }
@@ -147,16 +138,9 @@ impl CoordinatorSockets {
         let (attempt, rank) = (self.attempt, self.rank);
         let event = match frames.as_slice() {
             [ready] if ready == COORDINATOR_READY => Event::CoordinatorReady { attempt, rank },
-            [kind, payload, ..]
-                if RequestType::from_frame(kind) == Some(RequestType::StartDpWave) =>
-            {
+            [kind, payload, ..] if RequestType::from_frame(kind) == Some(RequestType::StartDpWave) => {
                 match StartDpWave::decode(payload) {
-                    Ok(start) => Event::StartWave {
-                        attempt,
-                        rank,
-                        wave: start.wave,
-                        exclude: start.exclude,
-                    },
+                    Ok(start) => Event::StartWave { attempt, rank, wave: start.wave, exclude: start.exclude },
                     Err(error) => {
                         tracing::warn!(address = self.input, %error, "message of a frontend's DP coordinator ignored");
                         return;
@@ -182,11 +166,7 @@ async fn send(
     sending: impl Future<Output = Result<(), TransportError>>,
 ) -> Result<(), TransportError> {
     timeout(SEND_LIMIT, sending).await.unwrap_or_else(|_| {
-        Err(TransportError::Timeout {
-            address: address.to_owned(),
-            stage: "send",
-            limit: SEND_LIMIT,
-        })
+        Err(TransportError::Timeout { address: address.to_owned(), stage: "send", limit: SEND_LIMIT })
     })
 }
 
@@ -200,17 +180,11 @@ pub(super) async fn say_dead(output: &str) {
             TcpStream::connect(host_port).await.ok()?;
         }
         let mut push = Push::connect(output, FAREWELL_LIMIT).await.ok()?;
-        push.send(vec![Bytes::from_static(ENGINE_CORE_DEAD)])
-            .await
-            .ok()?;
+        push.send(vec![Bytes::from_static(ENGINE_CORE_DEAD)]).await.ok()?;
         // It ends, or does not care.
         let _ = timeout(FAREWELL_LIMIT / 4, push.disconnected()).await;
         Some(())
     })
     .await;
-    tracing::debug!(
-        address = output,
-        told = matches!(told, Ok(Some(()))),
-        "ENGINE_CORE_DEAD"
-    );
+    tracing::debug!(address = output, told = matches!(told, Ok(Some(()))), "ENGINE_CORE_DEAD");
 }

@@ -17,13 +17,7 @@ fn world(kind: GroupKind) -> World {
     let stop = CancellationToken::new();
     let config = ControlConfig::new(kind);
     let control = spawn(&config, handles, held, &tracker, stop.clone());
-    World {
-        ranks,
-        calls,
-        control,
-        tracker,
-        stop,
-    }
+    World { ranks, calls, control, tracker, stop }
 }
 
 impl World {
@@ -42,18 +36,13 @@ impl World {
     async fn until(&self, holds: impl Fn(&Snapshot) -> bool) {
         let mut snapshot = self.control.watch();
         let wait = snapshot.wait_for(|snapshot| holds(snapshot));
-        tokio::time::timeout(Duration::from_secs(20), wait)
-            .await
-            .unwrap()
-            .unwrap();
+        tokio::time::timeout(Duration::from_secs(20), wait).await.unwrap().unwrap();
     }
 
     async fn end(self) {
         self.stop.cancel();
         self.tracker.close();
-        tokio::time::timeout(Duration::from_secs(5), self.tracker.wait())
-            .await
-            .unwrap();
+        tokio::time::timeout(Duration::from_secs(5), self.tracker.wait()).await.unwrap();
     }
 }
 
@@ -83,34 +72,15 @@ async fn a_call_for_one_rank_only_is_refused_in_time() {
 #[tokio::test(start_paused = true)]
 async fn the_guard_keeps_everybody_out_until_it_is_dropped() {
     let world = world(GroupKind::Independent);
-    let guard = world
-        .control
-        .acquire("update u1", Duration::ZERO)
-        .await
-        .unwrap();
+    let guard = world.control.acquire("update u1", Duration::ZERO).await.unwrap();
     guard.doing("loading");
-    world
-        .until(|state| state.holder.as_deref() == Some("update u1 (loading)"))
-        .await;
+    world.until(|state| state.holder.as_deref() == Some("update u1 (loading)")).await;
     world.call_all(1, "pause_scheduler").await;
-    world
-        .both_logged("refuse 1 refused by the sidecar: update u1 (loading) is running")
-        .await;
-    let error = world
-        .control
-        .acquire("update u2", Duration::from_millis(10))
-        .await
-        .unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "engines are controlled by update u1 (loading)"
-    );
+    world.both_logged("refuse 1 refused by the sidecar: update u1 (loading) is running").await;
+    let error = world.control.acquire("update u2", Duration::from_millis(10)).await.unwrap_err();
+    assert_eq!(error.to_string(), "engines are controlled by update u1 (loading)");
     drop(guard);
-    let guard = world
-        .control
-        .acquire("update u3", Duration::from_secs(1))
-        .await
-        .unwrap();
+    let guard = world.control.acquire("update u3", Duration::from_secs(1)).await.unwrap();
     assert_eq!(guard.paused_by, None);
     drop(guard);
     world.until(|state| state.holder.is_none()).await;
@@ -150,11 +120,7 @@ async fn an_operators_wait_ends_in_abort_when_the_deadline_is_over() {
     }
     let (deadline, patience) = (Duration::from_secs(3), Duration::ZERO);
     let before = Instant::now();
-    world
-        .control
-        .pause(PauseMode::Wait, deadline, patience)
-        .await
-        .unwrap();
+    world.control.pause(PauseMode::Wait, deadline, patience).await.unwrap();
     assert!(before.elapsed() >= deadline && before.elapsed() < deadline * 2);
     for rank in &world.ranks {
         assert_eq!(rank.take_log(), ["pause wait false", "pause abort false"]);
@@ -166,11 +132,8 @@ async fn an_operators_wait_ends_in_abort_when_the_deadline_is_over() {
 async fn a_lockstep_group_that_is_not_complete_is_not_paused() {
     let world = world(GroupKind::Lockstep);
     world.ranks[1].lose();
-    let error = world
-        .control
-        .pause(PauseMode::Abort, Duration::from_secs(1), Duration::ZERO)
-        .await
-        .unwrap_err();
+    let error =
+        world.control.pause(PauseMode::Abort, Duration::from_secs(1), Duration::ZERO).await.unwrap_err();
     assert_eq!(error.to_string(), "engine of rank 1 is not serving");
     assert_eq!(world.ranks[0].take_log(), [""; 0]);
     world.end().await;

@@ -34,16 +34,8 @@ pub(super) struct Sinks {
 }
 
 impl Sinks {
-    pub(super) fn insert(
-        &mut self,
-        frontend: FrontendId,
-        sender: mpsc::Sender<ForFrontendCoordinator>,
-    ) {
-        let sink = Sink {
-            sender,
-            wave: None,
-            loads: BTreeMap::new(),
-        };
+    pub(super) fn insert(&mut self, frontend: FrontendId, sender: mpsc::Sender<ForFrontendCoordinator>) {
+        let sink = Sink { sender, wave: None, loads: BTreeMap::new() };
         self.by_frontend.insert(frontend, sink);
     }
 
@@ -142,10 +134,7 @@ mod tests {
     use super::*;
 
     fn message(rank: u16, text: &'static str) -> ForFrontendCoordinator {
-        ForFrontendCoordinator {
-            rank: EngineIndex(rank),
-            frame: Bytes::from_static(text.as_bytes()),
-        }
+        ForFrontendCoordinator { rank: EngineIndex(rank), frame: Bytes::from_static(text.as_bytes()) }
     }
 
     #[test]

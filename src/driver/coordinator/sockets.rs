@@ -10,9 +10,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
-use crate::transport::{
-    PrivateDir, PullEvent, PullListener, TransportError, XpubListener, XpubPublisher,
-};
+use crate::transport::{PrivateDir, PullEvent, PullListener, TransportError, XpubListener, XpubPublisher};
 
 /// An engine that takes no message for this long has no input thread any more.
 const SEND_TIMEOUT: Duration = Duration::from_secs(30);
@@ -21,11 +19,7 @@ const SEND_TIMEOUT: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub(super) enum Input {
     /// From an engine.
-    Engine {
-        rank: EngineIndex,
-        incarnation: Incarnation,
-        what: FromEngine,
-    },
+    Engine { rank: EngineIndex, incarnation: Incarnation, what: FromEngine },
     /// From a directly connected frontend.
     Front(Bytes),
 }
@@ -66,13 +60,8 @@ impl EngineSockets {
         let pull = PullListener::bind(&output).await?;
         let publisher = xpub.publisher();
         let end = CancellationToken::new();
-        let reader = end.clone().run_until_cancelled_owned(read_engine(
-            rank,
-            incarnation,
-            xpub,
-            pull,
-            inputs,
-        ));
+        let reader =
+            end.clone().run_until_cancelled_owned(read_engine(rank, incarnation, xpub, pull, inputs));
         tracker.spawn(reader);
         Ok(Self {
             incarnation,
@@ -129,11 +118,7 @@ async fn read_engine(
                 }
             },
         };
-        let input = Input::Engine {
-            rank,
-            incarnation,
-            what,
-        };
+        let input = Input::Engine { rank, incarnation, what };
         if inputs.send(input).await.is_err() {
             return;
         }
@@ -148,11 +133,7 @@ pub(super) struct Front {
 }
 
 impl Front {
-    pub(super) fn read(
-        mut socket: XpubListener,
-        inputs: mpsc::Sender<Input>,
-        tracker: &TaskTracker,
-    ) -> Self {
+    pub(super) fn read(mut socket: XpubListener, inputs: mpsc::Sender<Input>, tracker: &TaskTracker) -> Self {
         let publisher = socket.publisher();
         let end = CancellationToken::new();
         let reader = async move {
@@ -167,10 +148,7 @@ impl Front {
             warn!("a frontend does not read what the DP coordinator publishes");
         };
         tracker.spawn(end.clone().run_until_cancelled_owned(reader));
-        Self {
-            publisher,
-            _reader: end.drop_guard(),
-        }
+        Self { publisher, _reader: end.drop_guard() }
     }
 
     pub(super) fn publish(&self, frame: Bytes) {

@@ -54,21 +54,14 @@ impl EngineSockets {
             aborts: Vec::new(),
         };
         let mut sources: Vec<Source> = Vec::new();
-        let mut addresses = SlotAddresses {
-            inputs: Vec::new(),
-            outputs: Vec::new(),
-        };
+        let mut addresses = SlotAddresses { inputs: Vec::new(), outputs: Vec::new() };
         for slot in 0..slot_count {
             let name = |kind| format!("{rank}.{incarnation}.{kind}{slot}");
             let input = RouterListener::bind(&dir.ipc_address(&name('i'))?).await?;
             let output = PullListener::bind(&dir.ipc_address(&name('o'))?).await?;
             addresses.inputs.push(input.address().to_owned());
             addresses.outputs.push(output.address().to_owned());
-            sockets.slots.push(SlotSocket {
-                sender: input.sender(),
-                registered: false,
-                backlog: Vec::new(),
-            });
+            sockets.slots.push(SlotSocket { sender: input.sender(), registered: false, backlog: Vec::new() });
             let identity = Bytes::copy_from_slice(&sockets.identity.0);
             let (source, abort) = abortable(input_source(input, identity, generation, slot));
             sources.push(Box::pin(source));
@@ -120,11 +113,9 @@ fn input_source(
     stream::unfold((socket, own), move |(mut socket, own)| async move {
         loop {
             let input = match socket.recv().await {
-                RouterEvent::Message { identity, frames } if identity == own => Input::Registered {
-                    generation,
-                    slot,
-                    frames,
-                },
+                RouterEvent::Message { identity, frames } if identity == own => {
+                    Input::Registered { generation, slot, frames }
+                }
                 RouterEvent::Disconnected { identity } if identity == own => Input::EngineGone {
                     generation,
                     reason: format!("it closed its input connection of slot {slot}"),
@@ -164,11 +155,7 @@ fn output_source(
                 None => break,
             }
         }
-        let input = Input::Engine {
-            generation,
-            slot,
-            batch,
-        };
+        let input = Input::Engine { generation, slot, batch };
         Some((input, (socket, ended)))
     })
     .fuse()

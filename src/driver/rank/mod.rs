@@ -41,12 +41,7 @@ pub struct RankConfig {
 
 impl RankConfig {
     /// The defaults for a rank.
-    pub const fn new(
-        rank: EngineIndex,
-        frontend_slots: u32,
-        kind: GroupKind,
-        dir: PrivateDir,
-    ) -> Self {
+    pub const fn new(rank: EngineIndex, frontend_slots: u32, kind: GroupKind, dir: PrivateDir) -> Self {
         Self {
             machine: virtual_engine::Config::new(rank, frontend_slots),
             kind,
@@ -72,16 +67,9 @@ pub struct RankOutputs {
 pub fn spawn(config: RankConfig, tracker: &TaskTracker, outputs: RankOutputs) -> RankHandle {
     let rank = config.machine.rank;
     let (commands, receiver) = mpsc::channel(COMMANDS);
-    let (publish, snapshot) = watch::channel(RankSnapshot {
-        rank,
-        ..RankSnapshot::default()
-    });
+    let (publish, snapshot) = watch::channel(RankSnapshot { rank, ..RankSnapshot::default() });
     tracker.spawn(task::RankTask::new(config, outputs, publish).run(receiver));
-    RankHandle {
-        rank,
-        commands,
-        snapshot,
-    }
+    RankHandle { rank, commands, snapshot }
 }
 
 /// At most so many messages are taken from one socket before the others get their turn.
@@ -90,31 +78,15 @@ const BATCH: usize = 64;
 /// Something that came in on a socket.
 enum Input {
     /// Outputs of the engine.
-    Engine {
-        generation: u64,
-        slot: u32,
-        batch: Vec<Frames>,
-    },
+    Engine { generation: u64, slot: u32, batch: Vec<Frames> },
     /// The first message of the engine on an input socket.
-    Registered {
-        generation: u64,
-        slot: u32,
-        frames: Frames,
-    },
+    Registered { generation: u64, slot: u32, frames: Frames },
     /// A connection of the engine is over.
     EngineGone { generation: u64, reason: String },
     /// Messages of a frontend's API server.
-    Frontend {
-        epoch: u64,
-        slot: u32,
-        batch: Vec<Frames>,
-    },
+    Frontend { epoch: u64, slot: u32, batch: Vec<Frames> },
     /// A connection to an API server is over.
-    RouteGone {
-        epoch: u64,
-        slot: u32,
-        reason: String,
-    },
+    RouteGone { epoch: u64, slot: u32, reason: String },
     /// An API server takes bytes again.
     Writable { epoch: u64, slot: u32 },
 }

@@ -94,11 +94,7 @@ fn request_source(
         let mut receiver = receiver?;
         let gone = |error: TransportError| {
             let reason = error.to_string();
-            let gone = Input::RouteGone {
-                epoch,
-                slot,
-                reason,
-            };
+            let gone = Input::RouteGone { epoch, slot, reason };
             Some((gone, None))
         };
         let mut batch = match receiver.recv().await {
@@ -126,11 +122,7 @@ fn end_source(
         loop {
             if let Err(error) = receiver.recv().await {
                 let reason = error.to_string();
-                return Input::RouteGone {
-                    epoch,
-                    slot,
-                    reason,
-                };
+                return Input::RouteGone { epoch, slot, reason };
             }
         }
     })
@@ -149,10 +141,7 @@ pub(super) fn writable_source(route: &Route, slot: u32) -> Source {
 /// Tells an attachment that a route is lost, without making the rank task wait for it.
 pub(super) async fn report_lost(lost: mpsc::Sender<RouteLost>, report: RouteLost) {
     const LIMIT: Duration = Duration::from_secs(10);
-    if tokio::time::timeout(LIMIT, lost.send(report.clone()))
-        .await
-        .is_err()
-    {
+    if tokio::time::timeout(LIMIT, lost.send(report.clone())).await.is_err() {
         tracing::error!(?report, "the attachment does not take the loss of a route");
     }
 }

@@ -17,8 +17,8 @@ use super::engine::EngineSockets;
 use super::routes::{self, Route};
 use super::{Input, LAST_FLUSH, RankConfig, RankOutputs, Source};
 use crate::driver::handles::{
-    GroupKind, HandleError, HeldCall, OpenRoute, RankCommand, RankEvent, RankSnapshot, Reply,
-    RouteLost, SlotAddresses, Verdict,
+    GroupKind, HandleError, HeldCall, OpenRoute, RankCommand, RankEvent, RankSnapshot, Reply, RouteLost,
+    SlotAddresses, Verdict,
 };
 use crate::transport::{Dealer, Push, TransportError};
 
@@ -199,45 +199,26 @@ impl RankTask {
                 self.publish();
                 let _ = reply.send(result);
             }
-            RankCommand::EngineReady {
-                incarnation,
-                layout,
-            } => {
+            RankCommand::EngineReady { incarnation, layout } => {
                 let layout = Box::new(layout);
-                let event = Event::Ready {
-                    incarnation,
-                    layout,
-                };
+                let event = Event::Ready { incarnation, layout };
                 self.machine.handle_event(now, event);
             }
             RankCommand::Admit { incarnation } => {
                 self.machine.handle_event(now, Event::Admitted(incarnation));
                 self.urgent = true;
             }
-            RankCommand::EngineDown {
-                incarnation,
-                reason,
-            } => self.engine_down(now, incarnation, reason),
+            RankCommand::EngineDown { incarnation, reason } => self.engine_down(now, incarnation, reason),
             RankCommand::Admission { open, reply } => {
                 self.machine.handle_event(now, Event::Gate { open });
                 self.perform().await;
                 let _ = reply.send(Ok(()));
             }
-            RankCommand::Call {
-                method,
-                args,
-                timeout,
-                reply,
-            } => {
+            RankCommand::Call { method, args, timeout, reply } => {
                 self.next_call += 1;
                 let token = self.next_call;
                 self.calls.insert(token, reply);
-                let event = Event::Call {
-                    token,
-                    method,
-                    args,
-                    timeout,
-                };
+                let event = Event::Call { token, method, args, timeout };
                 self.machine.handle_event(now, event);
             }
             RankCommand::OpenRoute { route, reply } => self.open_route(route, reply),
@@ -246,11 +227,7 @@ impl RankTask {
                 self.perform().await;
                 let _ = reply.send(Ok(()));
             }
-            RankCommand::Release {
-                ticket,
-                verdict,
-                reply,
-            } => {
+            RankCommand::Release { ticket, verdict, reply } => {
                 self.releases.insert(ticket, reply);
                 let verdict = match verdict {
                     Verdict::Forward => virtual_engine::Verdict::Forward,
@@ -264,18 +241,13 @@ impl RankTask {
         }
     }
 
-    async fn prepare(
-        &mut self,
-        now: Time,
-        incarnation: Incarnation,
-    ) -> Result<SlotAddresses, HandleError> {
+    async fn prepare(&mut self, now: Time, incarnation: Incarnation) -> Result<SlotAddresses, HandleError> {
         self.engine = None;
         self.machine.handle_event(now, Event::Prepared(incarnation));
         let generation = self.epoch();
         let rank = self.rank();
         let slots = self.config.machine.frontend_slots + 1;
-        let bound =
-            EngineSockets::bind(&self.config.dir, rank, incarnation, generation, slots).await;
+        let bound = EngineSockets::bind(&self.config.dir, rank, incarnation, generation, slots).await;
         let (sockets, sources, addresses) = bound.map_err(|error| {
             HandleError::failed(format!("sockets for the engine of DP rank {rank}: {error}"))
         })?;
@@ -286,17 +258,10 @@ impl RankTask {
 
     fn engine_down(&mut self, now: Time, incarnation: Incarnation, reason: String) {
         self.urgent = true;
-        if self
-            .engine
-            .as_ref()
-            .is_some_and(|engine| engine.incarnation == incarnation)
-        {
+        if self.engine.as_ref().is_some_and(|engine| engine.incarnation == incarnation) {
             self.engine = None;
         }
-        let event = Event::Down {
-            incarnation,
-            reason,
-        };
+        let event = Event::Down { incarnation, reason };
         self.machine.handle_event(now, event);
     }
 
@@ -308,16 +273,9 @@ impl RankTask {
         self.urgent = true;
         let incarnation = engine.incarnation;
         tracing::warn!(rank = %self.rank(), %incarnation, reason, "engine lost");
-        self.events.push_back(RankEvent::Lost {
-            rank: self.rank(),
-            incarnation,
-            reason: reason.clone(),
-        });
+        self.events.push_back(RankEvent::Lost { rank: self.rank(), incarnation, reason: reason.clone() });
         let now = self.now();
-        let event = Event::Down {
-            incarnation,
-            reason,
-        };
+        let event = Event::Down { incarnation, reason };
         self.machine.handle_event(now, event);
     }
 
@@ -330,37 +288,19 @@ impl RankTask {
             }
         };
         let epoch = self.epoch();
-        let opening = Opening {
-            epoch,
-            frontend: request.frontend,
-        };
+        let opening = Opening { epoch, frontend: request.frontend };
         self.opening.insert(slot.0, opening);
         let identity = self.rank().identity();
         self.connecting.spawn(async move {
             let result = routes::connect(&request, identity).await;
-            Opened {
-                epoch,
-                slot: slot.0,
-                request,
-                reply,
-                result,
-            }
+            Opened { epoch, slot: slot.0, request, reply, result }
         });
     }
 
     fn handle_opened(&mut self, opened: Opened) {
         self.changed = true;
-        let Opened {
-            epoch,
-            slot,
-            request,
-            reply,
-            result,
-        } = opened;
-        let wanted = self
-            .opening
-            .get(&slot)
-            .is_some_and(|opening| opening.epoch == epoch);
+        let Opened { epoch, slot, request, reply, result } = opened;
+        let wanted = self.opening.get(&slot).is_some_and(|opening| opening.epoch == epoch);
         if !wanted {
             let error = HandleError::failed("the route was closed while it was being opened");
             let _ = reply.send(Err(error));
@@ -378,11 +318,8 @@ impl RankTask {
                 let now = self.now();
                 let event = Event::CloseSlot { slot: Slot(slot) };
                 self.machine.handle_event(now, event);
-                let error = format!(
-                    "route of DP rank {} to API server {}: {error}",
-                    self.rank(),
-                    request.api_server
-                );
+                let error =
+                    format!("route of DP rank {} to API server {}: {error}", self.rank(), request.api_server);
                 let _ = reply.send(Err(HandleError::failed(error)));
             }
         }
@@ -390,8 +327,7 @@ impl RankTask {
 
     fn close_routes(&mut self, now: Time, frontend: FrontendId) {
         self.routes.retain(|_, route| route.frontend != frontend);
-        self.opening
-            .retain(|_, opening| opening.frontend != frontend);
+        self.opening.retain(|_, opening| opening.frontend != frontend);
         self.machine.close_frontend(now, frontend);
     }
 
@@ -402,28 +338,16 @@ impl RankTask {
         self.changed = true;
         let now = self.now();
         match input {
-            Input::Engine {
-                generation,
-                slot,
-                batch,
-            } => {
+            Input::Engine { generation, slot, batch } => {
                 let Some(incarnation) = self.incarnation_of(generation) else {
                     return;
                 };
                 for frames in batch {
-                    let event = Event::FromEngine {
-                        incarnation,
-                        slot: Slot(slot),
-                        frames,
-                    };
+                    let event = Event::FromEngine { incarnation, slot: Slot(slot), frames };
                     self.machine.handle_event(now, event);
                 }
             }
-            Input::Registered {
-                generation,
-                slot,
-                frames,
-            } => {
+            Input::Registered { generation, slot, frames } => {
                 if self.incarnation_of(generation).is_some() {
                     self.engine_registered(slot, frames).await;
                 }
@@ -438,18 +362,11 @@ impl RankTask {
                     return;
                 }
                 for frames in batch {
-                    let event = Event::FromFrontend {
-                        slot: Slot(slot),
-                        frames,
-                    };
+                    let event = Event::FromFrontend { slot: Slot(slot), frames };
                     self.machine.handle_event(now, event);
                 }
             }
-            Input::RouteGone {
-                epoch,
-                slot,
-                reason,
-            } => {
+            Input::RouteGone { epoch, slot, reason } => {
                 if self.is_current(slot, epoch) {
                     self.route_lost(slot, reason);
                 }
@@ -474,9 +391,7 @@ impl RankTask {
     }
 
     fn is_current(&self, slot: u32, epoch: u64) -> bool {
-        self.routes
-            .get(&slot)
-            .is_some_and(|route| route.epoch == epoch)
+        self.routes.get(&slot).is_some_and(|route| route.epoch == epoch)
     }
 
     async fn engine_registered(&mut self, slot: u32, frames: Frames) {
@@ -487,11 +402,7 @@ impl RankTask {
         match engine.registered(slot).await {
             Ok(true) if slot == Slot::CONTROL.0 => {
                 let frame = frames.into_iter().next().unwrap_or_default();
-                self.events.push_back(RankEvent::Registered {
-                    rank: self.rank(),
-                    incarnation,
-                    frame,
-                });
+                self.events.push_back(RankEvent::Registered { rank: self.rank(), incarnation, frame });
             }
             Ok(_) => {}
             Err(error) => self.engine_lost(error.to_string()),
@@ -502,12 +413,8 @@ impl RankTask {
         let Some(route) = self.routes.remove(&slot) else {
             return;
         };
-        let report = RouteLost {
-            frontend: route.frontend,
-            rank: self.rank(),
-            api_server: route.api_server,
-            reason,
-        };
+        let report =
+            RouteLost { frontend: route.frontend, rank: self.rank(), api_server: route.api_server, reason };
         tracing::info!(
             rank = %report.rank,
             frontend = %report.frontend,
@@ -546,20 +453,16 @@ impl RankTask {
                         }
                     }
                 }
-                Action::HeldCall {
-                    ticket,
-                    frontend,
-                    api_server,
-                    method,
-                    args,
-                } => self.held.push_back(HeldCall {
-                    rank: self.config.machine.rank,
-                    ticket,
-                    frontend,
-                    api_server,
-                    method,
-                    args,
-                }),
+                Action::HeldCall { ticket, frontend, api_server, method, args } => {
+                    self.held.push_back(HeldCall {
+                        rank: self.config.machine.rank,
+                        ticket,
+                        frontend,
+                        api_server,
+                        method,
+                        args,
+                    })
+                }
                 Action::Released { ticket, result } => {
                     if let Some(reply) = self.releases.remove(&ticket) {
                         let _ = reply.send(result.map_err(HandleError::failed));
@@ -597,10 +500,7 @@ impl RankTask {
 
     fn log_refused(&mut self, slot: Slot, reason: &str) {
         let now = Instant::now();
-        if self
-            .refused_logged
-            .is_some_and(|at| now - at < REFUSED_INTERVAL)
-        {
+        if self.refused_logged.is_some_and(|at| now - at < REFUSED_INTERVAL) {
             self.refused_silent += 1;
             return;
         }
@@ -658,11 +558,7 @@ impl RankTask {
             admission_open: machine.gate_open,
             in_flight: machine.in_flight.iter().map(|(id, n)| (id.0, *n)).collect(),
             held: machine.held,
-            slots: (
-                machine.occupied,
-                machine.draining,
-                self.config.machine.frontend_slots,
-            ),
+            slots: (machine.occupied, machine.draining, self.config.machine.frontend_slots),
             refused: machine.refused,
             weight_version: machine.weight_version,
         };
@@ -673,10 +569,8 @@ impl RankTask {
     async fn stop(mut self, done: Option<Reply<()>>) {
         if let Some(engine) = self.engine.take() {
             let now = self.now();
-            let event = Event::Down {
-                incarnation: engine.incarnation,
-                reason: "the sidecar stops".to_owned(),
-            };
+            let event =
+                Event::Down { incarnation: engine.incarnation, reason: "the sidecar stops".to_owned() };
             self.machine.handle_event(now, event);
         }
         self.perform().await;

@@ -25,19 +25,10 @@ impl Task {
                     Done::Event(run, event)
                 });
             }
-            Action::Pause {
-                rank,
-                incarnation,
-                attempt,
-                mode,
-                clear_cache,
-            } => {
+            Action::Pause { rank, incarnation, attempt, mode, clear_cache } => {
                 let deadline = self.active.as_ref().map(|a| a.request.pause_deadline);
-                let wait = if mode == PauseMode::Abort {
-                    Duration::ZERO
-                } else {
-                    deadline.unwrap_or_default()
-                };
+                let wait =
+                    if mode == PauseMode::Abort { Duration::ZERO } else { deadline.unwrap_or_default() };
                 let limit = wait + machine.abort_pause_timeout + SLACK;
                 self.call(rank, async move |handle| Event::Paused {
                     rank,
@@ -46,21 +37,12 @@ impl Task {
                     result: nothing(engine_calls::pause(&handle, mode, clear_cache, limit).await),
                 });
             }
-            Action::Load {
-                rank,
-                incarnation,
-                target,
-                checkpoint,
-            } => {
+            Action::Load { rank, incarnation, target, checkpoint } => {
                 let limit = machine.load_timeout + SLACK;
                 let id = self.active.as_ref().map(|active| active.id.clone());
                 let id = id.unwrap_or_default();
                 if target == Target::Previous {
-                    warn!(
-                        rank = rank.0,
-                        path = checkpoint.path,
-                        "loading the previous weights"
-                    );
+                    warn!(rank = rank.0, path = checkpoint.path, "loading the previous weights");
                 }
                 self.call(rank, async move |handle| Event::Loaded {
                     rank,
@@ -70,28 +52,15 @@ impl Task {
                 });
             }
             Action::WriteCommit { commit } => self.write_commit(commit),
-            Action::SetVersion {
-                rank,
-                incarnation,
-                version,
-            } => {
+            Action::SetVersion { rank, incarnation, version } => {
                 let limit = machine.commit_timeout + SLACK;
                 self.call(rank, async move |handle| {
                     let args = vec![version.0.as_str().into()];
                     let answer = handle.call("set_weight_version", args, limit).await;
-                    Event::VersionSet {
-                        rank,
-                        incarnation,
-                        result: nothing(answer),
-                    }
+                    Event::VersionSet { rank, incarnation, result: nothing(answer) }
                 });
             }
-            Action::ResetCaches {
-                rank,
-                incarnation,
-                attempt,
-                reset_running_requests,
-            } => {
+            Action::ResetCaches { rank, incarnation, attempt, reset_running_requests } => {
                 let limit = machine.commit_timeout + SLACK;
                 let connector_answers = self
                     .active
@@ -99,12 +68,8 @@ impl Task {
                     .and_then(|active| active.infos.get(&rank))
                     .is_some_and(EngineInfo::connector_answers);
                 self.call(rank, async move |handle| {
-                    let answer = engine_calls::reset_caches(
-                        &handle,
-                        reset_running_requests,
-                        connector_answers,
-                        limit,
-                    );
+                    let answer =
+                        engine_calls::reset_caches(&handle, reset_running_requests, connector_answers, limit);
                     Event::CachesReset {
                         rank,
                         incarnation,
@@ -113,11 +78,7 @@ impl Task {
                     }
                 });
             }
-            Action::Resume {
-                rank,
-                incarnation,
-                attempt,
-            } => {
+            Action::Resume { rank, incarnation, attempt } => {
                 let limit = machine.resume_timeout + SLACK;
                 self.call(rank, async move |handle| Event::Resumed {
                     rank,
@@ -132,11 +93,7 @@ impl Task {
                     error!("admission could not be opened: {error}");
                 }
             }
-            Action::Fence {
-                rank,
-                incarnation,
-                why,
-            } => self.fence(rank, incarnation, why).await,
+            Action::Fence { rank, incarnation, why } => self.fence(rank, incarnation, why).await,
             Action::Progress => self.progress(),
             Action::Refuse { refusal, .. } => {
                 if let Some(active) = self.active.take() {
@@ -149,11 +106,8 @@ impl Task {
     }
 
     /// Calls a rank in the background; all ranks of a step are called at the same time.
-    pub(super) fn call<F>(
-        &mut self,
-        rank: EngineIndex,
-        call: impl FnOnce(RankHandle) -> F + Send + 'static,
-    ) where
+    pub(super) fn call<F>(&mut self, rank: EngineIndex, call: impl FnOnce(RankHandle) -> F + Send + 'static)
+    where
         F: Future<Output = Event> + Send + 'static,
     {
         let run = self.run;
@@ -161,8 +115,7 @@ impl Task {
             return;
         };
         let answer = call(handle);
-        self.jobs
-            .spawn(async move { Done::Event(run, answer.await) });
+        self.jobs.spawn(async move { Done::Event(run, answer.await) });
     }
 
     pub(super) fn stage(&mut self) {
@@ -184,8 +137,7 @@ impl Task {
             known: self.known.clone(),
             cancel: self.cancel.flag(),
         };
-        self.jobs
-            .spawn(async move { Done::Staged(run, job.run(events).await) });
+        self.jobs.spawn(async move { Done::Staged(run, job.run(events).await) });
     }
 
     pub(super) fn write_commit(&mut self, commit: Commit) {
@@ -209,15 +161,8 @@ impl Task {
     pub(super) async fn fence(&mut self, rank: EngineIndex, incarnation: Incarnation, why: String) {
         error!(rank = rank.0, "engine is fenced: {why}");
         self.lives.remove(&rank);
-        let down = RankCommand::EngineDown {
-            incarnation,
-            reason: format!("fenced: {why}"),
-        };
-        let request = FenceRequest {
-            rank,
-            incarnation,
-            reason: why,
-        };
+        let down = RankCommand::EngineDown { incarnation, reason: format!("fenced: {why}") };
+        let request = FenceRequest { rank, incarnation, reason: why };
         let fences = self.fences.clone();
         let handle = self.ranks.get(&rank).cloned();
         let tell = async move {
@@ -247,10 +192,7 @@ impl Task {
         if snapshot.phase == Phase::Idle {
             return; // the record follows
         }
-        let event = UpdateEvent::Progress {
-            phase: snapshot.phase,
-            ranks: snapshot.ranks,
-        };
+        let event = UpdateEvent::Progress { phase: snapshot.phase, ranks: snapshot.ranks };
         // Whoever does not read loses steps, never the end.
         active.events.try_send(event).ok();
     }
@@ -260,8 +202,7 @@ impl Task {
             return;
         };
         let version = self.machine.snapshot().version;
-        let known =
-            record.committed || record.ranks.values().any(|rank| rank.rollback_ms.is_some());
+        let known = record.committed || record.ranks.values().any(|rank| rank.rollback_ms.is_some());
         let ended = UpdateRecord::ended(record.clone(), version, active.started_unix_ms);
         match ended.outcome {
             UpdateOutcome::Committed => info!("{}", ended.message),
@@ -282,12 +223,7 @@ impl Task {
         // Until this is done the update counts as running.
         let (keep, _) = oneshot::channel();
         let (events, _) = mpsc::channel(1);
-        self.active = Some(Active {
-            guard: None,
-            record: keep,
-            events,
-            ..active
-        });
+        self.active = Some(Active { guard: None, record: keep, events, ..active });
         self.jobs.spawn(async move {
             if let Some(committed) = write {
                 let written = tokio::task::spawn_blocking(move || journal.write(&committed)).await;
@@ -309,17 +245,10 @@ impl Task {
 
 /// Opens or closes the gate of all ranks.
 async fn admission(ranks: &[RankHandle], open: bool, limit: Duration) -> Result<(), String> {
-    let answers = ranks.iter().map(|rank| {
-        rank.ask("admission", limit, |reply| RankCommand::Admission {
-            open,
-            reply,
-        })
-    });
-    let failures: Vec<String> = join_all(answers)
-        .await
-        .into_iter()
-        .filter_map(|answer| Some(answer.err()?.to_string()))
-        .collect();
+    let answers =
+        ranks.iter().map(|rank| rank.ask("admission", limit, |reply| RankCommand::Admission { open, reply }));
+    let failures: Vec<String> =
+        join_all(answers).await.into_iter().filter_map(|answer| Some(answer.err()?.to_string())).collect();
     if failures.is_empty() {
         return Ok(());
     }

@@ -9,32 +9,16 @@ impl Task {
         events: mpsc::Sender<UpdateEvent>,
         record: oneshot::Sender<UpdateRecord>,
     ) {
-        let id = request
-            .id
-            .clone()
-            .unwrap_or_else(|| UpdateId(uuid::Uuid::new_v4().to_string()));
-        let version = request
-            .version
-            .clone()
-            .unwrap_or_else(|| made_up_version(&request, &id));
+        let id = request.id.clone().unwrap_or_else(|| UpdateId(uuid::Uuid::new_v4().to_string()));
+        let version = request.version.clone().unwrap_or_else(|| made_up_version(&request, &id));
         let started_unix_ms = unix_ms();
         let current = self.machine.snapshot().version;
         let refuse = |outcome, reason: String| {
-            UpdateRecord::refused(
-                id.clone(),
-                &request,
-                outcome,
-                reason,
-                current.clone(),
-                started_unix_ms,
-            )
+            UpdateRecord::refused(id.clone(), &request, outcome, reason, current.clone(), started_unix_ms)
         };
         if let Some(active) = &self.active {
             let snapshot = self.machine.snapshot();
-            let refusal = Refusal::Busy {
-                running: active.id.clone(),
-                phase: snapshot.phase,
-            };
+            let refusal = Refusal::Busy { running: active.id.clone(), phase: snapshot.phase };
             let refused = refuse(types::outcome_of(&refusal), refusal.to_string());
             ignore_gone(record.send(refused));
             return;
@@ -60,8 +44,7 @@ impl Task {
         let control = self.control.clone();
         let owner = format!("update {id}");
         let patience = request.patience;
-        self.jobs
-            .spawn(async move { Done::Acquired(run, control.acquire(owner, patience).await) });
+        self.jobs.spawn(async move { Done::Acquired(run, control.acquire(owner, patience).await) });
         self.active = Some(Active {
             id,
             version,
@@ -84,14 +67,9 @@ impl Task {
         request: &UpdateRequest,
         guard: Option<&ControlGuard>,
     ) -> Begin {
-        let participant = |life: &Life| Participant {
-            incarnation: life.incarnation,
-            node: NodeId(0),
-        };
-        let external = guard.map_or_else(
-            || self.control.snapshot().external_weights,
-            |guard| guard.external_weights,
-        );
+        let participant = |life: &Life| Participant { incarnation: life.incarnation, node: NodeId(0) };
+        let external =
+            guard.map_or_else(|| self.control.snapshot().external_weights, |guard| guard.external_weights);
         Begin {
             id: id.clone(),
             from_version: request.from_version.clone(),
@@ -99,11 +77,7 @@ impl Task {
             source: request.path.to_string_lossy().into_owned(),
             mode: request.mode,
             pause_deadline: request.pause_deadline,
-            participants: self
-                .lives
-                .iter()
-                .map(|(rank, life)| (*rank, participant(life)))
-                .collect(),
+            participants: self.lives.iter().map(|(rank, life)| (*rank, participant(life))).collect(),
             paused_before: guard.is_some_and(|guard| guard.paused_by.is_some()),
             external_weights: external,
         }
@@ -134,10 +108,8 @@ impl Task {
             .map(ToString::to_string)
             .collect();
         if self.config.kind == GroupKind::Lockstep && !missing.is_empty() {
-            let reason = format!(
-                "the lockstep group is not complete: rank {} is not serving",
-                missing.join(", ")
-            );
+            let reason =
+                format!("the lockstep group is not complete: rank {} is not serving", missing.join(", "));
             self.refuse(active, UpdateOutcome::RefusedInvalid, reason);
             return;
         }
@@ -148,12 +120,7 @@ impl Task {
             );
         }
         active.begun = true;
-        let begin = self.begin_event(
-            &active.id,
-            &active.version,
-            &active.request,
-            active.guard.as_ref(),
-        );
+        let begin = self.begin_event(&active.id, &active.version, &active.request, active.guard.as_ref());
         info!(
             id = %active.id, version = %active.version, path = %active.request.path.display(),
             mode = %active.request.mode, ranks = begin.participants.len(), "update begins"

@@ -22,19 +22,14 @@ impl StageJob {
                 Some(info) => Ok(info),
                 None => shim::info(&handle, limit).await,
             };
-            info.map(|info| (handle.rank, info))
-                .map_err(|error| format!("rank {}: {error}", handle.rank))
+            info.map(|info| (handle.rank, info)).map_err(|error| format!("rank {}: {error}", handle.rank))
         });
-        let infos: BTreeMap<EngineIndex, EngineInfo> = join_all(asked)
-            .await
-            .into_iter()
-            .collect::<Result<_, _>>()?;
+        let infos: BTreeMap<EngineIndex, EngineInfo> =
+            join_all(asked).await.into_iter().collect::<Result<_, _>>()?;
         let mut paths = infos.values().map(|info| info.model_path.clone());
         let model_path = paths.next().unwrap_or_default();
         if let Some(other) = paths.find(|path| *path != model_path) {
-            return Err(format!(
-                "engines were started from different checkpoints: {model_path} and {other}"
-            ));
+            return Err(format!("engines were started from different checkpoints: {model_path} and {other}"));
         }
         let job = Job {
             source: self.source,
@@ -50,21 +45,14 @@ impl StageJob {
                 let before = shown.load(Ordering::Relaxed);
                 if progress.done >= before + step || progress.done == progress.total {
                     shown.fetch_max(progress.done, Ordering::Relaxed);
-                    let event = UpdateEvent::Hashing {
-                        done: progress.done,
-                        total: progress.total,
-                    };
+                    let event = UpdateEvent::Hashing { done: progress.done, total: progress.total };
                     events.try_send(event).ok();
                 }
             };
             self.known.check(&job, &progress, &self.cancel)
         });
         let checked = checked.await.map_err(|error| error.to_string())??;
-        Ok(Staged {
-            checked,
-            infos,
-            model_path,
-        })
+        Ok(Staged { checked, infos, model_path })
     }
 }
 
@@ -82,9 +70,8 @@ pub(super) struct RestoreJob {
 
 impl RestoreJob {
     pub(super) async fn run(self, handles: Vec<RankHandle>) -> Result<Restored, UpdateError> {
-        let asked = handles
-            .iter()
-            .map(async |handle| (handle.rank, shim::info(handle, self.call_timeout).await));
+        let asked =
+            handles.iter().map(async |handle| (handle.rank, shim::info(handle, self.call_timeout).await));
         let answers = join_all(asked).await;
         let mut infos = BTreeMap::new();
         for (rank, answer) in answers {
@@ -99,10 +86,7 @@ impl RestoreJob {
                     infos.insert(rank, info);
                 }
                 (Err(error), None) => {
-                    warn!(
-                        rank = rank.0,
-                        "weights of this engine cannot be updated: {error}"
-                    );
+                    warn!(rank = rank.0, "weights of this engine cannot be updated: {error}");
                 }
                 (Err(reason), Some(committed)) => {
                     return Err(failed(rank, &committed.commit, reason));
@@ -110,17 +94,11 @@ impl RestoreJob {
             }
         }
         let Some(committed) = &self.committed else {
-            return Ok(Restored {
-                infos,
-                forget: None,
-            });
+            return Ok(Restored { infos, forget: None });
         };
         let commit = &committed.commit;
         if let Some(why) = self.not_to_be_followed(committed, &infos) {
-            return Ok(Restored {
-                infos,
-                forget: Some(why),
-            });
+            return Ok(Restored { infos, forget: Some(why) });
         }
         let loads = handles.iter().map(async |handle| {
             let model_path = infos.get(&handle.rank).map(|info| info.model_path.as_str());
@@ -131,10 +109,7 @@ impl RestoreJob {
         for result in join_all(loads).await {
             result?;
         }
-        Ok(Restored {
-            infos,
-            forget: None,
-        })
+        Ok(Restored { infos, forget: None })
     }
 
     fn not_to_be_followed(
@@ -145,9 +120,7 @@ impl RestoreJob {
         if !self.may_forget {
             return None;
         }
-        let other = infos
-            .values()
-            .find(|info| info.model_path != committed.model_path);
+        let other = infos.values().find(|info| info.model_path != committed.model_path);
         if let Some(info) = other {
             return Some(format!(
                 "the state directory has weights committed for {}, but the engines run {}",
@@ -155,22 +128,15 @@ impl RestoreJob {
             ));
         }
         let path = &committed.commit.checkpoint.path;
-        (!std::path::Path::new(path).is_dir())
-            .then(|| format!("the committed weights in {path} are gone"))
+        (!std::path::Path::new(path).is_dir()).then(|| format!("the committed weights in {path} are gone"))
     }
 
-    async fn bring(
-        &self,
-        handle: &RankHandle,
-        commit: &Commit,
-        model_path: &str,
-    ) -> Result<(), String> {
+    async fn bring(&self, handle: &RankHandle, commit: &Commit, model_path: &str) -> Result<(), String> {
         if commit.checkpoint.path == model_path {
             // The engine has read that directory itself; it must still be what was committed.
             let (known, cancel) = (self.known.clone(), self.cancel.clone());
             let checkpoint = commit.checkpoint.clone();
-            let verified =
-                tokio::task::spawn_blocking(move || known.verify(&checkpoint, &cancel)).await;
+            let verified = tokio::task::spawn_blocking(move || known.verify(&checkpoint, &cancel)).await;
             verified.map_err(|error| error.to_string())??;
         } else {
             info!(
@@ -187,10 +153,7 @@ impl RestoreJob {
             }
         }
         let version = vec![commit.version.0.as_str().into()];
-        if let Err(error) = handle
-            .call("set_weight_version", version, self.call_timeout)
-            .await
-        {
+        if let Err(error) = handle.call("set_weight_version", version, self.call_timeout).await {
             // vLLM has the method since 0.27.1.
             warn!(rank = handle.rank.0, %error, "outputs do not carry the weight version");
         }
@@ -199,9 +162,5 @@ impl RestoreJob {
 }
 
 fn failed(rank: EngineIndex, commit: &Commit, reason: String) -> UpdateError {
-    UpdateError::Restore {
-        rank,
-        version: commit.version.clone(),
-        reason,
-    }
+    UpdateError::Restore { rank, version: commit.version.clone(), reason }
 }

@@ -25,12 +25,7 @@ pub(super) struct Committed {
 
 impl Committed {
     pub(super) const fn new(model_path: String, commit: Commit, record: Option<Record>) -> Self {
-        Self {
-            format: FORMAT,
-            model_path,
-            commit,
-            record,
-        }
+        Self { format: FORMAT, model_path, commit, record }
     }
 }
 
@@ -42,9 +37,7 @@ pub(super) struct Journal {
 
 impl Journal {
     pub(super) fn new(dir: &Path) -> Self {
-        Self {
-            dir: dir.to_owned(),
-        }
+        Self { dir: dir.to_owned() }
     }
 
     /// Blocks.

@@ -87,9 +87,8 @@ pub(super) async fn load(
         ("digest_kind", digest.map_or("none", |_| "blake3").into()),
     ]);
     let kwargs = map(vec![("request", request)]);
-    let answer = worker_call(rank, "dp_sidecar_load", kwargs, limit)
-        .await
-        .map_err(|error| error.to_string())?;
+    let answer =
+        worker_call(rank, "dp_sidecar_load", kwargs, limit).await.map_err(|error| error.to_string())?;
     let workers = answer.as_array().map_or(&[][..], Vec::as_slice);
     Ok(workers.iter().enumerate().map(report).collect())
 }
@@ -131,11 +130,9 @@ mod tests {
 
     #[test]
     fn an_answer_that_makes_no_sense_is_taken_for_torn_weights() {
-        for nonsense in [
-            Value::Nil,
-            Value::from(3),
-            map(vec![("ok", Value::from("yes")), ("state", Value::from(7))]),
-        ] {
+        for nonsense in
+            [Value::Nil, Value::from(3), map(vec![("ok", Value::from("yes")), ("state", Value::from(7))])]
+        {
             let report = report((4, &nonsense));
             assert!(!report.ok);
             assert_eq!((report.rank, report.state), (4, WorkerState::Mixed));

@@ -67,10 +67,7 @@ impl Known {
         cancel: &AtomicBool,
     ) -> Result<Checked, String> {
         if !job.source.is_absolute() {
-            return Err(format!(
-                "checkpoint {}: expected an absolute path",
-                job.source.display()
-            ));
+            return Err(format!("checkpoint {}: expected an absolute path", job.source.display()));
         }
         let model = self.model(&job.model_path).map_err(|error| {
             format!("cannot read the checkpoint that the engines were started from: {error}")
@@ -79,8 +76,7 @@ impl Known {
         let source = job.source.canonicalize();
         let source = source.as_ref().unwrap_or(&job.source);
         let new = Manifest::read(source).map_err(|error| error.to_string())?;
-        new.check_against(&model)
-            .map_err(|error| error.to_string())?;
+        new.check_against(&model).map_err(|error| error.to_string())?;
         // First the way back: if there is none, nothing needs to be hashed.
         let previous = match self.previous(job, &model, cancel) {
             Ok(previous) => Some(previous),
@@ -94,13 +90,8 @@ impl Known {
                 ));
             }
         };
-        let digest = self
-            .digest(&new, progress, cancel)
-            .map_err(|error| error.to_string())?;
-        Ok(Checked {
-            new: new.checkpoint(Some(digest)),
-            previous,
-        })
+        let digest = self.digest(&new, progress, cancel).map_err(|error| error.to_string())?;
+        Ok(Checked { new: new.checkpoint(Some(digest)), previous })
     }
 
     fn model(&self, path: &Path) -> Result<Manifest, ManifestError> {
@@ -109,52 +100,32 @@ impl Known {
         }
         let manifest = Manifest::read(path)?;
         let mut inner = self.inner.lock();
-        Ok(inner
-            .models
-            .entry(path.to_owned())
-            .or_insert(manifest)
-            .clone())
+        Ok(inner.models.entry(path.to_owned()).or_insert(manifest).clone())
     }
 
     /// What the engines hold now, checked to be what it was when they loaded it.
-    fn previous(
-        &self,
-        job: &Job,
-        model: &Manifest,
-        cancel: &AtomicBool,
-    ) -> Result<Checkpoint, String> {
+    fn previous(&self, job: &Job, model: &Manifest, cancel: &AtomicBool) -> Result<Checkpoint, String> {
         let gone = |path: &str, error: &dyn std::fmt::Display| {
             format!("the directory of the current weights, {path}, cannot be used: {error}")
         };
         let Some(commit) = &job.committed else {
             let path = model.path.to_string_lossy();
-            model
-                .check_unchanged()
-                .map_err(|error| gone(&path, &error))?;
-            let digest = self
-                .digest(model, &|_| {}, cancel)
-                .map_err(|error| gone(&path, &error))?;
+            model.check_unchanged().map_err(|error| gone(&path, &error))?;
+            let digest = self.digest(model, &|_| {}, cancel).map_err(|error| gone(&path, &error))?;
             return Ok(model.checkpoint(Some(digest)));
         };
-        self.verify(&commit.checkpoint, cancel)
-            .map_err(|error| gone(&commit.checkpoint.path, &error))?;
+        self.verify(&commit.checkpoint, cancel).map_err(|error| gone(&commit.checkpoint.path, &error))?;
         Ok(commit.checkpoint.clone())
     }
 
     /// Whether a directory still holds what it held when it was committed. Blocks.
-    pub(super) fn verify(
-        &self,
-        checkpoint: &Checkpoint,
-        cancel: &AtomicBool,
-    ) -> Result<(), String> {
+    pub(super) fn verify(&self, checkpoint: &Checkpoint, cancel: &AtomicBool) -> Result<(), String> {
         let manifest = Manifest::read(Path::new(&checkpoint.path)).map_err(|e| e.to_string())?;
-        let digest = self
-            .digest(&manifest, &|_| {}, cancel)
-            .map_err(|error| error.to_string())?;
+        let digest = self.digest(&manifest, &|_| {}, cancel).map_err(|error| error.to_string())?;
         match &checkpoint.digest {
-            Some(expected) if *expected != digest => Err(format!(
-                "its content has changed: digest {digest}, expected {expected}"
-            )),
+            Some(expected) if *expected != digest => {
+                Err(format!("its content has changed: digest {digest}, expected {expected}"))
+            }
             _ => Ok(()),
         }
     }

@@ -50,33 +50,10 @@ fn assemble(kind: GroupKind, dir: tempfile::TempDir, ranks: Vec<FakeRank>) -> Wo
     let (fences_to, fences) = mpsc::channel(16);
     let tracker = TaskTracker::new();
     let stop = CancellationToken::new();
-    let control = control::spawn(
-        &ControlConfig::new(kind),
-        handles.clone(),
-        held,
-        &tracker,
-        stop.clone(),
-    );
+    let control = control::spawn(&ControlConfig::new(kind), handles.clone(), held, &tracker, stop.clone());
     let config = UpdateConfig::new(kind, dir.path());
-    let updates = spawn(
-        config,
-        handles,
-        control.clone(),
-        fences_to,
-        &tracker,
-        stop.clone(),
-    );
-    World {
-        dir,
-        ranks,
-        updates: updates.unwrap(),
-        control,
-        calls,
-        fences,
-        tracker,
-        stop,
-        kind,
-    }
+    let updates = spawn(config, handles, control.clone(), fences_to, &tracker, stop.clone());
+    World { dir, ranks, updates: updates.unwrap(), control, calls, fences, tracker, stop, kind }
 }
 
 impl World {
@@ -99,17 +76,12 @@ impl World {
 
     async fn restore_all(&self) -> Result<(), UpdateError> {
         let ranks = vec![self.life(0), self.life(1)];
-        tokio::time::timeout(LIMIT, self.updates.restore(ranks))
-            .await
-            .unwrap()
+        tokio::time::timeout(LIMIT, self.updates.restore(ranks)).await.unwrap()
     }
 
     async fn update(&self, request: UpdateRequest) -> UpdateRecord {
         let run = self.updates.start(request).await.unwrap();
-        tokio::time::timeout(LIMIT, run.record())
-            .await
-            .unwrap()
-            .unwrap()
+        tokio::time::timeout(LIMIT, run.record()).await.unwrap().unwrap()
     }
 
     fn engine(&self, rank: usize) -> parking_lot::MutexGuard<'_, super::super::test_ranks::Engine> {
@@ -136,9 +108,7 @@ impl World {
     async fn end(self) {
         self.stop.cancel();
         self.tracker.close();
-        tokio::time::timeout(Duration::from_secs(5), self.tracker.wait())
-            .await
-            .unwrap();
+        tokio::time::timeout(Duration::from_secs(5), self.tracker.wait()).await.unwrap();
     }
 }
 
@@ -160,13 +130,7 @@ async fn an_update_reaches_all_engines_in_order_and_is_remembered() {
     let record = run.record().await.unwrap();
     assert_eq!(record.outcome, UpdateOutcome::Committed, "{record:?}");
     assert_eq!(hashed, Some((3, 3)));
-    for phase in [
-        Phase::Staging,
-        Phase::Pausing,
-        Phase::Loading,
-        Phase::Committing,
-        Phase::Resuming,
-    ] {
+    for phase in [Phase::Staging, Phase::Pausing, Phase::Loading, Phase::Committing, Phase::Resuming] {
         assert!(phases.contains(&phase), "{phase} is not in {phases:?}");
     }
     world.all_hold("new");
@@ -204,13 +168,7 @@ async fn a_bad_directory_is_refused_and_no_engine_hears_of_it() {
     request.path = bad;
     let record = world.update(request).await;
     assert_eq!(record.outcome, UpdateOutcome::RefusedInvalid);
-    assert!(
-        record
-            .message
-            .contains("a has shape [3], expected [2]; missing b"),
-        "{}",
-        record.message
-    );
+    assert!(record.message.contains("a has shape [3], expected [2]; missing b"), "{}", record.message);
     for rank in &world.ranks {
         assert_eq!(rank.take_log(), [""; 0]);
     }
@@ -220,10 +178,7 @@ async fn a_bad_directory_is_refused_and_no_engine_hears_of_it() {
 #[tokio::test(start_paused = true)]
 async fn a_load_that_fails_on_one_rank_leaves_all_at_the_previous_weights() {
     for (script, why) in [
-        (
-            LoadScript::Fails("restored-meta", "injected"),
-            "load failed (injected): injected",
-        ),
+        (LoadScript::Fails("restored-meta", "injected"), "load failed (injected): injected"),
         (LoadScript::Lies, "digest of the consumed tensors is 0123"),
         (LoadScript::Raises, "boom"),
     ] {
@@ -271,16 +226,9 @@ async fn a_rank_that_can_go_neither_way_is_fenced_and_the_others_serve() {
     let fenced = vec![EngineIndex(1)];
     assert_eq!(record.outcome, UpdateOutcome::Degraded { fenced });
     let request = world.fences.recv().await.unwrap();
-    assert_eq!(
-        (request.rank, request.incarnation),
-        (EngineIndex(1), Incarnation(1))
-    );
+    assert_eq!((request.rank, request.incarnation), (EngineIndex(1), Incarnation(1)));
     let log = world.ranks[1].take_log();
-    assert!(
-        log.iter()
-            .any(|line| line.starts_with("down fenced: rollback failed")),
-        "{log:?}"
-    );
+    assert!(log.iter().any(|line| line.starts_with("down fenced: rollback failed")), "{log:?}");
     assert!(!log.contains(&"resume".to_owned()), "{log:?}");
     assert_eq!(world.engine(0).weights, world.path("start"));
     assert!(!world.engine(0).paused);
@@ -303,11 +251,7 @@ async fn without_the_shim_an_update_is_refused_and_says_what_to_install() {
     );
     world.engine(1).shim_protocol = Some(2);
     let record = world.update(world.request("u2")).await;
-    assert!(
-        record.message.contains("speaks protocol 2, expected 1"),
-        "{}",
-        record.message
-    );
+    assert!(record.message.contains("speaks protocol 2, expected 1"), "{}", record.message);
     assert_eq!(world.ranks[0].take_log(), [""; 0]);
     world.end().await;
 }
@@ -321,10 +265,7 @@ async fn what_still_runs_at_the_pause_deadline_is_aborted_on_all_ranks() {
     assert!(record.record.pause_escalated);
     assert!(record.record.paused_ms.unwrap() >= 30_000);
     for rank in &world.ranks {
-        assert_eq!(
-            rank.take_log()[1..3],
-            ["pause wait false", "pause abort false"]
-        );
+        assert_eq!(rank.take_log()[1..3], ["pause wait false", "pause abort false"]);
     }
     world.end().await;
 }
@@ -337,48 +278,26 @@ async fn there_is_one_controller_at_a_time() {
     world.ranks[0].logged("pause wait false").await;
     let second = world.update(world.request("u2")).await;
     assert_eq!(second.outcome, UpdateOutcome::RefusedBusy);
-    assert!(
-        second.message.contains("update u1 is running (pausing)"),
-        "{}",
-        second.message
-    );
+    assert!(second.message.contains("update u1 is running (pausing)"), "{}", second.message);
     for rank in [0, 1] {
-        world
-            .calls
-            .send(held(rank, 7, "resume_scheduler"))
-            .await
-            .unwrap();
+        world.calls.send(held(rank, 7, "resume_scheduler")).await.unwrap();
     }
     let refused = "refuse 7 refused by the sidecar: update u1 (pausing) is running";
     world.ranks[0].logged(refused).await;
     world.ranks[1].logged(refused).await;
     let operator = world.control.resume(Duration::ZERO).await.unwrap_err();
-    assert_eq!(
-        operator.to_string(),
-        "engines are controlled by update u1 (pausing)"
-    );
-    assert_eq!(
-        run.record().await.unwrap().outcome,
-        UpdateOutcome::Committed
-    );
+    assert_eq!(operator.to_string(), "engines are controlled by update u1 (pausing)");
+    assert_eq!(run.record().await.unwrap().outcome, UpdateOutcome::Committed);
     world.end().await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn an_update_waits_for_the_operator_and_then_is_refused() {
     let world = world(GroupKind::Independent).await;
-    let guard = world
-        .control
-        .acquire("operator pause", Duration::ZERO)
-        .await
-        .unwrap();
+    let guard = world.control.acquire("operator pause", Duration::ZERO).await.unwrap();
     let record = world.update(world.request("u1")).await;
     assert_eq!(record.outcome, UpdateOutcome::RefusedBusy);
-    assert!(
-        record.message.contains("controlled by operator pause"),
-        "{}",
-        record.message
-    );
+    assert!(record.message.contains("controlled by operator pause"), "{}", record.message);
     drop(guard);
     let record = world.update(world.request("u1")).await;
     assert_eq!(record.outcome, UpdateOutcome::Committed);
@@ -396,11 +315,7 @@ async fn the_same_name_again_gives_the_same_record_without_touching_anything() {
     other.path = world.path("start").into();
     let refused = world.update(other).await;
     assert_eq!(refused.outcome, UpdateOutcome::RefusedInvalid);
-    assert!(
-        refused.message.contains("was already committed from"),
-        "{}",
-        refused.message
-    );
+    assert!(refused.message.contains("was already committed from"), "{}", refused.message);
     let mut wrong = world.request("u2");
     wrong.from_version = Some(WeightVersion("v7".to_owned()));
     let refused = world.update(wrong).await;
@@ -412,10 +327,7 @@ async fn the_same_name_again_gives_the_same_record_without_touching_anything() {
 #[tokio::test(start_paused = true)]
 async fn an_engine_that_starts_again_is_brought_to_the_committed_weights() {
     let world = world(GroupKind::Independent).await;
-    assert!(
-        world.ranks[1].take_log().is_empty(),
-        "nothing to restore before the first update"
-    );
+    assert!(world.ranks[1].take_log().is_empty(), "nothing to restore before the first update");
     world.update(world.request("u1")).await;
     world.ranks[1].take_log();
     world.ranks[1].restart();
@@ -427,11 +339,7 @@ async fn an_engine_that_starts_again_is_brought_to_the_committed_weights() {
     world.ranks[1].restart();
     let script = LoadScript::Fails("mixed", "load");
     world.engine(1).loads.push_back(script);
-    let error = world
-        .updates
-        .restore(vec![world.life(1)])
-        .await
-        .unwrap_err();
+    let error = world.updates.restore(vec![world.life(1)]).await.unwrap_err();
     assert_eq!(
         error.to_string(),
         "rank 1: cannot be brought to weight version v1: worker 0: load failed (load): injected"
@@ -469,11 +377,7 @@ async fn a_committed_directory_that_is_gone_does_not_keep_a_new_sidecar_from_sta
     world.ranks[1].restart();
     let script = LoadScript::Fails("unchanged", "files");
     world.engine(1).loads.push_back(script);
-    world
-        .updates
-        .restore(vec![world.life(1)])
-        .await
-        .unwrap_err();
+    world.updates.restore(vec![world.life(1)]).await.unwrap_err();
     let world = world.next_sidecar().await;
     world.restore_all().await.unwrap();
     world.all_hold("start");
@@ -500,18 +404,11 @@ async fn weights_committed_for_another_model_are_not_loaded() {
 async fn engines_that_a_frontend_has_paused_stay_paused() {
     let world = world(GroupKind::Lockstep).await;
     for rank in [0, 1] {
-        world
-            .calls
-            .send(held(rank, 7, "pause_scheduler"))
-            .await
-            .unwrap();
+        world.calls.send(held(rank, 7, "pause_scheduler")).await.unwrap();
     }
     let mut control = world.control.watch();
     let by = PausedBy::Frontend { id: FrontendId(1) };
-    control
-        .wait_for(|state| state.paused_by.as_ref() == Some(&by))
-        .await
-        .unwrap();
+    control.wait_for(|state| state.paused_by.as_ref() == Some(&by)).await.unwrap();
     let record = world.update(world.request("u1")).await;
     assert_eq!(record.outcome, UpdateOutcome::Committed);
     assert!(record.record.left_paused);
@@ -527,17 +424,10 @@ async fn an_independent_engine_lost_in_the_middle_is_brought_to_the_new_weights_
     let world = world(GroupKind::Independent).await;
     world.engine(1).loads.push_back(LoadScript::Hangs);
     let run = world.updates.start(world.request("u1")).await.unwrap();
-    world.ranks[1]
-        .logged(&format!("load {}", world.path("new")))
-        .await;
+    world.ranks[1].logged(&format!("load {}", world.path("new"))).await;
     world.ranks[1].lose();
     let record = run.record().await.unwrap();
-    assert_eq!(
-        record.outcome,
-        UpdateOutcome::Committed,
-        "{}",
-        record.message
-    );
+    assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
     world.ranks[1].restart();
     world.updates.restore(vec![world.life(1)]).await.unwrap();
     world.all_hold("new");
@@ -553,13 +443,7 @@ async fn a_lockstep_group_that_is_not_complete_is_not_updated() {
     tokio::time::sleep(Duration::from_millis(10)).await;
     let record = world.update(world.request("u1")).await;
     assert_eq!(record.outcome, UpdateOutcome::RefusedInvalid);
-    assert!(
-        record
-            .message
-            .contains("not complete: rank 1 is not serving"),
-        "{}",
-        record.message
-    );
+    assert!(record.message.contains("not complete: rank 1 is not serving"), "{}", record.message);
     world.end().await;
 }
 
@@ -580,10 +464,7 @@ async fn a_cache_that_is_in_use_is_reset_with_its_requests() {
     let record = world.update(world.request("u1")).await;
     assert_eq!(record.outcome, UpdateOutcome::Committed);
     let log = world.ranks[0].take_log();
-    let resets: Vec<_> = log
-        .iter()
-        .filter(|line| line.starts_with("reset"))
-        .collect();
+    let resets: Vec<_> = log.iter().filter(|line| line.starts_with("reset")).collect();
     assert_eq!(resets, ["reset false true", "reset true true"]);
     world.end().await;
 }
@@ -597,20 +478,13 @@ async fn weights_overwritten_in_place_are_an_update_without_a_way_back() {
     let record = world.update(request.clone()).await;
     assert_eq!(record.outcome, UpdateOutcome::RefusedInvalid);
     assert!(
-        record
-            .message
-            .contains("could not be taken back: the directory of the current weights"),
+        record.message.contains("could not be taken back: the directory of the current weights"),
         "{}",
         record.message
     );
     request.allow_no_rollback = true;
     let record = world.update(request).await;
-    assert_eq!(
-        record.outcome,
-        UpdateOutcome::Committed,
-        "{}",
-        record.message
-    );
+    assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
     assert!(record.record.warnings[0].contains("no way back"));
     world.end().await;
 }
@@ -625,10 +499,7 @@ async fn weights_that_a_frontend_loaded_are_replaced_everywhere_even_by_a_rollba
         world.calls.send(call).await.unwrap();
     }
     let mut control = world.control.watch();
-    control
-        .wait_for(|state| state.external_weights)
-        .await
-        .unwrap();
+    control.wait_for(|state| state.external_weights).await.unwrap();
     let mut request = world.request("u1");
     request.from_version = Some(WeightVersion::default());
     let record = world.update(request).await;
@@ -651,11 +522,7 @@ async fn an_update_that_is_called_off_while_it_pauses_resumes_the_engines() {
     world.updates.abort().await.unwrap();
     let record = run.record().await.unwrap();
     assert_eq!(record.outcome, UpdateOutcome::Aborted);
-    assert!(
-        record.message.contains("aborted by the operator"),
-        "{}",
-        record.message
-    );
+    assert!(record.message.contains("aborted by the operator"), "{}", record.message);
     world.all_hold("start");
     world.end().await;
 }
@@ -676,19 +543,10 @@ async fn engines_that_sleep_are_not_updated() {
     for rank in [0, 1] {
         world.calls.send(held(rank, 7, "sleep")).await.unwrap();
     }
-    world
-        .control
-        .watch()
-        .wait_for(|state| state.asleep)
-        .await
-        .unwrap();
+    world.control.watch().wait_for(|state| state.asleep).await.unwrap();
     let record = world.update(world.request("u1")).await;
     assert_eq!(record.outcome, UpdateOutcome::RefusedInvalid);
-    assert!(
-        record.message.contains("asleep: wake them up first"),
-        "{}",
-        record.message
-    );
+    assert!(record.message.contains("asleep: wake them up first"), "{}", record.message);
     for rank in &world.ranks {
         assert_eq!(rank.take_log(), ["forward 7"]);
     }
@@ -703,12 +561,7 @@ async fn a_link_is_followed_once_so_that_it_may_be_moved_later() {
     let mut request = world.request("u1");
     request.path = latest.clone();
     let record = world.update(request).await;
-    assert_eq!(
-        record.outcome,
-        UpdateOutcome::Committed,
-        "{}",
-        record.message
-    );
+    assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
     std::fs::remove_file(&latest).unwrap();
     world.all_hold("new");
     world.ranks[1].restart();

@@ -32,10 +32,7 @@ impl UpdateConfig {
         Self {
             kind,
             state_dir: state_dir.into(),
-            machine: Config {
-                lockstep: kind == GroupKind::Lockstep,
-                ..Config::default()
-            },
+            machine: Config { lockstep: kind == GroupKind::Lockstep, ..Config::default() },
             call_timeout: Duration::from_secs(30),
         }
     }
@@ -147,9 +144,7 @@ impl UpdateRecord {
             Outcome::RefusedInvalid => UpdateOutcome::RefusedInvalid,
             Outcome::Aborted => UpdateOutcome::Aborted,
             Outcome::RolledBack => UpdateOutcome::RolledBack,
-            Outcome::Degraded { fenced } => UpdateOutcome::Degraded {
-                fenced: fenced.clone(),
-            },
+            Outcome::Degraded { fenced } => UpdateOutcome::Degraded { fenced: fenced.clone() },
         };
         Self {
             id: record.id.clone(),
@@ -222,15 +217,8 @@ fn message(record: &Record, version: &WeightVersion) -> String {
         }
         Outcome::Degraded { fenced } => {
             let fenced: Vec<String> = fenced.iter().map(ToString::to_string).collect();
-            let what = if record.committed {
-                "committed"
-            } else {
-                "rolled back"
-            };
-            format!(
-                "update {id} {what} to {version}, rank {} fenced: {error}",
-                fenced.join(", ")
-            )
+            let what = if record.committed { "committed" } else { "rolled back" };
+            format!("update {id} {what} to {version}, rank {} fenced: {error}", fenced.join(", "))
         }
     }
 }

@@ -61,9 +61,7 @@ pub fn is_valid_name(name: &str) -> bool {
     !name.is_empty()
         && name.len() <= 64
         && !name.starts_with('.')
-        && name
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
 }
 
 impl Child {
@@ -97,10 +95,7 @@ impl Child {
         let pid = i32::try_from(process.id()).map_err(io::Error::other)?;
         let log_path = logs.join(format!("{}.log", spec.name));
         let mut output = Output::new(reader, LogFile::open(log_path.clone(), LOG_LIMIT));
-        output.note(&format!(
-            "started {mark}, pid {pid}: {}",
-            spec.argv.join(" ")
-        ));
+        output.note(&format!("started {mark}, pid {pid}: {}", spec.argv.join(" ")));
         Ok(Self {
             name: spec.name.clone(),
             incarnation: spec.incarnation,
@@ -155,9 +150,7 @@ impl Child {
                 self.life = Life::Stopping { kill_at: wanted };
             }
             Life::Stopping { kill_at } => {
-                self.life = Life::Stopping {
-                    kill_at: kill_at.min(wanted),
-                };
+                self.life = Life::Stopping { kill_at: kill_at.min(wanted) };
             }
             Life::Sweeping { .. } => {}
         }
@@ -177,16 +170,12 @@ impl Child {
         if self.status.is_none() {
             self.status = self.exit_status();
             if self.status.is_some() && !matches!(self.life, Life::Sweeping { .. }) {
-                self.life = Life::Sweeping {
-                    give_up_at: now + KILL_LIMIT,
-                };
+                self.life = Life::Sweeping { give_up_at: now + KILL_LIMIT };
             }
         }
         if matches!(self.life, Life::Stopping { kill_at } if now >= kill_at) {
             self.output.note("still there after its grace: killed");
-            self.life = Life::Sweeping {
-                give_up_at: now + KILL_LIMIT,
-            };
+            self.life = Life::Sweeping { give_up_at: now + KILL_LIMIT };
         }
         let Life::Sweeping { give_up_at } = self.life else {
             return None;
@@ -243,9 +232,7 @@ impl Child {
         let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
         match waitid(Id::Pid(Pid::from_raw(self.pid)), flags) {
             Ok(WaitStatus::Exited(_, code)) => Some(ExitStatus::Code { code }),
-            Ok(WaitStatus::Signaled(_, signal, _)) => Some(ExitStatus::Signal {
-                signal: signal as i32,
-            }),
+            Ok(WaitStatus::Signaled(_, signal, _)) => Some(ExitStatus::Signal { signal: signal as i32 }),
             Ok(_) => None,
             // Not our child any more: cannot happen, and must not hang if it does.
             Err(_) => Some(ExitStatus::Unknown),
@@ -257,10 +244,7 @@ impl Child {
 ///
 /// PDEATHSIG is bound to the *thread* that forks; the keeper has only one, which lives as long as
 /// the keeper.
-#[expect(
-    unsafe_code,
-    reason = "there is no safe way to run setsid and prctl between fork and exec"
-)]
+#[expect(unsafe_code, reason = "there is no safe way to run setsid and prctl between fork and exec")]
 fn die_with_the_keeper(command: &mut Command) {
     let keeper = Pid::this();
     let no_signals = SigSet::empty();
@@ -276,9 +260,7 @@ fn die_with_the_keeper(command: &mut Command) {
             prctl::set_pdeathsig(NixSignal::SIGTERM)?;
             if getppid() != keeper {
                 // The keeper died before the signal was armed.
-                return Err(io::Error::from_raw_os_error(
-                    nix::errno::Errno::ESRCH as i32,
-                ));
+                return Err(io::Error::from_raw_os_error(nix::errno::Errno::ESRCH as i32));
             }
             Ok(())
         });

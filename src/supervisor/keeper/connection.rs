@@ -26,13 +26,7 @@ impl Connection {
     /// Takes over an accepted stream.
     pub fn new(id: u64, stream: UnixStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
-        Ok(Self {
-            id,
-            stream,
-            inbox: Vec::new(),
-            outbox: Vec::new(),
-            closed: false,
-        })
+        Ok(Self { id, stream, inbox: Vec::new(), outbox: Vec::new(), closed: false })
     }
 
     /// The socket, for poll.

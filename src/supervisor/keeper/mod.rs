@@ -65,12 +65,7 @@ pub fn run(config: KeeperConfig) -> io::Result<()> {
     let lock = lock_pid_file(&config.state_dir)?;
     prctl::set_child_subreaper(true)?;
     let mut mask = SigSet::empty();
-    for signal in [
-        Signal::SIGTERM,
-        Signal::SIGINT,
-        Signal::SIGHUP,
-        Signal::SIGCHLD,
-    ] {
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGCHLD] {
         mask.add(signal);
     }
     mask.thread_block()?;
@@ -79,11 +74,7 @@ pub fn run(config: KeeperConfig) -> io::Result<()> {
     fs::create_dir_all(&logs)?;
     let listener = bind(&config.state_dir.join(SOCKET))?;
     announce()?;
-    tracing::info!(
-        pid = std::process::id(),
-        run_id = config.run_id,
-        "keeper listens"
-    );
+    tracing::info!(pid = std::process::id(), run_id = config.run_id, "keeper listens");
     let result = Keeper::new(config.clone(), listener, signals, logs).run();
     // The lock is still held: nobody else can have bound the socket meanwhile.
     let _ = fs::remove_file(config.state_dir.join(SOCKET));
@@ -95,19 +86,11 @@ pub fn run(config: KeeperConfig) -> io::Result<()> {
 /// Takes the lock that only one keeper of a state directory can hold, and writes the pid.
 fn lock_pid_file(state_dir: &Path) -> io::Result<File> {
     let path = state_dir.join(PID_FILE);
-    let mut file = OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .mode(0o600)
-        .open(&path)?;
+    let mut file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path)?;
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
-            return Err(io::Error::other(format!(
-                "{}: another keeper holds the lock",
-                path.display()
-            )));
+            return Err(io::Error::other(format!("{}: another keeper holds the lock", path.display())));
         }
         Err(TryLockError::Error(error)) => return Err(error),
     }

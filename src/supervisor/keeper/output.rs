@@ -55,8 +55,7 @@ impl Tail {
         if self.lines.len() == LAST_LINES {
             self.lines.pop_front();
         }
-        self.lines
-            .push_back(String::from_utf8_lossy(&line).into_owned());
+        self.lines.push_back(String::from_utf8_lossy(&line).into_owned());
     }
 
     /// The lines so far, an unfinished one included.
@@ -79,22 +78,13 @@ impl LogFile {
     /// Opens the log for appending. A log that cannot be opened or written loses lines, never a
     /// child.
     pub fn open(path: PathBuf, limit: u64) -> Self {
-        let mut log = Self {
-            path,
-            file: None,
-            size: 0,
-            limit,
-        };
+        let mut log = Self { path, file: None, size: 0, limit };
         log.reopen();
         log
     }
 
     fn reopen(&mut self) {
-        let opened = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .mode(0o600)
-            .open(&self.path);
+        let opened = OpenOptions::new().create(true).append(true).mode(0o600).open(&self.path);
         match opened {
             Ok(file) => {
                 self.size = file.metadata().map_or(0, |metadata| metadata.len());
@@ -140,11 +130,7 @@ pub struct Output {
 impl Output {
     /// Connects a pipe with its log file.
     pub fn new(pipe: PipeReader, log: LogFile) -> Self {
-        Self {
-            pipe: Some(pipe),
-            log,
-            tail: Tail::default(),
-        }
+        Self { pipe: Some(pipe), log, tail: Tail::default() }
     }
 
     /// Reads what is there, a bounded amount.
@@ -233,9 +219,6 @@ mod tests {
         let old = std::fs::read_to_string(path.with_extension("log.1")).unwrap();
         assert!(now.len() <= 100 && old.len() <= 100, "{now} {old}");
         assert!(now.ends_with("line 0029\n"));
-        assert!(old.ends_with(&format!(
-            "line {:04}\n",
-            now[5..9].parse::<u32>().unwrap() - 1
-        )));
+        assert!(old.ends_with(&format!("line {:04}\n", now[5..9].parse::<u32>().unwrap() - 1)));
     }
 }

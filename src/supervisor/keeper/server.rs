@@ -57,12 +57,7 @@ pub struct Keeper {
 
 impl Keeper {
     /// A keeper without children.
-    pub fn new(
-        config: KeeperConfig,
-        listener: UnixListener,
-        signals: SignalFd,
-        logs: PathBuf,
-    ) -> Self {
+    pub fn new(config: KeeperConfig, listener: UnixListener, signals: SignalFd, logs: PathBuf) -> Self {
         Self {
             config,
             listener,
@@ -154,17 +149,11 @@ impl Keeper {
     fn take_signals(&mut self) -> io::Result<bool> {
         let mut ended = false;
         while let Some(info) = self.signals.read_signal()? {
-            let signal = i32::try_from(info.ssi_signo)
-                .ok()
-                .and_then(|number| Signal::try_from(number).ok());
+            let signal = i32::try_from(info.ssi_signo).ok().and_then(|number| Signal::try_from(number).ok());
             ended |= signal == Some(Signal::SIGCHLD);
             // SIGHUP (a lost terminal) means nothing here.
             if matches!(signal, Some(Signal::SIGTERM | Signal::SIGINT)) {
-                let grace = if self.shutdown.is_some() {
-                    Duration::ZERO
-                } else {
-                    self.config.kill_grace
-                };
+                let grace = if self.shutdown.is_some() { Duration::ZERO } else { self.config.kill_grace };
                 tracing::info!(?signal, ?grace, "told to end");
                 self.begin_shutdown(grace, None);
             }
@@ -218,10 +207,7 @@ impl Keeper {
             }
         }
         self.connections.retain(|connection| !connection.closed);
-        if self
-            .owner
-            .is_some_and(|owner| self.connections.iter().all(|c| c.id != owner))
-        {
+        if self.owner.is_some_and(|owner| self.connections.iter().all(|c| c.id != owner)) {
             tracing::info!(grace = ?self.orphan_grace(), "the owner is gone");
             self.owner = None;
             self.orphan_since = now;
@@ -251,15 +237,11 @@ impl Keeper {
                         found = true;
                     }
                 }
-                Some(if found {
-                    Answer::Done
-                } else {
-                    failed(format!("no child {name:?}"))
-                })
+                Some(if found { Answer::Done } else { failed(format!("no child {name:?}")) })
             }
-            Request::List => Some(Answer::Children {
-                children: self.children.iter().map(Child::info).collect(),
-            }),
+            Request::List => {
+                Some(Answer::Children { children: self.children.iter().map(Child::info).collect() })
+            }
             Request::Shutdown { grace_ms } => {
                 self.begin_shutdown(Duration::from_millis(grace_ms), Some((from, seq)));
                 None
@@ -268,10 +250,7 @@ impl Keeper {
     }
 
     fn introduce(&self) -> Answer {
-        Answer::Keeper {
-            pid: std::process::id(),
-            run_id: self.config.run_id.clone(),
-        }
+        Answer::Keeper { pid: std::process::id(), run_id: self.config.run_id.clone() }
     }
 
     fn spawn(&mut self, spec: &SpawnSpec) -> Answer {
@@ -284,12 +263,7 @@ impl Keeper {
         if self.children.len() >= CHILD_LIMIT {
             return failed(format!("{CHILD_LIMIT} children already"));
         }
-        if let Some(child) = self
-            .children
-            .iter()
-            .map(Child::info)
-            .find(|child| child.name == spec.name)
-        {
+        if let Some(child) = self.children.iter().map(Child::info).find(|child| child.name == spec.name) {
             return failed(format!(
                 "{} (incarnation {}, pid {}) is not gone yet",
                 child.name, child.incarnation, child.pid
@@ -298,12 +272,7 @@ impl Keeper {
         match Child::spawn(spec, &self.config.run_id, &self.logs) {
             Ok(child) => {
                 let pid = child.pid().unsigned_abs();
-                tracing::info!(
-                    name = spec.name,
-                    incarnation = spec.incarnation,
-                    pid,
-                    "started"
-                );
+                tracing::info!(name = spec.name, incarnation = spec.incarnation, pid, "started");
                 self.children.push(child);
                 self.report(KeeperEvent::Spawned {
                     name: spec.name.clone(),
@@ -345,10 +314,7 @@ impl Keeper {
     }
 
     fn look_for_owner(&mut self, now: Instant) {
-        if self.owner.is_none()
-            && self.shutdown.is_none()
-            && now >= self.orphan_since + self.orphan_grace()
-        {
+        if self.owner.is_none() && self.shutdown.is_none() && now >= self.orphan_since + self.orphan_grace() {
             tracing::warn!(
                 children = self.children.len(),
                 grace = ?self.orphan_grace(),
@@ -360,11 +326,7 @@ impl Keeper {
 
     fn begin_shutdown(&mut self, grace: Duration, asked_by: Option<(u64, u64)>) {
         let now = Instant::now();
-        let shutdown = self.shutdown.get_or_insert(Shutdown {
-            grace,
-            stage: None,
-            asked_by: Vec::new(),
-        });
+        let shutdown = self.shutdown.get_or_insert(Shutdown { grace, stage: None, asked_by: Vec::new() });
         shutdown.asked_by.extend(asked_by);
         if grace < shutdown.grace {
             // Told again, with less patience: that counts for the running stage, too.
@@ -399,27 +361,16 @@ impl Keeper {
 
     /// Answers those who asked for the shutdown, and waits a little until they have read it.
     fn finish(&mut self) {
-        let asked_by = self
-            .shutdown
-            .take()
-            .map(|shutdown| shutdown.asked_by)
-            .unwrap_or_default();
+        let asked_by = self.shutdown.take().map(|shutdown| shutdown.asked_by).unwrap_or_default();
         for (id, seq) in asked_by {
-            self.send_to(
-                id,
-                &FromKeeper::Answer {
-                    seq,
-                    answer: Answer::Done,
-                },
-            );
+            self.send_to(id, &FromKeeper::Answer { seq, answer: Answer::Done });
         }
         let limit = Instant::now() + FLUSH_LIMIT;
         loop {
             for connection in &mut self.connections {
                 connection.flush();
             }
-            self.connections
-                .retain(|connection| connection.wants_write() && !connection.closed);
+            self.connections.retain(|connection| connection.wants_write() && !connection.closed);
             let left = limit.saturating_duration_since(Instant::now());
             if self.connections.is_empty() || left.is_zero() {
                 return;
@@ -448,7 +399,5 @@ impl Keeper {
 }
 
 fn failed(error: impl Into<String>) -> Answer {
-    Answer::Failed {
-        error: error.into(),
-    }
+    Answer::Failed { error: error.into() }
 }

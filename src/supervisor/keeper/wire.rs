@@ -245,10 +245,8 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, WireError> {
     let mut frame = vec![0, 0, 0, 0, KEEPER_PROTOCOL];
     rmp_serde::encode::write_named(&mut frame, message)?;
     let length = frame.len() - 4;
-    let prefix = u32::try_from(length)
-        .ok()
-        .filter(|_| length <= MAX_FRAME)
-        .ok_or(WireError::Length(length))?;
+    let prefix =
+        u32::try_from(length).ok().filter(|_| length <= MAX_FRAME).ok_or(WireError::Length(length))?;
     frame[..4].copy_from_slice(&prefix.to_be_bytes());
     Ok(frame)
 }
@@ -323,17 +321,9 @@ mod tests {
             left: vec![],
         };
         for message in [
-            FromKeeper::Event {
-                event: KeeperEvent::Exited(report),
-            },
-            FromKeeper::Answer {
-                seq: 1,
-                answer: Answer::Children { children: vec![] },
-            },
-            FromKeeper::Answer {
-                seq: 2,
-                answer: Answer::Done,
-            },
+            FromKeeper::Event { event: KeeperEvent::Exited(report) },
+            FromKeeper::Answer { seq: 1, answer: Answer::Children { children: vec![] } },
+            FromKeeper::Answer { seq: 2, answer: Answer::Done },
         ] {
             let mut bytes = encode(&message).unwrap();
             assert_eq!(decode::<FromKeeper>(&mut bytes).unwrap(), Some(message));
@@ -344,19 +334,10 @@ mod tests {
     fn a_frame_of_another_version_or_size_is_refused() {
         let mut other = encode(&spawn()).unwrap();
         other[4] = 9;
-        assert!(matches!(
-            decode::<ToKeeper>(&mut other),
-            Err(WireError::Version(9))
-        ));
+        assert!(matches!(decode::<ToKeeper>(&mut other), Err(WireError::Version(9))));
         let mut long = vec![0xff; 8];
-        assert!(matches!(
-            decode::<ToKeeper>(&mut long),
-            Err(WireError::Length(_))
-        ));
+        assert!(matches!(decode::<ToKeeper>(&mut long), Err(WireError::Length(_))));
         let mut empty = vec![0; 4];
-        assert!(matches!(
-            decode::<ToKeeper>(&mut empty),
-            Err(WireError::Length(0))
-        ));
+        assert!(matches!(decode::<ToKeeper>(&mut empty), Err(WireError::Length(0))));
     }
 }

@@ -56,11 +56,7 @@ impl ServeCommand {
                 value = args.next_if(|arg| !arg.starts_with('-')).cloned();
             }
             let text = || value.clone().ok_or_else(|| format!("{flag} needs a value"));
-            let number = || {
-                text()?
-                    .parse::<u16>()
-                    .map_err(|error| format!("{flag}: {error}"))
-            };
+            let number = || text()?.parse::<u16>().map_err(|error| format!("{flag}: {error}"));
             match flag {
                 "--model" => command.model = Some(PathBuf::from(text()?)),
                 "--data-parallel-size" | "-dp" => command.size = number()?,
@@ -99,14 +95,9 @@ impl ServeCommand {
             .and_then(|model| std::fs::read(model.join("config.json")).ok())
             .and_then(|text| serde_json::from_slice::<serde_json::Value>(&text).ok());
         let experts = |key: &str| {
-            config
-                .as_ref()
-                .and_then(|config| config[key].as_u64())
-                .is_some_and(|count| count > 1)
+            config.as_ref().and_then(|config| config[key].as_u64()).is_some_and(|count| count > 1)
         };
-        ["num_experts", "num_local_experts", "n_routed_experts"]
-            .into_iter()
-            .any(experts)
+        ["num_experts", "num_local_experts", "n_routed_experts"].into_iter().any(experts)
     }
 }
 

@@ -25,15 +25,13 @@ pub fn signals() -> mpsc::Receiver<Signal> {
     // Blocking cannot fail for a valid set.
     let _ = set.thread_block();
     let (sender, receiver) = mpsc::channel();
-    let _ = std::thread::Builder::new()
-        .name("signals".to_owned())
-        .spawn(move || {
-            while let Ok(signal) = set.wait() {
-                if sender.send(signal).is_err() {
-                    break;
-                }
+    let _ = std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+        while let Ok(signal) = set.wait() {
+            if sender.send(signal).is_err() {
+                break;
             }
-        });
+        }
+    });
     receiver
 }
 
@@ -42,23 +40,14 @@ pub fn signals() -> mpsc::Receiver<Signal> {
 ///
 /// `FAKE_VLLM_VERSION`, `FAKE_VLLM_FAULTS`, `FAKE_VLLM_CONTROL`, `FAKE_VLLM_STEP_MS`,
 /// `FAKE_VLLM_TOKENS`, `FAKE_VLLM_LOAD_MS`, `FAKE_VLLM_START_MS`, `FAKE_VLLM_HASH`, `FAKE_VLLM_MOE`.
-pub fn options_from_environment(
-    command: &ServeCommand,
-    rank: u16,
-) -> Result<EngineOptions, String> {
+pub fn options_from_environment(command: &ServeCommand, rank: u16) -> Result<EngineOptions, String> {
     let variable = |name: &str| std::env::var(name).ok();
     let number = |name: &str| {
-        variable(name)
-            .map(|text| {
-                text.parse::<u64>()
-                    .map_err(|error| format!("{name}: {error}"))
-            })
-            .transpose()
+        variable(name).map(|text| text.parse::<u64>().map_err(|error| format!("{name}: {error}"))).transpose()
     };
     let defaults = EngineOptions::default();
-    let time = |name: &str, default: Duration| {
-        Ok::<_, String>(number(name)?.map_or(default, Duration::from_millis))
-    };
+    let time =
+        |name: &str, default: Duration| Ok::<_, String>(number(name)?.map_or(default, Duration::from_millis));
     Ok(EngineOptions {
         rank,
         size: command.size,
@@ -132,10 +121,7 @@ pub fn run_engines(
 /// processes, and who stops the one must not forget the other.
 pub fn run_as_launcher(reporter: &Reporter, signals: &mpsc::Receiver<Signal>) -> ExitCode {
     let child = std::env::current_exe().and_then(|program| {
-        Command::new(program)
-            .args(std::env::args_os().skip(1))
-            .env("FAKE_VLLM_ROLE", "engine-core")
-            .spawn()
+        Command::new(program).args(std::env::args_os().skip(1)).env("FAKE_VLLM_ROLE", "engine-core").spawn()
     });
     let mut child = match child {
         Ok(child) => child,
@@ -200,10 +186,7 @@ pub fn run_frontend(
     let listener = std::net::TcpListener::bind((host, command.port))
         .map_err(|error| format!("{host}:{}: {error}", command.port))?;
     reporter.report("serving", json!({"host": host, "port": command.port}));
-    let model = command
-        .model
-        .as_ref()
-        .map_or_else(String::new, |model| model.display().to_string());
+    let model = command.model.as_ref().map_or_else(String::new, |model| model.display().to_string());
     let stopped = || signals.try_recv().is_ok();
     http::serve(&mut frontend, listener, &model, &stopped).map_err(|error| error.to_string())
 }

@@ -15,10 +15,7 @@ pub fn decode(mut bytes: &[u8]) -> Result<Value, BadMessage> {
     if bytes.is_empty() {
         Ok(value)
     } else {
-        Err(BadMessage(format!(
-            "{} bytes after the msgpack value",
-            bytes.len()
-        )))
+        Err(BadMessage(format!("{} bytes after the msgpack value", bytes.len())))
     }
 }
 
@@ -31,21 +28,12 @@ pub fn encode(value: &Value) -> Vec<u8> {
 
 /// A msgpack map with text keys.
 pub fn map<const N: usize>(entries: [(&str, Value); N]) -> Value {
-    Value::Map(
-        entries
-            .into_iter()
-            .map(|(key, value)| (Value::from(key), value))
-            .collect(),
-    )
+    Value::Map(entries.into_iter().map(|(key, value)| (Value::from(key), value)).collect())
 }
 
 /// Value of a text key of a map.
 pub fn get<'a>(value: &'a Value, key: &str) -> Option<&'a Value> {
-    value
-        .as_map()?
-        .iter()
-        .find(|(name, _)| name.as_str() == Some(key))
-        .map(|(_, value)| value)
+    value.as_map()?.iter().find(|(name, _)| name.as_str() == Some(key)).map(|(_, value)| value)
 }
 
 /// Text behind a key of a map; `None` when it is absent or nil.
@@ -55,11 +43,7 @@ pub fn text(value: &Value, key: &str) -> Option<String> {
 
 /// Texts of an array behind a key of a map.
 pub fn texts(value: &Value, key: &str) -> Option<Vec<String>> {
-    get(value, key)?
-        .as_array()?
-        .iter()
-        .map(|item| item.as_str().map(str::to_owned))
-        .collect()
+    get(value, key)?.as_array()?.iter().map(|item| item.as_str().map(str::to_owned)).collect()
 }
 
 /// msgpack to JSON, for reports. Binary becomes hexadecimal text.
@@ -68,11 +52,9 @@ pub fn to_json(value: &Value) -> serde_json::Value {
     match value {
         Value::Nil => Json::Null,
         Value::Boolean(flag) => Json::from(*flag),
-        Value::Integer(number) => number
-            .as_i64()
-            .map(Json::from)
-            .or_else(|| number.as_u64().map(Json::from))
-            .unwrap_or(Json::Null),
+        Value::Integer(number) => {
+            number.as_i64().map(Json::from).or_else(|| number.as_u64().map(Json::from)).unwrap_or(Json::Null)
+        }
         Value::F32(number) => Json::from(*number),
         Value::F64(number) => Json::from(*number),
         Value::String(text) => Json::from(text.as_str().unwrap_or("<not utf-8>")),

@@ -23,26 +23,17 @@ pub struct Reporter {
 impl Reporter {
     /// Writes JSON lines to stdout.
     pub fn stdout() -> Self {
-        Self {
-            sink: Sink::Stdout,
-            start: Instant::now(),
-        }
+        Self { sink: Sink::Stdout, start: Instant::now() }
     }
 
     /// Drops everything.
     pub fn quiet() -> Self {
-        Self {
-            sink: Sink::Nowhere,
-            start: Instant::now(),
-        }
+        Self { sink: Sink::Nowhere, start: Instant::now() }
     }
 
     /// Keeps reports for [`Reporter::events`].
     pub fn memory() -> Self {
-        Self {
-            sink: Sink::Memory(Arc::default()),
-            start: Instant::now(),
-        }
+        Self { sink: Sink::Memory(Arc::default()), start: Instant::now() }
     }
 
     /// Reports `event` with the entries of the JSON object `fields`.
@@ -63,10 +54,7 @@ impl Reporter {
                 let _ = writeln!(std::io::stdout().lock(), "{line}");
             }
             Sink::Nowhere => {}
-            Sink::Memory(events) => events
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .push(line),
+            Sink::Memory(events) => events.lock().unwrap_or_else(PoisonError::into_inner).push(line),
         }
     }
 
@@ -74,18 +62,12 @@ impl Reporter {
     pub fn events(&self) -> Vec<Value> {
         match &self.sink {
             Sink::Stdout | Sink::Nowhere => Vec::new(),
-            Sink::Memory(events) => events
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .clone(),
+            Sink::Memory(events) => events.lock().unwrap_or_else(PoisonError::into_inner).clone(),
         }
     }
 
     /// How often `event` was reported (in memory).
     pub fn count(&self, event: &str) -> usize {
-        self.events()
-            .iter()
-            .filter(|line| line["event"] == event)
-            .count()
+        self.events().iter().filter(|line| line["event"] == event).count()
     }
 }

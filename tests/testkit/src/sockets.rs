@@ -21,16 +21,10 @@ pub fn open(context: &Context, kind: SocketType) -> Result<Socket, zmq::Error> {
 }
 
 /// Opens and binds; the second value is the address that was really bound.
-pub fn bind(
-    context: &Context,
-    kind: SocketType,
-    address: &str,
-) -> Result<(Socket, String), zmq::Error> {
+pub fn bind(context: &Context, kind: SocketType, address: &str) -> Result<(Socket, String), zmq::Error> {
     let socket = open(context, kind)?;
     socket.bind(address)?;
-    let bound = socket
-        .get_last_endpoint()?
-        .map_err(|_| zmq::Error::EINVAL)?;
+    let bound = socket.get_last_endpoint()?.map_err(|_| zmq::Error::EINVAL)?;
     Ok((socket, bound))
 }
 

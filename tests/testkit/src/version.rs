@@ -25,15 +25,8 @@ impl FromStr for VllmVersion {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let mut numbers = text.split('.').map(str::parse);
-        match (
-            numbers.next(),
-            numbers.next(),
-            numbers.next(),
-            numbers.next(),
-        ) {
-            (Some(Ok(major)), Some(Ok(minor)), Some(Ok(patch)), None) => {
-                Ok(Self(major, minor, patch))
-            }
+        match (numbers.next(), numbers.next(), numbers.next(), numbers.next()) {
+            (Some(Ok(major)), Some(Ok(minor)), Some(Ok(patch)), None) => Ok(Self(major, minor, patch)),
             _ => Err(format!("`{text}` is not a version like 0.32.0")),
         }
     }

@@ -154,10 +154,9 @@ impl Attachment {
                     if !self.refused {
                         let address = &self.config.address;
                         let before = self.last_loss.as_ref();
-                        let before = before
-                            .map_or_else(String::new, |why| format!("; detached before: {why}"));
-                        self.detail =
-                            Some(format!("nobody accepts at {address}: {reason}{before}"));
+                        let before =
+                            before.map_or_else(String::new, |why| format!("; detached before: {why}"));
+                        self.detail = Some(format!("nobody accepts at {address}: {reason}{before}"));
                     }
                     self.back_off(now);
                 }
@@ -165,66 +164,36 @@ impl Attachment {
             Event::HandshakeConnected { attempt, rank } if self.is(attempt) => {
                 self.handshake_connected(now, rank);
             }
-            Event::HandshakeLost {
-                attempt,
-                rank,
-                reason,
-            } if self.is(attempt) => self.handshake_lost(now, rank, &reason),
-            Event::Init {
-                attempt,
-                rank,
-                payload,
-            } if self.is(attempt) => self.init(now, rank, &payload),
+            Event::HandshakeLost { attempt, rank, reason } if self.is(attempt) => {
+                self.handshake_lost(now, rank, &reason)
+            }
+            Event::Init { attempt, rank, payload } if self.is(attempt) => self.init(now, rank, &payload),
             Event::CoordinatorReady { attempt, rank } if self.is(attempt) => {
                 if let Phase::Registering(state) = &mut self.phase {
                     state.coordinator_ready.insert(rank);
                     self.advance(now);
                 }
             }
-            Event::StartWave {
-                attempt,
-                rank,
-                wave,
-                exclude,
-            } if self.is(attempt) => {
+            Event::StartWave { attempt, rank, wave, exclude } if self.is(attempt) => {
                 // Each rank's socket receives the same broadcast.
                 if rank.0 == 0 && matches!(self.phase, Phase::Registering(_) | Phase::Attached) {
                     self.actions.push_back(Action::StartWave { wave, exclude });
                 }
             }
-            Event::CoordinatorLost {
-                attempt,
-                rank,
-                reason,
-            } if self.is(attempt) => {
+            Event::CoordinatorLost { attempt, rank, reason } if self.is(attempt) => {
                 if matches!(self.phase, Phase::Registering(_) | Phase::Attached) {
-                    self.lost(
-                        now,
-                        format!("connection of rank {rank} to its DP coordinator: {reason}"),
-                    );
+                    self.lost(now, format!("connection of rank {rank} to its DP coordinator: {reason}"));
                 }
             }
-            Event::RouteOpen {
-                attempt,
-                rank,
-                api_server,
-            } if self.is(attempt) => {
+            Event::RouteOpen { attempt, rank, api_server } if self.is(attempt) => {
                 if let Phase::Registering(state) = &mut self.phase {
                     state.routes.insert((rank, api_server));
                     self.advance(now);
                 }
             }
-            Event::RouteLost {
-                attempt,
-                rank,
-                api_server,
-                reason,
-            } if self.is(attempt) => {
+            Event::RouteLost { attempt, rank, api_server, reason } if self.is(attempt) => {
                 if matches!(self.phase, Phase::Registering(_) | Phase::Attached) {
-                    self.lost(
-                        now,
-                        format!("route of rank {rank} to API server {api_server}: {reason}"),
-                    );
+                    self.lost(now, format!("route of rank {rank} to API server {api_server}: {reason}"));
                 }
             }
             Event::TornDown { attempt } if attempt == self.attempt => match self.phase {
@@ -283,9 +252,7 @@ impl Attachment {
             Phase::Removed => State::Removed,
             Phase::Attached => State::Attached,
             _ if self.refused => State::Refused,
-            Phase::Incomplete | Phase::Backoff(_) | Phase::Probing | Phase::TearingDown(_) => {
-                State::Waiting
-            }
+            Phase::Incomplete | Phase::Backoff(_) | Phase::Probing | Phase::TearingDown(_) => State::Waiting,
             Phase::Connecting(_) | Phase::Settling => State::Connecting,
             Phase::Hello(_) => State::Handshake,
             Phase::Unfit | Phase::NoSlots => State::Refused,
@@ -300,10 +267,8 @@ impl Attachment {
             _ => Some(self.attempt),
         };
         let api_servers = self.init.as_ref().map_or(0, api_servers);
-        let holds_slots = matches!(
-            self.phase,
-            Phase::Registering(_) | Phase::Attached | Phase::TearingDown(_)
-        );
+        let holds_slots =
+            matches!(self.phase, Phase::Registering(_) | Phase::Attached | Phase::TearingDown(_));
         Snapshot {
             state,
             detail,
@@ -336,10 +301,7 @@ impl Attachment {
     fn incomplete(&self) -> String {
         let ranks: Vec<String> = self.missing.iter().take(8).map(|r| r.to_string()).collect();
         let more = if self.missing.len() > 8 { ", .." } else { "" };
-        format!(
-            "the deployment is not complete: waiting for ranks {}{more}",
-            ranks.join(", ")
-        )
+        format!("the deployment is not complete: waiting for ranks {}{more}", ranks.join(", "))
     }
 
     // === Before HELLO ===
@@ -354,9 +316,7 @@ impl Attachment {
         self.ready_at = None;
         self.handshake_closed.clear();
         self.enter(now, Phase::Probing);
-        self.actions.push_back(Action::Probe {
-            attempt: self.attempt,
-        });
+        self.actions.push_back(Action::Probe { attempt: self.attempt });
     }
 
     fn probed(&mut self, now: Time, mismatch: Option<String>) {
@@ -370,10 +330,8 @@ impl Attachment {
         }
         self.enter_watched(now, Phase::Connecting(BTreeSet::new()));
         for rank in 0..self.size() {
-            self.actions.push_back(Action::ConnectHandshake {
-                attempt: self.attempt,
-                rank: EngineIndex(rank),
-            });
+            self.actions
+                .push_back(Action::ConnectHandshake { attempt: self.attempt, rank: EngineIndex(rank) });
         }
     }
 
@@ -390,10 +348,7 @@ impl Attachment {
 
     fn say_hello(&mut self, now: Time, rank: EngineIndex) {
         self.enter_watched(now, Phase::Hello(rank));
-        self.actions.push_back(Action::SendHello {
-            attempt: self.attempt,
-            rank,
-        });
+        self.actions.push_back(Action::SendHello { attempt: self.attempt, rank });
     }
 
     // === From HELLO to READY ===
@@ -409,18 +364,14 @@ impl Attachment {
         let init = match Init::decode(payload) {
             Ok(init) => init,
             Err(error) => {
-                return self.unfit(
-                    now,
-                    format!("frontend {address} sent a malformed INIT to rank {rank}: {error}"),
-                );
+                return self
+                    .unfit(now, format!("frontend {address} sent a malformed INIT to rank {rank}: {error}"));
             }
         };
         if let Some(first) = &self.init {
             if first.addresses != init.addresses {
-                return self.lost(
-                    now,
-                    format!("INIT to rank {rank} has other addresses than INIT to rank 0"),
-                );
+                return self
+                    .lost(now, format!("INIT to rank {rank} has other addresses than INIT to rank 0"));
             }
         } else {
             if let Some(error) = self.misfit(&init) {
@@ -459,8 +410,7 @@ impl Attachment {
         let attempt = self.attempt;
         let addresses = init.addresses;
         for rank in (0..self.size()).map(EngineIndex) {
-            if let (Some(input), Some(output)) =
-                (&addresses.coordinator_input, &addresses.coordinator_output)
+            if let (Some(input), Some(output)) = (&addresses.coordinator_input, &addresses.coordinator_output)
             {
                 self.actions.push_back(Action::ConnectCoordinator {
                     attempt,
@@ -469,8 +419,7 @@ impl Attachment {
                     output: output.clone(),
                 });
             }
-            for (api_server, (input, output)) in
-                (0u32..).zip(addresses.inputs.iter().zip(&addresses.outputs))
+            for (api_server, (input, output)) in (0u32..).zip(addresses.inputs.iter().zip(&addresses.outputs))
             {
                 self.actions.push_back(Action::OpenRoute {
                     attempt,
@@ -522,10 +471,7 @@ impl Attachment {
         let Phase::Registering(state) = &self.phase else {
             return;
         };
-        if state.ready_sent
-            && state.routes.len() == routes_needed
-            && self.handshake_closed.len() == size
-        {
+        if state.ready_sent && state.routes.len() == routes_needed && self.handshake_closed.len() == size {
             self.attach(now);
         }
     }
@@ -546,9 +492,7 @@ impl Attachment {
     fn close_handshake(&mut self) {
         if self.handshake_closed.len() == usize::from(self.size()) {
             self.detail = None;
-            self.actions.push_back(Action::CloseHandshake {
-                attempt: self.attempt,
-            });
+            self.actions.push_back(Action::CloseHandshake { attempt: self.attempt });
         }
     }
 }

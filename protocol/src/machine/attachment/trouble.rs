@@ -35,10 +35,7 @@ impl Attachment {
         match &self.phase {
             Phase::Connecting(connected) => {
                 let n = connected.len();
-                self.lost(
-                    now,
-                    format!("{n} of {size} handshake connections were accepted within {stall:?}"),
-                );
+                self.lost(now, format!("{n} of {size} handshake connections were accepted within {stall:?}"));
             }
             Phase::Settling => {
                 self.refused = false;
@@ -62,9 +59,7 @@ impl Attachment {
                 let needed = usize::from(size) * api_servers as usize;
                 let open = state.routes.len();
                 if open < needed {
-                    self.detail = Some(format!(
-                        "{open} of {needed} routes to frontend {address} are open"
-                    ));
+                    self.detail = Some(format!("{open} of {needed} routes to frontend {address} are open"));
                     // Asked again: the routes have a deadline of their own.
                     self.stall_at = Some(now + self.config.confirm);
                 } else {
@@ -84,10 +79,7 @@ impl Attachment {
         let size = self.size();
         match &mut self.phase {
             Phase::Connecting(_) | Phase::Settling => {
-                self.lost(
-                    now,
-                    format!("handshake connection of rank {rank}: {reason}"),
-                );
+                self.lost(now, format!("handshake connection of rank {rank}: {reason}"));
             }
             Phase::Hello(asked) => {
                 let asked = *asked;
@@ -96,10 +88,7 @@ impl Attachment {
                         "frontend {address} closed its handshake after HELLO of rank {asked}: it runs with --data-parallel-size {asked} while this deployment has {size}, or it was stopped"
                     ));
                 }
-                self.lost(
-                    now,
-                    format!("handshake connection closed before INIT to rank {asked}: {reason}"),
-                );
+                self.lost(now, format!("handshake connection closed before INIT to rank {asked}: {reason}"));
             }
             Phase::Registering(state) if state.ready_sent => {
                 // The frontend closes its handshake socket when all engines are READY.
@@ -110,10 +99,9 @@ impl Attachment {
                 self.handshake_closed.insert(rank);
                 self.close_handshake();
             }
-            Phase::Registering(_) => self.lost(
-                now,
-                format!("handshake connection of rank {rank} closed before READY: {reason}"),
-            ),
+            Phase::Registering(_) => {
+                self.lost(now, format!("handshake connection of rank {rank} closed before READY: {reason}"))
+            }
             Phase::Unfit | Phase::NoSlots => {
                 self.lost(now, format!("handshake connection closed: {reason}"));
             }
@@ -124,9 +112,7 @@ impl Attachment {
     /// Says so once per cause, and shows it until the next HELLO.
     pub(super) fn refuse(&mut self, error: String) {
         if self.detail.as_ref() != Some(&error) {
-            self.actions.push_back(Action::Refused {
-                error: error.clone(),
-            });
+            self.actions.push_back(Action::Refused { error: error.clone() });
         }
         self.refused = true;
         self.detail = Some(error);
@@ -138,13 +124,8 @@ impl Attachment {
     }
 
     pub(super) fn lost(&mut self, now: Time, reason: String) {
-        let soon = self
-            .ready_at
-            .is_some_and(|at| now.saturating_since(at) < self.config.refusal_window);
-        let hash = self
-            .engines
-            .as_ref()
-            .and_then(|engines| engines.parallel_config_hash.as_ref());
+        let soon = self.ready_at.is_some_and(|at| now.saturating_since(at) < self.config.refusal_window);
+        let hash = self.engines.as_ref().and_then(|engines| engines.parallel_config_hash.as_ref());
         if let (true, Some(hash)) = (soon, hash) {
             self.refuse(format!(
                 "frontend {} went away right after READY: either it was stopped, or its parallel flags differ from the engines' (their parallel_config_hash is {hash}; the frontend's log then says configuration mismatch) ({reason})",
@@ -164,11 +145,7 @@ impl Attachment {
             _ => Vec::new(),
         };
         self.enter(now, Phase::TearingDown(after));
-        self.actions.push_back(Action::Teardown {
-            attempt: self.attempt,
-            farewell,
-            reason,
-        });
+        self.actions.push_back(Action::Teardown { attempt: self.attempt, farewell, reason });
     }
 
     pub(super) fn back_off(&mut self, now: Time) {

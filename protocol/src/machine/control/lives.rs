@@ -19,9 +19,7 @@ impl Control {
         self.up.remove(&rank);
         self.pause_again.remove(&rank);
         match &mut self.holder {
-            Some(Holder::Round {
-                waiting, results, ..
-            }) => {
+            Some(Holder::Round { waiting, results, .. }) => {
                 if waiting.remove(&rank) {
                     results.insert(rank, Err(format!("engine is down: {reason}")));
                 }
@@ -38,21 +36,17 @@ impl Control {
     pub(super) fn frontend_gone(&mut self, now: Time, frontend: FrontendId) {
         let gathering = std::mem::take(&mut self.gathering);
         let ready = std::mem::take(&mut self.ready);
-        let (gone, gathering): (VecDeque<_>, _) = gathering
-            .into_iter()
-            .partition(|round| round.frontend == frontend);
-        let (also_gone, ready): (VecDeque<_>, _) = ready
-            .into_iter()
-            .partition(|round| round.frontend == frontend);
+        let (gone, gathering): (VecDeque<_>, _) =
+            gathering.into_iter().partition(|round| round.frontend == frontend);
+        let (also_gone, ready): (VecDeque<_>, _) =
+            ready.into_iter().partition(|round| round.frontend == frontend);
         self.gathering = gathering;
         self.ready = ready;
         for round in gone.into_iter().chain(also_gone) {
             self.refuse(round, "the frontend is gone");
         }
         let ends = now + self.config.pause_grace;
-        if let Some(Holder::Round {
-            round, lease_ends, ..
-        }) = &mut self.holder
+        if let Some(Holder::Round { round, lease_ends, .. }) = &mut self.holder
             && round.frontend == frontend
         {
             *lease_ends = Some(ends);
@@ -88,30 +82,17 @@ impl Control {
         self.pause_again.clear();
         let text = format!(
             "resuming the engines: {} paused them and has not come back",
-            self.paused_by
-                .as_ref()
-                .map_or_else(|| "a frontend".to_owned(), ToString::to_string)
+            self.paused_by.as_ref().map_or_else(|| "a frontend".to_owned(), ToString::to_string)
         );
         self.note(Severity::Warning, text);
-        let method = if self.asleep {
-            "wake_up"
-        } else {
-            "resume_scheduler"
-        };
+        let method = if self.asleep { "wake_up" } else { "resume_scheduler" };
         self.start_errand(now, Errand::LiftPause, &ranks, method, &[]);
     }
 
     pub(super) fn pause_restarted(&mut self, now: Time) {
-        let ranks = if self.config.lockstep {
-            self.up.clone()
-        } else {
-            self.pause_again.clone()
-        };
+        let ranks = if self.config.lockstep { self.up.clone() } else { self.pause_again.clone() };
         self.pause_again.clear();
-        self.note(
-            Severity::Info,
-            format!("pausing rank {} again after its start", list(&ranks)),
-        );
+        self.note(Severity::Info, format!("pausing rank {} again after its start", list(&ranks)));
         let args = [Value::from("keep"), Value::Boolean(false)];
         self.start_errand(now, Errand::PauseAgain, &ranks, "pause_scheduler", &args);
     }
@@ -143,18 +124,8 @@ impl Control {
         self.finish_errand_if_done();
     }
 
-    pub(super) fn call_answered(
-        &mut self,
-        rank: EngineIndex,
-        operation: u64,
-        result: Result<Value, String>,
-    ) {
-        if let Some(Holder::Errand {
-            operation: current,
-            waiting,
-            failures,
-            ..
-        }) = &mut self.holder
+    pub(super) fn call_answered(&mut self, rank: EngineIndex, operation: u64, result: Result<Value, String>) {
+        if let Some(Holder::Errand { operation: current, waiting, failures, .. }) = &mut self.holder
             && *current == operation
             && waiting.remove(&rank)
         {
@@ -169,10 +140,7 @@ impl Control {
         if !matches!(&self.holder, Some(Holder::Errand { waiting, .. }) if waiting.is_empty()) {
             return;
         }
-        let Some(Holder::Errand {
-            errand, failures, ..
-        }) = self.holder.take()
-        else {
+        let Some(Holder::Errand { errand, failures, .. }) = self.holder.take() else {
             return;
         };
         if !failures.is_empty() {
@@ -180,10 +148,7 @@ impl Control {
                 Errand::LiftPause => "resume",
                 Errand::PauseAgain => "pause",
             };
-            self.note(
-                Severity::Warning,
-                format!("{what} failed on {}", failures.join(", ")),
-            );
+            self.note(Severity::Warning, format!("{what} failed on {}", failures.join(", ")));
         }
         if errand == Errand::LiftPause {
             self.set_paused(None);

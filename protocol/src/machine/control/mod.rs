@@ -88,11 +88,7 @@ fn kind_of(method: &str, args: &[Value]) -> Kind {
         "set_weight_version" => Kind::Weights,
         "collective_rpc" => {
             let worker_method = args.first().and_then(Value::as_str).unwrap_or_default();
-            if WEIGHT_METHODS.contains(&worker_method) {
-                Kind::Weights
-            } else {
-                Kind::Other
-            }
+            if WEIGHT_METHODS.contains(&worker_method) { Kind::Weights } else { Kind::Other }
         }
         _ => Kind::Other,
     }
@@ -230,34 +226,16 @@ impl Control {
     pub fn handle_event(&mut self, now: Time, event: Event) {
         match event {
             Event::Held(held) => self.held(now, held),
-            Event::Answered {
-                rank,
-                ticket,
-                result,
-            } => self.answered(rank, ticket, result),
-            Event::CallAnswered {
-                rank,
-                operation,
-                result,
-            } => self.call_answered(rank, operation, result),
+            Event::Answered { rank, ticket, result } => self.answered(rank, ticket, result),
+            Event::CallAnswered { rank, operation, result } => self.call_answered(rank, operation, result),
             Event::EngineUp { rank } => self.engine_up(rank),
             Event::EngineDown { rank, reason } => self.engine_down(rank, &reason),
             Event::FrontendGone { frontend } => self.frontend_gone(now, frontend),
-            Event::Acquire {
-                owner,
-                name,
-                patience,
-            } => self.waiters.push_back(Waiter {
-                owner,
-                name,
-                deadline: now + patience,
-            }),
+            Event::Acquire { owner, name, patience } => {
+                self.waiters.push_back(Waiter { owner, name, deadline: now + patience })
+            }
             Event::Doing { owner, what } => {
-                if let Some(Holder::Owner {
-                    owner: held_by,
-                    doing,
-                    ..
-                }) = &mut self.holder
+                if let Some(Holder::Owner { owner: held_by, doing, .. }) = &mut self.holder
                     && *held_by == owner
                 {
                     *doing = what;
@@ -285,18 +263,12 @@ impl Control {
 
     /// To be called when [`Self::poll_timeout`] is due. Harmless when it is not.
     pub fn handle_timeout(&mut self, now: Time) {
-        let (late, gathering) = std::mem::take(&mut self.gathering)
-            .into_iter()
-            .partition(|round| round.deadline <= now);
+        let (late, gathering) =
+            std::mem::take(&mut self.gathering).into_iter().partition(|round| round.deadline <= now);
         self.gathering = gathering;
         for round in late {
             let has = list(round.tickets.keys());
-            let missing = list(
-                self.config
-                    .ranks
-                    .iter()
-                    .filter(|rank| !round.tickets.contains_key(rank)),
-            );
+            let missing = list(self.config.ranks.iter().filter(|rank| !round.tickets.contains_key(rank)));
             let text = format!(
                 "{} came in for rank {has} only, not for rank {missing} within {:?}",
                 round.name(),
@@ -308,9 +280,8 @@ impl Control {
         // Whoever can have the lock now gets it, even in the last moment.
         self.proceed(now);
         let holder = self.holder.as_ref().map(Holder::describe);
-        let (late, waiters) = std::mem::take(&mut self.waiters)
-            .into_iter()
-            .partition(|waiter| waiter.deadline <= now);
+        let (late, waiters) =
+            std::mem::take(&mut self.waiters).into_iter().partition(|waiter| waiter.deadline <= now);
         self.waiters = waiters;
         for waiter in Vec::from(late) {
             self.actions.push_back(Action::Denied {
@@ -440,11 +411,7 @@ impl Control {
     }
 
     fn grant(&mut self, waiter: Waiter) {
-        self.holder = Some(Holder::Owner {
-            owner: waiter.owner,
-            name: waiter.name,
-            doing: String::new(),
-        });
+        self.holder = Some(Holder::Owner { owner: waiter.owner, name: waiter.name, doing: String::new() });
         let text = self.busy_text();
         let gathering = std::mem::take(&mut self.gathering);
         let ready = std::mem::take(&mut self.ready);
@@ -465,12 +432,7 @@ impl Control {
             return;
         }
         match &mut self.holder {
-            Some(Holder::Round {
-                round,
-                waiting,
-                results,
-                ..
-            }) => {
+            Some(Holder::Round { round, waiting, results, .. }) => {
                 let text = format!(
                     "{} was not answered by rank {} within {:?}",
                     round.name(),
@@ -483,9 +445,7 @@ impl Control {
                 self.note(Severity::Warning, text);
                 self.finish_round_if_done();
             }
-            Some(Holder::Errand {
-                waiting, failures, ..
-            }) => {
+            Some(Holder::Errand { waiting, failures, .. }) => {
                 for rank in std::mem::take(waiting) {
                     failures.push(format!("rank {rank} did not answer in time"));
                 }

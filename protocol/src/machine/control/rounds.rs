@@ -16,10 +16,7 @@ impl Control {
         let paused = self.paused_by.is_some() || self.asleep;
         match kind {
             Kind::Resume | Kind::WakeUp if self.paused_by == Some(PausedBy::Operator) => {
-                self.refuse(
-                    round,
-                    "the engines were paused by the operator, who must resume them",
-                );
+                self.refuse(round, "the engines were paused by the operator, who must resume them");
                 return;
             }
             // A resume of a lockstep group that is idle and not paused can hang it: the ranks enter a
@@ -56,11 +53,7 @@ impl Control {
                 waiting.insert(*rank);
                 Decision::Forward
             };
-            self.actions.push_back(Action::Decide {
-                rank: *rank,
-                ticket: *ticket,
-                decision,
-            });
+            self.actions.push_back(Action::Decide { rank: *rank, ticket: *ticket, decision });
         }
         if kind == Kind::Weights {
             // From the first byte on: a call that fails half way leaves unknown weights as well.
@@ -92,18 +85,8 @@ impl Control {
         self.external_weights = true;
     }
 
-    pub(super) fn answered(
-        &mut self,
-        rank: EngineIndex,
-        ticket: u64,
-        result: Result<Value, String>,
-    ) {
-        if let Some(Holder::Round {
-            round,
-            waiting,
-            results,
-            ..
-        }) = &mut self.holder
+    pub(super) fn answered(&mut self, rank: EngineIndex, ticket: u64, result: Result<Value, String>) {
+        if let Some(Holder::Round { round, waiting, results, .. }) = &mut self.holder
             && round.tickets.get(&rank) == Some(&ticket)
             && waiting.remove(&rank)
         {
@@ -116,26 +99,14 @@ impl Control {
         if !matches!(&self.holder, Some(Holder::Round { waiting, .. }) if waiting.is_empty()) {
             return;
         }
-        let Some(Holder::Round {
-            round,
-            results,
-            lease_ends,
-            ..
-        }) = self.holder.take()
-        else {
+        let Some(Holder::Round { round, results, lease_ends, .. }) = self.holder.take() else {
             return;
         };
-        let failed: Vec<EngineIndex> = results
-            .iter()
-            .filter(|(_, result)| result.is_err())
-            .map(|(rank, _)| *rank)
-            .collect();
+        let failed: Vec<EngineIndex> =
+            results.iter().filter(|(_, result)| result.is_err()).map(|(rank, _)| *rank).collect();
         let any_ok = failed.len() < results.len();
         if !failed.is_empty() && any_ok {
-            self.note(
-                Severity::Warning,
-                format!("{} failed on rank {} only", round.name(), list(&failed)),
-            );
+            self.note(Severity::Warning, format!("{} failed on rank {} only", round.name(), list(&failed)));
         }
         let by = PausedBy::Frontend { id: round.frontend };
         match kind_of(&round.method, &round.args) {
@@ -147,9 +118,7 @@ impl Control {
             }
             Kind::Resume if failed.is_empty() => self.set_paused_by_round(None),
             Kind::WakeUp if failed.is_empty() => {
-                let awake = results
-                    .values()
-                    .all(|result| !matches!(result, Ok(Value::Boolean(false))));
+                let awake = results.values().all(|result| !matches!(result, Ok(Value::Boolean(false))));
                 if awake {
                     self.asleep = false;
                     self.set_paused_by_round(None);

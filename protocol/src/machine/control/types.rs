@@ -26,9 +26,7 @@ pub struct Held {
 }
 
 /// Names one holder of the lock. Chosen by the driver, never reused.
-#[derive(
-    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
-)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct OwnerId(pub u64);
 

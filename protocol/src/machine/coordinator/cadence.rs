@@ -29,14 +29,7 @@ pub(super) struct Cadence {
 
 impl Cadence {
     pub(super) fn new(lockstep: bool) -> Self {
-        Self {
-            lockstep,
-            changed: false,
-            newest: None,
-            at_boundary: None,
-            last_publish: None,
-            deadline: None,
-        }
+        Self { lockstep, changed: false, newest: None, at_boundary: None, last_publish: None, deadline: None }
     }
 
     /// Stats came; `loads` are the counts before they are applied.
@@ -53,14 +46,10 @@ impl Cadence {
     /// Something was handled: the silence begins anew.
     pub(super) fn rearm(&mut self, now: Time) {
         let interval = if self.changed { CHANGED } else { IDLE };
-        let remaining = self.last_publish.map_or(Duration::ZERO, |last| {
-            interval.saturating_sub(now.saturating_since(last))
-        });
-        let quiet = if self.lockstep && self.at_boundary.is_none() {
-            QUIET
-        } else {
-            Duration::ZERO
-        };
+        let remaining = self
+            .last_publish
+            .map_or(Duration::ZERO, |last| interval.saturating_sub(now.saturating_since(last)));
+        let quiet = if self.lockstep && self.at_boundary.is_none() { QUIET } else { Duration::ZERO };
         self.deadline = Some(now + remaining.max(quiet));
     }
 
@@ -69,11 +58,7 @@ impl Cadence {
     }
 
     /// The counts to publish, if it is time to.
-    pub(super) fn due(
-        &mut self,
-        now: Time,
-        loads: impl FnOnce() -> Vec<Load>,
-    ) -> Option<Vec<Load>> {
+    pub(super) fn due(&mut self, now: Time, loads: impl FnOnce() -> Vec<Load>) -> Option<Vec<Load>> {
         if self.deadline.is_none_or(|deadline| now < deadline) {
             return None;
         }

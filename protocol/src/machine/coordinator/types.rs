@@ -78,11 +78,7 @@ pub struct Load {
 impl Load {
     /// What is said about a rank that takes no requests: vLLM's balancing picks the rank with the
     /// least load, so everything goes elsewhere as long as there is an elsewhere.
-    pub const STEER_AWAY: Self = Self {
-        waiting: 100_000,
-        running: 0,
-        kv_cache_usage: 0.0,
-    };
+    pub const STEER_AWAY: Self = Self { waiting: 100_000, running: 0, kv_cache_usage: 0.0 };
 }
 
 /// At which step of which wave stats were taken. Ordered.
@@ -109,26 +105,17 @@ pub struct Report {
 impl Report {
     /// Load only.
     pub fn stats(load: Load, stamp: Stamp) -> Self {
-        Self {
-            stats: Some((load, stamp)),
-            ..Self::default()
-        }
+        Self { stats: Some((load, stamp)), ..Self::default() }
     }
 
     /// End of a wave.
     pub fn wave_complete(wave: Wave) -> Self {
-        Self {
-            wave_complete: Some(wave),
-            ..Self::default()
-        }
+        Self { wave_complete: Some(wave), ..Self::default() }
     }
 
     /// Start of a wave.
     pub fn start_wave(wave: Wave) -> Self {
-        Self {
-            start_wave: Some(wave),
-            ..Self::default()
-        }
+        Self { start_wave: Some(wave), ..Self::default() }
     }
 }
 

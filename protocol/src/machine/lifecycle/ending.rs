@@ -20,16 +20,12 @@ impl Lifecycle {
         if first_life && !exit_will_tell {
             self.end_rank(now, rank, reason);
             self.failed = true;
-            self.actions.push_back(Action::Fail {
-                reason: reason.to_owned(),
-                timeout,
-            });
+            self.actions.push_back(Action::Fail { reason: reason.to_owned(), timeout });
             return;
         }
         self.end_rank(now, rank, reason);
         if self.config.lockstep {
-            let others: Vec<EngineIndex> =
-                self.ranks.keys().copied().filter(|&r| r != rank).collect();
+            let others: Vec<EngineIndex> = self.ranks.keys().copied().filter(|&r| r != rank).collect();
             for other in others {
                 let phase = self.ranks.get(&other).map(|s| s.phase);
                 let active = matches!(
@@ -71,14 +67,9 @@ impl Lifecycle {
         state.phase = Phase::Stopping;
         state.until = None;
         state.since = now;
-        self.actions.push_back(Action::Down {
-            rank,
-            incarnation,
-            reason: reason.to_owned(),
-        });
+        self.actions.push_back(Action::Down { rank, incarnation, reason: reason.to_owned() });
         if spawn && state.process {
-            self.actions
-                .push_back(Action::StopProcess { rank, incarnation });
+            self.actions.push_back(Action::StopProcess { rank, incarnation });
         } else if spawn || handshake_only || was_open {
             // Nothing to wait for: no process of ours. An engine of somebody else whose connection
             // closed is gone; one that is only fenced keeps its old sockets until they are replaced.
@@ -86,18 +77,8 @@ impl Lifecycle {
         }
     }
 
-    pub(super) fn exited(
-        &mut self,
-        now: Time,
-        rank: EngineIndex,
-        incarnation: Incarnation,
-        reason: &str,
-    ) {
-        let Some(state) = self
-            .ranks
-            .get_mut(&rank)
-            .filter(|s| s.incarnation == incarnation)
-        else {
+    pub(super) fn exited(&mut self, now: Time, rank: EngineIndex, incarnation: Incarnation, reason: &str) {
+        let Some(state) = self.ranks.get_mut(&rank).filter(|s| s.incarnation == incarnation) else {
             return;
         };
         state.process = false;
@@ -107,10 +88,7 @@ impl Lifecycle {
                     let told = state.last_error.clone().unwrap_or_default();
                     self.failed = true;
                     let reason = format!("{told}; {reason}");
-                    self.actions.push_back(Action::Fail {
-                        reason,
-                        timeout: false,
-                    });
+                    self.actions.push_back(Action::Fail { reason, timeout: false });
                 } else {
                     self.gone(now, rank);
                 }
@@ -185,11 +163,7 @@ impl Lifecycle {
                     // Not the engine's fault: no back-off, nothing charged to its budget.
                     state.phase = Phase::Waiting;
                     state.until = Some(now);
-                    self.actions.push_back(Action::Down {
-                        rank,
-                        incarnation,
-                        reason,
-                    });
+                    self.actions.push_back(Action::Down { rank, incarnation, reason });
                 }
             }
         }
@@ -206,28 +180,15 @@ impl Lifecycle {
             state.until = None;
             if matches!(
                 state.phase,
-                Phase::Starting
-                    | Phase::Connected
-                    | Phase::Ready
-                    | Phase::Restoring
-                    | Phase::Serving
+                Phase::Starting | Phase::Connected | Phase::Ready | Phase::Restoring | Phase::Serving
             ) {
                 let reason = "the sidecar is stopping".to_owned();
-                self.actions.push_back(Action::Down {
-                    rank,
-                    incarnation,
-                    reason,
-                });
+                self.actions.push_back(Action::Down { rank, incarnation, reason });
                 if spawn && state.process {
-                    self.actions
-                        .push_back(Action::StopProcess { rank, incarnation });
+                    self.actions.push_back(Action::StopProcess { rank, incarnation });
                 }
             }
-            state.phase = if state.process {
-                Phase::Stopping
-            } else {
-                Phase::Stopped
-            };
+            state.phase = if state.process { Phase::Stopping } else { Phase::Stopped };
         }
         self.report_stopped();
     }
@@ -235,10 +196,7 @@ impl Lifecycle {
     pub(super) fn report_stopped(&mut self) {
         if self.stopping
             && !self.stopped_reported
-            && self
-                .ranks
-                .values()
-                .all(|s| matches!(s.phase, Phase::Stopped | Phase::GivenUp))
+            && self.ranks.values().all(|s| matches!(s.phase, Phase::Stopped | Phase::GivenUp))
         {
             self.stopped_reported = true;
             self.actions.push_back(Action::Stopped);

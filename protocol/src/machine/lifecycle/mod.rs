@@ -126,8 +126,7 @@ impl Lifecycle {
                         (_, true) => "registered, but no READY",
                     };
                     let limit = self.config.startup_timeout;
-                    let reason =
-                        format!("engine {rank} did not become ready within {limit:?}: {stage}");
+                    let reason = format!("engine {rank} did not become ready within {limit:?}: {stage}");
                     state.until = None;
                     self.lose(now, rank, &reason, true);
                 }
@@ -148,11 +147,7 @@ impl Lifecycle {
             return;
         }
         if self.config.lockstep {
-            let generation = if self.config.spawn {
-                self.next()
-            } else {
-                self.join_generation()
-            };
+            let generation = if self.config.spawn { self.next() } else { self.join_generation() };
             for rank in begin {
                 self.prepare(now, rank, generation);
             }
@@ -175,23 +170,13 @@ impl Lifecycle {
         let open = self.newest > 0
             && self.ranks.values().any(|s| {
                 s.incarnation.0 == self.newest
-                    && matches!(
-                        s.phase,
-                        Phase::Preparing | Phase::Starting | Phase::Connected
-                    )
+                    && matches!(s.phase, Phase::Preparing | Phase::Starting | Phase::Connected)
             });
         let old_alive = self.ranks.values().any(|s| {
             s.incarnation.0 == self.newest
-                && matches!(
-                    s.phase,
-                    Phase::Stopping | Phase::Serving | Phase::Restoring | Phase::Ready
-                )
+                && matches!(s.phase, Phase::Stopping | Phase::Serving | Phase::Restoring | Phase::Ready)
         });
-        if open && !old_alive {
-            Incarnation(self.newest)
-        } else {
-            self.next()
-        }
+        if open && !old_alive { Incarnation(self.newest) } else { self.next() }
     }
 
     fn prepare(&mut self, now: Time, rank: EngineIndex, incarnation: Incarnation) {
@@ -209,8 +194,7 @@ impl Lifecycle {
         state.process = false;
         state.since = now;
         state.until = None;
-        self.actions
-            .push_back(Action::Prepare { rank, incarnation });
+        self.actions.push_back(Action::Prepare { rank, incarnation });
     }
 
     /// Takes in what happened. Reports about an older incarnation change nothing.
@@ -232,21 +216,10 @@ impl Lifecycle {
                     }
                 }
             }
-            Event::StartFailed {
-                rank,
-                incarnation,
-                reason,
-            } => {
-                if let Some(state) =
-                    self.current(rank, incarnation, &[Phase::Preparing, Phase::Starting])
-                {
+            Event::StartFailed { rank, incarnation, reason } => {
+                if let Some(state) = self.current(rank, incarnation, &[Phase::Preparing, Phase::Starting]) {
                     state.process = false;
-                    self.lose(
-                        now,
-                        rank,
-                        &format!("engine {rank} could not be started: {reason}"),
-                        false,
-                    );
+                    self.lose(now, rank, &format!("engine {rank} could not be started: {reason}"), false);
                 }
             }
             Event::Connected { rank, incarnation } => {
@@ -285,63 +258,30 @@ impl Lifecycle {
             }
             Event::RestoreFailed { ranks, reason } => {
                 for (rank, incarnation) in ranks {
-                    if self
-                        .current(rank, incarnation, &[Phase::Restoring])
-                        .is_some()
-                    {
-                        let text = format!(
-                            "engine {rank}: the committed weights could not be restored: {reason}"
-                        );
+                    if self.current(rank, incarnation, &[Phase::Restoring]).is_some() {
+                        let text =
+                            format!("engine {rank}: the committed weights could not be restored: {reason}");
                         self.lose(now, rank, &text, false);
                     }
                 }
             }
-            Event::Lost {
-                rank,
-                incarnation,
-                reason,
-            } => {
-                let alive = [
-                    Phase::Starting,
-                    Phase::Connected,
-                    Phase::Ready,
-                    Phase::Restoring,
-                    Phase::Serving,
-                ];
+            Event::Lost { rank, incarnation, reason } => {
+                let alive =
+                    [Phase::Starting, Phase::Connected, Phase::Ready, Phase::Restoring, Phase::Serving];
                 if self.current(rank, incarnation, &alive).is_some() {
-                    self.lose(
-                        now,
-                        rank,
-                        &format!("engine {rank} was lost: {reason}"),
-                        false,
-                    );
-                } else if !self.config.spawn
-                    && self
-                        .current(rank, incarnation, &[Phase::Stopping])
-                        .is_some()
+                    self.lose(now, rank, &format!("engine {rank} was lost: {reason}"), false);
+                } else if !self.config.spawn && self.current(rank, incarnation, &[Phase::Stopping]).is_some()
                 {
                     self.gone(now, rank);
                 }
             }
-            Event::Exited {
-                rank,
-                incarnation,
-                reason,
-            } => self.exited(now, rank, incarnation, &reason),
+            Event::Exited { rank, incarnation, reason } => self.exited(now, rank, incarnation, &reason),
             Event::Fence { rank, reason } => {
                 let alive = self.ranks.get(&rank).is_some_and(|s| {
-                    !matches!(
-                        s.phase,
-                        Phase::Stopping | Phase::Waiting | Phase::GivenUp | Phase::Stopped
-                    )
+                    !matches!(s.phase, Phase::Stopping | Phase::Waiting | Phase::GivenUp | Phase::Stopped)
                 });
                 if alive {
-                    self.lose(
-                        now,
-                        rank,
-                        &format!("engine {rank} is fenced: {reason}"),
-                        false,
-                    );
+                    self.lose(now, rank, &format!("engine {rank} is fenced: {reason}"), false);
                 }
             }
         }
@@ -353,9 +293,7 @@ impl Lifecycle {
         incarnation: Incarnation,
         phases: &[Phase],
     ) -> Option<&mut RankState> {
-        self.ranks
-            .get_mut(&rank)
-            .filter(|s| s.incarnation == incarnation && phases.contains(&s.phase))
+        self.ranks.get_mut(&rank).filter(|s| s.incarnation == incarnation && phases.contains(&s.phase))
     }
 
     /// An engine that was waiting to say HELLO may go through its whole handshake before the news
@@ -382,16 +320,9 @@ impl Lifecycle {
         state.since = now;
         if self.config.lockstep {
             let generation = state.incarnation;
-            let all = self
-                .ranks
-                .values()
-                .all(|s| s.phase == Phase::Ready && s.incarnation == generation);
+            let all = self.ranks.values().all(|s| s.phase == Phase::Ready && s.incarnation == generation);
             if all {
-                let ranks: Vec<_> = self
-                    .ranks
-                    .iter()
-                    .map(|(&r, s)| (r, s.incarnation))
-                    .collect();
+                let ranks: Vec<_> = self.ranks.iter().map(|(&r, s)| (r, s.incarnation)).collect();
                 for state in self.ranks.values_mut() {
                     state.phase = Phase::Restoring;
                 }

@@ -70,27 +70,12 @@ impl VirtualEngine {
     ) {
         if !matches!(self.engine, Engine::Ready | Engine::Admitted) {
             let error = CallError::Down(self.describe_engine());
-            self.actions.push_back(Action::CallAnswered {
-                token,
-                result: Err(error),
-            });
+            self.actions.push_back(Action::CallAnswered { token, result: Err(error) });
             return;
         }
         let call_id = self.new_call_id(0);
-        let call = UtilityCall {
-            client_index: ClientIndex(0),
-            call_id,
-            method,
-            args,
-        };
-        self.control_calls.insert(
-            call_id,
-            ControlCall {
-                token,
-                timeout,
-                deadline: now + timeout,
-            },
-        );
+        let call = UtilityCall { client_index: ClientIndex(0), call_id, method, args };
+        self.control_calls.insert(call_id, ControlCall { token, timeout, deadline: now + timeout });
         self.send_to_engine(0, call.encode());
     }
 
@@ -106,12 +91,7 @@ impl VirtualEngine {
 
     /// A frontend's call that only reads: passes it on, now or when the engine is there.
     pub(super) fn forward_call(&mut self, now: Time, number: usize, call: CheckedCall) {
-        let CheckedCall {
-            call_id,
-            method,
-            frames,
-            ..
-        } = call;
+        let CheckedCall { call_id, method, frames, .. } = call;
         if self.engine == Engine::Admitted {
             self.send_call(number, call_id, method, None, frames);
             return;
@@ -189,11 +169,7 @@ impl VirtualEngine {
         ticket: Option<u64>,
         frames: Frames,
     ) {
-        let pending = Pending {
-            method,
-            ticket,
-            orphan: false,
-        };
+        let pending = Pending { method, ticket, orphan: false };
         self.slots[number].calls.insert(call_id, pending);
         self.send_to_engine(number, frames);
     }
@@ -203,10 +179,7 @@ impl VirtualEngine {
         let slot = &self.slots[number];
         slot.calls.contains_key(&call_id)
             || slot.waiting.iter().any(|call| call.call_id == call_id)
-            || self
-                .held_control
-                .values()
-                .any(|held| held.number == number && held.call_id == call_id)
+            || self.held_control.values().any(|held| held.number == number && held.call_id == call_id)
     }
 
     /// Calls of a slot that count against its bound.
@@ -227,16 +200,12 @@ impl VirtualEngine {
         };
         let is_tasks = pending.method == GET_SUPPORTED_TASKS;
         if let Some(ticket) = pending.ticket {
-            let result = answer().map_or_else(
-                || Err("the engine's answer cannot be read".to_owned()),
-                |answer| answer.result,
-            );
+            let result = answer()
+                .map_or_else(|| Err("the engine's answer cannot be read".to_owned()), |answer| answer.result);
             self.actions.push_back(Action::Released { ticket, result });
         } else if is_tasks
             && self.supported_tasks.is_none()
-            && let Some(UtilityOutput {
-                result: Ok(tasks), ..
-            }) = answer()
+            && let Some(UtilityOutput { result: Ok(tasks), .. }) = answer()
         {
             self.supported_tasks = Some(tasks);
         }
@@ -257,10 +226,7 @@ impl VirtualEngine {
         let rank = self.config.rank;
         for call in std::mem::take(&mut self.control_calls).into_values() {
             let error = CallError::Down(format!("engine of DP rank {rank} is down: {reason}"));
-            self.actions.push_back(Action::CallAnswered {
-                token: call.token,
-                result: Err(error),
-            });
+            self.actions.push_back(Action::CallAnswered { token: call.token, result: Err(error) });
         }
         for number in 1..self.slots.len() {
             for (call_id, pending) in std::mem::take(&mut self.slots[number].calls) {
@@ -272,10 +238,7 @@ impl VirtualEngine {
                     self.answer_call(number, call_id, Err(message.clone()));
                 }
                 if let Some(ticket) = pending.ticket {
-                    self.actions.push_back(Action::Released {
-                        ticket,
-                        result: Err(message),
-                    });
+                    self.actions.push_back(Action::Released { ticket, result: Err(message) });
                 }
             }
         }
@@ -294,12 +257,8 @@ impl VirtualEngine {
     }
 
     pub(super) fn expire_calls(&mut self, now: Time) {
-        let late: Vec<CallId> = self
-            .control_calls
-            .iter()
-            .filter(|(_, call)| call.deadline <= now)
-            .map(|(id, _)| *id)
-            .collect();
+        let late: Vec<CallId> =
+            self.control_calls.iter().filter(|(_, call)| call.deadline <= now).map(|(id, _)| *id).collect();
         for id in late {
             if let Some(call) = self.control_calls.remove(&id) {
                 self.actions.push_back(Action::CallAnswered {
@@ -309,11 +268,7 @@ impl VirtualEngine {
             }
         }
         for number in 1..self.slots.len() {
-            while self.slots[number]
-                .waiting
-                .front()
-                .is_some_and(|call| call.deadline <= now)
-            {
+            while self.slots[number].waiting.front().is_some_and(|call| call.deadline <= now) {
                 let Some(call) = self.slots[number].waiting.pop_front() else {
                     break;
                 };
@@ -346,9 +301,7 @@ impl VirtualEngine {
         let own = self.control_calls.values().map(|call| call.deadline);
         let waiting = self.slots.iter().filter_map(|slot| slot.waiting.front());
         let held = self.held_control.values().next().map(|held| held.deadline);
-        own.chain(waiting.map(|call| call.deadline))
-            .chain(held)
-            .min()
+        own.chain(waiting.map(|call| call.deadline)).chain(held).min()
     }
 
     /// Answers a frontend's call with a failure, and notes it.

@@ -114,31 +114,19 @@ impl VirtualEngine {
             }
             if from == 0 && view.is_stats_only() {
                 slot.stats_at = Some(now);
-                self.actions.push_back(Action::ToFrontend {
-                    slot: slot_of(number),
-                    frames: frames.to_vec(),
-                });
+                self.actions.push_back(Action::ToFrontend { slot: slot_of(number), frames: frames.to_vec() });
                 continue;
             }
-            let recent = slot
-                .stats_at
-                .is_some_and(|at| now.saturating_since(at) < self.config.stats_interval);
+            let recent =
+                slot.stats_at.is_some_and(|at| now.saturating_since(at) < self.config.stats_interval);
             if recent {
                 continue;
             }
             slot.stats_at = Some(now);
             let copy = copy.get_or_insert_with(|| {
-                output::stats_message(
-                    &self.layout,
-                    self.config.rank,
-                    stats.to_vec(),
-                    view.timestamp,
-                )
+                output::stats_message(&self.layout, self.config.rank, stats.to_vec(), view.timestamp)
             });
-            self.actions.push_back(Action::ToFrontend {
-                slot: slot_of(number),
-                frames: vec![copy.clone()],
-            });
+            self.actions.push_back(Action::ToFrontend { slot: slot_of(number), frames: vec![copy.clone()] });
         }
     }
 }

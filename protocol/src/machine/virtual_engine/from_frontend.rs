@@ -13,18 +13,9 @@ use crate::time::Time;
 
 /// What a message is, with what is needed after the frames are taken apart.
 enum Checked {
-    Add {
-        id: String,
-        resumable: bool,
-        frames: Frames,
-    },
-    Abort {
-        ids: Vec<String>,
-    },
-    Utility {
-        call: CheckedCall,
-        policy: Policy,
-    },
+    Add { id: String, resumable: bool, frames: Frames },
+    Abort { ids: Vec<String> },
+    Utility { call: CheckedCall, policy: Policy },
 }
 
 impl VirtualEngine {
@@ -35,19 +26,12 @@ impl VirtualEngine {
             return;
         };
         match self.check(slot, &frames) {
-            Ok(Checked::Add {
-                id,
-                resumable,
-                frames,
-            }) => self.add(now, slot, &id, resumable, frames),
+            Ok(Checked::Add { id, resumable, frames }) => self.add(now, slot, &id, resumable, frames),
             Ok(Checked::Abort { ids }) => self.abort(now, number, &ids, frames),
             Ok(Checked::Utility { call, policy }) => {
                 let call_id = call.call_id;
                 if self.is_known_call(number, call_id) {
-                    self.refuse(
-                        slot,
-                        format!("call id {call_id} of {} is in use", call.method),
-                    );
+                    self.refuse(slot, format!("call id {call_id} of {} is in use", call.method));
                 } else if let Policy::Refuse(reason) = policy {
                     self.refuse_call(slot, call_id, &call.method, reason);
                 } else if self.calls_of(number) >= self.config.max_calls {
@@ -65,9 +49,8 @@ impl VirtualEngine {
 
     fn check(&self, slot: Slot, frames: &Frames) -> Result<Checked, Refusal> {
         let message = check_frontend_message(&self.layout, frames)?;
-        let rewritten = |message: &FrontendMessage<'_>| {
-            message.rewrite_client_index(frames, ClientIndex(slot.0))
-        };
+        let rewritten =
+            |message: &FrontendMessage<'_>| message.rewrite_client_index(frames, ClientIndex(slot.0));
         Ok(match &message {
             FrontendMessage::Add(add) => Checked::Add {
                 id: add.request_id.to_owned(),
@@ -77,9 +60,9 @@ impl VirtualEngine {
                 }),
                 frames: rewritten(&message),
             },
-            FrontendMessage::Abort(ids) => Checked::Abort {
-                ids: ids.iter().map(|id| (*id).to_owned()).collect(),
-            },
+            FrontendMessage::Abort(ids) => {
+                Checked::Abort { ids: ids.iter().map(|id| (*id).to_owned()).collect() }
+            }
             FrontendMessage::Utility(utility) => {
                 let mut args = utility.decode_args();
                 let worker_method = args.first().and_then(rmpv::Value::as_str);

@@ -325,9 +325,7 @@ enum Mutation {
 impl VirtualEngine {
     /// A rank without an engine, its gate open.
     pub fn new(config: Config) -> Self {
-        let slots = (0..=config.frontend_slots)
-            .map(|_| SlotState::default())
-            .collect();
+        let slots = (0..=config.frontend_slots).map(|_| SlotState::default()).collect();
         Self {
             layout: Layout::newest(),
             engine: Engine::Down("has not been started".to_owned()),
@@ -358,10 +356,7 @@ impl VirtualEngine {
                 self.incarnation = incarnation;
                 self.engine = Engine::Prepared;
             }
-            Event::Ready {
-                incarnation,
-                layout,
-            } => {
+            Event::Ready { incarnation, layout } => {
                 if incarnation == self.incarnation && self.engine == Engine::Prepared {
                     self.engine = Engine::Ready;
                     self.layout = *layout;
@@ -374,10 +369,7 @@ impl VirtualEngine {
                     self.pump();
                 }
             }
-            Event::Down {
-                incarnation,
-                reason,
-            } => {
+            Event::Down { incarnation, reason } => {
                 if incarnation == self.incarnation {
                     self.go_down(&reason);
                 }
@@ -387,21 +379,14 @@ impl VirtualEngine {
                 self.pump();
             }
             Event::FromFrontend { slot, frames } => self.on_frontend_message(now, slot, frames),
-            Event::FromEngine {
-                incarnation,
-                slot,
-                frames,
-            } => {
+            Event::FromEngine { incarnation, slot, frames } => {
                 if incarnation == self.incarnation && !matches!(self.engine, Engine::Down(_)) {
                     self.on_engine_message(now, slot, frames);
                 }
             }
-            Event::Call {
-                token,
-                method,
-                args,
-                timeout,
-            } => self.control_call(now, token, method, args, timeout),
+            Event::Call { token, method, args, timeout } => {
+                self.control_call(now, token, method, args, timeout)
+            }
             Event::CloseSlot { slot } => self.close_slot(now, slot),
         }
     }
@@ -424,14 +409,10 @@ impl VirtualEngine {
     /// When [`Self::handle_timeout`] is due next.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Time> {
-        [
-            self.requests.next_deadline(),
-            self.next_call_deadline(),
-            self.next_settle_deadline(),
-        ]
-        .into_iter()
-        .flatten()
-        .min()
+        [self.requests.next_deadline(), self.next_call_deadline(), self.next_settle_deadline()]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Plain data for status and metrics.
@@ -509,45 +490,25 @@ impl VirtualEngine {
 
     fn send_to_engine(&mut self, number: usize, frames: Frames) {
         self.slots[number].touched = true;
-        self.actions.push_back(Action::ToEngine {
-            slot: slot_of(number),
-            frames,
-        });
+        self.actions.push_back(Action::ToEngine { slot: slot_of(number), frames });
     }
 
     fn send_to_frontend(&mut self, number: usize, frames: Frames) {
         if self.slots[number].owner().is_some() {
-            self.actions.push_back(Action::ToFrontend {
-                slot: slot_of(number),
-                frames,
-            });
+            self.actions.push_back(Action::ToFrontend { slot: slot_of(number), frames });
         }
     }
 
     /// Ends requests of a slot's owner with an error.
-    fn answer_with_error<'a>(
-        &mut self,
-        number: usize,
-        request_ids: impl IntoIterator<Item = &'a str>,
-    ) {
-        let frame = output::error_finish(
-            &self.layout,
-            self.config.rank,
-            request_ids,
-            self.engine_clock,
-        );
+    fn answer_with_error<'a>(&mut self, number: usize, request_ids: impl IntoIterator<Item = &'a str>) {
+        let frame = output::error_finish(&self.layout, self.config.rank, request_ids, self.engine_clock);
         self.send_to_frontend(number, vec![frame]);
     }
 
     /// Answers a call of a slot's owner.
     fn answer_call(&mut self, number: usize, call_id: CallId, result: Result<rmpv::Value, String>) {
-        let frame = output::utility_answer(
-            &self.layout,
-            self.config.rank,
-            call_id,
-            result,
-            self.engine_clock,
-        );
+        let frame =
+            output::utility_answer(&self.layout, self.config.rank, call_id, result, self.engine_clock);
         self.send_to_frontend(number, vec![frame]);
     }
 }

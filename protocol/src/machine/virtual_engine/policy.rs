@@ -87,20 +87,14 @@ const WEIGHTY: [&str; 11] = [
 ];
 
 /// Worker methods that have such a part in their name and only read.
-const HARMLESS: [&str; 3] = [
-    "check_preloaded_libs",
-    "compute_weight_checksums",
-    "list_loras",
-];
+const HARMLESS: [&str; 3] = ["check_preloaded_libs", "compute_weight_checksums", "list_loras"];
 
 impl Policy {
     /// For a call of `method`; `worker_method` is the first argument of `collective_rpc`.
     pub fn of(method: &str, worker_method: Option<&str>) -> Self {
         if method == "collective_rpc" {
-            return worker_method.map_or(
-                Self::Refuse("the worker method must be a name"),
-                Self::of_worker_method,
-            );
+            return worker_method
+                .map_or(Self::Refuse("the worker method must be a name"), Self::of_worker_method);
         }
         if READS.contains(&method) {
             Self::Forward
@@ -139,33 +133,13 @@ mod tests {
             ("wake_up", None, Policy::Control),
             ("collective_rpc", Some("check_health"), Policy::Forward),
             ("collective_rpc", Some("reload_weights"), Policy::Control),
-            (
-                "collective_rpc",
-                Some("update_weights_from_ipc"),
-                Policy::Control,
-            ),
-            (
-                "collective_rpc",
-                Some("skyrl_start_weight_update"),
-                Policy::Control,
-            ),
-            (
-                "collective_rpc",
-                Some("init_weight_transfer_engine"),
-                Policy::Control,
-            ),
+            ("collective_rpc", Some("update_weights_from_ipc"), Policy::Control),
+            ("collective_rpc", Some("skyrl_start_weight_update"), Policy::Control),
+            ("collective_rpc", Some("init_weight_transfer_engine"), Policy::Control),
             ("collective_rpc", Some("dp_sidecar_load"), Policy::Control),
-            (
-                "collective_rpc",
-                Some("compute_weight_checksums"),
-                Policy::Forward,
-            ),
+            ("collective_rpc", Some("compute_weight_checksums"), Policy::Forward),
         ] {
-            assert_eq!(
-                Policy::of(method, worker_method),
-                expected,
-                "{method} {worker_method:?}"
-            );
+            assert_eq!(Policy::of(method, worker_method), expected, "{method} {worker_method:?}");
         }
     }
 
@@ -180,10 +154,7 @@ mod tests {
             ("collective_rpc", None),
         ] {
             let policy = Policy::of(method, worker_method);
-            assert!(
-                matches!(policy, Policy::Refuse(_)),
-                "{method} {worker_method:?}"
-            );
+            assert!(matches!(policy, Policy::Refuse(_)), "{method} {worker_method:?}");
         }
     }
 }

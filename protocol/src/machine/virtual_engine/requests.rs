@@ -109,14 +109,7 @@ impl Requests {
     fn entry(&mut self, id: &str, slot: usize, resumable: bool) -> &mut Entry {
         // A lookup first, so that the key is only made when needed.
         if !self.entries.contains_key(id) {
-            let entry = Entry {
-                slot,
-                sent: false,
-                aborted: false,
-                resumable,
-                held: Vec::new(),
-                bytes: 0,
-            };
+            let entry = Entry { slot, sent: false, aborted: false, resumable, held: Vec::new(), bytes: 0 };
             self.entries.insert(Arc::from(id), entry);
         }
         let entry = self.entries.get_mut(id);
@@ -158,12 +151,7 @@ impl Requests {
         let Some((id, _)) = self.entries.get_key_value(id) else {
             return;
         };
-        let held = Held {
-            id: id.clone(),
-            frames,
-            size,
-            deadline,
-        };
+        let held = Held { id: id.clone(), frames, size, deadline };
         self.queue.insert(number, held);
     }
 
@@ -230,8 +218,7 @@ impl VirtualEngine {
         self.engine == Engine::Admitted
             && self.gate_open
             && requests.sent_count < self.config.max_in_flight
-            && (requests.sent_bytes + size <= self.config.max_in_flight_bytes
-                || requests.sent_count == 0)
+            && (requests.sent_bytes + size <= self.config.max_in_flight_bytes || requests.sent_count == 0)
     }
 
     pub(super) fn queue_is_empty(&self) -> bool {
@@ -276,9 +263,7 @@ impl VirtualEngine {
     pub(super) fn forget_aborted(&mut self, now: Time) {
         while let Some((deadline, id)) = self.requests.aborted.front() {
             let waiting = self.requests.entries.get(id);
-            let slot = waiting
-                .filter(|entry| entry.aborted)
-                .map(|entry| entry.slot);
+            let slot = waiting.filter(|entry| entry.aborted).map(|entry| entry.slot);
             if slot.is_some() && *deadline > now {
                 break;
             }
@@ -331,11 +316,7 @@ impl VirtualEngine {
         for (id, entry) in &self.requests.entries {
             if entry.sent {
                 let lost = lost.entry(entry.slot).or_default();
-                let list = if entry.aborted {
-                    &mut lost.aborted
-                } else {
-                    &mut lost.live
-                };
+                let list = if entry.aborted { &mut lost.aborted } else { &mut lost.live };
                 list.push(id.clone());
             }
         }

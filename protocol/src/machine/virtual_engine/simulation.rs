@@ -169,10 +169,7 @@ impl World {
             Life::Down | Life::Prepared => false,
         };
         if !allowed {
-            return Err(format!(
-                "slot {slot} reached an engine that is {:?}",
-                self.told
-            ));
+            return Err(format!("slot {slot} reached an engine that is {:?}", self.told));
         }
         if self.life == Life::Down {
             return Ok(());
@@ -203,9 +200,10 @@ impl World {
         }
         for output in view.outputs() {
             let output = output.map_err(|error| error.to_string())?;
-            let answers = client.requests.get_mut(output.request_id).ok_or_else(|| {
-                format!("slot {slot} got output of foreign {}", output.request_id)
-            })?;
+            let answers = client
+                .requests
+                .get_mut(output.request_id)
+                .ok_or_else(|| format!("slot {slot} got output of foreign {}", output.request_id))?;
             if let (Some(_), Some(count)) = (output.finished, answers) {
                 *count += 1;
                 if *count > 1 {
@@ -213,10 +211,7 @@ impl World {
                 }
             }
         }
-        for id in view
-            .finished_requests()
-            .map_err(|error| error.to_string())?
-        {
+        for id in view.finished_requests().map_err(|error| error.to_string())? {
             if !client.requests.contains_key(id) {
                 return Err(format!("slot {slot} was told about foreign {id}"));
             }
@@ -237,10 +232,7 @@ impl World {
             Life::Prepared => {
                 self.life = Life::Ready;
                 let (incarnation, layout) = (self.incarnation, Box::new(self.layout));
-                self.event(Event::Ready {
-                    incarnation,
-                    layout,
-                })
+                self.event(Event::Ready { incarnation, layout })
             }
             Life::Ready => {
                 self.life = Life::Admitted;
@@ -268,35 +260,20 @@ impl World {
             let slot = Slot(self.rng.random_range(0..=SLOTS));
             let frames = vec![Bytes::from_static(ENGINE_CORE_DEAD)];
             let incarnation = self.incarnation;
-            self.event(Event::FromEngine {
-                incarnation,
-                slot,
-                frames,
-            })?;
+            self.event(Event::FromEngine { incarnation, slot, frames })?;
         }
         if self.chance(80) {
             let incarnation = self.incarnation;
             let reason = "crash".to_owned();
-            self.event(Event::Down {
-                incarnation,
-                reason,
-            })?;
+            self.event(Event::Down { incarnation, reason })?;
         }
         Ok(())
     }
 
     fn send(&mut self, slot: Slot, outputs: NewOutputs) {
-        let outputs = NewOutputs {
-            engine_index: EngineIndex(1),
-            timestamp: 1.0,
-            ..outputs
-        };
+        let outputs = NewOutputs { engine_index: EngineIndex(1), timestamp: 1.0, ..outputs };
         let frames = vec![outputs.encode(&self.layout)];
-        self.engine
-            .outbox
-            .entry(slot)
-            .or_default()
-            .push_back(frames);
+        self.engine.outbox.entry(slot).or_default().push_back(frames);
     }
 
     /// The engine takes one message from its queue.
@@ -343,10 +320,8 @@ impl World {
 
     fn answer(&mut self, slot: Slot, call_id: CallId) {
         let result = Ok(rmpv::Value::Nil);
-        let outputs = NewOutputs {
-            utility_output: Some(UtilityOutput { call_id, result }),
-            ..NewOutputs::default()
-        };
+        let outputs =
+            NewOutputs { utility_output: Some(UtilityOutput { call_id, result }), ..NewOutputs::default() };
         self.send(slot, outputs);
     }
 
@@ -401,11 +376,7 @@ impl World {
         match frames {
             Some(frames) => {
                 let incarnation = self.incarnation;
-                self.event(Event::FromEngine {
-                    incarnation,
-                    slot,
-                    frames,
-                })
+                self.event(Event::FromEngine { incarnation, slot, frames })
             }
             None => Ok(()),
         }
@@ -495,12 +466,7 @@ impl World {
                 request::encode_abort(ids.iter().map(String::as_str))
             }
             75..95 => {
-                let methods = [
-                    "is_sleeping",
-                    "get_supported_tasks",
-                    "pause_scheduler",
-                    "shutdown",
-                ];
+                let methods = ["is_sleeping", "get_supported_tasks", "pause_scheduler", "shutdown"];
                 let call_id = CallId(i128::from(number) + (1 << 40));
                 client.calls.insert(call_id, 0);
                 let call = UtilityCall {
@@ -533,18 +499,10 @@ impl World {
     // === the run ===
 
     fn timeouts(&mut self) -> Result<(), String> {
-        if self
-            .machine
-            .poll_timeout()
-            .is_some_and(|due| due <= self.now)
-        {
+        if self.machine.poll_timeout().is_some_and(|due| due <= self.now) {
             self.machine.handle_timeout(self.now);
             self.drain()?;
-            if self
-                .machine
-                .poll_timeout()
-                .is_some_and(|due| due <= self.now)
-            {
+            if self.machine.poll_timeout().is_some_and(|due| due <= self.now) {
                 return Err("a timeout stays due".to_owned());
             }
         }
@@ -579,11 +537,9 @@ impl World {
             95..97 => self.control_call(),
             97..99 => self.release(),
             _ => match self.ghosts.pop() {
-                Some((incarnation, slot, frames)) => self.event(Event::FromEngine {
-                    incarnation,
-                    slot,
-                    frames,
-                }),
+                Some((incarnation, slot, frames)) => {
+                    self.event(Event::FromEngine { incarnation, slot, frames })
+                }
                 None => Ok(()),
             },
         }
@@ -594,12 +550,7 @@ impl World {
         let token = self.next_id;
         self.tokens.insert(token);
         let timeout = Duration::from_millis(self.rng.random_range(1..500));
-        self.event(Event::Call {
-            token,
-            method: "is_scheduler_paused".to_owned(),
-            args: Vec::new(),
-            timeout,
-        })
+        self.event(Event::Call { token, method: "is_scheduler_paused".to_owned(), args: Vec::new(), timeout })
     }
 
     fn release(&mut self) -> Result<(), String> {
@@ -680,11 +631,7 @@ impl World {
             && self.released.is_empty()
             && self.machine.requests.entries_len() == 0
             && self.machine.requests.sent_totals() == (0, 0);
-        if idle {
-            Ok(())
-        } else {
-            Err(format!("tables are not empty: {snapshot:?}"))
-        }
+        if idle { Ok(()) } else { Err(format!("tables are not empty: {snapshot:?}")) }
     }
 }
 
@@ -713,9 +660,7 @@ fn run(seed: u64, mutation: Option<Mutation>) -> Result<(), (String, Vec<String>
             break;
         }
     }
-    outcome
-        .and_then(|()| world.settle())
-        .map_err(|error| (error, world.log))
+    outcome.and_then(|()| world.settle()).map_err(|error| (error, world.log))
 }
 
 fn run_seeds(seeds: std::ops::Range<u64>) {

@@ -82,10 +82,7 @@ impl VirtualEngine {
                 draining: u32::try_from(draining).unwrap_or(u32::MAX),
             });
         };
-        self.slots[number].state = Use::Open(Owner {
-            frontend,
-            api_server,
-        });
+        self.slots[number].state = Use::Open(Owner { frontend, api_server });
         self.slots[number].stats_at = None;
         Ok(slot_of(number))
     }
@@ -93,10 +90,7 @@ impl VirtualEngine {
     /// Closes all slots of a frontend; see [`Event::CloseSlot`].
     pub fn close_frontend(&mut self, now: Time, frontend: FrontendId) {
         for number in 1..self.slots.len() {
-            if self.slots[number]
-                .owner()
-                .is_some_and(|owner| owner.frontend == frontend)
-            {
+            if self.slots[number].owner().is_some_and(|owner| owner.frontend == frontend) {
                 let slot = slot_of(number);
                 self.handle_event(now, Event::CloseSlot { slot });
             }
@@ -105,12 +99,7 @@ impl VirtualEngine {
 
     pub(super) fn close_slot(&mut self, now: Time, slot: Slot) {
         let number = slot.0 as usize;
-        if number == 0
-            || self
-                .slots
-                .get(number)
-                .is_none_or(|state| state.owner().is_none())
-        {
+        if number == 0 || self.slots.get(number).is_none_or(|state| state.owner().is_none()) {
             return;
         }
         let mut on_engine: Vec<Arc<str>> = Vec::new();
@@ -187,9 +176,7 @@ impl VirtualEngine {
         let slot = &mut self.slots[number];
         slot.state = Use::Free;
         slot.sent = 0;
-        self.actions.push_back(Action::SlotFree {
-            slot: slot_of(number),
-        });
+        self.actions.push_back(Action::SlotFree { slot: slot_of(number) });
         self.pump();
     }
 
@@ -198,8 +185,7 @@ impl VirtualEngine {
         loop {
             self.next_call += 1;
             let id = CallId(i128::from(self.next_call));
-            if !self.slots[number].calls.contains_key(&id) && !self.control_calls.contains_key(&id)
-            {
+            if !self.slots[number].calls.contains_key(&id) && !self.control_calls.contains_key(&id) {
                 return id;
             }
         }

@@ -28,8 +28,8 @@ use crate::{EngineIndex, Incarnation, Time, UpdateId, WeightVersion};
 pub use record::{Commit, Outcome, RankRecord, Record, Snapshot};
 use run::Run;
 pub use types::{
-    Action, Begin, Checkpoint, Event, NodeId, Participant, PauseMode, Phase, RankState, Refusal,
-    Target, WorkerReport, WorkerState,
+    Action, Begin, Checkpoint, Event, NodeId, Participant, PauseMode, Phase, RankState, Refusal, Target,
+    WorkerReport, WorkerState,
 };
 
 /// How many committed ids are remembered, so that a repeated request is answered with the same record.
@@ -177,10 +177,7 @@ impl WeightUpdate {
                 self.run = Some(run);
             }
             Ok(Some(record)) => self.actions.push_back(Action::Done(Box::new(record))),
-            Err(refusal) => self.actions.push_back(Action::Refuse {
-                id: begin.id,
-                refusal,
-            }),
+            Err(refusal) => self.actions.push_back(Action::Refuse { id: begin.id, refusal }),
         }
     }
 
@@ -191,17 +188,11 @@ impl WeightUpdate {
     /// The refusal.
     pub fn check(&self, begin: &Begin) -> Result<Option<Record>, Refusal> {
         if let Some(run) = &self.run {
-            return Err(Refusal::Busy {
-                running: run.id().clone(),
-                phase: run.phase(),
-            });
+            return Err(Refusal::Busy { running: run.id().clone(), phase: run.phase() });
         }
         if let Some(record) = self.remembered(&begin.id) {
             if record.source != begin.source || record.to_version != begin.to_version {
-                return Err(Refusal::IdUsed {
-                    id: begin.id.clone(),
-                    source_dir: record.source.clone(),
-                });
+                return Err(Refusal::IdUsed { id: begin.id.clone(), source_dir: record.source.clone() });
             }
             return Ok(Some(record.clone()));
         }

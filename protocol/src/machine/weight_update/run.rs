@@ -104,20 +104,14 @@ impl Run {
                     pause_failed: false,
                     touched: false,
                     sent_at: now,
-                    record: RankRecord {
-                        incarnation: participant.incarnation,
-                        ..RankRecord::default()
-                    },
+                    record: RankRecord { incarnation: participant.incarnation, ..RankRecord::default() },
                 };
                 (*rank, rank_state)
             })
             .collect();
         let nodes: BTreeSet<NodeId> = ranks.values().map(|rank| rank.node).collect();
         for node in &nodes {
-            actions.push_back(Action::Stage {
-                node: *node,
-                source: begin.source.clone(),
-            });
+            actions.push_back(Action::Stage { node: *node, source: begin.source.clone() });
         }
         actions.push_back(Action::Progress);
         let record = Record {
@@ -183,11 +177,7 @@ impl Run {
         snapshot.running = Some(self.begin.id.clone());
         snapshot.phase = self.phase;
         snapshot.past_commit_point = self.committed;
-        snapshot.ranks = self
-            .ranks
-            .iter()
-            .map(|(rank, state)| (*rank, state.record.state))
-            .collect();
+        snapshot.ranks = self.ranks.iter().map(|(rank, state)| (*rank, state.record.state)).collect();
     }
 
     /// The record, once, when the run has ended.
@@ -200,9 +190,7 @@ impl Run {
         record.total_ms = millis(now - self.started);
         record.checkpoint = self.new.values().next().cloned();
         record.outcome = if !self.fenced.is_empty() {
-            Outcome::Degraded {
-                fenced: self.fenced.iter().copied().collect(),
-            }
+            Outcome::Degraded { fenced: self.fenced.iter().copied().collect() }
         } else if self.committed {
             Outcome::Committed
         } else if self.invalid {
@@ -214,17 +202,13 @@ impl Run {
         };
         record.left_paused = self.begin.paused_before;
         // After an escalation the frozen requests were aborted, and nothing went on.
-        record.may_mix_versions =
-            self.committed && self.keeps_requests() && !record.pause_escalated;
+        record.may_mix_versions = self.committed && self.keeps_requests() && !record.pause_escalated;
         if record.may_mix_versions {
-            let text =
-                "responses that were running may contain tokens of both versions (mode keep)";
+            let text = "responses that were running may contain tokens of both versions (mode keep)";
             record.warnings.push(text.to_owned());
         }
-        record.ranks = std::mem::take(&mut self.ranks)
-            .into_iter()
-            .map(|(rank, state)| (rank, state.record))
-            .collect();
+        record.ranks =
+            std::mem::take(&mut self.ranks).into_iter().map(|(rank, state)| (rank, state.record)).collect();
         Some(record)
     }
 
@@ -239,19 +223,11 @@ impl Run {
         config: &Config,
         actions: &mut VecDeque<Action>,
     ) {
-        let mut cx = Cx {
-            now,
-            config,
-            actions,
-        };
+        let mut cx = Cx { now, config, actions };
         let cx = &mut cx;
         match event {
             Event::Begin(_) => {}
-            Event::Staged {
-                node,
-                new,
-                previous,
-            } => self.staged(cx, node, new, previous),
+            Event::Staged { node, new, previous } => self.staged(cx, node, new, previous),
             Event::StageFailed { node, error } => {
                 if matches!(&self.step, Step::Staging { waiting } if waiting.contains(&node)) {
                     self.invalid = true;
@@ -270,59 +246,34 @@ impl Run {
                     self.finish(cx);
                 }
             }
-            Event::Paused {
-                rank,
-                incarnation,
-                attempt,
-                result,
-            } => self.paused(cx, rank, incarnation, attempt, result),
-            Event::Loaded {
-                rank,
-                incarnation,
-                target,
-                result,
-            } => self.loaded(cx, rank, incarnation, target, result),
+            Event::Paused { rank, incarnation, attempt, result } => {
+                self.paused(cx, rank, incarnation, attempt, result)
+            }
+            Event::Loaded { rank, incarnation, target, result } => {
+                self.loaded(cx, rank, incarnation, target, result)
+            }
             Event::CommitWritten { result } => self.commit_written(cx, result),
-            Event::VersionSet {
-                rank,
-                incarnation,
-                result,
-            } => self.version_set(cx, rank, incarnation, result),
-            Event::CachesReset {
-                rank,
-                incarnation,
-                attempt,
-                result,
-            } => self.caches_reset(cx, rank, incarnation, attempt, result),
-            Event::Resumed {
-                rank,
-                incarnation,
-                attempt,
-                result,
-            } => self.resumed(cx, rank, incarnation, attempt, result),
-            Event::EngineLost {
-                rank,
-                incarnation,
-                reason,
-            } => self.engine_lost(cx, rank, incarnation, &reason),
+            Event::VersionSet { rank, incarnation, result } => {
+                self.version_set(cx, rank, incarnation, result)
+            }
+            Event::CachesReset { rank, incarnation, attempt, result } => {
+                self.caches_reset(cx, rank, incarnation, attempt, result)
+            }
+            Event::Resumed { rank, incarnation, attempt, result } => {
+                self.resumed(cx, rank, incarnation, attempt, result)
+            }
+            Event::EngineLost { rank, incarnation, reason } => {
+                self.engine_lost(cx, rank, incarnation, &reason)
+            }
             Event::Abort => self.abort(cx),
         }
     }
 
-    pub(super) fn handle_timeout(
-        &mut self,
-        now: Time,
-        config: &Config,
-        actions: &mut VecDeque<Action>,
-    ) {
+    pub(super) fn handle_timeout(&mut self, now: Time, config: &Config, actions: &mut VecDeque<Action>) {
         if self.deadline.is_none_or(|deadline| now < deadline) {
             return;
         }
-        let mut cx = Cx {
-            now,
-            config,
-            actions,
-        };
+        let mut cx = Cx { now, config, actions };
         let cx = &mut cx;
         match self.step.clone() {
             Step::Staging { waiting } => {
@@ -335,10 +286,7 @@ impl Run {
                 self.finish(cx);
             }
             Step::ClosingAdmission => {
-                self.fail(format!(
-                    "admission was not closed within {:?}",
-                    config.admission_timeout
-                ));
+                self.fail(format!("admission was not closed within {:?}", config.admission_timeout));
                 self.finish(cx);
             }
             Step::Pausing { attempt, mode } if mode != PauseMode::Abort => {
@@ -353,10 +301,7 @@ impl Run {
             Step::WritingCommit => {
                 // Whether the record is, or will be, on the disk is unknown. What the engines hold must
                 // follow the record, so they start again by it.
-                self.fail(format!(
-                    "commit record was not written within {:?}",
-                    config.commit_timeout
-                ));
+                self.fail(format!("commit record was not written within {:?}", config.commit_timeout));
                 for rank in self.active() {
                     self.fence(cx, rank, "it is unknown whether the update is committed");
                 }
@@ -377,12 +322,8 @@ impl Run {
     /// Goes on when nothing is awaited any more in this step.
     fn advance(&mut self, cx: &mut Cx<'_>) {
         if let Step::Staging { waiting } = &mut self.step {
-            let nodes: BTreeSet<NodeId> = self
-                .ranks
-                .values()
-                .filter(|state| state.active)
-                .map(|state| state.node)
-                .collect();
+            let nodes: BTreeSet<NodeId> =
+                self.ranks.values().filter(|state| state.active).map(|state| state.node).collect();
             waiting.retain(|node| nodes.contains(node));
         }
         if matches!(self.step, Step::Ended | Step::WritingCommit) {
@@ -424,10 +365,7 @@ impl Run {
                 return true;
             }
         }
-        !self
-            .ranks
-            .values()
-            .any(|state| state.active && (state.waiting || state.stamping))
+        !self.ranks.values().any(|state| state.active && (state.waiting || state.stamping))
     }
 
     // --- small things ---
@@ -445,17 +383,13 @@ impl Run {
     }
 
     fn active(&self) -> Vec<EngineIndex> {
-        self.ranks
-            .iter()
-            .filter(|(_, state)| state.active)
-            .map(|(rank, _)| *rank)
-            .collect()
+        self.ranks.iter().filter(|(_, state)| state.active).map(|(rank, _)| *rank).collect()
     }
 
     fn awaited(&mut self, rank: EngineIndex, incarnation: Incarnation) -> Option<&mut Rank> {
-        self.ranks.get_mut(&rank).filter(|state| {
-            state.active && state.waiting && state.record.incarnation == incarnation
-        })
+        self.ranks
+            .get_mut(&rank)
+            .filter(|state| state.active && state.waiting && state.record.incarnation == incarnation)
     }
 
     /// The first cause sticks.

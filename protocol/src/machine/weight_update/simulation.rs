@@ -219,10 +219,7 @@ impl World {
                     return; // never answers
                 }
                 let event = if self.fault(0.1) {
-                    Event::StageFailed {
-                        node,
-                        error: "missing tensor".to_owned(),
-                    }
+                    Event::StageFailed { node, error: "missing tensor".to_owned() }
                 } else {
                     let mut new = checkpoint(&source);
                     if self.fault(0.02) {
@@ -230,11 +227,7 @@ impl World {
                     }
                     let previous = Some(self.journal.checkpoint.clone());
                     let gone = self.fault(0.03);
-                    Event::Staged {
-                        node,
-                        new,
-                        previous: previous.filter(|_| !gone),
-                    }
+                    Event::Staged { node, new, previous: previous.filter(|_| !gone) }
                 };
                 self.after(3_000, Happening::Answer(event));
             }
@@ -244,45 +237,24 @@ impl World {
                     return;
                 }
                 let event = if self.fault(0.02) {
-                    Event::AdmissionFailed {
-                        error: "no".to_owned(),
-                    }
+                    Event::AdmissionFailed { error: "no".to_owned() }
                 } else {
                     Event::AdmissionClosed
                 };
                 self.after(20, Happening::Answer(event));
             }
-            Action::Pause {
-                rank,
-                incarnation,
-                attempt,
-                mode,
-                clear_cache,
-            } => {
+            Action::Pause { rank, incarnation, attempt, mode, clear_cache } => {
                 self.law(!clear_cache, || "pause asked to clear caches".to_owned());
                 let rank = usize::from(rank.0);
-                self.send(
-                    rank,
-                    Happening::PauseArrives(rank, incarnation.0, attempt, mode),
-                );
+                self.send(rank, Happening::PauseArrives(rank, incarnation.0, attempt, mode));
             }
-            Action::Load {
-                rank,
-                incarnation,
-                target,
-                checkpoint,
-            } => {
+            Action::Load { rank, incarnation, target, checkpoint } => {
                 let rank = usize::from(rank.0);
                 if self.living(rank, incarnation.0) {
                     let mixing = !self.engines[rank].paused;
-                    self.law(!mixing, || {
-                        format!("rank {rank} is loaded while it is not paused")
-                    });
+                    self.law(!mixing, || format!("rank {rank} is loaded while it is not paused"));
                 }
-                self.after(
-                    4_000,
-                    Happening::LoadEnds(rank, incarnation.0, target, checkpoint),
-                );
+                self.after(4_000, Happening::LoadEnds(rank, incarnation.0, target, checkpoint));
             }
             Action::WriteCommit { commit } => {
                 let fails = self.fault(0.05);
@@ -291,66 +263,39 @@ impl World {
                 }
                 self.after(50, Happening::CommitLands(commit, !fails));
             }
-            Action::SetVersion {
-                rank, incarnation, ..
-            } => {
+            Action::SetVersion { rank, incarnation, .. } => {
                 if self.fault(0.01) {
                     self.engines[usize::from(rank.0)].hung = true;
                 }
                 if self.living(usize::from(rank.0), incarnation.0) {
-                    let result = if self.fault(0.1) {
-                        Err("no such method".to_owned())
-                    } else {
-                        Ok(())
-                    };
-                    let event = Event::VersionSet {
-                        rank,
-                        incarnation,
-                        result,
-                    };
+                    let result = if self.fault(0.1) { Err("no such method".to_owned()) } else { Ok(()) };
+                    let event = Event::VersionSet { rank, incarnation, result };
                     self.after(50, Happening::Answer(event));
                 }
             }
-            Action::ResetCaches {
-                rank,
-                incarnation,
-                attempt,
-                reset_running_requests,
-            } => {
+            Action::ResetCaches { rank, incarnation, attempt, reset_running_requests } => {
                 let at = usize::from(rank.0);
                 if !self.living(at, incarnation.0) {
                     return;
                 }
                 let result = if self.fault(0.03) {
                     Err("broken".to_owned())
-                } else if self.fault(0.03)
-                    || (self.engines[at].request.is_some() && !reset_running_requests)
+                } else if self.fault(0.03) || (self.engines[at].request.is_some() && !reset_running_requests)
                 {
                     Ok(false)
                 } else {
                     self.engines[at].cache = None;
                     Ok(true)
                 };
-                let event = Event::CachesReset {
-                    rank,
-                    incarnation,
-                    attempt,
-                    result,
-                };
+                let event = Event::CachesReset { rank, incarnation, attempt, result };
                 self.after(50, Happening::Answer(event));
             }
-            Action::Resume {
-                rank,
-                incarnation,
-                attempt,
-            } => {
+            Action::Resume { rank, incarnation, attempt } => {
                 let rank = usize::from(rank.0);
                 self.send(rank, Happening::ResumeArrives(rank, incarnation.0, attempt));
             }
             Action::OpenAdmission => self.gate_open = true,
-            Action::Fence {
-                rank, incarnation, ..
-            } => {
+            Action::Fence { rank, incarnation, .. } => {
                 let at = usize::from(rank.0);
                 if self.engines[at].incarnation == incarnation.0 {
                     self.stop(at);
@@ -364,10 +309,7 @@ impl World {
 
     fn ended(&mut self, record: Record) {
         let id = record.id.clone();
-        self.log.push(format!(
-            "{:?} done {id} {:?} {:?}",
-            self.now, record.outcome, record.error
-        ));
+        self.log.push(format!("{:?} done {id} {:?} {:?}", self.now, record.outcome, record.error));
         if let Some(earlier) = self.done.get(&id).and_then(|records| records.last())
             && earlier.committed
         {
@@ -385,15 +327,12 @@ impl World {
         });
         let version = self.machine.snapshot().version;
         let current = self.journal.version.clone();
-        self.law(version == current || hanging, || {
-            format!("machine says {version}, journal {current}")
-        });
+        self.law(version == current || hanging, || format!("machine says {version}, journal {current}"));
         self.law(self.gate_open, || format!("{id}: admission left closed"));
         if matches!(record.outcome, Outcome::Aborted | Outcome::RefusedInvalid) {
-            self.law(
-                !record.ranks.values().any(|rank| rank.load_ms.is_some()),
-                || format!("{id}: {:?} after loads", record.outcome),
-            );
+            self.law(!record.ranks.values().any(|rank| rank.load_ms.is_some()), || {
+                format!("{id}: {:?} after loads", record.outcome)
+            });
         }
         if committed {
             self.external = false;
@@ -451,17 +390,8 @@ fn all_admitted_engines_hold_one_version_whatever_fails_when() {
         }
     }
     // A simulation that never gets anywhere proves nothing.
-    for kind in [
-        "Committed",
-        "RefusedInvalid",
-        "Aborted",
-        "RolledBack",
-        "Degraded",
-    ] {
-        assert!(
-            outcomes.get(kind).copied().unwrap_or_default() > 200,
-            "{outcomes:?}"
-        );
+    for kind in ["Committed", "RefusedInvalid", "Aborted", "RolledBack", "Degraded"] {
+        assert!(outcomes.get(kind).copied().unwrap_or_default() > 200, "{outcomes:?}");
     }
 }
 

@@ -10,9 +10,7 @@ use super::record::{Commit, Record};
 use crate::{EngineIndex, Incarnation, UpdateId, WeightVersion};
 
 /// A node that takes part, numbered by the leader. Bytes are checked once per node.
-#[derive(
-    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
-)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct NodeId(pub u16);
 
@@ -168,9 +166,9 @@ impl WorkerReport {
             ));
         }
         match (&self.digest, &wanted.digest) {
-            (Some(actual), Some(expected)) if actual != expected => Some(format!(
-                "{who}: digest of the consumed tensors is {actual}, expected {expected}"
-            )),
+            (Some(actual), Some(expected)) if actual != expected => {
+                Some(format!("{who}: digest of the consumed tensors is {actual}, expected {expected}"))
+            }
             _ => None,
         }
     }
@@ -408,9 +406,7 @@ pub enum Refusal {
 }
 
 /// Where an update is.
-#[derive(
-    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
-)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
     /// No update.

@@ -61,11 +61,7 @@ struct Arguments {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let signals = launcher::signals();
-    let reporter = if arguments.quiet {
-        Reporter::quiet()
-    } else {
-        Reporter::stdout()
-    };
+    let reporter = if arguments.quiet { Reporter::quiet() } else { Reporter::stdout() };
     let ranks = arguments.rank..arguments.rank.saturating_add(arguments.count);
     let mut all = Vec::new();
     for rank in ranks.clone() {

@@ -117,19 +117,14 @@ fn play(
         }
         if !all && last_progress.elapsed() > limit {
             return Err(FrontendError::Timeout {
-                what: format!(
-                    "progress after {finished} of {} requests",
-                    arguments.requests
-                ),
+                what: format!("progress after {finished} of {} requests", arguments.requests),
                 limit,
             });
         }
         let servers = frontend.servers.len() as u64;
         while sent < arguments.requests && sent - finished < arguments.concurrency {
-            let request = NewRequest::new(
-                format!("fake-{}-{sent}", std::process::id()),
-                arguments.max_tokens,
-            );
+            let request =
+                NewRequest::new(format!("fake-{}-{sent}", std::process::id()), arguments.max_tokens);
             let server = usize::try_from(sent % servers).unwrap_or_default();
             frontend.servers[server].add(&request)?;
             sent += 1;

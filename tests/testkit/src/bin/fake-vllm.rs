@@ -10,8 +10,8 @@ fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.first().map(String::as_str) {
         Some("--version" | "-v") => {
-            let version = std::env::var("FAKE_VLLM_VERSION")
-                .unwrap_or_else(|_| VllmVersion::default().to_string());
+            let version =
+                std::env::var("FAKE_VLLM_VERSION").unwrap_or_else(|_| VllmVersion::default().to_string());
             println!("{version}");
             ExitCode::SUCCESS
         }
@@ -46,9 +46,8 @@ fn serve(command: &ServeCommand) -> ExitCode {
         return launcher::run_as_launcher(&reporter, &signals);
     }
     let ranks = command.start_rank..command.start_rank.saturating_add(command.local());
-    let all: Result<Vec<_>, String> = ranks
-        .map(|rank| launcher::options_from_environment(command, rank))
-        .collect();
+    let all: Result<Vec<_>, String> =
+        ranks.map(|rank| launcher::options_from_environment(command, rank)).collect();
     match all {
         Ok(all) => launcher::run_engines(all, &reporter, &signals),
         Err(error) => {

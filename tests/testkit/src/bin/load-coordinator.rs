@@ -125,11 +125,7 @@ impl Load {
                 return Err(format!("expected READY, got {frames:?}").into());
             }
         }
-        Ok(Self {
-            front,
-            engines,
-            wave: 0,
-        })
+        Ok(Self { front, engines, wave: 0 })
     }
 
     /// One wave: how long it took until the last engine was woken.
@@ -173,9 +169,7 @@ impl Load {
         loop {
             let frame = self.front.recv_bytes(0)?;
             let publication = rmpv::decode::read_value(&mut &frame[..])?;
-            if publication[1].as_u64() == Some(self.wave)
-                && publication[2].as_bool() == Some(running)
-            {
+            if publication[1].as_u64() == Some(self.wave) && publication[2].as_bool() == Some(running) {
                 return Ok(());
             }
         }
@@ -200,11 +194,7 @@ impl Load {
     }
 
     /// The messages of each step, made before the clock runs.
-    fn prepare_stats(
-        &self,
-        template: &Value,
-        count: u64,
-    ) -> Result<Vec<Vec<Vec<u8>>>, Box<dyn Error>> {
+    fn prepare_stats(&self, template: &Value, count: u64) -> Result<Vec<Vec<Vec<u8>>>, Box<dyn Error>> {
         let engines = self.engines.len() as u64;
         let mut steps = Vec::new();
         for step in 1..=count.div_ceil(engines) {
@@ -275,8 +265,6 @@ fn cpu_seconds(pid: u32) -> Result<f64, Box<dyn Error>> {
 fn resident_mb(pid: u32) -> Result<f64, Box<dyn Error>> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kb = line
-        .and_then(|line| line.split_whitespace().next())
-        .ok_or("no VmRSS")?;
+    let kb = line.and_then(|line| line.split_whitespace().next()).ok_or("no VmRSS")?;
     Ok(kb.parse::<f64>()? / 1024.0)
 }

@@ -61,14 +61,7 @@ fn main() -> Result<(), Failure> {
         // Alternating blocks, so that a busy moment of the machine meets both.
         for _ in 0..10 {
             let count = 1000 / scale;
-            ping(
-                &mut direct.engine.0,
-                &mut direct.engine.1,
-                &direct.frontend,
-                size,
-                count,
-                &mut bare_us,
-            )?;
+            ping(&mut direct.engine.0, &mut direct.engine.1, &direct.frontend, size, count, &mut bare_us)?;
             let (input, output) = engine.slot(1);
             ping(input, output, &frontend, size, count, &mut relay_us)?;
         }
@@ -81,10 +74,7 @@ fn main() -> Result<(), Failure> {
             name.to_owned(),
             json!({"p50": round(relay_us.p50 - bare_us.p50), "p99": round(relay_us.p99 - bare_us.p99)}),
         );
-        bare.insert(
-            name.to_owned(),
-            json!({"p50": round(bare_us.p50), "p99": round(bare_us.p99)}),
-        );
+        bare.insert(name.to_owned(), json!({"p50": round(bare_us.p50), "p99": round(bare_us.p99)}));
     }
 
     let mut rates = serde_json::Map::new();
@@ -148,9 +138,7 @@ fn memory(args: &Args, engines: u16) -> Result<(f64, f64), Failure> {
     let contexts: Vec<Context> = (0..=engines / 50).map(|_| Context::new()).collect();
     let mut fakes = (0..engines)
         .zip(&ranks)
-        .map(|(rank, addresses)| {
-            Engine::connect(&contexts[usize::from(rank / 50)], rank, addresses)
-        })
+        .map(|(rank, addresses)| Engine::connect(&contexts[usize::from(rank / 50)], rank, addresses))
         .collect::<Result<Vec<_>, _>>()?;
     relay.ask("admit")?;
     let idle = relay.number("rss", "rss_kb")? / 1024.0;
@@ -261,12 +249,7 @@ fn ping(
 }
 
 /// Messages per second from the first to the last.
-fn flood(
-    output: &mut Socket,
-    frontend: &Frontend,
-    size: usize,
-    count: usize,
-) -> Result<f64, Failure> {
+fn flood(output: &mut Socket, frontend: &Frontend, size: usize, count: usize) -> Result<f64, Failure> {
     let message = step_outputs(size);
     thread::scope(|scope| {
         let engine = scope.spawn(move || -> Result<(), zmq::Error> {
@@ -344,11 +327,7 @@ impl Frontend {
         };
         let (router, input) = bind(zmq::ROUTER)?;
         let (pull, output) = bind(zmq::PULL)?;
-        Ok(Self {
-            router,
-            pull,
-            addresses: (input, output),
-        })
+        Ok(Self { router, pull, addresses: (input, output) })
     }
 
     fn attach(&self, relay: &mut Relay, id: u64, engines: u16) -> Result<(), Failure> {
@@ -363,8 +342,7 @@ impl Frontend {
     fn send(&self, rank: u16, request: &[Vec<u8>; 2]) -> Result<(), zmq::Error> {
         let identity = EngineIndex(rank).identity().0;
         let [kind, payload] = request;
-        self.router
-            .send_multipart([&identity[..], kind, payload], 0)
+        self.router.send_multipart([&identity[..], kind, payload], 0)
     }
 }
 
@@ -385,10 +363,7 @@ impl Direct {
         output.set_sndhwm(1000)?;
         output.connect(&frontend.addresses.1)?;
         frontend.router.recv_multipart(0)?;
-        Ok(Self {
-            engine: (input, output),
-            frontend,
-        })
+        Ok(Self { engine: (input, output), frontend })
     }
 }
 
@@ -408,12 +383,7 @@ impl Relay {
             .spawn()?;
         let input = child.stdin.take();
         let output = child.stdout.take().ok_or("no output")?;
-        let mut relay = Self {
-            child,
-            input,
-            output: BufReader::new(output),
-            ranks: Vec::new(),
-        };
+        let mut relay = Self { child, input, output: BufReader::new(output), ranks: Vec::new() };
         let first = relay.read()?;
         relay.ranks = first["ranks"].as_array().cloned().unwrap_or_default();
         Ok(relay)
@@ -464,10 +434,7 @@ impl Percentiles {
     fn of(mut values: Vec<f64>) -> Self {
         values.sort_by(f64::total_cmp);
         let at = |part: f64| values[((values.len() - 1) as f64 * part) as usize];
-        Self {
-            p50: at(0.50),
-            p99: at(0.99),
-        }
+        Self { p50: at(0.50), p99: at(0.99) }
     }
 }
 

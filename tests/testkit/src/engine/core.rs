@@ -282,10 +282,9 @@ impl Engine {
         if let Some(text) = self.control.changed() {
             match Faults::for_rank(&text, self.options.rank) {
                 Ok(faults) => self.faults = faults,
-                Err(error) => self.reporter.report(
-                    "bad_control_file",
-                    json!({"rank": self.options.rank, "error": error}),
-                ),
+                Err(error) => self
+                    .reporter
+                    .report("bad_control_file", json!({"rank": self.options.rank, "error": error})),
             }
         }
         self.ordered(Stage::Now)
@@ -311,26 +310,18 @@ impl Engine {
         if kind > 5 || (kind == 5 && !self.options.version.at_least(18, 0)) {
             return Err(dead(format!("unknown type byte {kind}")));
         }
-        let payload = frames
-            .get(1)
-            .ok_or_else(|| dead(format!("type byte {kind} without a payload")))?;
+        let payload = frames.get(1).ok_or_else(|| dead(format!("type byte {kind} without a payload")))?;
         let payload = msg::decode(payload).map_err(|error| dead(error.to_string()))?;
         match kind {
             0 => self.add(&payload),
             1 => {
                 let ids = payload
                     .as_array()
-                    .map(|ids| {
-                        ids.iter()
-                            .filter_map(|id| id.as_str().map(str::to_owned))
-                            .collect::<Vec<_>>()
-                    })
+                    .map(|ids| ids.iter().filter_map(|id| id.as_str().map(str::to_owned)).collect::<Vec<_>>())
                     .ok_or_else(|| EngineEnd::Core(format!("ABORT of {payload}")))?;
                 let found = self.scheduler.abort(&ids);
-                self.reporter.report(
-                    "abort",
-                    json!({"rank": self.options.rank, "ids": ids, "found": found.len()}),
-                );
+                self.reporter
+                    .report("abort", json!({"rank": self.options.rank, "ids": ids, "found": found.len()}));
                 self.report_aborted(found)
             }
             2 => self.start_wave(&payload),
@@ -344,18 +335,13 @@ impl Engine {
         let bad = |text: String| EngineEnd::InputThread(format!("EngineCoreRequest: {text}"));
         let version = self.options.version;
         let at = version.request();
-        let fields = payload
-            .as_array()
-            .ok_or_else(|| bad(format!("{payload} is not an array")))?;
+        let fields = payload.as_array().ok_or_else(|| bad(format!("{payload} is not an array")))?;
         // Everything up to data_parallel_rank has no default.
         let required = at.client_index - if version.at_least(21, 0) { 2 } else { 1 };
         if fields.len() < required {
             return Err(bad(format!("{} fields, {required} needed", fields.len())));
         }
-        let id = fields[0]
-            .as_str()
-            .ok_or_else(|| bad(format!("request_id is {}", fields[0])))?
-            .to_owned();
+        let id = fields[0].as_str().ok_or_else(|| bad(format!("request_id is {}", fields[0])))?.to_owned();
         let prompt: Vec<u64> = match &fields[1] {
             Value::Nil => Vec::new(),
             Value::Array(tokens) => tokens
@@ -369,9 +355,7 @@ impl Engine {
         }
         let number = |at: usize, name: &str| match fields.get(at) {
             None => Ok(0),
-            Some(value) => value
-                .as_i64()
-                .ok_or_else(|| bad(format!("{name} is {value}"))),
+            Some(value) => value.as_i64().ok_or_else(|| bad(format!("{name} is {value}"))),
         };
         if !fields[at.arrival_time].is_number() {
             return Err(bad(format!("arrival_time is {}", fields[at.arrival_time])));
@@ -393,13 +377,7 @@ impl Engine {
             "add",
             json!({"rank": self.options.rank, "id": id, "client_index": client, "wave": wave}),
         );
-        let request = Request {
-            id,
-            client,
-            prompt: weights::prompt_key(&prompt),
-            max_tokens,
-            produced: 0,
-        };
+        let request = Request { id, client, prompt: weights::prompt_key(&prompt), max_tokens, produced: 0 };
         if self.refusing {
             return self.finish(vec![request], FINISH_ERROR);
         }
@@ -425,27 +403,17 @@ impl Engine {
 
     /// Checks a client index as vLLM's output thread does: by indexing with it.
     pub(crate) fn client(&self, index: i64) -> Result<usize, EngineEnd> {
-        usize::try_from(index)
-            .ok()
-            .filter(|index| *index < self.sockets.outputs.len())
-            .ok_or_else(|| {
-                EngineEnd::OutputThread(format!(
-                    "client_index {index} of {} outputs",
-                    self.sockets.outputs.len()
-                ))
-            })
+        usize::try_from(index).ok().filter(|index| *index < self.sockets.outputs.len()).ok_or_else(|| {
+            EngineEnd::OutputThread(format!("client_index {index} of {} outputs", self.sockets.outputs.len()))
+        })
     }
 
     fn start_wave(&mut self, payload: &Value) -> Result<(), EngineEnd> {
         let rank = self.options.rank;
-        self.reporter.report(
-            "start_dp_wave",
-            json!({"rank": rank, "payload": msg::to_json(payload)}),
-        );
+        self.reporter.report("start_dp_wave", json!({"rank": rank, "payload": msg::to_json(payload)}));
         let Some(group) = &mut self.lockstep else {
             // vLLM logs "Unrecognized input request type".
-            self.reporter
-                .report("unrecognized_start_dp_wave", json!({"rank": rank}));
+            self.reporter.report("unrecognized_start_dp_wave", json!({"rank": rank}));
             return Ok(());
         };
         if group.ignore_start {
@@ -474,8 +442,7 @@ impl Engine {
         if stepping && !self.scheduler.running.is_empty() {
             if self.torn {
                 return Err(EngineEnd::Core(
-                    "a step with torn weights (vLLM: NotImplementedError on meta tensors)"
-                        .to_owned(),
+                    "a step with torn weights (vLLM: NotImplementedError on meta tensors)".to_owned(),
                 ));
             }
             executed = true;
@@ -490,12 +457,7 @@ impl Engine {
                 request.produced += count;
                 let done = request.produced >= request.max_tokens;
                 let (outputs, finished) = by_client.entry(request.client).or_default();
-                outputs.push(output(
-                    version,
-                    &request.id,
-                    tokens,
-                    done.then_some(FINISH_LENGTH),
-                ));
+                outputs.push(output(version, &request.id, tokens, done.then_some(FINISH_LENGTH)));
                 if done {
                     finished.push(Value::from(request.id.as_str()));
                 }
@@ -559,17 +521,11 @@ impl Engine {
         let version = self.options.version;
         let mut by_client: BTreeMap<usize, Vec<String>> = BTreeMap::new();
         for request in requests {
-            by_client
-                .entry(request.client)
-                .or_default()
-                .push(request.id);
+            by_client.entry(request.client).or_default().push(request.id);
         }
         for (client, ids) in by_client {
             self.send_client(client, |fields| {
-                fields[1] = ids
-                    .iter()
-                    .map(|id| output(version, id, Vec::new(), Some(reason)))
-                    .collect();
+                fields[1] = ids.iter().map(|id| output(version, id, Vec::new(), Some(reason))).collect();
                 fields[5] = ids.iter().map(|id| Value::from(id.as_str())).collect();
             })?;
         }
@@ -675,17 +631,14 @@ impl Engine {
         Ok(())
     }
 
-    pub(crate) fn send_coordinator(
-        &mut self,
-        fill: impl FnOnce(&mut [Value]),
-    ) -> Result<(), EngineEnd> {
+    pub(crate) fn send_coordinator(&mut self, fill: impl FnOnce(&mut [Value])) -> Result<(), EngineEnd> {
         let mut fields = self.outputs();
         fill(&mut fields);
         match &self.sockets.coordinator_output {
             Some(socket) => Ok(socket.send(msg::encode(&Value::Array(fields)), 0)?),
-            None => Err(EngineEnd::OutputThread(
-                "a message for the DP coordinator, and there is none".to_owned(),
-            )),
+            None => {
+                Err(EngineEnd::OutputThread("a message for the DP coordinator, and there is none".to_owned()))
+            }
         }
     }
 
@@ -696,19 +649,13 @@ impl Engine {
     }
 
     /// Runs a collective operation of the group; blocks, as in vLLM.
-    pub(crate) fn collective(
-        &mut self,
-        operation: Operation,
-        unfinished: bool,
-    ) -> Result<bool, EngineEnd> {
+    pub(crate) fn collective(&mut self, operation: Operation, unfinished: bool) -> Result<bool, EngineEnd> {
         let stop = &self.orders.stop;
         match &mut self.lockstep {
             None => Ok(unfinished),
             Some(lockstep) => lockstep
                 .group
-                .sum(operation, [u32::from(unfinished), 0], &|| {
-                    stop.load(Ordering::Relaxed)
-                })
+                .sum(operation, [u32::from(unfinished), 0], &|| stop.load(Ordering::Relaxed))
                 .map(|[unfinished, _]| unfinished > 0)
                 .map_err(group_end),
         }

@@ -90,16 +90,11 @@ impl Group {
             });
         };
         let address = format!("{ip}:{engines}");
-        let failed = |reason: String| GroupError::Form {
-            rank,
-            address: address.clone(),
-            reason,
-        };
+        let failed = |reason: String| GroupError::Form { rank, address: address.clone(), reason };
         let end = Instant::now() + limit;
         let place = if rank == 0 {
-            let bind = |port: u16| {
-                TcpListener::bind((ip, port)).map_err(|error| failed(format!("{port}: {error}")))
-            };
+            let bind =
+                |port: u16| TcpListener::bind((ip, port)).map_err(|error| failed(format!("{port}: {error}")));
             let ports = [bind(engines)?, bind(workers)?];
             let text = |error: std::io::Error| failed(error.to_string());
             ports[0].set_nonblocking(true).map_err(text)?;
@@ -132,10 +127,7 @@ impl Group {
                     _ => return Err(failed(format!("rank {peer} came twice or does not exist"))),
                 }
             }
-            Place::Root {
-                peers: peers.into_iter().flatten().collect(),
-                _ports: ports,
-            }
+            Place::Root { peers: peers.into_iter().flatten().collect(), _ports: ports }
         } else {
             loop {
                 match TcpStream::connect((ip, engines)) {
@@ -172,9 +164,7 @@ impl Group {
         match &mut self.place {
             Place::Leaf(stream) => {
                 let lost = |reason: String| GroupError::PeerLost { peer: 0, reason };
-                stream
-                    .write_all(&frame)
-                    .map_err(|error| lost(error.to_string()))?;
+                stream.write_all(&frame).map_err(|error| lost(error.to_string()))?;
                 let mut answer = [0; FRAME];
                 receive(stream, &mut answer, stopped)
                     .map_err(|error| error.of(0, "in a collective operation"))?;
@@ -205,10 +195,7 @@ impl Group {
                 for (peer, stream) in (1_u16..).zip(peers.iter_mut()) {
                     stream
                         .write_all(&answer)
-                        .map_err(|error| GroupError::PeerLost {
-                            peer,
-                            reason: error.to_string(),
-                        })?;
+                        .map_err(|error| GroupError::PeerLost { peer, reason: error.to_string() })?;
                 }
                 match stranger {
                     None => Ok(total),
@@ -231,19 +218,12 @@ impl Broken {
     fn of(self, peer: u16, stage: &str) -> GroupError {
         match self {
             Self::Stopped => GroupError::Stopped,
-            Self::Lost(reason) => GroupError::PeerLost {
-                peer,
-                reason: format!("{reason} {stage}"),
-            },
+            Self::Lost(reason) => GroupError::PeerLost { peer, reason: format!("{reason} {stage}") },
         }
     }
 }
 
-fn receive(
-    stream: &mut TcpStream,
-    into: &mut [u8],
-    stopped: &dyn Fn() -> bool,
-) -> Result<(), Broken> {
+fn receive(stream: &mut TcpStream, into: &mut [u8], stopped: &dyn Fn() -> bool) -> Result<(), Broken> {
     let mut done = 0;
     while done < into.len() {
         match stream.read(&mut into[done..]) {
@@ -270,13 +250,7 @@ fn encode(tag: u8, values: [u32; 2]) -> [u8; FRAME] {
 
 fn decode(frame: [u8; FRAME]) -> (u8, [u32; 2]) {
     let [tag, a0, a1, a2, a3, b0, b1, b2, b3] = frame;
-    (
-        tag,
-        [
-            u32::from_le_bytes([a0, a1, a2, a3]),
-            u32::from_le_bytes([b0, b1, b2, b3]),
-        ],
-    )
+    (tag, [u32::from_le_bytes([a0, a1, a2, a3]), u32::from_le_bytes([b0, b1, b2, b3])])
 }
 
 /// A wait between two attempts to meet.

@@ -31,16 +31,10 @@ fn read_init(payload: &[u8]) -> Result<Init, String> {
     let value = msg::decode(payload).map_err(|error| error.to_string())?;
     let addresses = msg::get(&value, "addresses").ok_or("no addresses")?;
     let parallel_config = msg::get(&value, "parallel_config").ok_or("no parallel_config")?;
-    for (key, value) in parallel_config
-        .as_map()
-        .ok_or("parallel_config is not a map")?
-    {
+    for (key, value) in parallel_config.as_map().ok_or("parallel_config is not a map")? {
         let whole = |value: &Value| value.is_i64() || value.is_u64();
-        let fine = whole(value)
-            || value.is_str()
-            || value
-                .as_array()
-                .is_some_and(|items| items.iter().all(whole));
+        let fine =
+            whole(value) || value.is_str() || value.as_array().is_some_and(|items| items.iter().all(whole));
         if !fine {
             return Err(format!("parallel_config[{key}] is {value}"));
         }
@@ -48,11 +42,7 @@ fn read_init(payload: &[u8]) -> Result<Init, String> {
     let inputs = msg::texts(addresses, "inputs").ok_or("inputs is not a list of texts")?;
     let outputs = msg::texts(addresses, "outputs").ok_or("outputs is not a list of texts")?;
     if inputs.len() != outputs.len() || inputs.is_empty() {
-        return Err(format!(
-            "{} inputs and {} outputs",
-            inputs.len(),
-            outputs.len()
-        ));
+        return Err(format!("{} inputs and {} outputs", inputs.len(), outputs.len()));
     }
     Ok(Init {
         inputs,
@@ -74,22 +64,13 @@ pub(crate) fn start(
     let rank = options.rank;
     let faults = options.faults.clone();
     let die = |stage: Stage| {
-        if faults.die == Some(stage) {
-            Err(EngineEnd::Fault(format!("die at {stage:?}")))
-        } else {
-            Ok(())
-        }
+        if faults.die == Some(stage) { Err(EngineEnd::Fault(format!("die at {stage:?}"))) } else { Ok(()) }
     };
     die(Stage::BeforeHello)?;
     let on_the_wire = faults.rank_on_the_wire.unwrap_or(rank);
     let identity = sockets::identity(on_the_wire);
-    let handshake = sockets::connect(
-        context,
-        SocketType::DEALER,
-        &options.handshake,
-        Some(&identity),
-    )
-    .map_err(|error| EngineEnd::Handshake(format!("{}: {error}", options.handshake)))?;
+    let handshake = sockets::connect(context, SocketType::DEALER, &options.handshake, Some(&identity))
+        .map_err(|error| EngineEnd::Handshake(format!("{}: {error}", options.handshake)))?;
     let status = |status: &str| {
         msg::map([
             ("status", Value::from(status)),
@@ -106,8 +87,7 @@ pub(crate) fn start(
         handshake.send(msg::encode(&status("HELLO")), 0)?;
     }
     let payload = wait_for(&handshake, &orders, options.init_timeout, "INIT")?;
-    let init =
-        read_init(&payload).map_err(|text| EngineEnd::Handshake(format!("bad INIT: {text}")))?;
+    let init = read_init(&payload).map_err(|text| EngineEnd::Handshake(format!("bad INIT: {text}")))?;
     reporter.report(
         "init",
         json!({
@@ -129,8 +109,7 @@ pub(crate) fn start(
             && options.version.dense_is_independent()
         {
             return Err(EngineEnd::Handshake(
-                "INIT sets data_parallel_size of a dense engine, which undoes its rewrite to 1"
-                    .to_owned(),
+                "INIT sets data_parallel_size of a dense engine, which undoes its rewrite to 1".to_owned(),
             ));
         }
         None
@@ -149,12 +128,7 @@ pub(crate) fn start(
     };
     let mut inputs = Vec::new();
     for address in &init.inputs {
-        inputs.push(sockets::connect(
-            context,
-            SocketType::DEALER,
-            address,
-            Some(&identity),
-        )?);
+        inputs.push(sockets::connect(context, SocketType::DEALER, address, Some(&identity))?);
     }
     let coordinator_input = match &init.coordinator_input {
         None => None,
@@ -197,10 +171,7 @@ pub(crate) fn start(
     if !faults.never_ready {
         // As vLLM: READY must not be lost when the process ends right after it.
         handshake.set_linger(5000)?;
-        handshake.send(
-            msg::encode(&ready(&options, init.stats_address.as_deref())),
-            0,
-        )?;
+        handshake.send(msg::encode(&ready(&options, init.stats_address.as_deref())), 0)?;
         reporter.report("ready", json!({"rank": rank}));
     }
     drop(handshake);
@@ -208,12 +179,7 @@ pub(crate) fn start(
         options,
         reporter.clone(),
         orders,
-        Sockets {
-            inputs,
-            outputs,
-            coordinator_input,
-            coordinator_output,
-        },
+        Sockets { inputs, outputs, coordinator_input, coordinator_output },
         group,
     )
 }
@@ -227,25 +193,14 @@ fn ready(options: &EngineOptions, stats_address: Option<&str>) -> Value {
     ];
     if options.version.ready_carries_blocks() {
         entries.push(("num_gpu_blocks", Value::from(1024)));
-        entries.push((
-            "dp_stats_address",
-            stats_address.map_or(Value::Nil, Value::from),
-        ));
+        entries.push(("dp_stats_address", stats_address.map_or(Value::Nil, Value::from)));
     }
     if options.version.ready_carries_hash() && options.lockstep() {
-        let hash = if options.faults.wrong_hash {
-            "another-parallel-config"
-        } else {
-            &options.parallel_config_hash
-        };
+        let hash =
+            if options.faults.wrong_hash { "another-parallel-config" } else { &options.parallel_config_hash };
         entries.push(("parallel_config_hash", Value::from(hash)));
     }
-    Value::Map(
-        entries
-            .into_iter()
-            .map(|(key, value)| (Value::from(key), value))
-            .collect(),
-    )
+    Value::Map(entries.into_iter().map(|(key, value)| (Value::from(key), value)).collect())
 }
 
 /// `EngineCoreReadyResponse` with the keys of the version.
@@ -254,10 +209,7 @@ fn ready_response(options: &EngineOptions, stats_address: Option<&str>) -> Value
     let mut entries: Vec<(&str, Value)> = vec![
         ("max_model_len", Value::from(256)),
         ("num_gpu_blocks", Value::from(1024)),
-        (
-            "dp_stats_address",
-            stats_address.map_or(Value::Nil, Value::from),
-        ),
+        ("dp_stats_address", stats_address.map_or(Value::Nil, Value::from)),
     ];
     if version.at_least(22, 0) {
         entries.push(("dtype", Value::from("bfloat16")));
@@ -280,10 +232,7 @@ fn ready_response(options: &EngineOptions, stats_address: Option<&str>) -> Value
         entries.push(("data_parallel_rank", Value::from(options.rank)));
         entries.push(("max_num_seqs", Value::from(options.max_num_seqs as u64)));
         entries.push(("max_num_batched_tokens", Value::from(2048)));
-        entries.push((
-            "instance_id",
-            Value::from(format!("fake-{}", std::process::id())),
-        ));
+        entries.push(("instance_id", Value::from(format!("fake-{}", std::process::id()))));
         entries.push(("kv_events_config", Value::Nil));
     }
     if version.at_least(28, 0) {
@@ -304,18 +253,12 @@ fn ready_response(options: &EngineOptions, stats_address: Option<&str>) -> Value
         entries.push(("coordinator_input_address", Value::Nil));
         entries.push(("coordinator_output_address", Value::Nil));
     }
-    Value::Map(
-        entries
-            .into_iter()
-            .map(|(key, value)| (Value::from(key), value))
-            .collect(),
-    )
+    Value::Map(entries.into_iter().map(|(key, value)| (Value::from(key), value)).collect())
 }
 
 fn form_group(options: &EngineOptions, init: &Init, orders: &Orders) -> Result<Group, EngineEnd> {
     let config = &init.parallel_config;
-    let missing =
-        |key: &str| EngineEnd::Handshake(format!("INIT of a lockstep engine lacks {key}"));
+    let missing = |key: &str| EngineEnd::Handshake(format!("INIT of a lockstep engine lacks {key}"));
     let size = msg::get(config, "data_parallel_size")
         .and_then(Value::as_u64)
         .ok_or_else(|| missing("data_parallel_size"))?;
@@ -325,8 +268,8 @@ fn form_group(options: &EngineOptions, init: &Init, orders: &Orders) -> Result<G
             options.size
         )));
     }
-    let ip = msg::text(config, "data_parallel_master_ip")
-        .ok_or_else(|| missing("data_parallel_master_ip"))?;
+    let ip =
+        msg::text(config, "data_parallel_master_ip").ok_or_else(|| missing("data_parallel_master_ip"))?;
     let ports: Vec<u16> = msg::get(config, "_data_parallel_master_port_list")
         .and_then(Value::as_array)
         .ok_or_else(|| missing("_data_parallel_master_port_list"))?
@@ -334,27 +277,16 @@ fn form_group(options: &EngineOptions, init: &Init, orders: &Orders) -> Result<G
         .filter_map(|port| port.as_u64().and_then(|port| u16::try_from(port).ok()))
         .collect();
     let stopped = || orders.stop.load(Ordering::Relaxed);
-    Group::form(
-        options.rank,
-        options.size,
-        &ip,
-        &ports,
-        Duration::from_secs(120),
-        &stopped,
+    Group::form(options.rank, options.size, &ip, &ports, Duration::from_secs(120), &stopped).map_err(
+        |error| match error {
+            GroupError::Stopped => EngineEnd::Stopped,
+            error => EngineEnd::Handshake(error.to_string()),
+        },
     )
-    .map_err(|error| match error {
-        GroupError::Stopped => EngineEnd::Stopped,
-        error => EngineEnd::Handshake(error.to_string()),
-    })
 }
 
 /// The next single-frame message of `socket`, or the end.
-fn wait_for(
-    socket: &Socket,
-    orders: &Orders,
-    limit: Duration,
-    what: &str,
-) -> Result<Vec<u8>, EngineEnd> {
+fn wait_for(socket: &Socket, orders: &Orders, limit: Duration, what: &str) -> Result<Vec<u8>, EngineEnd> {
     let end = Instant::now() + limit;
     loop {
         if let Some(mut frames) = sockets::take(socket)? {
@@ -365,14 +297,9 @@ fn wait_for(
         if left.is_zero() {
             return Err(EngineEnd::Handshake(format!("no {what} in {limit:?}")));
         }
-        let mut items = [
-            socket.as_poll_item(PollEvents::POLLIN),
-            orders.wake.as_poll_item(PollEvents::POLLIN),
-        ];
-        zmq::poll(
-            &mut items,
-            i64::try_from(left.as_millis() + 1).unwrap_or(i64::MAX),
-        )?;
+        let mut items =
+            [socket.as_poll_item(PollEvents::POLLIN), orders.wake.as_poll_item(PollEvents::POLLIN)];
+        zmq::poll(&mut items, i64::try_from(left.as_millis() + 1).unwrap_or(i64::MAX))?;
     }
 }
 
@@ -386,10 +313,7 @@ fn idle(orders: &Orders, time: Duration) -> Result<(), EngineEnd> {
             return Ok(());
         }
         let mut items = [orders.wake.as_poll_item(PollEvents::POLLIN)];
-        zmq::poll(
-            &mut items,
-            i64::try_from(left.as_millis() + 1).unwrap_or(i64::MAX),
-        )?;
+        zmq::poll(&mut items, i64::try_from(left.as_millis() + 1).unwrap_or(i64::MAX))?;
     }
 }
 

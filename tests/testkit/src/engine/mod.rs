@@ -95,9 +95,7 @@ pub struct FakeEngine {
 
 impl fmt::Debug for FakeEngine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("FakeEngine")
-            .field("rank", &self.rank)
-            .finish_non_exhaustive()
+        f.debug_struct("FakeEngine").field("rank", &self.rank).finish_non_exhaustive()
     }
 }
 
@@ -123,11 +121,7 @@ impl FakeEngine {
         wake.connect(&address)?;
         let (commands, receiver) = mpsc::channel();
         let stop = Arc::new(AtomicBool::new(false));
-        let orders = Orders {
-            wake: inner,
-            commands: receiver,
-            stop: Arc::clone(&stop),
-        };
+        let orders = Orders { wake: inner, commands: receiver, stop: Arc::clone(&stop) };
         let rank = options.rank;
         let (context, log) = (context.clone(), reporter.clone());
         let thread = std::thread::Builder::new()
@@ -135,21 +129,11 @@ impl FakeEngine {
             .stack_size(512 * 1024)
             .spawn(move || {
                 let end = run(&context, options, &log, orders);
-                log.report(
-                    "end",
-                    json!({"rank": rank, "reason": end.to_string(), "code": end.exit_code()}),
-                );
+                log.report("end", json!({"rank": rank, "reason": end.to_string(), "code": end.exit_code()}));
                 end
             })
             .map_err(|_| zmq::Error::EMTHREAD)?;
-        Ok(Self {
-            rank,
-            reporter,
-            wake: Mutex::new(wake),
-            commands,
-            stop,
-            thread: Some(thread),
-        })
+        Ok(Self { rank, reporter, wake: Mutex::new(wake), commands, stop, thread: Some(thread) })
     }
 
     /// Its rank.
@@ -222,12 +206,7 @@ impl Drop for FakeEngine {
 }
 
 /// Runs an engine to its end on the calling thread.
-fn run(
-    context: &Context,
-    options: EngineOptions,
-    reporter: &Reporter,
-    orders: Orders,
-) -> EngineEnd {
+fn run(context: &Context, options: EngineOptions, reporter: &Reporter, orders: Orders) -> EngineEnd {
     match handshake::start(context, options, reporter, orders) {
         Ok(mut engine) => engine.run(),
         Err(end) => end,

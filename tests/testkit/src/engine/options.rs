@@ -75,9 +75,7 @@ impl EngineOptions {
 
     /// Path of this rank's control file.
     pub(crate) fn control_file(&self) -> Option<PathBuf> {
-        self.control
-            .as_ref()
-            .map(|dir| dir.join(format!("rank-{}", self.rank)))
+        self.control.as_ref().map(|dir| dir.join(format!("rank-{}", self.rank)))
     }
 }
 
@@ -160,11 +158,7 @@ impl Faults {
     /// Reads `[RANK@]FAULT[:ARGUMENT],...` and keeps what is meant for `rank`.
     pub fn for_rank(text: &str, rank: u16) -> Result<Self, String> {
         let mut faults = Self::default();
-        for item in text
-            .split([',', '\n'])
-            .map(str::trim)
-            .filter(|item| !item.is_empty())
-        {
+        for item in text.split([',', '\n']).map(str::trim).filter(|item| !item.is_empty()) {
             let item = match item.split_once('@') {
                 None => item,
                 Some((of, item)) => {
@@ -182,11 +176,7 @@ impl Faults {
 
     fn set(&mut self, item: &str) -> Result<(), String> {
         let (name, argument) = item.split_once(':').unwrap_or((item, ""));
-        let number = || {
-            argument
-                .parse::<u64>()
-                .map_err(|_| format!("`{item}` needs a number"))
-        };
+        let number = || argument.parse::<u64>().map_err(|_| format!("`{item}` needs a number"));
         match name {
             "die" => self.die = Some(argument.parse()?),
             "dead" => self.dead = Some(argument.parse()?),
@@ -202,11 +192,8 @@ impl Faults {
             "stop-reading" => self.stop_reading = true,
             "slow" => self.slow = Duration::from_millis(number()?),
             "load-fails" => {
-                self.load_fails = Some(if argument.is_empty() {
-                    "restored-meta".to_owned()
-                } else {
-                    argument.to_owned()
-                });
+                self.load_fails =
+                    Some(if argument.is_empty() { "restored-meta".to_owned() } else { argument.to_owned() });
             }
             "load-times" => {
                 self.load_times =

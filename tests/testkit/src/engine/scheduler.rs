@@ -31,12 +31,7 @@ pub(crate) struct Scheduler {
 
 impl Scheduler {
     pub(crate) fn new(max_num_seqs: usize) -> Self {
-        Self {
-            waiting: VecDeque::new(),
-            running: Vec::new(),
-            pause: PauseState::Unpaused,
-            max_num_seqs,
-        }
+        Self { waiting: VecDeque::new(), running: Vec::new(), pause: PauseState::Unpaused, max_num_seqs }
     }
 
     /// `get_request_counts`: running, waiting.
@@ -72,9 +67,8 @@ impl Scheduler {
     pub(crate) fn abort(&mut self, ids: &[String]) -> Vec<Request> {
         let wanted = |request: &mut Request| ids.contains(&request.id);
         let mut found: Vec<Request> = self.running.extract_if(.., wanted).collect();
-        let (aborted, waiting): (VecDeque<_>, VecDeque<_>) = std::mem::take(&mut self.waiting)
-            .into_iter()
-            .partition(|request| ids.contains(&request.id));
+        let (aborted, waiting): (VecDeque<_>, VecDeque<_>) =
+            std::mem::take(&mut self.waiting).into_iter().partition(|request| ids.contains(&request.id));
         self.waiting = waiting;
         found.extend(aborted);
         found

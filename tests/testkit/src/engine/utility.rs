@@ -42,9 +42,7 @@ impl Engine {
         };
         let method = method.as_str().unwrap_or_default().to_owned();
         if method == "handle_fault_tolerance" && self.options.version.at_least(27, 0) {
-            return Err(EngineEnd::InputThread(
-                "handle_fault_tolerance without fault tolerance".to_owned(),
-            ));
+            return Err(EngineEnd::InputThread("handle_fault_tolerance without fault tolerance".to_owned()));
         }
         let args = match args.as_array() {
             Some(args) => args.clone(),
@@ -59,16 +57,14 @@ impl Engine {
                 "args": args.iter().map(msg::to_json).collect::<Vec<_>>(),
             }),
         );
-        let client = client
-            .as_i64()
-            .ok_or_else(|| EngineEnd::OutputThread(format!("client_index {client}")))?;
+        let client =
+            client.as_i64().ok_or_else(|| EngineEnd::OutputThread(format!("client_index {client}")))?;
         let client = self.client(client)?;
         let outcome = self.invoke(&method, &args, client, call)?;
         match outcome {
             Outcome::Deferred => Ok(()),
             Outcome::Done(result) => {
-                let result =
-                    result.map_err(|text| format!("Call to {method} method failed: {text}"));
+                let result = result.map_err(|text| format!("Call to {method} method failed: {text}"));
                 self.answer(client, call.clone(), result)
             }
         }
@@ -110,14 +106,8 @@ impl Engine {
             _ => parameters != usize::MAX,
         };
         if !exists {
-            let class = if self.lockstep.is_some() {
-                "DPEngineCoreProc"
-            } else {
-                "EngineCoreProc"
-            };
-            return Ok(fail(format!(
-                "'{class}' object has no attribute '{method}'"
-            )));
+            let class = if self.lockstep.is_some() { "DPEngineCoreProc" } else { "EngineCoreProc" };
+            return Ok(fail(format!("'{class}' object has no attribute '{method}'")));
         }
         if args.len() > parameters {
             return Ok(fail("too many arguments"));
@@ -172,13 +162,7 @@ impl Engine {
         })
     }
 
-    fn pause(
-        &mut self,
-        mode: &str,
-        client: usize,
-        call: &Value,
-        sleep: bool,
-    ) -> Result<Outcome, EngineEnd> {
+    fn pause(&mut self, mode: &str, client: usize, call: &Value, sleep: bool) -> Result<Outcome, EngineEnd> {
         let state = match mode {
             "abort" | "wait" => PauseState::PausedNew,
             "keep" => PauseState::PausedAll,
@@ -202,11 +186,7 @@ impl Engine {
             self.sleeping |= sleep;
             return Ok(ok(Value::Nil));
         }
-        self.pauses.push(PendingPause {
-            client,
-            call: call.clone(),
-            sleep,
-        });
+        self.pauses.push(PendingPause { client, call: call.clone(), sleep });
         Ok(Outcome::Deferred)
     }
 
@@ -216,9 +196,7 @@ impl Engine {
             None => {}
             Some(group) if by_consensus => {
                 if group.pending_pause || (group.running && group.ignore_start) {
-                    return Ok(fail(
-                        "resume_scheduler called while pause is still in flight",
-                    ));
+                    return Ok(fail("resume_scheduler called while pause is still in flight"));
                 }
                 if group.running {
                     return Ok(ok(Value::Nil));
@@ -254,10 +232,8 @@ impl Engine {
             "dp_sidecar_load" if !self.faults.no_shim => {
                 let request = msg::get(kwargs, "request").cloned().unwrap_or(Value::Nil);
                 let answer = self.load(&request)?;
-                self.reporter.report(
-                    "load",
-                    json!({"rank": self.options.rank, "answer": msg::to_json(&answer)}),
-                );
+                self.reporter
+                    .report("load", json!({"rank": self.options.rank, "answer": msg::to_json(&answer)}));
                 one(answer)
             }
             "reload_weights" => {
@@ -275,9 +251,7 @@ impl Engine {
                 }
             }
             "get_model" | "get_kv_cache_spec" => {
-                return Err(EngineEnd::OutputThread(format!(
-                    "the result of {method} cannot be serialized"
-                )));
+                return Err(EngineEnd::OutputThread(format!("the result of {method} cannot be serialized")));
             }
             _ => fail(format!("'Worker' object has no attribute '{method}'")),
         })
@@ -289,19 +263,10 @@ impl Engine {
         let shim = self.faults.shim_version.as_deref();
         msg::map([
             ("ok", Value::from(true)),
-            (
-                "protocol",
-                Value::from(self.faults.shim_protocol.unwrap_or(SHIM_PROTOCOL)),
-            ),
-            (
-                "shim_version",
-                Value::from(shim.unwrap_or(env!("CARGO_PKG_VERSION"))),
-            ),
+            ("protocol", Value::from(self.faults.shim_protocol.unwrap_or(SHIM_PROTOCOL))),
+            ("shim_version", Value::from(shim.unwrap_or(env!("CARGO_PKG_VERSION")))),
             ("model_path", model.map_or(Value::Nil, Value::from)),
-            (
-                "vllm_version",
-                Value::from(self.options.version.to_string()),
-            ),
+            ("vllm_version", Value::from(self.options.version.to_string())),
             ("is_moe", Value::from(self.options.moe)),
             ("dp_rank", Value::from(self.options.rank)),
             ("rank", Value::from(0)),
@@ -328,11 +293,12 @@ impl Engine {
                 Err(("protocol", format!("request {request}"), "unchanged"))
             } else if path.is_empty() || files.is_empty() {
                 Err(("request", format!("request {request}"), "unchanged"))
-            } else if let Some(state) = self.faults.load_fails.clone().filter(|_| {
-                self.faults
-                    .load_times
-                    .is_none_or(|times| self.loads <= times)
-            }) {
+            } else if let Some(state) = self
+                .faults
+                .load_fails
+                .clone()
+                .filter(|_| self.faults.load_times.is_none_or(|times| self.loads <= times))
+            {
                 let state = match state.as_str() {
                     "unchanged" => "unchanged",
                     "mixed" => "mixed",
@@ -341,9 +307,7 @@ impl Engine {
                 Err(("injected", "ordered fault: load-fails".to_owned(), state))
             } else {
                 match weights::read(std::path::Path::new(&path), &files) {
-                    Err(error) if error.kind == "files" => {
-                        Err(("files", error.to_string(), "unchanged"))
-                    }
+                    Err(error) if error.kind == "files" => Err(("files", error.to_string(), "unchanged")),
                     Err(error) => Err((error.kind, error.to_string(), "restored-meta")),
                     Ok(mut loaded) => {
                         if self.faults.load_wrong_digest {
@@ -351,9 +315,7 @@ impl Engine {
                         }
                         let same = number("tensors") == Some(loaded.tensors)
                             && number("bytes") == Some(loaded.bytes)
-                            && (!hashing
-                                || wanted.is_none()
-                                || wanted.as_ref() == Some(&loaded.digest));
+                            && (!hashing || wanted.is_none() || wanted.as_ref() == Some(&loaded.digest));
                         consumed = Some(loaded);
                         if same {
                             Ok(())
@@ -385,21 +347,13 @@ impl Engine {
         Ok(msg::map([
             ("ok", Value::from(state == "loaded")),
             ("protocol", Value::from(SHIM_PROTOCOL)),
-            (
-                "update_id",
-                msg::get(request, "update_id")
-                    .cloned()
-                    .unwrap_or(Value::Nil),
-            ),
+            ("update_id", msg::get(request, "update_id").cloned().unwrap_or(Value::Nil)),
             ("dp_rank", Value::from(self.options.rank)),
             ("rank", Value::from(0)),
             ("tensors", Value::from(tensors)),
             ("bytes", Value::from(bytes)),
             ("digest", digest.map_or(Value::Nil, Value::from)),
-            (
-                "digest_kind",
-                Value::from(if hashing { "blake3" } else { "none" }),
-            ),
+            ("digest_kind", Value::from(if hashing { "blake3" } else { "none" })),
             ("ms", Value::from(1)),
             ("state", Value::from(state)),
             ("error", error),

@@ -40,9 +40,8 @@ pub fn read(directory: &Path, files: &[String]) -> Result<Loaded, LoadError> {
         };
         let content = std::fs::read(&path).map_err(|error| failed("files", error.to_string()))?;
         let broken = |text: &str| failed("load", text.to_owned());
-        let (length, rest) = content
-            .split_first_chunk::<8>()
-            .ok_or_else(|| broken("shorter than a safetensors header"))?;
+        let (length, rest) =
+            content.split_first_chunk::<8>().ok_or_else(|| broken("shorter than a safetensors header"))?;
         let length = usize::try_from(u64::from_le_bytes(*length))
             .ok()
             .filter(|length| *length <= rest.len())
@@ -83,24 +82,16 @@ pub fn read(directory: &Path, files: &[String]) -> Result<Loaded, LoadError> {
     for line in lines.values() {
         whole.update(line.as_bytes());
     }
-    Ok(Loaded {
-        tensors: lines.len() as u64,
-        bytes,
-        digest: whole.finalize().to_hex().to_string(),
-    })
+    Ok(Loaded { tensors: lines.len() as u64, bytes, digest: whole.finalize().to_hex().to_string() })
 }
 
 /// The files of a directory in loading order: those of the index, or every `*.safetensors`.
 pub fn files(directory: &Path) -> Result<Vec<String>, LoadError> {
-    let failed = |text: String| LoadError {
-        kind: "files",
-        text: format!("{}: {text}", directory.display()),
-    };
+    let failed = |text: String| LoadError { kind: "files", text: format!("{}: {text}", directory.display()) };
     let index = directory.join("model.safetensors.index.json");
     if index.exists() {
         let text = std::fs::read(&index).map_err(|error| failed(error.to_string()))?;
-        let index: Value =
-            serde_json::from_slice(&text).map_err(|error| failed(error.to_string()))?;
+        let index: Value = serde_json::from_slice(&text).map_err(|error| failed(error.to_string()))?;
         let mut names: Vec<String> = index["weight_map"]
             .as_object()
             .ok_or_else(|| failed("the index has no weight_map".to_owned()))?
@@ -113,11 +104,8 @@ pub fn files(directory: &Path) -> Result<Vec<String>, LoadError> {
     }
     let mut names = Vec::new();
     for entry in std::fs::read_dir(directory).map_err(|error| failed(error.to_string()))? {
-        let name = entry
-            .map_err(|error| failed(error.to_string()))?
-            .file_name()
-            .to_string_lossy()
-            .into_owned();
+        let name =
+            entry.map_err(|error| failed(error.to_string()))?.file_name().to_string_lossy().into_owned();
         if name.ends_with(".safetensors") {
             names.push(name);
         }
@@ -199,9 +187,6 @@ mod tests {
         let loaded = read(&directory, &names).unwrap();
         std::fs::remove_dir_all(&directory).unwrap();
         assert_eq!((loaded.tensors, loaded.bytes), (2, 10));
-        assert_eq!(
-            loaded.digest,
-            "1be5773b02fdc5720476d39d52ead12cd6337b2ec6c46c2fa30c1605fe645988"
-        );
+        assert_eq!(loaded.digest, "1be5773b02fdc5720476d39d52ead12cd6337b2ec6c46c2fa30c1605fe645988");
     }
 }

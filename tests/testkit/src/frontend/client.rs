@@ -27,12 +27,7 @@ pub struct NewRequest {
 impl NewRequest {
     /// A request with a prompt of three tokens.
     pub fn new(id: impl Into<String>, max_tokens: u32) -> Self {
-        Self {
-            id: id.into(),
-            prompt: vec![1, 2, 3],
-            max_tokens,
-            rank: None,
-        }
+        Self { id: id.into(), prompt: vec![1, 2, 3], max_tokens, rank: None }
     }
 
     /// The same for one rank.
@@ -87,9 +82,7 @@ pub struct ApiServer {
 
 impl fmt::Debug for ApiServer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ApiServer")
-            .field("index", &self.index)
-            .finish_non_exhaustive()
+        f.debug_struct("ApiServer").field("index", &self.index).finish_non_exhaustive()
     }
 }
 
@@ -181,11 +174,7 @@ impl ApiServer {
         &self.stats_messages
     }
 
-    pub(super) fn await_registrations(
-        &mut self,
-        end: Instant,
-        limit: Duration,
-    ) -> Result<(), FrontendError> {
+    pub(super) fn await_registrations(&mut self, end: Instant, limit: Duration) -> Result<(), FrontendError> {
         while self.registrations.len() < usize::from(self.size) {
             let Some(frames) = sockets::take(&self.input)? else {
                 let left = end.saturating_duration_since(Instant::now());
@@ -203,10 +192,7 @@ impl ApiServer {
                 poll(&[&self.input], left)?;
                 continue;
             };
-            let malformed = |reason: String| FrontendError::Malformed {
-                stage: "registration",
-                reason,
-            };
+            let malformed = |reason: String| FrontendError::Malformed { stage: "registration", reason };
             let [identity, payload] = frames.as_slice() else {
                 return Err(malformed(format!("{} frames", frames.len())));
             };
@@ -239,10 +225,7 @@ impl ApiServer {
         if self.version.at_least(23, 0) {
             required.extend(["dtype", "block_size", "vllm_version"]);
         }
-        if let Some(key) = required
-            .iter()
-            .find(|key| msg::get(response, key).is_none_or(Value::is_nil))
-        {
+        if let Some(key) = required.iter().find(|key| msg::get(response, key).is_none_or(Value::is_nil)) {
             return Err(FrontendError::Malformed {
                 stage: "registration",
                 reason: format!("rank {rank}: no {key} in {response}"),
@@ -272,10 +255,8 @@ impl ApiServer {
         let mut fields = vec![Value::Nil; at.len];
         fields[0] = Value::from(request.id.as_str());
         fields[1] = request.prompt.iter().copied().map(Value::from).collect();
-        fields[at.sampling_params] = msg::map([
-            ("temperature", Value::from(0.0)),
-            ("max_tokens", Value::from(request.max_tokens)),
-        ]);
+        fields[at.sampling_params] =
+            msg::map([("temperature", Value::from(0.0)), ("max_tokens", Value::from(request.max_tokens))]);
         fields[at.arrival_time] = Value::from(0.0);
         fields[at.client_index] = Value::from(self.index as u64);
         fields[at.current_wave] = Value::from(self.wave);
@@ -284,13 +265,7 @@ impl ApiServer {
             fields[*flag] = Value::from(false);
         }
         self.inflight[usize::from(rank)] += 1;
-        self.requests.insert(
-            request.id.clone(),
-            Completion {
-                rank,
-                ..Completion::default()
-            },
-        );
+        self.requests.insert(request.id.clone(), Completion { rank, ..Completion::default() });
         self.send_raw(rank, &[b"\x00", &msg::encode(&Value::Array(fields))])?;
         if !self.running && !self.version.engines_start_waves() {
             self.first_request(rank)?;
@@ -331,10 +306,7 @@ impl ApiServer {
         let mut by_rank: BTreeMap<u16, Vec<Value>> = BTreeMap::new();
         for id in ids {
             if let Some(request) = self.requests.get(*id) {
-                by_rank
-                    .entry(request.rank)
-                    .or_default()
-                    .push(Value::from(*id));
+                by_rank.entry(request.rank).or_default().push(Value::from(*id));
             }
         }
         for (rank, ids) in by_rank {
@@ -351,12 +323,7 @@ impl ApiServer {
     }
 
     /// Sends a utility call; returns its id.
-    pub fn start_call(
-        &mut self,
-        rank: u16,
-        method: &str,
-        args: Vec<Value>,
-    ) -> Result<u64, FrontendError> {
+    pub fn start_call(&mut self, rank: u16, method: &str, args: Vec<Value>) -> Result<u64, FrontendError> {
         self.next_call += 1;
         let call = self.next_call;
         self.calls.insert(call, (rank, method.to_owned()));
@@ -382,11 +349,7 @@ impl ApiServer {
         self.until(&what, limit, |server| server.results.contains_key(&call))?;
         match self.results.remove(&call) {
             Some(Ok(value)) => Ok(value),
-            Some(Err(reason)) => Err(FrontendError::Call {
-                method,
-                rank,
-                reason,
-            }),
+            Some(Err(reason)) => Err(FrontendError::Call { method, rank, reason }),
             None => Err(FrontendError::Timeout { what, limit }),
         }
     }
@@ -413,33 +376,19 @@ impl ApiServer {
         let calls = (0..self.size)
             .map(|rank| self.start_call(rank, method, args.to_vec()))
             .collect::<Result<Vec<_>, _>>()?;
-        calls
-            .into_iter()
-            .map(|call| self.await_call(call, limit))
-            .collect()
+        calls.into_iter().map(|call| self.await_call(call, limit)).collect()
     }
 
     /// Waits until a request is finished.
-    pub fn await_request(
-        &mut self,
-        id: &str,
-        limit: Duration,
-    ) -> Result<Completion, FrontendError> {
+    pub fn await_request(&mut self, id: &str, limit: Duration) -> Result<Completion, FrontendError> {
         self.until(&format!("end of request {id}"), limit, |server| {
-            server
-                .requests
-                .get(id)
-                .is_none_or(|request| request.finish.is_some())
+            server.requests.get(id).is_none_or(|request| request.finish.is_some())
         })?;
         Ok(self.requests.get(id).cloned().unwrap_or_default())
     }
 
     /// Sends a request and waits for its end.
-    pub fn complete(
-        &mut self,
-        request: &NewRequest,
-        limit: Duration,
-    ) -> Result<Completion, FrontendError> {
+    pub fn complete(&mut self, request: &NewRequest, limit: Duration) -> Result<Completion, FrontendError> {
         self.add(request)?;
         self.await_request(&request.id, limit)
     }
@@ -500,18 +449,12 @@ impl ApiServer {
         if let [only] = frames
             && only == b"ENGINE_CORE_DEAD"
         {
-            self.reporter
-                .report("engine_core_dead", json!({"server": self.index}));
+            self.reporter.report("engine_core_dead", json!({"server": self.index}));
             return Err(FrontendError::EngineDead { server: self.index });
         }
-        let malformed = |reason: String| FrontendError::Malformed {
-            stage: "EngineCoreOutputs",
-            reason,
-        };
+        let malformed = |reason: String| FrontendError::Malformed { stage: "EngineCoreOutputs", reason };
         let message = msg::decode(&frames[0]).map_err(|error| malformed(error.to_string()))?;
-        let fields = message
-            .as_array()
-            .ok_or_else(|| malformed(format!("{message} is not an array")))?;
+        let fields = message.as_array().ok_or_else(|| malformed(format!("{message} is not an array")))?;
         let field = |at: usize| fields.get(at).filter(|value| !value.is_nil());
         let rank = field(0)
             .and_then(Value::as_u64)
@@ -527,30 +470,21 @@ impl ApiServer {
                 .as_array()
                 .filter(|parts| parts.len() >= 2)
                 .ok_or_else(|| malformed(format!("EngineCoreOutput {output}")))?;
-            let id = parts[0]
-                .as_str()
-                .ok_or_else(|| malformed(format!("request_id {}", parts[0])))?;
+            let id = parts[0].as_str().ok_or_else(|| malformed(format!("request_id {}", parts[0])))?;
             let numbers = self.version.output_numbers();
-            if let Some(at) = numbers
-                .iter()
-                .find(|at| parts.get(**at).is_some_and(Value::is_nil))
-            {
+            if let Some(at) = numbers.iter().find(|at| parts.get(**at).is_some_and(Value::is_nil)) {
                 return Err(malformed(format!("EngineCoreOutput: nil at position {at}")));
             }
             let Some(request) = self.requests.get_mut(id) else {
                 // vLLM's output processor ignores an output of an unknown request.
-                self.reporter
-                    .report("unknown_request", json!({"server": self.index, "id": id}));
+                self.reporter.report("unknown_request", json!({"server": self.index, "id": id}));
                 continue;
             };
-            let tokens = parts[1]
-                .as_array()
-                .ok_or_else(|| malformed(format!("new_token_ids {}", parts[1])))?;
+            let tokens =
+                parts[1].as_array().ok_or_else(|| malformed(format!("new_token_ids {}", parts[1])))?;
             request.messages += 1;
             request.tokens.extend(
-                tokens
-                    .iter()
-                    .filter_map(|token| token.as_u64().and_then(|token| u32::try_from(token).ok())),
+                tokens.iter().filter_map(|token| token.as_u64().and_then(|token| u32::try_from(token).ok())),
             );
             if let (Some(version), false) = (version, tokens.is_empty()) {
                 request.versions.insert(version.to_owned());
@@ -584,16 +518,11 @@ impl ApiServer {
             let call = parts[0].as_u64();
             let known = call.and_then(|call| self.calls.remove(&call).map(|known| (call, known)));
             let Some((call, _)) = known else {
-                return Err(FrontendError::UnknownCall {
-                    server: self.index,
-                    call: parts[0].to_string(),
-                });
+                return Err(FrontendError::UnknownCall { server: self.index, call: parts[0].to_string() });
             };
             let result = match (parts[1].as_str(), parts[2].as_array()) {
                 (Some(text), _) => Err(text.to_owned()),
-                (None, Some(result)) if result.len() == 2 && result[0].is_nil() => {
-                    Ok(result[1].clone())
-                }
+                (None, Some(result)) if result.len() == 2 && result[0].is_nil() => Ok(result[1].clone()),
                 _ => return Err(malformed(format!("UtilityResult {}", parts[2]))),
             };
             self.results.insert(call, result);
@@ -609,27 +538,16 @@ impl ApiServer {
                 latest.push(frames);
             }
         }
-        let malformed = |reason: String| FrontendError::Malformed {
-            stage: "DP coordinator",
-            reason,
-        };
+        let malformed = |reason: String| FrontendError::Malformed { stage: "DP coordinator", reason };
         for frames in latest {
             let message = msg::decode(&frames[0]).map_err(|error| malformed(error.to_string()))?;
             let parts = message.as_array().filter(|parts| parts.len() == 3);
             let Some([counts, wave, running]) = parts.map(Vec::as_slice) else {
                 return Err(malformed(message.to_string()));
             };
-            self.wave = wave
-                .as_u64()
-                .ok_or_else(|| malformed(format!("wave {wave}")))?;
-            self.running = running
-                .as_bool()
-                .ok_or_else(|| malformed(format!("running {running}")))?;
-            let arity = if self.version.counts_carry_kv_use() {
-                3
-            } else {
-                2
-            };
+            self.wave = wave.as_u64().ok_or_else(|| malformed(format!("wave {wave}")))?;
+            self.running = running.as_bool().ok_or_else(|| malformed(format!("running {running}")))?;
+            let arity = if self.version.counts_carry_kv_use() { 3 } else { 2 };
             for (at, entry) in counts.as_array().into_iter().flatten().enumerate() {
                 let entry = entry
                     .as_array()
@@ -647,18 +565,14 @@ impl ApiServer {
 
 /// A number that no other client uses: time and process, 20 bits left free.
 fn unique() -> u64 {
-    let time = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .map_or(0, |time| time.as_nanos());
+    let time =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |time| time.as_nanos());
     let time = u64::try_from(time & 0xffff_ffff_ffff_ffff).unwrap_or_default();
     (time ^ u64::from(std::process::id()).rotate_left(40)) & !0xff_ffff
 }
 
 fn poll(sockets: &[&Socket], limit: Duration) -> Result<(), zmq::Error> {
-    let mut items: Vec<_> = sockets
-        .iter()
-        .map(|socket| socket.as_poll_item(PollEvents::POLLIN))
-        .collect();
+    let mut items: Vec<_> = sockets.iter().map(|socket| socket.as_poll_item(PollEvents::POLLIN)).collect();
     let limit = i64::try_from(limit.as_micros().div_ceil(1000)).unwrap_or(i64::MAX);
     match zmq::poll(&mut items, limit) {
         Ok(_) | Err(zmq::Error::EINTR) => Ok(()),

@@ -54,18 +54,13 @@ pub struct Coordinator {
 
 impl fmt::Debug for Coordinator {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Coordinator")
-            .field("addresses", &self.addresses)
-            .finish_non_exhaustive()
+        f.debug_struct("Coordinator").field("addresses", &self.addresses).finish_non_exhaustive()
     }
 }
 
 impl Coordinator {
     /// Binds its sockets and starts.
-    pub(super) fn start(
-        options: &FrontendOptions,
-        reporter: Reporter,
-    ) -> Result<Self, FrontendError> {
+    pub(super) fn start(options: &FrontendOptions, reporter: Reporter) -> Result<Self, FrontendError> {
         // A context of its own: it must not share the fate of the API servers' sockets.
         let context = Context::new();
         let any = "tcp://127.0.0.1:*";
@@ -104,19 +99,13 @@ impl Coordinator {
             .name("fake-dp-coordinator".to_owned())
             .spawn(move || {
                 if let Err(reason) = runner.run() {
-                    runner
-                        .reporter
-                        .report("coordinator_died", json!({"reason": reason}));
+                    runner.reporter.report("coordinator_died", json!({"reason": reason}));
                     runner.lock(|state| state.died = Some(reason));
                 }
             })
             .map_err(|_| zmq::Error::EMTHREAD)?;
         Ok(Self {
-            addresses: Addresses {
-                front: front_address,
-                back_input,
-                back_output,
-            },
+            addresses: Addresses { front: front_address, back_input, back_output },
             state,
             stop,
             wake: Mutex::new(wake),
@@ -131,10 +120,7 @@ impl Coordinator {
 
     /// What it knows now.
     pub fn state(&self) -> CoordinatorState {
-        self.state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -187,8 +173,7 @@ impl Runner {
             if message != [b"\x01".to_vec()] {
                 return Err("unexpected message while waiting for engines to subscribe".to_owned());
             }
-            self.reporter
-                .report("subscription", json!({"seen": seen + 1}));
+            self.reporter.report("subscription", json!({"seen": seen + 1}));
             self.lock(|state| state.subscriptions += 1);
         }
         self.publish_back.send(&b"READY"[..], 0).map_err(text)?;
@@ -202,10 +187,8 @@ impl Runner {
 
     /// Waits for a subscription or the end, before READY.
     fn poll_one(&self, limit: i64) -> Result<(), String> {
-        let mut items = [
-            self.publish_back.as_poll_item(PollEvents::POLLIN),
-            self.wake.as_poll_item(PollEvents::POLLIN),
-        ];
+        let mut items =
+            [self.publish_back.as_poll_item(PollEvents::POLLIN), self.wake.as_poll_item(PollEvents::POLLIN)];
         match zmq::poll(&mut items, limit) {
             Ok(_) | Err(zmq::Error::EINTR) => Ok(()),
             Err(error) => Err(error.to_string()),
@@ -216,11 +199,7 @@ impl Runner {
         let text = |error: zmq::Error| error.to_string();
         let interval = Duration::from_millis(if self.stats_changed { 100 } else { 5000 });
         let elapsed = self.last_publish.map_or(interval, |at| at.elapsed());
-        let quiet = if self.waves && self.last_step_counts.is_none() {
-            50
-        } else {
-            0
-        };
+        let quiet = if self.waves && self.last_step_counts.is_none() { 50 } else { 0 };
         let left = interval.saturating_sub(elapsed).as_millis();
         let limit = i64::try_from(left).unwrap_or(i64::MAX).max(quiet);
         let mut items = [
@@ -276,8 +255,7 @@ impl Runner {
         let Some([target, wave]) = parts.map(Vec::as_slice) else {
             return Err(format!("front: {message}"));
         };
-        self.reporter
-            .report("first_req", json!({"message": msg::to_json(&message)}));
+        self.reporter.report("first_req", json!({"message": msg::to_json(&message)}));
         if !self.waves || self.version.engines_start_waves() {
             return Ok(());
         }
@@ -286,11 +264,7 @@ impl Runner {
         if running {
             return Ok(());
         }
-        let exclude = if wave < current {
-            Value::Nil
-        } else {
-            target.clone()
-        };
+        let exclude = if wave < current { Value::Nil } else { target.clone() };
         self.send_start(current, exclude)
     }
 
@@ -302,11 +276,7 @@ impl Runner {
             .ok_or_else(|| format!("back: {message}"))?;
         let field = |at: usize| fields.get(at).filter(|value| !value.is_nil());
         let whole = |at: usize| field(at).and_then(Value::as_u64);
-        if fields[1]
-            .as_array()
-            .is_some_and(|outputs| !outputs.is_empty())
-            || field(4).is_some()
-        {
+        if fields[1].as_array().is_some_and(|outputs| !outputs.is_empty()) || field(4).is_some() {
             return Err("assert not outputs.outputs".to_owned());
         }
         let rank = whole(0).ok_or("engine_index")?;
@@ -332,20 +302,16 @@ impl Runner {
                 None => false,
             });
             if known {
-                self.kv_use[at] = msg::get(stats, "kv_cache_usage")
-                    .and_then(Value::as_f64)
-                    .unwrap_or(0.0);
+                self.kv_use[at] = msg::get(stats, "kv_cache_usage").and_then(Value::as_f64).unwrap_or(0.0);
                 self.stats_changed = true;
             }
-            self.reporter
-                .report("stats", json!({"rank": rank, "counts": counts}));
+            self.reporter.report("stats", json!({"rank": rank, "counts": counts}));
         }
         if !self.waves {
             return Ok(false);
         }
         if let Some(wave) = whole(6) {
-            self.reporter
-                .report("wave_complete", json!({"rank": rank, "wave": wave}));
+            self.reporter.report("wave_complete", json!({"rank": rank, "wave": wave}));
             return Ok(self.lock(|state| {
                 let news = state.wave <= wave;
                 if news {
@@ -356,8 +322,7 @@ impl Runner {
             }));
         }
         if let Some(wave) = whole(7) {
-            self.reporter
-                .report("start_wave", json!({"rank": rank, "wave": wave}));
+            self.reporter.report("start_wave", json!({"rank": rank, "wave": wave}));
             let news = self.lock(|state| {
                 let news = wave > state.wave || (wave == state.wave && !state.running);
                 if news {
@@ -375,14 +340,9 @@ impl Runner {
     }
 
     fn send_start(&self, wave: u64, exclude: Value) -> Result<(), String> {
-        self.reporter.report(
-            "start_dp_wave_sent",
-            json!({"wave": wave, "exclude": msg::to_json(&exclude)}),
-        );
+        self.reporter.report("start_dp_wave_sent", json!({"wave": wave, "exclude": msg::to_json(&exclude)}));
         let payload = msg::encode(&Value::Array(vec![Value::from(wave), exclude]));
-        self.publish_back
-            .send_multipart([&b"\x02"[..], &payload], 0)
-            .map_err(|error| error.to_string())
+        self.publish_back.send_multipart([&b"\x02"[..], &payload], 0).map_err(|error| error.to_string())
     }
 
     fn counts(&self) -> Value {
@@ -417,8 +377,6 @@ impl Runner {
 
     fn publish(&self, counts: Value, wave: u64, running: bool) -> Result<(), String> {
         let message = Value::Array(vec![counts, Value::from(wave), Value::from(running)]);
-        self.front
-            .send(msg::encode(&message), 0)
-            .map_err(|error| error.to_string())
+        self.front.send(msg::encode(&message), 0).map_err(|error| error.to_string())
     }
 }

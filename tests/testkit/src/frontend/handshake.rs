@@ -25,11 +25,7 @@ pub(super) enum State {
     Ready,
 }
 
-pub(super) fn serve(
-    frontend: &mut FakeFrontend,
-    end: Instant,
-    limit: Duration,
-) -> Result<(), FrontendError> {
+pub(super) fn serve(frontend: &mut FakeFrontend, end: Instant, limit: Duration) -> Result<(), FrontendError> {
     let mut states = std::mem::take(&mut frontend.states);
     let mut seen = std::mem::take(&mut frontend.seen);
     let result = serve_with(frontend, &mut states, &mut seen, end, limit);
@@ -80,24 +76,15 @@ fn serve_with(
             .ok()
             .filter(|rank| *rank < options.size)
             .ok_or_else(|| FrontendError::UnknownIdentity(msg::hex(identity)))?;
-        let message = msg::decode(payload).map_err(|error| FrontendError::Malformed {
-            stage: "handshake",
-            reason: error.to_string(),
-        })?;
+        let message = msg::decode(payload)
+            .map_err(|error| FrontendError::Malformed { stage: "handshake", reason: error.to_string() })?;
         let flag = |key: &str| msg::get(&message, key).and_then(Value::as_bool);
         let status = msg::text(&message, "status").unwrap_or_default();
-        frontend.reporter.report(
-            "handshake",
-            json!({"rank": rank, "message": msg::to_json(&message)}),
-        );
+        frontend.reporter.report("handshake", json!({"rank": rank, "message": msg::to_json(&message)}));
         if flag("local") != Some(false) || flag("headless") != Some(true) {
             return Err(FrontendError::Unexpected {
                 rank,
-                what: format!(
-                    "{status} with local {:?}, headless {:?}",
-                    flag("local"),
-                    flag("headless")
-                ),
+                what: format!("{status} with local {:?}, headless {:?}", flag("local"), flag("headless")),
             });
         }
         let state = &mut states[usize::from(rank)];
@@ -119,16 +106,10 @@ fn serve_with(
                     }
                 }
                 *state = State::Ready;
-                seen.push(EngineSeen {
-                    rank,
-                    ready: message,
-                });
+                seen.push(EngineSeen { rank, ready: message });
             }
             (status, state) => {
-                return Err(FrontendError::Unexpected {
-                    rank,
-                    what: format!("{status} in state {state:?}"),
-                });
+                return Err(FrontendError::Unexpected { rank, what: format!("{status} in state {state:?}") });
             }
         }
     }
@@ -137,30 +118,19 @@ fn serve_with(
 
 fn init(frontend: &FakeFrontend, coordinated: bool) -> Value {
     let list = |pick: fn(&super::ApiServer) -> &str| {
-        Value::Array(
-            frontend
-                .servers
-                .iter()
-                .map(|server| Value::from(pick(server)))
-                .collect(),
-        )
+        Value::Array(frontend.servers.iter().map(|server| Value::from(pick(server))).collect())
     };
     let of = |pick: fn(&super::coordinator::Addresses) -> &str| {
         frontend
             .coordinator
             .as_ref()
-            .map_or(Value::Nil, |coordinator| {
-                Value::from(pick(coordinator.addresses()))
-            })
+            .map_or(Value::Nil, |coordinator| Value::from(pick(coordinator.addresses())))
     };
     let parallel_config = if coordinated {
         let ports = frontend.group_ports.map(Value::from).to_vec();
         msg::map([
             ("data_parallel_master_ip", Value::from("127.0.0.1")),
-            (
-                "data_parallel_master_port",
-                Value::from(frontend.group_ports[0]),
-            ),
+            ("data_parallel_master_port", Value::from(frontend.group_ports[0])),
             ("_data_parallel_master_port_list", Value::Array(ports)),
             ("_coord_store_port", Value::from(0)),
             ("data_parallel_size", Value::from(frontend.options.size)),
@@ -176,10 +146,7 @@ fn init(frontend: &FakeFrontend, coordinated: bool) -> Value {
                 ("outputs", list(|server| server.output_address())),
                 ("coordinator_input", of(|addresses| &addresses.back_input)),
                 ("coordinator_output", of(|addresses| &addresses.back_output)),
-                (
-                    "frontend_stats_publish_address",
-                    of(|addresses| &addresses.front),
-                ),
+                ("frontend_stats_publish_address", of(|addresses| &addresses.front)),
             ]),
         ),
         ("parallel_config", parallel_config),

@@ -31,19 +31,15 @@ pub fn serve(
     let (sender, asks) = mpsc::sync_channel(256);
     let model = model.to_owned();
     // The acceptor ends with the process; nothing waits for it.
-    let _ = std::thread::Builder::new()
-        .name("http".to_owned())
-        .spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let (sender, model) = (sender.clone(), model.clone());
-                let _ = std::thread::Builder::new()
-                    .name("http-connection".to_owned())
-                    .spawn(move || {
-                        // A client that went away needs no answer.
-                        let _ = connection(stream, &sender, &model);
-                    });
-            }
-        });
+    let _ = std::thread::Builder::new().name("http".to_owned()).spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let (sender, model) = (sender.clone(), model.clone());
+            let _ = std::thread::Builder::new().name("http-connection".to_owned()).spawn(move || {
+                // A client that went away needs no answer.
+                let _ = connection(stream, &sender, &model);
+            });
+        }
+    });
     pump(frontend, &asks, stopped)
 }
 
@@ -122,15 +118,11 @@ fn connection(stream: TcpStream, asks: &SyncSender<Ask>, model: &str) -> std::io
         reader.read_exact(&mut body)?;
         let (status, answer) = match (method.as_str(), path.as_str()) {
             ("GET", "/health") => ("200 OK", String::new()),
-            ("GET", "/v1/models") => (
-                "200 OK",
-                json!({"object": "list", "data": [{"id": model, "object": "model"}]}).to_string(),
-            ),
+            ("GET", "/v1/models") => {
+                ("200 OK", json!({"object": "list", "data": [{"id": model, "object": "model"}]}).to_string())
+            }
             ("POST", "/v1/completions") => completion(&body, asks, model),
-            _ => (
-                "404 Not Found",
-                json!({"error": "no such route"}).to_string(),
-            ),
+            _ => ("404 Not Found", json!({"error": "no such route"}).to_string()),
         };
         write!(
             writer,
@@ -152,44 +144,25 @@ fn completion(body: &[u8], asks: &SyncSender<Ask>, model: &str) -> (&'static str
         Value::Array(tokens) => tokens.iter().filter_map(Value::as_u64).collect(),
         _ => return bad("prompt is neither text nor tokens"),
     };
-    let max_tokens = request["max_tokens"]
-        .as_u64()
-        .and_then(|tokens| u32::try_from(tokens).ok())
-        .unwrap_or(16);
+    let max_tokens =
+        request["max_tokens"].as_u64().and_then(|tokens| u32::try_from(tokens).ok()).unwrap_or(16);
     let (answer, done) = mpsc::sync_channel(1);
-    let ask = Ask {
-        prompt,
-        max_tokens,
-        answer,
-    };
+    let ask = Ask { prompt, max_tokens, answer };
     if asks.send(ask).is_err() {
-        return (
-            "503 Service Unavailable",
-            json!({"error": "stopping"}).to_string(),
-        );
+        return ("503 Service Unavailable", json!({"error": "stopping"}).to_string());
     }
     let Ok(done) = done.recv_timeout(REQUEST_LIMIT) else {
-        return (
-            "504 Gateway Timeout",
-            json!({"error": "no answer"}).to_string(),
-        );
+        return ("504 Gateway Timeout", json!({"error": "no answer"}).to_string());
     };
     let reason = match done.finish {
         Some(0) => "stop",
         Some(1) => "length",
         Some(2) => "abort",
         _ => {
-            return (
-                "500 Internal Server Error",
-                json!({"error": "engine error"}).to_string(),
-            );
+            return ("500 Internal Server Error", json!({"error": "engine error"}).to_string());
         }
     };
-    let text: Vec<String> = done
-        .tokens
-        .iter()
-        .map(|token| format!("<{token}>"))
-        .collect();
+    let text: Vec<String> = done.tokens.iter().map(|token| format!("<{token}>")).collect();
     let answer = json!({
         "object": "text_completion",
         "model": model,

@@ -139,9 +139,7 @@ pub struct FakeFrontend {
 
 impl fmt::Debug for FakeFrontend {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("FakeFrontend")
-            .field("address", &self.address)
-            .finish_non_exhaustive()
+        f.debug_struct("FakeFrontend").field("address", &self.address).finish_non_exhaustive()
     }
 }
 
@@ -150,14 +148,9 @@ impl FakeFrontend {
     pub fn bind(options: FrontendOptions, reporter: Reporter) -> Result<Self, FrontendError> {
         let context = Context::new();
         let (handshake, address) = sockets::bind(&context, SocketType::ROUTER, &options.address)?;
-        let coordinator = if options.size > 1 {
-            Some(Coordinator::start(&options, reporter.clone())?)
-        } else {
-            None
-        };
-        let stats = coordinator
-            .as_ref()
-            .map(|coordinator| coordinator.addresses().front.clone());
+        let coordinator =
+            if options.size > 1 { Some(Coordinator::start(&options, reporter.clone())?) } else { None };
+        let stats = coordinator.as_ref().map(|coordinator| coordinator.addresses().front.clone());
         let servers = (0..options.api_servers.max(1))
             .map(|index| ApiServer::bind(&context, index, &options, stats.as_deref(), &reporter))
             .collect::<Result<_, _>>()?;
@@ -204,8 +197,7 @@ impl FakeFrontend {
         }
         // `launch_core_engines` closes the handshake socket when all are up.
         self.handshake = None;
-        self.reporter
-            .report("started", serde_json::json!({"engines": self.seen.len()}));
+        self.reporter.report("started", serde_json::json!({"engines": self.seen.len()}));
         Ok(self.seen.clone())
     }
 
@@ -219,8 +211,6 @@ impl FakeFrontend {
 fn free_ports() -> [u16; 4] {
     let held = [(); 4].map(|()| std::net::TcpListener::bind(("127.0.0.1", 0)).ok());
     held.map(|listener| {
-        listener
-            .and_then(|listener| listener.local_addr().ok())
-            .map_or(0, |address| address.port())
+        listener.and_then(|listener| listener.local_addr().ok()).map_or(0, |address| address.port())
     })
 }

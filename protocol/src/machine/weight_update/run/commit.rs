@@ -68,9 +68,7 @@ impl Run {
         }
         state.stamping = false;
         if let Err(error) = result {
-            self.warn(format!(
-                "rank {rank}: outputs do not carry the version: {error}"
-            ));
+            self.warn(format!("rank {rank}: outputs do not carry the version: {error}"));
         }
         self.advance(cx);
     }
@@ -122,15 +120,9 @@ impl Run {
             if let Some(state) = self.awaited(rank, incarnation) {
                 state.waiting = false;
             }
-            self.warn(format!(
-                "rank {rank}: caches were not reset after the rollback: {why}"
-            ));
+            self.warn(format!("rank {rank}: caches were not reset after the rollback: {why}"));
         } else {
-            self.fence(
-                cx,
-                rank,
-                &format!("caches of the previous weights could not be reset: {why}"),
-            );
+            self.fence(cx, rank, &format!("caches of the previous weights could not be reset: {why}"));
         }
         self.advance(cx);
     }
@@ -181,11 +173,7 @@ impl Run {
             Err(error) if attempt < RESUME_ATTEMPTS => {
                 state.attempt += 1;
                 state.record.errors.push(format!("resume failed: {error}"));
-                cx.actions.push_back(Action::Resume {
-                    rank,
-                    incarnation,
-                    attempt: attempt + 1,
-                });
+                cx.actions.push_back(Action::Resume { rank, incarnation, attempt: attempt + 1 });
             }
             Err(error) => self.fence(cx, rank, &format!("resume failed: {error}")),
         }

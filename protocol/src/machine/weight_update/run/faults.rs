@@ -99,20 +99,13 @@ impl Run {
             return;
         }
         self.fail(format!("rank {rank} is fenced: {why}"));
-        let group = if cx.config.lockstep {
-            self.active()
-        } else {
-            vec![rank]
-        };
+        let group = if cx.config.lockstep { self.active() } else { vec![rank] };
         for member in group {
             let Some(state) = self.ranks.get(&member) else {
                 continue;
             };
-            let why = if member == rank {
-                why.to_owned()
-            } else {
-                format!("lockstep group of rank {rank}: {why}")
-            };
+            let why =
+                if member == rank { why.to_owned() } else { format!("lockstep group of rank {rank}: {why}") };
             cx.actions.push_back(Action::Fence {
                 rank: member,
                 incarnation: state.record.incarnation,

@@ -3,9 +3,7 @@
 use crate::{EngineIndex, Incarnation};
 
 use super::super::record::Commit;
-use super::super::types::{
-    Action, Checkpoint, Phase, RankState as State, Target, WorkerReport, WorkerState,
-};
+use super::super::types::{Action, Checkpoint, Phase, RankState as State, Target, WorkerReport, WorkerState};
 use super::{Cx, Run, Step, millis};
 
 impl Run {
@@ -18,10 +16,7 @@ impl Run {
             Target::Previous => self.enter(cx, Step::RollingBack, Phase::RollingBack),
         }
         self.deadline = Some(cx.now + cx.config.load_timeout);
-        let any_touched = self
-            .ranks
-            .values()
-            .any(|state| state.active && state.touched);
+        let any_touched = self.ranks.values().any(|state| state.active && state.touched);
         let external = self.begin.external_weights;
         for rank in self.active() {
             let Some(state) = self.ranks.get_mut(&rank) else {
@@ -91,10 +86,8 @@ impl Run {
             Ok(workers) => (verify(&workers, &wanted), workers),
             Err(error) => (Some(format!("load failed: {error}")), Vec::new()),
         };
-        let unchanged = !workers.is_empty()
-            && workers
-                .iter()
-                .all(|worker| worker.state == WorkerState::Unchanged);
+        let unchanged =
+            !workers.is_empty() && workers.iter().all(|worker| worker.state == WorkerState::Unchanged);
         let unverified = fault.is_none()
             && wanted.digest.is_some()
             && workers.iter().any(|worker| worker.digest.is_none());

@@ -2,9 +2,7 @@
 
 use crate::{EngineIndex, Incarnation};
 
-use super::super::types::{
-    Action, Checkpoint, NodeId, PauseMode, Phase, RankState as State, Target,
-};
+use super::super::types::{Action, Checkpoint, NodeId, PauseMode, Phase, RankState as State, Target};
 use super::{Cx, Run, Step, millis};
 
 impl Run {
@@ -22,9 +20,7 @@ impl Run {
             return;
         }
         if let Some((other, first)) = self.new.iter().next() {
-            let same = first.tensors == new.tensors
-                && first.bytes == new.bytes
-                && first.digest == new.digest;
+            let same = first.tensors == new.tensors && first.bytes == new.bytes && first.digest == new.digest;
             if !same {
                 let error = format!(
                     "nodes {other} and {node} see different checkpoints at {}: digest {} and {}",
@@ -39,9 +35,7 @@ impl Run {
             }
         }
         if previous.is_none() {
-            self.warn(format!(
-                "the previous checkpoint is not there any more on node {node}: no way back"
-            ));
+            self.warn(format!("the previous checkpoint is not there any more on node {node}: no way back"));
         }
         self.new.insert(node, new);
         self.previous.insert(node, previous);
@@ -71,11 +65,8 @@ impl Run {
     /// pause is in flight.
     pub(super) fn send_pause(&mut self, cx: &mut Cx<'_>, attempt: u32, mode: PauseMode) {
         self.step = Step::Pausing { attempt, mode };
-        let limit = if mode == PauseMode::Abort {
-            cx.config.abort_pause_timeout
-        } else {
-            self.begin.pause_deadline
-        };
+        let limit =
+            if mode == PauseMode::Abort { cx.config.abort_pause_timeout } else { self.begin.pause_deadline };
         self.deadline = Some(cx.now + limit);
         #[cfg(test)]
         let forgotten = (self.mutation == Some(super::super::Mutation::ForgetOneRankInPause))
@@ -140,11 +131,7 @@ impl Run {
             // Nobody has paused (after a second attempt the first one may be in force); a resume of a lockstep group that is not paused can hang it.
             self.finish(cx);
         } else if let Some(rank) = self.active().first() {
-            self.fence(
-                cx,
-                *rank,
-                "the group is paused in part and cannot be resumed",
-            );
+            self.fence(cx, *rank, "the group is paused in part and cannot be resumed");
             self.finish(cx);
         }
     }

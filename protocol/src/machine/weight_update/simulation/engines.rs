@@ -29,11 +29,7 @@ impl World {
         if self.machine.snapshot().running.is_some() {
             return; // `ended` schedules it again
         }
-        let group: Vec<usize> = if self.lockstep {
-            (0..self.engines.len()).collect()
-        } else {
-            vec![rank]
-        };
+        let group: Vec<usize> = if self.lockstep { (0..self.engines.len()).collect() } else { vec![rank] };
         for member in group {
             let weights = Weights::Whole(self.journal.checkpoint.path.clone());
             let engine = &mut self.engines[member];
@@ -80,13 +76,7 @@ impl World {
         self.tell(lost(rank, incarnation));
     }
 
-    pub(super) fn pause_arrives(
-        &mut self,
-        rank: usize,
-        incarnation: u64,
-        attempt: u32,
-        mode: PauseMode,
-    ) {
+    pub(super) fn pause_arrives(&mut self, rank: usize, incarnation: u64, attempt: u32, mode: PauseMode) {
         if !self.living(rank, incarnation) {
             return;
         }
@@ -130,10 +120,7 @@ impl World {
             return;
         }
         let engine = &mut self.engines[rank];
-        let keep = engine
-            .pausing
-            .iter()
-            .all(|(_, mode)| *mode == PauseMode::Keep);
+        let keep = engine.pausing.iter().all(|(_, mode)| *mode == PauseMode::Keep);
         if !keep {
             let finished = engine.request.take();
             self.response(finished);
@@ -151,13 +138,7 @@ impl World {
         }
     }
 
-    pub(super) fn load_ends(
-        &mut self,
-        rank: usize,
-        incarnation: u64,
-        target: Target,
-        wanted: Checkpoint,
-    ) {
+    pub(super) fn load_ends(&mut self, rank: usize, incarnation: u64, target: Target, wanted: Checkpoint) {
         if !self.living(rank, incarnation) {
             return;
         }
@@ -185,11 +166,7 @@ impl World {
                 }
                 2 => {
                     weights = Weights::Torn;
-                    Ok(vec![report(
-                        true,
-                        WorkerState::Loaded,
-                        Some("liar".to_owned()),
-                    )])
+                    Ok(vec![report(true, WorkerState::Loaded, Some("liar".to_owned()))])
                 }
                 3 => {
                     weights = Weights::Torn;
@@ -241,9 +218,7 @@ impl World {
             return;
         }
         let paused = self.engines[rank].paused;
-        self.law(paused, || {
-            format!("lockstep rank {rank} is resumed, but was not paused")
-        });
+        self.law(paused, || format!("lockstep rank {rank} is resumed, but was not paused"));
         self.engines[rank].resuming = Some(attempt);
         if self.engines.iter().all(|engine| engine.resuming.is_some()) {
             for at in 0..self.engines.len() {
@@ -273,9 +248,7 @@ impl World {
             && cache != weights
             && !self.external
         {
-            self.law(false, || {
-                format!("rank {rank} serves {weights} with the cache of {cache}")
-            });
+            self.law(false, || format!("rank {rank} serves {weights} with the cache of {cache}"));
         }
         let ends = self.chance(0.3);
         let engine = &mut self.engines[rank];
@@ -294,9 +267,7 @@ impl World {
 
     pub(super) fn response(&mut self, versions: Option<BTreeSet<String>>) {
         let mixed = versions.is_some_and(|versions| versions.len() > 1);
-        self.law(!mixed, || {
-            "a response mixes weights without keep".to_owned()
-        });
+        self.law(!mixed, || "a response mixes weights without keep".to_owned());
     }
 
     /// What holds at every moment.
@@ -314,9 +285,7 @@ impl World {
         });
         if let Some(rank) = wrong {
             let holds = self.engines[rank].weights.clone();
-            self.law(false, || {
-                format!("rank {rank} serves {holds:?}, committed is {committed}")
-            });
+            self.law(false, || format!("rank {rank} serves {holds:?}, committed is {committed}"));
         }
     }
 }

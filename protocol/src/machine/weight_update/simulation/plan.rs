@@ -11,18 +11,14 @@ impl World {
             .enumerate()
             .filter(|(_, engine)| engine.alive && engine.admitted)
             .map(|(rank, engine)| {
-                let participant = Participant {
-                    incarnation: Incarnation(engine.incarnation),
-                    node: self.node_of(rank),
-                };
+                let participant =
+                    Participant { incarnation: Incarnation(engine.incarnation), node: self.node_of(rank) };
                 (EngineIndex(u16::try_from(rank).unwrap()), participant)
             })
             .collect();
-        let repeated = self
-            .done
-            .get(&begin.id)
-            .is_some_and(|records| records.iter().any(|record| record.committed))
-            || self.journal.id == begin.id;
+        let repeated =
+            self.done.get(&begin.id).is_some_and(|records| records.iter().any(|record| record.committed))
+                || self.journal.id == begin.id;
         if self.lockstep && serving.len() < self.engines.len() && idle && !repeated {
             return; // the driver refuses: the group is not complete
         }
@@ -78,8 +74,7 @@ impl World {
             let begin = Box::new(begin);
             let at = self.now + Duration::from_secs(n * 200);
             self.seq += 1;
-            self.queue
-                .insert((at, self.seq), Happening::Begin(begin.clone()));
+            self.queue.insert((at, self.seq), Happening::Begin(begin.clone()));
             if self.chance(0.3) {
                 let at = at + Duration::from_millis(self.rng.random_range(0..190_000));
                 self.seq += 1;
@@ -90,8 +85,7 @@ impl World {
                     let at = at + Duration::from_millis(self.rng.random_range(0..12_000));
                     let rank = self.rng.random_range(0..self.engines.len());
                     self.seq += 1;
-                    self.queue
-                        .insert((at, self.seq), Happening::Dies(rank, u64::MAX));
+                    self.queue.insert((at, self.seq), Happening::Dies(rank, u64::MAX));
                 }
             }
             if self.chance(0.1) {
@@ -128,11 +122,7 @@ impl World {
             }
             Happening::Step(rank) => self.step(rank),
             Happening::Dies(rank, life) => {
-                let life = if life == u64::MAX {
-                    self.engines[rank].incarnation
-                } else {
-                    life
-                };
+                let life = if life == u64::MAX { self.engines[rank].incarnation } else { life };
                 self.dies(rank, life);
             }
             Happening::Restart(rank) => self.restart(rank),
@@ -141,18 +131,14 @@ impl World {
             Happening::ControllerDies => {
                 // Its engines are stopped with it (by the keeper, when the grace is over), and start
                 // again by the journal. Answers of the old life reach nobody.
-                self.queue
-                    .retain(|_, happening| matches!(happening, Happening::Begin(_)));
+                self.queue.retain(|_, happening| matches!(happening, Happening::Begin(_)));
                 let last = self
                     .journal_record
                     .clone()
                     .filter(|record| record.id == self.journal.id)
                     .unwrap_or_else(|| Record::of_commit(&self.journal));
-                self.machine = WeightUpdate::new(
-                    config(self.lockstep),
-                    self.journal.version.clone(),
-                    Some(last),
-                );
+                self.machine =
+                    WeightUpdate::new(config(self.lockstep), self.journal.version.clone(), Some(last));
                 self.machine.mutation = self.mutation;
                 self.gate_open = true;
                 self.external = false;
