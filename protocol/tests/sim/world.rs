@@ -16,30 +16,13 @@ use super::frontend_model::{Frontend, rules};
 mod checks;
 #[path = "faults.rs"]
 mod faults;
+#[path = "schedule.rs"]
+mod schedule;
+
+use schedule::{Rng, Scheduled};
 
 /// After this long without an end the run is judged as it stands.
 const HORIZON: u64 = 20_000_000;
-
-/// SplitMix64: small, and the same on every version of every crate.
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
-    }
-
-    fn chance(&mut self, percent: u64) -> bool {
-        self.below(100) < percent
-    }
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Topology {
@@ -102,32 +85,6 @@ enum Happening {
     Resume {
         life: u64,
     },
-}
-
-struct Scheduled {
-    at: u64,
-    number: u64,
-    what: Happening,
-}
-
-impl PartialEq for Scheduled {
-    fn eq(&self, other: &Self) -> bool {
-        self.number == other.number
-    }
-}
-
-impl Eq for Scheduled {}
-
-impl PartialOrd for Scheduled {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Scheduled {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        (other.at, other.number).cmp(&(self.at, self.number))
-    }
 }
 
 /// Who talks to whom; messages on one link keep their order.
