@@ -74,3 +74,20 @@ pub const TABLE: &[(u8, &str)] = &[
     (NOT_RUNNING, "no sidecar answers"),
     (COMMAND_FAILED, "the sidecar refused the command"),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_readme_explains_every_code_that_a_run_or_an_update_can_end_with() {
+        let readme = include_str!("../README.md");
+        let codes: Vec<&str> =
+            readme.lines().filter_map(|line| line.strip_prefix("| ")?.split(" |").next()).collect();
+        // Codes of the planner and of several nodes are not given yet.
+        for (code, meaning) in TABLE.iter().filter(|(code, _)| ![NO_PLACEMENT, MISMATCH].contains(code)) {
+            let named = codes.iter().any(|cell| cell.split(", ").any(|one| one == code.to_string()));
+            assert!(named, "README does not explain exit code {code}: {meaning}");
+        }
+    }
+}

@@ -11,7 +11,7 @@ use dp_sidecar_protocol::machine::control::{
 };
 use dp_sidecar_protocol::machine::weight_update::PauseMode;
 use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Time};
-use futures::future::{join_all, pending};
+use futures::future::join_all;
 use rmpv::Value;
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -415,7 +415,7 @@ impl Task {
                     Ok(Done::Nothing) => None,
                     Err(error) => { warn!(%error, "work of the control task failed"); None }
                 },
-                () = sleep_until(due) => {
+                () = super::sleep_until(due) => {
                     let now = self.now();
                     self.machine.handle_timeout(now);
                     None
@@ -588,12 +588,5 @@ fn held_event(call: HeldCall) -> Held {
         api_server: call.api_server,
         method: call.method,
         args: call.args,
-    }
-}
-
-async fn sleep_until(due: Option<Instant>) {
-    match due {
-        Some(due) => tokio::time::sleep_until(due).await,
-        None => pending().await,
     }
 }

@@ -16,7 +16,7 @@ use super::handles::{AttachmentCommand, AttachmentHandle, ask};
 use super::init;
 use crate::config::Config;
 use crate::supervisor::client::KeeperClient;
-use crate::supervisor::keeper::wire::{ExitReport, ExitStatus, KeeperEvent};
+use crate::supervisor::keeper::wire::{ExitStatus, KeeperEvent};
 
 /// Name of the keeper's child.
 pub const CHILD: &str = "frontend";
@@ -160,7 +160,7 @@ async fn until_exit(
                     }
                     // With an unknown status its keeper is dead, and the successor says so.
                     if report.status != ExitStatus::Unknown {
-                        return Ended::Exited(describe(&report));
+                        return Ended::Exited(init::describe_exit(&report));
                     }
                 }
                 Some(KeeperEvent::Replaced { .. }) => return Ended::KeeperReplaced,
@@ -178,12 +178,6 @@ async fn until_exit(
             }
         }
     }
-}
-
-fn describe(report: &ExitReport) -> String {
-    let lines = report.last_lines.len().min(20);
-    let tail = &report.last_lines[report.last_lines.len() - lines..];
-    format!("{} (pid {}); its last lines:\n  {}", report.status, report.pid, tail.join("\n  "))
 }
 
 /// A loopback port for the frontend's handshake socket. vLLM binds it itself, so it cannot be kept

@@ -10,6 +10,7 @@ use dp_sidecar_protocol::machine::restart::RestartPolicy;
 
 use super::handles::{GroupKind, SlotAddresses};
 use crate::config::Config;
+use crate::supervisor::keeper::wire::ExitReport;
 
 /// Ports given to a lockstep group. vLLM takes them from the end of the list: the engine cores'
 /// gloo store first, the workers' world store second, more only when one is taken
@@ -130,6 +131,17 @@ pub(super) fn free_ports() -> Result<Vec<u16>, String> {
         "only {} free ports from {LOWEST} on, {GROUP_PORTS} needed for the group's stores",
         ports.len()
     ))
+}
+
+/// Exit status and last log lines of a child, for people.
+pub(super) fn describe_exit(report: &ExitReport) -> String {
+    let lines = report.last_lines.len().min(20);
+    let tail = &report.last_lines[report.last_lines.len() - lines..];
+    if tail.is_empty() {
+        format!("{} (pid {}), no output", report.status, report.pid)
+    } else {
+        format!("{} (pid {}); its last lines:\n  {}", report.status, report.pid, tail.join("\n  "))
+    }
 }
 
 #[cfg(test)]

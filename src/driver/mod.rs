@@ -14,3 +14,11 @@ pub mod rank;
 #[cfg(test)]
 pub(crate) mod test_ranks;
 pub mod weight_update;
+
+/// Sleeps until a machine's next deadline; for ever when it has none.
+async fn sleep_until(due: Option<tokio::time::Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due).await,
+        None => std::future::pending().await,
+    }
+}

@@ -24,7 +24,7 @@ use super::init;
 use super::weight_update::UpdateHandle;
 use crate::config::{Config, Engines};
 use crate::supervisor::client::KeeperClient;
-use crate::supervisor::keeper::wire::{ExitReport, ExitStatus, KeeperEvent};
+use crate::supervisor::keeper::wire::{ExitStatus, KeeperEvent};
 
 /// Limit for answers of our own tasks and of the keeper.
 const LOCAL_ANSWER: Duration = Duration::from_secs(10);
@@ -203,7 +203,7 @@ impl Node {
                 Some(event) = inputs.handshake.recv() => self.handshake_event(event),
                 Some(event) = inputs.ranks.recv() => self.rank_event(event).await,
                 Some(done) = self.work.join_next() => self.work_done(done),
-                () = sleep_until(due) => {
+                () = super::sleep_until(due) => {
                     let now = self.now();
                     self.machine.handle_timeout(now);
                 }
@@ -264,7 +264,7 @@ impl Node {
                     error!(rank = rank.0, pids = ?report.left, "processes of the engine could not be ended");
                 }
                 let incarnation = Incarnation(report.incarnation);
-                let reason = describe_exit(&report);
+                let reason = init::describe_exit(&report);
                 if report.requested {
                     info!(rank = rank.0, incarnation = incarnation.0, status = %report.status, "engine stopped");
                 } else {
@@ -574,23 +574,5 @@ impl Node {
             })
             .collect();
         self.outputs.snapshot.send_replace(ranks);
-    }
-}
-
-async fn sleep_until(due: Option<Instant>) {
-    match due {
-        Some(due) => tokio::time::sleep_until(due).await,
-        None => std::future::pending().await,
-    }
-}
-
-/// Exit status and last log lines, for people.
-fn describe_exit(report: &ExitReport) -> String {
-    let lines = report.last_lines.len().min(20);
-    let tail = &report.last_lines[report.last_lines.len() - lines..];
-    if tail.is_empty() {
-        format!("{} (pid {}), no output", report.status, report.pid)
-    } else {
-        format!("{} (pid {}); its last lines:\n  {}", report.status, report.pid, tail.join("\n  "))
     }
 }

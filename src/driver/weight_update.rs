@@ -23,7 +23,7 @@ use dp_sidecar_protocol::machine::weight_update::{
     WeightUpdate,
 };
 use dp_sidecar_protocol::{EngineIndex, Incarnation, Time, UpdateId, WeightVersion};
-use futures::future::{join_all, pending};
+use futures::future::join_all;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -289,7 +289,7 @@ impl Task {
                     Ok(done) => self.done(done),
                     Err(error) => error!(%error, "work of the update task failed"),
                 },
-                () = sleep_until(due) => {
+                () = super::sleep_until(due) => {
                     let now = self.now();
                     self.machine.handle_timeout(now);
                 }
@@ -535,11 +535,4 @@ fn made_up_version(request: &UpdateRequest, id: &UpdateId) -> WeightVersion {
 fn unix_ms() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     since.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
-}
-
-async fn sleep_until(due: Option<Instant>) {
-    match due {
-        Some(due) => tokio::time::sleep_until(due).await,
-        None => pending().await,
-    }
 }
