@@ -309,6 +309,7 @@ impl Manifest {
     /// What a worker is told to load.
     pub fn checkpoint(&self, digest: Option<String>) -> Checkpoint {
         Checkpoint {
+            extents: Vec::new(),
             path: self.path.to_string_lossy().into_owned(),
             files: self.files.iter().map(|file| file.name.clone()).collect(),
             tensors: self.tensors.len() as u64,

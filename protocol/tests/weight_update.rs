@@ -34,6 +34,7 @@ fn begin(id: &str) -> Begin {
 
 fn checkpoint(path: &str) -> Checkpoint {
     Checkpoint {
+        extents: Vec::new(),
         path: path.to_owned(),
         files: vec!["model.safetensors".to_owned()],
         tensors: 3,

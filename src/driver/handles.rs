@@ -1,8 +1,9 @@
 //! What the tasks of the sidecar say to each other: commands, events and the handles that carry
 //! them. All queues are bounded. A handle is cheap to clone.
 //!
-//! [`RankHandle`] and [`CoordinatorHandle`] are the border between leader and follower: for ranks
-//! of other nodes the peer link implements the same commands.
+//! [`RankHandle`], [`EdgeHandle`], [`HandshakeHandle`], [`ProcessHandle`] and [`StageHandle`] are the borders that
+//! a link carries: for ranks of other nodes (and, the first two, for the relay process of this node)
+//! `crate::link` implements the same commands.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,7 +11,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use dp_sidecar_protocol::layout::Layout;
-use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Slot, Wave};
+use dp_sidecar_protocol::machine::weight_update::Checkpoint;
+use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Slot, UpdateId, Wave, WeightVersion};
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -62,7 +64,7 @@ pub type CallResult = Result<rmpv::Value, HandleError>;
 // === rank task ===
 
 /// Address pairs of one engine incarnation: position = slot, see [`Slot`].
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct SlotAddresses {
     /// `ipc://` address of the input ROUTER of each slot.
     pub inputs: Vec<String>,
@@ -90,7 +92,7 @@ pub struct OpenRoute {
 }
 
 /// A route ended without being closed.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct RouteLost {
     /// Whose.
     pub frontend: FrontendId,
@@ -184,7 +186,7 @@ pub enum RankCommand {
 
 /// A control call of a frontend (pause, resume, sleep, weight methods ...), held at one rank until
 /// the control task has decided.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct HeldCall {
     /// At which rank.
     pub rank: EngineIndex,
@@ -201,7 +203,7 @@ pub struct HeldCall {
 }
 
 /// Decision on a [`HeldCall`].
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub enum Verdict {
     /// Send it to the engine; the answer goes to the frontend.
     Forward,
@@ -212,7 +214,7 @@ pub enum Verdict {
 }
 
 /// What a rank task reports.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub enum RankEvent {
     /// The first registration frame of an incarnation came in on the control slot.
     Registered {
@@ -484,7 +486,7 @@ pub enum HandshakeCommand {
 }
 
 /// What the handshake task reports.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub enum HandshakeEvent {
     /// HELLO came and INIT went out.
     Connected {
@@ -524,7 +526,7 @@ pub struct HandshakeHandle {
 // === attachments ===
 
 /// What a frontend is told about an engine when it attaches.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct EngineFacts {
     /// The registration frame of the engine, as it came.
     pub registration: Bytes,
@@ -595,4 +597,284 @@ pub struct AttachmentHandle {
     pub commands: mpsc::Sender<AttachmentCommand>,
     /// All wanted frontends.
     pub snapshot: watch::Receiver<Vec<FrontendSnapshot>>,
+}
+
+// === engine-facing sockets of the DP coordinator ===
+
+/// Commands of the edge task: it owns, per engine incarnation, the XPUB and PULL that the engine takes for its
+/// DP coordinator, on the engine's own node. The coordinator machine, on the leader, decides what goes through.
+#[derive(Debug)]
+pub enum EdgeCommand {
+    /// Bind fresh sockets for a rank's new incarnation; those of the life before are dropped.
+    Prepare {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Its new incarnation. The same one again gives the same sockets.
+        incarnation: Incarnation,
+        /// `(coordinator_input, coordinator_output)` addresses for INIT.
+        reply: Reply<(String, String)>,
+    },
+    /// Publish a message to the engines of these ranks.
+    Publish {
+        /// To whom.
+        ranks: Vec<EngineIndex>,
+        /// READY, or START_DP_WAVE.
+        frames: Vec<Bytes>,
+    },
+    /// The wave as the coordinator machine has it. Kept for a successor, which starts from it.
+    Note {
+        /// Current wave.
+        wave: Wave,
+        /// Is it running?
+        running: bool,
+    },
+    /// Drop the sockets of an incarnation.
+    Close {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which incarnation.
+        incarnation: Incarnation,
+    },
+}
+
+/// What the edge task reports.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+pub enum EdgeEvent {
+    /// The engine receives from now on what is published.
+    Subscribed {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which incarnation.
+        incarnation: Incarnation,
+    },
+    /// The engine reports load or a wave edge.
+    Report {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which incarnation.
+        incarnation: Incarnation,
+        /// An encoded single-frame `EngineCoreOutputs`.
+        frame: Bytes,
+    },
+}
+
+/// Handle of the edge task of a node.
+#[derive(Clone, Debug)]
+pub struct EdgeHandle {
+    /// Commands.
+    pub commands: mpsc::Sender<EdgeCommand>,
+}
+
+// === processes ===
+
+/// Commands for whoever starts vLLM on a node.
+#[derive(Debug)]
+pub enum ProcessCommand {
+    /// Start the engine of a rank; the node builds the command line from its own configuration.
+    Spawn {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which incarnation.
+        incarnation: Incarnation,
+        /// Where the engine says HELLO.
+        handshake: std::net::SocketAddr,
+        /// Its pid.
+        reply: Reply<u32>,
+    },
+    /// Stop it: SIGTERM, after the kill grace SIGKILL. Its exit comes as an event.
+    Stop {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Told (the process may live on for the grace).
+        reply: Reply<()>,
+    },
+}
+
+/// What happened to processes of engines.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+pub enum ProcessEvent {
+    /// An engine's process has ended, with all its children.
+    Exited {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which incarnation.
+        incarnation: Incarnation,
+        /// Was it asked to stop?
+        requested: bool,
+        /// Status and last lines, for people.
+        reason: String,
+    },
+    /// The keeper is gone and its successor is not there yet: nothing can be started or stopped.
+    KeeperAway,
+    /// The keeper was replaced, or cannot be; the engines it had are ended.
+    KeeperLost,
+}
+
+/// Handle of whoever starts vLLM on a node.
+#[derive(Clone, Debug)]
+pub struct ProcessHandle {
+    /// Commands.
+    pub commands: mpsc::Sender<ProcessCommand>,
+}
+
+// === staging ===
+
+/// Where a node takes the bytes of a new checkpoint from.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum StageSource {
+    /// A directory that this node can read.
+    Directory(String),
+    /// The node before it in the chain, which connects to this node's data address.
+    Upstream,
+    /// What a trainer uploads to the leader.
+    Upload(String),
+    /// What this node holds as current: it is passed on to a node that lacks it.
+    Current,
+}
+
+/// Where the version that is replaced is kept, for the way back.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Retain {
+    /// In the node's other shared memory segment.
+    #[default]
+    Memory,
+    /// In the directory it came from (the start-up checkpoint, or `--path` of an earlier update); only one
+    /// segment is used.
+    Disk,
+    /// Nowhere: an engine that fails gets the new version again, or is fenced.
+    None,
+}
+
+/// One node's part in staging a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct StageSpec {
+    /// Names the staged bytes; the update's id.
+    pub id: UpdateId,
+    /// Label of the weights.
+    pub version: WeightVersion,
+    /// Where from.
+    pub source: StageSource,
+    /// Data address of the next node in the chain, which has begun before.
+    pub downstream: Option<std::net::SocketAddr>,
+    /// What becomes of the version before.
+    pub retain: Retain,
+    /// Directory of the start-up checkpoint on this node: the manifest must fit it. None: not checked here.
+    pub model_path: Option<String>,
+}
+
+/// What can be asked of a node's staging area.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum StageRequest {
+    /// What is there.
+    State,
+    /// Can this node read that directory, and is it the same one? Answered with [`StageState::probed`].
+    Probe {
+        /// Absolute directory.
+        path: String,
+    },
+    /// Begin to fill the spare segment. Answered when the data address is open (`Upstream`) or the source was
+    /// found good; the rest comes as events. The same id again with the bytes already there is done at once.
+    Begin(StageSpec),
+    /// The staged bytes are the committed version: they become the current segment.
+    Commit {
+        /// Of the [`StageSpec`].
+        id: UpdateId,
+    },
+    /// Forget the staged bytes (they stay in the spare segment, for a later attempt to reuse).
+    Discard {
+        /// Of the [`StageSpec`].
+        id: UpdateId,
+    },
+}
+
+/// A version of the weights in a segment.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct StagedVersion {
+    /// The update that brought it.
+    pub id: UpdateId,
+    /// Its label.
+    pub version: WeightVersion,
+    /// What engines of this node are told to load.
+    pub checkpoint: Checkpoint,
+}
+
+/// State of a node's staging area.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct StageState {
+    /// Where the node before it in the chain connects; set while a [`StageSource::Upstream`] is awaited.
+    pub data_address: Option<std::net::SocketAddr>,
+    /// Answer to a probe: digest over names, sizes and headers of the directory's files.
+    pub probed: Option<String>,
+    /// The committed version, if a segment holds it.
+    pub current: Option<StagedVersion>,
+    /// The version before it, if it is retained.
+    pub previous: Option<StagedVersion>,
+    /// Complete and verified, but not committed.
+    pub staged: Option<StagedVersion>,
+    /// Bytes of shared memory in use.
+    pub memory: u64,
+}
+
+/// How far staging is on one node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct StageProgress {
+    /// Verified bytes.
+    pub done: u64,
+    /// Bytes of the checkpoint.
+    pub total: u64,
+    /// Verified chunks, and all.
+    pub chunks: (u64, u64),
+    /// Bytes that came over the network (payload).
+    pub received: u64,
+    /// Bytes taken from the current segment.
+    pub reused: u64,
+    /// Milliseconds since it began.
+    pub ms: u64,
+}
+
+/// What a node's staging area reports.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub enum StageEvent {
+    /// It goes on; at most a few times a second.
+    Progress {
+        /// Of the [`StageSpec`].
+        id: UpdateId,
+        /// How far.
+        progress: StageProgress,
+    },
+    /// All chunks are there and verified, the manifest fits.
+    Staged {
+        /// Of the [`StageSpec`].
+        id: UpdateId,
+        /// What to load.
+        checkpoint: Checkpoint,
+        /// At the end.
+        progress: StageProgress,
+    },
+    /// It failed; no engine was touched.
+    Failed {
+        /// Of the [`StageSpec`].
+        id: UpdateId,
+        /// Who, stage, expected, actual.
+        error: String,
+    },
+}
+
+/// Commands of the staging task.
+#[derive(Debug)]
+pub struct StageCommand {
+    /// What.
+    pub request: StageRequest,
+    /// State after it.
+    pub reply: Reply<StageState>,
+}
+
+/// Handle of a node's staging task.
+#[derive(Clone, Debug)]
+pub struct StageHandle {
+    /// Commands.
+    pub commands: mpsc::Sender<StageCommand>,
 }

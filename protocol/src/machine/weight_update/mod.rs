@@ -28,8 +28,8 @@ use crate::{EngineIndex, Incarnation, Time, UpdateId, WeightVersion};
 pub use record::{Commit, Outcome, RankRecord, Record, Snapshot};
 use run::Run;
 pub use types::{
-    Action, Begin, Checkpoint, Event, NodeId, Participant, PauseMode, Phase, RankState, Refusal, Target,
-    WorkerReport, WorkerState,
+    Action, Begin, Checkpoint, Event, Extent, NodeId, Participant, PauseMode, Phase, RankState, Refusal,
+    Target, WorkerReport, WorkerState,
 };
 
 /// How many committed ids are remembered, so that a repeated request is answered with the same record.

@@ -95,6 +95,7 @@ fn config(lockstep: bool) -> Config {
 
 fn checkpoint(source: &str) -> Checkpoint {
     Checkpoint {
+        extents: Vec::new(),
         path: source.to_owned(),
         files: vec!["model.safetensors".to_owned()],
         tensors: 7,

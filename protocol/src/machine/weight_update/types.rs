@@ -51,18 +51,31 @@ impl fmt::Display for PauseMode {
     }
 }
 
-/// A checked checkpoint directory: what an engine must consume, no more and no less.
+/// Where a file of a checkpoint lies within a segment, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Extent {
+    /// From the start of the segment.
+    pub offset: u64,
+    /// Length of the file.
+    pub length: u64,
+}
+
+/// A checked checkpoint: what an engine must consume, no more and no less.
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Checkpoint {
-    /// Absolute directory.
+    /// Absolute directory; with `extents`: absolute path of the shared memory segment.
     pub path: String,
     /// Files in it, in loading order.
     pub files: Vec<String>,
+    /// Where each of `files` lies in the segment; empty for a directory.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub extents: Vec<Extent>,
     /// Number of tensors in these files.
     pub tensors: u64,
     /// Sum of the tensors' lengths in bytes.
     pub bytes: u64,
-    /// Whole digest (`docs/weight-update.md`); `None`: counts only.
+    /// Whole digest (`docs/weight-update.md`); `None`: counts only. Of a segment: `xxh3:` and the digest over the
+    /// digests of its chunks; workers do not compute it, the node has.
     pub digest: Option<String>,
 }
 
