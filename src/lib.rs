@@ -11,6 +11,7 @@ pub mod exit_code;
 pub mod gpu;
 pub mod link;
 pub mod manifest;
+pub mod peer;
 pub mod shutdown;
 pub mod state_dir;
 pub mod supervisor;

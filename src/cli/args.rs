@@ -1,5 +1,6 @@
 //! The command line, as clap sees it.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -17,6 +18,11 @@ Examples:
     sidecar --dp-rank 0 -dp 2 --frontend 127.0.0.1:29551 -- Qwen/Qwen3-8B
     vllm serve Qwen/Qwen3-8B --data-parallel-size 2 --data-parallel-size-local 0 \\
         --data-parallel-address 127.0.0.1 --data-parallel-rpc-port 29551 --port 8000
+
+  Two nodes with two ranks each; rank 0's node leads, and listens at the address of --leader (start them in
+  any order, with the same flags behind `--`; the token file holds the same secret on all nodes):
+    sidecar --dp-rank 0 -dp 4 -dpl 2 --leader node0:29560 --auth-token-file token --serve -- MODEL
+    sidecar --dp-rank 2 -dp 4 -dpl 2 --leader node0:29560 --auth-token-file token -- MODEL
 
   Engines that somebody else starts (`vllm serve ... --headless` with the same address and port):
     sidecar --dp-rank 0 -dp 2 -dpa 127.0.0.1 -dpp 29550 --model-kind dense
@@ -140,9 +146,33 @@ pub struct RunArgs {
     )]
     pub data_parallel_size: u16,
 
-    /// DP ranks of this node (-dpl); all, if this is the node of rank 0.
+    /// DP ranks of this node (-dpl); all, if this is the node of rank 0 and there is no --leader.
     #[arg(long, env = "SIDECAR_DATA_PARALLEL_SIZE_LOCAL", value_name = "L", help_heading = "Deployment")]
     pub data_parallel_size_local: Option<u16>,
+
+    /// Several nodes: where the sidecar of rank 0 listens for those of the other ranks.
+    #[arg(long, env = "SIDECAR_LEADER", value_name = "HOST:PORT", help_heading = "Nodes")]
+    pub leader: Option<String>,
+
+    /// File with the secret that the nodes of the deployment share, at least 16 bytes. Proven, never sent.
+    #[arg(long, env = "SIDECAR_AUTH_TOKEN_FILE", value_name = "FILE", help_heading = "Nodes")]
+    pub auth_token_file: Option<PathBuf>,
+
+    /// Address of this node that the other nodes reach. [default: that of its connection to the leader; on
+    /// the leader's node the host of --leader]
+    #[arg(long, env = "SIDECAR_PEER_ADDRESS", value_name = "IP", help_heading = "Nodes")]
+    pub peer_address: Option<IpAddr>,
+
+    /// How long engines go on without a leader before their sidecar stops them and ends (exit code 7).
+    #[arg(
+        long,
+        env = "SIDECAR_LEADER_TIMEOUT",
+        default_value = "600s",
+        value_parser = parse_duration,
+        value_name = "TIME",
+        help_heading = "Nodes"
+    )]
+    pub leader_timeout: Duration,
 
     /// Where engines that somebody else starts do their handshake (-dpa).
     #[arg(

@@ -9,8 +9,9 @@ use thiserror::Error;
 use super::args::{ModelKind, RunArgs};
 use crate::config::devices::{self, DeviceError, Visible};
 use crate::config::model::{self, ModelError};
-use crate::config::{Config, Engines, Serve, check_host_port};
+use crate::config::{Config, Engines, Nodes, Serve, check_host_port};
 use crate::driver::handles::GroupKind;
+use crate::peer::token::Token;
 use crate::state_dir::StateDir;
 use crate::supervisor::command::VllmLaunch;
 use crate::supervisor::environment;
@@ -72,6 +73,7 @@ pub struct Built {
 pub fn build(args: &RunArgs, surroundings: &Surroundings) -> Result<Built, UsageError> {
     let mut notes = Vec::new();
     let (start_rank, size, size_local) = ranks(args)?;
+    let nodes = nodes(args, start_rank, size, size_local, surroundings, &mut notes)?;
     let address = resolve(&args.data_parallel_address)?;
     check(args.data_parallel_rpc_port != 0, || {
         "--data-parallel-rpc-port: a port above 0 is expected, engines must know it".to_owned()
@@ -132,6 +134,7 @@ pub fn build(args: &RunArgs, surroundings: &Surroundings) -> Result<Built, Usage
             pause_deadline: args.pause_deadline,
             allow_untested_vllm: args.allow_untested_vllm,
             max_restarts: args.max_restarts,
+            nodes,
             lifeline: args.lifeline,
             log_format: args.log_format,
             accel_file: args.accel_file.clone(),
@@ -179,6 +182,12 @@ fn ranks(args: &RunArgs) -> Result<(u16, u16, u16), UsageError> {
     })?;
     let local = match args.data_parallel_size_local {
         Some(local) => local,
+        None if args.leader.is_some() => {
+            return Err(UsageError::Check(
+                "--data-parallel-size-local: expected next to --leader (how many ranks are on this node?)"
+                    .to_owned(),
+            ));
+        }
         None if start == 0 => size,
         None => {
             return Err(UsageError::Check(format!(
@@ -197,14 +206,64 @@ fn ranks(args: &RunArgs) -> Result<(u16, u16, u16), UsageError> {
             u32::from(start) + u32::from(local) - 1
         )
     })?;
-    // The peer link between nodes will lift this.
-    check(start == 0 && local == size, || {
-        format!(
-            "--data-parallel-size-local {local} of --data-parallel-size {size}: all ranks must be \
-             on this node, deployments over several nodes are not supported yet"
-        )
-    })?;
     Ok((start, size, local))
+}
+
+/// Where the other nodes are.
+fn nodes(
+    args: &RunArgs,
+    start: u16,
+    size: u16,
+    local: u16,
+    surroundings: &Surroundings,
+    notes: &mut Vec<String>,
+) -> Result<Option<Nodes>, UsageError> {
+    if local == size {
+        if args.leader.is_some() {
+            notes.push(format!("--leader is not used: all {size} ranks are on this node"));
+        }
+        return Ok(None);
+    }
+    let here = format!("ranks {start} to {} of {size} are on this node", start + local - 1);
+    let Some(leader) = &args.leader else {
+        return Err(UsageError::Check(format!(
+            "--leader: HOST:PORT of the sidecar of rank 0 is expected, because only {here}"
+        )));
+    };
+    check_host_port(leader).map_err(|error| UsageError::Check(format!("--leader {leader:?}: {error}")))?;
+    let Some(file) = &args.auth_token_file else {
+        return Err(UsageError::Check(format!(
+            "--auth-token-file: a file with the secret of the deployment is expected with --leader, because {here}"
+        )));
+    };
+    if let Some(address) = args.peer_address {
+        check(!address.is_unspecified() && !address.is_multicast(), || {
+            format!("--peer-address {address}: an address of this node is expected")
+        })?;
+    }
+    if start > 0 {
+        let leader_only = "only the sidecar of rank 0 has frontends";
+        check(!args.serve, || format!("--serve: {leader_only}, {here}"))?;
+        check(args.frontend.is_empty(), || format!("--frontend: {leader_only}, {here}"))?;
+    }
+    let file = match &surroundings.cwd {
+        Some(cwd) => cwd.join(file),
+        None => file.clone(),
+    };
+    let (token, loose) = Token::read(&file)
+        .map_err(|error| UsageError::Check(format!("--auth-token-file {}: {error}", file.display())))?;
+    if loose {
+        notes.push(format!(
+            "--auth-token-file {}: others than its owner may read it; chmod 600 is expected",
+            file.display()
+        ));
+    }
+    Ok(Some(Nodes {
+        leader: leader.clone(),
+        token,
+        address: args.peer_address,
+        leader_timeout: args.leader_timeout,
+    }))
 }
 
 fn resolve(address: &str) -> Result<IpAddr, UsageError> {

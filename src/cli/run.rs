@@ -13,7 +13,7 @@ use super::args::{Cli, RunArgs};
 use super::build::{self, Built, Surroundings};
 use super::table::Table;
 use crate::app;
-use crate::config::{Config, Engines};
+use crate::config::{Config, Engines, Role};
 use crate::driver::handles::GroupKind;
 use crate::exit_code::{self, RunEnd};
 use crate::state_dir::{StateDir, StateDirError};
@@ -29,6 +29,7 @@ const RUNTIME_LIMIT: Duration = Duration::from_secs(5);
 struct LastWord<'a> {
     exit: u8,
     reason: &'a str,
+    /// First DP rank of the node.
     node_rank: u16,
 }
 
@@ -83,7 +84,7 @@ pub fn run(args: &RunArgs, origins: &[Origin]) -> u8 {
     if end.code != exit_code::OK {
         eprintln!("error: {}", end.reason);
     }
-    let last_word = LastWord { exit: end.code, reason: &end.reason, node_rank: 0 };
+    let last_word = LastWord { exit: end.code, reason: &end.reason, node_rank: args.dp_rank.unwrap_or(0) };
     if let Ok(line) = serde_json::to_string(&last_word) {
         eprintln!("{line}");
     }
@@ -101,6 +102,9 @@ fn surroundings(args: &RunArgs) -> Surroundings {
 }
 
 fn host(built: Built) -> RunEnd {
+    if built.config.role() != Role::Alone {
+        return RunEnd::new(exit_code::USAGE, "deployments over several nodes are not supported yet");
+    }
     for note in &built.notes {
         tracing::warn!("{note}");
     }
@@ -171,6 +175,17 @@ fn describe(built: &Built, origins: &[Origin]) -> String {
         "ranks {start_rank} to {last} of {size}, {kind}\nstate directory {}\n",
         config.state_dir.display()
     );
+    if let Some(nodes) = &config.nodes {
+        text.push_str(&match config.role() {
+            Role::Follower => format!("follower of the sidecar at {}\n", nodes.leader),
+            Role::Leader | Role::Alone => format!(
+                "leader, waits at {} for the nodes of ranks {} to {}\n",
+                nodes.leader,
+                size_local,
+                size - 1
+            ),
+        });
+    }
     let handshake = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     match &config.engines {
         Engines::Attach => {

@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio_util::task::TaskTracker;
 
 use crate::driver::handles::GroupKind;
+use crate::peer::token::Token;
 use crate::state_dir::StateDir;
 use crate::supervisor::KeeperOptions;
 use crate::supervisor::command::VllmLaunch;
@@ -55,12 +56,38 @@ pub struct Config {
     pub max_restarts: u32,
     /// Pipe whose end means "stop".
     pub lifeline: Lifeline,
+    /// Where the other nodes are; none if all ranks are on this node.
+    pub nodes: Option<Nodes>,
     /// How logs are written.
     pub log_format: LogFormat,
     /// Accelerators out of this file instead of NVML.
     pub accel_file: Option<PathBuf>,
     /// The `sidecar` binary, for starting the keeper.
     pub exe: PathBuf,
+}
+
+/// The deployment spreads over several nodes.
+#[derive(Clone, Debug)]
+pub struct Nodes {
+    /// `host:port` at which the leader listens and the followers connect.
+    pub leader: String,
+    /// The shared secret.
+    pub token: Token,
+    /// Address of this node that the other nodes reach, if the user named one.
+    pub address: Option<IpAddr>,
+    /// How long a follower waits for a leader that went away before it stops its engines.
+    pub leader_timeout: Duration,
+}
+
+/// What this sidecar does in the deployment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// All ranks are here.
+    Alone,
+    /// It has rank 0 and decides for all nodes.
+    Leader,
+    /// It does what the leader says.
+    Follower,
 }
 
 /// Who starts the engines.
@@ -126,6 +153,15 @@ impl Config {
             orphan_grace: self.orphan_grace,
             kill_grace: self.kill_grace,
             tasks: tasks.clone(),
+        }
+    }
+
+    /// What this sidecar does in the deployment.
+    pub fn role(&self) -> Role {
+        match (&self.nodes, self.start_rank) {
+            (None, _) => Role::Alone,
+            (Some(_), 0) => Role::Leader,
+            (Some(_), _) => Role::Follower,
         }
     }
 
