@@ -13,6 +13,7 @@ pub mod link;
 pub mod manifest;
 pub mod peer;
 pub mod shutdown;
+pub mod staging;
 pub mod state_dir;
 pub mod supervisor;
 pub mod telemetry;

@@ -802,7 +802,7 @@ pub struct StagedVersion {
 }
 
 /// State of a node's staging area.
-#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct StageState {
     /// Where the node before it in the chain connects; set while a [`StageSource::Upstream`] is awaited.
     pub data_address: Option<std::net::SocketAddr>,
@@ -814,12 +814,15 @@ pub struct StageState {
     pub previous: Option<StagedVersion>,
     /// Complete and verified, but not committed.
     pub staged: Option<StagedVersion>,
+    /// What is being staged now, and how far it is.
+    #[serde(default)]
+    pub running: Option<(UpdateId, StageProgress)>,
     /// Bytes of shared memory in use.
     pub memory: u64,
 }
 
 /// How far staging is on one node.
-#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct StageProgress {
     /// Verified bytes.
     pub done: u64,

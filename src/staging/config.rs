@@ -1,0 +1,98 @@
+//! What the staging area of a node is made of.
+
+use std::fmt;
+use std::io;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use tokio::net::TcpStream;
+
+use super::upload::UploadRequests;
+
+/// Where segments are by default.
+pub const SHM_DIR: &str = "/dev/shm";
+/// Bytes of a chunk by default.
+pub const CHUNK: u32 = 4 << 20;
+
+/// Which end of a hop this node is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HopSide {
+    /// It connected, and sends.
+    Sender,
+    /// It accepted, and receives.
+    Receiver,
+}
+
+/// Proves to the other node of a hop that both know the token, before anything else is said.
+pub trait HopAuth: Send + Sync + fmt::Debug {
+    /// Gives the stream back when both sides are who they should be. The caller sets the deadline.
+    fn authenticate(&self, stream: TcpStream, side: HopSide) -> BoxFuture<'static, io::Result<TcpStream>>;
+}
+
+/// Lets everybody in: for tests, and for a deployment on one node, where no hop exists.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoAuth;
+
+impl HopAuth for NoAuth {
+    fn authenticate(&self, stream: TcpStream, _side: HopSide) -> BoxFuture<'static, io::Result<TcpStream>> {
+        Box::pin(async move { Ok(stream) })
+    }
+}
+
+/// How a staging area is set up.
+#[derive(Debug)]
+pub struct StageConfig {
+    /// Names this node in errors of its own and of its neighbours, for example `node of rank 2`.
+    pub node: String,
+    /// Where `segments.json` is kept.
+    pub state_dir: PathBuf,
+    /// Of the state directory; part of the segments' names.
+    pub run_id: String,
+    /// Where segments are kept; [`SHM_DIR`].
+    pub shm_dir: PathBuf,
+    /// Address on which the node before this one in the chain finds it. A port is taken while it is awaited.
+    pub data_host: IpAddr,
+    /// Port for it; 0: any.
+    pub data_port: u16,
+    /// Bytes of a chunk, a multiple of 4096; [`CHUNK`]. The sender's counts.
+    pub chunk: u32,
+    /// Refuse to use more shared memory than this, in bytes.
+    pub max_memory: Option<u64>,
+    /// A hop on which nothing moves for this long has failed.
+    pub idle_limit: Duration,
+    /// The node before must connect within this time.
+    pub accept_limit: Duration,
+    /// Authenticates hops.
+    pub auth: Arc<dyn HopAuth>,
+    /// Uploads of this node, see [`super::upload::channel`]; none on followers.
+    pub uploads: Option<UploadRequests>,
+}
+
+impl StageConfig {
+    /// With the usual limits, and without uploads.
+    pub fn new(
+        node: impl Into<String>,
+        state_dir: impl Into<PathBuf>,
+        run_id: impl Into<String>,
+        data_host: IpAddr,
+        auth: Arc<dyn HopAuth>,
+    ) -> Self {
+        Self {
+            node: node.into(),
+            state_dir: state_dir.into(),
+            run_id: run_id.into(),
+            shm_dir: PathBuf::from(SHM_DIR),
+            data_host,
+            data_port: 0,
+            chunk: CHUNK,
+            max_memory: None,
+            idle_limit: Duration::from_secs(10),
+            accept_limit: Duration::from_secs(60),
+            auth,
+            uploads: None,
+        }
+    }
+}
