@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use dp_sidecar::driver::handles::{
-    GroupKind, HeldCall, OpenRoute, RankCommand, RankEvent, RankHandle, RouteLost, SlotAddresses, Verdict,
+    EngineFacts, GroupKind, HeldCall, OpenRoute, RankCommand, RankEvent, RankHandle, RouteLost,
+    SlotAddresses, Verdict,
 };
 use dp_sidecar::driver::rank::{self, RankConfig, RankOutputs};
 use dp_sidecar::transport::PrivateDir;
@@ -79,9 +80,8 @@ impl Bed {
             panic!("no registration");
         };
         assert_eq!(frame, Bytes::from_static(b"\x80"));
-        let layout = Layout::newest();
-        for command in [RankCommand::EngineReady { incarnation, layout }, RankCommand::Admit { incarnation }]
-        {
+        let facts = Box::new(EngineFacts::of(Layout::newest()));
+        for command in [RankCommand::EngineReady { incarnation, facts }, RankCommand::Admit { incarnation }] {
             self.handle.tell(command).await.unwrap();
         }
         engine
@@ -505,5 +505,42 @@ async fn bytes_that_would_kill_an_engine_are_refused_and_the_frontend_goes_on() 
     a.add("fine");
     engine.expect_add(a.slot, "fine");
     bed.until(|s| s.refused == 6).await;
+    bed.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn preparing_the_same_incarnation_again_keeps_its_sockets() {
+    let mut bed = Bed::new();
+    let engine = bed.start_engine().await;
+    let incarnation = Incarnation(bed.incarnation);
+    let prepare = |reply| RankCommand::Prepare { incarnation, reply };
+    bed.handle.ask("prepare again", LIMIT, prepare).await.unwrap();
+    let frontend = bed.attach(1).await;
+    frontend.add("still-here");
+    engine.expect_add(frontend.slot, "still-here");
+    bed.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_loss_of_a_route_is_told_to_who_adopted_it() {
+    let mut bed = Bed::new();
+    let _engine = bed.start_engine().await;
+    let frontend = bed.attach(1).await;
+    let (lost, mut losses) = mpsc::channel(1);
+    let adopt = |frontend: u64, lost| {
+        let handle = bed.handle.clone();
+        let frontend = FrontendId(frontend);
+        async move {
+            let adopt = |reply| RankCommand::AdoptRoute { frontend, api_server: 0, lost, reply };
+            handle.ask("adopt", LIMIT, adopt).await
+        }
+    };
+    assert_eq!(adopt(1, lost.clone()).await.unwrap(), frontend.slot);
+    let error = adopt(2, lost).await.unwrap_err().to_string();
+    assert!(error.contains("no route to API server 0"), "{error}");
+    drop(frontend);
+    let loss = tokio::time::timeout(LIMIT, losses.recv()).await.unwrap().unwrap();
+    assert_eq!((loss.frontend, loss.rank, loss.api_server), (FrontendId(1), RANK, 0));
+    assert!(bed.lost.1.try_recv().is_err(), "the one who opened it is not told any more");
     bed.stop().await;
 }

@@ -110,7 +110,7 @@ pub enum RankCommand {
     /// Bind fresh sockets for a new incarnation; those of the old one are dropped, and what was in
     /// flight there is answered.
     Prepare {
-        /// The new incarnation.
+        /// The new incarnation. The one whose sockets are open already: they stay as they are.
         incarnation: Incarnation,
         /// Where it must connect.
         reply: Reply<SlotAddresses>,
@@ -119,8 +119,9 @@ pub enum RankCommand {
     EngineReady {
         /// Which incarnation.
         incarnation: Incarnation,
-        /// Field positions of its vLLM version.
-        layout: Layout,
+        /// Field positions of its vLLM version, and what frontends are told about it: a link's serving side
+        /// keeps it for a restarted sidecar.
+        facts: Box<EngineFacts>,
     },
     /// Let the frontends' traffic through (what was held is sent).
     Admit {
@@ -158,6 +159,18 @@ pub enum RankCommand {
         /// What to open.
         route: OpenRoute,
         /// The slot that was taken.
+        reply: Reply<Slot>,
+    },
+    /// Report the loss of a route that is open already to somebody else from now on: a restarted sidecar has
+    /// found it. Fails if there is no such route (any more).
+    AdoptRoute {
+        /// Whose.
+        frontend: FrontendId,
+        /// Which of its API servers.
+        api_server: u32,
+        /// Told once when the route is lost.
+        lost: mpsc::Sender<RouteLost>,
+        /// The slot it has.
         reply: Reply<Slot>,
     },
     /// Close all routes of a frontend; its requests in flight are aborted on the engine.
@@ -536,6 +549,13 @@ pub struct EngineFacts {
     pub num_gpu_blocks: Option<u64>,
     /// Positions of its version.
     pub layout: Layout,
+}
+
+impl EngineFacts {
+    /// Of an engine about which nothing but its version is known.
+    pub const fn of(layout: Layout) -> Self {
+        Self { registration: Bytes::new(), parallel_config_hash: None, num_gpu_blocks: None, layout }
+    }
 }
 
 /// What is known about the whole deployment. Complete when `engines` has all `size` ranks.

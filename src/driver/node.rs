@@ -512,10 +512,10 @@ impl Node {
                 num_gpu_blocks: *blocks,
                 layout: *layout,
             };
+            let ready = RankCommand::EngineReady { incarnation, facts: Box::new(engine.clone()) };
             self.outputs.deployment.send_modify(|d| {
                 d.engines.insert(rank, engine);
             });
-            let ready = RankCommand::EngineReady { incarnation, layout: *layout };
             if let Some(handle) = self.peers.ranks.get(&rank)
                 && let Err(error) = handle.tell(ready).await
             {

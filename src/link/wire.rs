@@ -10,6 +10,7 @@ use std::net::SocketAddr;
 use bytes::Bytes;
 use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Wave};
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use crate::driver::handles::{
     EngineFacts, HandshakeEvent, HeldCall, ProcessEvent, RankEvent, RankSnapshot, RouteLost, SlotAddresses,
@@ -24,9 +25,17 @@ pub const MAX_FRAME: usize = 16 << 20;
 /// From the asking side.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Down {
+    /// First message of a connection.
+    Hello {
+        /// [`LINK_VERSION`].
+        version: u32,
+        /// Names the asking process. The same one after a reconnect may ask again with ids it has used: a request
+        /// that still runs, or a call that was answered, is not begun a second time.
+        session: Uuid,
+    },
     /// Do something; answered by [`Up::Answer`] with the same id.
     Request {
-        /// Unique on this connection.
+        /// Unique in this session, in the order in which requests are to be handed on.
         id: u64,
         /// What.
         request: Request,
@@ -38,6 +47,11 @@ pub enum Down {
 /// From the serving side.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Up {
+    /// Answer to [`Down::Hello`].
+    Hello {
+        /// [`LINK_VERSION`].
+        version: u32,
+    },
     /// Answer to a request.
     Answer {
         /// Of the request.
@@ -124,6 +138,15 @@ pub enum Request {
         registration: Bytes,
         /// Milliseconds.
         connect_timeout_ms: u64,
+    },
+    /// `RankCommand::AdoptRoute`: [`Answer::Slot`]. Its loss comes as [`Event::RouteLost`].
+    AdoptRoute {
+        /// Which rank.
+        rank: EngineIndex,
+        /// The attachment.
+        frontend: FrontendId,
+        /// Which of its API servers.
+        api_server: u32,
     },
     /// `RankCommand::CloseRoutes`.
     CloseRoutes {
@@ -268,10 +291,19 @@ pub struct NodeState {
 pub struct RankState {
     /// Its numbers.
     pub snapshot: RankSnapshot,
+    /// The incarnation whose sockets are open: none before the first [`Request::Prepare`], and after the engine
+    /// was lost or [`Request::EngineDown`].
+    pub prepared: Option<Incarnation>,
+    /// Its registration frame, see [`RankEvent::Registered`].
+    pub registered: Option<Bytes>,
+    /// The last incarnation that was lost, and why, see [`RankEvent::Lost`].
+    pub lost: Option<(Incarnation, String)>,
     /// From [`Request::EngineReady`]; none while an engine starts, or is down.
     pub facts: Option<EngineFacts>,
     /// Its engine subscribed to the DP coordinator.
     pub subscribed: bool,
+    /// The last report of its engine with a wave edge (wave complete, or start wave), since it was prepared.
+    pub wave_report: Option<Bytes>,
     /// Open routes: attachment and API server.
     pub routes: Vec<(FrontendId, u32)>,
     /// The engine's process, if it is ours and runs. Peer link only.

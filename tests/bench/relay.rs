@@ -9,7 +9,9 @@ use std::io::{BufRead, Write};
 use std::time::Duration;
 
 use bytes::Bytes;
-use dp_sidecar::driver::handles::{GroupKind, OpenRoute, RankCommand, RankEvent, RankHandle, SlotAddresses};
+use dp_sidecar::driver::handles::{
+    EngineFacts, GroupKind, OpenRoute, RankCommand, RankEvent, RankHandle, SlotAddresses,
+};
 use dp_sidecar::driver::rank::{self, RankConfig, RankOutputs};
 use dp_sidecar::transport::PrivateDir;
 use dp_sidecar_protocol::layout::Layout;
@@ -78,8 +80,8 @@ async fn admit(
         }
     }
     for handle in handles {
-        let layout = Layout::newest();
-        let ready = RankCommand::EngineReady { incarnation: FIRST, layout };
+        let facts = Box::new(EngineFacts::of(Layout::newest()));
+        let ready = RankCommand::EngineReady { incarnation: FIRST, facts };
         handle.tell(ready).await?;
         handle.tell(RankCommand::Admit { incarnation: FIRST }).await?;
     }

@@ -24,6 +24,8 @@ struct SlotSocket {
 pub(super) struct EngineSockets {
     pub(super) incarnation: Incarnation,
     pub(super) generation: u64,
+    /// Where the engine connects.
+    pub(super) addresses: SlotAddresses,
     identity: EngineIdentity,
     slots: Vec<SlotSocket>,
     aborts: Vec<AbortHandle>,
@@ -38,29 +40,29 @@ impl Drop for EngineSockets {
 }
 
 impl EngineSockets {
-    /// Binds a fresh set; the sources to read, and the addresses for INIT.
+    /// Binds a fresh set; with the sources to read.
     pub(super) async fn bind(
         dir: &PrivateDir,
         rank: EngineIndex,
         incarnation: Incarnation,
         generation: u64,
         slot_count: u32,
-    ) -> Result<(Self, Vec<Source>, SlotAddresses), TransportError> {
+    ) -> Result<(Self, Vec<Source>), TransportError> {
         let mut sockets = Self {
             incarnation,
             generation,
+            addresses: SlotAddresses { inputs: Vec::new(), outputs: Vec::new() },
             identity: rank.identity(),
             slots: Vec::new(),
             aborts: Vec::new(),
         };
         let mut sources: Vec<Source> = Vec::new();
-        let mut addresses = SlotAddresses { inputs: Vec::new(), outputs: Vec::new() };
         for slot in 0..slot_count {
             let name = |kind| format!("{rank}.{incarnation}.{kind}{slot}");
             let input = RouterListener::bind(&dir.ipc_address(&name('i'))?).await?;
             let output = PullListener::bind(&dir.ipc_address(&name('o'))?).await?;
-            addresses.inputs.push(input.address().to_owned());
-            addresses.outputs.push(output.address().to_owned());
+            sockets.addresses.inputs.push(input.address().to_owned());
+            sockets.addresses.outputs.push(output.address().to_owned());
             sockets.slots.push(SlotSocket { sender: input.sender(), registered: false, backlog: Vec::new() });
             let identity = Bytes::copy_from_slice(&sockets.identity.0);
             let (source, abort) = abortable(input_source(input, identity, generation, slot));
@@ -70,7 +72,7 @@ impl EngineSockets {
             sources.push(Box::pin(source));
             sockets.aborts.push(abort);
         }
-        Ok((sockets, sources, addresses))
+        Ok((sockets, sources))
     }
 
     /// Sends on a slot, or keeps the message until the engine has connected there.

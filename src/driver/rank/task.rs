@@ -199,8 +199,8 @@ impl RankTask {
                 self.publish();
                 let _ = reply.send(result);
             }
-            RankCommand::EngineReady { incarnation, layout } => {
-                let layout = Box::new(layout);
+            RankCommand::EngineReady { incarnation, facts } => {
+                let layout = Box::new(facts.layout);
                 let event = Event::Ready { incarnation, layout };
                 self.machine.handle_event(now, event);
             }
@@ -222,6 +222,9 @@ impl RankTask {
                 self.machine.handle_event(now, event);
             }
             RankCommand::OpenRoute { route, reply } => self.open_route(route, reply),
+            RankCommand::AdoptRoute { frontend, api_server, lost, reply } => {
+                let _ = reply.send(self.adopt_route(frontend, api_server, lost));
+            }
             RankCommand::CloseRoutes { frontend, reply } => {
                 self.close_routes(now, frontend);
                 self.perform().await;
@@ -242,15 +245,19 @@ impl RankTask {
     }
 
     async fn prepare(&mut self, now: Time, incarnation: Incarnation) -> Result<SlotAddresses, HandleError> {
+        if let Some(engine) = self.engine.as_ref().filter(|engine| engine.incarnation == incarnation) {
+            return Ok(engine.addresses.clone());
+        }
         self.engine = None;
         self.machine.handle_event(now, Event::Prepared(incarnation));
         let generation = self.epoch();
         let rank = self.rank();
         let slots = self.config.machine.frontend_slots + 1;
         let bound = EngineSockets::bind(&self.config.dir, rank, incarnation, generation, slots).await;
-        let (sockets, sources, addresses) = bound.map_err(|error| {
+        let (sockets, sources) = bound.map_err(|error| {
             HandleError::failed(format!("sockets for the engine of DP rank {rank}: {error}"))
         })?;
+        let addresses = sockets.addresses.clone();
         self.engine = Some(sockets);
         self.sources.extend(sources);
         Ok(addresses)
@@ -323,6 +330,26 @@ impl RankTask {
                 let _ = reply.send(Err(HandleError::failed(error)));
             }
         }
+    }
+
+    fn adopt_route(
+        &mut self,
+        frontend: FrontendId,
+        api_server: u32,
+        lost: mpsc::Sender<RouteLost>,
+    ) -> Result<Slot, HandleError> {
+        let rank = self.rank();
+        let found = self
+            .routes
+            .iter_mut()
+            .find(|(_, route)| route.frontend == frontend && route.api_server == api_server);
+        let (slot, route) = found.ok_or_else(|| {
+            HandleError::failed(format!(
+                "DP rank {rank} has no route to API server {api_server} of frontend {frontend}"
+            ))
+        })?;
+        route.lost = lost;
+        Ok(Slot(*slot))
     }
 
     fn close_routes(&mut self, now: Time, frontend: FrontendId) {
