@@ -148,6 +148,7 @@ pub(super) async fn start(
     let updates = weight_update::spawn(
         UpdateConfig::new(config.kind, state.path()),
         ranks.clone(),
+        Vec::new(),
         control.clone(),
         fences(&node_commands, &tracker),
         &tracker,

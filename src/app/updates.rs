@@ -69,6 +69,12 @@ fn describe(event: UpdateEvent) -> UpdateProgress {
             done,
             total,
         },
+        UpdateEvent::Staging { name, progress, .. } => UpdateProgress {
+            phase: Phase::Staging.as_str().to_owned(),
+            message: format!("{name} takes the checkpoint into shared memory"),
+            done: progress.done,
+            total: progress.total,
+        },
         UpdateEvent::Progress { phase, ranks } => {
             let past = |state: &&RankState| has_passed(phase, **state);
             let done = ranks.values().filter(past).count();

@@ -4,6 +4,7 @@
 
 mod actions;
 mod begin;
+mod handle;
 mod jobs;
 mod journal;
 mod shim;
@@ -34,13 +35,15 @@ use tracing::{error, info, warn};
 use super::control::{ControlError, ControlGuard, ControlHandle};
 use super::engine_calls;
 use super::handles::{GroupKind, HandleError, RankCommand, RankHandle};
+use handle::{Command, Follower, RestoreReply};
+pub use handle::{UpdateHandle, UpdateRun};
 use jobs::{RestoreJob, StageJob};
 use journal::{Committed, Journal};
 use shim::EngineInfo;
 use staging::{Cancel, Checked, Job, Known};
 pub use types::{
-    FenceRequest, UpdateConfig, UpdateError, UpdateEvent, UpdateOutcome, UpdateRecord, UpdateRequest,
-    UpdateStatus,
+    FenceRequest, UpdateConfig, UpdateError, UpdateEvent, UpdateNode, UpdateOutcome, UpdateRecord,
+    UpdateRequest, UpdateSource, UpdateStatus,
 };
 
 /// Commands waiting for the task.
@@ -52,85 +55,6 @@ const SLACK: Duration = Duration::from_secs(5);
 /// Limit for telling a rank task or the node task something.
 const TELL_LIMIT: Duration = Duration::from_secs(10);
 
-type RestoreReply = oneshot::Sender<Result<(), UpdateError>>;
-
-#[derive(Debug)]
-enum Command {
-    Start { request: UpdateRequest, events: mpsc::Sender<UpdateEvent>, record: oneshot::Sender<UpdateRecord> },
-    Abort,
-    Restore { ranks: Vec<(EngineIndex, Incarnation)>, reply: RestoreReply },
-    Shutdown { forget: bool, reply: oneshot::Sender<()> },
-}
-
-/// Handle of the update task.
-#[derive(Clone, Debug)]
-pub struct UpdateHandle {
-    commands: mpsc::Sender<Command>,
-    status: watch::Receiver<UpdateStatus>,
-}
-
-/// An update that runs. Dropping it does not stop the update.
-#[derive(Debug)]
-pub struct UpdateRun {
-    /// Progress; closed when the update has ended. What is not read in time is dropped.
-    pub events: mpsc::Receiver<UpdateEvent>,
-    record: oneshot::Receiver<UpdateRecord>,
-}
-
-impl UpdateRun {
-    /// Waits for the end.
-    pub async fn record(self) -> Result<UpdateRecord, UpdateError> {
-        self.record.await.map_err(|_| UpdateError::Gone)
-    }
-}
-
-impl UpdateHandle {
-    /// Starts an update. Also a refusal comes as a record.
-    pub async fn start(&self, request: UpdateRequest) -> Result<UpdateRun, UpdateError> {
-        let (events, progress) = mpsc::channel(EVENTS);
-        let (record, end) = oneshot::channel();
-        self.send(Command::Start { request, events, record }).await?;
-        Ok(UpdateRun { events: progress, record: end })
-    }
-
-    /// Ends the running update without a commit, if it is not past its commit point.
-    pub async fn abort(&self) -> Result<(), UpdateError> {
-        self.send(Command::Abort).await
-    }
-
-    /// Brings engines that have just become ready to the committed weights. To be called before they are
-    /// admitted; of a lockstep group with all ranks at once. Waits for a running update to end.
-    pub async fn restore(&self, ranks: Vec<(EngineIndex, Incarnation)>) -> Result<(), UpdateError> {
-        let (reply, done) = oneshot::channel();
-        self.send(Command::Restore { ranks, reply }).await?;
-        done.await.map_err(|_| UpdateError::Gone)?
-    }
-
-    /// Ends the task. `forget`: the engines end with it as planned, so the next start begins with the
-    /// command line's checkpoint; without it, the next sidecar with this state directory brings its engines
-    /// to the committed weights.
-    pub async fn shutdown(&self, forget: bool) -> Result<(), UpdateError> {
-        let (reply, done) = oneshot::channel();
-        self.send(Command::Shutdown { forget, reply }).await?;
-        done.await.map_err(|_| UpdateError::Gone)
-    }
-
-    /// Latest state.
-    pub fn status(&self) -> UpdateStatus {
-        self.status.borrow().clone()
-    }
-
-    /// To wait for changes.
-    pub fn watch(&self) -> watch::Receiver<UpdateStatus> {
-        self.status.clone()
-    }
-
-    async fn send(&self, command: Command) -> Result<(), UpdateError> {
-        let sent = self.commands.send(command).await;
-        sent.map_err(|_| UpdateError::Gone)
-    }
-}
-
 /// Starts the task. It ends when told to, when `stop` is cancelled, or when all handles are gone.
 ///
 /// # Errors
@@ -138,6 +62,7 @@ impl UpdateHandle {
 pub fn spawn(
     config: UpdateConfig,
     ranks: Vec<RankHandle>,
+    nodes: Vec<UpdateNode>,
     control: ControlHandle,
     fences: mpsc::Sender<FenceRequest>,
     tracker: &TaskTracker,
@@ -156,6 +81,7 @@ pub fn spawn(
     let task = Task {
         machine: machine(&config, committed.as_ref()),
         ranks: ranks.into_iter().map(|rank| (rank.rank, rank)).collect(),
+        places: places(&nodes),
         config,
         control,
         fences,
@@ -176,6 +102,11 @@ pub fn spawn(
     };
     tracker.spawn(task.run(inbox, stop));
     Ok(UpdateHandle { commands, status })
+}
+
+/// Which node each rank is on.
+fn places(nodes: &[UpdateNode]) -> BTreeMap<EngineIndex, NodeId> {
+    nodes.iter().flat_map(|node| node.ranks.iter().map(|rank| (*rank, node.id))).collect()
 }
 
 fn machine(config: &UpdateConfig, committed: Option<&Committed>) -> WeightUpdate {
@@ -204,13 +135,27 @@ struct Active {
     version: WeightVersion,
     /// Which update of this task; answers of another one are ignored.
     run: u64,
-    events: mpsc::Sender<UpdateEvent>,
-    record: oneshot::Sender<UpdateRecord>,
+    followers: Vec<Follower>,
     guard: Option<ControlGuard>,
     begun: bool,
     started_unix_ms: u64,
     infos: BTreeMap<EngineIndex, EngineInfo>,
     model_path: Option<String>,
+}
+
+impl Active {
+    /// Asked for again, in other words: it runs already.
+    fn is_the_same(&self, request: &UpdateRequest) -> bool {
+        let version = request.version.as_ref().is_none_or(|version| *version == self.version);
+        version && request.path == self.request.path && request.source == self.request.source
+    }
+
+    /// Tells everybody who follows. Whoever does not read loses steps, never the end.
+    fn tell(&self, event: &UpdateEvent) {
+        for follower in &self.followers {
+            follower.events.try_send(event.clone()).ok();
+        }
+    }
 }
 
 /// What a piece of work in the background came to.
@@ -225,7 +170,7 @@ enum Done {
         result: Result<Restored, UpdateError>,
         reply: RestoreReply,
     },
-    Finished(Box<UpdateRecord>, oneshot::Sender<UpdateRecord>),
+    Finished(Box<UpdateRecord>, Vec<Follower>),
     Rank(EngineIndex),
     Nothing,
 }
@@ -245,6 +190,8 @@ struct Restored {
 struct Task {
     config: UpdateConfig,
     ranks: BTreeMap<EngineIndex, RankHandle>,
+    /// Ranks that are not named belong to node 0.
+    places: BTreeMap<EngineIndex, NodeId>,
     control: ControlHandle,
     fences: mpsc::Sender<FenceRequest>,
     machine: WeightUpdate,
@@ -321,9 +268,16 @@ impl Task {
 
     fn command(&mut self, command: Command) {
         match command {
-            Command::Start { request, events, record } => self.ask(request, events, record),
+            Command::Start { request, follower } => self.ask(request, follower),
+            Command::Follow { id, reply } => ignore_gone(reply.send(self.follow(id))),
             Command::Abort => self.event(Event::Abort),
-            Command::Restore { ranks, reply } => self.restores.push_back((ranks, reply)),
+            Command::History { limit, reply } => {
+                let last = self.last.iter().take(limit).cloned().collect();
+                ignore_gone(reply.send(last));
+            }
+            Command::Restore { ranks, reply } | Command::Adopt { ranks, reply } => {
+                self.restores.push_back((ranks, reply));
+            }
             Command::Shutdown { .. } => {}
         }
     }
@@ -372,11 +326,11 @@ impl Task {
                 }
             }
             Done::Restored { ranks, result, reply } => self.restored(ranks, result, reply),
-            Done::Finished(record, reply) => {
+            Done::Finished(record, followers) => {
                 self.active = None;
                 self.last = Some((*record).clone());
                 self.publish();
-                ignore_gone(reply.send(*record));
+                tell_end(followers, &record);
             }
             Done::Rank(rank) => self.rank_changed(rank),
             Done::Nothing => {}
@@ -519,6 +473,13 @@ impl Task {
     }
 }
 
+/// Gives everybody who follows an update its record.
+fn tell_end(followers: Vec<Follower>, record: &UpdateRecord) {
+    for follower in followers {
+        ignore_gone(follower.record.send(record.clone()));
+    }
+}
+
 /// Whoever asked may have gone away: then nobody wants to know.
 fn ignore_gone<T>(sent: Result<(), T>) {
     if sent.is_err() {
@@ -527,9 +488,12 @@ fn ignore_gone<T>(sent: Result<(), T>) {
 }
 
 fn made_up_version(request: &UpdateRequest, id: &UpdateId) -> WeightVersion {
-    let name = request.path.file_name().unwrap_or_default();
-    let id: String = id.0.chars().take(8).collect();
-    WeightVersion(format!("{}@{id}", name.to_string_lossy()))
+    let short: String = id.0.chars().take(8).collect();
+    let name = match &request.source {
+        UpdateSource::Upload(upload) => upload.clone(),
+        _ => request.path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+    };
+    WeightVersion(format!("{name}@{short}"))
 }
 
 fn unix_ms() -> u64 {

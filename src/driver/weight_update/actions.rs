@@ -123,7 +123,7 @@ impl Task {
             return;
         };
         let run = active.run;
-        let events = active.events.clone();
+        let events = active.followers.iter().map(|follower| follower.events.clone()).collect();
         let job = StageJob {
             source: active.request.path.clone(),
             allow_no_rollback: active.request.allow_no_rollback,
@@ -192,9 +192,7 @@ impl Task {
         if snapshot.phase == Phase::Idle {
             return; // the record follows
         }
-        let event = UpdateEvent::Progress { phase: snapshot.phase, ranks: snapshot.ranks };
-        // Whoever does not read loses steps, never the end.
-        active.events.try_send(event).ok();
+        active.tell(&UpdateEvent::Progress { phase: snapshot.phase, ranks: snapshot.ranks });
     }
 
     pub(super) fn finish(&mut self, record: Record) {
@@ -219,11 +217,9 @@ impl Task {
             write = Some(committed.clone());
         }
         let journal = self.journal.clone();
-        let (record_to, guard) = (active.record, active.guard);
+        let (followers, guard) = (active.followers, active.guard);
         // Until this is done the update counts as running.
-        let (keep, _) = oneshot::channel();
-        let (events, _) = mpsc::channel(1);
-        self.active = Some(Active { guard: None, record: keep, events, ..active });
+        self.active = Some(Active { guard: None, followers: Vec::new(), ..active });
         self.jobs.spawn(async move {
             if let Some(committed) = write {
                 let written = tokio::task::spawn_blocking(move || journal.write(&committed)).await;
@@ -238,7 +234,7 @@ impl Task {
                 }
                 guard.release().await;
             }
-            Done::Finished(Box::new(ended), record_to)
+            Done::Finished(Box::new(ended), followers)
         });
     }
 }

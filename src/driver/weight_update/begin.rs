@@ -3,12 +3,7 @@
 use super::*;
 
 impl Task {
-    pub(super) fn ask(
-        &mut self,
-        request: UpdateRequest,
-        events: mpsc::Sender<UpdateEvent>,
-        record: oneshot::Sender<UpdateRecord>,
-    ) {
+    pub(super) fn ask(&mut self, request: UpdateRequest, follower: Follower) {
         let id = request.id.clone().unwrap_or_else(|| UpdateId(uuid::Uuid::new_v4().to_string()));
         let version = request.version.clone().unwrap_or_else(|| made_up_version(&request, &id));
         let started_unix_ms = unix_ms();
@@ -16,11 +11,15 @@ impl Task {
         let refuse = |outcome, reason: String| {
             UpdateRecord::refused(id.clone(), &request, outcome, reason, current.clone(), started_unix_ms)
         };
-        if let Some(active) = &self.active {
+        if let Some(active) = &mut self.active {
+            if active.id == id && active.is_the_same(&request) {
+                active.followers.push(follower);
+                return;
+            }
             let snapshot = self.machine.snapshot();
             let refusal = Refusal::Busy { running: active.id.clone(), phase: snapshot.phase };
             let refused = refuse(types::outcome_of(&refusal), refusal.to_string());
-            ignore_gone(record.send(refused));
+            tell_end(vec![follower], &refused);
             return;
         }
         let begin = self.begin_event(&id, &version, &request, None);
@@ -28,14 +27,14 @@ impl Task {
             Ok(None) => {}
             Ok(Some(earlier)) => {
                 let again = UpdateRecord::ended(earlier, current, started_unix_ms);
-                ignore_gone(record.send(again));
+                tell_end(vec![follower], &again);
                 return;
             }
             // Engines that are just being brought up will be there when it begins.
             Err(Refusal::NoEngines) if self.restoring > 0 => {}
             Err(refusal) => {
                 let refused = refuse(types::outcome_of(&refusal), refusal.to_string());
-                ignore_gone(record.send(refused));
+                tell_end(vec![follower], &refused);
                 return;
             }
         }
@@ -49,8 +48,7 @@ impl Task {
             id,
             version,
             run,
-            events,
-            record,
+            followers: vec![follower],
             guard: None,
             begun: false,
             started_unix_ms,
@@ -60,6 +58,21 @@ impl Task {
         });
     }
 
+    pub(super) fn follow(&mut self, id: Option<UpdateId>) -> Result<UpdateRun, UpdateError> {
+        match &mut self.active {
+            Some(active) if id.as_ref().is_none_or(|id| *id == active.id) => {
+                let (follower, run) = UpdateRun::new();
+                active.followers.push(follower);
+                Ok(run)
+            }
+            _ => Err(UpdateError::NotRunning { id }),
+        }
+    }
+
+    pub(super) fn place(&self, rank: EngineIndex) -> NodeId {
+        self.places.get(&rank).copied().unwrap_or_default()
+    }
+
     pub(super) fn begin_event(
         &self,
         id: &UpdateId,
@@ -67,17 +80,20 @@ impl Task {
         request: &UpdateRequest,
         guard: Option<&ControlGuard>,
     ) -> Begin {
-        let participant = |life: &Life| Participant { incarnation: life.incarnation, node: NodeId(0) };
+        let participant = |rank: EngineIndex, life: &Life| Participant {
+            incarnation: life.incarnation,
+            node: self.place(rank),
+        };
         let external =
             guard.map_or_else(|| self.control.snapshot().external_weights, |guard| guard.external_weights);
         Begin {
             id: id.clone(),
             from_version: request.from_version.clone(),
             to_version: version.clone(),
-            source: request.path.to_string_lossy().into_owned(),
+            source: request.source_name(),
             mode: request.mode,
             pause_deadline: request.pause_deadline,
-            participants: self.lives.iter().map(|(rank, life)| (*rank, participant(life))).collect(),
+            participants: self.lives.iter().map(|(rank, life)| (*rank, participant(*rank, life))).collect(),
             paused_before: guard.is_some_and(|guard| guard.paused_by.is_some()),
             external_weights: external,
         }
@@ -140,6 +156,6 @@ impl Task {
             active.started_unix_ms,
         );
         info!("{}", refused.message);
-        ignore_gone(active.record.send(refused));
+        tell_end(active.followers, &refused);
     }
 }

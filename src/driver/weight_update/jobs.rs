@@ -15,7 +15,7 @@ pub(super) struct StageJob {
 }
 
 impl StageJob {
-    pub(super) async fn run(self, events: mpsc::Sender<UpdateEvent>) -> Result<Staged, String> {
+    pub(super) async fn run(self, events: Vec<mpsc::Sender<UpdateEvent>>) -> Result<Staged, String> {
         let limit = self.call_timeout;
         let asked = self.engines.into_iter().map(async |(handle, info)| {
             let info = match info {
@@ -46,7 +46,9 @@ impl StageJob {
                 if progress.done >= before + step || progress.done == progress.total {
                     shown.fetch_max(progress.done, Ordering::Relaxed);
                     let event = UpdateEvent::Hashing { done: progress.done, total: progress.total };
-                    events.try_send(event).ok();
+                    for events in &events {
+                        events.try_send(event.clone()).ok();
+                    }
                 }
             };
             self.known.check(&job, &progress, &self.cancel)

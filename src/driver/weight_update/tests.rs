@@ -52,7 +52,7 @@ fn assemble(kind: GroupKind, dir: tempfile::TempDir, ranks: Vec<FakeRank>) -> Wo
     let stop = CancellationToken::new();
     let control = control::spawn(&ControlConfig::new(kind), handles.clone(), held, &tracker, stop.clone());
     let config = UpdateConfig::new(kind, dir.path());
-    let updates = spawn(config, handles, control.clone(), fences_to, &tracker, stop.clone());
+    let updates = spawn(config, handles, Vec::new(), control.clone(), fences_to, &tracker, stop.clone());
     World { dir, ranks, updates: updates.unwrap(), control, calls, fences, tracker, stop, kind }
 }
 
@@ -125,6 +125,7 @@ async fn an_update_reaches_all_engines_in_order_and_is_remembered() {
                 }
             }
             UpdateEvent::Hashing { done, total } => hashed = Some((done, total)),
+            UpdateEvent::Staging { .. } => panic!("no node has a staging area"),
         }
     }
     let record = run.record().await.unwrap();

@@ -5,13 +5,14 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use dp_sidecar_protocol::machine::weight_update::{
-    Checkpoint, Config, Outcome, PauseMode, Phase, RankState, Record, Refusal,
+    Checkpoint, Config, NodeId, Outcome, PauseMode, Phase, RankState, Record, Refusal,
 };
 use dp_sidecar_protocol::{EngineIndex, Incarnation, UpdateId, WeightVersion};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+use tokio::sync::mpsc;
 
-use super::super::handles::GroupKind;
+use super::super::handles::{GroupKind, Retain, StageEvent, StageHandle, StageProgress};
 
 /// Settings of the update task.
 #[derive(Clone, Debug)]
@@ -38,13 +39,49 @@ impl UpdateConfig {
     }
 }
 
+/// A node, as the update task sees it.
+#[derive(Debug)]
+pub struct UpdateNode {
+    /// Its number in records.
+    pub id: NodeId,
+    /// For people.
+    pub name: String,
+    /// Its ranks. The node of the lowest rank is the leader's.
+    pub ranks: Vec<EngineIndex>,
+    /// Its staging area. None: engines load from directories only.
+    pub stage: Option<StageHandle>,
+    /// What the staging area reports.
+    pub events: mpsc::Receiver<StageEvent>,
+}
+
+/// Where the new checkpoint comes from.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum UpdateSource {
+    /// [`Self::Shared`] if every node sees the same files at `path`, else [`Self::Leader`].
+    #[default]
+    Auto,
+    /// Every node reads `path` itself.
+    Shared,
+    /// The leader reads `path` and passes it on.
+    Leader,
+    /// What a trainer has uploaded to the leader under this id.
+    Upload(String),
+}
+
 /// An update that somebody wants.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct UpdateRequest {
     /// Its name; made up when absent. The same name again after success gives the same record again.
     pub id: Option<UpdateId>,
-    /// Absolute directory of the new checkpoint.
+    /// Absolute directory of the new checkpoint; empty for an upload.
     pub path: PathBuf,
+    /// Where it is read.
+    #[serde(default)]
+    pub source: UpdateSource,
+    /// Where the version that is replaced is kept.
+    #[serde(default)]
+    pub retain: Retain,
     /// Label of the new weights; made from the directory's name and the id when absent.
     pub version: Option<WeightVersion>,
     /// Refuse unless this version is current.
@@ -67,12 +104,22 @@ impl UpdateRequest {
         Self {
             id: None,
             path: path.into(),
+            source: UpdateSource::Auto,
+            retain: Retain::Memory,
             version: None,
             from_version: None,
             mode: PauseMode::Wait,
             pause_deadline: Duration::from_secs(30),
             allow_no_rollback: false,
             patience: Duration::from_secs(5),
+        }
+    }
+
+    /// As in records: the directory, or `upload:ID`.
+    pub fn source_name(&self) -> String {
+        match &self.source {
+            UpdateSource::Upload(id) => format!("upload:{id}"),
+            _ => self.path.to_string_lossy().into_owned(),
         }
     }
 }
@@ -87,6 +134,17 @@ pub enum UpdateEvent {
         done: u64,
         /// Bytes altogether.
         total: u64,
+    },
+    /// A node is filling its shared memory; generation goes on.
+    Staging {
+        /// Which.
+        node: NodeId,
+        /// Its name.
+        name: String,
+        /// How far.
+        progress: StageProgress,
+        /// Verified bytes per second since the last such event.
+        rate: u64,
     },
     /// Something moved on.
     Progress {
@@ -169,7 +227,7 @@ impl UpdateRecord {
             outcome: Outcome::RefusedInvalid,
             from_version: Some(version.clone()),
             to_version: request.version.clone().unwrap_or_default(),
-            source: request.path.to_string_lossy().into_owned(),
+            source: request.source_name(),
             mode: request.mode,
             error: Some(reason.clone()),
             ..Record::default()
@@ -259,6 +317,12 @@ pub enum UpdateError {
     /// It has ended; the sidecar is stopping.
     #[error("the update task has ended")]
     Gone,
+    /// There is nothing to follow.
+    #[error("{} is not running", id.as_ref().map_or_else(|| "an update".to_owned(), |id| format!("update {id}")))]
+    NotRunning {
+        /// The one that was asked for; none: any.
+        id: Option<UpdateId>,
+    },
     /// An engine could not be brought to the committed weights.
     #[error("rank {rank}: cannot be brought to weight version {version}: {reason}")]
     Restore {
