@@ -171,7 +171,7 @@ impl Peer {
         let data = match (method.as_str(), args.as_array().unwrap().first().and_then(Value::as_str)) {
             (Some("collective_rpc"), Some("dp_sidecar_info")) => Value::Array(vec![msg::map([
                 ("ok", Value::from(true)),
-                ("protocol", Value::from(1)),
+                ("protocol", Value::from(2)),
                 ("shim_version", Value::from(env!("CARGO_PKG_VERSION"))),
                 ("model_path", Value::Nil),
                 ("vllm_version", Value::from("0.32.0")),

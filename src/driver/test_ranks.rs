@@ -71,7 +71,7 @@ impl FakeRank {
         let engine = Arc::new(Mutex::new(Engine {
             log: Vec::new(),
             model_path: model_path.to_owned(),
-            shim_protocol: Some(1),
+            shim_protocol: Some(2),
             weights: model_path.to_owned(),
             version: "default".to_owned(),
             paused: false,
@@ -285,7 +285,7 @@ fn load(engine: &mut Engine, request: &Value) -> Option<Result<Value, HandleErro
     let error = if good { Value::Nil } else { Value::from("injected") };
     Some(Ok(Value::Array(vec![map(vec![
         ("ok", Value::Boolean(good)),
-        ("protocol", Value::from(1)),
+        ("protocol", Value::from(2)),
         ("rank", Value::from(0)),
         ("tensors", request["tensors"].clone()),
         ("bytes", request["bytes"].clone()),

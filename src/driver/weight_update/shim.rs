@@ -3,14 +3,14 @@
 use std::time::Duration;
 
 use dp_sidecar_protocol::UpdateId;
-use dp_sidecar_protocol::machine::weight_update::{Checkpoint, WorkerReport, WorkerState};
+use dp_sidecar_protocol::machine::weight_update::{Checkpoint, Extent, WorkerReport, WorkerState};
 use rmpv::Value;
 
 use super::super::engine_calls::worker_call;
 use super::super::handles::{HandleError, RankHandle};
 
-/// Version of the contract.
-const PROTOCOL: u64 = 1;
+/// Version of the contract. 2: segments and adapters.
+pub(super) const PROTOCOL: u64 = 2;
 
 /// What an engine says about itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,16 +67,26 @@ pub(super) async fn info(rank: &RankHandle, limit: Duration) -> Result<EngineInf
     found.ok_or_else(|| "no worker answered to dp_sidecar_info".to_owned())
 }
 
-/// Loads a checkpoint in all workers of a rank.
+/// Loads a checkpoint in all workers of a rank: from a directory, or from this node's segment. The bytes of a
+/// segment were verified by the node, so the workers count and do not hash again.
 pub(super) async fn load(
     rank: &RankHandle,
     id: &UpdateId,
     checkpoint: &Checkpoint,
     limit: Duration,
 ) -> Result<Vec<WorkerReport>, String> {
+    let kwargs = map(vec![("request", load_request(id, checkpoint))]);
+    let answer =
+        worker_call(rank, "dp_sidecar_load", kwargs, limit).await.map_err(|error| error.to_string())?;
+    let workers = answer.as_array().map_or(&[][..], Vec::as_slice);
+    Ok(workers.iter().enumerate().map(report).collect())
+}
+
+/// Request map of `dp_sidecar_load`.
+fn load_request(id: &UpdateId, checkpoint: &Checkpoint) -> Value {
     let files = checkpoint.files.iter().map(|file| file.as_str().into());
-    let digest = checkpoint.digest.as_deref();
-    let request = map(vec![
+    let digest = checkpoint.digest.as_deref().filter(|_| checkpoint.extents.is_empty());
+    let mut entries = vec![
         ("protocol", PROTOCOL.into()),
         ("update_id", id.0.as_str().into()),
         ("path", checkpoint.path.as_str().into()),
@@ -85,12 +95,16 @@ pub(super) async fn load(
         ("bytes", checkpoint.bytes.into()),
         ("digest", digest.map_or(Value::Nil, Value::from)),
         ("digest_kind", digest.map_or("none", |_| "blake3").into()),
-    ]);
-    let kwargs = map(vec![("request", request)]);
-    let answer =
-        worker_call(rank, "dp_sidecar_load", kwargs, limit).await.map_err(|error| error.to_string())?;
-    let workers = answer.as_array().map_or(&[][..], Vec::as_slice);
-    Ok(workers.iter().enumerate().map(report).collect())
+    ];
+    if !checkpoint.extents.is_empty() {
+        entries.push(("extents", extents(&checkpoint.extents)));
+    }
+    map(entries)
+}
+
+fn extents(extents: &[Extent]) -> Value {
+    let pairs = extents.iter().map(|e| Value::Array(vec![e.offset.into(), e.length.into()]));
+    Value::Array(pairs.collect())
 }
 
 /// What a worker does not say, or says wrongly, is taken for the worst.
@@ -138,6 +152,26 @@ mod tests {
             assert_eq!((report.rank, report.state), (4, WorkerState::Mixed));
             assert!(report.fault(&Checkpoint::default()).is_some());
         }
+    }
+
+    #[test]
+    fn a_segment_is_asked_for_with_its_extents_and_without_hashing() {
+        let mut checkpoint = Checkpoint {
+            path: "/dev/shm/segment".to_owned(),
+            files: vec!["a.safetensors".to_owned(), "b.safetensors".to_owned()],
+            extents: vec![Extent { offset: 4096, length: 100 }, Extent { offset: 8192, length: 50 }],
+            tensors: 3,
+            bytes: 90,
+            digest: Some("xxh3:0123".to_owned()),
+        };
+        let request = load_request(&UpdateId("u".to_owned()), &checkpoint);
+        let pair = |offset: u64, length: u64| Value::Array(vec![offset.into(), length.into()]);
+        assert_eq!(request["extents"], Value::Array(vec![pair(4096, 100), pair(8192, 50)]));
+        assert_eq!((&request["digest"], &request["digest_kind"]), (&Value::Nil, &Value::from("none")));
+        checkpoint.extents.clear();
+        let request = load_request(&UpdateId("u".to_owned()), &checkpoint);
+        assert_eq!(request["extents"], Value::Nil);
+        assert_eq!(request["digest_kind"], Value::from("blake3"));
     }
 
     #[test]

@@ -44,6 +44,9 @@ struct Arguments {
     /// Duration of a load.
     #[arg(long, default_value_t = 0)]
     load_ms: u64,
+    /// Size of the buffer that loads copy to, in MiB.
+    #[arg(long, default_value_t = 16)]
+    load_buffer_mb: usize,
     /// What READY says about the parallel flags.
     #[arg(long, default_value = "fake-parallel-config")]
     hash: String,
@@ -83,6 +86,7 @@ fn main() -> ExitCode {
             tokens_per_step: arguments.tokens_per_step,
             step: Duration::from_millis(arguments.step_ms),
             load: Duration::from_millis(arguments.load_ms),
+            load_buffer: arguments.load_buffer_mb << 20,
             parallel_config_hash: arguments.hash.clone(),
             faults,
             control: arguments.control.clone(),

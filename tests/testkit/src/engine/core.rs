@@ -62,6 +62,8 @@ pub(crate) struct Engine {
     pub(crate) sleeping: bool,
     /// Loads so far, for faults that hit only the first ones.
     pub(crate) loads: u32,
+    /// Where loads copy to.
+    pub(crate) loader: weights::Loader,
     /// A load has torn the weights; a step would compute nonsense (vLLM: meta tensors, dies).
     pub(crate) torn: bool,
     /// `pause_generation` refuses new requests (0.33.0).
@@ -84,10 +86,7 @@ impl Engine {
     ) -> Result<Self, EngineEnd> {
         let digest = match &options.model {
             Some(model) if model.is_dir() => {
-                weights::files(model)
-                    .and_then(|files| weights::read(model, &files))
-                    .map_err(|error| EngineEnd::Handshake(format!("model: {error}")))?
-                    .digest
+                weights::identity(model).map_err(|error| EngineEnd::Handshake(format!("model: {error}")))?
             }
             _ => "made-up".to_owned(),
         };
@@ -109,6 +108,7 @@ impl Engine {
             weight_version: "default".to_owned(),
             sleeping: false,
             loads: 0,
+            loader: weights::Loader::new(options.load_buffer),
             torn: false,
             refusing: false,
             control: ControlFile::new(options.control_file()),

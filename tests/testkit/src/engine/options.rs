@@ -28,8 +28,10 @@ pub struct EngineOptions {
     pub tokens_per_step: u32,
     /// Duration of one step. Zero: as fast as possible.
     pub step: Duration,
-    /// How long a load takes.
+    /// How long a load takes, on top of copying.
     pub load: Duration,
+    /// Size in bytes of the buffer that loads copy to.
+    pub load_buffer: usize,
     /// How long the start takes, between INIT and registration.
     pub start: Duration,
     /// How many requests run at once.
@@ -57,6 +59,7 @@ impl Default for EngineOptions {
             tokens_per_step: 1,
             step: Duration::from_millis(2),
             load: Duration::ZERO,
+            load_buffer: 16 << 20,
             start: Duration::ZERO,
             max_num_seqs: 256,
             parallel_config_hash: "fake-parallel-config".to_owned(),
@@ -142,7 +145,8 @@ pub struct Faults {
     pub load_times: Option<u32>,
     /// `load-hangs`: loads are never answered, nor is anything else.
     pub load_hangs: bool,
-    /// `load-wrong-digest`: the loader reports another digest than the request's.
+    /// `load-wrong-digest`: the loader reports another digest than the request's; where none is asked for, a
+    /// tensor too few.
     pub load_wrong_digest: bool,
     /// `reset-false`: `reset_prefix_cache` answers False.
     pub reset_false: bool,

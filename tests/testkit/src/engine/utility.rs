@@ -1,5 +1,7 @@
 //! Utility calls (`EngineCoreProc._invoke_utility_method`).
 
+use std::time::Instant;
+
 use rmpv::Value;
 use serde_json::json;
 
@@ -7,11 +9,11 @@ use super::EngineEnd;
 use super::core::{Engine, FINISH_ABORT, PendingPause};
 use super::group::Operation;
 use super::scheduler::PauseState;
-use super::weights;
+use super::weights::{self, Hashing};
 use crate::msg;
 
-/// Version of the worker RPC between sidecar and shim.
-const SHIM_PROTOCOL: u64 = 1;
+/// Version of the worker RPC between sidecar and shim. Requests of version 1 are understood as well.
+const SHIM_PROTOCOL: u64 = 2;
 
 /// What a method does with its call.
 enum Outcome {
@@ -239,9 +241,9 @@ impl Engine {
             "reload_weights" => {
                 let path = msg::text(kwargs, "weights_path").unwrap_or_default();
                 let path = std::path::Path::new(&path);
-                match weights::files(path).and_then(|files| weights::read(path, &files)) {
-                    Ok(loaded) => {
-                        self.set_digest(loaded.digest);
+                match weights::identity(path) {
+                    Ok(digest) => {
+                        self.set_digest(digest);
                         one(Value::Nil)
                     }
                     Err(error) => {
@@ -276,8 +278,16 @@ impl Engine {
         ])
     }
 
-    /// `dp_sidecar_load`: reads the directory and compares with the request.
+    fn speaks(&self, protocol: Option<u64>) -> bool {
+        match self.faults.shim_protocol {
+            Some(only) => protocol == Some(only),
+            None => protocol.is_some_and(|protocol| (1..=SHIM_PROTOCOL).contains(&protocol)),
+        }
+    }
+
+    /// `dp_sidecar_load`: reads the directory or the segment and compares with the request.
     fn load(&mut self, request: &Value) -> Result<Value, EngineEnd> {
+        let began = Instant::now();
         self.block(self.options.load)?;
         self.hang()?;
         self.loads += 1;
@@ -288,47 +298,54 @@ impl Engine {
         let hashing = msg::text(request, "digest_kind").as_deref() == Some("blake3");
 
         let mut consumed = None;
-        let verdict: Result<(), (&str, String, &str)> =
-            if number("protocol") != Some(self.faults.shim_protocol.unwrap_or(SHIM_PROTOCOL)) {
-                Err(("protocol", format!("request {request}"), "unchanged"))
-            } else if path.is_empty() || files.is_empty() {
-                Err(("request", format!("request {request}"), "unchanged"))
-            } else if let Some(state) = self
-                .faults
-                .load_fails
-                .clone()
-                .filter(|_| self.faults.load_times.is_none_or(|times| self.loads <= times))
+        let verdict: Result<(), (&str, String, &str)> = if !self.speaks(number("protocol")) {
+            Err(("protocol", format!("request {request}"), "unchanged"))
+        } else if path.is_empty() || files.is_empty() {
+            Err(("request", format!("request {request}"), "unchanged"))
+        } else if let Some(state) = self
+            .faults
+            .load_fails
+            .clone()
+            .filter(|_| self.faults.load_times.is_none_or(|times| self.loads <= times))
+        {
+            let state = match state.as_str() {
+                "unchanged" => "unchanged",
+                "mixed" => "mixed",
+                _ => "restored-meta",
+            };
+            Err(("injected", "ordered fault: load-fails".to_owned(), state))
+        } else {
+            let hashes = if hashing { Hashing::Whole } else { Hashing::Identity };
+            let extents = extents(request);
+            match weights::parts(std::path::Path::new(&path), &files, extents.as_deref())
+                .and_then(|parts| self.loader.load(&parts, hashes))
             {
-                let state = match state.as_str() {
-                    "unchanged" => "unchanged",
-                    "mixed" => "mixed",
-                    _ => "restored-meta",
-                };
-                Err(("injected", "ordered fault: load-fails".to_owned(), state))
-            } else {
-                match weights::read(std::path::Path::new(&path), &files) {
-                    Err(error) if error.kind == "files" => Err(("files", error.to_string(), "unchanged")),
-                    Err(error) => Err((error.kind, error.to_string(), "restored-meta")),
-                    Ok(mut loaded) => {
-                        if self.faults.load_wrong_digest {
-                            loaded.digest = "0".repeat(64);
-                        }
-                        let same = number("tensors") == Some(loaded.tensors)
-                            && number("bytes") == Some(loaded.bytes)
-                            && (!hashing || wanted.is_none() || wanted.as_ref() == Some(&loaded.digest));
-                        consumed = Some(loaded);
-                        if same {
-                            Ok(())
-                        } else {
-                            Err((
-                                "mismatch",
-                                "what was read is not what the request says".to_owned(),
-                                "restored-meta",
-                            ))
-                        }
+                Err(error) if matches!(error.kind, "request" | "files") => {
+                    Err((error.kind, error.to_string(), "unchanged"))
+                }
+                Err(error) => Err((error.kind, error.to_string(), "restored-meta")),
+                Ok(mut loaded) => {
+                    if self.faults.load_wrong_digest && hashing {
+                        loaded.digest = "0".repeat(64);
+                    } else if self.faults.load_wrong_digest {
+                        loaded.tensors -= 1;
+                    }
+                    let same = number("tensors") == Some(loaded.tensors)
+                        && number("bytes") == Some(loaded.bytes)
+                        && (!hashing || wanted.is_none() || wanted.as_ref() == Some(&loaded.digest));
+                    consumed = Some(loaded);
+                    if same {
+                        Ok(())
+                    } else {
+                        Err((
+                            "mismatch",
+                            "what was read is not what the request says".to_owned(),
+                            "restored-meta",
+                        ))
                     }
                 }
-            };
+            }
+        };
         let (state, error, kind) = match verdict {
             Ok(()) => ("loaded", Value::Nil, Value::Nil),
             Err((kind, text, state)) => (state, Value::from(text), Value::from(kind)),
@@ -354,10 +371,17 @@ impl Engine {
             ("bytes", Value::from(bytes)),
             ("digest", digest.map_or(Value::Nil, Value::from)),
             ("digest_kind", Value::from(if hashing { "blake3" } else { "none" })),
-            ("ms", Value::from(1)),
+            ("ms", Value::from(began.elapsed().as_secs_f64() * 1000.0)),
             ("state", Value::from(state)),
             ("error", error),
             ("error_kind", kind),
         ]))
     }
+}
+
+/// `extents` of a request; what is no pair of numbers makes the list too short, which is refused.
+fn extents(request: &Value) -> Option<Vec<(u64, u64)>> {
+    let pairs = msg::get(request, "extents").filter(|extents| !extents.is_nil())?;
+    let pair = |pair: &Value| Some((pair[0].as_u64()?, pair[1].as_u64()?));
+    Some(pairs.as_array().map_or(&[][..], Vec::as_slice).iter().filter_map(pair).collect())
 }
