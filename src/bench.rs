@@ -6,9 +6,11 @@ use std::time::Duration;
 
 use dp_sidecar_protocol::{EngineIndex, Incarnation};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
 use tokio_util::task::TaskTracker;
 
-use crate::driver::coordinator::{CoordinatorConfig, spawn};
+use crate::driver::coordinator::{CoordinatorConfig, EVENTS, spawn};
+use crate::driver::edge;
 use crate::driver::handles::{CoordinatorCommand, GroupKind, ask};
 use crate::transport::{self, PrivateDir, XpubListener};
 
@@ -37,13 +39,16 @@ async fn run_coordinator(listen_dir: PathBuf, engines: u16) -> Result<(), String
     let dir = PrivateDir::create(listen_dir).map_err(|e| text(&e))?;
     let front = dir.ipc_address("front").map_err(|e| text(&e))?;
     let tracker = TaskTracker::new();
-    let mut config = CoordinatorConfig::new(GroupKind::Lockstep, engines, dir);
+    let mut config = CoordinatorConfig::new(GroupKind::Lockstep, engines);
     config.machine.publish = true;
     let socket = XpubListener::bind(&front, LIMIT).await;
     config.front = Some(socket.map_err(|e| text(&e))?);
-    let handle = spawn(config, &tracker);
+    let ranks: Vec<EngineIndex> = (0..engines).map(EngineIndex).collect();
+    let (reports, events) = mpsc::channel(EVENTS);
+    let edge = edge::spawn(dir, reports, &tracker);
+    let handle = spawn(config, vec![(ranks.clone(), edge.handle)], events, &tracker);
     let mut addresses = Vec::new();
-    for rank in (0..engines).map(EngineIndex) {
+    for rank in ranks {
         let what = format!("sockets of rank {rank}");
         let asked = ask(&handle.commands, "coordinator", what, LIMIT, |reply| CoordinatorCommand::Prepare {
             rank,

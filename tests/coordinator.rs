@@ -6,7 +6,8 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use bytes::Bytes;
-use dp_sidecar::driver::coordinator::{CoordinatorConfig, spawn};
+use dp_sidecar::driver::coordinator::{CoordinatorConfig, EVENTS, spawn};
+use dp_sidecar::driver::edge;
 use dp_sidecar::driver::handles::{
     CoordinatorCommand, CoordinatorHandle, CoordinatorSnapshot, ForFrontendCoordinator, GroupKind, ask,
 };
@@ -40,7 +41,10 @@ impl Setup {
         let dir = tempfile::tempdir().unwrap();
         let private = PrivateDir::create(dir.path().join("ipc")).unwrap();
         let tracker = TaskTracker::new();
-        let handle = spawn(CoordinatorConfig::new(kind, size, private), &tracker);
+        let (reports, events) = mpsc::channel(EVENTS);
+        let edge = edge::spawn(private, reports, &tracker);
+        let edges = vec![((0..size).map(EngineIndex).collect(), edge.handle)];
+        let handle = spawn(CoordinatorConfig::new(kind, size), edges, events, &tracker);
         Self { handle, context: zmq::Context::new(), tracker, _dir: dir }
     }
 

@@ -27,7 +27,7 @@ use crate::driver::handshake::{HandshakeBindError, HandshakeConfig};
 use crate::driver::node::{Inputs, Node, NodeCommand, Outputs, Peers};
 use crate::driver::rank::{RankConfig, RankOutputs};
 use crate::driver::weight_update::{FenceRequest, UpdateConfig};
-use crate::driver::{control, coordinator, handshake as handshake_driver, rank, weight_update};
+use crate::driver::{control, coordinator, edge, handshake as handshake_driver, rank, weight_update};
 use crate::exit_code::{self, RunEnd};
 use crate::gpu::{self, GpuMonitor};
 use crate::state_dir::StateDir;
@@ -108,8 +108,12 @@ pub(super) async fn start(
         info!(%address, "waiting for engines");
     }
 
+    let (reports, edge_events) = mpsc::channel(coordinator::EVENTS);
+    let edge = edge::spawn(ipc.clone(), reports, &tracker);
     let coordinator = coordinator::spawn(
-        coordinator::CoordinatorConfig::new(config.kind, config.size, ipc.clone()),
+        coordinator::CoordinatorConfig::new(config.kind, config.size),
+        vec![(config.local_ranks().map(EngineIndex).collect(), edge.handle)],
+        edge_events,
         &tracker,
     );
     let (rank_sender, rank_events) = mpsc::channel(QUEUE);

@@ -1,15 +1,14 @@
-//! The coordinator task: drives the DP coordinator machine. It owns, per engine incarnation, one
-//! XPUB (READY, START_DP_WAVE) and one PULL (stats, wave edges), and passes on to every attached
-//! frontend's own DP coordinator what the engines report. See `protocol/docs/coordinator.md`.
+//! The coordinator task: drives the DP coordinator machine. The engines are reached through the edge tasks of
+//! their nodes; what they report is passed on to every attached frontend's own DP coordinator. See
+//! `protocol/docs/coordinator.md`.
 
+mod edges;
+mod front;
 mod sinks;
-mod sockets;
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
-use dp_sidecar_protocol::frames::COORDINATOR_READY;
 use dp_sidecar_protocol::layout::Layout;
 use dp_sidecar_protocol::machine::coordinator::{
     Action, Config, Coordinator, CoordinatorRules, Event, Exclude, GroupKind as MachineKind, Load, Report,
@@ -17,7 +16,7 @@ use dp_sidecar_protocol::machine::coordinator::{
 };
 use dp_sidecar_protocol::output::{OutputsView, start_wave_message, stats_message, wave_complete_message};
 use dp_sidecar_protocol::stats::SchedulerStats;
-use dp_sidecar_protocol::wave::{EngineCounts, FrontendUpstream, Publication, StartDpWave};
+use dp_sidecar_protocol::wave::{EngineCounts, FrontendUpstream, Publication};
 use dp_sidecar_protocol::{DecodeError, EngineIndex, FrontendId, Incarnation, Time, Wave};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, Sleep};
@@ -25,22 +24,26 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, trace, warn};
 
 use super::handles::{
-    CoordinatorCommand, CoordinatorHandle, CoordinatorSnapshot, ForFrontendCoordinator, GroupKind,
-    HandleError, Load as LoadSnapshot,
+    CoordinatorCommand, CoordinatorHandle, CoordinatorSnapshot, EdgeEvent, EdgeHandle,
+    ForFrontendCoordinator, GroupKind, Load as LoadSnapshot,
 };
-use crate::transport::{PrivateDir, XpubListener};
+use crate::transport::XpubListener;
+use edges::Edges;
+use front::Front;
 use sinks::{Kind, Sinks};
-use sockets::{EngineSockets, FromEngine, Front, Input};
 
 /// Commands waiting for the task.
 const COMMANDS: usize = 256;
-/// Messages of engines waiting for the task. Readers wait when it is full, the engines buffer.
-const INBOX: usize = 1024;
+/// Messages of engines that should find room in the channel given to [`spawn`]. When it is full, the edge keeps the
+/// newest.
+pub const EVENTS: usize = 1024;
+/// Messages of directly connected frontends waiting for the task.
+const REQUESTS: usize = 256;
 /// Messages of engines handled before the task looks at something else.
 const BATCH: usize = 64;
 /// Loads in the snapshot are at most this old.
 const SNAPSHOT_INTERVAL: Duration = Duration::from_millis(100);
-/// Until the next try to send what did not fit in a frontend's queue.
+/// Until the next try to send what did not fit in the queue of a frontend or a node.
 const FLUSH_INTERVAL: Duration = Duration::from_millis(10);
 
 /// What the coordinator task needs to know.
@@ -48,8 +51,6 @@ const FLUSH_INTERVAL: Duration = Duration::from_millis(10);
 pub struct CoordinatorConfig {
     /// Set-up of the machine.
     pub machine: Config,
-    /// Where its sockets are.
-    pub dir: PrivateDir,
     /// For frontends without a handshake with the sidecar: they subscribe here and send FIRST_REQ,
     /// as to vLLM's DP coordinator. Wants `machine.publish`.
     pub front: Option<XpubListener>,
@@ -57,30 +58,34 @@ pub struct CoordinatorConfig {
 
 impl CoordinatorConfig {
     /// For hosted engines and attached frontends.
-    pub fn new(kind: GroupKind, size: u16, dir: PrivateDir) -> Self {
+    pub fn new(kind: GroupKind, size: u16) -> Self {
         let kind = match kind {
             GroupKind::Independent => MachineKind::Independent,
             GroupKind::Lockstep => MachineKind::Lockstep,
         };
-        Self { machine: Config::hosted(kind, size), dir, front: None }
+        Self { machine: Config::hosted(kind, size), front: None }
     }
 }
 
-/// Starts the task.
-pub fn spawn(config: CoordinatorConfig, tracker: &TaskTracker) -> CoordinatorHandle {
+/// Starts the task. `edges` are the edge tasks of all nodes and the ranks behind each, `events` is what they report
+/// (a channel of [`EVENTS`]).
+pub fn spawn(
+    config: CoordinatorConfig,
+    edges: Vec<(Vec<EngineIndex>, EdgeHandle)>,
+    events: mpsc::Receiver<EdgeEvent>,
+    tracker: &TaskTracker,
+) -> CoordinatorHandle {
     let (commands, receiver) = mpsc::channel(COMMANDS);
-    let (inputs, inbox) = mpsc::channel(INBOX);
+    let (requests, from_front) = mpsc::channel(REQUESTS);
     let (publish, snapshot) = watch::channel(CoordinatorSnapshot::default());
-    let front = config.front.map(|socket| Front::read(socket, inputs.clone(), tracker));
+    let front = config.front.map(|socket| Front::read(socket, requests, tracker));
     let mut task = Task {
         machine: Coordinator::new(config.machine),
-        dir: config.dir,
-        tracker: tracker.clone(),
-        engines: BTreeMap::new(),
+        edges: Edges::new(edges),
+        noted: Some((Wave(0), false)),
         layout: Layout::newest(),
         front,
         sinks: Sinks::default(),
-        inputs,
         publish,
         loads_due: None,
         flush_due: None,
@@ -88,24 +93,23 @@ pub fn spawn(config: CoordinatorConfig, tracker: &TaskTracker) -> CoordinatorHan
         handled: None,
     };
     task.publish_snapshot();
-    tracker.spawn(task.run(receiver, inbox));
+    tracker.spawn(task.run(receiver, events, from_front));
     CoordinatorHandle { commands, snapshot }
 }
 
 struct Task {
     machine: Coordinator,
-    dir: PrivateDir,
-    tracker: TaskTracker,
-    engines: BTreeMap<EngineIndex, EngineSockets>,
+    edges: Edges,
+    /// What the edges were last told about the wave.
+    noted: Option<(Wave, bool)>,
     /// Of the engines, which are all of one version.
     layout: Layout,
     front: Option<Front>,
     sinks: Sinks,
-    inputs: mpsc::Sender<Input>,
     publish: watch::Sender<CoordinatorSnapshot>,
     /// Loads have changed; the snapshot follows at this time.
     loads_due: Option<Instant>,
-    /// Something waits for room in a frontend's queue; it is tried again at this time.
+    /// Something waits for room in the queue of a frontend or a node; it is tried again at this time.
     flush_due: Option<Instant>,
     began: Instant,
     /// The report that is being handled.
@@ -120,7 +124,8 @@ impl Task {
     async fn run(
         mut self,
         mut commands: mpsc::Receiver<CoordinatorCommand>,
-        mut inbox: mpsc::Receiver<Input>,
+        mut events: mpsc::Receiver<EdgeEvent>,
+        mut requests: mpsc::Receiver<Bytes>,
     ) {
         let mut batch = Vec::with_capacity(BATCH);
         let timer = tokio::time::sleep(Duration::ZERO);
@@ -130,18 +135,19 @@ impl Task {
             tokio::select! {
                 command = commands.recv() => match command {
                     Some(CoordinatorCommand::Shutdown { reply }) => {
-                        self.engines.clear();
                         let _ = reply.send(Ok(()));
                         return;
                     }
-                    Some(command) => self.command(command).await,
+                    Some(command) => self.command(command),
                     None => return,
                 },
-                _ = inbox.recv_many(&mut batch, BATCH) => {
-                    for input in batch.drain(..) {
-                        self.input(input);
+                received = events.recv_many(&mut batch, BATCH), if !events.is_closed() || !events.is_empty() => {
+                    trace!(received, "reports");
+                    for event in batch.drain(..) {
+                        self.edge_event(event);
                     }
                 }
+                Some(frame) = requests.recv() => self.front_request(&frame),
                 () = timer.as_mut(), if timed => self.timeout(),
             }
         }
@@ -160,8 +166,10 @@ impl Task {
         let now = Instant::now();
         if self.flush_due.is_some_and(|due| due <= now) {
             self.flush_due = None;
+            self.edges.flush();
             let gone = self.sinks.flush();
             self.detach(gone);
+            self.flush_later();
         }
         if self.loads_due.is_some_and(|due| due <= now) {
             self.publish_snapshot();
@@ -187,11 +195,10 @@ impl Task {
         }
     }
 
-    async fn command(&mut self, command: CoordinatorCommand) {
+    fn command(&mut self, command: CoordinatorCommand) {
         match command {
             CoordinatorCommand::Prepare { rank, incarnation, reply } => {
-                let bound = self.bind(rank, incarnation).await;
-                let _ = reply.send(bound);
+                self.edges.prepare(rank, incarnation, reply);
             }
             CoordinatorCommand::EngineVersion { layout, .. } => {
                 self.layout = layout;
@@ -200,11 +207,8 @@ impl Task {
             CoordinatorCommand::Admitted { rank } => self.event(Event::Admitted { rank }),
             CoordinatorCommand::EngineDown { rank, incarnation } => {
                 self.event(Event::EngineDown { rank, incarnation });
-                if let Some(sockets) = self.engines.get(&rank)
-                    && sockets.incarnation == incarnation
-                {
-                    self.engines.remove(&rank);
-                }
+                self.edges.close(rank, incarnation);
+                self.flush_later();
             }
             CoordinatorCommand::AddFrontend { frontend, sink } => {
                 self.sinks.insert(frontend, sink);
@@ -220,22 +224,6 @@ impl Task {
         }
     }
 
-    async fn bind(
-        &mut self,
-        rank: EngineIndex,
-        incarnation: Incarnation,
-    ) -> Result<(String, String), HandleError> {
-        // Those of the life before close first.
-        self.engines.remove(&rank);
-        let inputs = self.inputs.clone();
-        let sockets = EngineSockets::bind(&self.dir, rank, incarnation, inputs, &self.tracker).await;
-        let sockets = sockets
-            .map_err(|error| HandleError::failed(format!("coordinator sockets of rank {rank}: {error}")))?;
-        let addresses = sockets.addresses.clone();
-        self.engines.insert(rank, sockets);
-        Ok(addresses)
-    }
-
     fn detach(&mut self, frontends: Vec<FrontendId>) {
         for frontend in frontends {
             if self.sinks.remove(frontend) {
@@ -246,32 +234,26 @@ impl Task {
 
     // --- in ---
 
-    fn input(&mut self, input: Input) {
-        match input {
-            Input::Engine { rank, incarnation, what } => {
-                let current = self.engines.get(&rank);
-                if current.is_none_or(|sockets| sockets.incarnation != incarnation) {
-                    return;
-                }
-                match what {
-                    FromEngine::Subscribed => {
-                        debug!(rank = rank.0, %incarnation, "engine subscribed");
-                        self.event(Event::Subscribed { rank, incarnation });
-                    }
-                    FromEngine::Report(frame) => self.engine_report(rank, incarnation, frame),
-                }
+    fn edge_event(&mut self, event: EdgeEvent) {
+        match event {
+            EdgeEvent::Subscribed { rank, incarnation } => {
+                self.event(Event::Subscribed { rank, incarnation })
             }
-            Input::Front(frame) => match FrontendUpstream::decode(&frame) {
-                Ok(FrontendUpstream::FirstReq { target, wave }) => {
-                    // Frontends write the identity.
-                    let target = Some(Exclude::Identity(target.identity()));
-                    self.event(Event::FirstRequest { target, wave });
-                }
-                Ok(FrontendUpstream::ScaleElasticEp { engines }) => {
-                    warn!(engines, "elastic EP is not supported; scaling ignored");
-                }
-                Err(error) => warn!(%error, "message of a frontend is not readable"),
-            },
+            EdgeEvent::Report { rank, incarnation, frame } => self.engine_report(rank, incarnation, frame),
+        }
+    }
+
+    fn front_request(&mut self, frame: &[u8]) {
+        match FrontendUpstream::decode(frame) {
+            Ok(FrontendUpstream::FirstReq { target, wave }) => {
+                // Frontends write the identity.
+                let target = Some(Exclude::Identity(target.identity()));
+                self.event(Event::FirstRequest { target, wave });
+            }
+            Ok(FrontendUpstream::ScaleElasticEp { engines }) => {
+                warn!(engines, "elastic EP is not supported; scaling ignored");
+            }
+            Err(error) => warn!(%error, "message of a frontend is not readable"),
         }
     }
 
@@ -291,16 +273,16 @@ impl Task {
     // --- out ---
 
     fn perform(&mut self) {
+        // First: frontends must not know a wave that a successor of ours does not.
+        let wave = (self.machine.wave(), self.machine.running());
+        if self.noted != Some(wave) {
+            self.noted = Some(wave);
+            self.edges.note(wave.0, wave.1);
+        }
         let mut gone = Vec::new();
         while let Some(action) = self.machine.poll_action() {
             match action {
-                Action::SendReady { to } => {
-                    for rank in to {
-                        if let Some(sockets) = self.engines.get_mut(&rank) {
-                            sockets.publish(rank, vec![Bytes::from_static(COORDINATOR_READY)]);
-                        }
-                    }
-                }
+                Action::SendReady { to } => self.edges.ready(&to),
                 Action::SendStartWave { wave, exclude } => {
                     debug!(wave = wave.0, ?exclude, "START_DP_WAVE");
                     let exclude = match exclude {
@@ -308,10 +290,7 @@ impl Task {
                         // No engine recognizes itself by its identity.
                         Some(Exclude::Identity(_)) | None => None,
                     };
-                    let frames = StartDpWave { wave, exclude }.encode();
-                    for (rank, sockets) in &mut self.engines {
-                        sockets.publish(*rank, frames.clone());
-                    }
+                    self.edges.start(wave, exclude);
                 }
                 Action::Publish { counts, wave, running } => {
                     let counts = counts.map(|counts| counts.iter().map(engine_counts).collect());
@@ -335,10 +314,14 @@ impl Task {
                 Action::Note(note) => debug!(?note, "dp coordinator"),
             }
         }
-        if self.flush_due.is_none() && self.sinks.waiting() {
+        self.flush_later();
+        self.detach(gone);
+    }
+
+    fn flush_later(&mut self) {
+        if self.flush_due.is_none() && (self.sinks.waiting() || self.edges.waiting()) {
             self.flush_due = Some(Instant::now() + FLUSH_INTERVAL);
         }
-        self.detach(gone);
     }
 
     /// A report of a rank, made here.

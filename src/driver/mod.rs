@@ -4,6 +4,7 @@
 pub mod attachment;
 pub mod control;
 pub mod coordinator;
+pub mod edge;
 pub(crate) mod engine_calls;
 pub mod frontend;
 pub mod handles;

@@ -1,0 +1,129 @@
+//! The edge task: owns the sockets through which this node's engines talk to their DP coordinator, one XPUB and
+//! one PULL per engine incarnation. What goes out and what the reports mean decides the coordinator task, which may
+//! run on another node, and in a process that comes and goes. So the edge outlives its reader: reports that
+//! nobody takes are kept, bounded (see [`backlog`]), and delivered later.
+//!
+//! The reports of wave edges are noted on their way ([`EdgeState::wave`]): whoever takes over as DP coordinator must
+//! not fall behind the engines, whatever of its predecessor's queues was lost.
+
+mod backlog;
+mod sockets;
+
+use std::collections::BTreeMap;
+
+use dp_sidecar_protocol::{EngineIndex, Incarnation, Wave};
+use tokio::sync::{mpsc, watch};
+use tokio_util::task::TaskTracker;
+use tracing::debug;
+
+use super::handles::{EdgeCommand, EdgeEvent, EdgeHandle, HandleError};
+use crate::transport::PrivateDir;
+use sockets::EngineSockets;
+
+/// Commands waiting for the task. It never waits for an engine, only for binding a socket file.
+const COMMANDS: usize = 256;
+
+/// What a successor of the DP coordinator has to know about the engines behind an edge.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct EdgeState {
+    /// Newest wave, and whether it runs: by [`EdgeCommand::Note`], or reported by an engine here.
+    pub wave: Option<(Wave, bool)>,
+    /// Engines that have subscribed in their current life.
+    pub subscribed: BTreeMap<EngineIndex, Incarnation>,
+}
+
+impl EdgeState {
+    /// Takes over a word on waves unless it is older than what is known. True if it was news.
+    fn note(&mut self, wave: Wave, running: bool) -> bool {
+        let older = self.wave.is_some_and(|(known, _)| wave < known);
+        let news = !older && self.wave != Some((wave, running));
+        if news {
+            self.wave = Some((wave, running));
+        }
+        news
+    }
+}
+
+/// A started edge task.
+#[derive(Debug)]
+pub struct Edge {
+    /// Commands. The task ends when the last handle is dropped.
+    pub handle: EdgeHandle,
+    /// What a successor of the DP coordinator starts from.
+    pub state: watch::Receiver<EdgeState>,
+}
+
+/// Starts the edge task of a node. `dir` is where its sockets are made, `events` is read by the DP coordinator's side;
+/// nothing waits when it is full.
+pub fn spawn(dir: PrivateDir, events: mpsc::Sender<EdgeEvent>, tracker: &TaskTracker) -> Edge {
+    let (commands, receiver) = mpsc::channel(COMMANDS);
+    let (publish, state) = watch::channel(EdgeState::default());
+    let task = Task { dir, events, tracker: tracker.clone(), engines: BTreeMap::new(), state: publish };
+    tracker.spawn(task.run(receiver));
+    Edge { handle: EdgeHandle { commands }, state }
+}
+
+struct Task {
+    dir: PrivateDir,
+    events: mpsc::Sender<EdgeEvent>,
+    tracker: TaskTracker,
+    engines: BTreeMap<EngineIndex, EngineSockets>,
+    state: watch::Sender<EdgeState>,
+}
+
+impl Task {
+    async fn run(mut self, mut commands: mpsc::Receiver<EdgeCommand>) {
+        while let Some(command) = commands.recv().await {
+            match command {
+                EdgeCommand::Prepare { rank, incarnation, reply } => {
+                    let bound = self.prepare(rank, incarnation).await;
+                    if reply.send(bound).is_err() {
+                        debug!(rank = rank.0, "nobody waits for the coordinator sockets any more");
+                    }
+                }
+                EdgeCommand::Publish { ranks, frames } => {
+                    for rank in ranks {
+                        if let Some(sockets) = self.engines.get_mut(&rank) {
+                            sockets.publish(rank, frames.clone());
+                        }
+                    }
+                }
+                EdgeCommand::Note { wave, running } => {
+                    self.state.send_if_modified(|state| state.note(wave, running));
+                }
+                EdgeCommand::Close { rank, incarnation } => {
+                    let current = self.engines.get(&rank);
+                    if current.is_some_and(|sockets| sockets.incarnation == incarnation) {
+                        self.close(rank);
+                    }
+                }
+            }
+        }
+    }
+
+    async fn prepare(
+        &mut self,
+        rank: EngineIndex,
+        incarnation: Incarnation,
+    ) -> Result<(String, String), HandleError> {
+        if let Some(sockets) = self.engines.get(&rank)
+            && sockets.incarnation == incarnation
+        {
+            return Ok(sockets.addresses.clone());
+        }
+        // Those of the life before close first.
+        self.close(rank);
+        let (events, state) = (self.events.clone(), self.state.clone());
+        let sockets = EngineSockets::bind(&self.dir, rank, incarnation, events, state, &self.tracker).await;
+        let sockets = sockets
+            .map_err(|error| HandleError::failed(format!("coordinator sockets of rank {rank}: {error}")))?;
+        let addresses = sockets.addresses.clone();
+        self.engines.insert(rank, sockets);
+        Ok(addresses)
+    }
+
+    fn close(&mut self, rank: EngineIndex) {
+        self.engines.remove(&rank);
+        self.state.send_if_modified(|state| state.subscribed.remove(&rank).is_some());
+    }
+}

@@ -1,0 +1,83 @@
+//! What an engine reported and nobody has taken yet.
+
+use std::collections::VecDeque;
+
+use bytes::Bytes;
+
+/// Wave edges kept per engine. Waves only grow, so the newest say all that matters; a few more keep the order
+/// of an end and the beginning after it.
+const EDGES: usize = 16;
+
+/// Something an engine told its DP coordinator.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Told {
+    /// It receives from now on what is published.
+    Subscribed,
+    /// End or beginning of a wave.
+    Edge(Bytes),
+    /// Its load: a later one replaces it.
+    Load(Bytes),
+}
+
+/// Bounded: one subscription, [`EDGES`] wave edges, one load.
+#[derive(Debug, Default)]
+pub(super) struct Backlog {
+    subscribed: bool,
+    edges: VecDeque<Bytes>,
+    load: Option<Bytes>,
+}
+
+impl Backlog {
+    pub(super) fn is_empty(&self) -> bool {
+        !self.subscribed && self.edges.is_empty() && self.load.is_none()
+    }
+
+    pub(super) fn keep(&mut self, told: Told) {
+        match told {
+            Told::Subscribed => self.subscribed = true,
+            Told::Edge(frame) => {
+                if self.edges.len() == EDGES {
+                    self.edges.pop_front();
+                }
+                self.edges.push_back(frame);
+            }
+            Told::Load(frame) => self.load = Some(frame),
+        }
+    }
+
+    pub(super) fn take(&mut self) -> Option<Told> {
+        if std::mem::take(&mut self.subscribed) {
+            return Some(Told::Subscribed);
+        }
+        self.edges.pop_front().map(Told::Edge).or_else(|| self.load.take().map(Told::Load))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame(number: usize) -> Bytes {
+        Bytes::from(vec![u8::try_from(number).unwrap()])
+    }
+
+    #[test]
+    fn the_newest_edges_and_the_newest_load_are_kept_in_order() {
+        let mut backlog = Backlog::default();
+        assert!(backlog.is_empty());
+        for number in 0..100 {
+            backlog.keep(Told::Load(frame(number)));
+            backlog.keep(Told::Edge(frame(100 + number)));
+        }
+        backlog.keep(Told::Subscribed);
+        let mut all = Vec::new();
+        while let Some(told) = backlog.take() {
+            all.push(told);
+        }
+        let mut expected = vec![Told::Subscribed];
+        expected.extend((200 - EDGES..200).map(|number| Told::Edge(frame(number))));
+        expected.push(Told::Load(frame(99)));
+        assert_eq!(all, expected);
+        assert!(backlog.is_empty());
+    }
+}

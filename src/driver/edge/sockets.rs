@@ -1,0 +1,167 @@
+//! The DP coordinator's sockets of one engine, and the task that reads them.
+
+use std::time::Duration;
+
+use dp_sidecar_protocol::frames::SUBSCRIBE_ALL;
+use dp_sidecar_protocol::output::OutputsView;
+use dp_sidecar_protocol::{EngineIndex, Frames, Incarnation, Wave};
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::task::TaskTracker;
+use tracing::{debug, warn};
+
+use super::EdgeState;
+use super::backlog::{Backlog, Told};
+use crate::driver::handles::EdgeEvent;
+use crate::transport::{PrivateDir, PullEvent, PullListener, TransportError, XpubListener, XpubPublisher};
+
+/// An engine that takes no message for this long has no input thread any more.
+const SEND_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// One XPUB (READY, START_DP_WAVE) and one PULL (stats, wave edges) of an engine incarnation.
+/// Dropping it ends its reader task, and closes both.
+#[derive(Debug)]
+pub(super) struct EngineSockets {
+    pub(super) incarnation: Incarnation,
+    /// `coordinator_input` and `coordinator_output` of INIT.
+    pub(super) addresses: (String, String),
+    publisher: XpubPublisher,
+    /// The last message could not be queued. Later ones may be: the engine may have been stopped for
+    /// a while only.
+    unreachable: bool,
+    _reader: DropGuard,
+}
+
+impl EngineSockets {
+    pub(super) async fn bind(
+        directory: &PrivateDir,
+        rank: EngineIndex,
+        incarnation: Incarnation,
+        events: mpsc::Sender<EdgeEvent>,
+        state: watch::Sender<EdgeState>,
+        tracker: &TaskTracker,
+    ) -> Result<Self, TransportError> {
+        let publish = directory.ipc_address(&format!("ci-{rank}-{incarnation}"))?;
+        let output = directory.ipc_address(&format!("co-{rank}-{incarnation}"))?;
+        let xpub = XpubListener::bind(&publish, SEND_TIMEOUT).await?;
+        let pull = PullListener::bind(&output).await?;
+        let publisher = xpub.publisher();
+        let end = CancellationToken::new();
+        let reader = Reader { rank, incarnation, events, state, backlog: Backlog::default() };
+        tracker.spawn(end.clone().run_until_cancelled_owned(reader.run(xpub, pull)));
+        Ok(Self {
+            incarnation,
+            addresses: (publish, output),
+            publisher,
+            unreachable: false,
+            _reader: end.drop_guard(),
+        })
+    }
+
+    pub(super) fn publish(&mut self, rank: EngineIndex, frames: Frames) {
+        let sent = self.publisher.send(frames);
+        let was_unreachable = std::mem::replace(&mut self.unreachable, sent.is_err());
+        if let Err(error) = sent
+            && !was_unreachable
+        {
+            warn!(rank = rank.0, %error, "the engine cannot be reached by its DP coordinator");
+        }
+    }
+}
+
+struct Reader {
+    rank: EngineIndex,
+    incarnation: Incarnation,
+    events: mpsc::Sender<EdgeEvent>,
+    state: watch::Sender<EdgeState>,
+    backlog: Backlog,
+}
+
+impl Reader {
+    /// Ends when nobody can take events any more.
+    async fn run(mut self, mut xpub: XpubListener, mut pull: PullListener) {
+        let rank = self.rank.0;
+        let mut subscriptions = true;
+        loop {
+            let told = tokio::select! {
+                permit = self.events.reserve(), if !self.backlog.is_empty() => {
+                    let Ok(permit) = permit else { return };
+                    if let Some(told) = self.backlog.take() {
+                        permit.send(event(self.rank, self.incarnation, told));
+                    }
+                    continue;
+                }
+                event = pull.recv() => match event {
+                    // Stats and wave edges are single frames.
+                    PullEvent::Message(mut frames) if frames.len() == 1 => match frames.pop() {
+                        Some(frame) => self.report(frame),
+                        None => continue,
+                    },
+                    PullEvent::Message(frames) => {
+                        debug!(rank, frames = frames.len(), "report of several frames dropped");
+                        continue;
+                    }
+                    // The rank task notices the loss of the engine, and more surely.
+                    PullEvent::Disconnected => continue,
+                },
+                received = xpub.recv(), if subscriptions => match received {
+                    Ok(frames) if is_subscription(&frames) => {
+                        debug!(rank, incarnation = self.incarnation.0, "engine subscribed");
+                        self.state.send_modify(|state| {
+                            state.subscribed.insert(self.rank, self.incarnation);
+                        });
+                        Told::Subscribed
+                    }
+                    Ok(_) => continue,
+                    Err(error) => {
+                        warn!(rank, %error, "the engine does not read what its DP coordinator publishes");
+                        subscriptions = false;
+                        continue;
+                    }
+                },
+            };
+            if !self.deliver(told) {
+                return;
+            }
+        }
+    }
+
+    /// Notes what the report says about waves.
+    fn report(&self, frame: bytes::Bytes) -> Told {
+        // What cannot be read is for the DP coordinator to complain about.
+        let Ok(view) = OutputsView::parse(&frame) else { return Told::Load(frame) };
+        let (wave, running) = match (view.wave_complete, view.start_wave) {
+            (Some(wave), _) => (Wave(wave.0.saturating_add(1)), false),
+            (None, Some(wave)) => (wave, true),
+            (None, None) => return Told::Load(frame),
+        };
+        self.state.send_if_modified(|state| state.note(wave, running));
+        Told::Edge(frame)
+    }
+
+    /// Hands an event over, or keeps it. False if it can never be delivered.
+    fn deliver(&mut self, told: Told) -> bool {
+        if !self.backlog.is_empty() {
+            self.backlog.keep(told);
+            return true;
+        }
+        match self.events.try_reserve() {
+            Ok(permit) => permit.send(event(self.rank, self.incarnation, told)),
+            Err(TrySendError::Full(())) => self.backlog.keep(told),
+            Err(TrySendError::Closed(())) => return false,
+        }
+        true
+    }
+}
+
+fn event(rank: EngineIndex, incarnation: Incarnation, told: Told) -> EdgeEvent {
+    match told {
+        Told::Subscribed => EdgeEvent::Subscribed { rank, incarnation },
+        Told::Edge(frame) | Told::Load(frame) => EdgeEvent::Report { rank, incarnation, frame },
+    }
+}
+
+fn is_subscription(frames: &Frames) -> bool {
+    matches!(frames.as_slice(), [only] if **only == *SUBSCRIBE_ALL)
+}
