@@ -10,9 +10,12 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from processes import LOOPBACK, REQUEST_LIMIT, START_LIMIT, STEP_LIMIT, Process, free_port, wait_for
+
+if TYPE_CHECKING:
+    from cluster import Node
 
 # Bounds what an engine takes; the same for engines and frontends, because vLLM compares a hash.
 MODEL_FLAGS = [
@@ -63,27 +66,29 @@ class Frontend(Process):
         api_servers: int = 1,
         http_port: int | None = None,
         rpc_port: int | None = None,
+        node: Node | None = None,
     ) -> None:
+        self.host = node.address if node else LOOPBACK
         self.http_port = http_port or free_port()
         self.rpc_port = rpc_port or free_port()
         self.model = model
         command = [
-            *(vllm, "serve", model, "--host", LOOPBACK, "--port", str(self.http_port)),
+            *(vllm, "serve", model, "--host", self.host, "--port", str(self.http_port)),
             *("--data-parallel-size", str(size), "--data-parallel-size-local", "0"),
-            *("--data-parallel-address", LOOPBACK),
+            *("--data-parallel-address", self.host),
             *("--data-parallel-rpc-port", str(self.rpc_port)),
             *("--api-server-count", str(api_servers)),
             *(MODEL_FLAGS if flags is None else flags),
         ]
-        super().__init__(name, command, env, folder / f"{name}.log")
+        super().__init__(name, command, env, folder / f"{name}.log", node)
 
     @property
     def handshake(self) -> str:
-        return f"{LOOPBACK}:{self.rpc_port}"
+        return f"{self.host}:{self.rpc_port}"
 
     def healthy(self) -> bool:
         try:
-            return http_get(self.http_port, "/health", 5.0)[0] == 200
+            return http_get(self.http_port, "/health", 5.0, self.host)[0] == 200
         except OSError:
             return False
 
@@ -96,11 +101,11 @@ class Frontend(Process):
         wait_for(f"{self.name} answers /health", limit, look, self.tail)
 
     def ask(self, prompt: str, count: int = 24, limit: float = REQUEST_LIMIT) -> Answer:
-        return complete(self.http_port, self.model, prompt, count, limit, self.name)
+        return complete(self.http_port, self.model, prompt, count, limit, self.name, self.host)
 
     def metric(self, name: str) -> dict[str, float]:
         """Samples of one Prometheus metric, by label text."""
-        text = http_get(self.http_port, "/metrics", 10.0)[1]
+        text = http_get(self.http_port, "/metrics", 10.0, self.host)[1]
         found = {}
         for line in text.splitlines():
             match = re.fullmatch(re.escape(name) + r"(\{.*\})? (\S+)", line)
@@ -109,16 +114,18 @@ class Frontend(Process):
         return found
 
 
-def http_get(port: int, path: str, limit: float) -> tuple[int, str]:
-    connection = http.client.HTTPConnection(LOOPBACK, port, timeout=limit)
+def http_get(port: int, path: str, limit: float, host: str = LOOPBACK) -> tuple[int, str]:
+    connection = http.client.HTTPConnection(host, port, timeout=limit)
     with contextlib.closing(connection):
         connection.request("GET", path)
         response = connection.getresponse()
         return response.status, response.read().decode()
 
 
-def http_post(port: int, path: str, body: Any, limit: float) -> tuple[int, str]:
-    connection = http.client.HTTPConnection(LOOPBACK, port, timeout=limit)
+def http_post(
+    port: int, path: str, body: Any, limit: float, host: str = LOOPBACK
+) -> tuple[int, str]:
+    connection = http.client.HTTPConnection(host, port, timeout=limit)
     with contextlib.closing(connection):
         payload = json.dumps(body)
         connection.request("POST", path, payload, {"Content-Type": "application/json"})
@@ -127,7 +134,13 @@ def http_post(port: int, path: str, body: Any, limit: float) -> tuple[int, str]:
 
 
 def complete(
-    port: int, model: str, prompt: str, count: int, limit: float, name: str = ""
+    port: int,
+    model: str,
+    prompt: str,
+    count: int,
+    limit: float,
+    name: str = "",
+    host: str = LOOPBACK,
 ) -> Answer:
     """A greedy completion. Never raises: what went wrong is in the answer."""
     answer = Answer(prompt, name, began=time.monotonic())
@@ -140,7 +153,7 @@ def complete(
         "return_token_ids": True,
     }
     try:
-        answer.status, text = http_post(port, "/v1/completions", body, limit)
+        answer.status, text = http_post(port, "/v1/completions", body, limit, host)
         if answer.status == 200:
             choice = json.loads(text)["choices"][0]
             answer.tokens = choice.get("token_ids") or []

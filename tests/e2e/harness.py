@@ -17,10 +17,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from frontends import Frontend
 from processes import MARK, START_LIMIT, STEP_LIMIT, Process, processes_with, wait_for
+
+if TYPE_CHECKING:
+    from cluster import Node
 
 
 class Sidecar(Process):
@@ -36,20 +39,26 @@ class Sidecar(Process):
         vllm: list[str] | None = None,
         *,
         size: int = 2,
+        rank: int = 0,
+        local: int | None = None,
         state_dir: Path | None = None,
+        node: Node | None = None,
     ) -> None:
         self.binary = binary
         self.env = env
         self.size = size
+        # Ranks of this sidecar's node.
+        self.ranks = range(rank, rank + (size if local is None else local))
         # Unix sockets have at most 107 bytes of path, and pytest's folders are long.
         self.state_dir = state_dir or Path(tempfile.mkdtemp(prefix="sc-", dir="/tmp"))
         command = [
-            *(str(binary), "--dp-rank", "0", "--data-parallel-size", str(size)),
+            *(str(binary), "--dp-rank", str(rank), "--data-parallel-size", str(size)),
+            *(["--data-parallel-size-local", str(local)] if local is not None else []),
             *("--state-dir", str(self.state_dir)),
             *flags,
             *(["--", *vllm] if vllm else []),
         ]
-        super().__init__(name, command, env, folder / f"{name}.log")
+        super().__init__(name, command, env, folder / f"{name}.log", node)
 
     def cli(self, *words: str, limit: float = STEP_LIMIT) -> subprocess.CompletedProcess[str]:
         """Run a subcommand against this sidecar."""

@@ -12,7 +12,10 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cluster import Node
 
 REPO = Path(__file__).resolve().parents[2]
 LOOPBACK = "127.0.0.1"
@@ -97,16 +100,24 @@ def start_time(pid: int) -> str:
 
 
 class Process:
-    """A process in a session of its own, with its output in a file."""
+    """A process in a session of its own, with its output in a file; here or on a host."""
 
-    def __init__(self, name: str, command: list[str], env: dict[str, str], log: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: list[str],
+        env: dict[str, str],
+        log: Path,
+        node: Node | None = None,
+    ) -> None:
         self.name = name
         self.log = log
-        self.command = command
+        self.node = node
+        self.command = [*(node.prefix if node else []), *command]
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as out:
             self.child = subprocess.Popen(
-                command,
+                self.command,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
