@@ -214,12 +214,38 @@ fn the_loss_of_the_keeper_starts_everything_over() {
     let mut m = machine(true, true);
     drain(&mut m);
     serve(&mut m, &[(R0, 1), (R1, 1)]);
-    at(&mut m, Event::KeeperLost);
+    at(&mut m, Event::KeeperLost { ranks: vec![R0, R1] });
     m.handle_timeout(Time::ZERO);
     let actions = drain(&mut m);
     let again = Action::Prepare { rank: R1, incarnation: Incarnation(2) };
     assert!(actions.contains(&again), "{actions:?}");
     assert!(!actions.iter().any(|a| matches!(a, Action::StopProcess { .. })));
+}
+
+#[test]
+fn the_loss_of_one_nodes_keeper_ends_the_lockstep_group_on_the_other_nodes() {
+    let mut m = machine(true, true);
+    drain(&mut m);
+    serve(&mut m, &[(R0, 1), (R1, 1)]);
+    at(&mut m, Event::KeeperLost { ranks: vec![R1] });
+    let actions = drain(&mut m);
+    assert!(actions.contains(&Action::StopProcess { rank: R0, incarnation: Incarnation(1) }), "{actions:?}");
+    assert!(!actions.iter().any(|a| matches!(a, Action::StopProcess { rank: R1, .. })), "{actions:?}");
+    at(&mut m, exited(R0, 1, ""));
+    let due = m.poll_timeout().expect("a new generation");
+    m.handle_timeout(due);
+    let lives: Vec<_> = m.snapshot().values().map(|l| l.incarnation).collect();
+    assert_eq!(lives, [Incarnation(2), Incarnation(2)]);
+}
+
+#[test]
+fn the_loss_of_one_nodes_keeper_leaves_independent_ranks_elsewhere_alone() {
+    let mut m = machine(false, true);
+    drain(&mut m);
+    serve(&mut m, &[(R0, 1), (R1, 2)]);
+    at(&mut m, Event::KeeperLost { ranks: vec![R1] });
+    assert_eq!(m.snapshot()[&R0].phase, Phase::Serving);
+    assert_eq!(m.snapshot()[&R1].phase, Phase::Waiting);
 }
 
 #[test]

@@ -21,13 +21,16 @@ use crate::driver::attachment::{self, AttachmentConfig};
 use crate::driver::control::ControlHandle;
 use crate::driver::frontend::{self, SupervisedSnapshot};
 use crate::driver::handles::{
-    AttachmentCommand, AttachmentHandle, CoordinatorCommand, CoordinatorHandle, Deployment, RankHandle, ask,
+    AttachmentCommand, AttachmentHandle, CoordinatorCommand, CoordinatorHandle, Deployment, NodeEvent,
+    NodeId, ProcessEvent, RankHandle, ask,
 };
 use crate::driver::handshake::{HandshakeBindError, HandshakeConfig};
-use crate::driver::node::{Inputs, Node, NodeCommand, Outputs, Peers};
+use crate::driver::node::{Inputs, Node, NodeCommand, NodePeers, Outputs, Peers};
 use crate::driver::rank::{RankConfig, RankOutputs};
 use crate::driver::weight_update::{FenceRequest, UpdateConfig};
-use crate::driver::{control, coordinator, edge, handshake as handshake_driver, rank, weight_update};
+use crate::driver::{
+    control, coordinator, edge, handshake as handshake_driver, processes, rank, weight_update,
+};
 use crate::exit_code::{self, RunEnd};
 use crate::gpu::{self, GpuMonitor};
 use crate::state_dir::StateDir;
@@ -37,6 +40,8 @@ use crate::transport::{GuardLimits, PrivateDir};
 
 /// Messages between tasks waiting at the most. All readers only move them on.
 const QUEUE: usize = 256;
+/// The leader's own node.
+const THIS_NODE: NodeId = NodeId(0);
 /// Limit for answers of our own tasks.
 const LOCAL_ANSWER: Duration = Duration::from_secs(10);
 
@@ -161,18 +166,31 @@ pub(super) async fn start(
     .map_err(|e| internal("journal", &e))?;
 
     let (node_sender, node_snapshot) = watch::channel(BTreeMap::new());
+    let (node_events, events_of_nodes) = mpsc::channel(QUEUE);
+    let processes = match (&config.engines, &keeper) {
+        (Engines::Spawn(_), Some(keeper)) => {
+            let events = of_node(THIS_NODE, node_events, &tracker);
+            let (config, keeper) = (config.clone(), keeper.clone());
+            Some(processes::spawn(config, keeper, engine_events, events, &tracker, stop.clone()))
+        }
+        _ => None,
+    };
+    let this_node = NodePeers {
+        ranks: config.local_ranks().map(EngineIndex).collect(),
+        handshake: handshake.clone(),
+        processes,
+    };
     let node = Node::new(
         config.clone(),
         Peers {
             ranks: ranks.iter().map(|r| (r.rank, r.clone())).collect(),
             coordinator: coordinator.clone(),
-            handshake: handshake.clone(),
             updates: updates.clone(),
-            keeper: keeper.clone(),
+            nodes: BTreeMap::from([(THIS_NODE, this_node)]),
         },
         Outputs { deployment: deployment_sender, snapshot: node_sender },
     );
-    let inputs = Inputs { ranks: rank_events, handshake: handshake_events, keeper: engine_events, commands };
+    let inputs = Inputs { ranks: rank_events, handshake: handshake_events, nodes: events_of_nodes, commands };
     let node = tokio::spawn(node.run(inputs));
 
     for address in &config.frontends {
@@ -269,6 +287,23 @@ fn distribute(
         }));
     }
     (engines, frontend)
+}
+
+/// Hands the events of a node's process task to the node task.
+fn of_node(
+    node: NodeId,
+    events: mpsc::Sender<(NodeId, NodeEvent)>,
+    tracker: &TaskTracker,
+) -> mpsc::Sender<ProcessEvent> {
+    let (sender, mut inbox) = mpsc::channel(QUEUE);
+    tracker.spawn(async move {
+        while let Some(event) = inbox.recv().await {
+            if events.send((node, NodeEvent::Process(event))).await.is_err() {
+                return;
+            }
+        }
+    });
+    sender
 }
 
 /// Tells the coordinator task of every request that goes to a lockstep engine.

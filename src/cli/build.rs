@@ -121,6 +121,7 @@ pub fn build(args: &RunArgs, surroundings: &Surroundings) -> Result<Built, Usage
             size_local,
             address,
             rpc_port: args.data_parallel_rpc_port,
+            group_address: IpAddr::V4(Ipv4Addr::LOCALHOST),
             kind,
             frontends: args.frontend.clone(),
             frontend_slots: args.frontend_slots,

@@ -28,6 +28,9 @@ pub struct Config {
     pub address: IpAddr,
     /// Port of that handshake (vLLM: `--data-parallel-rpc-port`).
     pub rpc_port: u16,
+    /// Where the ranks of a lockstep group meet: rank 0's node as all nodes reach it, loopback if there is
+    /// only one (INIT: `data_parallel_master_ip`).
+    pub group_address: IpAddr,
     /// Dense or MoE.
     pub kind: GroupKind,
     /// Handshake addresses `host:port` of the frontends to attach to.

@@ -730,6 +730,22 @@ pub enum ProcessEvent {
     KeeperLost,
 }
 
+pub use dp_sidecar_protocol::machine::weight_update::NodeId;
+
+/// What the leader hears about a node of the deployment: its own, or one at the other end of a peer link.
+#[derive(Clone, Debug)]
+pub enum NodeEvent {
+    /// Of its engines' processes.
+    Process(ProcessEvent),
+    /// The link to it is there again; this is what it knows. What happened in between is not told otherwise.
+    Connected(Box<crate::link::wire::NodeState>),
+    /// The link to it is lost. Its engines go on; commands wait in the link, under their deadlines.
+    Disconnected {
+        /// What was seen.
+        reason: String,
+    },
+}
+
 /// Handle of whoever starts vLLM on a node.
 #[derive(Clone, Debug)]
 pub struct ProcessHandle {

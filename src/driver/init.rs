@@ -89,8 +89,7 @@ pub(super) fn encode(
     let init = match (config.kind, ports.split_first()) {
         (GroupKind::Lockstep, Some((&master_port, list))) => {
             let group = GroupPorts {
-                // All ranks of one node; with several nodes this is rank 0's address.
-                master_ip: Ipv4Addr::LOCALHOST.to_string(),
+                master_ip: config.group_address.to_string(),
                 master_port,
                 ports: list.to_vec(),
                 size: config.size,

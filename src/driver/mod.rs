@@ -11,6 +11,7 @@ pub mod handles;
 pub mod handshake;
 mod init;
 pub mod node;
+pub mod processes;
 pub mod rank;
 #[cfg(test)]
 pub(crate) mod test_ranks;

@@ -25,28 +25,33 @@ impl Lifecycle {
         }
         self.end_rank(now, rank, reason);
         if self.config.lockstep {
-            let others: Vec<EngineIndex> = self.ranks.keys().copied().filter(|&r| r != rank).collect();
-            for other in others {
-                let phase = self.ranks.get(&other).map(|s| s.phase);
-                let active = matches!(
-                    phase,
-                    Some(
-                        Phase::Preparing
-                            | Phase::Starting
-                            | Phase::Connected
-                            | Phase::Ready
-                            | Phase::Restoring
-                            | Phase::Serving
-                    )
-                );
-                // Engines that somebody else starts may already be of the next generation.
-                let same = self.config.spawn
-                    || self.ranks.get(&other).map(|s| s.incarnation)
-                        == self.ranks.get(&rank).map(|s| s.incarnation);
-                if active && same {
-                    let text = format!("lockstep group of engine {rank} ended: {reason}");
-                    self.end_rank(now, other, &text);
-                }
+            self.end_group(now, rank, reason);
+        }
+    }
+
+    /// What is left of the lockstep group of a rank that has ended is ended, too.
+    fn end_group(&mut self, now: Time, rank: EngineIndex, reason: &str) {
+        let others: Vec<EngineIndex> = self.ranks.keys().copied().filter(|&r| r != rank).collect();
+        for other in others {
+            let phase = self.ranks.get(&other).map(|s| s.phase);
+            let active = matches!(
+                phase,
+                Some(
+                    Phase::Preparing
+                        | Phase::Starting
+                        | Phase::Connected
+                        | Phase::Ready
+                        | Phase::Restoring
+                        | Phase::Serving
+                )
+            );
+            // Engines that somebody else starts may already be of the next generation.
+            let same = self.config.spawn
+                || self.ranks.get(&other).map(|s| s.incarnation)
+                    == self.ranks.get(&rank).map(|s| s.incarnation);
+            if active && same {
+                let text = format!("lockstep group of engine {rank} ended: {reason}");
+                self.end_rank(now, other, &text);
             }
         }
     }
@@ -143,12 +148,13 @@ impl Lifecycle {
         }
     }
 
-    pub(super) fn keeper_lost(&mut self, now: Time) {
+    /// The keeper of a node was killed, and with it the processes of its `ranks`.
+    pub(super) fn keeper_lost(&mut self, now: Time, ranks: &[EngineIndex]) {
         if self.stopping || self.failed {
             return;
         }
-        let ranks: Vec<EngineIndex> = self.ranks.keys().copied().collect();
-        for rank in ranks {
+        let mut any = None;
+        for &rank in ranks {
             let Some(state) = self.ranks.get_mut(&rank) else {
                 continue;
             };
@@ -164,8 +170,12 @@ impl Lifecycle {
                     state.phase = Phase::Waiting;
                     state.until = Some(now);
                     self.actions.push_back(Action::Down { rank, incarnation, reason });
+                    any = any.or(Some(rank));
                 }
             }
+        }
+        if let Some(rank) = any.filter(|_| self.config.lockstep) {
+            self.end_group(now, rank, "the keeper of its node was killed");
         }
     }
 

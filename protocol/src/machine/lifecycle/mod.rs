@@ -201,7 +201,7 @@ impl Lifecycle {
     pub fn handle_event(&mut self, now: Time, event: Event) {
         match event {
             Event::Stop => self.stop(),
-            Event::KeeperLost => self.keeper_lost(now),
+            Event::KeeperLost { ranks } => self.keeper_lost(now, &ranks),
             Event::Prepared { rank, incarnation } => {
                 if let Some(state) = self.current(rank, incarnation, &[Phase::Preparing]) {
                     state.phase = Phase::Starting;

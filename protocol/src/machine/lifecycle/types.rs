@@ -8,7 +8,7 @@ use crate::{EngineIndex, Incarnation};
 /// What the machine needs to know in advance.
 #[derive(Clone, Debug)]
 pub struct LifecycleConfig {
-    /// The ranks of this node.
+    /// The ranks of the deployment, whichever node they run on.
     pub ranks: Vec<EngineIndex>,
     /// MoE: all ranks share one fate.
     pub lockstep: bool,
@@ -98,8 +98,11 @@ pub enum Event {
         /// Why.
         reason: String,
     },
-    /// All processes are gone because their keeper was killed; start over.
-    KeeperLost,
+    /// The processes of these ranks are gone because their keeper was killed; start over.
+    KeeperLost {
+        /// The ranks of its node.
+        ranks: Vec<EngineIndex>,
+    },
     /// Stop everything.
     Stop,
 }

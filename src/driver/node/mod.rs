@@ -1,0 +1,280 @@
+//! The node task: drives the lifecycle machine of all ranks of the deployment, on the leader. It asks the
+//! nodes for processes and handshakes, the rank and coordinator tasks for sockets, and the update task for
+//! the committed weights. Which node a rank runs on shows only in the handles.
+
+mod events;
+mod serving;
+mod starting;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use dp_sidecar_protocol::layout::Layout;
+use dp_sidecar_protocol::machine::lifecycle::{Action, Event, Lifecycle, LifecycleConfig, Phase, RankLife};
+use dp_sidecar_protocol::{EngineIndex, Incarnation, Time};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tracing::debug;
+
+use super::handles::{
+    CoordinatorHandle, Deployment, GroupKind, HandshakeEvent, HandshakeHandle, NodeEvent, NodeId,
+    ProcessHandle, RankEvent, RankHandle,
+};
+use super::init;
+use super::weight_update::UpdateHandle;
+use crate::config::{Config, Engines};
+
+/// Limit for answers of our own tasks, and of other nodes.
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// What others ask of the node task.
+#[derive(Debug)]
+pub enum NodeCommand {
+    /// This engine must not serve; it is stopped and started again at the committed weights.
+    Fence {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which incarnation; a later one is not meant.
+        incarnation: Incarnation,
+        /// Why.
+        reason: String,
+    },
+    /// Stop all engines and end.
+    Stop,
+}
+
+/// Everything the node knows about one rank, for status.
+#[derive(Clone, Debug)]
+pub struct NodeRank {
+    /// State of the lifecycle machine.
+    pub life: RankLife,
+    /// `vllm serve` process, if ours.
+    pub pid: Option<u32>,
+    /// From the registration frame.
+    pub vllm_version: Option<String>,
+}
+
+/// How the node task ended.
+#[derive(Clone, Debug)]
+pub enum NodeExit {
+    /// Told to.
+    Stopped,
+    /// It cannot go on.
+    Failed {
+        /// The whole story.
+        reason: String,
+        /// A time limit ran out.
+        timeout: bool,
+    },
+}
+
+/// The tasks the node task works with.
+#[derive(Debug)]
+pub struct Peers {
+    /// Rank tasks of the whole deployment.
+    pub ranks: BTreeMap<EngineIndex, RankHandle>,
+    /// The DP coordinator.
+    pub coordinator: CoordinatorHandle,
+    /// Weight updates.
+    pub updates: UpdateHandle,
+    /// The nodes; together they have each rank once.
+    pub nodes: BTreeMap<NodeId, NodePeers>,
+}
+
+/// What the node task asks of one node.
+#[derive(Clone, Debug)]
+pub struct NodePeers {
+    /// The ranks that run there.
+    pub ranks: Vec<EngineIndex>,
+    /// The handshake server that their engines say HELLO to.
+    pub handshake: HandshakeHandle,
+    /// Who starts them; none if somebody else does.
+    pub processes: Option<ProcessHandle>,
+}
+
+impl Peers {
+    /// Where a rank runs.
+    fn node_of(&self, rank: EngineIndex) -> Option<(NodeId, &NodePeers)> {
+        self.nodes.iter().find(|(_, node)| node.ranks.contains(&rank)).map(|(&id, node)| (id, node))
+    }
+}
+
+/// What comes in.
+#[derive(Debug)]
+pub struct Inputs {
+    /// From the rank tasks.
+    pub ranks: mpsc::Receiver<RankEvent>,
+    /// From the handshake tasks of all nodes.
+    pub handshake: mpsc::Receiver<HandshakeEvent>,
+    /// About processes and nodes.
+    pub nodes: mpsc::Receiver<(NodeId, NodeEvent)>,
+    /// From everybody else.
+    pub commands: mpsc::Receiver<NodeCommand>,
+}
+
+/// What goes out.
+#[derive(Debug)]
+pub struct Outputs {
+    /// Facts for the attachments.
+    pub deployment: watch::Sender<Deployment>,
+    /// For status.
+    pub snapshot: watch::Sender<BTreeMap<EngineIndex, NodeRank>>,
+}
+
+/// Facts collected while an incarnation starts.
+#[derive(Clone, Debug, Default)]
+struct Facts {
+    incarnation: Incarnation,
+    registration: Option<(Bytes, Layout)>,
+    vllm_version: Option<String>,
+    ready: Option<(Option<String>, Option<u64>)>,
+    handshake_at: Option<SocketAddr>,
+    pid: Option<u32>,
+}
+
+/// What a piece of work in the background came to.
+#[derive(Debug)]
+enum Outcome {
+    /// The machine is told.
+    Event(Event),
+    /// Sockets are bound; the engine's handshake address is known.
+    Prepared { rank: EngineIndex, incarnation: Incarnation, address: SocketAddr },
+    /// The process runs.
+    Spawned { rank: EngineIndex, incarnation: Incarnation, pid: u32 },
+    /// Nothing to tell.
+    Done,
+}
+
+/// The node task.
+#[derive(Debug)]
+pub struct Node {
+    config: Arc<Config>,
+    peers: Peers,
+    outputs: Outputs,
+    machine: Lifecycle,
+    facts: BTreeMap<EngineIndex, Facts>,
+    /// Ports of the group's stores, per generation (lockstep).
+    group_ports: Option<(Incarnation, Vec<u16>)>,
+    work: JoinSet<Outcome>,
+    began: Instant,
+    /// Nodes whose keeper died: until its successor is there nothing is stopped there.
+    keeper_away: BTreeSet<NodeId>,
+}
+
+impl Node {
+    /// A node task that begins to start all ranks when it is run.
+    pub fn new(config: Arc<Config>, peers: Peers, outputs: Outputs) -> Self {
+        let ranks: Vec<EngineIndex> = peers.ranks.keys().copied().collect();
+        let machine = Lifecycle::new(
+            LifecycleConfig {
+                ranks: ranks.clone(),
+                lockstep: config.kind == GroupKind::Lockstep,
+                spawn: matches!(config.engines, Engines::Spawn(_)),
+                startup_timeout: config.startup_timeout,
+                restart: init::restart_policy(&config),
+            },
+            Time::ZERO,
+        );
+        Self {
+            facts: ranks.into_iter().map(|r| (r, Facts::default())).collect(),
+            config,
+            peers,
+            outputs,
+            machine,
+            group_ports: None,
+            work: JoinSet::new(),
+            began: Instant::now(),
+            keeper_away: BTreeSet::new(),
+        }
+    }
+
+    fn now(&self) -> Time {
+        Time::from_start(self.began.elapsed())
+    }
+
+    /// Runs until told to stop, or until it cannot go on.
+    pub async fn run(mut self, mut inputs: Inputs) -> NodeExit {
+        let exit = loop {
+            if let Some(exit) = self.perform().await {
+                break exit;
+            }
+            self.publish();
+            let due = self.machine.poll_timeout().map(|t| self.began + t.since_start());
+            tokio::select! {
+                biased;
+                command = inputs.commands.recv() => match command {
+                    Some(NodeCommand::Fence { rank, incarnation, reason }) => {
+                        if self.facts_of(rank, incarnation).is_some() {
+                            self.event(Event::Fence { rank, reason });
+                        }
+                    }
+                    Some(NodeCommand::Stop) | None => self.event(Event::Stop),
+                },
+                Some((node, event)) = inputs.nodes.recv() => self.node_event(node, event),
+                Some(event) = inputs.handshake.recv() => self.handshake_event(event),
+                Some(event) = inputs.ranks.recv() => self.rank_event(event).await,
+                Some(done) = self.work.join_next() => self.work_done(done),
+                () = super::sleep_until(due) => {
+                    let now = self.now();
+                    self.machine.handle_timeout(now);
+                }
+            }
+        };
+        self.publish();
+        self.work.shutdown().await;
+        exit
+    }
+
+    fn event(&mut self, event: Event) {
+        let now = self.now();
+        debug!(?event, "lifecycle");
+        self.machine.handle_event(now, event);
+    }
+
+    /// Performs all actions; an exit ends the task.
+    async fn perform(&mut self) -> Option<NodeExit> {
+        while let Some(action) = self.machine.poll_action() {
+            debug!(?action, "lifecycle");
+            match action {
+                Action::Prepare { rank, incarnation } => self.prepare(rank, incarnation),
+                Action::Spawn { rank, incarnation } => self.spawn(rank, incarnation),
+                Action::StopProcess { rank, incarnation } => self.stop_process(rank, incarnation),
+                Action::Down { rank, incarnation, reason } => self.down(rank, incarnation, reason).await,
+                Action::Restore { ranks } => self.restore(ranks).await,
+                Action::Admit { rank, incarnation } => self.admit(rank, incarnation).await,
+                Action::Fail { reason, timeout } => {
+                    return Some(NodeExit::Failed { reason, timeout });
+                }
+                Action::Stopped => return Some(NodeExit::Stopped),
+            }
+        }
+        None
+    }
+
+    fn facts_of(&mut self, rank: EngineIndex, incarnation: Incarnation) -> Option<&mut Facts> {
+        self.facts.get_mut(&rank).filter(|f| f.incarnation == incarnation)
+    }
+
+    fn publish(&self) {
+        let ranks: BTreeMap<EngineIndex, NodeRank> = self
+            .machine
+            .snapshot()
+            .into_iter()
+            .map(|(rank, life)| {
+                let facts = self.facts.get(&rank);
+                let alive = !matches!(life.phase, Phase::Waiting | Phase::GivenUp | Phase::Stopped);
+                let entry = NodeRank {
+                    pid: facts.and_then(|f| f.pid).filter(|_| alive),
+                    vllm_version: facts.and_then(|f| f.vllm_version.clone()),
+                    life,
+                };
+                (rank, entry)
+            })
+            .collect();
+        self.outputs.snapshot.send_replace(ranks);
+    }
+}

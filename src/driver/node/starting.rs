@@ -1,0 +1,126 @@
+//! How an engine is started and stopped.
+
+use std::net::SocketAddr;
+
+use dp_sidecar_protocol::machine::lifecycle::Event;
+use dp_sidecar_protocol::{EngineIndex, Incarnation};
+use tracing::debug;
+
+use super::{ANSWER, Facts, Node, Outcome};
+use crate::config::Engines;
+use crate::driver::handles::{
+    CoordinatorCommand, Expectation, GroupKind, HandleError, HandshakeCommand, Listen, ProcessCommand,
+    RankCommand, ask,
+};
+use crate::driver::init;
+
+impl Node {
+    pub(super) fn prepare(&mut self, rank: EngineIndex, incarnation: Incarnation) {
+        self.facts.insert(rank, Facts { incarnation, ..Facts::default() });
+        let failed = move |reason: String| Outcome::Event(Event::StartFailed { rank, incarnation, reason });
+        let ports = match self.ports(incarnation) {
+            Ok(ports) => ports,
+            Err(reason) => {
+                self.work.spawn(async move { failed(reason) });
+                return;
+            }
+        };
+        let (Some(handle), Some((_, node))) =
+            (self.peers.ranks.get(&rank).cloned(), self.peers.node_of(rank))
+        else {
+            return;
+        };
+        let coordinator = self.peers.coordinator.commands.clone();
+        let handshake = node.handshake.commands.clone();
+        let config = self.config.clone();
+        self.work.spawn(async move {
+            let prepared: Result<SocketAddr, HandleError> = async {
+                let slots = handle
+                    .ask("sockets", ANSWER, |reply| RankCommand::Prepare { incarnation, reply })
+                    .await?;
+                let what = format!("coordinator sockets of rank {rank}");
+                let coordinator = ask(&coordinator, "coordinator", what, ANSWER, |reply| {
+                    CoordinatorCommand::Prepare { rank, incarnation, reply }
+                })
+                .await?;
+                let listen = match config.engines {
+                    Engines::Spawn(_) => Listen::Own,
+                    Engines::Attach => Listen::Shared,
+                };
+                let init = init::encode(&config, slots, coordinator, &ports);
+                let expectation = Expectation { rank, incarnation, listen, init };
+                let what = format!("handshake listener of rank {rank}");
+                ask(&handshake, "handshake", what, ANSWER, |reply| HandshakeCommand::Expect {
+                    expectation,
+                    reply,
+                })
+                .await
+            }
+            .await;
+            match prepared {
+                Ok(address) => Outcome::Prepared { rank, incarnation, address },
+                Err(error) => failed(error.to_string()),
+            }
+        });
+    }
+
+    /// Ports of the lockstep group's stores: the same for all ranks of one generation.
+    fn ports(&mut self, generation: Incarnation) -> Result<Vec<u16>, String> {
+        if self.config.kind == GroupKind::Independent {
+            return Ok(Vec::new());
+        }
+        match &self.group_ports {
+            Some((of, ports)) if *of == generation => Ok(ports.clone()),
+            _ => {
+                let ports = init::free_ports()?;
+                self.group_ports = Some((generation, ports.clone()));
+                Ok(ports)
+            }
+        }
+    }
+
+    pub(super) fn spawn(&mut self, rank: EngineIndex, incarnation: Incarnation) {
+        let address = self.facts.get(&rank).and_then(|f| f.handshake_at);
+        let processes = self.peers.node_of(rank).and_then(|(_, node)| node.processes.clone());
+        self.work.spawn(async move {
+            let spawned =
+                async {
+                    let handshake = address.ok_or("its handshake address is not known")?;
+                    let processes = processes.ok_or("nobody starts processes on its node")?;
+                    let what = format!("start of engine {rank}");
+                    ask(&processes.commands, "process", what, ANSWER + ANSWER, |reply| {
+                        ProcessCommand::Spawn { rank, incarnation, handshake, reply }
+                    })
+                    .await
+                    .map_err(|error| error.to_string())
+                };
+            match spawned.await {
+                Ok(pid) => Outcome::Spawned { rank, incarnation, pid },
+                Err(reason) => Outcome::Event(Event::StartFailed { rank, incarnation, reason }),
+            }
+        });
+    }
+
+    pub(super) fn stop_process(&mut self, rank: EngineIndex, incarnation: Incarnation) {
+        let Some((id, node)) = self.peers.node_of(rank) else {
+            return;
+        };
+        if self.keeper_away.contains(&id) {
+            return;
+        }
+        let Some(processes) = node.processes.clone() else {
+            return;
+        };
+        self.work.spawn(async move {
+            let what = format!("stop of engine {rank}");
+            let stopped = ask(&processes.commands, "process", what, ANSWER + ANSWER, |reply| {
+                ProcessCommand::Stop { rank, reply }
+            });
+            if let Err(error) = stopped.await {
+                // It may have exited by itself a moment ago: then its exit is on the way.
+                debug!(rank = rank.0, incarnation = incarnation.0, %error, "stop of the engine");
+            }
+            Outcome::Done
+        });
+    }
+}

@@ -1,0 +1,149 @@
+//! The process task: what a [`ProcessHandle`] of this node asks for is done by its keeper. The command line of
+//! an engine is built from this node's own configuration, whoever asks.
+
+use std::sync::Arc;
+
+use dp_sidecar_protocol::{EngineIndex, Incarnation};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{debug, error, info, warn};
+
+use super::handles::{HandleError, ProcessCommand, ProcessEvent, ProcessHandle};
+use super::init;
+use crate::config::Config;
+use crate::supervisor::client::KeeperClient;
+use crate::supervisor::keeper::wire::{ExitReport, ExitStatus, KeeperEvent};
+
+/// Commands waiting for the task.
+const COMMANDS: usize = 256;
+
+/// Starts the task. `keeper_events` are those about engines and about the keeper itself; what becomes of them
+/// goes to `events`. It ends with its last handle, or when `stop` is cancelled.
+pub fn spawn(
+    config: Arc<Config>,
+    keeper: KeeperClient,
+    keeper_events: mpsc::Receiver<KeeperEvent>,
+    events: mpsc::Sender<ProcessEvent>,
+    tracker: &TaskTracker,
+    stop: CancellationToken,
+) -> ProcessHandle {
+    let (commands, inbox) = mpsc::channel(COMMANDS);
+    let task = Task { config, keeper, events, work: JoinSet::new() };
+    tracker.spawn(task.run(inbox, keeper_events, stop));
+    ProcessHandle { commands }
+}
+
+struct Task {
+    config: Arc<Config>,
+    keeper: KeeperClient,
+    events: mpsc::Sender<ProcessEvent>,
+    /// Exchanges with the keeper. Each of them has a deadline there.
+    work: JoinSet<()>,
+}
+
+impl Task {
+    async fn run(
+        mut self,
+        mut inbox: mpsc::Receiver<ProcessCommand>,
+        mut keeper_events: mpsc::Receiver<KeeperEvent>,
+        stop: CancellationToken,
+    ) {
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => break,
+                command = inbox.recv() => match command {
+                    Some(command) => self.command(command),
+                    None => break,
+                },
+                Some(event) = keeper_events.recv() => {
+                    if let Some(event) = translate(event)
+                        && self.events.send(event).await.is_err()
+                    {
+                        break;
+                    }
+                }
+                Some(done) = self.work.join_next() => {
+                    if let Err(error) = done {
+                        error!(%error, "an exchange with the keeper failed");
+                    }
+                }
+            }
+        }
+        self.work.shutdown().await;
+    }
+
+    fn command(&mut self, command: ProcessCommand) {
+        let keeper = self.keeper.clone();
+        match command {
+            ProcessCommand::Spawn { rank, incarnation, handshake, reply } => {
+                let Some(spec) = self.config.engine_spawn(rank.0, incarnation.0, handshake) else {
+                    let error =
+                        format!("engine {rank} cannot be started here: another node's rank, or no MODEL");
+                    let _ = reply.send(Err(HandleError::failed(error)));
+                    return;
+                };
+                info!(rank = rank.0, incarnation = incarnation.0, command = %spec.argv.join(" "), "starting engine");
+                self.work.spawn(async move {
+                    let spawned = keeper.spawn(spec).await;
+                    // Whoever asked may have given up; the process is then told to stop by what follows.
+                    let _ = reply.send(spawned.map_err(|error| HandleError::failed(error.to_string())));
+                });
+            }
+            ProcessCommand::Stop { rank, reply } => {
+                // Nothing is left to drain: the app has waited for requests, or the engine is lost.
+                let grace = self.config.kill_grace;
+                self.work.spawn(async move {
+                    let stopped = keeper.stop(&init::child_name(rank), grace).await;
+                    let _ = reply.send(stopped.map_err(|error| HandleError::failed(error.to_string())));
+                });
+            }
+        }
+    }
+}
+
+/// What the lifecycle of engines has to know of an event of the keeper.
+fn translate(event: KeeperEvent) -> Option<ProcessEvent> {
+    match event {
+        KeeperEvent::Spawned { .. } => None,
+        // Its keeper is dead; the successor's event starts everything over.
+        KeeperEvent::Exited(report) if report.status == ExitStatus::Unknown => Some(ProcessEvent::KeeperAway),
+        KeeperEvent::Exited(report) => exited(&report),
+        KeeperEvent::Replaced { pid } => {
+            warn!(pid, "the keeper was killed and replaced; its engines were stopped");
+            Some(ProcessEvent::KeeperLost)
+        }
+        KeeperEvent::Failed { error } => {
+            error!(%error, "the keeper is gone and cannot be replaced");
+            Some(ProcessEvent::KeeperLost)
+        }
+    }
+}
+
+/// The end of an engine; `None` if it is none of ours.
+pub(super) fn exited(report: &ExitReport) -> Option<ProcessEvent> {
+    let Some(rank) = init::rank_of_child(&report.name) else {
+        debug!(name = report.name, "exit of a child that is no engine");
+        return None;
+    };
+    if !report.left.is_empty() {
+        error!(rank = rank.0, pids = ?report.left, "processes of the engine could not be ended");
+    }
+    let incarnation = Incarnation(report.incarnation);
+    log_exit(rank, incarnation, report);
+    Some(ProcessEvent::Exited {
+        rank,
+        incarnation,
+        requested: report.requested,
+        reason: init::describe_exit(report),
+    })
+}
+
+fn log_exit(rank: EngineIndex, incarnation: Incarnation, report: &ExitReport) {
+    if report.requested {
+        info!(rank = rank.0, incarnation = incarnation.0, status = %report.status, "engine stopped");
+    } else {
+        warn!(rank = rank.0, incarnation = incarnation.0, status = %report.status, "engine exited");
+    }
+}
