@@ -58,13 +58,8 @@ pub enum ModelError {
 
 /// Finds the kind of a model: a directory, or a name in the Hugging Face cache.
 pub fn kind_of(model: &str, revision: Option<&str>, cache: &Path) -> Result<GroupKind, ModelError> {
-    let directory = Path::new(model);
-    let directory = if directory.is_dir() {
-        directory.to_owned()
-    } else {
-        snapshot(model, revision, cache)
-            .ok_or_else(|| ModelError::NotFound { model: model.to_owned(), cache: cache.to_owned() })?
-    };
+    let directory = directory_of(model, revision, cache)
+        .ok_or_else(|| ModelError::NotFound { model: model.to_owned(), cache: cache.to_owned() })?;
     let file = directory.join("config.json");
     // Mistral's own format has no config.json.
     let mistral = directory.join("params.json");
@@ -95,6 +90,12 @@ pub fn kind_of(model: &str, revision: Option<&str>, cache: &Path) -> Result<Grou
             }
         }
     }
+}
+
+/// Where a model's files are: its directory, or that of the name in the Hugging Face cache.
+pub fn directory_of(model: &str, revision: Option<&str>, cache: &Path) -> Option<PathBuf> {
+    let directory = Path::new(model);
+    if directory.is_dir() { Some(directory.to_owned()) } else { snapshot(model, revision, cache) }
 }
 
 fn kind(has_experts: bool) -> GroupKind {

@@ -3,9 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+/// How long a peer has to read the last word that it is told.
+pub(super) const LAST_WORD: Duration = Duration::from_secs(2);
 /// Longest text of a value in an error message.
 const SHOWN: usize = 200;
 
@@ -119,6 +122,8 @@ pub enum Word {
     },
     /// The deployment does not come up, or ends.
     Over {
+        /// Exit code for all nodes.
+        code: u8,
         /// Why.
         reason: String,
     },

@@ -2,6 +2,15 @@
 //! before anything is started. What travels afterwards is [`crate::link`]. See `protocol/docs/peer.md`.
 
 pub mod auth;
+pub mod facts;
+pub mod follower;
+mod frame;
 pub mod introduction;
+pub mod leader;
 pub mod registry;
+mod stream;
+#[cfg(test)]
+mod tests;
 pub mod token;
+
+pub use stream::PeerStream;

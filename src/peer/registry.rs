@@ -78,11 +78,7 @@ impl Registry {
             other.start_rank < introduction.end_rank() && introduction.start_rank < other.end_rank()
         };
         let taken = |holder: &Introduction, at: String| {
-            Refusal::Taken(format!(
-                "{who}: held by {} at {at}, pid {}",
-                holder.name(),
-                holder.pid
-            ))
+            Refusal::Taken(format!("{who}: held by {} at {at}, pid {}", holder.name(), holder.pid))
         };
         if overlaps(&self.own) {
             return Err(taken(&self.own, "the leader".to_owned()));

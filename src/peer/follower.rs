@@ -1,0 +1,258 @@
+//! The follower's way to its leader.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout};
+use tracing::{debug, info};
+
+use super::auth::{self, AuthError, Side};
+use super::frame;
+use super::introduction::{Introduction, Word};
+use super::leader::{WORD_PERIOD, resolve};
+use super::registry::missing_text;
+use super::stream::{PeerStream, set_options};
+use super::token::Token;
+use crate::exit_code;
+
+/// Limit for a connection to be made.
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+/// Pauses between attempts grow from the first to the second.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+/// The same trouble is logged again after this long.
+const REPEAT: Duration = Duration::from_secs(30);
+/// A leader that says nothing for this long is gone.
+const SILENCE: Duration = Duration::from_secs(4 * WORD_PERIOD.as_secs());
+/// Ranks that are held by another node are asked for again, for this long: its connection may be dead.
+const HELD: Duration = Duration::from_secs(10);
+
+/// State of the way to the leader, for status.
+#[derive(Clone, Debug)]
+pub struct LeaderView {
+    /// What is going on.
+    pub state: String,
+    /// The link is up.
+    pub up: bool,
+    /// Since when it is up, or down.
+    pub since: Instant,
+}
+
+impl LeaderView {
+    /// Not yet connected.
+    pub fn new() -> Self {
+        Self { state: "not connected yet".to_owned(), up: false, since: Instant::now() }
+    }
+}
+
+impl Default for LeaderView {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// An open link.
+#[derive(Debug)]
+pub struct Found {
+    /// It carries the link from here on; the leader asks.
+    pub stream: PeerStream,
+    /// The leader's address, as it says itself.
+    pub leader: IpAddr,
+    /// This node's address that the leader sees.
+    pub own: IpAddr,
+}
+
+/// There is no way to the leader.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum FindError {
+    /// The leader was not there in time.
+    #[error("no leader at {leader} within {limit:?}: {reason}")]
+    Away {
+        /// Where it was looked for.
+        leader: String,
+        /// For how long.
+        limit: Duration,
+        /// The last trouble.
+        reason: String,
+    },
+    /// The leader does not let this node in.
+    #[error("refused by the leader at {leader}: {reason}")]
+    Refused {
+        /// Who.
+        leader: String,
+        /// Why.
+        reason: String,
+    },
+    /// The deployment ends.
+    #[error("the leader at {leader}: {reason}")]
+    Over {
+        /// Who.
+        leader: String,
+        /// Exit code for all nodes.
+        code: u8,
+        /// Why.
+        reason: String,
+    },
+}
+
+impl FindError {
+    /// The code with which the sidecar ends.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Away { .. } => exit_code::TIMEOUT,
+            Self::Refused { .. } => exit_code::MISMATCH,
+            Self::Over { code, .. } => *code,
+        }
+    }
+}
+
+/// One attempt failed.
+enum Trouble {
+    /// Try again.
+    Again(String),
+    /// Try again for a while.
+    Held(String),
+    /// It makes no sense to try again.
+    Refused(String),
+    Over(u8, String),
+}
+
+/// Looks for a leader.
+#[derive(Debug)]
+pub struct Finder {
+    /// `host:port`.
+    pub leader: String,
+    /// The shared secret.
+    pub token: Token,
+    /// What the leader is told.
+    pub introduction: Introduction,
+    /// Refusals end the search. Not so when engines run already: somebody may set the leader right.
+    pub strict: bool,
+    /// For status.
+    pub view: watch::Sender<LeaderView>,
+}
+
+impl Finder {
+    /// Connects, and waits until the leader has all nodes; tries again for `limit`.
+    ///
+    /// # Errors
+    /// [`FindError`].
+    pub async fn find(&self, limit: Duration) -> Result<Found, FindError> {
+        let began = Instant::now();
+        let mut pause = BACKOFF.0;
+        let mut last = String::from("not tried");
+        let mut logged: Option<(String, Instant)> = None;
+        let mut held_since: Option<Instant> = None;
+        let leader = self.leader.clone();
+        loop {
+            let left = limit.saturating_sub(began.elapsed());
+            let attempt = timeout(left, self.attempt()).await;
+            let Ok(attempt) = attempt else {
+                let view = self.view.borrow().state.clone();
+                let reason = if view.is_empty() { last } else { view };
+                return Err(FindError::Away { leader, limit, reason });
+            };
+            let reason = match attempt {
+                Ok(found) => {
+                    self.tell("connected", true);
+                    info!(leader = %self.leader, peer = %found.stream.peer, "connected to the leader");
+                    return Ok(found);
+                }
+                Err(Trouble::Over(code, reason)) if self.strict => {
+                    return Err(FindError::Over { leader, code, reason });
+                }
+                Err(Trouble::Refused(reason)) if self.strict => {
+                    return Err(FindError::Refused { leader, reason });
+                }
+                Err(Trouble::Held(reason)) => {
+                    let since = *held_since.get_or_insert_with(Instant::now);
+                    if self.strict && since.elapsed() >= HELD {
+                        return Err(FindError::Refused { leader, reason });
+                    }
+                    reason
+                }
+                Err(Trouble::Again(reason) | Trouble::Refused(reason) | Trouble::Over(_, reason)) => reason,
+            };
+            self.tell(&reason, false);
+            let now = Instant::now();
+            let fresh = logged.as_ref().is_none_or(|(text, at)| *text != reason || now >= *at + REPEAT);
+            if fresh {
+                info!("waiting for the leader at {}: {reason}", self.leader);
+                logged = Some((reason.clone(), now));
+            }
+            last = reason;
+            if began.elapsed() + pause >= limit {
+                return Err(FindError::Away { leader, limit, reason: last });
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(BACKOFF.1);
+        }
+    }
+
+    fn tell(&self, state: &str, up: bool) {
+        self.view.send_if_modified(|view| {
+            let modified = view.state != state || view.up != up;
+            if view.up != up {
+                view.since = Instant::now();
+            }
+            view.up = up;
+            state.clone_into(&mut view.state);
+            modified
+        });
+    }
+
+    async fn attempt(&self) -> Result<Found, Trouble> {
+        let address = resolve(&self.leader).await.map_err(Trouble::Again)?;
+        let mut stream = match timeout(CONNECT_LIMIT, TcpStream::connect(address)).await {
+            Ok(connected) => connected.map_err(|error| Trouble::Again(error.to_string()))?,
+            Err(_) => {
+                return Err(Trouble::Again(format!("{address} does not answer within {CONNECT_LIMIT:?}")));
+            }
+        };
+        let again = |error: std::io::Error| Trouble::Again(error.to_string());
+        set_options(&stream).map_err(again)?;
+        let own = stream.local_addr().map_err(again)?.ip();
+        auth::authenticate(&mut stream, Side::Follower, &self.token).await.map_err(|error| match error {
+            AuthError::Slow | AuthError::Io(_) => Trouble::Again(error.to_string()),
+            error => Trouble::Refused(error.to_string()),
+        })?;
+        frame::write(&mut stream, &self.introduction, auth::LIMIT).await.map_err(again)?;
+        self.wait_for_welcome(stream, address, own).await
+    }
+
+    async fn wait_for_welcome(
+        &self,
+        mut stream: TcpStream,
+        peer: SocketAddr,
+        own: IpAddr,
+    ) -> Result<Found, Trouble> {
+        let mut known = String::new();
+        loop {
+            let word: Word = frame::read(&mut stream, SILENCE).await.map_err(|error| {
+                Trouble::Again(format!("connection lost while others were missing: {error}"))
+            })?;
+            match word {
+                Word::Waiting { missing } => {
+                    let missing = missing_text(&missing);
+                    if missing != known {
+                        info!("the leader at {} waits for {missing}", self.leader);
+                        self.tell(&format!("connected; the leader waits for {missing}"), false);
+                        known = missing;
+                    }
+                }
+                Word::Welcome { address } => {
+                    let own = self.introduction.address.unwrap_or(own);
+                    return Ok(Found { stream: PeerStream::new(stream, peer), leader: address, own });
+                }
+                Word::Refused { reason, retry: true } => return Err(Trouble::Held(reason)),
+                Word::Refused { reason, retry: false } => return Err(Trouble::Refused(reason)),
+                Word::Over { code, reason } => {
+                    debug!(code, %reason, "the leader gives up");
+                    return Err(Trouble::Over(code, reason));
+                }
+            }
+        }
+    }
+}

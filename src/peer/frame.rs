@@ -1,0 +1,87 @@
+//! Frames before the link begins: `u32` length (big endian), then one msgpack value with named fields.
+
+use std::io;
+use std::time::Duration;
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::time::timeout;
+
+/// Longest frame of an introduction, in bytes.
+const LONGEST: u32 = 256 * 1024;
+
+fn invalid(text: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, text)
+}
+
+/// Writes a frame within `limit`.
+pub(super) async fn write<S, T>(stream: &mut S, value: &T, limit: Duration) -> io::Result<()>
+where
+    S: AsyncWrite + Unpin,
+    T: Serialize,
+{
+    let body = rmp_serde::to_vec_named(value).map_err(|error| invalid(error.to_string()))?;
+    let length = u32::try_from(body.len()).unwrap_or(u32::MAX);
+    if length > LONGEST {
+        return Err(invalid(format!("frame of {length} bytes, at most {LONGEST} expected")));
+    }
+    let mut frame = length.to_be_bytes().to_vec();
+    frame.extend_from_slice(&body);
+    match timeout(limit, stream.write_all(&frame)).await {
+        Ok(written) => written,
+        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("not read within {limit:?}"))),
+    }
+}
+
+/// Reads a frame within `limit`. Not to be called again when it was given up.
+pub(super) async fn read<S, T>(stream: &mut S, limit: Duration) -> io::Result<T>
+where
+    S: AsyncRead + Unpin,
+    T: DeserializeOwned,
+{
+    let frame = async {
+        let length = stream.read_u32().await?;
+        if length > LONGEST {
+            return Err(invalid(format!("frame of {length} bytes, at most {LONGEST} expected")));
+        }
+        let mut body = vec![0; length as usize];
+        stream.read_exact(&mut body).await?;
+        rmp_serde::from_slice(&body).map_err(|error| invalid(error.to_string()))
+    };
+    match timeout(limit, frame).await {
+        Ok(read) => read,
+        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("nothing for {limit:?}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::duplex;
+
+    use super::super::introduction::{Introduction, Word};
+    use super::*;
+
+    const SOON: Duration = Duration::from_secs(5);
+
+    #[tokio::test]
+    async fn a_frame_comes_out_as_it_went_in() {
+        let (mut one, mut other) = duplex(1 << 16);
+        let sent = Introduction { start_rank: 3, host: "h".into(), ..Introduction::default() };
+        write(&mut one, &sent, SOON).await.unwrap();
+        assert_eq!(read::<_, Introduction>(&mut other, SOON).await.unwrap(), sent);
+        let word = Word::Waiting { missing: vec![(2, 1)] };
+        write(&mut other, &word, SOON).await.unwrap();
+        assert_eq!(read::<_, Word>(&mut one, SOON).await.unwrap(), word);
+    }
+
+    #[tokio::test]
+    async fn a_frame_that_is_too_long_or_no_msgpack_is_refused_without_reading_on() {
+        for bytes in [&[0x7f, 0xff, 0xff, 0xff][..], &[0, 0, 0, 1, 0xc1]] {
+            let (mut one, mut other) = duplex(64);
+            one.write_all(bytes).await.unwrap();
+            let error = read::<_, Introduction>(&mut other, SOON).await.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidData, "{error}");
+        }
+    }
+}

@@ -1,0 +1,522 @@
+//! The leader's listener: lets nodes in, compares them, tells when all ranks are there, and hands their
+//! connections on, also those of nodes that come again later.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use thiserror::Error;
+use tokio::io::AsyncReadExt;
+use tokio::net::{TcpListener, TcpStream, lookup_host};
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{debug, info, warn};
+
+use super::auth::{self, Side};
+use super::introduction::{Introduction, Word};
+use super::registry::{Refusal, Registry, missing_text};
+use super::stream::{PeerStream, set_options};
+use super::token::Token;
+use super::{frame, introduction};
+use crate::config::Nodes;
+use crate::exit_code;
+
+/// Connections that have not proven who they are, at the same time. More are closed at once.
+const STRANGERS: usize = 32;
+/// How often a node that waits for others hears from the leader.
+pub(super) const WORD_PERIOD: Duration = Duration::from_secs(2);
+/// Limit for a node to take a frame.
+const WRITE_LIMIT: Duration = Duration::from_secs(5);
+/// A refused address is logged again after this long.
+const REPEAT: Duration = Duration::from_secs(60);
+/// Addresses whose refusals are remembered.
+const REFUSALS: usize = 256;
+/// After nodes were found to differ, others that are just starting are told why for so long.
+const LATECOMERS: Duration = Duration::from_secs(3);
+
+/// The leader cannot listen.
+#[derive(Debug, Error)]
+pub enum BindError {
+    /// The host of `--leader` is unknown.
+    #[error("--leader {leader}: {reason}")]
+    Unknown {
+        /// As given.
+        leader: String,
+        /// What the resolver said.
+        reason: String,
+    },
+    /// The port is taken.
+    #[error("--leader {leader}: port {port} of {ip} is in use", port = address.port(), ip = address.ip())]
+    InUse {
+        /// As given.
+        leader: String,
+        /// Where.
+        address: SocketAddr,
+    },
+    /// Anything else.
+    #[error(
+        "--leader {leader}: this sidecar has rank 0, so it listens there, but {address} cannot be bound: {error}; \
+         an address of this node is expected (or give --peer-address)"
+    )]
+    Other {
+        /// As given.
+        leader: String,
+        /// Where.
+        address: SocketAddr,
+        /// Why.
+        error: io::Error,
+    },
+}
+
+/// The deployment did not come together.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum GatherError {
+    /// Nodes are configured differently; one text for each that differs.
+    #[error("{}", .0.join("\n"))]
+    Mismatch(Vec<String>),
+    /// Ranks are missing.
+    #[error("no node with {missing} came to the leader at {address} within {limit:?}")]
+    Missing {
+        /// Which.
+        missing: String,
+        /// Where it listens.
+        address: SocketAddr,
+        /// How long it waited.
+        limit: Duration,
+    },
+}
+
+/// A node of the deployment, as the leader sees it.
+#[derive(Debug)]
+pub struct RemoteNode {
+    /// What it said about itself.
+    pub introduction: Introduction,
+    /// Its address that other nodes reach.
+    pub address: IpAddr,
+    /// Its connections: the first is there at once, each later one replaces the one before.
+    pub connections: mpsc::Receiver<PeerStream>,
+}
+
+/// Where a node of the deployment stands, for status.
+#[derive(Clone, Debug)]
+pub struct NodeView {
+    /// What it said about itself.
+    pub introduction: Introduction,
+    /// Where its connection comes from.
+    pub peer: SocketAddr,
+    /// The connection is alive, as far as is known.
+    pub up: bool,
+    /// Since when that is so.
+    pub since: Instant,
+}
+
+/// How far the gathering is.
+#[derive(Clone, Debug)]
+enum Stage {
+    Gathering,
+    Settled,
+    /// Exit code and reason for all nodes.
+    Over(u8, String),
+}
+
+struct State {
+    registry: Registry,
+    /// Since when a node's link is up or down.
+    since: BTreeMap<u16, Instant>,
+    /// Where a node's connections go.
+    senders: BTreeMap<u16, mpsc::Sender<PeerStream>>,
+    receivers: BTreeMap<u16, mpsc::Receiver<PeerStream>>,
+    mismatches: Vec<String>,
+    /// Refused addresses: when that was logged, and how often it happened since.
+    refused: BTreeMap<IpAddr, (Instant, u64)>,
+    own_address: Option<IpAddr>,
+}
+
+struct Shared {
+    token: Token,
+    local: SocketAddr,
+    state: Mutex<State>,
+    stage: watch::Sender<Stage>,
+    /// The registry has changed.
+    changed: watch::Sender<u64>,
+    connections: AtomicU64,
+}
+
+/// The listening leader. Cheap to clone.
+#[derive(Clone)]
+pub struct Leader {
+    shared: Arc<Shared>,
+}
+
+impl std::fmt::Debug for Leader {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Leader").field("local", &self.shared.local).finish_non_exhaustive()
+    }
+}
+
+/// Resolves `host:port` to one address, IPv4 if there is one.
+pub(super) async fn resolve(leader: &str) -> Result<SocketAddr, String> {
+    const RESOLVE: Duration = Duration::from_secs(10);
+    let found: Vec<SocketAddr> = match timeout(RESOLVE, lookup_host(leader)).await {
+        Ok(found) => found.map_err(|error| error.to_string())?.collect(),
+        Err(_) => return Err(format!("not resolved within {RESOLVE:?}")),
+    };
+    let v4 = found.iter().find(|address| address.is_ipv4());
+    v4.or_else(|| found.first()).copied().ok_or_else(|| "it resolves to nothing".to_owned())
+}
+
+impl Leader {
+    /// Listens and begins to let nodes in.
+    ///
+    /// # Errors
+    /// [`BindError`].
+    pub async fn start(
+        nodes: &Nodes,
+        own: Introduction,
+        size: u16,
+        tracker: &TaskTracker,
+        stop: CancellationToken,
+    ) -> Result<Self, BindError> {
+        let leader = nodes.leader.clone();
+        let mut address =
+            resolve(&leader).await.map_err(|reason| BindError::Unknown { leader: leader.clone(), reason })?;
+        if let Some(ip) = nodes.address {
+            address.set_ip(ip);
+        }
+        let listener = TcpListener::bind(address).await;
+        let listener = listener.and_then(|listener| Ok((listener.local_addr()?, listener)));
+        let (local, listener) = listener.map_err(|error| match error.kind() {
+            io::ErrorKind::AddrInUse => BindError::InUse { leader, address },
+            _ => BindError::Other { leader, address, error },
+        })?;
+        let own_address = nodes.address.or_else(|| Some(local.ip()).filter(|ip| !ip.is_unspecified()));
+        let shared = Arc::new(Shared {
+            token: nodes.token.clone(),
+            local,
+            state: Mutex::new(State {
+                registry: Registry::new(own, size),
+                since: BTreeMap::new(),
+                senders: BTreeMap::new(),
+                receivers: BTreeMap::new(),
+                mismatches: Vec::new(),
+                refused: BTreeMap::new(),
+                own_address,
+            }),
+            stage: watch::Sender::new(Stage::Gathering),
+            changed: watch::Sender::new(0),
+            connections: AtomicU64::new(1),
+        });
+        info!(listen.addr = %local, missing = %missing_text(&shared.state.lock().registry.missing()), "waiting for nodes");
+        tracker.spawn(accept(listener, shared.clone(), stop));
+        Ok(Self { shared })
+    }
+
+    /// Where it listens.
+    pub fn local_address(&self) -> SocketAddr {
+        self.shared.local
+    }
+
+    /// Address of this node that other nodes reach: known when it was given, or when the first node has come.
+    pub fn own_address(&self) -> Option<IpAddr> {
+        self.shared.state.lock().own_address
+    }
+
+    /// Waits until all ranks are there, and gives all other nodes, by first rank. To be called once.
+    ///
+    /// # Errors
+    /// [`GatherError`]; the nodes have been told.
+    pub async fn gather(&self, limit: Duration) -> Result<Vec<RemoteNode>, GatherError> {
+        let deadline = Instant::now() + limit;
+        let mut changed = self.shared.changed.subscribe();
+        let mut told = String::new();
+        loop {
+            let (missing, settled, mismatch) = {
+                let state = self.shared.state.lock();
+                (
+                    missing_text(&state.registry.missing()),
+                    state.registry.settled(),
+                    !state.mismatches.is_empty(),
+                )
+            };
+            if mismatch {
+                // Others that start at the same time get the reason, and their own differences are told, too.
+                sleep(LATECOMERS).await;
+                let reports = self.shared.state.lock().mismatches.clone();
+                return Err(GatherError::Mismatch(reports));
+            }
+            if settled {
+                info!("all ranks are there");
+                self.shared.stage.send_replace(Stage::Settled);
+                return Ok(self.nodes());
+            }
+            if missing != told {
+                info!(%missing, "waiting for nodes");
+                told.clone_from(&missing);
+            }
+            tokio::select! {
+                _ = changed.changed() => {}
+                () = sleep_until(deadline) => {
+                    let error = GatherError::Missing { missing, address: self.shared.local, limit };
+                    self.over(exit_code::TIMEOUT, error.to_string());
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    fn nodes(&self) -> Vec<RemoteNode> {
+        let mut state = self.shared.state.lock();
+        let claims: Vec<_> =
+            state.registry.claims().map(|claim| (claim.introduction.clone(), claim.peer)).collect();
+        claims
+            .into_iter()
+            .filter_map(|(introduction, peer)| {
+                let connections = state.receivers.remove(&introduction.start_rank)?;
+                Some(RemoteNode {
+                    address: introduction.address.unwrap_or(peer.ip()),
+                    introduction,
+                    connections,
+                })
+            })
+            .collect()
+    }
+
+    /// Ends the gathering: nodes that wait, or come later, are told to end with this code.
+    pub fn over(&self, code: u8, reason: String) {
+        self.shared.stage.send_replace(Stage::Over(code, reason));
+    }
+
+    /// Ranks that no node has, for people.
+    pub fn missing(&self) -> String {
+        missing_text(&self.shared.state.lock().registry.missing())
+    }
+
+    /// All nodes but this one, by first rank.
+    pub fn views(&self) -> Vec<NodeView> {
+        let state = self.shared.state.lock();
+        state
+            .registry
+            .claims()
+            .map(|claim| NodeView {
+                introduction: claim.introduction.clone(),
+                peer: claim.peer,
+                up: claim.alive,
+                since: state.since.get(&claim.introduction.start_rank).copied().unwrap_or_else(Instant::now),
+            })
+            .collect()
+    }
+}
+
+async fn accept(listener: TcpListener, shared: Arc<Shared>, stop: CancellationToken) {
+    let strangers = Arc::new(Semaphore::new(STRANGERS));
+    let tasks = TaskTracker::new();
+    loop {
+        let accepted = tokio::select! {
+            () = stop.cancelled() => break,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((stream, peer)) => match strangers.clone().try_acquire_owned() {
+                Ok(permit) => {
+                    let (shared, stop) = (shared.clone(), stop.clone());
+                    tasks.spawn(async move {
+                        stop.run_until_cancelled(shared.serve(stream, peer, permit)).await;
+                    });
+                }
+                Err(_) => shared.refused(peer, "too many connections that have not identified themselves"),
+            },
+            Err(error) => {
+                warn!(%error, "connection of a node lost");
+                // Out of descriptors, most likely: do not spin.
+                sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+    tasks.close();
+    tasks.wait().await;
+}
+
+impl Shared {
+    /// Logs a refusal, once per address and minute.
+    fn refused(&self, peer: SocketAddr, reason: &str) {
+        let now = Instant::now();
+        let mut state = self.state.lock();
+        let again = match state.refused.get_mut(&peer.ip()) {
+            Some((logged, again)) if now < *logged + REPEAT => {
+                *again += 1;
+                debug!(%peer, reason, "peer refused again");
+                return;
+            }
+            Some((_, again)) => *again,
+            None => 0,
+        };
+        if state.refused.len() >= REFUSALS {
+            state.refused.retain(|_, (logged, _)| now < *logged + REPEAT);
+        }
+        if state.refused.len() < REFUSALS {
+            state.refused.insert(peer.ip(), (now, 0));
+        }
+        drop(state);
+        warn!(%peer, reason, again, "peer refused");
+    }
+
+    /// One connection, until it is handed on.
+    async fn serve(
+        self: &Arc<Self>,
+        mut stream: TcpStream,
+        peer: SocketAddr,
+        stranger: tokio::sync::OwnedSemaphorePermit,
+    ) {
+        let identified = async {
+            set_options(&stream)?;
+            auth::authenticate(&mut stream, Side::Leader, &self.token).await
+        };
+        if let Err(error) = identified.await {
+            return self.refused(peer, &error.to_string());
+        }
+        let introduction: Introduction = match frame::read(&mut stream, auth::LIMIT).await {
+            Ok(introduction) => introduction,
+            Err(error) => return self.refused(peer, &format!("introduction: {error}")),
+        };
+        drop(stranger);
+        let connection = self.connections.fetch_add(1, Ordering::Relaxed);
+        let start_rank = introduction.start_rank;
+        let name = introduction.name();
+        if let Err((reason, retry)) = self.claim(introduction, peer, connection) {
+            self.refused(peer, &reason);
+            let word = Word::Refused { reason, retry };
+            if let Err(error) = frame::write(&mut stream, &word, WRITE_LIMIT).await {
+                debug!(%peer, %error, "refusal not told");
+            }
+            return linger(stream).await;
+        }
+        info!(%peer, node = %name, "node has come");
+        let stream = match self.until_settled(stream, peer).await {
+            Ok(stream) => stream,
+            Err(reason) => {
+                info!(%peer, node = %name, %reason, "node has gone");
+                return self.left(start_rank, connection);
+            }
+        };
+        let shared = self.clone();
+        let stream = PeerStream::new(stream, peer).when_dropped(move || shared.left(start_rank, connection));
+        let sender = self.state.lock().senders.get(&start_rank).cloned();
+        if let Some(sender) = sender
+            && sender.send(stream).await.is_err()
+        {
+            debug!(node = %name, "nobody takes connections any more");
+        }
+    }
+
+    fn claim(
+        &self,
+        introduction: Introduction,
+        peer: SocketAddr,
+        connection: u64,
+    ) -> Result<(), (String, bool)> {
+        let start_rank = introduction.start_rank;
+        let mut state = self.state.lock();
+        let claimed = state.registry.claim(introduction, peer, connection);
+        let result = match claimed {
+            Ok(()) => {
+                state.since.insert(start_rank, Instant::now());
+                if !state.senders.contains_key(&start_rank) {
+                    let (sender, receiver) = mpsc::channel(1);
+                    state.senders.insert(start_rank, sender);
+                    state.receivers.insert(start_rank, receiver);
+                }
+                Ok(())
+            }
+            Err(Refusal::Taken(reason)) => Err((reason, true)),
+            Err(Refusal::Mismatch(reason)) => {
+                if !state.registry.settled() {
+                    state.mismatches.push(reason.clone());
+                    let all = state.mismatches.join("\n");
+                    self.stage.send_replace(Stage::Over(exit_code::MISMATCH, all));
+                }
+                Err((reason, false))
+            }
+        };
+        drop(state);
+        self.changed.send_modify(|count| *count += 1);
+        result
+    }
+
+    fn left(&self, start_rank: u16, connection: u64) {
+        let mut state = self.state.lock();
+        let latest = state
+            .registry
+            .claims()
+            .any(|claim| claim.introduction.start_rank == start_rank && claim.connection == connection);
+        if latest {
+            state.registry.left(start_rank, connection);
+            state.since.insert(start_rank, Instant::now());
+            if !state.registry.settled() {
+                state.senders.remove(&start_rank);
+                state.receivers.remove(&start_rank);
+            }
+        }
+        drop(state);
+        self.changed.send_modify(|count| *count += 1);
+    }
+
+    /// Tells a node that it waits for others, until it does not any more.
+    async fn until_settled(&self, mut stream: TcpStream, peer: SocketAddr) -> Result<TcpStream, String> {
+        let mut stage = self.stage.subscribe();
+        let mut changed = self.changed.subscribe();
+        loop {
+            let now = stage.borrow_and_update().clone();
+            let (missing, own) = {
+                let mut state = self.state.lock();
+                if state.own_address.is_none() {
+                    state.own_address = stream.local_addr().ok().map(|local| local.ip());
+                }
+                (state.registry.missing(), state.own_address)
+            };
+            let word = match now {
+                Stage::Gathering => Word::Waiting { missing },
+                Stage::Settled => Word::Welcome { address: own.unwrap_or(self.local.ip()) },
+                Stage::Over(code, reason) => Word::Over { code, reason },
+            };
+            let goes_on = matches!(word, Word::Waiting { .. });
+            let over = matches!(word, Word::Over { .. });
+            frame::write(&mut stream, &word, WRITE_LIMIT).await.map_err(|error| error.to_string())?;
+            if over {
+                linger(stream).await;
+                return Err("it was told that the deployment is over".to_owned());
+            }
+            if !goes_on {
+                return Ok(stream);
+            }
+            let mut byte = [0];
+            tokio::select! {
+                _ = stage.changed() => {}
+                _ = changed.changed() => {}
+                () = sleep(WORD_PERIOD) => {}
+                read = stream.read(&mut byte) => {
+                    return Err(match read {
+                        Ok(0) => "connection closed".to_owned(),
+                        Ok(_) => "it speaks before it is welcome".to_owned(),
+                        Err(error) => error.to_string(),
+                    });
+                }
+            }
+            debug!(%peer, "still gathering");
+        }
+    }
+}
+
+/// Lets the peer read the last word: a connection with unread bytes would be reset.
+async fn linger(mut stream: TcpStream) {
+    let mut rest = [0; 256];
+    let reading = async { while stream.read(&mut rest).await.is_ok_and(|count| count > 0) {} };
+    if timeout(introduction::LAST_WORD, reading).await.is_err() {
+        debug!("a refused peer did not hang up");
+    }
+}
