@@ -8,9 +8,9 @@ use std::process::{Output, Stdio};
 use std::time::Duration;
 
 use dp_sidecar::admin::types::{
-    AdminError, ControllerStatus, DeploymentStatus, EngineStatus, ErrorKind, FrontendStatus, PauseMode,
-    SidecarStatus, Status, UpdateProgress, UpdateReport, UpdateRequest, UpdateStatus, VersionReport,
-    WeightsStatus,
+    AdminError, ControllerStatus, DeploymentStatus, EngineStatus, ErrorKind, FrontendStatus, NodeStatus,
+    PauseMode, SidecarStatus, Status, UpdateProgress, UpdateReport, UpdateRequest, UpdateStatus,
+    VersionReport, WeightsStatus,
 };
 use dp_sidecar::admin::{AdminCommand, AdminServer};
 use dp_sidecar::driver::handles::{CoordinatorSnapshot, FrontendSnapshot, GroupKind};
@@ -392,6 +392,26 @@ fn status() -> Box<Status> {
             }],
             ..GpuReport::default()
         },
+        nodes: vec![
+            NodeStatus {
+                size_local: 1,
+                host: "a".to_owned(),
+                link: "here".to_owned(),
+                ..NodeStatus::default()
+            },
+            NodeStatus {
+                start_rank: 1,
+                size_local: 1,
+                host: "b".to_owned(),
+                address: Some("10.0.0.2".to_owned()),
+                link: "down".to_owned(),
+                since_s: Some(61),
+                rtt_us: Some(80),
+                detail: Some("connection reset".to_owned()),
+            },
+        ],
+        leader: None,
+        missing: None,
     })
 }
 
@@ -412,6 +432,11 @@ last update u1: ROLLED BACK to the previous weights, v1 -> v2, 1.2 s, engines pa
 controlled by update u2
 the engines are PAUSED
 wave 9  running
+
+nodes
+  ranks  host address  link       for   rtt detail
+  rank 0 a    -        here         -     -
+  rank 1 b    10.0.0.2 down 1 min 1 s 80 us connection reset
 
 engines
   rank state     pid vllm   weights waiting running  kv in flight held restarts

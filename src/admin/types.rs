@@ -236,6 +236,49 @@ pub struct Status {
     pub controller: ControllerStatus,
     /// Accelerators of this node.
     pub gpus: GpuReport,
+    /// All nodes of a deployment over several, by first rank; on a follower itself alone.
+    #[serde(default)]
+    pub nodes: Vec<NodeStatus>,
+    /// On a follower: its way to the leader.
+    #[serde(default)]
+    pub leader: Option<LeaderStatus>,
+    /// On a leader: ranks that no node has brought yet, for people.
+    #[serde(default)]
+    pub missing: Option<String>,
+}
+
+/// A node of the deployment.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeStatus {
+    /// First rank of the node.
+    pub start_rank: u16,
+    /// Ranks of the node.
+    pub size_local: u16,
+    /// Its host name.
+    pub host: String,
+    /// Its address that other nodes reach.
+    pub address: Option<String>,
+    /// `here`, `up`, `down`.
+    pub link: String,
+    /// Seconds since the link came up or went down.
+    pub since_s: Option<u64>,
+    /// Round trip of the last ping over the link, in microseconds.
+    pub rtt_us: Option<u64>,
+    /// Why the link went down.
+    pub detail: Option<String>,
+}
+
+/// A follower's way to its leader.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaderStatus {
+    /// `--leader`.
+    pub address: String,
+    /// The link is up.
+    pub up: bool,
+    /// Seconds since it is up, or down.
+    pub since_s: u64,
+    /// What is going on.
+    pub state: String,
 }
 
 /// The sidecar process itself.
@@ -247,7 +290,8 @@ pub struct SidecarStatus {
     pub version: String,
     /// Seconds since it started.
     pub uptime_s: u64,
-    /// `starting`, `serving`, `degraded`, `stopping`.
+    /// `starting`, `waiting for nodes`, `serving`, `degraded`, `stopping`; on a follower `waiting for the leader`,
+    /// `following`, `stopping`.
     pub state: String,
     /// Its state directory.
     pub state_dir: String,

@@ -73,6 +73,9 @@ impl Sources {
             weights: updates::weights(&self.updates, self.control.snapshot().external_weights),
             controller: self.controller(),
             gpus,
+            nodes: Vec::new(),
+            leader: None,
+            missing: None,
         }
     }
 

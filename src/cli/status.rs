@@ -10,11 +10,12 @@ use super::commands::{ANSWER_LIMIT, call, run};
 use super::table::Table;
 use crate::admin::client::{AdminClient, ClientError, unexpected};
 use crate::admin::types::{
-    Command, EngineStatus, FrontendStatus, Response, Status, UpdateReport, UpdateStatus,
+    Command, EngineStatus, FrontendStatus, NodeStatus, Response, Status, UpdateReport, UpdateStatus,
 };
 use crate::driver::handles::GroupKind;
 use crate::exit_code;
 use crate::gpu::GpuReport;
+use crate::peer::introduction::ranks_text;
 
 /// Between two pictures of `--watch`.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -98,6 +99,18 @@ pub fn render(status: &Status) -> String {
     if let Some(http) = &deployment.http {
         text.push_str(&format!("frontend of this sidecar at http://{http}\n"));
     }
+    if let Some(leader) = &status.leader {
+        text.push_str(&format!(
+            "leader {}  {} for {}  {}\n",
+            leader.address,
+            if leader.up { "up" } else { "DOWN" },
+            duration(leader.since_s),
+            leader.state
+        ));
+    }
+    if let Some(missing) = &status.missing {
+        text.push_str(&format!("waiting for the nodes of {missing}\n"));
+    }
     text.push_str(&weights(status));
     if let Some(holder) = &status.controller.holder {
         text.push_str(&format!("controlled by {holder}\n"));
@@ -111,6 +124,10 @@ pub fn render(status: &Status) -> String {
             status.coordinator.wave,
             if status.coordinator.running { "running" } else { "idle" }
         ));
+    }
+    if !status.nodes.is_empty() {
+        text.push_str("\nnodes\n");
+        text.push_str(&nodes(&status.nodes));
     }
     text.push_str("\nengines\n");
     text.push_str(&engines(&status.engines));
@@ -151,6 +168,23 @@ pub fn update_line(report: &UpdateReport) -> String {
         text.push_str(&format!("\n  because {reason}"));
     }
     text
+}
+
+fn nodes(nodes: &[NodeStatus]) -> String {
+    let mut table = Table::new(&["ranks", "host", "address", "link", ">for", ">rtt", "detail"]);
+    for node in nodes {
+        let rtt = node.rtt_us.map(|us| format!("{us} us"));
+        table.row(vec![
+            ranks_text(node.start_rank, node.size_local),
+            node.host.clone(),
+            optional(node.address.as_ref()),
+            node.link.clone(),
+            optional(node.since_s.map(duration)),
+            optional(rtt),
+            node.detail.clone().unwrap_or_default(),
+        ]);
+    }
+    table.render()
 }
 
 fn engines(engines: &[EngineStatus]) -> String {
