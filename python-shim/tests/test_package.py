@@ -94,7 +94,17 @@ def a_request(**changes):
     [
         (None, "request"),
         ("text", "request"),
-        (a_request(protocol=2), "protocol"),
+        (a_request(protocol=PROTOCOL + 1), "protocol"),
+        (a_request(protocol=0), "protocol"),
+        (a_request(protocol=True), "protocol"),
+        (a_request(protocol=1), "files"),
+        (a_request(extents=[]), "request"),
+        (a_request(extents=7), "request"),
+        (a_request(extents=[[0]]), "request"),
+        (a_request(extents=[[0, -1]]), "request"),
+        (a_request(extents=[[0, True]]), "request"),
+        (a_request(extents=[[0, 8], [8, 8]]), "request"),
+        (a_request(extents=[[0, 8]]), "files"),
         (a_request(protocol=...), "protocol"),
         (a_request(path="relative"), "request"),
         (a_request(path=7), "request"),
@@ -112,7 +122,8 @@ def test_a_bad_request_is_refused_and_touches_nothing(request_map, kind):
     assert answer["ok"] is False
     assert answer["state"] == "unchanged"
     assert answer["error_kind"] == kind, answer
-    assert answer["protocol"] == PROTOCOL
+    asked = request_map.get("protocol") if isinstance(request_map, dict) else None
+    assert answer["protocol"] == (1 if asked is not True and asked == 1 else PROTOCOL)
     assert (answer["dp_rank"], answer["rank"]) == (3, 1)
 
 

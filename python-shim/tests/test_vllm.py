@@ -26,15 +26,15 @@ def models() -> Path:
     return Path(subprocess.check_output([sys.executable, script], text=True).strip())
 
 
-def request_for(path: Path, **changes) -> dict:
+def request_for(directory: Path, **changes) -> dict:
     account = Consumption("blake3")
-    with Checkpoint(str(path), ["model.safetensors"]) as checkpoint:
+    with Checkpoint(str(directory), ["model.safetensors"]) as checkpoint:
         for _ in tensors(checkpoint, account):
             pass
     request = {
-        "protocol": 1,
+        "protocol": 2,
         "update_id": "test",
-        "path": str(path),
+        "path": str(directory),
         "files": ["model.safetensors"],
         "tensors": account.tensors,
         "bytes": account.bytes,
@@ -131,7 +131,7 @@ def test_info_says_who_the_worker_is(engine):
     assert info["model_path"] == os.path.realpath(engine.models / f"{engine.kind}-0")
     assert (info["dp_rank"], info["rank"], info["world_size"]) == (0, 0, 1)
     assert info["vllm_version"].startswith("0.")
-    assert info["protocol"] == 1
+    assert info["protocol"] == 2
 
 
 def test_a_load_takes_over_exactly_the_new_weights(engine, references):
@@ -189,6 +189,69 @@ def test_a_load_without_digest_counts_only(engine, references):
     answer = engine.load(2, digest=None, digest_kind="none")
     assert (answer["ok"], answer["digest"], answer["digest_kind"]) == (True, None, "none")
     assert engine.probe() == references[2]
+
+
+@pytest.fixture
+def segment(engine, tmp_path):
+    """Both seeds of a model in one segment, and where each lies."""
+    content, extents = b"\xff" * 4096, []
+    for seed in (1, 2):
+        raw = (engine.models / f"{engine.kind}-{seed}" / "model.safetensors").read_bytes()
+        extents.append([len(content), len(raw)])
+        content += raw + b"\xff" * (-len(raw) % 4096)
+    path = tmp_path / "segment"
+    path.write_bytes(content)
+    return path, extents
+
+
+def from_segment(engine, segment, seed: int, **changes) -> dict:
+    path, extents = segment
+    here = {"path": str(path), "extents": [extents[seed - 1]], "digest_kind": "none"}
+    return engine.load(seed, **{**here, **changes})
+
+
+def mapped(path: Path) -> bool:
+    """Whether any process has the file mapped; the engine may be one of its own."""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            if str(path) in maps.read_text():
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def test_a_load_from_a_segment_gives_the_same_answers_and_leaves_no_map(
+    engine, references, segment
+):
+    path, _ = segment
+    before = path.read_bytes()
+    for seed, changes in ((1, {}), (2, {"digest_kind": "blake3"}), (1, {})):
+        answer = from_segment(engine, segment, seed, **changes)
+        assert (answer["ok"], answer["state"]) == (True, "loaded"), answer
+        assert not mapped(path)
+        assert engine.probe() == references[seed]
+    # The model owns what it computes with: the segment is filled anew while it serves.
+    path.write_bytes(b"\0" * len(before))
+    assert engine.probe() == references[1]
+
+
+def test_loads_from_a_segment_that_are_interrupted_leave_no_map(engine, references, segment):
+    path, _ = segment
+    for point in (0, 1, 5, 13):
+        engine.fail(f"after={point}")
+        answer = from_segment(engine, segment, 1)
+        engine.order.unlink()
+        assert (answer["state"], answer["error_kind"]) == ("restored-meta", "injected"), answer
+        assert not mapped(path)
+        assert from_segment(engine, segment, 2)["ok"]
+        assert engine.probe() == references[2]
+
+
+def test_an_older_sidecar_is_still_answered(engine, references):
+    answer = engine.load(1, protocol=1)
+    assert (answer["ok"], answer["protocol"]) == (True, 1)
+    assert engine.probe() == references[1]
 
 
 def test_a_checkpoint_of_wrong_shapes_fails_and_leaves_a_loadable_model(

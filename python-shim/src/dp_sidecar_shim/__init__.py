@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 
-__all__ = ["PROTOCOL", "__version__", "register"]
+__all__ = ["OLDEST_PROTOCOL", "PROTOCOL", "__version__", "register"]
 
 __version__ = "0.1.0"
 
-# Version of the contract with the sidecar, protocol/docs/weight-update.md.
-PROTOCOL = 1
+# Version of the contract with the sidecar, protocol/docs/weight-update.md, and the oldest that is
+# still answered.
+PROTOCOL = 2
+OLDEST_PROTOCOL = 1
 
 _logger = logging.getLogger("vllm.dp_sidecar")
 

@@ -6,58 +6,14 @@ loaded even if somebody rewrites the file meanwhile, and a truncated file is an 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dp_sidecar_shim.header import DTYPES, CheckpointError, Entry, entries
 
 if TYPE_CHECKING:
     import torch
-
-# Spelling in a safetensors header -> name in torch. Packed sub-byte types are not here: no vLLM
-# checkpoint has them as such (they are stored as U8 or I32).
-DTYPES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "U16": "uint16",
-    "I16": "int16",
-    "U32": "uint32",
-    "I32": "int32",
-    "U64": "uint64",
-    "I64": "int64",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-    "C64": "complex64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E8M0": "float8_e8m0fnu",
-}
-# The format's own limit on the header.
-MAX_HEADER = 100_000_000
-
-
-class CheckpointError(Exception):
-    """A file is missing, unreadable or not what its header says."""
-
-    error_kind = "files"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of one file."""
-
-    file: str
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    length: int
 
 
 class Checkpoint:
@@ -100,7 +56,8 @@ class Checkpoint:
             raise CheckpointError(f"cannot open {file} in {path}: {error.strerror}") from error
         self._descriptors[file] = descriptor
         try:
-            self.entries.extend(_entries(file, descriptor))
+            size = os.fstat(descriptor).st_size
+            self.entries.extend(entries(file, size, lambda at, n: _read(descriptor, at, n)))
         except OSError as error:
             raise CheckpointError(f"cannot read {file} in {path}: {error.strerror}") from error
 
@@ -126,64 +83,35 @@ class Checkpoint:
         return raw.view(dtype).reshape(entry.shape), buffer
 
 
-def _entries(file: str, descriptor: int) -> list[Entry]:
-    """Tensors of one file by start offset, checked against the file's size."""
-    import torch
-
-    size = os.fstat(descriptor).st_size
-    prefix = os.pread(descriptor, 8, 0)
-    if len(prefix) != 8:
-        raise CheckpointError(f"{file} is no safetensors file: it has {size} bytes")
-    header_length = int.from_bytes(prefix, "little")
-    if header_length > min(MAX_HEADER, size - 8):
-        raise CheckpointError(
-            f"{file} is no complete safetensors file: "
-            f"its header should have {header_length} bytes, the file has {size}"
-        )
-    try:
-        header = json.loads(_read_exactly(descriptor, header_length, 8))
-        found = []
-        for name, item in header.items():
-            if name == "__metadata__":
-                continue
-            begin, end = item["data_offsets"]
-            shape = tuple(int(dimension) for dimension in item["shape"])
-            dtype = str(item["dtype"])
-            found.append(Entry(file, name, dtype, shape, 8 + header_length + begin, end - begin))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file} has a malformed header: {error!r}") from error
-    for entry in found:
-        torch_dtype = getattr(torch, DTYPES.get(entry.dtype, ""), None)
-        if torch_dtype is None:
-            raise CheckpointError(f"{file}: tensor {entry.name} has unknown dtype {entry.dtype}")
-        elements = 1
-        for dimension in entry.shape:
-            elements *= dimension
-        expected = elements * torch_dtype.itemsize
-        if entry.length != expected or entry.offset < 8 + header_length:
-            raise CheckpointError(
-                f"{file}: tensor {entry.name} should have {expected} bytes, has {entry.length}"
-            )
-        if entry.offset + entry.length > size:
-            raise CheckpointError(
-                f"{file} is truncated: tensor {entry.name} ends at byte "
-                f"{entry.offset + entry.length}, the file at {size}"
-            )
-    # By start; an empty tensor goes before what starts at the same byte, then by name.
-    found.sort(key=lambda entry: (entry.offset, entry.length, entry.name))
-    return found
-
-
-def _read_exactly(descriptor: int, length: int, offset: int) -> bytes:
+def _read(descriptor: int, offset: int, length: int) -> bytes:
     parts = []
     while length > 0:
         part = os.pread(descriptor, length, offset)
         if not part:
-            raise CheckpointError("the file ends inside its header")
+            break
         parts.append(part)
         length -= len(part)
         offset += len(part)
     return b"".join(parts)
+
+
+class Source(Protocol):
+    """Checked files that give their tensors one by one: a `Checkpoint` or a `Segment`."""
+
+    entries: list[Entry]
+
+    @property
+    def bytes(self) -> int:
+        """Sum of the tensors' byte lengths."""
+        ...
+
+    def read(self, entry: Entry) -> tuple[torch.Tensor, Any]:
+        """One tensor, on the CPU, and its bytes as they lie in the file (a buffer)."""
+        ...
+
+    def close(self) -> None:
+        """Give up files and maps."""
+        ...
 
 
 class Consumption:
@@ -224,7 +152,7 @@ class Consumption:
         return whole.hexdigest()
 
 
-def tensors(checkpoint: Checkpoint, account: Consumption) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors(checkpoint: Source, account: Consumption) -> Iterator[tuple[str, torch.Tensor]]:
     """What vLLM's `reload_weights(weights_iterator=...)` wants, accounted for."""
     for entry in checkpoint.entries:
         tensor, buffer = checkpoint.read(entry)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 _logger = logging.getLogger("vllm.dp_sidecar")
@@ -142,6 +142,38 @@ def _restore_layers(worker: Any) -> None:
     loading = getattr(layerwise, "LOADING_LAYERS", None)
     if loading is not None:
         loading.clear()
+
+
+def let_go(worker: Any, source: Any) -> None:
+    """Close what was loaded from, once the device and the model no longer need it.
+
+    Raises when something else keeps tensors that lie in a segment.
+    """
+    holds = getattr(source, "holds", None)
+    if holds is not None:
+        _synchronize(worker)
+        _own(worker, holds)
+    source.close()
+
+
+def _synchronize(worker: Any) -> None:
+    """Wait until the device has read what it was told to copy."""
+    import torch
+
+    kind = getattr(getattr(worker, "device", None), "type", "cpu")
+    # Each device's own module: torch.accelerator raises on the CPU, and is not in older versions.
+    synchronize = getattr(getattr(torch, kind, None), "synchronize", None)
+    if synchronize is not None:
+        synchronize()
+
+
+def _own(worker: Any, holds: Callable[[Any], bool]) -> None:
+    # A loader may keep a tensor instead of copying it, where model and checkpoint are on the CPU.
+    model = model_of(worker)
+    for tensors in (model.parameters(), model.buffers()):
+        for tensor in tensors:
+            if tensor.device.type == "cpu" and holds(tensor):
+                tensor.data = tensor.data.clone()
 
 
 def torn(worker: Any) -> bool:

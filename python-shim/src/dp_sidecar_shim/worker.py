@@ -1,15 +1,18 @@
-"""The two worker methods. See protocol/docs/weight-update.md for the maps they take and give."""
+"""Info and load. See protocol/docs/weight-update.md for the maps they take and give."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import time
+import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dp_sidecar_shim import PROTOCOL, __version__, checkpoint, reload
+from dp_sidecar_shim import OLDEST_PROTOCOL, PROTOCOL, __version__, checkpoint, reload, segment
 
 _logger = logging.getLogger("vllm.dp_sidecar")
 
@@ -37,29 +40,61 @@ class Request:
     update_id: str
     path: str
     files: list[str]
+    extents: list[tuple[int, int]] | None
     tensors: int
     bytes: int
     digest: str | None
     digest_kind: str
 
 
+def check_protocol(request: dict[str, Any]) -> int:
+    """The contract's version that a request is written in, or `RequestError`."""
+    protocol = request.get("protocol")
+    if isinstance(protocol, bool) or not isinstance(protocol, int):
+        raise RequestError(
+            "protocol", f"the request's protocol is {protocol!r}, expected {PROTOCOL}"
+        )
+    if not OLDEST_PROTOCOL <= protocol <= PROTOCOL:
+        raise RequestError(
+            "protocol", f"this shim speaks protocol {PROTOCOL}, the sidecar {protocol!r}"
+        )
+    return protocol
+
+
+def take_field(request: dict[str, Any], name: str, kind: type, default: Any = ...) -> Any:
+    """A value of a request, of the expected type, or `RequestError`; numbers are not negative."""
+    value = request.get(name)
+    if value is None and default is not ...:
+        return default
+    if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0)):
+        raise RequestError("request", f"{name} is {value!r}, expected {kind.__name__}")
+    return value
+
+
+def take_extents(request: dict[str, Any]) -> list[tuple[int, int]] | None:
+    """The extents of a request, or none; `RequestError` if they are no pairs of numbers."""
+    raw = request.get("extents")
+    if raw is None:
+        return None
+    extents = []
+    for pair in raw if isinstance(raw, (list, tuple)) else [raw]:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise RequestError("request", f"an extent is {pair!r}, expected [offset, length]")
+        for number in pair:
+            if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+                raise RequestError("request", f"an extent is {pair!r}, expected two counts")
+        extents.append((pair[0], pair[1]))
+    return extents
+
+
 def parse(request: Any) -> Request:
     """Check a request map, or raise `RequestError`."""
     if not isinstance(request, dict):
         raise RequestError("request", f"the request is a {type(request).__name__}, expected a map")
-    protocol = request.get("protocol")
-    if protocol != PROTOCOL:
-        raise RequestError(
-            "protocol", f"this shim speaks protocol {PROTOCOL}, the sidecar {protocol!r}"
-        )
+    check_protocol(request)
 
     def field(name: str, kind: type, default: Any = ...) -> Any:
-        value = request.get(name)
-        if value is None and default is not ...:
-            return default
-        if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0)):
-            raise RequestError("request", f"{name} is {value!r}, expected {kind.__name__}")
-        return value
+        return take_field(request, name, kind, default)
 
     files = field("files", list)
     if not all(isinstance(name, str) for name in files):
@@ -74,6 +109,7 @@ def parse(request: Any) -> Request:
         update_id=field("update_id", str, ""),
         path=path,
         files=files,
+        extents=take_extents(request),
         tensors=field("tensors", int),
         bytes=field("bytes", int),
         digest=field("digest", str, None),
@@ -87,7 +123,7 @@ def load(worker: Any, raw: Any) -> dict[str, Any]:
     answer: dict[str, Any] = {
         "ok": False,
         "protocol": PROTOCOL,
-        "update_id": str(raw.get("update_id") or "") if isinstance(raw, dict) else "",
+        "update_id": update_id(raw),
         "tensors": 0,
         "bytes": 0,
         "digest": None,
@@ -97,36 +133,47 @@ def load(worker: Any, raw: Any) -> dict[str, Any]:
         "error_kind": None,
     }
     try:
-        answer.update(_ranks(worker))
-        if not _loading.acquire(blocking=False):
-            raise RequestError("busy", "another load is running in this worker")
-        try:
-            _load(worker, parse(raw), answer)
-        finally:
-            _loading.release()
+        answer.update(ranks(worker))
+        request = parse(raw)
+        answer["protocol"] = raw["protocol"]
+        with one_at_a_time():
+            _load(worker, request, answer)
     except Exception as error:
         # Only what has not touched the model comes here.
-        _fail(answer, error, "internal")
+        fail(answer, error, "internal")
     answer["ms"] = round((time.monotonic() - started) * 1000, 3)
     return answer
+
+
+def update_id(raw: Any) -> str:
+    """What the answer repeats of the request."""
+    return str(raw.get("update_id") or "") if isinstance(raw, dict) else ""
+
+
+@contextlib.contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Refuses what comes while something else changes this worker's weights."""
+    if not _loading.acquire(blocking=False):
+        raise RequestError("busy", "another load is running in this worker")
+    try:
+        yield
+    finally:
+        _loading.release()
 
 
 def _load(worker: Any, request: Request, answer: dict[str, Any]) -> None:
     account = checkpoint.Consumption(request.digest_kind)
     answer["digest_kind"] = account.kind
-    with checkpoint.Checkpoint(request.path, request.files) as files:
-        _compare("in the files", len(files.entries), files.bytes, request)
-        failure: Exception | None = None
-        try:
-            reload.reload_weights(worker, checkpoint.tensors(files, account))
-            answer["state"] = LOADED
-        except Exception as error:
-            failure = error
-    # The traceback's frames hold the half-loaded layers' tensors: log it, then let go of it
-    # before the cleanup.
-    if failure is not None:
-        _logger.error("dp-sidecar: load of %s failed", request.path, exc_info=failure)
-        _fail(answer, failure.with_traceback(None), "load")
+    source = _open(request)
+    try:
+        _compare("in the files", len(source.entries), source.bytes, request)
+        if len({entry.name for entry in source.entries}) != len(source.entries):
+            raise checkpoint.CheckpointError("a tensor occurs twice in the files")
+    except Exception:
+        source.close()
+        raise
+    # From here on nothing is raised: what the worker holds depends on how far it came.
+    failure = _fill(worker, request, source, account)
     answer["tensors"] = account.tensors
     answer["bytes"] = account.bytes
     if failure is None:
@@ -142,11 +189,48 @@ def _load(worker: Any, request: Request, answer: dict[str, Any]) -> None:
                 raise RequestError(
                     "load", "the model has tensors on the meta device after the load"
                 )
-            answer["ok"] = True
-            return
         except Exception as error:
-            _fail(answer, error, "internal")
-    answer["state"] = RESTORED if reload.clean_up(worker) else MIXED
+            failure = error
+    if failure is None:
+        answer["ok"] = True
+        answer["state"] = LOADED
+    else:
+        fail(answer, failure, "load")
+        answer["state"] = RESTORED if reload.clean_up(worker) else MIXED
+    try:
+        reload.let_go(worker, source)
+    except Exception as error:
+        _logger.error("dp-sidecar: %s could not be closed: %s", request.path, str(error))
+        fail(answer, error, "internal")
+        answer["state"] = MIXED
+
+
+def _open(request: Request) -> checkpoint.Source:
+    if request.extents is None:
+        return checkpoint.Checkpoint(request.path, request.files)
+    return segment.Segment(request.path, request.files, request.extents)
+
+
+def _fill(
+    worker: Any, request: Request, source: checkpoint.Source, account: checkpoint.Consumption
+) -> Exception | None:
+    try:
+        reload.reload_weights(worker, checkpoint.tensors(source, account))
+    except Exception as error:
+        # The traceback's frames hold the half-loaded layers' tensors, and views of a segment: log
+        # it, then let go of it before the cleanup.
+        _logger.error("dp-sidecar: load of %s failed", request.path, exc_info=error)
+        forget_frames(error)
+        return error
+    return None
+
+
+def forget_frames(error: BaseException | None) -> None:
+    """Let go of all that an exception and those behind it keep alive."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _compare(where: str, tensors: int, size: int, request: Request) -> None:
@@ -158,14 +242,16 @@ def _compare(where: str, tensors: int, size: int, request: Request) -> None:
         )
 
 
-def _fail(answer: dict[str, Any], error: Exception, kind: str) -> None:
+def fail(answer: dict[str, Any], error: Exception, kind: str) -> None:
+    """Write an error into an answer; `kind` is for errors that don't say their own."""
     answer["ok"] = False
     answer["error"] = f"{type(error).__name__}: {error}"
     own = getattr(error, "error_kind", None)
     answer["error_kind"] = own if isinstance(own, str) else kind
 
 
-def _ranks(worker: Any) -> dict[str, int]:
+def ranks(worker: Any) -> dict[str, int]:
+    """DP rank of the engine, and rank of the worker in it."""
     parallel = worker.vllm_config.parallel_config
     # A dense engine is told that it is alone: data_parallel_rank is 0 there, the index is kept.
     dp_rank = getattr(parallel, "data_parallel_index", None)
@@ -190,7 +276,7 @@ def info(worker: Any) -> dict[str, Any]:
         "error_kind": None,
     }
     try:
-        answer.update(_ranks(worker))
+        answer.update(ranks(worker))
         model = worker.vllm_config.model_config
         answer["vllm_version"] = reload.vllm_version()
         answer["world_size"] = int(getattr(worker.vllm_config.parallel_config, "world_size", 1))
@@ -198,7 +284,7 @@ def info(worker: Any) -> dict[str, Any]:
         answer["model_path"] = _local_directory(model)
         answer["ok"] = True
     except Exception as error:
-        _fail(answer, error, "internal")
+        fail(answer, error, "internal")
     return answer
 
 

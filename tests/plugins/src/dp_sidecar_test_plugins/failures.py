@@ -60,11 +60,11 @@ def instruction() -> str:
 
 
 def _failing(worker: Any, weights: Any) -> Iterator[tuple[str, Any]]:
-    from dp_sidecar_shim.worker import _ranks
+    from dp_sidecar_shim.worker import ranks
 
     text = instruction()
     order = dict(item.split("=", 1) for item in text.split(";") if item)
-    dp_rank = _ranks(worker)["dp_rank"]
+    dp_rank = ranks(worker)["dp_rank"]
     fails = bool(order) and int(order.get("rank", dp_rank)) == dp_rank
     if fails and _done.get(text, 0) >= int(order.get("times", 1 << 30)):
         fails = False
