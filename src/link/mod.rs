@@ -6,4 +6,18 @@
 //! when the sidecar is killed. The **peer link** is a TCP connection between the leader and a follower; the
 //! follower serves it out of its own tasks and its own relay link. See `protocol/docs/link.md`.
 
+pub mod client;
+pub mod codec;
+pub mod server;
+#[cfg(test)]
+mod tests;
 pub mod wire;
+
+pub use codec::{LinkError, LinkStream};
+
+use dp_sidecar_protocol::output::OutputsView;
+
+/// Whether a report of an engine ends or begins a wave: what a sidecar must not miss.
+fn is_wave_edge(frame: &[u8]) -> bool {
+    OutputsView::parse(frame).is_ok_and(|view| view.wave_complete.is_some() || view.start_wave.is_some())
+}

@@ -229,6 +229,35 @@ pub enum Request {
     Shutdown,
 }
 
+impl Request {
+    /// What it is, for errors and logs.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::State => "state",
+            Self::Prepare { .. } => "sockets for an engine",
+            Self::EngineReady { .. } => "engine ready",
+            Self::Admit { .. } => "admit",
+            Self::EngineDown { .. } => "engine down",
+            Self::Admission { .. } => "admission",
+            Self::Call { .. } => "call",
+            Self::OpenRoute { .. } => "route",
+            Self::AdoptRoute { .. } => "adoption of a route",
+            Self::CloseRoutes { .. } => "closing of routes",
+            Self::Release { .. } => "release of a control call",
+            Self::EdgePrepare { .. } => "coordinator sockets",
+            Self::EdgePublish { .. } => "publication",
+            Self::EdgeNote { .. } => "note of the wave",
+            Self::EdgeClose { .. } => "closing of coordinator sockets",
+            Self::Expect { .. } => "handshake listener",
+            Self::Forget { .. } => "end of a handshake",
+            Self::Spawn { .. } => "start of an engine",
+            Self::StopEngine { .. } => "stop of an engine",
+            Self::Stage(_) => "staging",
+            Self::Shutdown => "shutdown",
+        }
+    }
+}
+
 /// What came of a request.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Answer {

@@ -1,0 +1,311 @@
+//! Frames of a link: `u32` length (big endian) and one msgpack value. Whatever comes in, it ends in a message or
+//! in a [`LinkError`].
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::future::poll_fn;
+use std::io::{self, ErrorKind};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::{Sink, Stream};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use thiserror::Error;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_util::codec::{Framed, LengthDelimitedCodec};
+
+use super::wire::{LINK_VERSION, MAX_FRAME};
+
+/// Values may be nested so deep. vLLM's arguments and results are nested a few levels.
+const MAX_DEPTH: usize = 128;
+
+/// A link is over, and why. Names the peer.
+#[derive(Debug, Error)]
+pub enum LinkError {
+    /// The peer closed the connection.
+    #[error("{peer}: the connection was closed")]
+    Closed {
+        /// Whose connection.
+        peer: String,
+    },
+    /// The connection broke.
+    #[error("{peer}: {source}")]
+    Io {
+        /// Whose connection.
+        peer: String,
+        /// What the kernel says.
+        source: io::Error,
+    },
+    /// Nothing came for too long: the way between may be cut.
+    #[error("{peer}: nothing heard for {limit:?}")]
+    Silent {
+        /// Whose connection.
+        peer: String,
+        /// How long.
+        limit: Duration,
+    },
+    /// A frame is longer than allowed.
+    #[error("{peer}: a frame is longer than {MAX_FRAME} bytes")]
+    TooLong {
+        /// Whose connection.
+        peer: String,
+    },
+    /// A frame is no message of the link.
+    #[error("{peer}: a frame of {length} bytes is no message of the link: {detail}")]
+    Garbage {
+        /// Whose connection.
+        peer: String,
+        /// Its length.
+        length: usize,
+        /// Where decoding stopped.
+        detail: String,
+    },
+    /// The peer speaks another version.
+    #[error("{peer}: link version {theirs}, expected {LINK_VERSION}")]
+    Version {
+        /// Whose connection.
+        peer: String,
+        /// Its version.
+        theirs: u32,
+    },
+    /// A message came that does not belong here.
+    #[error("{peer}: expected {expected}, got {got}")]
+    Unexpected {
+        /// Whose connection.
+        peer: String,
+        /// What should have come.
+        expected: &'static str,
+        /// What came.
+        got: &'static str,
+    },
+    /// One side does not take what the other one sends.
+    #[error("{peer}: {what} are not taken")]
+    Overflow {
+        /// Whose connection.
+        peer: String,
+        /// What waits.
+        what: &'static str,
+    },
+}
+
+/// What a link can run over.
+pub trait LinkIo: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> LinkIo for T {}
+
+/// A fresh connection for a link: nothing was sent or read on it by the link itself.
+pub struct LinkStream {
+    framed: Framed<Box<dyn LinkIo>, LengthDelimitedCodec>,
+    peer: String,
+}
+
+impl fmt::Debug for LinkStream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LinkStream").field("peer", &self.peer).finish_non_exhaustive()
+    }
+}
+
+impl LinkStream {
+    /// Takes a connection that is authenticated, if it has to be. `peer` names it in errors and logs.
+    pub fn new(io: impl LinkIo + 'static, peer: impl Into<String>) -> Self {
+        let codec = LengthDelimitedCodec::builder()
+            .length_field_type::<u32>()
+            .big_endian()
+            .max_frame_length(MAX_FRAME)
+            .new_codec();
+        let io: Box<dyn LinkIo> = Box::new(io);
+        Self { framed: Framed::new(io, codec), peer: peer.into() }
+    }
+
+    /// Who is at the other end.
+    pub fn peer(&self) -> &str {
+        &self.peer
+    }
+}
+
+/// Encodes a message.
+///
+/// # Errors
+/// It is longer than a frame may be, or cannot be encoded.
+pub(super) fn encode(message: &impl Serialize) -> Result<Bytes, String> {
+    let frame = rmp_serde::to_vec_named(message).map_err(|error| error.to_string())?;
+    if frame.len() > MAX_FRAME {
+        return Err(format!("message of {} bytes, a link takes {MAX_FRAME}", frame.len()));
+    }
+    Ok(Bytes::from(frame))
+}
+
+/// A connection in use: a queue of frames to be written, and what comes in. Nothing of it blocks; all progress
+/// is made in [`Wire::next`].
+pub(super) struct Wire {
+    stream: LinkStream,
+    outgoing: VecDeque<Bytes>,
+    unflushed: bool,
+}
+
+impl Wire {
+    pub(super) fn new(stream: LinkStream) -> Self {
+        Self { stream, outgoing: VecDeque::new(), unflushed: false }
+    }
+
+    pub(super) fn peer(&self) -> String {
+        self.stream.peer.clone()
+    }
+
+    /// Queues a frame made by [`encode`].
+    pub(super) fn push(&mut self, frame: Bytes) {
+        self.outgoing.push_back(frame);
+    }
+
+    /// Frames that wait to be written.
+    pub(super) fn waiting(&self) -> usize {
+        self.outgoing.len()
+    }
+
+    /// Writes what is queued and waits for the next message. Cancel safe.
+    pub(super) async fn next<T: DeserializeOwned>(&mut self) -> Result<T, LinkError> {
+        let frame = poll_fn(|cx| {
+            if let Poll::Ready(Err(source)) = self.poll_write(cx) {
+                return Poll::Ready(Err(self.broken(source)));
+            }
+            let incoming = ready!(Pin::new(&mut self.stream.framed).poll_next(cx));
+            Poll::Ready(match incoming {
+                Some(Ok(frame)) => Ok(frame),
+                Some(Err(error)) => Err(self.broken(error)),
+                None => Err(LinkError::Closed { peer: self.peer() }),
+            })
+        })
+        .await?;
+        let mut decoder = rmp_serde::Deserializer::from_read_ref(&frame);
+        decoder.set_max_depth(MAX_DEPTH);
+        T::deserialize(&mut decoder).map_err(|error| LinkError::Garbage {
+            peer: self.peer(),
+            length: frame.len(),
+            detail: error.to_string(),
+        })
+    }
+
+    /// Writes what is queued, within a time limit.
+    pub(super) async fn finish(&mut self, limit: Duration) -> Result<(), LinkError> {
+        match tokio::time::timeout(limit, poll_fn(|cx| self.poll_write(cx))).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(source)) => Err(self.broken(source)),
+            Err(_) => Err(LinkError::Silent { peer: self.peer(), limit }),
+        }
+    }
+
+    /// Ready when everything is written.
+    fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let framed: &mut (dyn Sink<Bytes, Error = io::Error> + Unpin) = &mut self.stream.framed;
+        let mut sink = Pin::new(framed);
+        while !self.outgoing.is_empty() {
+            ready!(sink.as_mut().poll_ready(cx))?;
+            if let Some(frame) = self.outgoing.pop_front() {
+                sink.as_mut().start_send(frame)?;
+                self.unflushed = true;
+            }
+        }
+        if self.unflushed {
+            ready!(sink.poll_flush(cx))?;
+            self.unflushed = false;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn broken(&self, source: io::Error) -> LinkError {
+        let peer = self.peer();
+        match source.kind() {
+            ErrorKind::InvalidData | ErrorKind::InvalidInput => LinkError::TooLong { peer },
+            ErrorKind::UnexpectedEof
+            | ErrorKind::BrokenPipe
+            | ErrorKind::ConnectionReset
+            | ErrorKind::ConnectionAborted => LinkError::Closed { peer },
+            _ => LinkError::Io { peer, source },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+    use crate::link::wire::{Answer, Down, Request, Up};
+
+    async fn receive(bytes: &[u8]) -> LinkError {
+        let (ours, mut theirs) = tokio::io::duplex(1 << 20);
+        theirs.write_all(bytes).await.unwrap();
+        drop(theirs);
+        let mut wire = Wire::new(LinkStream::new(ours, "peer 7"));
+        wire.next::<Down>().await.unwrap_err()
+    }
+
+    #[tokio::test]
+    async fn garbage_is_an_error_that_names_the_peer() {
+        let http = receive(b"GET / HTTP/1.1\r\n\r\n").await;
+        assert!(matches!(http, LinkError::TooLong { .. }), "{http}");
+        let huge = receive(&[0xff; 64]).await;
+        assert!(matches!(huge, LinkError::TooLong { .. }), "{huge}");
+        let text = receive(b"\0\0\0\x05hello").await;
+        assert!(matches!(&text, LinkError::Garbage { length: 5, .. }), "{text}");
+        assert!(text.to_string().starts_with("peer 7: "), "{text}");
+        let cut = receive(b"\0\0\0\x05hel").await;
+        assert!(matches!(cut, LinkError::Closed { .. } | LinkError::Io { .. }), "{cut}");
+        assert!(matches!(receive(b"").await, LinkError::Closed { .. }));
+    }
+
+    #[tokio::test]
+    async fn deep_nesting_and_false_lengths_do_not_exhaust_the_process() {
+        let mut deep = rmp_serde::to_vec_named(&Down::Ping).unwrap();
+        deep.clear();
+        // {"Request": {"id": [[[[ ...
+        deep.extend(b"\x81\xa7Request\x81\xa2id");
+        deep.extend(std::iter::repeat_n(0x91_u8, 500_000));
+        let mut frame = u32::try_from(deep.len()).unwrap().to_be_bytes().to_vec();
+        frame.extend(&deep);
+        assert!(matches!(receive(&frame).await, LinkError::Garbage { .. }));
+        // A call whose arguments claim to be four billion.
+        let body = b"\x81\xa7Request\x82\xa2id\x01\xa7request\x81\xa4Call\x84\xa4rank\0\xa6method\xa1m\xa4args\xdd\xff\xff\xff\xff";
+        let mut frame = u32::try_from(body.len()).unwrap().to_be_bytes().to_vec();
+        frame.extend(body);
+        assert!(matches!(receive(&frame).await, LinkError::Garbage { .. }));
+    }
+
+    #[tokio::test]
+    async fn values_of_calls_come_through_as_they_are() {
+        let value = rmpv::Value::Array(vec![
+            rmpv::Value::Nil,
+            rmpv::Value::Binary(vec![0, 255]),
+            rmpv::Value::Map(vec![(rmpv::Value::from(1), rmpv::Value::F64(0.5))]),
+            rmpv::Value::from(u64::MAX),
+            rmpv::Value::Ext(3, vec![1, 2]),
+        ]);
+        let (ours, theirs) = tokio::io::duplex(64);
+        let (mut ours, mut theirs) =
+            (Wire::new(LinkStream::new(ours, "a")), Wire::new(LinkStream::new(theirs, "b")));
+        let up = Up::Answer { id: 3, result: Ok(Answer::Value(value.clone())) };
+        ours.push(encode(&up).unwrap());
+        let finish = ours.finish(Duration::from_secs(5));
+        let (sent, got) = tokio::join!(finish, theirs.next::<Up>());
+        sent.unwrap();
+        let Up::Answer { id: 3, result: Ok(Answer::Value(got)) } = got.unwrap() else {
+            panic!("another message");
+        };
+        assert_eq!(got, value);
+    }
+
+    #[test]
+    fn a_message_that_fits_no_frame_is_refused_before_it_is_sent() {
+        let request = Request::Call {
+            rank: dp_sidecar_protocol::EngineIndex(0),
+            method: "m".to_owned(),
+            args: vec![rmpv::Value::Binary(vec![0; MAX_FRAME])],
+            timeout_ms: 1,
+        };
+        let error = encode(&Down::Request { id: 1, request }).unwrap_err();
+        assert!(error.contains("a link takes"), "{error}");
+    }
+}

@@ -1,0 +1,159 @@
+//! What the serving side knows, for [`Request::State`](crate::link::wire::Request::State).
+
+use std::collections::BTreeMap;
+
+use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation};
+
+use crate::driver::handles::{EdgeEvent, ProcessEvent, RankEvent, RouteLost};
+use crate::link::is_wave_edge;
+use crate::link::wire::{NodeState, RankState, Request};
+
+/// See the [module](self).
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    state: NodeState,
+    /// Whose coordinator sockets are open.
+    edges: BTreeMap<EngineIndex, Incarnation>,
+}
+
+impl Known {
+    pub(super) fn new(state: NodeState) -> Self {
+        let edges = state.ranks.iter();
+        let edges = edges.filter_map(|(rank, state)| Some((*rank, state.prepared?))).collect();
+        Self { state, edges }
+    }
+
+    /// Another link's state takes the place of what it is about. Processes are not: they are this node's own.
+    pub(super) fn replace(&mut self, mut state: NodeState) {
+        for (rank, of) in &mut state.ranks {
+            of.pid = self.state.ranks.get(rank).and_then(|known| known.pid);
+        }
+        state.wave = state.wave.or(self.state.wave);
+        *self = Self::new(state);
+    }
+
+    pub(super) fn state(&self) -> NodeState {
+        self.state.clone()
+    }
+
+    pub(super) fn rank(&mut self, rank: EngineIndex) -> &mut RankState {
+        self.state.ranks.entry(rank).or_default()
+    }
+
+    /// A request is handed on.
+    pub(super) fn requested(&mut self, request: &Request) {
+        match request {
+            Request::Prepare { rank, incarnation } => {
+                let known = self.rank(*rank);
+                if known.prepared != Some(*incarnation) {
+                    clear(known);
+                    known.prepared = Some(*incarnation);
+                    self.edges.remove(rank);
+                }
+            }
+            Request::EngineReady { rank, incarnation, facts } => {
+                let known = self.rank(*rank);
+                if known.prepared == Some(*incarnation) {
+                    known.facts = Some(facts.clone());
+                }
+            }
+            Request::EngineDown { rank, incarnation, .. } => {
+                let known = self.rank(*rank);
+                if known.prepared == Some(*incarnation) {
+                    clear(known);
+                }
+            }
+            Request::CloseRoutes { rank, frontend } => {
+                self.rank(*rank).routes.retain(|(of, _)| of != frontend);
+            }
+            Request::EdgePrepare { rank, incarnation } => {
+                if self.edges.insert(*rank, *incarnation) != Some(*incarnation) {
+                    let known = self.rank(*rank);
+                    known.subscribed = false;
+                    known.wave_report = None;
+                }
+            }
+            Request::EdgeClose { rank, incarnation } => {
+                if self.edges.get(rank) == Some(incarnation) {
+                    self.edges.remove(rank);
+                    self.rank(*rank).subscribed = false;
+                }
+            }
+            Request::EdgeNote { wave, running } => self.state.wave = Some((*wave, *running)),
+            _ => {}
+        }
+    }
+
+    /// The sockets of an incarnation could not be made.
+    pub(super) fn not_prepared(&mut self, rank: EngineIndex, incarnation: Incarnation) {
+        let known = self.rank(rank);
+        if known.prepared == Some(incarnation) {
+            clear(known);
+        }
+    }
+
+    pub(super) fn route_open(&mut self, rank: EngineIndex, frontend: FrontendId, api_server: u32) {
+        let known = self.rank(rank);
+        if !known.routes.contains(&(frontend, api_server)) {
+            known.routes.push((frontend, api_server));
+        }
+    }
+
+    pub(super) fn route_lost(&mut self, loss: &RouteLost) {
+        self.rank(loss.rank).routes.retain(|route| *route != (loss.frontend, loss.api_server));
+    }
+
+    pub(super) fn rank_event(&mut self, event: &RankEvent) {
+        match event {
+            RankEvent::Registered { rank, incarnation, frame } => {
+                let known = self.rank(*rank);
+                if known.prepared == Some(*incarnation) {
+                    known.registered = Some(frame.clone());
+                }
+            }
+            RankEvent::Lost { rank, incarnation, reason } => {
+                let known = self.rank(*rank);
+                if known.prepared == Some(*incarnation) {
+                    clear(known);
+                }
+                known.lost = Some((*incarnation, reason.clone()));
+            }
+        }
+    }
+
+    pub(super) fn edge_event(&mut self, event: &EdgeEvent) {
+        match event {
+            EdgeEvent::Subscribed { rank, incarnation } => {
+                if self.edges.get(rank) == Some(incarnation) {
+                    self.rank(*rank).subscribed = true;
+                }
+            }
+            EdgeEvent::Report { rank, incarnation, frame } => {
+                if self.edges.get(rank) == Some(incarnation) && is_wave_edge(frame) {
+                    self.rank(*rank).wave_report = Some(frame.clone());
+                }
+            }
+        }
+    }
+
+    pub(super) fn process_event(&mut self, event: &ProcessEvent) {
+        match event {
+            ProcessEvent::Exited { rank, .. } => self.rank(*rank).pid = None,
+            ProcessEvent::KeeperLost => {
+                for known in self.state.ranks.values_mut() {
+                    known.pid = None;
+                }
+            }
+            ProcessEvent::KeeperAway => {}
+        }
+    }
+}
+
+/// Nothing is there of an engine; the rank's routes stay.
+fn clear(known: &mut RankState) {
+    known.prepared = None;
+    known.registered = None;
+    known.facts = None;
+    known.subscribed = false;
+    known.wave_report = None;
+}
