@@ -7,12 +7,14 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use dp_sidecar::driver::coordinator::{CoordinatorConfig, EVENTS, spawn};
-use dp_sidecar::driver::edge;
+use dp_sidecar::driver::edge::{self, EdgeState};
 use dp_sidecar::driver::handles::{
-    CoordinatorCommand, CoordinatorHandle, CoordinatorSnapshot, ForFrontendCoordinator, GroupKind, ask,
+    CoordinatorCommand, CoordinatorHandle, CoordinatorSnapshot, EdgeCommand, ForFrontendCoordinator,
+    GroupKind, ask,
 };
 use dp_sidecar::transport::PrivateDir;
 use dp_sidecar_protocol::layout::{Layout, VllmVersion};
+use dp_sidecar_protocol::machine::coordinator::Adopted;
 use dp_sidecar_protocol::output::{OutputsView, start_wave_message, stats_message, wave_complete_message};
 use dp_sidecar_protocol::stats::SchedulerStats;
 use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Wave};
@@ -33,7 +35,7 @@ struct Setup {
     handle: CoordinatorHandle,
     context: zmq::Context,
     tracker: TaskTracker,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 impl Setup {
@@ -45,7 +47,7 @@ impl Setup {
         let edge = edge::spawn(private, reports, &tracker);
         let edges = vec![((0..size).map(EngineIndex).collect(), edge.handle)];
         let handle = spawn(CoordinatorConfig::new(kind, size), edges, events, &tracker);
-        Self { handle, context: zmq::Context::new(), tracker, _dir: dir }
+        Self { handle, context: zmq::Context::new(), tracker, dir }
     }
 
     async fn tell(&self, command: CoordinatorCommand) {
@@ -62,15 +64,19 @@ impl Setup {
     }
 
     async fn engine(&self, rank: u16, life: u64) -> Engine {
-        let (input, output) = self.prepare(rank, life).await;
+        let addresses = self.prepare(rank, life).await;
+        self.connect(&addresses)
+    }
+
+    fn connect(&self, (input, output): &(String, String)) -> Engine {
         let subscriber = self.context.socket(zmq::XSUB).unwrap();
         let push = self.context.socket(zmq::PUSH).unwrap();
         for socket in [&subscriber, &push] {
             socket.set_linger(0).unwrap();
         }
-        subscriber.connect(&input).unwrap();
+        subscriber.connect(input).unwrap();
         subscriber.send("\x01", 0).unwrap();
-        push.connect(&output).unwrap();
+        push.connect(output).unwrap();
         Engine { subscriber, push }
     }
 
@@ -255,6 +261,48 @@ async fn an_engine_that_does_not_read_delays_nobody() {
         setup.until("the end of a wave", |s| s.wave > Wave(wave)).await;
     }
     drop(stuck);
+    setup.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_successor_goes_on_with_the_wave_and_wakes_the_group() {
+    let mut setup = Setup::new(GroupKind::Lockstep, 2);
+    // The edge of a node whose sidecar is away.
+    let private = PrivateDir::create(setup.dir.path().join("away")).unwrap();
+    let (reports, mut events) = mpsc::channel(1);
+    let mut edge = edge::spawn(private, reports, &setup.tracker);
+    let mut engines = Vec::new();
+    for rank in [EngineIndex(0), EngineIndex(1)] {
+        let asked = ask(&edge.handle.commands, "edge", "sockets".to_owned(), PATIENCE, |reply| {
+            EdgeCommand::Prepare { rank, incarnation: Incarnation(1), reply }
+        });
+        engines.push(setup.connect(&asked.await.unwrap()));
+    }
+    engines[0].report(&wave_complete_message(&layout(), EngineIndex(0), Wave(41), 0.0));
+    let heard = |state: &EdgeState| state.subscribed.len() == 2 && state.wave == Some((Wave(42), false));
+    let state = timeout(PATIENCE, edge.state.wait_for(heard)).await.unwrap().unwrap().clone();
+    // What had left the edge is lost.
+    assert!(timeout(PATIENCE, events.recv()).await.unwrap().is_some());
+
+    let ranks: Vec<EngineIndex> = state.subscribed.keys().copied().collect();
+    let config = CoordinatorConfig::new(GroupKind::Lockstep, 2);
+    let edges = vec![(ranks.clone(), edge.handle.clone())];
+    setup.handle = spawn(config, edges, events, &setup.tracker);
+    let adopted = |rank| Adopted { rank, incarnation: Incarnation(1), ready: true, admitted: true };
+    let adopted: Vec<Adopted> = ranks.into_iter().map(adopted).collect();
+    setup.tell(CoordinatorCommand::Adopt { wave: state.wave, engines: adopted }).await;
+    setup.until("the adoption", |s| s.wave == Wave(42) && s.subscribed == 2 && s.in_step).await;
+    for engine in &engines {
+        let mut published = engine.next().await;
+        // Its subscription may come a second time, out of the edge's queue.
+        if published == [b"READY"] {
+            published = engine.next().await;
+        }
+        assert_eq!(published, start_dp_wave(42, None), "not woken in the group's wave");
+    }
+    engines[0].report(&wave_complete_message(&layout(), EngineIndex(0), Wave(42), 0.0));
+    setup.until("the end of the wave", |s| s.wave == Wave(43) && !s.running).await;
+    drop(edge);
     setup.end().await;
 }
 

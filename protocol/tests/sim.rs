@@ -101,6 +101,16 @@ fn a_wake_that_is_lost_in_a_pause_and_not_repeated_is_caught() {
     caught(Mutation::NoSecondStart);
 }
 
+#[test]
+fn a_successor_that_counts_from_zero_is_caught() {
+    caught(Mutation::AdoptFromZero);
+}
+
+#[test]
+fn a_successor_that_does_not_wake_the_group_is_caught() {
+    caught(Mutation::AdoptWithoutWake);
+}
+
 fn caught(mutation: Mutation) {
     let (count, first, _) = run_all(20_000, Some(mutation));
     println!("{mutation:?}: {count} of 20000 seeds fail, first {:?}", first.first());
@@ -124,6 +134,8 @@ fn one_seed() {
     let mutation = match std::env::var("SIM_MUTATION").as_deref() {
         Ok("rewind") => Some(Mutation::StaleHintRewindsWave),
         Ok("exclude") => Some(Mutation::StaleHintKeepsExclude),
+        Ok("zero") => Some(Mutation::AdoptFromZero),
+        Ok("asleep") => Some(Mutation::AdoptWithoutWake),
         Ok("running") => Some(Mutation::ForwardedWakeSetsRunning),
         _ => None,
     };

@@ -21,7 +21,7 @@ use dp_sidecar_protocol::{DecodeError, EngineIndex, FrontendId, Incarnation, Tim
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, Sleep};
 use tokio_util::task::TaskTracker;
-use tracing::{debug, trace, warn};
+use tracing::{debug, info, trace, warn};
 
 use super::handles::{
     CoordinatorCommand, CoordinatorHandle, CoordinatorSnapshot, EdgeEvent, EdgeHandle,
@@ -203,6 +203,11 @@ impl Task {
             CoordinatorCommand::EngineVersion { layout, .. } => {
                 self.layout = layout;
                 self.event(Event::Rules(CoordinatorRules::from(&layout)));
+            }
+            CoordinatorCommand::Adopt { wave, engines } => {
+                let wave = wave.map_or(Wave(0), |(wave, _)| wave);
+                info!(wave = wave.0, engines = engines.len(), "dp coordinator adopts engines");
+                self.event(Event::Adopted { wave, engines });
             }
             CoordinatorCommand::Admitted { rank } => self.event(Event::Admitted { rank }),
             CoordinatorCommand::EngineDown { rank, incarnation } => {

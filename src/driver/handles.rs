@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use dp_sidecar_protocol::layout::Layout;
+use dp_sidecar_protocol::machine::coordinator::Adopted;
 use dp_sidecar_protocol::machine::weight_update::Checkpoint;
 use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Slot, UpdateId, Wave, WeightVersion};
 use thiserror::Error;
@@ -364,6 +365,13 @@ pub enum CoordinatorCommand {
         incarnation: Incarnation,
         /// Field positions and behaviour of its version.
         layout: Layout,
+    },
+    /// What stands on a node, after the connection to it was made (again). Comes before anything else of that node.
+    Adopt {
+        /// Newest wave noted there, see [`crate::driver::edge::EdgeState::wave`].
+        wave: Option<(Wave, bool)>,
+        /// Its engines that have subscribed; those whose facts are known are `ready`.
+        engines: Vec<Adopted>,
     },
     /// Frontends may send to this rank from now on: report its real load.
     Admitted {

@@ -15,8 +15,12 @@
 //! * A rank that takes no requests is reported with a load that steers them elsewhere, and the
 //!   death of a lockstep group ends the wave for the frontends.
 //!
+//! * It may come after the engines ([`Event::Adopted`]): it starts from what their nodes have heard, and wakes a
+//!   group of which it cannot know what was asked of it.
+//!
 //! `running` is what engines report, never what a START_DP_WAVE of ours is expected to cause.
 
+mod adopt;
 mod cadence;
 mod types;
 
@@ -24,7 +28,8 @@ use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
 pub use types::{
-    Action, Behaviour, CoordinatorRules, Event, Exclude, GroupKind, Load, Note, Report, Snapshot, Stamp,
+    Action, Adopted, Behaviour, CoordinatorRules, Event, Exclude, GroupKind, Load, Note, Report, Snapshot,
+    Stamp,
 };
 
 use crate::{EngineIndex, FrontendId, Incarnation, Time, Wave};
@@ -50,6 +55,10 @@ pub enum Mutation {
     NoWaveForFreshGroup,
     /// START_DP_WAVE is sent once, though paused engines drop it.
     NoSecondStart,
+    /// A machine that takes over engines counts from 0.
+    AdoptFromZero,
+    /// A machine that takes over engines does not wake them.
+    AdoptWithoutWake,
 }
 
 /// How the machine is set up.
@@ -168,6 +177,7 @@ impl Coordinator {
     pub fn handle_event(&mut self, now: Time, event: Event) {
         match event {
             Event::Rules(rules) => self.config.rules = rules,
+            Event::Adopted { wave, engines } => self.adopted(now, wave, &engines),
             Event::Subscribed { rank, incarnation } => self.subscribed(now, rank, incarnation),
             Event::Report { rank, incarnation, report } => self.report(now, rank, incarnation, &report),
             Event::FirstRequest { target, wave } => self.first_request(now, target, wave),

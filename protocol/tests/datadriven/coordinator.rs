@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use dp_sidecar_protocol::machine::coordinator::{
-    Action, Config, Coordinator, CoordinatorRules, Event, Exclude, GroupKind, Load, Report, Stamp,
+    Action, Adopted, Config, Coordinator, CoordinatorRules, Event, Exclude, GroupKind, Load, Report, Stamp,
 };
 use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Time, Wave};
 
@@ -136,6 +136,11 @@ fn event(line: &Line<'_>) -> Event {
             };
             Event::FirstRequest { target, wave: wave() }
         }
+        // engines=RANK:LIFE[:ready|:admitted],..
+        "adopt" => {
+            let engines = line.text("engines").into_iter().flat_map(|list| list.split(','));
+            Event::Adopted { wave: wave(), engines: engines.map(adopted).collect() }
+        }
         "frontend-start-wave" => Event::StartWave { frontend: frontend(), wave: wave() },
         "wake" => Event::Wake { rank: rank() },
         "admit" => Event::Admitted { rank: rank() },
@@ -143,6 +148,20 @@ fn event(line: &Line<'_>) -> Event {
         "attach" => Event::FrontendAttached { frontend: frontend() },
         "detach" => Event::FrontendDetached { frontend: frontend() },
         other => panic!("unknown verb {other}"),
+    }
+}
+
+fn adopted(text: &str) -> Adopted {
+    let mut parts = text.split(':');
+    let mut number = || parts.next().and_then(|part| part.parse::<u64>().ok()).expect("RANK:LIFE");
+    let (rank, life) = (u16::try_from(number()).unwrap(), number());
+    let stage = parts.next();
+    let admitted = stage == Some("admitted");
+    Adopted {
+        rank: EngineIndex(rank),
+        incarnation: Incarnation(life),
+        ready: admitted || stage == Some("ready"),
+        admitted,
     }
 }
 

@@ -26,12 +26,13 @@ impl World {
         }
         let hosted = self.topology == Topology::Hosted;
         match self.rng.below(100) {
-            0..68 => self.submit(),
-            68..76 => self.abort(),
-            76..88 => self.pause(),
-            88..92 if hosted => self.crash_group(),
-            92..97 if hosted => self.crash_frontend(),
-            97..99 if hosted => self.add_frontend(),
+            0..65 => self.submit(),
+            65..73 => self.abort(),
+            73..85 => self.pause(),
+            85..89 if hosted => self.crash_group(),
+            89..94 if hosted => self.crash_frontend(),
+            94..96 if hosted && self.connected() => self.add_frontend(),
+            96..100 if hosted => self.kill_sidecar(),
             _ => self.submit(),
         }
     }
@@ -71,7 +72,11 @@ impl World {
         if first {
             let event =
                 Event::FirstRequest { target: Some(Exclude::Index(EngineIndex(rank))), wave: Wave(wave) };
-            let what = if hosted { Happening::ToTheirs(from, event) } else { Happening::ToMachine(event) };
+            let what = if hosted {
+                Happening::ToTheirs(from, event)
+            } else {
+                Happening::ToMachine(self.session, event)
+            };
             self.send(Link::FrontendToMachine(from), what);
         }
     }
@@ -131,6 +136,11 @@ impl World {
         if life != self.life {
             return;
         }
+        if !self.connected() {
+            // The node task is away, too.
+            self.schedule(1_000, Happening::CrashSeen { rank: first, life });
+            return;
+        }
         for request in self.requests.values_mut() {
             request.ended |= request.life == Some(life);
         }
@@ -141,11 +151,10 @@ impl World {
         self.create_group();
         let ranks = (0..self.size).map(|offset| (first + offset) % self.size);
         let ranks: Vec<u16> = ranks.collect();
+        let session = self.session;
         let down = |rank: u16| {
-            Happening::ToMachine(Event::EngineDown {
-                rank: EngineIndex(rank),
-                incarnation: Incarnation(life),
-            })
+            let event = Event::EngineDown { rank: EngineIndex(rank), incarnation: Incarnation(life) };
+            Happening::ToMachine(session, event)
         };
         for rank in &ranks {
             self.send(Link::NodeCommands, down(*rank));
@@ -177,7 +186,7 @@ impl World {
         self.admitted = true;
         for rank in 0..self.size {
             let event = Event::Admitted { rank: EngineIndex(rank) };
-            self.send(Link::NodeCommands, Happening::ToMachine(event));
+            self.send(Link::NodeCommands, Happening::ToMachine(self.session, event));
         }
         for (from, rank, id, steps, wave) in std::mem::take(&mut self.held) {
             self.relay(from, rank, id, steps, wave);
@@ -193,8 +202,7 @@ impl World {
         }
         let frontend = Frontend::attached(id, self.version, self.size, self.time());
         self.frontends.push(frontend);
-        let event = Event::FrontendAttached { frontend: id };
-        self.send(Link::FromTheirs(id), Happening::ToMachine(event));
+        self.join(id, self.session);
     }
 
     fn crash_frontend(&mut self) {
@@ -216,7 +224,7 @@ impl World {
             }
         }
         let event = Event::FrontendDetached { frontend: from };
-        self.send(Link::FromTheirs(from), Happening::ToMachine(event));
+        self.send(Link::FromTheirs(from), Happening::ToMachine(self.session, event));
         if self.rng.chance(80) {
             self.add_frontend();
         }
@@ -254,7 +262,9 @@ impl World {
                     // Each virtual engine hears it; how many of them pass it on must not matter.
                     for _ in 0..1 + self.rng.below(u64::from(self.size)) {
                         let event = Event::StartWave { frontend: id, wave };
-                        self.send(Link::FromTheirs(id), Happening::ToMachine(event));
+                        if self.frontends[at].joined == self.session {
+                            self.send(Link::FromTheirs(id), Happening::ToMachine(self.session, event));
+                        }
                     }
                 }
                 Action::Publish { wave, running, .. } => {

@@ -17,11 +17,21 @@ pub(crate) struct Frontend {
     pub(crate) requests: Vec<RequestId>,
     pub(crate) coordinator: Option<Coordinator>,
     pub(crate) timer_set: bool,
+    /// The life of the sidecar it is attached to.
+    pub(crate) joined: u64,
 }
 
 impl Frontend {
     pub(crate) fn direct(id: FrontendId) -> Self {
-        Self { id, wave: 0, running: false, requests: Vec::new(), coordinator: None, timer_set: false }
+        Self {
+            id,
+            wave: 0,
+            running: false,
+            requests: Vec::new(),
+            coordinator: None,
+            timer_set: false,
+            joined: 0,
+        }
     }
 
     pub(crate) fn attached(id: FrontendId, version: Version, size: u16, now: Time) -> Self {

@@ -14,6 +14,8 @@ use super::frontend_model::{Frontend, rules};
 
 #[path = "checks.rs"]
 mod checks;
+#[path = "edges.rs"]
+mod edges;
 #[path = "faults.rs"]
 mod faults;
 #[path = "schedule.rs"]
@@ -41,13 +43,43 @@ enum Happening {
         life: u64,
         input: Input,
     },
+    /// From the DP coordinator of that session through an edge.
+    Published {
+        rank: u16,
+        session: u64,
+        life: u64,
+        input: Input,
+    },
+    /// Where the DP coordinator of that session says the wave is.
+    Noted {
+        rank: u16,
+        session: u64,
+        wave: Wave,
+    },
+    /// An engine's message arrives at its edge.
+    AtEdge {
+        rank: u16,
+        event: Event,
+    },
+    /// The sidecar is started again.
+    SidecarStarts,
+    /// It reads what stands behind an edge.
+    EdgeRead {
+        rank: u16,
+        session: u64,
+    },
+    /// It attaches to the frontends again.
+    Rejoin {
+        session: u64,
+    },
     StepDone {
         life: u64,
     },
     ResumeDone {
         life: u64,
     },
-    ToMachine(Event),
+    /// To the DP coordinator of that session.
+    ToMachine(u64, Event),
     MachineTimer,
     /// To the DP coordinator of an attached frontend.
     ToTheirs(FrontendId, Event),
@@ -94,8 +126,10 @@ enum Link {
     ToSubscriber(u16),
     /// DEALER of a slot at a rank; the sidecar's own is frontend 0.
     Slot(FrontendId, u16),
-    /// PUSH of a rank to the DP coordinator.
+    /// PUSH of a rank to its edge.
     FromEngine(u16),
+    /// From the edge of a rank on.
+    FromEdge(u16),
     /// From a frontend to a virtual engine.
     ToRelay(FrontendId, u16),
     /// Commands of a rank task to the coordinator task.
@@ -146,7 +180,11 @@ pub(crate) struct World {
     size: u16,
     step_time: u64,
     outside_left: u64,
+    config: Config,
     machine: Coordinator,
+    /// Number of the sidecar's life.
+    session: u64,
+    edges: Vec<edges::Edge>,
     machine_timer: Option<u64>,
     /// The report the machine is handling.
     handled: Option<Report>,
@@ -200,6 +238,9 @@ impl World {
             step_time,
             outside_left,
             machine: Coordinator::new(config.clone()),
+            session: 1,
+            edges: (0..size).map(|_| edges::Edge::new(1)).collect(),
+            config: config.clone(),
             machine_timer: None,
             handled: None,
             sockets: vec![0; usize::from(size)],
@@ -313,7 +354,7 @@ impl World {
 
     fn subscribe(&mut self, rank: u16) {
         let event = Event::Subscribed { rank: EngineIndex(rank), incarnation: Incarnation(self.life) };
-        self.send(Link::FromEngine(rank), Happening::ToMachine(event));
+        self.send(Link::FromEngine(rank), Happening::AtEdge { rank, event });
     }
 
     fn engine_outputs(&mut self, rank: u16, out: &mut Vec<Output>) {
@@ -325,7 +366,7 @@ impl World {
                         incarnation: Incarnation(self.life),
                         report,
                     };
-                    self.send(Link::FromEngine(rank), Happening::ToMachine(event));
+                    self.send(Link::FromEngine(rank), Happening::AtEdge { rank, event });
                 }
                 Output::Ended(id) => self.end(id),
                 Output::Paused => {
@@ -433,7 +474,21 @@ impl World {
                     self.resume_done();
                 }
             }
-            Happening::ToMachine(event) => self.tell_machine(event),
+            Happening::Published { rank, session, life, input } => {
+                if !self.edges[usize::from(rank)].missed(session) {
+                    self.happen(Happening::ToEngine { rank, life, input });
+                }
+            }
+            Happening::Noted { rank, session, wave } => self.noted(rank, session, wave),
+            Happening::AtEdge { rank, event } => self.at_edge(rank, event),
+            Happening::SidecarStarts => self.sidecar_starts(),
+            Happening::EdgeRead { rank, session } => self.edge_read(rank, session),
+            Happening::Rejoin { session } => self.rejoin(session),
+            Happening::ToMachine(session, event) => {
+                if session == self.session {
+                    self.tell_machine(event);
+                }
+            }
             Happening::MachineTimer => {
                 self.machine_timer = None;
                 self.machine.handle_timeout(self.time());
@@ -485,13 +540,21 @@ impl World {
             request.life = Some(self.life);
         }
         self.send_to_engine(Link::Slot(from, rank), rank, Input::Add { id, steps, wave });
-        let wake = Event::Wake { rank: EngineIndex(rank) };
-        self.send(Link::RelayCommands(rank), Happening::ToMachine(wake));
+        // Nobody keeps it while there is no sidecar.
+        if self.edges[usize::from(rank)].connected(self.session) {
+            let wake = Event::Wake { rank: EngineIndex(rank) };
+            self.send(Link::RelayCommands(rank), Happening::ToMachine(self.session, wake));
+        }
     }
 
     fn tell_machine(&mut self, event: Event) {
-        match event {
-            Event::Report { report, .. } => self.handled = Some(report),
+        match &event {
+            Event::Adopted { engines, .. } => {
+                for engine in engines {
+                    self.edges[usize::from(engine.rank.0)].adopted();
+                }
+            }
+            Event::Report { report, .. } => self.handled = Some(*report),
             Event::Subscribed { rank, incarnation } => {
                 self.sockets[usize::from(rank.0)] = incarnation.0;
             }
@@ -506,6 +569,12 @@ impl World {
         let (wave, before) = (self.machine.wave(), self.wave_seen);
         if wave < before {
             self.fail(format!("the wave went back from {before} to {wave}"));
+        }
+        if wave > before && self.topology == Topology::Hosted {
+            for rank in 0..self.size {
+                let what = Happening::Noted { rank, session: self.session, wave };
+                self.send(Link::ToSubscriber(rank), what);
+            }
         }
         self.wave_seen = wave;
         while let Some(action) = self.machine.poll_action() {
@@ -536,7 +605,7 @@ impl World {
     /// What the DP coordinator publishes goes to the life whose sockets it has.
     fn publish_to_engine(&mut self, rank: u16, input: Input) {
         let life = self.sockets[usize::from(rank)];
-        let what = Happening::ToEngine { rank, life, input };
+        let what = Happening::Published { rank, session: self.session, life, input };
         self.send(Link::ToSubscriber(rank), what);
     }
 
@@ -576,7 +645,7 @@ impl World {
     fn tell(&mut self, frontend: Option<FrontendId>, rank: EngineIndex, report: Report) {
         for at in 0..self.frontends.len() {
             let id = self.frontends[at].id;
-            if frontend.is_none_or(|only| only == id) {
+            if frontend.is_none_or(|only| only == id) && self.frontends[at].joined == self.session {
                 let event = Event::Report { rank, incarnation: Incarnation(1), report };
                 self.send(Link::ToTheirs(id, rank.0), Happening::ToTheirs(id, event));
             }

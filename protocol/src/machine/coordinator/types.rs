@@ -129,9 +129,30 @@ pub enum Exclude {
     Identity(EngineIdentity),
 }
 
+/// An engine that was there before this machine was, and has subscribed to its DP coordinator.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Adopted {
+    /// Which rank.
+    pub rank: EngineIndex,
+    /// Which life of it.
+    pub incarnation: Incarnation,
+    /// It has had READY: its handshake is complete.
+    pub ready: bool,
+    /// Frontends' requests are let through to it.
+    pub admitted: bool,
+}
+
 /// What happened.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
+    /// The connection to a node was made, or made again after messages may have been lost: this is what stands there.
+    /// Comes before anything else of that node.
+    Adopted {
+        /// The newest wave that was heard of there.
+        wave: Wave,
+        /// Its engines. One that is not named is not down because of that.
+        engines: Vec<Adopted>,
+    },
     /// The version of the engines is known, or has changed.
     Rules(CoordinatorRules),
     /// An engine has subscribed (again).

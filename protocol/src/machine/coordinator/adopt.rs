@@ -1,0 +1,103 @@
+//! Taking over engines that were there before, and after a connection to their node was lost.
+//!
+//! What may have been lost in between: a wake for a request, START_DP_WAVE, reports of engines that had left the edge,
+//! what frontends were to be told. What cannot be lost, because the edges outlive the DP coordinator and note it: the
+//! newest wave.
+
+use super::{Adopted, Coordinator, EngineIndex, Mutation, Note, Report, Stage};
+use crate::{Time, Wave};
+
+impl Coordinator {
+    pub(super) fn adopted(&mut self, now: Time, wave: Wave, engines: &[Adopted]) {
+        if self.lockstep() && self.config.mutation != Some(Mutation::AdoptFromZero) {
+            self.raise(wave);
+        }
+        for engine in engines {
+            self.adopt(engine);
+        }
+        let subscribed: Vec<EngineIndex> = (0..)
+            .map(EngineIndex)
+            .zip(&self.ranks)
+            .filter(|(_, rank)| rank.stage == Stage::Subscribed)
+            .map(|(index, _)| index)
+            .collect();
+        if !self.lockstep() {
+            if !subscribed.is_empty() {
+                self.send_ready(subscribed);
+            }
+            return;
+        }
+        if self.formed {
+            self.wake_unknown(now);
+            return;
+        }
+        if self.ranks.iter().any(|rank| rank.stage == Stage::Down) {
+            return;
+        }
+        // READY goes to all at once, so those that seem to lack it had none, or their node was cut off.
+        let fresh = subscribed.len() == self.ranks.len();
+        if !subscribed.is_empty() {
+            self.send_ready(subscribed);
+        }
+        self.formed = true;
+        if fresh {
+            self.form(now);
+        } else {
+            // Admitted means that it was in step.
+            self.in_step = self.wave == Wave(0) || self.ranks.iter().all(|rank| rank.admitted);
+            self.wake_unknown(now);
+        }
+    }
+
+    /// A node has heard of a later wave than this machine.
+    fn raise(&mut self, wave: Wave) {
+        if let Some(last) = wave.0.checked_sub(1)
+            && wave > self.wave
+        {
+            self.wave = wave;
+            self.running = false;
+            self.waking = None;
+            self.tell_all(EngineIndex(0), Report::wave_complete(Wave(last)));
+            self.publish(None);
+        }
+    }
+
+    fn adopt(&mut self, engine: &Adopted) {
+        let Adopted { rank: index, incarnation, ready, admitted } = *engine;
+        let Some(rank) = self.rank(index) else { return };
+        let (known, stage) = (rank.incarnation, rank.stage);
+        let fresh = known.is_none_or(|known| incarnation > known);
+        if known.is_some_and(|known| incarnation < known) || (!fresh && stage == Stage::Down) {
+            self.push(super::Action::Note(Note::Stale { rank: index, incarnation }));
+            return;
+        }
+        if fresh && stage != Stage::Down {
+            // Its predecessor's death was not reported, but it cannot be alive.
+            self.take_down(index);
+        }
+        if let Some(rank) = self.rank(index) {
+            rank.incarnation = Some(incarnation);
+            if fresh {
+                rank.load = super::Load::default();
+                rank.admitted = false;
+            }
+            if ready || (!fresh && stage == Stage::Ready) {
+                rank.stage = Stage::Ready;
+            } else {
+                rank.stage = Stage::Subscribed;
+            }
+        }
+        if admitted && ready {
+            self.admitted(index);
+        }
+    }
+
+    /// Whether the group runs, and what was asked of it, cannot be known. START_DP_WAVE does no harm to a group that
+    /// runs, and costs one that does not a single step.
+    fn wake_unknown(&mut self, now: Time) {
+        self.running = false;
+        if self.config.mutation != Some(Mutation::AdoptWithoutWake) {
+            self.send_wake(now);
+        }
+    }
+}
