@@ -189,6 +189,7 @@ pub(super) async fn start(
             nodes: BTreeMap::from([(THIS_NODE, this_node)]),
         },
         Outputs { deployment: deployment_sender, snapshot: node_sender },
+        &BTreeMap::new(),
     );
     let inputs = Inputs { ranks: rank_events, handshake: handshake_events, nodes: events_of_nodes, commands };
     let node = tokio::spawn(node.run(inputs));

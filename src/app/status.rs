@@ -180,7 +180,7 @@ fn state_name(phase: Phase) -> &'static str {
         Phase::Connected => "handshake",
         Phase::Ready => "registered",
         Phase::Restoring => "restoring",
-        Phase::Serving => "admitted",
+        Phase::Adopting | Phase::Serving => "admitted",
         Phase::Stopping => "stopping",
         Phase::GivenUp => "failed",
     }

@@ -13,7 +13,7 @@ use tracing::{debug, error, info, warn};
 use super::handles::{HandleError, ProcessCommand, ProcessEvent, ProcessHandle};
 use super::init;
 use crate::config::Config;
-use crate::supervisor::client::KeeperClient;
+use crate::supervisor::client::{KeeperClient, KeeperError};
 use crate::supervisor::keeper::wire::{ExitReport, ExitStatus, KeeperEvent};
 
 /// Commands waiting for the task.
@@ -88,7 +88,7 @@ impl Task {
                 self.work.spawn(async move {
                     let spawned = keeper.spawn(spec).await;
                     // Whoever asked may have given up; the process is then told to stop by what follows.
-                    let _ = reply.send(spawned.map_err(|error| HandleError::failed(error.to_string())));
+                    let _ = reply.send(spawned.map_err(failed));
                 });
             }
             ProcessCommand::Stop { rank, reply } => {
@@ -96,10 +96,18 @@ impl Task {
                 let grace = self.config.kill_grace;
                 self.work.spawn(async move {
                     let stopped = keeper.stop(&init::child_name(rank), grace).await;
-                    let _ = reply.send(stopped.map_err(|error| HandleError::failed(error.to_string())));
+                    let _ = reply.send(stopped.map_err(failed));
                 });
             }
         }
+    }
+}
+
+fn failed(error: KeeperError) -> HandleError {
+    match error {
+        // The difference matters: the process may be there.
+        KeeperError::Deadline { what, limit } => HandleError::Deadline { what, limit },
+        error => HandleError::failed(error.to_string()),
     }
 }
 

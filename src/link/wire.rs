@@ -337,4 +337,16 @@ pub struct RankState {
     pub routes: Vec<(FrontendId, u32)>,
     /// The engine's process, if it is ours and runs. Peer link only.
     pub pid: Option<u32>,
+    /// Which incarnation that process is. Peer link only.
+    pub process: Option<Incarnation>,
+    /// It was told to stop. Peer link only.
+    pub stopping: bool,
+    /// How the last process ended, if no sidecar was there to hear of it. Peer link only.
+    pub ended: Option<(Incarnation, String)>,
+    /// The incarnation that the handshake task of this process expects or carries on, see
+    /// [`Request::Expect`]; none after a restart of the sidecar: that handshake cannot be completed any more. Peer
+    /// link only.
+    pub expected: Option<Incarnation>,
+    /// What the handshake task has reported about that incarnation. Peer link only.
+    pub handshake: Vec<HandshakeEvent>,
 }

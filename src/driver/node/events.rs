@@ -26,6 +26,7 @@ impl Node {
                 if let Some(facts) = self.facts_of(rank, incarnation) {
                     facts.pid = Some(pid);
                 }
+                self.event(Event::Spawned { rank, incarnation });
                 // A stop that was asked for meanwhile may have reached the keeper before the process
                 // was there.
                 let life = self.machine.snapshot().remove(&rank);
@@ -41,9 +42,14 @@ impl Node {
     pub(super) fn node_event(&mut self, node: NodeId, event: NodeEvent) {
         match event {
             NodeEvent::Process(event) => self.process_event(node, event),
-            NodeEvent::Connected(_) => info!(%node, "node is connected"),
+            NodeEvent::Connected(state) => {
+                info!(%node, "node is there again");
+                self.node_back(&state);
+            }
             NodeEvent::Disconnected { reason } => {
                 warn!(%node, %reason, "node is away; its engines go on without us");
+                let ranks = self.peers.nodes.get(&node).map(|n| n.ranks.clone()).unwrap_or_default();
+                self.event(Event::NodeAway { ranks });
             }
         }
     }

@@ -2,6 +2,7 @@
 //! nodes for processes and handshakes, the rank and coordinator tasks for sockets, and the update task for
 //! the committed weights. Which node a rank runs on shows only in the handles.
 
+mod adoption;
 mod events;
 mod serving;
 mod starting;
@@ -27,9 +28,12 @@ use super::handles::{
 use super::init;
 use super::weight_update::UpdateHandle;
 use crate::config::{Config, Engines};
+use crate::link::wire::NodeState;
 
 /// Limit for answers of our own tasks, and of other nodes.
 const ANSWER: Duration = Duration::from_secs(10);
+/// Limit for a restarted lockstep group to run the wave that brings it to the current number.
+const IN_STEP: Duration = Duration::from_secs(120);
 
 /// What others ask of the node task.
 #[derive(Debug)]
@@ -166,10 +170,18 @@ pub struct Node {
 }
 
 impl Node {
-    /// A node task that begins to start all ranks when it is run.
-    pub fn new(config: Arc<Config>, peers: Peers, outputs: Outputs) -> Self {
+    /// A node task that begins to start all ranks when it is run, but for those that can go on as `states`, the
+    /// reports of the nodes, tell.
+    pub fn new(
+        config: Arc<Config>,
+        peers: Peers,
+        outputs: Outputs,
+        states: &BTreeMap<NodeId, NodeState>,
+    ) -> Self {
         let ranks: Vec<EngineIndex> = peers.ranks.keys().copied().collect();
-        let machine = Lifecycle::new(
+        let reported = states.values().flat_map(|state| &state.ranks);
+        let found = reported.map(|(&rank, state)| (rank, adoption::found(state))).collect();
+        let machine = Lifecycle::resume(
             LifecycleConfig {
                 ranks: ranks.clone(),
                 lockstep: config.kind == GroupKind::Lockstep,
@@ -177,10 +189,15 @@ impl Node {
                 startup_timeout: config.startup_timeout,
                 restart: init::restart_policy(&config),
             },
+            &found,
             Time::ZERO,
         );
+        let mut facts: BTreeMap<_, _> = ranks.into_iter().map(|r| (r, Facts::default())).collect();
+        for (rank, state) in states.values().flat_map(|state| &state.ranks) {
+            facts.insert(*rank, adoption::facts(state));
+        }
         Self {
-            facts: ranks.into_iter().map(|r| (r, Facts::default())).collect(),
+            facts,
             config,
             peers,
             outputs,
@@ -198,6 +215,7 @@ impl Node {
 
     /// Runs until told to stop, or until it cannot go on.
     pub async fn run(mut self, mut inputs: Inputs) -> NodeExit {
+        self.introduce_adopted().await;
         let exit = loop {
             if let Some(exit) = self.perform().await {
                 break exit;
@@ -245,6 +263,7 @@ impl Node {
                 Action::StopProcess { rank, incarnation } => self.stop_process(rank, incarnation),
                 Action::Down { rank, incarnation, reason } => self.down(rank, incarnation, reason).await,
                 Action::Restore { ranks } => self.restore(ranks).await,
+                Action::Adopt { ranks } => self.adopt(ranks),
                 Action::Admit { rank, incarnation } => self.admit(rank, incarnation).await,
                 Action::Fail { reason, timeout } => {
                     return Some(NodeExit::Failed { reason, timeout });

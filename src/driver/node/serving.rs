@@ -1,16 +1,11 @@
 //! How an engine begins and ceases to serve.
 
-use std::time::Duration;
-
 use dp_sidecar_protocol::machine::lifecycle::Event;
 use dp_sidecar_protocol::{EngineIndex, Incarnation};
 use tracing::{debug, info};
 
-use super::{Node, Outcome};
-use crate::driver::handles::{CoordinatorCommand, EngineFacts, GroupKind, HandshakeCommand, RankCommand};
-
-/// Limit for a restarted lockstep group to run the wave that brings it to the current number.
-const IN_STEP: Duration = Duration::from_secs(120);
+use super::{Facts, Node, Outcome};
+use crate::driver::handles::{CoordinatorCommand, HandshakeCommand, RankCommand};
 
 impl Node {
     pub(super) async fn down(&mut self, rank: EngineIndex, incarnation: Incarnation, reason: String) {
@@ -33,18 +28,8 @@ impl Node {
 
     pub(super) async fn restore(&mut self, ranks: Vec<(EngineIndex, Incarnation)>) {
         for &(rank, incarnation) in &ranks {
-            let Some(facts) = self.facts.get(&rank) else {
+            let Some(engine) = self.facts.get(&rank).and_then(Facts::known) else {
                 continue;
-            };
-            let (Some((registration, layout)), Some((hash, blocks))) = (&facts.registration, &facts.ready)
-            else {
-                continue;
-            };
-            let engine = EngineFacts {
-                registration: registration.clone(),
-                parallel_config_hash: hash.clone(),
-                num_gpu_blocks: *blocks,
-                layout: *layout,
             };
             let ready = RankCommand::EngineReady { incarnation, facts: Box::new(engine.clone()) };
             self.outputs.deployment.send_modify(|d| {
@@ -57,24 +42,16 @@ impl Node {
             }
         }
         let updates = self.peers.updates.clone();
-        let lockstep = self.config.kind == GroupKind::Lockstep;
-        let mut coordinator = self.peers.coordinator.snapshot.clone();
+        let in_step = self.in_step();
         self.work.spawn(async move {
-            if lockstep {
-                // Engines of a restarted group count waves from zero, the frontends do not. Until the
-                // DP coordinator has brought them together a call could meet a group that runs on one
-                // rank only.
-                let in_step = coordinator.wait_for(|snapshot| snapshot.in_step);
-                if tokio::time::timeout(IN_STEP, in_step).await.is_err() {
-                    let reason = format!("the group did not reach the current wave within {IN_STEP:?}");
-                    return Outcome::Event(Event::RestoreFailed { ranks, reason });
-                }
-            }
-            let event = match updates.restore(ranks.clone()).await {
-                Ok(()) => Event::Restored { ranks },
-                Err(error) => Event::RestoreFailed { ranks, reason: error.to_string() },
+            let restored = async {
+                in_step.await?;
+                updates.restore(ranks.clone()).await.map_err(|error| error.to_string())
             };
-            Outcome::Event(event)
+            Outcome::Event(match restored.await {
+                Ok(()) => Event::Restored { ranks },
+                Err(reason) => Event::RestoreFailed { ranks, reason },
+            })
         });
     }
 

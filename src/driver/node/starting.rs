@@ -10,7 +10,7 @@ use super::{ANSWER, Facts, Node, Outcome};
 use crate::config::Engines;
 use crate::driver::handles::{
     CoordinatorCommand, Expectation, GroupKind, HandleError, HandshakeCommand, Listen, ProcessCommand,
-    RankCommand, ask,
+    ProcessHandle, RankCommand, ask,
 };
 use crate::driver::init;
 
@@ -83,20 +83,26 @@ impl Node {
         let address = self.facts.get(&rank).and_then(|f| f.handshake_at);
         let processes = self.peers.node_of(rank).and_then(|(_, node)| node.processes.clone());
         self.work.spawn(async move {
-            let spawned =
-                async {
-                    let handshake = address.ok_or("its handshake address is not known")?;
-                    let processes = processes.ok_or("nobody starts processes on its node")?;
-                    let what = format!("start of engine {rank}");
-                    ask(&processes.commands, "process", what, ANSWER + ANSWER, |reply| {
-                        ProcessCommand::Spawn { rank, incarnation, handshake, reply }
-                    })
-                    .await
-                    .map_err(|error| error.to_string())
-                };
+            let failed = |reason: &str| {
+                Outcome::Event(Event::StartFailed { rank, incarnation, reason: reason.to_owned() })
+            };
+            let Some(handshake) = address else {
+                return failed("its handshake address is not known");
+            };
+            let Some(processes) = processes else {
+                return failed("nobody starts processes on its node");
+            };
+            let what = format!("start of engine {rank}");
+            let spawned = ask(&processes.commands, "process", what, ANSWER + ANSWER, |reply| {
+                ProcessCommand::Spawn { rank, incarnation, handshake, reply }
+            });
             match spawned.await {
                 Ok(pid) => Outcome::Spawned { rank, incarnation, pid },
-                Err(reason) => Outcome::Event(Event::StartFailed { rank, incarnation, reason }),
+                // No answer does not mean no process: if there is one it must not stay.
+                Err(error @ HandleError::Deadline { .. }) if stop_child(&processes, rank).await => {
+                    Outcome::Event(Event::Fence { rank, reason: error.to_string() })
+                }
+                Err(error) => failed(&error.to_string()),
             }
         });
     }
@@ -111,16 +117,25 @@ impl Node {
         let Some(processes) = node.processes.clone() else {
             return;
         };
+        debug!(rank = rank.0, incarnation = incarnation.0, "engine is told to stop");
         self.work.spawn(async move {
-            let what = format!("stop of engine {rank}");
-            let stopped = ask(&processes.commands, "process", what, ANSWER + ANSWER, |reply| {
-                ProcessCommand::Stop { rank, reply }
-            });
-            if let Err(error) = stopped.await {
-                // It may have exited by itself a moment ago: then its exit is on the way.
-                debug!(rank = rank.0, incarnation = incarnation.0, %error, "stop of the engine");
-            }
+            stop_child(&processes, rank).await;
             Outcome::Done
         });
     }
+}
+
+/// Has the process of a rank stopped. False if there is none, or if nobody answers.
+async fn stop_child(processes: &ProcessHandle, rank: EngineIndex) -> bool {
+    let what = format!("stop of engine {rank}");
+    let stopped = ask(&processes.commands, "process", what, ANSWER + ANSWER, |reply| ProcessCommand::Stop {
+        rank,
+        reply,
+    });
+    // It may have exited by itself a moment ago: then its exit is on the way.
+    let stopped = stopped.await;
+    if let Err(error) = &stopped {
+        debug!(rank = rank.0, %error, "stop of the engine");
+    }
+    stopped.is_ok()
 }

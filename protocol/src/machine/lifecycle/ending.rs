@@ -25,12 +25,23 @@ impl Lifecycle {
         }
         self.end_rank(now, rank, reason);
         if self.config.lockstep {
-            self.end_group(now, rank, reason);
+            self.end_group(now, rank, reason, false);
+        }
+    }
+
+    /// Ends a life that cannot go on for a reason of ours: no back-off, nothing charged to anybody's budget.
+    pub(super) fn set_aside(&mut self, now: Time, rank: EngineIndex, reason: &str) {
+        if let Some(state) = self.ranks.get_mut(&rank) {
+            state.discarded = true;
+        }
+        self.end_rank(now, rank, reason);
+        if self.config.lockstep {
+            self.end_group(now, rank, reason, true);
         }
     }
 
     /// What is left of the lockstep group of a rank that has ended is ended, too.
-    fn end_group(&mut self, now: Time, rank: EngineIndex, reason: &str) {
+    pub(super) fn end_group(&mut self, now: Time, rank: EngineIndex, reason: &str, at_no_charge: bool) {
         let others: Vec<EngineIndex> = self.ranks.keys().copied().filter(|&r| r != rank).collect();
         for other in others {
             let phase = self.ranks.get(&other).map(|s| s.phase);
@@ -42,6 +53,7 @@ impl Lifecycle {
                         | Phase::Connected
                         | Phase::Ready
                         | Phase::Restoring
+                        | Phase::Adopting
                         | Phase::Serving
                 )
             );
@@ -51,6 +63,9 @@ impl Lifecycle {
                     == self.ranks.get(&rank).map(|s| s.incarnation);
             if active && same {
                 let text = format!("lockstep group of engine {rank} ended: {reason}");
+                if let Some(state) = self.ranks.get_mut(&other) {
+                    state.discarded |= at_no_charge;
+                }
                 self.end_rank(now, other, &text);
             }
         }
@@ -65,7 +80,12 @@ impl Lifecycle {
         let incarnation = state.incarnation;
         let was_open = matches!(
             state.phase,
-            Phase::Starting | Phase::Connected | Phase::Ready | Phase::Restoring | Phase::Serving
+            Phase::Starting
+                | Phase::Connected
+                | Phase::Ready
+                | Phase::Restoring
+                | Phase::Adopting
+                | Phase::Serving
         );
         let handshake_only = matches!(state.phase, Phase::Preparing | Phase::Starting) && !spawn;
         state.last_error = Some(reason.to_owned());
@@ -89,7 +109,7 @@ impl Lifecycle {
         state.process = false;
         match state.phase {
             Phase::Stopping => {
-                if state.first_life() && !self.stopping && !self.failed {
+                if state.first_life() && !state.discarded && !self.stopping && !self.failed {
                     let told = state.last_error.clone().unwrap_or_default();
                     self.failed = true;
                     let reason = format!("{told}; {reason}");
@@ -116,6 +136,11 @@ impl Lifecycle {
         if self.stopping || self.failed {
             state.phase = Phase::Stopped;
             self.report_stopped();
+            return;
+        }
+        if state.discarded {
+            state.phase = Phase::Waiting;
+            state.until = Some(now);
             return;
         }
         if !spawn {
@@ -175,7 +200,7 @@ impl Lifecycle {
             }
         }
         if let Some(rank) = any.filter(|_| self.config.lockstep) {
-            self.end_group(now, rank, "the keeper of its node was killed");
+            self.end_group(now, rank, "the keeper of its node was killed", true);
         }
     }
 
@@ -190,7 +215,12 @@ impl Lifecycle {
             state.until = None;
             if matches!(
                 state.phase,
-                Phase::Starting | Phase::Connected | Phase::Ready | Phase::Restoring | Phase::Serving
+                Phase::Starting
+                    | Phase::Connected
+                    | Phase::Ready
+                    | Phase::Restoring
+                    | Phase::Adopting
+                    | Phase::Serving
             ) {
                 let reason = "the sidecar is stopping".to_owned();
                 self.actions.push_back(Action::Down { rank, incarnation, reason });

@@ -12,18 +12,20 @@
 //! | `Starting` | READY and the registration frame -> `Ready` |
 //! | `Ready` | alone, or when the whole group is ready -> `Restoring` |
 //! | `Restoring` | committed weights loaded and verified -> `Serving` |
+//! | `Adopting` | the same, of an engine that served before this sidecar was there |
 //! | `Serving` | lost, fenced -> `Stopping` |
 //! | `Stopping` | the process is gone -> `Waiting`, or `GivenUp` when the budget is spent |
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::machine::restart::{self, Restart};
 use crate::{EngineIndex, Incarnation, Time};
 
+mod adoption;
 mod ending;
 mod types;
 
-pub use types::{Action, Event, LifecycleConfig, Phase, RankLife};
+pub use types::{Action, Event, Found, LifecycleConfig, Phase, RankLife};
 
 #[derive(Debug)]
 struct RankState {
@@ -31,6 +33,8 @@ struct RankState {
     incarnation: Incarnation,
     /// Process exists or may exist (spawn mode).
     process: bool,
+    /// Its start was confirmed.
+    spawned: bool,
     registered: bool,
     handshaken: bool,
     since: Time,
@@ -39,6 +43,8 @@ struct RankState {
     restarts: u64,
     /// Was admitted in some life.
     served: bool,
+    /// It ends for a reason of ours: the next life begins at once, and nothing is charged.
+    discarded: bool,
     last_error: Option<String>,
 }
 
@@ -57,6 +63,8 @@ pub struct Lifecycle {
     actions: VecDeque<Action>,
     /// Incarnation number of the newest start; never reused.
     newest: u64,
+    /// Ranks of nodes that cannot be reached.
+    away: BTreeSet<EngineIndex>,
     /// All ranks have served at least once.
     started: bool,
     stopping: bool,
@@ -67,6 +75,12 @@ pub struct Lifecycle {
 impl Lifecycle {
     /// A machine that begins to prepare all ranks at `now`.
     pub fn new(config: LifecycleConfig, now: Time) -> Self {
+        let mut machine = Self::idle(config, now);
+        machine.handle_timeout(now);
+        machine
+    }
+
+    fn idle(config: LifecycleConfig, now: Time) -> Self {
         let ranks = config
             .ranks
             .iter()
@@ -75,6 +89,7 @@ impl Lifecycle {
                     phase: Phase::Waiting,
                     incarnation: Incarnation(0),
                     process: false,
+                    spawned: false,
                     registered: false,
                     handshaken: false,
                     since: now,
@@ -82,23 +97,23 @@ impl Lifecycle {
                     restart: Restart::new(config.restart),
                     restarts: 0,
                     served: false,
+                    discarded: false,
                     last_error: None,
                 };
                 (rank, state)
             })
             .collect();
-        let mut machine = Self {
+        Self {
             config,
             ranks,
             actions: VecDeque::new(),
             newest: 0,
+            away: BTreeSet::new(),
             started: false,
             stopping: false,
             failed: false,
             stopped_reported: false,
-        };
-        machine.handle_timeout(now);
-        machine
+        }
     }
 
     /// Starts what is due and fails what took too long.
@@ -109,7 +124,7 @@ impl Lifecycle {
         let due: Vec<EngineIndex> = self
             .ranks
             .iter()
-            .filter(|(_, s)| s.until.is_some_and(|until| until <= now))
+            .filter(|(rank, s)| s.until.is_some_and(|until| until <= now) && !self.away.contains(rank))
             .map(|(&rank, _)| rank)
             .collect();
         let mut begin = Vec::new();
@@ -135,10 +150,11 @@ impl Lifecycle {
         }
         if self.config.lockstep {
             // One generation: the group starts only when every rank is free to.
-            let all_waiting = self
-                .ranks
-                .values()
-                .all(|s| s.phase == Phase::Waiting && s.until.is_none_or(|until| until <= now));
+            let all_waiting = self.away.is_empty()
+                && self
+                    .ranks
+                    .values()
+                    .all(|s| s.phase == Phase::Waiting && s.until.is_none_or(|until| until <= now));
             if self.config.spawn && !all_waiting {
                 return;
             }
@@ -174,7 +190,10 @@ impl Lifecycle {
             });
         let old_alive = self.ranks.values().any(|s| {
             s.incarnation.0 == self.newest
-                && matches!(s.phase, Phase::Stopping | Phase::Serving | Phase::Restoring | Phase::Ready)
+                && matches!(
+                    s.phase,
+                    Phase::Stopping | Phase::Serving | Phase::Adopting | Phase::Restoring | Phase::Ready
+                )
         });
         if open && !old_alive { Incarnation(self.newest) } else { self.next() }
     }
@@ -183,9 +202,11 @@ impl Lifecycle {
         let Some(state) = self.ranks.get_mut(&rank) else {
             return;
         };
-        if state.incarnation.0 > 0 {
+        if state.incarnation.0 > 0 && !state.discarded {
             state.restarts += 1;
         }
+        state.discarded = false;
+        state.spawned = false;
         state.phase = Phase::Preparing;
         state.restart.handle_event(now, restart::Event::Started);
         state.incarnation = incarnation;
@@ -201,6 +222,8 @@ impl Lifecycle {
     pub fn handle_event(&mut self, now: Time, event: Event) {
         match event {
             Event::Stop => self.stop(),
+            Event::NodeAway { ranks } => self.node_away(&ranks),
+            Event::NodeBack { found } => self.node_back(now, &found),
             Event::KeeperLost { ranks } => self.keeper_lost(now, &ranks),
             Event::Prepared { rank, incarnation } => {
                 if let Some(state) = self.current(rank, incarnation, &[Phase::Preparing]) {
@@ -219,7 +242,17 @@ impl Lifecycle {
             Event::StartFailed { rank, incarnation, reason } => {
                 if let Some(state) = self.current(rank, incarnation, &[Phase::Preparing, Phase::Starting]) {
                     state.process = false;
-                    self.lose(now, rank, &format!("engine {rank} could not be started: {reason}"), false);
+                    let text = format!("engine {rank} could not be started: {reason}");
+                    if self.away.contains(&rank) {
+                        self.set_aside(now, rank, &text);
+                    } else {
+                        self.lose(now, rank, &text, false);
+                    }
+                }
+            }
+            Event::Spawned { rank, incarnation } => {
+                if let Some(state) = self.ranks.get_mut(&rank).filter(|s| s.incarnation == incarnation) {
+                    state.spawned = true;
                 }
             }
             Event::Connected { rank, incarnation } => {
@@ -246,7 +279,8 @@ impl Lifecycle {
             }
             Event::Restored { ranks } => {
                 for (rank, incarnation) in ranks {
-                    if let Some(state) = self.current(rank, incarnation, &[Phase::Restoring]) {
+                    let phases = [Phase::Restoring, Phase::Adopting];
+                    if let Some(state) = self.current(rank, incarnation, &phases) {
                         state.phase = Phase::Serving;
                         state.served = true;
                         state.since = now;
@@ -257,17 +291,31 @@ impl Lifecycle {
                 self.started |= self.ranks.values().all(|s| s.phase == Phase::Serving);
             }
             Event::RestoreFailed { ranks, reason } => {
+                // Over a link that is lost nothing can be said about them: asked again when it is back.
+                let unknown = ranks.iter().any(|(rank, _)| self.away.contains(rank));
                 for (rank, incarnation) in ranks {
+                    let text =
+                        format!("engine {rank}: the committed weights could not be restored: {reason}");
                     if self.current(rank, incarnation, &[Phase::Restoring]).is_some() {
-                        let text =
-                            format!("engine {rank}: the committed weights could not be restored: {reason}");
+                        if unknown {
+                            self.set_aside(now, rank, &text);
+                        } else {
+                            self.lose(now, rank, &text, false);
+                        }
+                    } else if !unknown && self.current(rank, incarnation, &[Phase::Adopting]).is_some() {
                         self.lose(now, rank, &text, false);
                     }
                 }
             }
             Event::Lost { rank, incarnation, reason } => {
-                let alive =
-                    [Phase::Starting, Phase::Connected, Phase::Ready, Phase::Restoring, Phase::Serving];
+                let alive = [
+                    Phase::Starting,
+                    Phase::Connected,
+                    Phase::Ready,
+                    Phase::Restoring,
+                    Phase::Adopting,
+                    Phase::Serving,
+                ];
                 if self.current(rank, incarnation, &alive).is_some() {
                     self.lose(now, rank, &format!("engine {rank} was lost: {reason}"), false);
                 } else if !self.config.spawn && self.current(rank, incarnation, &[Phase::Stopping]).is_some()
@@ -347,12 +395,13 @@ impl Lifecycle {
         if self.stopping || self.failed {
             return None;
         }
-        let limits = self.ranks.values().filter(|s| s.phase != Phase::Waiting);
+        let reachable = || self.ranks.iter().filter(|(rank, _)| !self.away.contains(rank)).map(|(_, s)| s);
+        let limits = reachable().filter(|s| s.phase != Phase::Waiting);
         let limit = limits.filter_map(|s| s.until).min();
-        let waiting = self.ranks.values().filter(|s| s.phase == Phase::Waiting);
+        let waiting = reachable().filter(|s| s.phase == Phase::Waiting);
         let begin = if self.config.lockstep && self.config.spawn {
             // The group begins together, when the last of it may.
-            let all = self.ranks.values().all(|s| s.phase == Phase::Waiting);
+            let all = self.away.is_empty() && self.ranks.values().all(|s| s.phase == Phase::Waiting);
             waiting.filter_map(|s| s.until).max().filter(|_| all)
         } else {
             waiting.filter_map(|s| s.until).min()

@@ -1,5 +1,6 @@
 //! What goes into the lifecycle machine and what comes out.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::machine::restart::RestartPolicy;
@@ -21,6 +22,33 @@ pub struct LifecycleConfig {
     pub restart: RestartPolicy,
 }
 
+/// What a node reports about one of its ranks to a sidecar that has just connected to it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    /// The newest incarnation that any process of the node knows of.
+    pub newest: Incarnation,
+    /// The incarnation whose sockets are open and whose engine was not lost.
+    pub sockets: Option<Incarnation>,
+    /// That engine has completed its handshake, and what it said is kept.
+    pub ready: bool,
+    /// Frontends' traffic is let through to it.
+    pub admitted: bool,
+    /// The incarnation of the running process (none where somebody else starts engines).
+    pub process: Option<Incarnation>,
+    /// The incarnation whose handshake the node's sidecar expects or carries on.
+    pub expected: Option<Incarnation>,
+    /// How the last process ended, if nobody has heard of that yet.
+    pub ended: Option<String>,
+}
+
+impl Found {
+    /// The incarnation that can go on without being started again.
+    pub(super) fn alive(&self, spawn: bool) -> Option<Incarnation> {
+        let alive = self.ready && (!spawn || self.process == self.sockets);
+        self.sockets.filter(|_| alive)
+    }
+}
+
 /// What happened.
 #[derive(Clone, Debug)]
 pub enum Event {
@@ -39,6 +67,13 @@ pub enum Event {
         incarnation: Incarnation,
         /// Why.
         reason: String,
+    },
+    /// The process was started.
+    Spawned {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which incarnation.
+        incarnation: Incarnation,
     },
     /// HELLO came.
     Connected {
@@ -61,7 +96,8 @@ pub enum Event {
         /// Which incarnation.
         incarnation: Incarnation,
     },
-    /// The committed weights are in these ranks, verified and stamped.
+    /// The committed weights are in these ranks, verified and stamped: [`Action::Restore`] or
+    /// [`Action::Adopt`] is done.
     Restored {
         /// Ranks and the incarnations that were restored.
         ranks: Vec<(EngineIndex, Incarnation)>,
@@ -102,6 +138,16 @@ pub enum Event {
     KeeperLost {
         /// The ranks of its node.
         ranks: Vec<EngineIndex>,
+    },
+    /// The link to a node is lost: what its engines do is not known, and nothing is concluded from that.
+    NodeAway {
+        /// The ranks of the node.
+        ranks: Vec<EngineIndex>,
+    },
+    /// A node is there again.
+    NodeBack {
+        /// What it reports about each of its ranks.
+        found: BTreeMap<EngineIndex, Found>,
     },
     /// Stop everything.
     Stop,
@@ -145,7 +191,13 @@ pub enum Action {
         /// Ranks and incarnations.
         ranks: Vec<(EngineIndex, Incarnation)>,
     },
-    /// Let the frontends' traffic through.
+    /// These engines were admitted by the sidecar before this one: make sure that they hold the committed
+    /// weights, together, without disturbing them. Answered like [`Action::Restore`].
+    Adopt {
+        /// Ranks and incarnations.
+        ranks: Vec<(EngineIndex, Incarnation)>,
+    },
+    /// Let the frontends' traffic through. Repeating it changes nothing.
     Admit {
         /// Which rank.
         rank: EngineIndex,
@@ -179,6 +231,8 @@ pub enum Phase {
     Ready,
     /// Loading the committed weights.
     Restoring,
+    /// Admitted by the sidecar before this one, and serving; its weights are being made sure of.
+    Adopting,
     /// Admitted.
     Serving,
     /// Being stopped.

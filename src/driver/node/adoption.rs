@@ -1,0 +1,132 @@
+//! Taking over engines that live already: after a restart of the sidecar, and when a node comes back.
+
+use dp_sidecar_protocol::handshake::EngineReadyResponse;
+use dp_sidecar_protocol::machine::lifecycle::{Event, Found, Phase};
+use dp_sidecar_protocol::{EngineIndex, Incarnation};
+use tracing::{error, info};
+
+use super::{Facts, Node, Outcome};
+use crate::driver::handles::{CoordinatorCommand, EngineFacts, GroupKind};
+use crate::link::wire::{NodeState, RankState};
+
+/// What the lifecycle machine has to know of a node's report.
+pub(super) fn found(state: &RankState) -> Found {
+    let lost = state.lost.as_ref().map(|(incarnation, _)| *incarnation);
+    let ended = state.ended.as_ref().map(|(incarnation, _)| *incarnation);
+    let seen = [Some(state.snapshot.incarnation), state.prepared, state.process, state.expected, lost, ended];
+    Found {
+        newest: seen.into_iter().flatten().max().unwrap_or_default(),
+        sockets: state.prepared,
+        ready: state.facts.is_some() && !state.stopping,
+        admitted: state.snapshot.admitted,
+        process: state.process,
+        expected: state.expected,
+        ended: state.ended.as_ref().map(|(_, reason)| reason.clone()),
+    }
+}
+
+/// What the node task knows of an engine that it did not start.
+pub(super) fn facts(state: &RankState) -> Facts {
+    let known = state.facts.as_ref();
+    Facts {
+        incarnation: state.process.or(state.prepared).unwrap_or_default(),
+        registration: known.map(|facts| (facts.registration.clone(), facts.layout)),
+        vllm_version: known.and_then(|facts| {
+            EngineReadyResponse::decode(&facts.registration).ok().and_then(|response| response.vllm_version)
+        }),
+        ready: known.map(|facts| (facts.parallel_config_hash.clone(), facts.num_gpu_blocks)),
+        handshake_at: None,
+        pid: state.pid,
+    }
+}
+
+impl Node {
+    /// Tells everybody about the engines that go on.
+    pub(super) async fn introduce_adopted(&mut self) {
+        for (rank, life) in self.machine.snapshot() {
+            if !matches!(life.phase, Phase::Adopting | Phase::Restoring) {
+                continue;
+            }
+            let incarnation = life.incarnation;
+            let Some(facts) = self.facts.get(&rank) else {
+                continue;
+            };
+            info!(rank = rank.0, incarnation = incarnation.0, pid = facts.pid, "engine goes on");
+            let Some(known) = facts.known() else {
+                continue;
+            };
+            let layout = known.layout;
+            self.outputs.deployment.send_modify(|d| {
+                d.engines.insert(rank, known);
+            });
+            let told = CoordinatorCommand::EngineVersion { rank, incarnation, layout };
+            if self.peers.coordinator.commands.send(told).await.is_err() {
+                error!("the coordinator task has ended");
+            }
+        }
+    }
+
+    /// A node that was away reports what it has.
+    pub(super) fn node_back(&mut self, state: &NodeState) {
+        for (&rank, state) in &state.ranks {
+            if let Some(facts) = self.facts.get_mut(&rank) {
+                facts.pid = state.pid.filter(|_| state.process == Some(facts.incarnation));
+            }
+        }
+        let found = state.ranks.iter().map(|(&rank, state)| (rank, found(state))).collect();
+        self.event(Event::NodeBack { found });
+        for (&rank, state) in &state.ranks {
+            // A handshake that went on while nobody listened. What was heard already changes nothing.
+            if state.expected.is_some_and(|expected| self.facts_of(rank, expected).is_some()) {
+                for event in &state.handshake {
+                    self.handshake_event(event.clone());
+                }
+            }
+        }
+    }
+
+    /// Has the update task make sure of the weights of engines that serve already.
+    pub(super) fn adopt(&mut self, ranks: Vec<(EngineIndex, Incarnation)>) {
+        let updates = self.peers.updates.clone();
+        let in_step = self.in_step();
+        self.work.spawn(async move {
+            let adopted = async {
+                in_step.await?;
+                updates.adopt(ranks.clone()).await.map_err(|error| error.to_string())
+            };
+            Outcome::Event(match adopted.await {
+                Ok(()) => Event::Restored { ranks },
+                Err(reason) => Event::RestoreFailed { ranks, reason },
+            })
+        });
+    }
+
+    /// Waits until a lockstep group may be called. Engines of a restarted group count waves from zero, the
+    /// frontends do not: until the DP coordinator has brought them together a call could meet a group that runs
+    /// on one rank only.
+    pub(super) fn in_step(&self) -> impl Future<Output = Result<(), String>> + Send + 'static {
+        let lockstep = self.config.kind == GroupKind::Lockstep;
+        let mut coordinator = self.peers.coordinator.snapshot.clone();
+        async move {
+            if !lockstep {
+                return Ok(());
+            }
+            let in_step = coordinator.wait_for(|snapshot| snapshot.in_step);
+            match tokio::time::timeout(super::IN_STEP, in_step).await {
+                Ok(_) => Ok(()),
+                Err(_) => {
+                    Err(format!("the group did not reach the current wave within {:?}", super::IN_STEP))
+                }
+            }
+        }
+    }
+}
+
+impl Facts {
+    /// Complete facts, of an engine that has gone through its handshake.
+    pub(super) fn known(&self) -> Option<EngineFacts> {
+        let (registration, layout) = self.registration.clone()?;
+        let (parallel_config_hash, num_gpu_blocks) = self.ready.clone()?;
+        Some(EngineFacts { registration, parallel_config_hash, num_gpu_blocks, layout })
+    }
+}
