@@ -7,6 +7,7 @@ mod begin;
 mod handle;
 mod jobs;
 mod journal;
+mod lora;
 mod shim;
 mod staging;
 #[cfg(test)]
@@ -39,6 +40,7 @@ use handle::{Command, Follower, RestoreReply};
 pub use handle::{UpdateHandle, UpdateRun};
 use jobs::{RestoreJob, StageJob};
 use journal::{Committed, Journal};
+pub use lora::{LoraAdapter, LoraOp, LoraReport, LoraRequest, LoraState, adapter_id};
 use shim::EngineInfo;
 use staging::{Cancel, Checked, Job, Known};
 pub use types::{

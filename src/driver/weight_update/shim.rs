@@ -19,6 +19,9 @@ pub(super) struct EngineInfo {
     pub(super) model_path: String,
     pub(super) vllm_version: String,
     pub(super) shim_version: String,
+    /// Highest rank of an adapter that the engine takes; `None`: it was started without `--enable-lora`.
+    #[allow(dead_code, reason = "the transaction driver does not carry adapters yet")]
+    pub(super) max_lora_rank: Option<u64>,
 }
 
 impl EngineInfo {
@@ -62,6 +65,7 @@ pub(super) async fn info(rank: &RankHandle, limit: Duration) -> Result<EngineInf
             model_path: text("model_path"),
             vllm_version: text("vllm_version"),
             shim_version: text("shim_version"),
+            max_lora_rank: worker["max_lora_rank"].as_u64(),
         });
     }
     found.ok_or_else(|| "no worker answered to dp_sidecar_info".to_owned())
@@ -102,7 +106,8 @@ fn load_request(id: &UpdateId, checkpoint: &Checkpoint) -> Value {
     map(entries)
 }
 
-fn extents(extents: &[Extent]) -> Value {
+/// `extents` of a request.
+pub(super) fn extents(extents: &[Extent]) -> Value {
     let pairs = extents.iter().map(|e| Value::Array(vec![e.offset.into(), e.length.into()]));
     Value::Array(pairs.collect())
 }
@@ -133,7 +138,7 @@ fn report((at, worker): (usize, &Value)) -> WorkerReport {
     }
 }
 
-fn map(entries: Vec<(&str, Value)>) -> Value {
+pub(super) fn map(entries: Vec<(&str, Value)>) -> Value {
     let entries = entries.into_iter();
     Value::Map(entries.map(|(key, value)| (key.into(), value)).collect())
 }
@@ -180,6 +185,7 @@ mod tests {
             model_path: String::new(),
             vllm_version: version.to_owned(),
             shim_version: String::new(),
+            max_lora_rank: None,
         };
         for (version, answers) in [
             ("0.32.0", true),

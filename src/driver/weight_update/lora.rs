@@ -1,0 +1,314 @@
+//! LoRA adapters of engines, through the shim: `dp_sidecar_lora` of `protocol/docs/weight-update.md`.
+#![allow(dead_code, reason = "the transaction driver does not carry adapters yet")]
+
+use std::time::Duration;
+
+use dp_sidecar_protocol::UpdateId;
+use dp_sidecar_protocol::machine::weight_update::Checkpoint;
+use rmpv::Value;
+use serde::{Deserialize, Serialize};
+
+use super::super::engine_calls::worker_call;
+use super::super::handles::{HandleError, RankHandle};
+use super::shim::{PROTOCOL, extents, map};
+
+/// What is done with an adapter. Each of them may be sent again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LoraOp {
+    /// Read it and see whether this engine could load it. Nothing is touched; generation may go on, the engine
+    /// stands still while it reads.
+    Check,
+    /// Load it; a name that another update added is refused.
+    Add,
+    /// Load it in place of the one of that name, or of the one that frontends brought under that name.
+    Replace,
+    /// Forget the name. One that is not there is fine.
+    Remove,
+    /// Take back what this update did to the name: from memory, without reading a file.
+    Undo,
+    /// Which adapters are there.
+    List,
+}
+
+impl LoraOp {
+    /// Spelling of the contract.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Check => "check",
+            Self::Add => "add",
+            Self::Replace => "replace",
+            Self::Remove => "remove",
+            Self::Undo => "undo",
+            Self::List => "list",
+        }
+    }
+
+    /// Does it bring weights?
+    pub const fn loads(self) -> bool {
+        matches!(self, Self::Check | Self::Add | Self::Replace)
+    }
+}
+
+/// What all workers of a rank are asked to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoraRequest {
+    /// The update.
+    pub id: UpdateId,
+    /// What.
+    pub op: LoraOp,
+    /// Name that requests of frontends use as `model`. Not looked at by `List`.
+    pub name: String,
+    /// `adapter_model.safetensors`, in a directory or in a segment; only where [`LoraOp::loads`].
+    pub source: Option<Checkpoint>,
+    /// Text of `adapter_config.json`. `None`: the file of that name in the source's directory.
+    pub config: Option<String>,
+}
+
+/// Number under which engines load an adapter that no frontend has asked for yet. Made from the name, so that it
+/// is the same on all ranks; far above the numbers that frontends count up from 1.
+pub fn adapter_id(name: &str) -> u64 {
+    let hash = blake3::hash(name.as_bytes());
+    let [a, b, c, d, ..] = *hash.as_bytes();
+    u64::from(u32::from_le_bytes([a, b, c, d]) & 0x3fff_ffff | 0x4000_0000)
+}
+
+/// What a worker holds under the name afterwards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LoraState {
+    /// What was asked for.
+    Applied,
+    /// What it held before.
+    Unchanged,
+    /// Neither for certain; the worker may still serve other adapters and the base model. Also what is assumed
+    /// when it does not say.
+    #[default]
+    Mixed,
+}
+
+/// An adapter in a worker.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LoraAdapter {
+    /// Its name.
+    pub name: String,
+    /// The update that brought it.
+    pub update_id: String,
+    /// Where it came from.
+    pub path: String,
+    /// Whole digest of its tensors, if it was computed.
+    pub digest: Option<String>,
+}
+
+/// Answer of one worker.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct LoraReport {
+    /// Worker rank within its DP rank.
+    pub rank: u32,
+    /// Done as asked.
+    pub ok: bool,
+    /// What it holds.
+    pub state: LoraState,
+    /// Numbers under which the engine holds the adapter now: its own, and those of frontends.
+    pub ids: Vec<u64>,
+    /// [`LoraOp::Undo`] would change something.
+    pub undo: bool,
+    /// Tensors in the file.
+    pub tensors: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Whole digest, if it was computed.
+    pub digest: Option<String>,
+    /// Milliseconds it took.
+    pub ms: f64,
+    /// What went wrong.
+    pub error: Option<String>,
+    /// `error_kind` of the shim.
+    pub error_kind: Option<String>,
+    /// Answer to [`LoraOp::List`].
+    pub adapters: Vec<LoraAdapter>,
+}
+
+impl LoraReport {
+    /// Why this is not the answer that proves the request was carried out; `None` if it is.
+    pub fn fault(&self, request: &LoraRequest) -> Option<String> {
+        let who = format!("worker {}: adapter {}: {}", self.rank, request.name, request.op.as_str());
+        if !self.ok || self.state != LoraState::Applied {
+            let kind = self.error_kind.as_deref().unwrap_or("unknown");
+            let error = self.error.as_deref().unwrap_or("no reason given");
+            return Some(format!("{who} failed ({kind}): {error}"));
+        }
+        let wanted = request.source.as_ref().filter(|_| request.op.loads())?;
+        if (self.tensors, self.bytes) != (wanted.tensors, wanted.bytes) {
+            return Some(format!(
+                "{who}: read {} tensors of {} bytes, expected {} of {}",
+                self.tensors, self.bytes, wanted.tensors, wanted.bytes
+            ));
+        }
+        match (&self.digest, &wanted.digest) {
+            (Some(actual), Some(expected)) if actual != expected => {
+                Some(format!("{who}: digest of what was read is {actual}, expected {expected}"))
+            }
+            _ => None,
+        }
+    }
+}
+
+/// Sends a request to all workers of a rank. The engine's caches are not reset by it.
+///
+/// # Errors
+/// The engine did not answer within `limit`, or has no such method: the shim is missing or too old.
+pub(super) async fn lora(
+    rank: &RankHandle,
+    request: &LoraRequest,
+    limit: Duration,
+) -> Result<Vec<LoraReport>, String> {
+    let kwargs = map(vec![("request", encode(request))]);
+    let answer = match worker_call(rank, "dp_sidecar_lora", kwargs, limit).await {
+        Ok(answer) => answer,
+        Err(HandleError::Failed(text)) if text.contains("dp_sidecar_lora") => {
+            return Err("the shim in the engine's Python environment is missing or knows no adapters: install the dp-sidecar-shim that belongs to this sidecar and start the engine again".to_owned());
+        }
+        Err(error) => return Err(error.to_string()),
+    };
+    let workers = answer.as_array().map_or(&[][..], Vec::as_slice);
+    Ok(workers.iter().enumerate().map(report).collect())
+}
+
+fn encode(request: &LoraRequest) -> Value {
+    let mut entries = vec![
+        ("protocol", PROTOCOL.into()),
+        ("update_id", request.id.0.as_str().into()),
+        ("op", request.op.as_str().into()),
+        ("name", request.name.as_str().into()),
+        ("id", adapter_id(&request.name).into()),
+    ];
+    if let Some(source) = request.source.as_ref().filter(|_| request.op.loads()) {
+        let digest = source.digest.as_deref().filter(|_| source.extents.is_empty());
+        let files = source.files.iter().map(|file| file.as_str().into());
+        entries.extend([
+            ("path", source.path.as_str().into()),
+            ("files", Value::Array(files.collect())),
+            ("tensors", source.tensors.into()),
+            ("bytes", source.bytes.into()),
+            ("digest", digest.map_or(Value::Nil, Value::from)),
+            ("digest_kind", digest.map_or("none", |_| "blake3").into()),
+            ("config", request.config.as_deref().map_or(Value::Nil, Value::from)),
+        ]);
+        if !source.extents.is_empty() {
+            entries.push(("extents", extents(&source.extents)));
+        }
+    }
+    map(entries)
+}
+
+/// What a worker does not say, or says wrongly, is taken for the worst.
+fn report((at, worker): (usize, &Value)) -> LoraReport {
+    let text = |value: &Value, key: &str| value[key].as_str().map(str::to_owned);
+    let number = |key: &str| worker[key].as_u64().unwrap_or_default();
+    let list = |key: &str| worker[key].as_array().cloned().unwrap_or_default();
+    let state = match worker["state"].as_str() {
+        Some("applied") => LoraState::Applied,
+        Some("unchanged") => LoraState::Unchanged,
+        _ => LoraState::Mixed,
+    };
+    let adapter = |value: &Value| LoraAdapter {
+        name: text(value, "name").unwrap_or_default(),
+        update_id: text(value, "update_id").unwrap_or_default(),
+        path: text(value, "path").unwrap_or_default(),
+        digest: text(value, "digest"),
+    };
+    LoraReport {
+        rank: worker["rank"]
+            .as_u64()
+            .and_then(|rank| u32::try_from(rank).ok())
+            .unwrap_or_else(|| u32::try_from(at).unwrap_or(u32::MAX)),
+        ok: worker["ok"].as_bool() == Some(true),
+        state,
+        ids: list("ids").iter().filter_map(Value::as_u64).collect(),
+        undo: worker["undo"].as_bool() == Some(true),
+        tensors: number("tensors"),
+        bytes: number("bytes"),
+        digest: text(worker, "digest"),
+        ms: worker["ms"].as_f64().unwrap_or_default(),
+        error: text(worker, "error"),
+        error_kind: text(worker, "error_kind"),
+        adapters: list("adapters").iter().map(adapter).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(op: LoraOp) -> LoraRequest {
+        LoraRequest {
+            id: UpdateId("u".to_owned()),
+            op,
+            name: "style".to_owned(),
+            source: Some(Checkpoint {
+                path: "/adapters/style".to_owned(),
+                files: vec!["adapter_model.safetensors".to_owned()],
+                tensors: 4,
+                bytes: 64,
+                digest: Some("ab".to_owned()),
+                ..Checkpoint::default()
+            }),
+            config: None,
+        }
+    }
+
+    #[test]
+    fn an_adapters_number_depends_on_its_name_alone_and_is_far_from_those_of_frontends() {
+        assert_eq!(adapter_id("style"), adapter_id("style"));
+        assert_ne!(adapter_id("style"), adapter_id("style2"));
+        for name in ["", "a", "style", "a very long name with ümlauts"] {
+            assert!((0x4000_0000..0x8000_0000).contains(&adapter_id(name)), "{name}");
+        }
+    }
+
+    #[test]
+    fn only_what_loads_says_what_to_load() {
+        for op in [LoraOp::Check, LoraOp::Add, LoraOp::Replace, LoraOp::Remove, LoraOp::Undo, LoraOp::List] {
+            let map = encode(&request(op));
+            assert_eq!(map["op"], Value::from(op.as_str()));
+            assert_eq!(map["path"].as_str().is_some(), op.loads(), "{op:?}");
+        }
+    }
+
+    #[test]
+    fn an_answer_that_makes_no_sense_is_no_success() {
+        for nonsense in [
+            Value::Nil,
+            map(vec![("ok", Value::from(true))]),
+            map(vec![("ok", Value::from("yes")), ("state", Value::from("applied"))]),
+        ] {
+            let report = report((1, &nonsense));
+            assert_eq!(report.rank, 1);
+            assert!(report.fault(&request(LoraOp::Remove)).is_some(), "{nonsense}");
+        }
+    }
+
+    #[test]
+    fn a_report_is_compared_with_what_was_to_be_loaded() {
+        let good = LoraReport {
+            ok: true,
+            state: LoraState::Applied,
+            tensors: 4,
+            bytes: 64,
+            digest: Some("ab".to_owned()),
+            ..LoraReport::default()
+        };
+        assert_eq!(good.fault(&request(LoraOp::Add)), None);
+        for bad in [
+            LoraReport { tensors: 3, ..good.clone() },
+            LoraReport { bytes: 63, ..good.clone() },
+            LoraReport { digest: Some("cd".to_owned()), ..good.clone() },
+            LoraReport { state: LoraState::Unchanged, ..good.clone() },
+        ] {
+            assert!(bad.fault(&request(LoraOp::Add)).is_some(), "{bad:?}");
+        }
+        let gone = LoraReport { tensors: 0, bytes: 0, digest: None, ..good };
+        assert_eq!(gone.fault(&request(LoraOp::Remove)), None);
+    }
+}
