@@ -2,6 +2,7 @@
 //! their nodes; what they report is passed on to every attached frontend's own DP coordinator. See
 //! `protocol/docs/coordinator.md`.
 
+mod adoption;
 mod edges;
 mod front;
 mod sinks;
@@ -28,6 +29,8 @@ use super::handles::{
     ForFrontendCoordinator, GroupKind, Load as LoadSnapshot,
 };
 use crate::transport::XpubListener;
+
+pub use adoption::adoption;
 use edges::Edges;
 use front::Front;
 use sinks::{Kind, Sinks};

@@ -366,7 +366,9 @@ pub enum CoordinatorCommand {
         /// Field positions and behaviour of its version.
         layout: Layout,
     },
-    /// What stands on a node, after the connection to it was made (again). Comes before anything else of that node.
+    /// What stands on a node, after the connection to it was made (again), see
+    /// [`crate::driver::coordinator::adoption`]. Comes before other commands about its ranks; events of its edge may
+    /// overtake it.
     Adopt {
         /// Newest wave noted there, see [`crate::driver::edge::EdgeState::wave`].
         wave: Option<(Wave, bool)>,

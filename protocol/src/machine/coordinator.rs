@@ -447,6 +447,9 @@ impl Coordinator {
     fn report(&mut self, now: Time, index: EngineIndex, incarnation: Incarnation, report: &Report) {
         let Some(rank) = self.rank(index) else { return };
         if rank.stage == Stage::Down || rank.incarnation != Some(incarnation) {
+            if rank.incarnation.is_none_or(|known| incarnation > known) {
+                self.unknown_reports(report);
+            }
             self.push(Action::Note(Note::Stale { rank: index, incarnation }));
             return;
         }

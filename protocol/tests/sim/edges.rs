@@ -84,7 +84,7 @@ impl World {
         self.schedule(delay, Happening::Rejoin { session });
     }
 
-    /// From here on its events flow, behind its state.
+    /// From here on its events flow. The way of its state to the DP coordinator is another one.
     pub(super) fn edge_read(&mut self, rank: u16, session: u64) {
         if session != self.session {
             return;
@@ -99,7 +99,8 @@ impl World {
             admitted: true,
         };
         let state = Event::Adopted { wave: edge.wave, engines: vec![engine] };
-        for event in std::iter::once(state).chain(kept) {
+        self.send(Link::NodeCommands, Happening::ToMachine(session, state));
+        for event in kept {
             self.send(Link::FromEdge(rank), Happening::ToMachine(session, event));
         }
     }

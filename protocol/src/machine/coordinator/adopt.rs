@@ -49,6 +49,14 @@ impl Coordinator {
         }
     }
 
+    /// An engine that is there, but was not adopted yet: its event has overtaken [`super::Event::Adopted`].
+    pub(super) fn unknown_reports(&mut self, report: &Report) {
+        if self.lockstep() {
+            let next = report.wave_complete.map(|wave| Wave(wave.0.saturating_add(1)));
+            self.raise(next.or(report.start_wave).unwrap_or_default());
+        }
+    }
+
     /// A node has heard of a later wave than this machine.
     fn raise(&mut self, wave: Wave) {
         if let Some(last) = wave.0.checked_sub(1)

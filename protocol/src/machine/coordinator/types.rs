@@ -146,7 +146,7 @@ pub struct Adopted {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     /// The connection to a node was made, or made again after messages may have been lost: this is what stands there.
-    /// Comes before anything else of that node.
+    /// Reports of its engines may have overtaken it.
     Adopted {
         /// The newest wave that was heard of there.
         wave: Wave,
