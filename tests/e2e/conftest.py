@@ -8,6 +8,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -45,12 +46,31 @@ def ingredients(tiny_models: Path) -> dict[str, Path]:
     return {"binary": built_binary(), "overlay": overlay, "models": tiny_models}
 
 
-def make_world(ingredients: dict[str, Path], folder: Path) -> Iterator[World]:
+@contextmanager
+def new_world(
+    ingredients: dict[str, Path], folder: Path, vllm: Path | None = None
+) -> Iterator[World]:
+    """A world that is checked for leftovers at the end, also when the block fails."""
+    maker = make_world(ingredients, folder, vllm)
+    world = next(maker)
+    try:
+        yield world
+    except BaseException:
+        # What failed counts, not what is left of it.
+        world.clear()
+        raise
+    for _ in maker:
+        pass
+
+
+def make_world(
+    ingredients: dict[str, Path], folder: Path, vllm: Path | None = None
+) -> Iterator[World]:
     python = Path(sys.executable)
     world = World(
         binary=ingredients["binary"],
         python=python,
-        vllm=str(python.parent / "vllm"),
+        vllm=str(vllm or python.parent / "vllm"),
         overlay=ingredients["overlay"],
         models=ingredients["models"],
         folder=folder,

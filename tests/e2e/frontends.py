@@ -100,8 +100,14 @@ class Frontend(Process):
 
         wait_for(f"{self.name} answers /health", limit, look, self.tail)
 
-    def ask(self, prompt: str, count: int = 24, limit: float = REQUEST_LIMIT) -> Answer:
-        return complete(self.http_port, self.model, prompt, count, limit, self.name, self.host)
+    def ask(
+        self, prompt: str, count: int = 24, limit: float = REQUEST_LIMIT, rank: int | None = None
+    ) -> Answer:
+        """A completion; of this DP rank, or of one that the frontend chooses."""
+        headers = {} if rank is None else {"X-data-parallel-rank": str(rank)}
+        return complete(
+            self.http_port, self.model, prompt, count, limit, self.name, self.host, headers
+        )
 
     def metric(self, name: str) -> dict[str, float]:
         """Samples of one Prometheus metric, by label text."""
@@ -123,12 +129,18 @@ def http_get(port: int, path: str, limit: float, host: str = LOOPBACK) -> tuple[
 
 
 def http_post(
-    port: int, path: str, body: Any, limit: float, host: str = LOOPBACK
+    port: int,
+    path: str,
+    body: Any,
+    limit: float,
+    host: str = LOOPBACK,
+    headers: dict[str, str] | None = None,
 ) -> tuple[int, str]:
     connection = http.client.HTTPConnection(host, port, timeout=limit)
     with contextlib.closing(connection):
         payload = json.dumps(body)
-        connection.request("POST", path, payload, {"Content-Type": "application/json"})
+        kind = {"Content-Type": "application/json"}
+        connection.request("POST", path, payload, {**kind, **(headers or {})})
         response = connection.getresponse()
         return response.status, response.read().decode()
 
@@ -141,6 +153,7 @@ def complete(
     limit: float,
     name: str = "",
     host: str = LOOPBACK,
+    headers: dict[str, str] | None = None,
 ) -> Answer:
     """A greedy completion. Never raises: what went wrong is in the answer."""
     answer = Answer(prompt, name, began=time.monotonic())
@@ -153,7 +166,7 @@ def complete(
         "return_token_ids": True,
     }
     try:
-        answer.status, text = http_post(port, "/v1/completions", body, limit, host)
+        answer.status, text = http_post(port, "/v1/completions", body, limit, host, headers)
         if answer.status == 200:
             choice = json.loads(text)["choices"][0]
             answer.tokens = choice.get("token_ids") or []

@@ -94,7 +94,7 @@ impl ApiServer {
         stats_address: Option<&str>,
         reporter: &Reporter,
     ) -> Result<Self, FrontendError> {
-        let any = "tcp://127.0.0.1:*";
+        let any = &options.any_port();
         let (input, input_address) = sockets::bind(context, SocketType::ROUTER, any)?;
         let (output, output_address) = sockets::bind(context, SocketType::PULL, any)?;
         let stats = match stats_address {

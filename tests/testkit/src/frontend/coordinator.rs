@@ -63,7 +63,7 @@ impl Coordinator {
     pub(super) fn start(options: &FrontendOptions, reporter: Reporter) -> Result<Self, FrontendError> {
         // A context of its own: it must not share the fate of the API servers' sockets.
         let context = Context::new();
-        let any = "tcp://127.0.0.1:*";
+        let any = &options.any_port();
         let (front, front_address) = sockets::bind(&context, SocketType::XPUB, any)?;
         let (publish_back, back_input) = sockets::bind(&context, SocketType::XPUB, any)?;
         let (output_back, back_output) = sockets::bind(&context, SocketType::PULL, any)?;

@@ -18,6 +18,8 @@ const REQUEST_LIMIT: Duration = Duration::from_secs(120);
 struct Ask {
     prompt: Vec<u64>,
     max_tokens: u32,
+    /// Header `X-data-parallel-rank`, as vLLM reads it.
+    rank: Option<u16>,
     answer: SyncSender<Completion>,
 }
 
@@ -60,7 +62,7 @@ fn pump(
                 id: id.clone(),
                 prompt: ask.prompt,
                 max_tokens: ask.max_tokens,
-                rank: None,
+                rank: ask.rank,
             })?;
             open.insert(id, (server, ask.answer, Instant::now()));
         }
@@ -102,16 +104,17 @@ fn connection(stream: TcpStream, asks: &SyncSender<Ask>, model: &str) -> std::io
         let mut words = line.split_whitespace();
         let (method, path) = (words.next().unwrap_or(""), words.next().unwrap_or(""));
         let (method, path) = (method.to_owned(), path.to_owned());
-        let mut length = 0;
+        let (mut length, mut rank) = (0, None);
         loop {
             let mut header = String::new();
             if reader.read_line(&mut header)? == 0 || header.trim().is_empty() {
                 break;
             }
-            if let Some((name, value)) = header.split_once(':')
-                && name.eq_ignore_ascii_case("content-length")
-            {
+            let Some((name, value)) = header.split_once(':') else { continue };
+            if name.eq_ignore_ascii_case("content-length") {
                 length = value.trim().parse().unwrap_or(0);
+            } else if name.eq_ignore_ascii_case("x-data-parallel-rank") {
+                rank = value.trim().parse().ok();
             }
         }
         let mut body = vec![0; length];
@@ -121,7 +124,7 @@ fn connection(stream: TcpStream, asks: &SyncSender<Ask>, model: &str) -> std::io
             ("GET", "/v1/models") => {
                 ("200 OK", json!({"object": "list", "data": [{"id": model, "object": "model"}]}).to_string())
             }
-            ("POST", "/v1/completions") => completion(&body, asks, model),
+            ("POST", "/v1/completions") => completion(&body, rank, asks, model),
             _ => ("404 Not Found", json!({"error": "no such route"}).to_string()),
         };
         write!(
@@ -133,7 +136,7 @@ fn connection(stream: TcpStream, asks: &SyncSender<Ask>, model: &str) -> std::io
     }
 }
 
-fn completion(body: &[u8], asks: &SyncSender<Ask>, model: &str) -> (&'static str, String) {
+fn completion(body: &[u8], rank: Option<u16>, asks: &SyncSender<Ask>, model: &str) -> (&'static str, String) {
     let bad = |text: &str| ("400 Bad Request", json!({"error": text}).to_string());
     let Ok(request) = serde_json::from_slice::<Value>(body) else {
         return bad("the body is not JSON");
@@ -147,7 +150,7 @@ fn completion(body: &[u8], asks: &SyncSender<Ask>, model: &str) -> (&'static str
     let max_tokens =
         request["max_tokens"].as_u64().and_then(|tokens| u32::try_from(tokens).ok()).unwrap_or(16);
     let (answer, done) = mpsc::sync_channel(1);
-    let ask = Ask { prompt, max_tokens, answer };
+    let ask = Ask { prompt, max_tokens, rank, answer };
     if asks.send(ask).is_err() {
         return ("503 Service Unavailable", json!({"error": "stopping"}).to_string());
     }

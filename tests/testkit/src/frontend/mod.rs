@@ -121,6 +121,14 @@ impl Default for FrontendOptions {
     }
 }
 
+impl FrontendOptions {
+    /// Where its other sockets listen: the handshake's host, any port, as vLLM does for remote engines.
+    pub(crate) fn any_port(&self) -> String {
+        let (host, _) = self.address.rsplit_once(':').unwrap_or((&self.address, ""));
+        format!("{host}:*")
+    }
+}
+
 /// A fake frontend. Dropping it closes its sockets without a word, as SIGKILL does.
 pub struct FakeFrontend {
     options: FrontendOptions,
