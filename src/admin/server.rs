@@ -111,6 +111,28 @@ pub enum AdminCommand {
     },
 }
 
+impl AdminCommand {
+    /// Answers whatever it is with an error.
+    pub fn refuse(self, error: AdminError) {
+        fn say<T>(reply: AdminReply<T>, error: AdminError) {
+            if reply.send(Err(error)).is_err() {
+                tracing::debug!("the client that asked has gone away");
+            }
+        }
+        match self {
+            Self::Status { reply } => say(reply, error),
+            Self::Version { reply } => say(reply, error),
+            Self::FrontendList { reply } => say(reply, error),
+            Self::Update { reply, .. } => say(reply, error),
+            Self::Pause { reply, .. }
+            | Self::Resume { reply }
+            | Self::FrontendAdd { reply, .. }
+            | Self::FrontendRemove { reply, .. }
+            | Self::Stop { reply } => say(reply, error),
+        }
+    }
+}
+
 /// The listening admin socket. Its file goes when it is dropped.
 #[derive(Debug)]
 pub struct AdminServer {

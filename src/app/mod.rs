@@ -2,9 +2,13 @@
 //! The only place that knows all tasks.
 
 mod commands;
+mod follower;
+mod local;
+mod nodes;
 mod start;
 mod status;
 mod updates;
+mod waiting;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,8 +20,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, error, info, warn};
 
-use crate::admin::server::AdminCommand;
-use crate::config::Config;
+use self::nodes::Gathered;
+use crate::admin::server::{AdminCommand, AdminServer};
+use crate::admin::types::Status;
+use crate::config::{Config, Nodes, Role};
 use crate::driver::frontend::FrontendExit;
 use crate::driver::handles::{
     AttachmentCommand, CoordinatorCommand, HandleError, HandshakeCommand, RankCommand, ask,
@@ -25,6 +31,9 @@ use crate::driver::handles::{
 use crate::driver::node::{NodeCommand, NodeExit};
 use crate::driver::rank::SNAPSHOT_LAG;
 use crate::exit_code::{self, RunEnd};
+use crate::peer::facts;
+use crate::peer::introduction::Introduction;
+use crate::peer::leader::{Leader, RemoteNode};
 use crate::shutdown::{self, Asked, Why};
 use crate::state_dir::StateDir;
 use crate::supervisor::client::KeeperClient;
@@ -35,22 +44,119 @@ const TASK_END: Duration = Duration::from_secs(5);
 
 /// Runs the sidecar until it is told to stop, or cannot go on.
 pub async fn run(config: Config, state: StateDir) -> RunEnd {
-    let config = Arc::new(config);
     let tracker = TaskTracker::new();
-    let mut outside = match shutdown::watch_outside(config.lifeline, &tracker) {
+    let outside = match shutdown::watch_outside(config.lifeline, &tracker) {
         Ok(outside) => outside,
         Err(error) => {
             return RunEnd::new(exit_code::INTERNAL, format!("signal handlers: {error}"));
         }
     };
-    let starting = start::start(config, &state, tracker);
-    let app = tokio::select! {
-        app = starting => app,
-        why = asked(&mut outside) => Err(ended_by(why)),
+    let stop = CancellationToken::new();
+    // The admin socket first: status answers while everything else starts.
+    let admin = match AdminServer::bind(state.path()) {
+        Ok(server) => {
+            let (commands, admin) = mpsc::channel(local::QUEUE);
+            tracker.spawn(server.serve(commands, stop.clone()));
+            admin
+        }
+        Err(error) => return local::internal("admin socket", &error),
     };
-    match app {
-        Ok(app) => app.run(outside).await,
-        Err(end) => end,
+    let mut begun = Begun { config, state, tracker, admin, outside, stop, began: std::time::Instant::now() };
+    let end = match begun.config.role() {
+        Role::Follower => follower::run(begun).await,
+        Role::Alone | Role::Leader => match begun.lead().await {
+            Ok(app) => return app.run(begun.outside).await,
+            Err(end) => {
+                begun.stop.cancel();
+                end
+            }
+        },
+    };
+    end
+}
+
+/// A run that has its admin socket, and nothing else.
+struct Begun {
+    config: Config,
+    state: StateDir,
+    tracker: TaskTracker,
+    admin: mpsc::Receiver<AdminCommand>,
+    outside: watch::Receiver<Asked>,
+    stop: CancellationToken,
+    began: std::time::Instant,
+}
+
+impl Begun {
+    /// Starts everything, on the node of rank 0.
+    async fn lead(&mut self) -> Result<App, RunEnd> {
+        let keeper = local::keeper(&self.config, &self.state, &self.tracker).await?;
+        let nodes = match self.config.nodes.clone() {
+            None => None,
+            Some(nodes) => match self.gather(&nodes).await {
+                Ok(gathered) => Some(gathered),
+                Err(end) => {
+                    stop_keeper(keeper.map(|keeper| keeper.client).as_ref(), self.config.kill_grace).await;
+                    return Err(end);
+                }
+            },
+        };
+        let prepared = start::Prepared {
+            admin: std::mem::replace(&mut self.admin, mpsc::channel(1).1),
+            keeper,
+            nodes,
+            stop: self.stop.clone(),
+            began: self.began,
+        };
+        let starting =
+            start::start(Arc::new(self.config.clone()), &self.state, self.tracker.clone(), prepared);
+        tokio::select! {
+            app = starting => app,
+            why = asked(&mut self.outside) => Err(ended_by(why)),
+        }
+    }
+
+    /// Waits for the other nodes.
+    async fn gather(
+        &mut self,
+        nodes: &Nodes,
+    ) -> Result<(Introduction, Leader, Vec<RemoteNode>), RunEnd> {
+        let config = &self.config;
+        let own = facts::introduction(config, self.state.run_id()).await;
+        let leader = nodes::listen(config, nodes, own.clone(), &self.tracker, self.stop.clone()).await?;
+        let look = || Status {
+            nodes: nodes::status(&own, &leader, &[]),
+            missing: Some(leader.missing()),
+            ..waiting::status(config, self.began, "waiting for nodes")
+        };
+        let gathering = leader.gather(config.startup_timeout);
+        let why_not = "the sidecar waits for other nodes";
+        let gathered =
+            waiting::serve_while(gathering, &mut self.admin, &mut self.outside, look, why_not).await;
+        let found = match gathered {
+            Ok(Ok(found)) => found,
+            Ok(Err(error)) => {
+                let end = nodes::gather_end(&error);
+                leader.end(end.code, &end.reason).await;
+                return Err(end);
+            }
+            Err(end) => {
+                leader.end(end.code, &format!("stopped: {}", end.reason)).await;
+                return Err(end);
+            }
+        };
+        if let Some(address) = leader.own_address() {
+            nodes::set_address(&mut self.config, address);
+        }
+        Ok((own, leader, found))
+    }
+}
+
+/// Ends the keeper and everything it has.
+async fn stop_keeper(keeper: Option<&KeeperClient>, grace: Duration) {
+    if let Some(keeper) = keeper
+        && let Err(error) = keeper.shutdown(grace).await
+    {
+        error!(%error, "the keeper did not end");
     }
 }
 
@@ -70,6 +176,7 @@ pub(crate) struct App {
     stopping: watch::Sender<bool>,
     keeper: Option<KeeperClient>,
     ipc: PrivateDir,
+    nodes: Option<Gathered>,
 }
 
 /// What ended the run.
@@ -184,6 +291,9 @@ impl App {
         if !node_ended && self.node_commands.send(NodeCommand::Stop).await.is_ok() {
             join("node", processes, self.node, &hurry).await;
         }
+        if let Some(nodes) = &self.nodes {
+            nodes.shutdown().await;
+        }
         if let Some(keeper) = &self.keeper {
             let grace = if hurry.is_cancelled() { Duration::ZERO } else { self.config.kill_grace };
             if let Err(error) = keeper.shutdown(grace).await {
@@ -206,7 +316,7 @@ impl App {
         let shutdown = |reply| HandshakeCommand::Shutdown { reply };
         gone(ask(handshake, "handshake", "shutdown".into(), TASK_END, shutdown).await);
         self.stop.cancel();
-        drop((self.handles, self.admin, self.keeper, self.node_commands));
+        drop((self.handles, self.admin, self.keeper, self.node_commands, self.nodes));
         self.tracker.close();
         // The watcher of signals is in there, too: it ends when its last receiver is dropped.
         if timeout(TASK_END, until_few(&self.tracker, 1)).await.is_err() {

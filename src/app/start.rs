@@ -1,139 +1,106 @@
 //! Binds, connects and starts everything a run needs.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dp_sidecar_protocol::machine::handshake;
 use dp_sidecar_protocol::{EngineIndex, FrontendId};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{debug, info};
 
 use super::App;
 use super::commands::Handles;
+use super::local::{self, Keeper, QUEUE, internal};
+use super::nodes::{self, Gathered, Remote, THIS_NODE, of_node};
 use super::status::Sources;
-use crate::admin::server::AdminServer;
+use crate::admin::server::AdminCommand;
 use crate::config::{Config, Engines};
 use crate::driver::attachment::{self, AttachmentConfig};
 use crate::driver::control::ControlHandle;
 use crate::driver::frontend::{self, SupervisedSnapshot};
 use crate::driver::handles::{
-    AttachmentCommand, AttachmentHandle, CoordinatorCommand, CoordinatorHandle, Deployment, NodeEvent,
-    NodeId, ProcessEvent, RankHandle, ask,
+    AttachmentCommand, AttachmentHandle, CoordinatorCommand, CoordinatorHandle, Deployment, NodeId, ask,
 };
-use crate::driver::handshake::{HandshakeBindError, HandshakeConfig};
 use crate::driver::node::{Inputs, Node, NodeCommand, NodePeers, Outputs, Peers};
-use crate::driver::rank::{RankConfig, RankOutputs};
 use crate::driver::weight_update::{FenceRequest, UpdateConfig};
-use crate::driver::{
-    control, coordinator, edge, handshake as handshake_driver, processes, rank, weight_update,
-};
+use crate::driver::{control, coordinator, weight_update};
 use crate::exit_code::{self, RunEnd};
 use crate::gpu::{self, GpuMonitor};
+use crate::link::client::NodeSinks;
+use crate::peer::introduction::Introduction;
+use crate::peer::leader::{Leader, RemoteNode};
 use crate::state_dir::StateDir;
-use crate::supervisor::client::{KeeperClient, KeeperOptions};
-use crate::supervisor::keeper::wire::KeeperEvent;
-use crate::transport::{GuardLimits, PrivateDir};
 
-/// Messages between tasks waiting at the most. All readers only move them on.
-const QUEUE: usize = 256;
-/// The leader's own node.
-const THIS_NODE: NodeId = NodeId(0);
 /// Limit for answers of our own tasks.
 const LOCAL_ANSWER: Duration = Duration::from_secs(10);
+
+/// What is there before the deployment is complete.
+pub(super) struct Prepared {
+    /// Commands of clients.
+    pub(super) admin: mpsc::Receiver<AdminCommand>,
+    /// The keeper of this node.
+    pub(super) keeper: Option<Keeper>,
+    /// The other nodes, and the leader that they came to.
+    pub(super) nodes: Option<(Introduction, Leader, Vec<RemoteNode>)>,
+    /// Ends the small tasks.
+    pub(super) stop: CancellationToken,
+    /// When the sidecar began.
+    pub(super) began: Instant,
+}
 
 /// Starts all tasks. Nothing is left running on an error but what the caller's runtime ends.
 pub(super) async fn start(
     config: Arc<Config>,
     state: &StateDir,
     tracker: TaskTracker,
+    prepared: Prepared,
 ) -> Result<App, RunEnd> {
-    let internal = |what: &str, error: &dyn std::fmt::Display| {
-        RunEnd::new(exit_code::INTERNAL, format!("{what}: {error}"))
-    };
-    let stop = CancellationToken::new();
+    let Prepared { admin, keeper, nodes, stop, began } = prepared;
     let stop_frontend = CancellationToken::new();
     let (stopping, is_stopping) = watch::channel(false);
 
-    // The admin socket first: status answers while everything else starts.
-    let server = AdminServer::bind(state.path()).map_err(|e| internal("admin socket", &e))?;
-    let (admin_commands, admin) = mpsc::channel(QUEUE);
-    tracker.spawn(server.serve(admin_commands, stop.clone()));
-
-    // Sockets of an earlier run have no owner: the lock of the state directory is ours.
-    let ipc_path = state.path().join("ipc");
-    if let Err(error) = std::fs::remove_dir_all(&ipc_path)
-        && error.kind() != std::io::ErrorKind::NotFound
-    {
-        return Err(internal(&format!("{}", ipc_path.display()), &error));
-    }
-    let ipc = PrivateDir::create(ipc_path).map_err(|e| internal("socket directory", &e))?;
-
-    let (keeper, keeper_events) = if needs_keeper(&config) {
-        let options = KeeperOptions {
-            state_dir: state.path().to_owned(),
-            exe: config.exe.clone(),
-            run_id: state.run_id().to_owned(),
-            orphan_grace: config.orphan_grace,
-            kill_grace: config.kill_grace,
-            tasks: tracker.clone(),
-        };
-        let (client, events) =
-            KeeperClient::connect_or_start(options).await.map_err(|e| internal("keeper", &e))?;
-        (Some(client), Some(events))
-    } else {
-        (None, None)
-    };
-    let (engine_events, frontend_events) = distribute(keeper_events, &tracker, stop.clone());
-
-    let shared = match config.engines {
-        Engines::Attach => Some(SocketAddr::new(config.address, config.rpc_port)),
-        Engines::Spawn(_) => None,
-    };
+    let (node_events, events_of_nodes) = mpsc::channel(QUEUE);
     let (handshake_sender, handshake_events) = mpsc::channel(QUEUE);
-    let handshake_config = HandshakeConfig {
-        machine: handshake::Config {
-            ready_timeout: config.startup_timeout,
-            ..handshake::Config::new(config.start_rank..config.start_rank + config.size_local)
-        },
-        shared,
-        limits: GuardLimits::default(),
+    let (edge_reports, edge_events) = mpsc::channel(coordinator::EVENTS);
+    let (rank_sender, rank_events) = mpsc::channel(QUEUE);
+    let (held, held_calls) = mpsc::channel(QUEUE);
+    let (wakes, woken) = mpsc::channel(QUEUE);
+    // Each node has its own queues for what concerns it as a whole.
+    let (stage, _) = mpsc::channel(1);
+    let (states, _) = mpsc::channel(1);
+    let sinks = NodeSinks {
+        ranks: rank_sender,
+        held,
+        wakes,
+        edge: edge_reports,
+        handshake: handshake_sender,
+        processes: of_node(THIS_NODE, node_events.clone(), &tracker),
+        stage,
+        states,
     };
-    let handshake =
-        handshake_driver::spawn(handshake_config, &tracker, handshake_sender).await.map_err(|error| {
-            match error {
-                HandshakeBindError::InUse { .. } => RunEnd::new(exit_code::IN_USE, error.to_string()),
-                HandshakeBindError::Other { .. } => internal("handshake", &error),
-            }
-        })?;
-    if let Some(address) = shared {
-        info!(%address, "waiting for engines");
-    }
+    let local = local::start(&config, state, keeper, sinks.clone(), &tracker, &stop).await?;
+    let gathered = nodes.map(|(own, leader, nodes)| {
+        let remotes = (1..).zip(nodes).map(|(id, node)| {
+            nodes::connect(NodeId(id), node, sinks.clone(), &node_events, &tracker, &stop)
+        });
+        Gathered { own, leader, remotes: Arc::new(remotes.collect()) }
+    });
+    drop(sinks);
+    let remotes: &[Remote] = gathered.as_ref().map_or(&[], |gathered| &gathered.remotes);
 
-    let (reports, edge_events) = mpsc::channel(coordinator::EVENTS);
-    let edge = edge::spawn(ipc.clone(), reports, &tracker);
+    let own_ranks: Vec<EngineIndex> = config.local_ranks().map(EngineIndex).collect();
+    let mut edges = vec![(own_ranks.clone(), local.edge)];
+    edges.extend(remotes.iter().map(|remote| (remote.ranks(), remote.handles.edge.clone())));
     let coordinator = coordinator::spawn(
         coordinator::CoordinatorConfig::new(config.kind, config.size),
-        vec![(config.local_ranks().map(EngineIndex).collect(), edge.handle)],
+        edges,
         edge_events,
         &tracker,
     );
-    let (rank_sender, rank_events) = mpsc::channel(QUEUE);
-    let (held, held_calls) = mpsc::channel(QUEUE);
-    let wake = wakes(&coordinator, &tracker);
-    let outputs = RankOutputs { events: rank_sender, held, wake };
-    let ranks: Vec<RankHandle> = config
-        .local_ranks()
-        .map(|r| {
-            let rank_config =
-                RankConfig::new(EngineIndex(r), config.frontend_slots, config.kind, ipc.clone());
-            rank::spawn(rank_config, &tracker, outputs.clone())
-        })
-        .collect();
-    drop(outputs);
+    pass_wakes(woken, &coordinator, &tracker);
+    let mut ranks = local.ranks.clone();
+    ranks.extend(remotes.iter().flat_map(|remote| remote.handles.ranks.clone()));
 
     let deployment = Deployment { kind: config.kind, size: config.size, engines: BTreeMap::new() };
     let (deployment_sender, deployment) = watch::channel(deployment);
@@ -166,27 +133,27 @@ pub(super) async fn start(
     .map_err(|e| internal("journal", &e))?;
 
     let (node_sender, node_snapshot) = watch::channel(BTreeMap::new());
-    let (node_events, events_of_nodes) = mpsc::channel(QUEUE);
-    let processes = match (&config.engines, &keeper) {
-        (Engines::Spawn(_), Some(keeper)) => {
-            let events = of_node(THIS_NODE, node_events, &tracker);
-            let (config, keeper) = (config.clone(), keeper.clone());
-            Some(processes::spawn(config, keeper, engine_events, events, &tracker, stop.clone()))
-        }
-        _ => None,
-    };
     let this_node = NodePeers {
-        ranks: config.local_ranks().map(EngineIndex).collect(),
-        handshake: handshake.clone(),
-        processes,
+        ranks: own_ranks,
+        handshake: local.handshake.clone(),
+        processes: local.processes.clone(),
     };
+    let mut node_peers = BTreeMap::from([(THIS_NODE, this_node)]);
+    for remote in remotes {
+        let peers = NodePeers {
+            ranks: remote.ranks(),
+            handshake: remote.handles.handshake.clone(),
+            processes: local.processes.as_ref().map(|_| remote.handles.processes.clone()),
+        };
+        node_peers.insert(remote.id, peers);
+    }
     let node = Node::new(
         config.clone(),
         Peers {
             ranks: ranks.iter().map(|r| (r.rank, r.clone())).collect(),
             coordinator: coordinator.clone(),
             updates: updates.clone(),
-            nodes: BTreeMap::from([(THIS_NODE, this_node)]),
+            nodes: node_peers,
         },
         Outputs { deployment: deployment_sender, snapshot: node_sender },
         &BTreeMap::new(),
@@ -203,12 +170,12 @@ pub(super) async fn start(
             .map_err(|error| RunEnd::new(exit_code::USAGE, error.to_string()))?;
     }
     let (supervised, _) = watch::channel(SupervisedSnapshot::default());
-    let frontend = match (&config.serve, &keeper) {
+    let frontend = match (&config.serve, &local.keeper) {
         (Some(_), Some(keeper)) => Some(tokio::spawn(frontend::run(
             config.clone(),
             keeper.clone(),
             attachments.clone(),
-            frontend_events,
+            local.frontend_events,
             supervised,
             stop_frontend.clone(),
         ))),
@@ -219,7 +186,8 @@ pub(super) async fn start(
     let gpus = GpuMonitor::start(move || gpu::detect(file.as_deref()))
         .map_err(|e| internal("accelerator thread", &e))?;
     let sources = Sources {
-        began: Instant::now(),
+        began,
+        nodes: gathered.clone(),
         ranks: ranks.clone(),
         node: node_snapshot,
         coordinator: coordinator.snapshot.clone(),
@@ -227,7 +195,7 @@ pub(super) async fn start(
         updates: updates.clone(),
         control: control.clone(),
         gpus,
-        keeper: keeper.clone(),
+        keeper: local.keeper.clone(),
     };
     Ok(App {
         config,
@@ -241,7 +209,7 @@ pub(super) async fn start(
         handles: Handles {
             ranks,
             coordinator,
-            handshake,
+            handshake: local.handshake,
             attachments,
             control,
             updates,
@@ -249,67 +217,14 @@ pub(super) async fn start(
             stopping: is_stopping,
         },
         stopping,
-        keeper,
-        ipc,
+        keeper: local.keeper,
+        ipc: local.ipc,
+        nodes: gathered,
     })
 }
 
-/// Whether anything is to be started by us.
-fn needs_keeper(config: &Config) -> bool {
-    matches!(config.engines, Engines::Spawn(_)) || config.serve.is_some()
-}
-
-/// Splits the keeper's events: engines to the node task, the frontend to its own.
-fn distribute(
-    events: Option<mpsc::Receiver<KeeperEvent>>,
-    tracker: &TaskTracker,
-    stop: CancellationToken,
-) -> (mpsc::Receiver<KeeperEvent>, mpsc::Receiver<KeeperEvent>) {
-    let (to_engines, engines) = mpsc::channel(QUEUE);
-    let (to_frontend, frontend) = mpsc::channel(QUEUE);
-    if let Some(mut events) = events {
-        tracker.spawn(stop.run_until_cancelled_owned(async move {
-            while let Some(event) = events.recv().await {
-                let name = match &event {
-                    KeeperEvent::Spawned { name, .. } => Some(name.as_str()),
-                    KeeperEvent::Exited(report) => Some(report.name.as_str()),
-                    KeeperEvent::Replaced { .. } | KeeperEvent::Failed { .. } => None,
-                };
-                // A receiver that is gone belongs to a task that has ended.
-                if name.is_none_or(|name| name == frontend::CHILD)
-                    && to_frontend.send(event.clone()).await.is_err()
-                {
-                    debug!("no frontend task");
-                }
-                if name.is_none_or(|name| name != frontend::CHILD) && to_engines.send(event).await.is_err() {
-                    debug!("no node task");
-                }
-            }
-        }));
-    }
-    (engines, frontend)
-}
-
-/// Hands the events of a node's process task to the node task.
-fn of_node(
-    node: NodeId,
-    events: mpsc::Sender<(NodeId, NodeEvent)>,
-    tracker: &TaskTracker,
-) -> mpsc::Sender<ProcessEvent> {
-    let (sender, mut inbox) = mpsc::channel(QUEUE);
-    tracker.spawn(async move {
-        while let Some(event) = inbox.recv().await {
-            if events.send((node, NodeEvent::Process(event))).await.is_err() {
-                return;
-            }
-        }
-    });
-    sender
-}
-
 /// Tells the coordinator task of every request that goes to a lockstep engine.
-fn wakes(coordinator: &CoordinatorHandle, tracker: &TaskTracker) -> mpsc::Sender<EngineIndex> {
-    let (sender, mut ranks) = mpsc::channel(QUEUE);
+fn pass_wakes(mut ranks: mpsc::Receiver<EngineIndex>, coordinator: &CoordinatorHandle, tracker: &TaskTracker) {
     let commands = coordinator.commands.clone();
     tracker.spawn(async move {
         while let Some(rank) = ranks.recv().await {
@@ -318,7 +233,6 @@ fn wakes(coordinator: &CoordinatorHandle, tracker: &TaskTracker) -> mpsc::Sender
             }
         }
     });
-    sender
 }
 
 /// Hands the update task's fences to the node task.

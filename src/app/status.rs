@@ -7,6 +7,7 @@ use dp_sidecar_protocol::EngineIndex;
 use dp_sidecar_protocol::machine::lifecycle::Phase;
 use tokio::sync::watch;
 
+use super::nodes::{self, Gathered};
 use super::updates;
 use crate::admin::types::{
     ControllerStatus, DeploymentStatus, EngineStatus, FrontendStatus, SidecarStatus, Status, VersionReport,
@@ -31,6 +32,7 @@ pub(super) struct Sources {
     pub(super) control: ControlHandle,
     pub(super) gpus: GpuMonitor,
     pub(super) keeper: Option<KeeperClient>,
+    pub(super) nodes: Option<Gathered>,
 }
 
 impl Sources {
@@ -73,7 +75,10 @@ impl Sources {
             weights: updates::weights(&self.updates, self.control.snapshot().external_weights),
             controller: self.controller(),
             gpus,
-            nodes: Vec::new(),
+            nodes: self
+                .nodes
+                .as_ref()
+                .map_or_else(Vec::new, |all| nodes::status(&all.own, &all.leader, &all.remotes)),
             leader: None,
             missing: None,
         }

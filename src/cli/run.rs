@@ -102,9 +102,6 @@ fn surroundings(args: &RunArgs) -> Surroundings {
 }
 
 fn host(built: Built) -> RunEnd {
-    if built.config.role() != Role::Alone {
-        return RunEnd::new(exit_code::USAGE, "deployments over several nodes are not supported yet");
-    }
     for note in &built.notes {
         tracing::warn!("{note}");
     }

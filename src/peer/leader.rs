@@ -292,6 +292,16 @@ impl Leader {
         self.shared.stage.send_replace(Stage::Over(code, reason));
     }
 
+    /// Like [`Leader::over`], and waits until the nodes that are connected were told, at most a few seconds.
+    pub async fn end(&self, code: u8, reason: &str) {
+        self.over(code, reason.to_owned());
+        let mut changed = self.shared.changed.subscribe();
+        let told = changed.wait_for(|_| self.shared.state.lock().registry.claims().next().is_none());
+        if timeout(WRITE_LIMIT, told).await.is_err() {
+            warn!("not all nodes could be told that the deployment is over");
+        }
+    }
+
     /// Ranks that no node has, for people.
     pub fn missing(&self) -> String {
         missing_text(&self.shared.state.lock().registry.missing())

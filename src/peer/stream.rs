@@ -52,7 +52,7 @@ impl PeerStream {
     }
 
     /// `dropped` is called when the stream goes.
-    pub(super) fn when_dropped(mut self, dropped: impl FnOnce() + Send + Sync + 'static) -> Self {
+    pub fn when_dropped(mut self, dropped: impl FnOnce() + Send + Sync + 'static) -> Self {
         self.dropped = Some(Box::new(dropped));
         self
     }

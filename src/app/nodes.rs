@@ -1,0 +1,219 @@
+//! The leader's way to the nodes of a deployment: gathers them, and makes handles for what runs there.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use dp_sidecar_protocol::EngineIndex;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{debug, error, warn};
+
+use super::local::QUEUE;
+use crate::admin::types::NodeStatus;
+use crate::config::{Config, Engines, Nodes};
+use crate::driver::handles::{NodeEvent, NodeId, ProcessEvent};
+use crate::exit_code::{self, RunEnd};
+use crate::link::LinkStream;
+use crate::link::client::{self, ClientOptions, Link, LinkStatus, NodeHandles, NodeSinks, Tempo};
+use crate::link::wire::NodeState;
+use crate::peer::introduction::Introduction;
+use crate::peer::leader::{BindError, GatherError, Leader, RemoteNode};
+
+/// The leader's own node.
+pub(super) const THIS_NODE: NodeId = NodeId(0);
+/// Limit for a follower to take the word that the deployment stops.
+const SHUTDOWN: Duration = Duration::from_secs(5);
+
+/// Listens for the other nodes.
+pub(super) async fn listen(
+    config: &Config,
+    nodes: &Nodes,
+    own: Introduction,
+    tracker: &TaskTracker,
+    stop: CancellationToken,
+) -> Result<Leader, RunEnd> {
+    Leader::start(nodes, own, config.size, tracker, stop).await.map_err(|error| {
+        let code = match error {
+            BindError::Unknown { .. } => exit_code::USAGE,
+            BindError::InUse { .. } => exit_code::IN_USE,
+            BindError::Other { .. } => exit_code::PREFLIGHT,
+        };
+        RunEnd::new(code, error.to_string())
+    })
+}
+
+/// How a start ends when the nodes do not come together.
+pub(super) fn gather_end(error: &GatherError) -> RunEnd {
+    let code = match error {
+        GatherError::Mismatch(_) => exit_code::MISMATCH,
+        GatherError::Missing { .. } => exit_code::TIMEOUT,
+    };
+    RunEnd::new(code, error.to_string())
+}
+
+/// What all engines' processes of this node need to know about it: its address, unless the user has said
+/// otherwise. vLLM asks for it in `get_ip` (`vllm/utils/network_utils.py`, 0.32.0).
+pub(super) fn set_address(config: &mut Config, address: IpAddr) {
+    if let Some(nodes) = &mut config.nodes {
+        nodes.address = Some(address);
+    }
+    if let Engines::Spawn(launch) = &mut config.engines {
+        launch.env.entry("VLLM_HOST_IP".to_owned()).or_insert_with(|| address.to_string());
+    }
+}
+
+/// A follower, as the leader's tasks see it.
+#[derive(Clone, Debug)]
+pub(super) struct Remote {
+    pub(super) id: NodeId,
+    pub(super) introduction: Introduction,
+    pub(super) handles: NodeHandles,
+    pub(super) status: watch::Receiver<LinkStatus>,
+}
+
+impl Remote {
+    /// Its ranks.
+    pub(super) fn ranks(&self) -> Vec<EngineIndex> {
+        (self.introduction.start_rank..self.introduction.end_rank()).map(EngineIndex).collect()
+    }
+
+    /// Tells the follower that the deployment stops.
+    pub(super) async fn shutdown(&self) {
+        if let Err(error) = self.handles.link.shutdown(SHUTDOWN).await {
+            warn!(node = %self.introduction.name(), %error, "the node was not told that the deployment stops");
+        }
+    }
+}
+
+/// Makes handles for a follower. `sinks` are those of the leader's tasks; what concerns the node as a whole goes to
+/// `events`.
+pub(super) fn connect(
+    id: NodeId,
+    node: RemoteNode,
+    sinks: NodeSinks,
+    events: &mpsc::Sender<(NodeId, NodeEvent)>,
+    tracker: &TaskTracker,
+    stop: &CancellationToken,
+) -> Remote {
+    let RemoteNode { introduction, mut connections, .. } = node;
+    let (states, state_inbox) = mpsc::channel(QUEUE);
+    let sinks = NodeSinks { processes: of_node(id, events.clone(), tracker), states, ..sinks };
+    let name = introduction.name();
+    let options = ClientOptions {
+        name: name.clone(),
+        ranks: (introduction.start_rank..introduction.end_rank()).map(EngineIndex).collect(),
+        tempo: Tempo::default(),
+        stop: stop.clone(),
+    };
+    let (links, link_inbox) = mpsc::channel(1);
+    tracker.spawn(stop.clone().run_until_cancelled_owned(async move {
+        while let Some(stream) = connections.recv().await {
+            if links.send(Link::Stream(LinkStream::new(stream, &*name))).await.is_err() {
+                return;
+            }
+        }
+    }));
+    let (handles, status) = client::spawn(options, link_inbox, sinks, tracker);
+    tracker.spawn(
+        stop.clone().run_until_cancelled_owned(watch_link(id, status.clone(), state_inbox, events.clone())),
+    );
+    Remote { id, introduction, handles, status }
+}
+
+/// Tells the node task when a node's link comes and goes.
+async fn watch_link(
+    id: NodeId,
+    mut status: watch::Receiver<LinkStatus>,
+    mut states: mpsc::Receiver<NodeState>,
+    events: mpsc::Sender<(NodeId, NodeEvent)>,
+) {
+    let mut connected = false;
+    loop {
+        let event = tokio::select! {
+            biased;
+            changed = status.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+                let now = status.borrow_and_update().clone();
+                let was = std::mem::replace(&mut connected, now.connected);
+                if !was || now.connected {
+                    continue;
+                }
+                let reason = now.detail.unwrap_or_else(|| "the link to it is down".to_owned());
+                error!(node = id.0, %reason, "link lost");
+                NodeEvent::Disconnected { reason }
+            }
+            state = states.recv() => match state {
+                Some(state) => NodeEvent::Connected(Box::new(state)),
+                None => return,
+            },
+        };
+        if events.send((id, event)).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Hands the events of a node's process task to the node task.
+pub(super) fn of_node(
+    node: NodeId,
+    events: mpsc::Sender<(NodeId, NodeEvent)>,
+    tracker: &TaskTracker,
+) -> mpsc::Sender<ProcessEvent> {
+    let (sender, mut inbox) = mpsc::channel(QUEUE);
+    tracker.spawn(async move {
+        while let Some(event) = inbox.recv().await {
+            if events.send((node, NodeEvent::Process(event))).await.is_err() {
+                return;
+            }
+        }
+    });
+    sender
+}
+
+/// What status says about the nodes.
+pub(super) fn status(own: &Introduction, leader: &Leader, remotes: &[Remote]) -> Vec<NodeStatus> {
+    let mut nodes = vec![NodeStatus {
+        start_rank: own.start_rank,
+        size_local: own.size_local,
+        host: own.host.clone(),
+        address: leader.own_address().map(|address| address.to_string()),
+        link: "here".to_owned(),
+        ..NodeStatus::default()
+    }];
+    for view in leader.views() {
+        let remote = remotes.iter().find(|r| r.introduction.start_rank == view.introduction.start_rank);
+        let link = remote.map(|remote| remote.status.borrow().clone());
+        let up = view.up && link.as_ref().is_none_or(|link| link.connected);
+        nodes.push(NodeStatus {
+            start_rank: view.introduction.start_rank,
+            size_local: view.introduction.size_local,
+            host: view.introduction.host,
+            address: Some(view.introduction.address.unwrap_or(view.peer.ip()).to_string()),
+            link: if up { "up" } else { "down" }.to_owned(),
+            since_s: Some(view.since.elapsed().as_secs()),
+            rtt_us: None,
+            detail: link.and_then(|link| link.detail).filter(|_| !up),
+        });
+    }
+    nodes
+}
+
+/// All that is known about the nodes of a leader.
+#[derive(Clone, Debug)]
+pub(super) struct Gathered {
+    pub(super) own: Introduction,
+    pub(super) leader: Leader,
+    pub(super) remotes: Arc<Vec<Remote>>,
+}
+
+impl Gathered {
+    /// Tells all followers that the deployment stops, at the same time.
+    pub(super) async fn shutdown(&self) {
+        futures::future::join_all(self.remotes.iter().map(Remote::shutdown)).await;
+        debug!("followers told");
+    }
+}

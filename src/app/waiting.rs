@@ -1,0 +1,78 @@
+//! What clients are told while the sidecar waits for other nodes.
+
+use std::time::Instant;
+
+use tokio::sync::{mpsc, watch};
+
+use super::answer;
+use crate::admin::server::AdminCommand;
+use crate::admin::types::{
+    AdminError, ControllerStatus, DeploymentStatus, ErrorKind, LeaderStatus, NodeStatus, SidecarStatus,
+    Status, WeightsStatus,
+};
+use crate::config::{Config, Engines, Serve};
+use crate::driver::handles::CoordinatorSnapshot;
+use crate::exit_code::{self, RunEnd};
+use crate::gpu::GpuReport;
+use crate::shutdown::Asked;
+
+/// A status without engines.
+pub(super) fn status(config: &Config, began: Instant, state: &str) -> Status {
+    Status {
+        sidecar: SidecarStatus {
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            uptime_s: began.elapsed().as_secs(),
+            state: state.to_owned(),
+            state_dir: config.state_dir.display().to_string(),
+            keeper_pid: None,
+        },
+        deployment: DeploymentStatus {
+            kind: config.kind,
+            size: config.size,
+            start_rank: config.start_rank,
+            size_local: config.size_local,
+            model: match &config.engines {
+                Engines::Spawn(launch) => launch.model.clone(),
+                Engines::Attach => None,
+            },
+            http: config.serve.as_ref().map(Serve::http_address),
+        },
+        engines: Vec::new(),
+        frontends: Vec::new(),
+        coordinator: CoordinatorSnapshot::default(),
+        weights: WeightsStatus::default(),
+        controller: ControllerStatus::default(),
+        gpus: GpuReport::default(),
+        nodes: Vec::<NodeStatus>::new(),
+        leader: None::<LeaderStatus>,
+        missing: None,
+    }
+}
+
+/// Does `work`, and answers clients meanwhile with `look` and `why_not`; a stop from outside, or by a client, ends it.
+pub(super) async fn serve_while<T>(
+    work: impl Future<Output = T>,
+    admin: &mut mpsc::Receiver<AdminCommand>,
+    outside: &mut watch::Receiver<Asked>,
+    look: impl Fn() -> Status,
+    why_not: &str,
+) -> Result<T, RunEnd> {
+    tokio::pin!(work);
+    loop {
+        tokio::select! {
+            biased;
+            why = super::asked(outside) => return Err(super::ended_by(why)),
+            done = &mut work => return Ok(done),
+            command = admin.recv() => match command {
+                Some(AdminCommand::Status { reply }) => answer(reply, Ok(Box::new(look()))),
+                Some(AdminCommand::Stop { reply }) => {
+                    answer(reply, Ok(()));
+                    return Err(RunEnd::new(exit_code::OK, "stop command"));
+                }
+                Some(other) => other.refuse(AdminError::new(ErrorKind::Unavailable, why_not)),
+                None => return Err(RunEnd::new(exit_code::INTERNAL, "the admin server has ended")),
+            },
+        }
+    }
+}
