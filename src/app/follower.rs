@@ -365,7 +365,11 @@ impl Follower {
         };
         if timeout(limit, idle).await.is_err() {
             let ranks: Vec<EngineIndex> = self.local.ranks.iter().map(|rank| rank.rank).collect();
-            warn!(?ranks, in_flight = self.view.in_flight(), "aborting requests: the shutdown timeout is over");
+            warn!(
+                ?ranks,
+                in_flight = self.view.in_flight(),
+                "aborting requests: the shutdown timeout is over"
+            );
         }
     }
 }

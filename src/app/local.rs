@@ -124,13 +124,12 @@ async fn handshake(
         shared,
         limits: GuardLimits::default(),
     };
-    let handle =
-        handshake_driver::spawn(handshake_config, tracker, sinks.handshake.clone()).await.map_err(|error| {
-            match error {
-                HandshakeBindError::InUse { .. } => RunEnd::new(exit_code::IN_USE, error.to_string()),
-                HandshakeBindError::Other { .. } => internal("handshake", &error),
-            }
-        })?;
+    let handle = handshake_driver::spawn(handshake_config, tracker, sinks.handshake.clone()).await.map_err(
+        |error| match error {
+            HandshakeBindError::InUse { .. } => RunEnd::new(exit_code::IN_USE, error.to_string()),
+            HandshakeBindError::Other { .. } => internal("handshake", &error),
+        },
+    )?;
     if let Some(address) = shared {
         info!(%address, "waiting for engines");
     }

@@ -116,10 +116,7 @@ impl Begun {
     }
 
     /// Waits for the other nodes.
-    async fn gather(
-        &mut self,
-        nodes: &Nodes,
-    ) -> Result<(Introduction, Leader, Vec<RemoteNode>), RunEnd> {
+    async fn gather(&mut self, nodes: &Nodes) -> Result<(Introduction, Leader, Vec<RemoteNode>), RunEnd> {
         let config = &self.config;
         let own = facts::introduction(config, self.state.run_id()).await;
         let leader = nodes::listen(config, nodes, own.clone(), &self.tracker, self.stop.clone()).await?;

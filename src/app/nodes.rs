@@ -59,6 +59,8 @@ pub(super) fn set_address(config: &mut Config, address: IpAddr) {
     if let Some(nodes) = &mut config.nodes {
         nodes.address = Some(address);
     }
+    // Told to the engines of all nodes by the leader, on whose node rank 0 is.
+    config.group_address = address;
     if let Engines::Spawn(launch) = &mut config.engines {
         launch.env.entry("VLLM_HOST_IP".to_owned()).or_insert_with(|| address.to_string());
     }
@@ -116,9 +118,12 @@ pub(super) fn connect(
         }
     }));
     let (handles, status) = client::spawn(options, link_inbox, sinks, tracker);
-    tracker.spawn(
-        stop.clone().run_until_cancelled_owned(watch_link(id, status.clone(), state_inbox, events.clone())),
-    );
+    tracker.spawn(stop.clone().run_until_cancelled_owned(watch_link(
+        id,
+        status.clone(),
+        state_inbox,
+        events.clone(),
+    )));
     Remote { id, introduction, handles, status }
 }
 

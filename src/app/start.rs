@@ -81,9 +81,9 @@ pub(super) async fn start(
     };
     let local = local::start(&config, state, keeper, sinks.clone(), &tracker, &stop).await?;
     let gathered = nodes.map(|(own, leader, nodes)| {
-        let remotes = (1..).zip(nodes).map(|(id, node)| {
-            nodes::connect(NodeId(id), node, sinks.clone(), &node_events, &tracker, &stop)
-        });
+        let remotes = (1..)
+            .zip(nodes)
+            .map(|(id, node)| nodes::connect(NodeId(id), node, sinks.clone(), &node_events, &tracker, &stop));
         Gathered { own, leader, remotes: Arc::new(remotes.collect()) }
     });
     drop(sinks);
@@ -224,7 +224,11 @@ pub(super) async fn start(
 }
 
 /// Tells the coordinator task of every request that goes to a lockstep engine.
-fn pass_wakes(mut ranks: mpsc::Receiver<EngineIndex>, coordinator: &CoordinatorHandle, tracker: &TaskTracker) {
+fn pass_wakes(
+    mut ranks: mpsc::Receiver<EngineIndex>,
+    coordinator: &CoordinatorHandle,
+    tracker: &TaskTracker,
+) {
     let commands = coordinator.commands.clone();
     tracker.spawn(async move {
         while let Some(rank) = ranks.recv().await {
