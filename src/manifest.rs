@@ -238,25 +238,53 @@ impl Manifest {
         if names.is_empty() {
             return Err(ManifestError::Empty { path: path.to_owned() });
         }
+        let headers = names.iter().map(|name| read_header(path, name));
+        Self::assemble(path, index.as_ref(), headers)
+    }
+
+    /// Takes headers that are in memory already: name of the file, its length, and the bytes at its start, at
+    /// least up to the end of the header (see [`header_end`]). `path` names the whole in errors.
+    pub fn from_headers<'a>(
+        path: &Path,
+        files: impl IntoIterator<Item = (&'a str, u64, &'a [u8])>,
+    ) -> Result<Self, ManifestError> {
+        let headers = files.into_iter().map(|(name, len, start)| {
+            let full = path.join(name);
+            let fail = |reason: &str| ManifestError::Header { path: full.clone(), reason: reason.to_owned() };
+            let end = header_end(start, len).map_err(|reason| fail(&reason))?;
+            let text = end.and_then(|end| start.get(8..usize::try_from(end).ok()?));
+            let text = text.ok_or_else(|| fail("cut off"))?;
+            parse_header(&full, ManifestFile { name: name.to_owned(), len, modified: None }, text)
+        });
+        Self::assemble(path, None, headers)
+    }
+
+    fn assemble(
+        path: &Path,
+        index: Option<&BTreeMap<String, String>>,
+        headers: impl Iterator<Item = Result<(ManifestFile, Vec<Tensor>), ManifestError>>,
+    ) -> Result<Self, ManifestError> {
         let mut manifest = Self { path: path.to_owned(), files: Vec::new(), tensors: Vec::new() };
         let mut faults = Vec::new();
         let mut seen: BTreeMap<String, usize> = BTreeMap::new();
-        for name in names {
-            let (file, tensors) = read_header(path, &name, manifest.files.len())?;
+        for header in headers {
+            let (file, tensors) = header?;
+            let (position, second) = (manifest.files.len(), file.name.clone());
             manifest.files.push(file);
-            for tensor in tensors {
-                if let Some(first) = seen.insert(tensor.name.clone(), tensor.file) {
+            for mut tensor in tensors {
+                tensor.file = position;
+                if let Some(first) = seen.insert(tensor.name.clone(), position) {
                     faults.push(Fault::Duplicate {
                         name: tensor.name.clone(),
                         first: manifest.files[first].name.clone(),
-                        second: name.clone(),
+                        second: second.clone(),
                     });
                 } else {
                     manifest.tensors.push(tensor);
                 }
             }
         }
-        for (name, file) in index.iter().flatten() {
+        for (name, file) in index.into_iter().flatten() {
             let found = seen.get(name).map(|at| &manifest.files[*at].name);
             if found != Some(file) {
                 faults.push(Fault::NotWhereIndexed { name: name.clone(), file: file.clone() });
@@ -414,16 +442,30 @@ impl<'de> Deserialize<'de> for Header {
     }
 }
 
-fn read_header(
-    dir: &Path,
-    name: &str,
-    position: usize,
-) -> Result<(ManifestFile, Vec<Tensor>), ManifestError> {
+/// Where the data of a safetensors file begins, by the bytes at its start: `None` if there are fewer than 8 of
+/// them. `len` is the length of the file.
+///
+/// # Errors
+/// Why this cannot be the start of such a file.
+pub fn header_end(start: &[u8], len: u64) -> Result<Option<u64>, String> {
+    let Some(length) = start.first_chunk() else {
+        return if len < 8 { Err(format!("{len} bytes long, expected at least 8")) } else { Ok(None) };
+    };
+    let length = u64::from_le_bytes(*length);
+    if length > MAX_HEADER {
+        return Err(format!("{length} bytes long, at most {MAX_HEADER} are allowed"));
+    }
+    if 8 + length > len {
+        return Err(format!("{length} bytes long, in a file of {len}"));
+    }
+    Ok(Some(8 + length))
+}
+
+fn read_header(dir: &Path, name: &str) -> Result<(ManifestFile, Vec<Tensor>), ManifestError> {
     let path = dir.join(name);
     let mut file = File::open(&path).map_err(|error| unreadable(&path, &error))?;
     let meta = file.metadata().map_err(|error| unreadable(&path, &error))?;
     let actual = meta.len();
-    let fail = |reason: String| ManifestError::Header { path: path.clone(), reason };
     let too_short = |expected: u64| ManifestError::Length { path: path.clone(), expected, actual };
     if actual < 8 {
         return Err(too_short(8));
@@ -432,15 +474,27 @@ fn read_header(
     file.read_exact(&mut length).map_err(|error| unreadable(&path, &error))?;
     let length = u64::from_le_bytes(length);
     if length > MAX_HEADER {
-        return Err(fail(format!("{length} bytes long, at most {MAX_HEADER} are allowed")));
+        let reason = format!("{length} bytes long, at most {MAX_HEADER} are allowed");
+        return Err(ManifestError::Header { path, reason });
     }
-    let data = 8 + length;
-    if actual < data {
-        return Err(too_short(data));
+    if actual < 8 + length {
+        return Err(too_short(8 + length));
     }
     let mut text = Vec::new();
     file.take(length).read_to_end(&mut text).map_err(|error| unreadable(&path, &error))?;
-    let Header(mut entries) = serde_json::from_slice(&text).map_err(|error| fail(error.to_string()))?;
+    let file = ManifestFile { name: name.to_owned(), len: actual, modified: meta.modified().ok() };
+    parse_header(&path, file, &text)
+}
+
+/// The tensors of a file, by the text of its header. Their `file` is still to be set.
+fn parse_header(
+    path: &Path,
+    file: ManifestFile,
+    text: &[u8],
+) -> Result<(ManifestFile, Vec<Tensor>), ManifestError> {
+    let data = 8 + text.len() as u64;
+    let fail = |reason: String| ManifestError::Header { path: path.to_owned(), reason };
+    let Header(mut entries) = serde_json::from_slice(text).map_err(|error| fail(error.to_string()))?;
     entries.sort_by(|(a_name, a), (b_name, b)| (a.data_offsets, a_name).cmp(&(b.data_offsets, b_name)));
     let mut tensors = Vec::new();
     let mut next = 0u64;
@@ -462,7 +516,7 @@ fn read_header(
         }
         next = next.max(end);
         tensors.push(Tensor {
-            file: position,
+            file: 0,
             name: tensor,
             dtype: format!("{:?}", info.dtype),
             shape: info.shape,
@@ -471,10 +525,9 @@ fn read_header(
         });
     }
     let expected = data.saturating_add(next);
-    if actual != expected {
-        return Err(too_short(expected));
+    if file.len != expected {
+        return Err(ManifestError::Length { path: path.to_owned(), expected, actual: file.len });
     }
-    let file = ManifestFile { name: name.to_owned(), len: actual, modified: meta.modified().ok() };
     Ok((file, tensors))
 }
 

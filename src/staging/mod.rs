@@ -2,7 +2,23 @@
 //! them and passes them on to the next node, while the engines go on generating. See
 //! `protocol/docs/staging.md`.
 
+mod area;
+mod check;
 mod config;
+mod digest;
+mod error;
+mod fill;
+mod hop;
+mod job;
+mod layout;
+mod mapping;
+mod probe;
+mod records;
+mod reuse;
+mod source;
+mod task;
+#[cfg(test)]
+mod tests;
 pub mod upload;
 
 use std::io;
@@ -12,14 +28,17 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::driver::handles::{HandleError, StageEvent, StageHandle, StageRequest, StageState};
+use crate::driver::handles::{StageEvent, StageHandle};
 pub use config::{CHUNK, HopAuth, HopSide, NoAuth, SHM_DIR, StageConfig};
+pub use digest::Digest;
+pub use error::StageError;
 
 /// Commands waiting for the task.
 const COMMANDS: usize = 16;
 
 /// Starts the staging task. It ends when `stop` is cancelled or all handles are gone; segments stay for a
-/// successor with the same state directory, see [`remove_segments`].
+/// successor with the same state directory, see [`remove_segments`]. What a predecessor left is hashed before the
+/// first command is answered.
 ///
 /// # Errors
 /// `segments.json` in the state directory cannot be read.
@@ -29,22 +48,10 @@ pub fn spawn(
     tracker: &TaskTracker,
     stop: CancellationToken,
 ) -> io::Result<StageHandle> {
-    let (commands, mut requests) = mpsc::channel::<crate::driver::handles::StageCommand>(COMMANDS);
-    tracker.spawn(async move {
-        let _kept = (config, events);
-        loop {
-            let command = tokio::select! {
-                () = stop.cancelled() => return,
-                command = requests.recv() => command,
-            };
-            let Some(command) = command else { return };
-            let answer = match command.request {
-                StageRequest::State => Ok(StageState::default()),
-                _ => Err(HandleError::failed("staging is not there yet")),
-            };
-            let _ = command.reply.send(answer);
-        }
-    });
+    records::Records::read(&config.state_dir)?;
+    let (commands, requests) = mpsc::channel(COMMANDS);
+    let tasks = tracker.clone();
+    tracker.spawn(async move { task::run(config, requests, events, tasks, stop).await });
     Ok(StageHandle { commands })
 }
 
@@ -55,8 +62,8 @@ pub fn spawn(
 /// A file is there and cannot be removed.
 pub fn remove_segments(shm_dir: &Path, run_id: &str) -> io::Result<usize> {
     let mut removed = 0;
-    for name in ["a", "b"] {
-        match std::fs::remove_file(shm_dir.join(format!("dp-sidecar-{run_id}-{name}"))) {
+    for name in area::NAMES {
+        match std::fs::remove_file(area::segment_path(shm_dir, run_id, name)) {
             Ok(()) => removed += 1,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),

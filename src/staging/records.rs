@@ -1,0 +1,120 @@
+//! `segments.json` in the state directory: what the segments hold, for a restarted sidecar.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::digest::Digest;
+use super::layout::{FileSize, Layout};
+use crate::driver::handles::StagedVersion;
+
+const FILE: &str = "segments.json";
+const FORMAT: u32 = 1;
+
+/// What a segment is there for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Role {
+    /// Holds the committed version.
+    Current,
+    /// Holds the version before it.
+    Previous,
+    /// Holds a complete version that is not committed.
+    Staged,
+    /// Holds chunks that may be reused. A segment that is being filled has no record.
+    Left,
+}
+
+/// One segment.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct SegmentRecord {
+    pub(super) role: Role,
+    pub(super) version: Option<StagedVersion>,
+    chunk: u32,
+    files: Vec<FileSize>,
+    /// One after the other, 32 hex digits each, `-` for one that is not known.
+    digests: Vec<String>,
+}
+
+impl SegmentRecord {
+    pub(super) fn new(
+        role: Role,
+        layout: &Layout,
+        digests: impl Iterator<Item = Option<Digest>>,
+        version: Option<StagedVersion>,
+    ) -> Self {
+        let text =
+            |digest: Option<Digest>| digest.map_or_else(|| "-".to_owned(), |digest| digest.to_string());
+        Self {
+            role,
+            version,
+            chunk: layout.chunk_size(),
+            files: layout.files().to_vec(),
+            digests: digests.map(text).collect(),
+        }
+    }
+
+    /// Its layout, if it makes sense.
+    pub(super) fn layout(&self) -> Option<Layout> {
+        let layout = Layout::new(self.chunk, self.files.clone()).ok()?;
+        (layout.chunks() as usize == self.digests.len()).then_some(layout)
+    }
+
+    /// Its digests, as far as known.
+    pub(super) fn digests(&self) -> Vec<Option<Digest>> {
+        self.digests.iter().map(|text| Digest::parse(text)).collect()
+    }
+}
+
+/// All of them, by the segment's name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Records {
+    format: u32,
+    pub(super) segments: BTreeMap<String, SegmentRecord>,
+}
+
+impl Default for Records {
+    fn default() -> Self {
+        Self { format: FORMAT, segments: BTreeMap::new() }
+    }
+}
+
+impl Records {
+    /// Where they are.
+    pub(super) fn path(dir: &Path) -> PathBuf {
+        dir.join(FILE)
+    }
+
+    /// Blocks. What is not understood counts as nothing: segments can be filled again.
+    pub(super) fn read(dir: &Path) -> io::Result<Self> {
+        let bytes = match fs::read(Self::path(dir)) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(error) => return Err(error),
+        };
+        match serde_json::from_slice::<Self>(&bytes) {
+            Ok(records) if records.format == FORMAT => Ok(records),
+            Ok(records) => {
+                tracing::warn!(format = records.format, expected = FORMAT, "{FILE} is not used");
+                Ok(Self::default())
+            }
+            Err(error) => {
+                tracing::warn!(%error, "{FILE} is not used");
+                Ok(Self::default())
+            }
+        }
+    }
+
+    /// Durable when it returns. Blocks.
+    pub(super) fn write(&self, dir: &Path) -> io::Result<()> {
+        let temporary = dir.join(format!("{FILE}.new"));
+        let mut file = File::create(&temporary)?;
+        file.write_all(&serde_json::to_vec(self)?)?;
+        file.sync_all()?;
+        fs::rename(&temporary, Self::path(dir))?;
+        File::open(dir)?.sync_all().or(Ok(()))
+    }
+}

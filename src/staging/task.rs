@@ -1,0 +1,568 @@
+//! The staging task: obeys commands, runs one job at a time, keeps the segments.
+
+use std::collections::VecDeque;
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{error, info, warn};
+
+use super::area::{Area, Spare, Whole};
+use super::config::StageConfig;
+use super::error::StageError;
+use super::fill::Fill;
+use super::job::{Job, Origin, Outcome};
+use super::layout::{FileSize, Layout};
+use super::probe::probe;
+use super::records::Role;
+use super::upload::{Ask, Session, UploadError, UploadFile, UploadRequests, UploadStatus};
+use crate::driver::handles::{
+    HandleError, Reply, Retain, StageCommand, StageEvent, StageProgress, StageRequest, StageSource,
+    StageSpec, StageState,
+};
+use crate::manifest::Manifest;
+
+/// Reading the headers of a directory takes no longer, or the file system hangs.
+const HEADERS_LIMIT: Duration = Duration::from_secs(60);
+/// After `stop` a job may take this long to end.
+const STOP_LIMIT: Duration = Duration::from_secs(5);
+/// An upload that nobody touches can be displaced, and one that an update takes has failed, after this long.
+const UPLOAD_IDLE: Duration = Duration::from_secs(60);
+/// Most discards waiting for the job to end.
+const DISCARDS: usize = 16;
+
+type Result<T> = std::result::Result<T, StageError>;
+
+/// What jobs tell the task.
+enum Note {
+    Ended(Box<Outcome>),
+    UploadReady { id: String, spare: Box<Spare>, fill: std::result::Result<Arc<Fill>, StageError> },
+}
+
+struct Running {
+    spec: StageSpec,
+    /// Is its source a version that was there before?
+    passing: bool,
+    address: Option<SocketAddr>,
+    progress: Arc<Mutex<StageProgress>>,
+    cancel: CancellationToken,
+    discards: Vec<Reply<StageState>>,
+}
+
+/// An upload that has the spare segment.
+struct Uploading {
+    id: String,
+    files: Vec<UploadFile>,
+    /// None while it is prepared, and while a job has it.
+    spare: Option<Spare>,
+    created: VecDeque<oneshot::Sender<std::result::Result<UploadStatus, UploadError>>>,
+}
+
+struct Task {
+    config: Arc<StageConfig>,
+    /// Taken by what blocks.
+    area: Option<Area>,
+    events: mpsc::Sender<StageEvent>,
+    notes: mpsc::Sender<Note>,
+    tracker: TaskTracker,
+    running: Option<Running>,
+    uploads: Option<UploadRequests>,
+    uploading: Option<Uploading>,
+    retain: Retain,
+}
+
+/// Runs the task.
+pub(super) async fn run(
+    mut config: StageConfig,
+    mut commands: mpsc::Receiver<StageCommand>,
+    events: mpsc::Sender<StageEvent>,
+    tracker: TaskTracker,
+    stop: CancellationToken,
+) {
+    let uploads = config.uploads.take();
+    let config = Arc::new(config);
+    let opened = {
+        let config = Arc::clone(&config);
+        tokio::task::spawn_blocking(move || Area::open(&config)).await
+    };
+    let area = match opened {
+        Ok(Ok(area)) => area,
+        Ok(Err(error)) => {
+            error!(%error, "the staging area cannot be opened");
+            return;
+        }
+        Err(error) => {
+            error!(%error, "the staging area cannot be opened");
+            return;
+        }
+    };
+    let (notes, mut noted) = mpsc::channel(4);
+    let mut task = Task {
+        config,
+        area: Some(area),
+        events,
+        notes,
+        tracker,
+        running: None,
+        uploads,
+        uploading: None,
+        retain: Retain::default(),
+    };
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => break,
+            Some(note) = noted.recv() => task.note(note).await,
+            Some(ask) = next_ask(&mut task.uploads) => task.upload(ask).await,
+            command = commands.recv() => match command {
+                Some(command) => task.command(command).await,
+                None => break,
+            },
+        }
+    }
+    task.end(&mut noted).await;
+}
+
+async fn next_ask(uploads: &mut Option<UploadRequests>) -> Option<Ask> {
+    match uploads {
+        Some(uploads) => uploads.requests.recv().await,
+        None => None,
+    }
+}
+
+impl Task {
+    async fn command(&mut self, command: StageCommand) {
+        let StageCommand { request, reply } = command;
+        let result = match request {
+            StageRequest::State => Ok(()),
+            StageRequest::Probe { path } => {
+                let probed = tokio::task::spawn_blocking(move || probe(Path::new(&path)));
+                let probed = timeout(HEADERS_LIMIT, probed).await.ok().and_then(std::result::Result::ok);
+                let mut state = self.state();
+                state.probed = probed.flatten();
+                let _ = reply.send(Ok(state));
+                return;
+            }
+            StageRequest::Begin(spec) => self.begin(spec).await,
+            StageRequest::Commit { id } => {
+                let retain = self.retain;
+                let done = self.with_area(move |area| area.commit(&id, retain).map(|()| id)).await;
+                done.map(|id| info!(update = %id, "staged weights are the current ones"))
+            }
+            StageRequest::Discard { id } => {
+                if let Some(running) = &mut self.running
+                    && running.spec.id == id
+                {
+                    running.cancel.cancel();
+                    if running.discards.len() < DISCARDS {
+                        // Answered when the job has ended.
+                        running.discards.push(reply);
+                    }
+                    return;
+                }
+                self.with_area(move |area| area.discard(&id)).await
+            }
+        };
+        let answer = result.map(|()| self.state()).map_err(|error| HandleError::failed(error.to_string()));
+        let _ = reply.send(answer);
+    }
+
+    fn state(&self) -> StageState {
+        let mut state = self.area.as_ref().map(Area::state).unwrap_or_default();
+        if let Some(running) = &self.running {
+            state.data_address = running.address;
+            state.running = Some((running.spec.id.clone(), *running.progress.lock()));
+        }
+        state
+    }
+
+    async fn begin(&mut self, spec: StageSpec) -> Result<()> {
+        if let Some(running) = &self.running {
+            if running.spec == spec {
+                return Ok(());
+            }
+            return Err(self.refused(format!("update {} is being staged", running.spec.id)));
+        }
+        self.retain = spec.retain;
+        let area = self.area.as_ref().ok_or_else(|| self.refused("the segments are lost"))?;
+        let there = match spec.source {
+            StageSource::Current => {
+                let current = area.whole(Role::Current).cloned();
+                Some(current.ok_or_else(|| self.refused("no version is current in shared memory"))?)
+            }
+            _ => area.by_id(&spec.id).cloned(),
+        };
+        if let Some(whole) = there {
+            if spec.downstream.is_some() {
+                self.start(spec, Origin::Whole(whole), None);
+                return Ok(());
+            }
+            let bytes: u64 = whole.mapping.layout().bytes();
+            let chunks = u64::from(whole.mapping.layout().chunks());
+            let progress = StageProgress {
+                done: bytes,
+                total: bytes,
+                chunks: (chunks, chunks),
+                reused: bytes,
+                ..StageProgress::default()
+            };
+            let checkpoint = whole.version.checkpoint;
+            self.tell(StageEvent::Staged { id: spec.id, checkpoint, progress }).await;
+            return Ok(());
+        }
+        if let StageSource::Upload(name) = &spec.source {
+            let name = name.clone();
+            return self.begin_upload(spec, &name);
+        }
+        self.displace_upload().await?;
+        match spec.source.clone() {
+            StageSource::Directory(path) => {
+                let manifest = self.read_directory(path, spec.model_path.clone()).await?;
+                let spare = self.take(spec.retain).await?;
+                self.start(spec, Origin::Directory(Box::new(manifest), spare), None);
+            }
+            _ => {
+                let at = SocketAddr::new(self.config.data_host, self.config.data_port);
+                let bound = TcpListener::bind(at).and_then(|listener| {
+                    listener.set_nonblocking(true)?;
+                    let address = listener.local_addr()?;
+                    Ok((listener, address))
+                });
+                let (listener, address) = bound.map_err(|error| StageError::Io {
+                    node: self.config.node.clone(),
+                    what: format!("listening on {at}"),
+                    error,
+                })?;
+                let spare = self.take(spec.retain).await?;
+                self.start(spec, Origin::Upstream(listener, spare), Some(address));
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads the headers of a directory and compares them with the model's.
+    async fn read_directory(&self, path: String, model_path: Option<String>) -> Result<Manifest> {
+        let node = self.config.node.clone();
+        let read = tokio::task::spawn_blocking({
+            let path = PathBuf::from(&path);
+            move || {
+                let manifest = Manifest::read(&path)?;
+                if let Some(model_path) = model_path {
+                    manifest.check_against(&Manifest::read(Path::new(&model_path))?)?;
+                }
+                Ok(manifest)
+            }
+        });
+        match timeout(HEADERS_LIMIT, read).await {
+            Ok(Ok(read)) => read.map_err(|error| StageError::Manifest { node, error }),
+            Ok(Err(error)) => Err(self.refused(format!("reading {path} failed: {error}"))),
+            Err(_) => {
+                Err(self.refused(format!("reading the headers in {path} took longer than {HEADERS_LIMIT:?}")))
+            }
+        }
+    }
+
+    async fn take(&mut self, retain: Retain) -> Result<Spare> {
+        self.with_area(move |area| area.take(retain)).await
+    }
+
+    fn start(&mut self, spec: StageSpec, origin: Origin, address: Option<SocketAddr>) {
+        let area = self.area.as_ref();
+        let current = area.and_then(|area| area.whole(Role::Current)).cloned();
+        let passing = matches!(origin, Origin::Whole(_));
+        let limits = match &origin {
+            Origin::Directory(_, spare) | Origin::Upstream(_, spare) => area.map(|area| area.limits(spare)),
+            Origin::Upload(..) | Origin::Whole(_) => None,
+        };
+        let stall_limit = matches!(origin, Origin::Upload(..)).then_some(UPLOAD_IDLE);
+        let cancel = CancellationToken::new();
+        let progress = Arc::new(Mutex::new(StageProgress::default()));
+        let job = Job {
+            node: self.config.node.clone(),
+            spec: spec.clone(),
+            origin: Some(origin),
+            current,
+            limits,
+            chunk: self.config.chunk,
+            idle_limit: self.config.idle_limit,
+            accept_limit: self.config.accept_limit,
+            stall_limit,
+            auth: Arc::clone(&self.config.auth),
+            cancel: cancel.clone(),
+            runtime: Handle::current(),
+        };
+        info!(update = %spec.id, version = %spec.version, source = ?spec.source, downstream = ?spec.downstream, "staging begins");
+        let (notes, events) = (self.notes.clone(), self.events.clone());
+        let (id, shown) = (spec.id.clone(), Arc::clone(&progress));
+        self.tracker.spawn_blocking(move || {
+            let tell = |progress| {
+                *shown.lock() = progress;
+                // Progress that nobody has time for is dropped.
+                let _ = events.try_send(StageEvent::Progress { id: id.clone(), progress });
+            };
+            let outcome = job.run(&tell);
+            // The task waits for it, unless it has ended.
+            let _ = notes.blocking_send(Note::Ended(Box::new(outcome)));
+        });
+        self.running = Some(Running { spec, passing, address, progress, cancel, discards: Vec::new() });
+    }
+
+    async fn note(&mut self, note: Note) {
+        match note {
+            Note::Ended(outcome) => self.ended(*outcome).await,
+            Note::UploadReady { id, spare, fill } => self.upload_ready(id, *spare, fill).await,
+        }
+    }
+
+    async fn ended(&mut self, outcome: Outcome) {
+        let Some(running) = self.running.take() else { return };
+        let Outcome { id, spare, chunks, result, progress } = outcome;
+        let discarded = running.cancel.is_cancelled();
+        let upload = match &running.spec.source {
+            StageSource::Upload(name) if !running.passing => Some(name.clone()),
+            _ => None,
+        };
+        let kept_upload = upload.as_deref().filter(|_| result.is_err() || discarded);
+        let mut result = result;
+        if let Some(spare) = spare {
+            if let Some(uploading) = self.uploading.as_mut().filter(|_| kept_upload.is_some()) {
+                // The trainer need not send it again.
+                uploading.spare = Some(spare);
+                if let Some(session) = kept_upload.and_then(|id| self.session(id)) {
+                    session.renew();
+                }
+            } else {
+                if let Some(name) = &upload {
+                    self.end_session(name);
+                    self.uploading = None;
+                }
+                let whole = result.as_ref().ok().filter(|_| !discarded).cloned();
+                let given = self.with_area(move |area| area.give_back(spare, chunks, whole)).await;
+                if let Err(error) = given {
+                    error!(%error, "what is in shared memory cannot be noted");
+                    result = Err(Arc::new(error));
+                }
+            }
+        }
+        match result {
+            _ if discarded => info!(update = %id, "staging was called off"),
+            Ok(Whole { version, .. }) => {
+                info!(update = %id, ?progress, "weights are staged");
+                self.tell(StageEvent::Staged { id, checkpoint: version.checkpoint, progress }).await;
+            }
+            Err(error) => {
+                warn!(update = %id, %error, "staging failed");
+                self.tell(StageEvent::Failed { id, error: error.to_string() }).await;
+            }
+        }
+        for reply in running.discards {
+            let _ = reply.send(Ok(self.state()));
+        }
+    }
+
+    // --- uploads ---
+
+    fn session(&self, id: &str) -> Option<Arc<Session>> {
+        self.uploads.as_ref()?.sessions.lock().get(id)
+    }
+
+    fn end_session(&self, id: &str) {
+        if let Some(uploads) = &self.uploads {
+            uploads.sessions.lock().end(id);
+        }
+    }
+
+    fn begin_upload(&mut self, spec: StageSpec, name: &str) -> Result<()> {
+        let session = self.session(name);
+        let session = session.ok_or_else(|| self.refused(format!("there is no upload {name:?}")))?;
+        let spare = self.uploading.as_mut().filter(|uploading| uploading.id == name);
+        let spare = spare.and_then(|uploading| uploading.spare.take());
+        let spare = spare.ok_or_else(|| self.refused(format!("upload {name:?} is in use")))?;
+        self.start(spec, Origin::Upload(session.fill(), spare), None);
+        Ok(())
+    }
+
+    /// Takes the segment from an upload that nobody touched for long.
+    async fn displace_upload(&mut self) -> Result<()> {
+        let Some(uploading) = &self.uploading else { return Ok(()) };
+        let idle = self.session(&uploading.id).is_none_or(|session| session.idle() > UPLOAD_IDLE);
+        if uploading.spare.is_none() || !idle {
+            return Err(self.refused(format!("upload {:?} has the spare segment", uploading.id)));
+        }
+        warn!(upload = uploading.id, "an abandoned upload is given up");
+        self.drop_upload().await
+    }
+
+    async fn drop_upload(&mut self) -> Result<()> {
+        let Some(uploading) = self.uploading.take() else { return Ok(()) };
+        let chunks = self.session(&uploading.id).map(|session| {
+            let fill = session.fill();
+            (Arc::clone(fill.layout()), fill.valid_digests())
+        });
+        self.end_session(&uploading.id);
+        match uploading.spare {
+            Some(spare) => self.with_area(move |area| area.give_back(spare, chunks, None)).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn upload(&mut self, ask: Ask) {
+        match ask {
+            Ask::Create { id, files, reply } => self.create_upload(id, files, reply).await,
+            Ask::Discard { id, reply } => {
+                let free =
+                    self.uploading.as_ref().map(|uploading| (uploading.id == id, uploading.spare.is_some()));
+                let result = match free {
+                    Some((true, true)) => {
+                        let dropped = self.drop_upload().await;
+                        dropped.map_err(|error| UploadError::Gone { id, reason: error.to_string() })
+                    }
+                    Some((true, false)) => {
+                        Err(UploadError::Busy { id, reason: "an update takes it".to_owned() })
+                    }
+                    _ => Err(UploadError::Unknown { id }),
+                };
+                let _ = reply.send(result);
+            }
+        }
+    }
+
+    async fn create_upload(
+        &mut self,
+        id: String,
+        mut files: Vec<UploadFile>,
+        reply: oneshot::Sender<std::result::Result<UploadStatus, UploadError>>,
+    ) {
+        files.sort_by(|a, b| a.name.cmp(&b.name));
+        let session = self.session(&id);
+        if let Some(uploading) = self.uploading.as_mut().filter(|uploading| uploading.id == id) {
+            if uploading.files != files {
+                let reason = "it was begun with other files".to_owned();
+                let _ = reply.send(Err(UploadError::Invalid { id, reason }));
+            } else if let Some(session) = session {
+                let _ = reply.send(Ok(session.status()));
+            } else {
+                uploading.created.push_back(reply);
+            }
+            return;
+        }
+        let sizes = files.iter().map(|file| FileSize { name: file.name.clone(), size: file.size }).collect();
+        let layout = match Layout::new(self.config.chunk, sizes) {
+            Ok(layout) => layout,
+            Err(reason) => {
+                let _ = reply.send(Err(UploadError::Invalid { id, reason }));
+                return;
+            }
+        };
+        let taken = match self.displace_upload().await {
+            Ok(()) => self.take(Retain::Memory).await,
+            Err(error) => Err(error),
+        };
+        let (mut spare, limits) = match (taken, self.area.as_ref()) {
+            (Ok(spare), Some(area)) => {
+                let limits = area.limits(&spare);
+                (spare, limits)
+            }
+            (taken, _) => {
+                let reason =
+                    taken.err().map_or_else(|| "the segments are lost".to_owned(), |e| e.to_string());
+                let _ = reply.send(Err(UploadError::Busy { id, reason }));
+                return;
+            }
+        };
+        self.uploading =
+            Some(Uploading { id: id.clone(), files, spare: None, created: VecDeque::from([reply]) });
+        let (notes, node) = (self.notes.clone(), self.config.node.clone());
+        self.tracker.spawn_blocking(move || {
+            let fill = Area::allocate(&limits, &mut spare, layout.segment_size()).and_then(|()| {
+                let mapped = spare.segment.map(Arc::new(layout), false);
+                let what = "mapping the segment".to_owned();
+                let mapping = mapped.map_err(|error| StageError::Io { node, what, error })?;
+                Ok(Arc::new(Fill::new(mapping)))
+            });
+            let _ = notes.blocking_send(Note::UploadReady { id, spare: Box::new(spare), fill });
+        });
+    }
+
+    async fn upload_ready(&mut self, id: String, spare: Spare, fill: Result<Arc<Fill>>) {
+        let Some(uploading) = self.uploading.as_mut().filter(|uploading| uploading.id == id) else {
+            let given = self.with_area(move |area| area.give_back(spare, None, None)).await;
+            if let Err(error) = given {
+                error!(%error, "what is in shared memory cannot be noted");
+            }
+            return;
+        };
+        let replies = std::mem::take(&mut uploading.created);
+        let answer = match fill {
+            Ok(fill) => {
+                uploading.spare = Some(spare);
+                let session = Arc::new(Session::new(id, fill));
+                let status = session.status();
+                if let Some(uploads) = &self.uploads {
+                    uploads.sessions.lock().open(session);
+                }
+                Ok(status)
+            }
+            Err(error) => {
+                self.uploading = None;
+                let reason = error.to_string();
+                if let Err(error) = self.with_area(move |area| area.give_back(spare, None, None)).await {
+                    error!(%error, "what is in shared memory cannot be noted");
+                }
+                Err(UploadError::NoSpace { id, reason })
+            }
+        };
+        for reply in replies {
+            let _ = reply.send(answer.clone());
+        }
+    }
+
+    // --- the end, and helpers ---
+
+    async fn end(&mut self, noted: &mut mpsc::Receiver<Note>) {
+        if let Some(running) = &self.running {
+            running.cancel.cancel();
+            match timeout(STOP_LIMIT, noted.recv()).await {
+                Ok(Some(note)) => self.note(note).await,
+                _ => warn!(limit = ?STOP_LIMIT, "a staging did not end in time"),
+            }
+        }
+        if let Err(error) = self.drop_upload().await {
+            warn!(%error, "what is in shared memory cannot be noted");
+        }
+    }
+
+    async fn tell(&self, event: StageEvent) {
+        // Nobody listens when the sidecar stops.
+        let _ = self.events.send(event).await;
+    }
+
+    /// Does something with the segments on a thread that may block.
+    async fn with_area<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce(&mut Area) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let Some(mut area) = self.area.take() else { return Err(self.refused("the segments are lost")) };
+        let done = tokio::task::spawn_blocking(move || {
+            let result = work(&mut area);
+            (area, result)
+        });
+        match done.await {
+            Ok((area, result)) => {
+                self.area = Some(area);
+                result
+            }
+            Err(error) => Err(self.refused(format!("the segments are lost: {error}"))),
+        }
+    }
+
+    fn refused(&self, reason: impl Into<String>) -> StageError {
+        StageError::Refused { node: self.config.node.clone(), reason: reason.into() }
+    }
+}
