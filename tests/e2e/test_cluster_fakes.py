@@ -12,7 +12,7 @@ from conftest import new_world
 from deployment import Deployment
 from fakes import FakeModels, build
 
-HOSTS = 1
+HOSTS = 3
 PER_NODE = 2
 COUNT = 40
 
