@@ -227,6 +227,24 @@ impl Setup {
         self
     }
 
+    /// One of several nodes: ranks `start` to `start + local - 1`, with a leader at `leader`.
+    pub(crate) fn node(mut self, start: u16, local: u16, leader: &str, token: &Path) -> Self {
+        self.args[1] = start.to_string();
+        let (local, token) = (local.to_string(), token.display().to_string());
+        // Addresses of their own, as hosts have them.
+        let address = format!("127.0.0.{}", start + 1);
+        self.args(&[
+            "-dpl",
+            &local,
+            "--leader",
+            leader,
+            "--auth-token-file",
+            &token,
+            "--peer-address",
+            &address,
+        ])
+    }
+
     /// A frontend to attach to.
     pub(crate) fn frontend(self, frontend: &FakeFrontend) -> Self {
         let address = frontend.host_port().to_owned();

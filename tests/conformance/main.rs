@@ -10,5 +10,6 @@ mod frontends;
 mod handshake;
 mod harness;
 mod hazards;
+mod nodes;
 mod processes;
 mod update;

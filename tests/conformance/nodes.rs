@@ -1,0 +1,200 @@
+//! Deployments over several nodes. Here a node is a sidecar with an address of its own on loopback; with hosts of
+//! their own: `tests/e2e/test_cluster_fakes.py`.
+
+use std::path::PathBuf;
+
+use dp_sidecar_testkit::frontend::FakeFrontend;
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::harness::{
+    Model, SOON, Setup, Sidecar, complete_all, directory, exited_with, free_port, frontend, model, states,
+    until,
+};
+
+/// Two nodes with two ranks each, not started.
+struct Pair {
+    directory: tempfile::TempDir,
+    model: Model,
+    leader: String,
+    token: PathBuf,
+}
+
+impl Pair {
+    fn new(moe: bool) -> Self {
+        let directory = directory();
+        let model = model(directory.path(), "m", 1, moe);
+        let token = directory.path().join("token");
+        std::fs::write(&token, "the secret of this test").unwrap();
+        let leader = format!("127.0.0.1:{}", free_port());
+        Self { directory, model, leader, token }
+    }
+
+    /// The node whose first rank is `start`.
+    fn node(&self, start: u16) -> Setup {
+        Setup::spawning(4, &self.model).node(start, 2, &self.leader, &self.token)
+    }
+
+    /// Both nodes with a frontend, everything admitted and attached.
+    fn up(&self, frontend: &mut FakeFrontend) -> (Sidecar, Sidecar) {
+        let leader = self.node(0).frontend(frontend).start();
+        let follower = self.node(2).start();
+        frontend.startup(SOON).unwrap();
+        leader.await_admitted();
+        leader.await_attached(frontend.host_port());
+        (leader, follower)
+    }
+}
+
+fn link_of(status: &Value, start_rank: u16) -> Option<&str> {
+    let nodes = status["nodes"].as_array()?;
+    nodes.iter().find(|node| node["start_rank"] == start_rank)?["link"].as_str()
+}
+
+/// All four ranks answer, with the tokens of this model.
+#[track_caller]
+fn all_ranks_serve(frontend: &mut FakeFrontend, name: &str, model: &Model) {
+    let done = complete_all(frontend, name, 16, 4);
+    let ranks: std::collections::BTreeSet<u16> = done.iter().map(|done| done.rank).collect();
+    assert_eq!(ranks.len(), 4, "all ranks serve: {ranks:?}");
+    for completion in &done {
+        assert_eq!(completion.tokens, model.tokens(4));
+    }
+}
+
+fn two_nodes_serve(moe: bool, follower_first: bool) {
+    let pair = Pair::new(moe);
+    let mut frontend = frontend(4, |options| options.moe = moe);
+    let leader = || pair.node(0).frontend(&frontend).start();
+    let follower = || pair.node(2).start();
+    let (mut leader, mut follower) = if follower_first {
+        let follower = follower();
+        follower.await_status("the leader is missed", |status| {
+            status["leader"]["state"].as_str().is_some_and(|state| state.contains("refused"))
+        });
+        follower.await_log(&["waiting for the leader at", &pair.leader, "refused"]);
+        (leader(), follower)
+    } else {
+        let leader = leader();
+        let status = leader.await_status("ranks are missed", |status| status["missing"] == "ranks 2 to 3");
+        assert_eq!(status["sidecar"]["state"], "waiting for nodes");
+        assert!(leader.processes().is_empty(), "nothing is started before all ranks are there");
+        (leader, follower())
+    };
+    assert_eq!(frontend.startup(SOON).unwrap().len(), 4);
+    let status = leader.await_admitted();
+    assert_eq!((link_of(&status, 0), link_of(&status, 2)), (Some("here"), Some("up")));
+    leader.await_attached(frontend.host_port());
+    let status = follower.await_status("its ranks serve", |status| states(status) == ["admitted"; 2]);
+    assert_eq!(status["leader"]["up"], true);
+    assert_eq!(status["deployment"]["start_rank"], 2);
+    all_ranks_serve(&mut frontend, "r", &pair.model);
+    let said = follower.command(&["pause"]);
+    assert!(
+        said.code != 0 && said.text().contains(&format!("ask the leader at {}", pair.leader)),
+        "{said:?}"
+    );
+    // The leader's end is everybody's.
+    assert!(exited_with(leader.stop(), 0));
+    assert!(exited_with(follower.await_end(), 0));
+    leader.await_nothing_left();
+    follower.await_nothing_left();
+}
+
+#[test]
+fn two_dense_nodes_come_up_and_serve_whoever_is_first() {
+    two_nodes_serve(false, false);
+    two_nodes_serve(false, true);
+}
+
+#[test]
+fn two_lockstep_nodes_come_up_and_serve_whoever_is_first() {
+    two_nodes_serve(true, false);
+    two_nodes_serve(true, true);
+}
+
+#[test]
+fn nodes_that_differ_end_at_once_with_all_values() {
+    let pair = Pair::new(false);
+    let mut leader = pair.node(0).args(&["--frontend-slots", "4"]).start();
+    let other = model(pair.directory.path(), "other", 1, true);
+    let mut follower = Setup::spawning(4, &other).node(2, 2, &pair.leader, &pair.token).start();
+    for sidecar in [&mut leader, &mut follower] {
+        let status = sidecar.await_end();
+        assert!(exited_with(status, 9), "{status}: {}", sidecar.log());
+        let log = sidecar.log();
+        for expected in [
+            "(ranks 2 to 3)",
+            "--frontend-slots: expected 4, found 8",
+            "model kind: expected dense, found moe",
+            "model files",
+        ] {
+            assert!(log.contains(expected), "{expected}: {log}");
+        }
+        assert!(!log.contains("starting engine"), "no engine was started: {log}");
+        sidecar.await_nothing_left();
+    }
+}
+
+#[test]
+fn a_second_claim_of_a_rank_is_refused_and_names_the_holder() {
+    let pair = Pair::new(false);
+    let mut frontend = frontend(4, |_| {});
+    let (leader, _follower) = pair.up(&mut frontend);
+    let mut second = pair.node(2).start();
+    let status = second.await_end();
+    assert!(exited_with(status, 9), "{status}: {}", second.log());
+    assert!(second.log().contains("held by node"), "{}", second.log());
+    assert_eq!(states(&leader.status().unwrap()), ["admitted"; 4]);
+    all_ranks_serve(&mut frontend, "r", &pair.model);
+}
+
+#[test]
+fn a_wrong_secret_is_refused_logged_once_and_changes_nothing() {
+    let pair = Pair::new(false);
+    let mut frontend = frontend(4, |_| {});
+    let (leader, _follower) = pair.up(&mut frontend);
+    let wrong = pair.directory.path().join("wrong");
+    std::fs::write(&wrong, "not the secret of this test").unwrap();
+    for _ in 0..3 {
+        let mut stranger = Setup::spawning(4, &pair.model).node(2, 2, &pair.leader, &wrong).start();
+        assert!(exited_with(stranger.await_end(), 9), "{}", stranger.log());
+        assert!(stranger.log().contains("--auth-token-file"), "{}", stranger.log());
+    }
+    let log = leader.log();
+    let refusals =
+        log.lines().filter(|line| line.contains("peer refused") && !line.contains("DEBUG")).count();
+    assert_eq!(refusals, 1, "{log}");
+    assert!(!log.contains("the secret of this test"));
+    assert_eq!(states(&leader.status().unwrap()), ["admitted"; 4]);
+    all_ranks_serve(&mut frontend, "r", &pair.model);
+}
+
+#[test]
+fn engines_of_a_follower_are_stopped_when_its_leader_stays_away() {
+    let pair = Pair::new(false);
+    let mut frontend = frontend(4, |_| {});
+    let mut leader = pair.node(0).frontend(&frontend).start();
+    let mut follower = pair.node(2).args(&["--leader-timeout", "1s"]).start();
+    frontend.startup(SOON).unwrap();
+    leader.await_admitted();
+    leader.signal(Signal::SIGKILL);
+    leader.await_end();
+    let status = follower.await_end();
+    assert!(exited_with(status, 7), "{status}: {}", follower.log());
+    follower.await_nothing_left();
+    leader.await_nothing_left();
+}
+
+#[test]
+fn sigterm_while_nodes_are_missing_ends_all_that_wait() {
+    let pair = Pair::new(false);
+    let mut leader = Setup::spawning(6, &pair.model).node(0, 2, &pair.leader, &pair.token).start();
+    let mut follower = Setup::spawning(6, &pair.model).node(2, 2, &pair.leader, &pair.token).start();
+    follower.await_status("others are missed", |status| {
+        status["leader"]["state"].as_str().is_some_and(|state| state.contains("waits for ranks 4 to 5"))
+    });
+    assert!(exited_with(leader.stop(), 0));
+    assert!(exited_with(follower.await_end(), 0), "{}", follower.log());
+    until("nothing is left", SOON, || follower.processes().is_empty().then_some(()));
+}
