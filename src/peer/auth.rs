@@ -36,6 +36,10 @@ pub enum Side {
     Follower,
     /// It is connected to.
     Leader,
+    /// It connects to the next node of a chain, to send weights.
+    Sender,
+    /// It takes weights from the node before it.
+    Receiver,
 }
 
 impl Side {
@@ -43,6 +47,8 @@ impl Side {
         match self {
             Self::Follower => b'F',
             Self::Leader => b'L',
+            Self::Sender => b'S',
+            Self::Receiver => b'R',
         }
     }
 
@@ -50,7 +56,14 @@ impl Side {
         match self {
             Self::Follower => Self::Leader,
             Self::Leader => Self::Follower,
+            Self::Sender => Self::Receiver,
+            Self::Receiver => Self::Sender,
         }
+    }
+
+    /// Whether this side makes the connection: it speaks, and proves, first.
+    fn connects(self) -> bool {
+        matches!(self, Self::Follower | Self::Sender)
     }
 }
 
@@ -124,7 +137,7 @@ fn check(opening: &[u8; OPENING], expected: Side) -> Result<(), AuthError> {
     Ok(())
 }
 
-/// What `side` proves with: bound to its role, and to everything both have said.
+/// What `side` proves with: bound to its role, and to everything both have said, the connecting side first.
 fn proof(token: &Token, side: Side, follower: &[u8; OPENING], leader: &[u8; OPENING]) -> blake3::Hash {
     let mut hasher = blake3::Hasher::new_keyed(token.key());
     hasher.update(&[side.byte()]).update(follower).update(leader);
@@ -150,23 +163,20 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let ours = opening(side);
-    if side == Side::Follower {
+    if side.connects() {
         stream.write_all(&ours).await?;
     }
     let theirs = read_opening(stream).await?;
     let checked = check(&theirs, side.other());
     // A node of another version is told ours; whoever speaks something else is told nothing.
-    if side == Side::Leader && !matches!(checked, Err(AuthError::Garbage)) {
+    if !side.connects() && !matches!(checked, Err(AuthError::Garbage)) {
         stream.write_all(&ours).await?;
     }
     checked?;
-    let (follower, leader) = match side {
-        Side::Follower => (&ours, &theirs),
-        Side::Leader => (&theirs, &ours),
-    };
+    let (follower, leader) = if side.connects() { (&ours, &theirs) } else { (&theirs, &ours) };
     let own = proof(token, side, follower, leader);
     let expected = proof(token, side.other(), follower, leader);
-    if side == Side::Follower {
+    if side.connects() {
         stream.write_all(own.as_bytes()).await?;
         if stream.read_u8().await? != 1 {
             return Err(AuthError::Refused);
@@ -285,6 +295,24 @@ mod tests {
         let (result, answer) = say(&theirs).await;
         assert!(matches!(result, Err(AuthError::Version { theirs: 7 })), "{result:?}");
         assert_eq!(answer[..12], opening(Side::Leader)[..12]);
+    }
+
+    #[tokio::test]
+    async fn a_link_for_weights_is_not_a_link_for_commands() {
+        let secret = token("the secret of all");
+        let (mut one, mut other) = duplex(4096);
+        let (sender, receiver) = tokio::join!(
+            authenticate(&mut one, Side::Sender, &secret),
+            authenticate(&mut other, Side::Receiver, &secret)
+        );
+        sender.unwrap();
+        receiver.unwrap();
+        let (mut one, mut other) = duplex(4096);
+        let (_, leader) = tokio::join!(
+            authenticate(&mut one, Side::Sender, &secret),
+            authenticate(&mut other, Side::Leader, &secret)
+        );
+        assert!(matches!(leader, Err(AuthError::Role)), "{leader:?}");
     }
 
     #[tokio::test]

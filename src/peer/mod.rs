@@ -5,6 +5,7 @@ pub mod auth;
 pub mod facts;
 pub mod follower;
 mod frame;
+pub mod hop;
 pub mod introduction;
 pub mod leader;
 pub mod registry;
