@@ -29,6 +29,7 @@ fn begin(id: &str) -> Begin {
         participants: (0..2).map(|rank| (EngineIndex(rank), participant)).collect(),
         paused_before: false,
         external_weights: false,
+        forward_only: false,
     }
 }
 

@@ -8,12 +8,15 @@
 //!   paused, and no rank is resumed that holds torn weights or other weights than its peers.
 //! * The commit record is the commit point: before it every failure leads back to the previous
 //!   weights, after it the way is only forward.
+//! * What is about to happen is on record before the first engine is touched, so that a sidecar that takes
+//!   over knows which engines to bring to the committed weights ([`Event::Recover`]).
 //! * An engine that can be brought neither forward nor back is fenced: it does not serve until it was
 //!   started again at the committed version. Lockstep engines are fenced as a group.
 //! * Every step has a deadline, so every update ends.
 //!
 //! Facts of vLLM behind them: `docs/weight-update.md`.
 
+mod ledger;
 mod record;
 mod run;
 #[cfg(test)]
@@ -25,11 +28,12 @@ use std::time::Duration;
 
 use crate::{EngineIndex, Incarnation, Time, UpdateId, WeightVersion};
 
+pub use ledger::{Begun, Ledger};
 pub use record::{Commit, Outcome, RankRecord, Record, Snapshot};
 use run::Run;
 pub use types::{
-    Action, Begin, Checkpoint, Event, Extent, NodeId, Participant, PauseMode, Phase, RankState, Refusal,
-    Target, WorkerReport, WorkerState,
+    Action, Begin, Checkpoint, Event, Extent, NodeId, Participant, PauseMode, Phase, RankState, Recover,
+    Refusal, Target, WorkerReport, WorkerState,
 };
 
 /// How many committed ids are remembered, so that a repeated request is answered with the same record.
@@ -81,8 +85,12 @@ pub(crate) enum Mutation {
     ForgetOneRankInPause,
     /// Rolls back only the ranks whose load failed.
     RollBackFailedRanksOnly,
-    /// Does not wait for loads in flight before rolling back.
-    RollBackAtFirstFailure,
+    /// Takes an engine for fenced before that is in force.
+    TrustFences,
+    /// Touches engines before that is on record.
+    SkipBegunRecord,
+    /// Resumes what it takes over without loading the committed weights.
+    RecoverWithoutReload,
 }
 
 /// The machine.
@@ -118,6 +126,11 @@ impl WeightUpdate {
     pub fn handle_event(&mut self, now: Time, event: Event) {
         match event {
             Event::Begin(begin) => self.begin(now, begin),
+            Event::Recover(recover) => {
+                if self.run.is_none() {
+                    self.run = Some(Run::recover(now, recover, &self.config, &mut self.actions));
+                }
+            }
             other => {
                 if let Some(run) = &mut self.run {
                     #[cfg(test)]
@@ -231,6 +244,7 @@ impl WeightUpdate {
         }
         if let Some(record) = run.take_record(now) {
             if record.committed {
+                self.committed.retain(|earlier| earlier.id != record.id);
                 if self.committed.len() == REMEMBERED {
                     self.committed.pop_front();
                 }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{EngineIndex, Incarnation, UpdateId, WeightVersion};
 
-use super::types::{Checkpoint, PauseMode, Phase, RankState, WorkerReport};
+use super::types::{Checkpoint, NodeId, PauseMode, Phase, RankState, WorkerReport};
 
 /// What the journal keeps of a committed update.
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -15,8 +15,11 @@ pub struct Commit {
     pub id: UpdateId,
     /// Label of the weights.
     pub version: WeightVersion,
-    /// Where they are.
+    /// Where they are on the leader's node.
     pub checkpoint: Checkpoint,
+    /// Where they are on each node that took part.
+    #[serde(default)]
+    pub nodes: BTreeMap<NodeId, Checkpoint>,
 }
 
 /// How an update ended.
@@ -81,6 +84,9 @@ pub struct Record {
     pub pause_escalated: bool,
     /// Responses that were running may contain tokens of both versions (mode `keep`, committed).
     pub may_mix_versions: bool,
+    /// The sidecar ended on the way, and this is what its successor did.
+    #[serde(default)]
+    pub recovered: bool,
     /// Engines were left paused, since they were paused by somebody before the update.
     pub left_paused: bool,
     /// First cause of a failure: names rank and worker.

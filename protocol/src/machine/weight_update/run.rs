@@ -4,6 +4,7 @@ mod commit;
 mod faults;
 mod load;
 mod pause;
+mod recover;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
@@ -12,8 +13,10 @@ use crate::{EngineIndex, Incarnation, Time, UpdateId, WeightVersion};
 
 use super::Config;
 use super::record::{Outcome, RankRecord, Record, Snapshot};
-use super::types::{Action, Begin, Checkpoint, Event, NodeId, PauseMode, Phase, RankState};
+use super::types::{Action, Begin, Checkpoint, Event, NodeId, Participant, PauseMode, Phase, RankState};
 
+/// How often a load is tried when there is nothing to go back to.
+const LOAD_ATTEMPTS: u32 = 2;
 /// How often a cache reset is tried.
 const RESET_ATTEMPTS: u32 = 2;
 /// How often a resume that fails is sent again to that rank. In a lockstep group its peers are inside a
@@ -23,6 +26,7 @@ const RESUME_ATTEMPTS: u32 = 3;
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Step {
     Staging { waiting: BTreeSet<NodeId> },
+    WritingBegun,
     ClosingAdmission,
     Pausing { attempt: u32, mode: PauseMode },
     Loading,
@@ -39,17 +43,27 @@ struct Rank {
     node: NodeId,
     /// Neither fenced nor lost.
     active: bool,
+    /// Fenced, but it is not known yet to be in force.
+    fencing: bool,
     /// An answer is awaited in this step.
     waiting: bool,
     /// The answer to the version stamp is awaited as well.
     stamping: bool,
-    /// Of the cache reset or the resume that was sent last.
+    /// Of the load, the cache reset or the resume that was sent last.
     attempt: u32,
     pause_failed: bool,
     /// Does not hold the previous weights any more, as far as is known.
     touched: bool,
     sent_at: Time,
     record: RankRecord,
+}
+
+/// What is different when a sidecar takes over.
+#[derive(Debug)]
+struct Recovery {
+    reload: bool,
+    /// Of the committed weights.
+    digest: Option<String>,
 }
 
 /// What the handlers need besides the run itself.
@@ -72,6 +86,10 @@ pub(super) struct Run {
     loads_begun: bool,
     load_failed: bool,
     committed: bool,
+    /// Engines of an earlier sidecar are brought to the committed weights.
+    recovery: Option<Recovery>,
+    /// What outputs are stamped with.
+    stamp: WeightVersion,
     fenced: BTreeSet<EngineIndex>,
     record: Record,
     started: Time,
@@ -91,24 +109,7 @@ impl Run {
         config: &Config,
         actions: &mut VecDeque<Action>,
     ) -> Self {
-        let ranks: BTreeMap<_, _> = begin
-            .participants
-            .iter()
-            .map(|(rank, participant)| {
-                let rank_state = Rank {
-                    node: participant.node,
-                    active: true,
-                    waiting: false,
-                    stamping: false,
-                    attempt: 0,
-                    pause_failed: false,
-                    touched: false,
-                    sent_at: now,
-                    record: RankRecord { incarnation: participant.incarnation, ..RankRecord::default() },
-                };
-                (*rank, rank_state)
-            })
-            .collect();
+        let ranks = ranks_of(now, &begin.participants);
         let nodes: BTreeSet<NodeId> = ranks.values().map(|rank| rank.node).collect();
         for node in &nodes {
             actions.push_back(Action::Stage { node: *node, source: begin.source.clone() });
@@ -123,6 +124,8 @@ impl Run {
             ..Record::default()
         };
         Self {
+            stamp: begin.to_version.clone(),
+            recovery: None,
             begin,
             step: Step::Staging { waiting: nodes },
             ranks,
@@ -195,7 +198,7 @@ impl Run {
             Outcome::Committed
         } else if self.invalid {
             Outcome::RefusedInvalid
-        } else if self.loads_begun {
+        } else if self.loads_begun || self.recovery.is_some() {
             Outcome::RolledBack
         } else {
             Outcome::Aborted
@@ -226,15 +229,21 @@ impl Run {
         let mut cx = Cx { now, config, actions };
         let cx = &mut cx;
         match event {
-            Event::Begin(_) => {}
+            Event::Begin(_) | Event::Recover(_) => {}
             Event::Staged { node, new, previous } => self.staged(cx, node, new, previous),
             Event::StageFailed { node, error } => {
                 if matches!(&self.step, Step::Staging { waiting } if waiting.contains(&node)) {
+                    if self.recovery.is_some() {
+                        self.fence_nodes(cx, &BTreeSet::from([node]), &error);
+                        self.advance(cx);
+                        return;
+                    }
                     self.invalid = true;
                     self.fail(error);
                     self.finish(cx);
                 }
             }
+            Event::BegunWritten { result } => self.begun_written(cx, result),
             Event::AdmissionClosed => {
                 if self.step == Step::ClosingAdmission {
                     self.start_pause(cx);
@@ -242,8 +251,7 @@ impl Run {
             }
             Event::AdmissionFailed { error } => {
                 if self.step == Step::ClosingAdmission {
-                    self.fail(format!("admission could not be closed: {error}"));
-                    self.finish(cx);
+                    self.give_up(cx, format!("admission could not be closed: {error}"));
                 }
             }
             Event::Paused { rank, incarnation, attempt, result } => {
@@ -262,6 +270,13 @@ impl Run {
             Event::Resumed { rank, incarnation, attempt, result } => {
                 self.resumed(cx, rank, incarnation, attempt, result)
             }
+            Event::Fenced { rank, incarnation } => {
+                let state = self.ranks.get_mut(&rank);
+                if let Some(state) = state.filter(|state| state.record.incarnation == incarnation) {
+                    state.fencing = false;
+                    self.advance(cx);
+                }
+            }
             Event::EngineLost { rank, incarnation, reason } => {
                 self.engine_lost(cx, rank, incarnation, &reason)
             }
@@ -278,22 +293,35 @@ impl Run {
         match self.step.clone() {
             Step::Staging { waiting } => {
                 let nodes: Vec<String> = waiting.iter().map(ToString::to_string).collect();
-                self.fail(format!(
-                    "the directory was not read within {:?} on node {}",
+                let error = format!(
+                    "the checkpoint was not staged within {:?} on node {}",
                     config.stage_timeout,
                     nodes.join(", ")
-                ));
+                );
+                if self.recovery.is_some() {
+                    self.fence_nodes(cx, &waiting, &error);
+                } else {
+                    self.fail(error);
+                    self.finish(cx);
+                }
+            }
+            Step::WritingBegun => {
+                // Nothing was touched; whether the record is there or not does no harm.
+                self.fail(format!("the journal was not written within {:?}", config.commit_timeout));
                 self.finish(cx);
             }
             Step::ClosingAdmission => {
-                self.fail(format!("admission was not closed within {:?}", config.admission_timeout));
-                self.finish(cx);
+                self.give_up(cx, format!("admission was not closed within {:?}", config.admission_timeout));
             }
             Step::Pausing { attempt, mode } if mode != PauseMode::Abort => {
                 self.record.pause_escalated = true;
                 self.send_pause(cx, attempt + 1, PauseMode::Abort);
             }
-            Step::Pausing { .. } => self.fence_silent(cx, "pause", config.abort_pause_timeout),
+            Step::Pausing { .. } if self.ranks.values().any(|state| state.fencing) => self.fence_fails(),
+            Step::Pausing { .. } => {
+                self.fence_silent(cx, "pause", config.abort_pause_timeout);
+                self.deadline = Some(now + config.admission_timeout);
+            }
             Step::Loading => {
                 self.load_failed = true;
                 self.fence_silent(cx, "load of the new weights", config.load_timeout);
@@ -334,8 +362,15 @@ impl Run {
             return;
         }
         match &self.step {
-            Step::Staging { waiting } if waiting.is_empty() => self.close_admission(cx),
-            Step::Staging { .. } | Step::ClosingAdmission | Step::Ended | Step::WritingCommit => {}
+            Step::Staging { waiting } if waiting.is_empty() && self.recovery.is_some() => {
+                self.close_admission(cx);
+            }
+            Step::Staging { waiting } if waiting.is_empty() => self.write_begun(cx),
+            Step::Staging { .. }
+            | Step::WritingBegun
+            | Step::ClosingAdmission
+            | Step::Ended
+            | Step::WritingCommit => {}
             _ if !self.all_answered() => {}
             Step::Pausing { .. } => self.all_paused(cx),
             Step::Loading => self.all_loaded(cx),
@@ -352,20 +387,19 @@ impl Run {
     fn all_answered(&self) -> bool {
         #[cfg(test)]
         {
-            let early = match self.mutation {
-                Some(super::Mutation::ResumeBeforeAllAcks) => {
-                    matches!(self.step, Step::Loading | Step::Finishing)
-                }
-                Some(super::Mutation::RollBackAtFirstFailure) => {
-                    self.step == Step::Loading && self.load_failed
-                }
-                _ => false,
-            };
+            let early = self.mutation == Some(super::Mutation::ResumeBeforeAllAcks)
+                && matches!(self.step, Step::Loading | Step::Finishing);
             if early && self.ranks.values().any(|state| !state.waiting) {
                 return true;
             }
         }
-        !self.ranks.values().any(|state| state.active && (state.waiting || state.stamping))
+        // Later on all have been paused, so that a fenced one does not serve in any case.
+        let pausing = matches!(self.step, Step::Pausing { .. });
+        #[cfg(test)]
+        let pausing = pausing && self.mutation != Some(super::Mutation::TrustFences);
+        !self.ranks.values().any(|state| {
+            (state.active && (state.waiting || state.stamping)) || (pausing && state.fencing)
+        })
     }
 
     // --- small things ---
@@ -400,6 +434,22 @@ impl Run {
     fn warn(&mut self, warning: String) {
         self.record.warnings.push(warning);
     }
+}
+
+fn ranks_of(now: Time, participants: &BTreeMap<EngineIndex, Participant>) -> BTreeMap<EngineIndex, Rank> {
+    let rank = |participant: &Participant| Rank {
+        node: participant.node,
+        active: true,
+        fencing: false,
+        waiting: false,
+        stamping: false,
+        attempt: 0,
+        pause_failed: false,
+        touched: false,
+        sent_at: now,
+        record: RankRecord { incarnation: participant.incarnation, ..RankRecord::default() },
+    };
+    participants.iter().map(|(index, participant)| (*index, rank(participant))).collect()
 }
 
 fn millis(duration: Duration) -> u64 {

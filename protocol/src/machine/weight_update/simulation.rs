@@ -1,10 +1,11 @@
 //! Seeded simulation: the machine in front of modelled engines that are slow, refuse, hang, lie and die
-//! at every point, and a controller that dies too. One `u64` decides everything.
+//! at every point, a leader that dies and is started again at every point, and nodes that come and go. One `u64` decides everything.
 
 mod engines;
+mod leader;
 mod plan;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use rand::{Rng, SeedableRng};
@@ -28,10 +29,14 @@ struct Engine {
     admitted: bool,
     weights: Weights,
     paused: bool,
-    /// Pause calls that are not answered yet, with their mode.
-    pausing: Vec<(u32, PauseMode)>,
+    /// Pause calls that are not answered yet: whose, which, how.
+    pausing: Vec<(u64, u32, PauseMode)>,
     /// Resume call in the lockstep barrier.
-    resuming: Option<u32>,
+    resuming: Option<(u64, u32)>,
+    /// What came while it was in the barrier.
+    inbox: VecDeque<(u64, Action)>,
+    /// Version on its outputs.
+    stamp: String,
     /// A running request: the weights its tokens came from.
     request: Option<BTreeSet<String>>,
     /// Whose keys and values the prefix cache holds.
@@ -43,17 +48,26 @@ struct Engine {
 
 #[derive(Clone, Debug)]
 enum Happening {
-    Answer(Event),
-    PauseArrives(usize, u64, u32, PauseMode),
+    /// From a rank, if any, for one life of the leader.
+    Answer(Option<usize>, u64, Event),
+    /// A call of one life of the leader reaches an engine.
+    Arrives(usize, u64, Action),
     Drained(usize, u64),
-    LoadEnds(usize, u64, Target, Checkpoint),
-    ResumeArrives(usize, u64, u32),
+    /// Of the leader's life; the weights before.
+    LoadEnds(usize, u64, Action, Weights),
     Step(usize),
     Dies(usize, u64),
     Restart(usize),
     Begin(Box<Begin>),
     OperatorAbort,
+    FrontendResumes,
     ControllerDies,
+    LeaderDies,
+    LeaderStarts,
+    Adopt(Vec<(usize, u64)>),
+    Cut(u16),
+    Heal(u16),
+    BegunLands(Box<Begun>, bool),
     CommitLands(Commit, bool),
 }
 
@@ -72,10 +86,28 @@ struct World {
     gate_open: bool,
     journal: Commit,
     journal_record: Option<Record>,
+    ledger: Ledger,
+    /// Which life of the leader this is.
+    epoch: u64,
+    leader: bool,
+    /// How likely it is to die before any one action.
+    frailty: f64,
+    /// Ranks that the leader counts as in service.
+    lives: BTreeSet<usize>,
+    /// Nodes that the leader does not reach.
+    away: BTreeSet<u16>,
+    /// Fences that could not be told.
+    fences_due: BTreeSet<(usize, u64)>,
     external: bool,
     paused_before: bool,
     faults: bool,
     done: BTreeMap<UpdateId, Vec<Record>>,
+    /// Engines to be taken over when the running update has ended.
+    waiting: Vec<(usize, u64)>,
+    /// An update that was committed is asked for again.
+    repeating: bool,
+    /// Recoveries: back, forward.
+    recovered: [u64; 2],
     refused: u64,
     log: Vec<String>,
     broken: Option<String>,
@@ -114,6 +146,7 @@ impl World {
             id: UpdateId("none".to_owned()),
             version: WeightVersion::default(),
             checkpoint: checkpoint("start"),
+            nodes: BTreeMap::new(),
         };
         let engine = Engine {
             incarnation: 1,
@@ -123,12 +156,15 @@ impl World {
             paused: false,
             pausing: Vec::new(),
             resuming: None,
+            inbox: VecDeque::new(),
+            stamp: "default".to_owned(),
             request: None,
             cache: None,
             hung: false,
             restarting: false,
         };
         let faults = rng.random_bool(0.7);
+        let frailty = if rng.random_bool(0.4) { 0.01 } else { 0.0 };
         let mut machine = WeightUpdate::new(config(lockstep), WeightVersion::default(), None);
         machine.mutation = mutation;
         Self {
@@ -145,10 +181,20 @@ impl World {
             gate_open: true,
             journal,
             journal_record: None,
+            ledger: Ledger::default(),
+            epoch: 1,
+            leader: true,
+            frailty,
+            lives: (0..size).collect(),
+            away: BTreeSet::new(),
+            fences_due: BTreeSet::new(),
             external: false,
             paused_before: false,
             faults,
             done: BTreeMap::new(),
+            waiting: Vec::new(),
+            repeating: false,
+            recovered: [0, 0],
             refused: 0,
             log: Vec::new(),
             broken: None,
@@ -195,18 +241,35 @@ impl World {
         NodeId(u16::try_from(rank).unwrap() % self.nodes)
     }
 
+    /// Something of the engine at `rank`, or of the leader itself, comes back to the leader that asked.
+    fn answer(&mut self, rank: Option<usize>, epoch: u64, max_ms: u64, event: Event) {
+        self.after(max_ms, Happening::Answer(rank, epoch, event));
+    }
+
+    fn is_away(&self, rank: usize) -> bool {
+        self.away.contains(&self.node_of(rank).0)
+    }
+
     // --- the machine ---
 
     fn tell(&mut self, event: Event) {
-        self.machine.handle_event(self.now, event);
-        self.perform();
+        if self.leader {
+            self.machine.handle_event(self.now, event);
+            self.perform();
+        }
     }
 
     fn perform(&mut self) {
-        while let Some(action) = self.machine.poll_action() {
+        while self.leader
+            && let Some(action) = self.machine.poll_action()
+        {
             let logged = !matches!(action, Action::Progress | Action::Done(_));
             if self.log.len() < 2_000 && logged {
                 self.log.push(format!("{:?} {action:?}", self.now));
+            }
+            if self.frailty > 0.0 && self.chance(self.frailty) {
+                self.leader_dies();
+                return;
             }
             self.act(action);
         }
@@ -214,12 +277,13 @@ impl World {
     }
 
     fn act(&mut self, action: Action) {
+        let epoch = self.epoch;
         match action {
             Action::Stage { node, source } => {
-                if self.fault(0.05) {
+                if self.fault(0.05) || (self.away.contains(&node.0) && self.chance(0.5)) {
                     return; // never answers
                 }
-                let event = if self.fault(0.1) {
+                let event = if self.fault(0.1) || self.away.contains(&node.0) {
                     Event::StageFailed { node, error: "missing tensor".to_owned() }
                 } else {
                     let mut new = checkpoint(&source);
@@ -230,7 +294,14 @@ impl World {
                     let gone = self.fault(0.03);
                     Event::Staged { node, new, previous: previous.filter(|_| !gone) }
                 };
-                self.after(3_000, Happening::Answer(event));
+                self.answer(None, epoch, 3_000, event);
+            }
+            Action::WriteBegun { begun } => {
+                let fails = self.fault(0.03);
+                if self.fault(0.01) {
+                    return;
+                }
+                self.after(50, Happening::BegunLands(begun, !fails));
             }
             Action::CloseAdmission => {
                 self.gate_open = false;
@@ -242,20 +313,7 @@ impl World {
                 } else {
                     Event::AdmissionClosed
                 };
-                self.after(20, Happening::Answer(event));
-            }
-            Action::Pause { rank, incarnation, attempt, mode, clear_cache } => {
-                self.law(!clear_cache, || "pause asked to clear caches".to_owned());
-                let rank = usize::from(rank.0);
-                self.send(rank, Happening::PauseArrives(rank, incarnation.0, attempt, mode));
-            }
-            Action::Load { rank, incarnation, target, checkpoint } => {
-                let rank = usize::from(rank.0);
-                if self.living(rank, incarnation.0) {
-                    let mixing = !self.engines[rank].paused;
-                    self.law(!mixing, || format!("rank {rank} is loaded while it is not paused"));
-                }
-                self.after(4_000, Happening::LoadEnds(rank, incarnation.0, target, checkpoint));
+                self.answer(None, epoch, 20, event);
             }
             Action::WriteCommit { commit } => {
                 let fails = self.fault(0.05);
@@ -264,43 +322,23 @@ impl World {
                 }
                 self.after(50, Happening::CommitLands(commit, !fails));
             }
-            Action::SetVersion { rank, incarnation, .. } => {
-                if self.fault(0.01) {
-                    self.engines[usize::from(rank.0)].hung = true;
-                }
-                if self.living(usize::from(rank.0), incarnation.0) {
-                    let result = if self.fault(0.1) { Err("no such method".to_owned()) } else { Ok(()) };
-                    let event = Event::VersionSet { rank, incarnation, result };
-                    self.after(50, Happening::Answer(event));
-                }
-            }
-            Action::ResetCaches { rank, incarnation, attempt, reset_running_requests } => {
-                let at = usize::from(rank.0);
-                if !self.living(at, incarnation.0) {
-                    return;
-                }
-                let result = if self.fault(0.03) {
-                    Err("broken".to_owned())
-                } else if self.fault(0.03) || (self.engines[at].request.is_some() && !reset_running_requests)
-                {
-                    Ok(false)
-                } else {
-                    self.engines[at].cache = None;
-                    Ok(true)
-                };
-                let event = Event::CachesReset { rank, incarnation, attempt, result };
-                self.after(50, Happening::Answer(event));
-            }
-            Action::Resume { rank, incarnation, attempt } => {
-                let rank = usize::from(rank.0);
-                self.send(rank, Happening::ResumeArrives(rank, incarnation.0, attempt));
-            }
+            Action::Pause { rank, .. }
+            | Action::Load { rank, .. }
+            | Action::SetVersion { rank, .. }
+            | Action::ResetCaches { rank, .. }
+            | Action::Resume { rank, .. } => self.call(usize::from(rank.0), action),
             Action::OpenAdmission => self.gate_open = true,
             Action::Fence { rank, incarnation, .. } => {
                 let at = usize::from(rank.0);
+                self.lives.remove(&at);
+                if self.is_away(at) {
+                    self.fences_due.insert((at, incarnation.0));
+                    return;
+                }
                 if self.engines[at].incarnation == incarnation.0 {
                     self.stop(at);
                 }
+                self.answer(Some(at), epoch, 20, Event::Fenced { rank, incarnation });
             }
             Action::Progress => {}
             Action::Refuse { .. } => self.refused += 1,
@@ -314,9 +352,18 @@ impl World {
         if let Some(earlier) = self.done.get(&id).and_then(|records| records.last())
             && earlier.committed
         {
-            let same = *earlier == record;
+            let same = *earlier == record || record.recovered || earlier.recovered;
             self.law(same, || format!("{id} gave another record the second time"));
             return;
+        }
+        if self.repeating {
+            return; // by a client that had not heard of its end
+        }
+        // The journal is written in order.
+        self.queue.retain(|_, happening| !matches!(happening, Happening::BegunLands(..)));
+        self.ledger.end(&record);
+        if record.recovered {
+            self.recovered[usize::from(record.committed)] += 1;
         }
         let in_journal = self.journal.id == id;
         let committed = record.committed;
@@ -342,9 +389,11 @@ impl World {
             self.external = false;
         }
         // No engine is left between paused and running.
-        for rank in 0..self.engines.len() {
+        for (rank, state) in &record.ranks {
+            let rank = usize::from(rank.0);
             let engine = &self.engines[rank];
-            if !engine.alive || !engine.admitted || engine.hung {
+            let gone = matches!(state.state, RankState::Fenced | RankState::Lost) || self.is_away(rank);
+            if !engine.alive || !engine.admitted || engine.hung || gone {
                 continue;
             }
             let left = engine.paused && !record.left_paused;
@@ -355,11 +404,12 @@ impl World {
             });
         }
         if self.paused_before {
-            self.paused_before = false;
-            for engine in self.engines.iter_mut().filter(|engine| engine.alive) {
-                engine.paused = false;
-                engine.pausing.clear();
-            }
+            self.after(1_000, Happening::FrontendResumes);
+        }
+        // A node that is reached again is looked at anew.
+        let adopt: Vec<(usize, u64)> = std::mem::take(&mut self.waiting);
+        if !adopt.is_empty() {
+            self.after(10, Happening::Adopt(adopt));
         }
         self.done.entry(id).or_default().push(record);
         for rank in 0..self.engines.len() {
@@ -379,10 +429,14 @@ fn run(seed: u64, mutation: Option<Mutation>) -> World {
 #[test]
 fn all_admitted_engines_hold_one_version_whatever_fails_when() {
     let mut outcomes: BTreeMap<String, u64> = BTreeMap::new();
+    let mut recovered = [0, 0];
     for seed in 0..SEEDS {
         let world = run(seed, None);
         if let Some(broken) = &world.broken {
             panic!("seed {seed}: {broken}\n{}", world.log.join("\n"));
+        }
+        for (all, here) in recovered.iter_mut().zip(world.recovered) {
+            *all += here;
         }
         for record in world.done.values().flatten() {
             let kind = format!("{:?}", record.outcome);
@@ -394,6 +448,7 @@ fn all_admitted_engines_hold_one_version_whatever_fails_when() {
     for kind in ["Committed", "RefusedInvalid", "Aborted", "RolledBack", "Degraded"] {
         assert!(outcomes.get(kind).copied().unwrap_or_default() > 200, "{outcomes:?}");
     }
+    assert!(recovered.iter().all(|recovered| *recovered > 200), "{recovered:?}");
 }
 
 #[test]
@@ -403,9 +458,11 @@ fn each_fault_put_into_the_machine_is_noticed_by_the_simulation() {
         Mutation::ResumeBeforeAllAcks,
         Mutation::ForgetOneRankInPause,
         Mutation::RollBackFailedRanksOnly,
-        Mutation::RollBackAtFirstFailure,
+        Mutation::TrustFences,
+        Mutation::SkipBegunRecord,
+        Mutation::RecoverWithoutReload,
     ] {
-        let caught = (0..2_000).find(|seed| run(*seed, Some(mutation)).broken.is_some());
+        let caught = (0..SEEDS).find(|seed| run(*seed, Some(mutation)).broken.is_some());
         assert!(caught.is_some(), "{mutation:?} goes unnoticed");
     }
 }

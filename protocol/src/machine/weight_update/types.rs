@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::ledger::Begun;
 use super::record::{Commit, Record};
 use crate::{EngineIndex, Incarnation, UpdateId, WeightVersion};
 
@@ -80,7 +81,7 @@ pub struct Checkpoint {
 }
 
 /// An engine in the update.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Participant {
     /// Which life of it. Answers of another life are ignored.
     pub incarnation: Incarnation,
@@ -110,6 +111,36 @@ pub struct Begin {
     /// Engines may hold weights that did not come from an update of ours, so a rollback must reload
     /// all of them.
     pub external_weights: bool,
+    /// The version that is replaced is kept nowhere: an engine whose load fails gets the new version once more,
+    /// and is fenced when that fails as well.
+    pub forward_only: bool,
+}
+
+/// Engines that live on from before a restart of the sidecar are to be brought to the committed weights.
+#[derive(Clone, Debug)]
+pub struct Recover {
+    /// The update that was open, or a name for the recovery.
+    pub id: UpdateId,
+    /// The update that was open has a commit record: it is rolled forward. Else it is rolled back.
+    pub committed: bool,
+    /// What it was to bring.
+    pub to_version: WeightVersion,
+    /// Where from.
+    pub source: String,
+    /// The committed version, which all engines are brought to.
+    pub version: WeightVersion,
+    /// Its whole digest, if there is one: what a node has staged must be it.
+    pub digest: Option<String>,
+    /// What happens to running requests.
+    pub mode: PauseMode,
+    /// How long the pause in this mode may take before all ranks are paused with `abort`.
+    pub pause_deadline: Duration,
+    /// The engines. Of a lockstep group all, or none.
+    pub participants: BTreeMap<EngineIndex, Participant>,
+    /// The operator has paused the engines: they are not resumed.
+    pub stay_paused: bool,
+    /// They may hold other weights than the committed ones. Without it they are only resumed.
+    pub reload: bool,
 }
 
 /// Which of the two checkpoints a load is about.
@@ -192,11 +223,19 @@ impl WorkerReport {
 pub enum Event {
     /// Somebody wants an update. Answered by [`Action::Refuse`] or, at its end, [`Action::Done`].
     Begin(Begin),
+    /// A sidecar takes over engines of which it is not certain what they hold. Ends with [`Action::Done`]. Ignored
+    /// while an update runs.
+    Recover(Recover),
+    /// The record of what is about to happen is durable, or is certain never to be.
+    BegunWritten {
+        /// The outcome.
+        result: Result<(), String>,
+    },
     /// A node has checked both directories.
     Staged {
         /// Which node.
         node: NodeId,
-        /// The new checkpoint.
+        /// The new checkpoint; in a recovery the committed one.
         new: Checkpoint,
         /// The one that the engines hold; `None`: there is no way back, and the caller accepts it.
         previous: Option<Checkpoint>,
@@ -273,6 +312,14 @@ pub enum Event {
         /// The engine's answer.
         result: Result<(), String>,
     },
+    /// [`Action::Fence`] is in force: nothing that a frontend sends reaches the engine any more. Without this word
+    /// an update does not go on past its pause, as the engine may be serving the old weights.
+    Fenced {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which life of it.
+        incarnation: Incarnation,
+    },
     /// An engine is gone.
     EngineLost {
         /// Which rank.
@@ -295,6 +342,11 @@ pub enum Action {
         node: NodeId,
         /// The new checkpoint.
         source: String,
+    },
+    /// Make this durable: from here on engines are touched.
+    WriteBegun {
+        /// What to write.
+        begun: Box<Begun>,
     },
     /// Close the gate for new requests at the virtual engines of all ranks.
     CloseAdmission,
@@ -361,7 +413,8 @@ pub enum Action {
     /// Open the gate at the virtual engines of all ranks. Fenced ranks are not admitted, so nothing
     /// reaches them.
     OpenAdmission,
-    /// Keep this engine from serving; it must be started again and brought to the committed weights.
+    /// Keep this engine from serving; it must be started again and brought to the committed weights. Answered by
+    /// [`Event::Fenced`].
     Fence {
         /// Which rank.
         rank: EngineIndex,

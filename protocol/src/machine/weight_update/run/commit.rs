@@ -17,6 +17,11 @@ impl Run {
             return;
         }
         self.committed = true;
+        self.stamp_and_reset(cx);
+    }
+
+    /// All ranks hold the version that is, or already was, committed.
+    pub(super) fn stamp_and_reset(&mut self, cx: &mut Cx<'_>) {
         self.enter(cx, Step::Finishing, Phase::Committing);
         self.deadline = Some(cx.now + cx.config.commit_timeout);
         for (rank, state) in self.ranks.iter_mut().filter(|(_, state)| state.active) {
@@ -24,7 +29,7 @@ impl Run {
             cx.actions.push_back(Action::SetVersion {
                 rank: *rank,
                 incarnation: state.record.incarnation,
-                version: self.begin.to_version.clone(),
+                version: self.stamp.clone(),
             });
         }
         self.reset_caches(cx, |_| true);

@@ -9,9 +9,12 @@ use super::{Cx, Run, Step, millis};
 
 impl Run {
     pub(super) fn abort(&mut self, cx: &mut Cx<'_>) {
+        if self.recovery.is_some() {
+            return; // engines that are left as they are would stay paused, or torn
+        }
         let text = "aborted by the operator".to_owned();
         match &self.step {
-            Step::Staging { .. } | Step::ClosingAdmission => {
+            Step::Staging { .. } | Step::WritingBegun | Step::ClosingAdmission => {
                 self.fail(text);
                 self.finish(cx);
             }
@@ -24,7 +27,7 @@ impl Run {
                     self.start_resume(cx);
                 }
             }
-            Step::Loading => {
+            Step::Loading if !self.begin.forward_only => {
                 self.load_failed = true;
                 self.fail(text);
             }
@@ -113,8 +116,22 @@ impl Run {
             });
             self.fenced.insert(member);
             self.drop_rank(member, State::Fenced, why);
+            if let Some(state) = self.ranks.get_mut(&member) {
+                state.fencing = true;
+            }
         }
         cx.actions.push_back(Action::Progress);
+    }
+
+    /// An engine that was fenced while it was being paused may go on with the old weights: then all do.
+    pub(super) fn fence_fails(&mut self) {
+        let silent: Vec<String> =
+            self.ranks.iter().filter(|(_, state)| state.fencing).map(|(rank, _)| rank.to_string()).collect();
+        self.warn(format!("rank {} was fenced, but may still serve: its node is not reached", silent.join(", ")));
+        self.aborted = true;
+        for state in self.ranks.values_mut() {
+            state.fencing = false;
+        }
     }
 
     pub(super) fn drop_rank(&mut self, rank: EngineIndex, last: State, why: String) {

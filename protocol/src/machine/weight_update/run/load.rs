@@ -4,7 +4,7 @@ use crate::{EngineIndex, Incarnation};
 
 use super::super::record::Commit;
 use super::super::types::{Action, Checkpoint, Phase, RankState as State, Target, WorkerReport, WorkerState};
-use super::{Cx, Run, Step, millis};
+use super::{Cx, LOAD_ATTEMPTS, Run, Step, millis};
 
 impl Run {
     pub(super) fn start_load(&mut self, cx: &mut Cx<'_>, target: Target) {
@@ -42,6 +42,7 @@ impl Run {
                 continue;
             };
             state.waiting = true;
+            state.attempt = 1;
             state.sent_at = cx.now;
             state.record.state = match target {
                 Target::New => State::Loading,
@@ -107,7 +108,7 @@ impl Run {
                 state.touched = !unchanged;
                 state.record.load_ms = Some(took);
                 state.record.state = State::LoadFailed;
-                self.load_failed = true;
+                self.load_failed |= !self.begin.forward_only;
             }
             (Target::Previous, None) => {
                 state.touched = false;
@@ -120,6 +121,8 @@ impl Run {
             let fault = format!("rank {rank}: {fault}");
             if target == Target::Previous {
                 self.fence(cx, rank, &format!("rollback failed: {fault}"));
+            } else if self.begin.forward_only {
+                self.load_again(cx, rank, fault, wanted);
             } else {
                 state.record.errors.push(fault.clone());
                 self.fail(fault);
@@ -134,7 +137,30 @@ impl Run {
         self.advance(cx);
     }
 
+    /// There is nothing to go back to.
+    fn load_again(&mut self, cx: &mut Cx<'_>, rank: EngineIndex, fault: String, checkpoint: Checkpoint) {
+        let Some(state) = self.ranks.get_mut(&rank) else {
+            return;
+        };
+        state.record.errors.push(fault.clone());
+        if state.attempt >= LOAD_ATTEMPTS {
+            self.fence(cx, rank, &fault);
+            return;
+        }
+        state.attempt += 1;
+        state.waiting = true;
+        state.record.state = State::Loading;
+        let incarnation = state.record.incarnation;
+        let target = Target::New;
+        cx.actions.push_back(Action::Load { rank, incarnation, target, checkpoint });
+    }
+
     pub(super) fn all_loaded(&mut self, cx: &mut Cx<'_>) {
+        if self.recovery.is_some() {
+            // The journal has decided long ago.
+            self.stamp_and_reset(cx);
+            return;
+        }
         if self.load_failed {
             self.start_load(cx, Target::Previous);
             return;
@@ -155,6 +181,7 @@ impl Run {
                 id: self.begin.id.clone(),
                 version: self.begin.to_version.clone(),
                 checkpoint: self.new.values().next().cloned().unwrap_or_default(),
+                nodes: self.new.clone(),
             },
         });
     }

@@ -1,7 +1,10 @@
 //! Before the load: directories, admission, pause.
 
+use std::collections::BTreeSet;
+
 use crate::{EngineIndex, Incarnation};
 
+use super::super::ledger::Begun;
 use super::super::types::{Action, Checkpoint, NodeId, PauseMode, Phase, RankState as State, Target};
 use super::{Cx, Run, Step, millis};
 
@@ -19,6 +22,16 @@ impl Run {
         if !waiting.remove(&node) {
             return;
         }
+        let expected = self.recovery.as_ref().and_then(|recovery| recovery.digest.clone());
+        if expected.is_some() && new.digest != expected {
+            let (expected, actual) = (expected.as_deref().unwrap_or("none"), new.digest.as_deref());
+            let actual = actual.unwrap_or("none");
+            let error =
+                format!("node {node} has other weights than the committed ones: digest {actual}, expected {expected}");
+            self.fence_nodes(cx, &BTreeSet::from([node]), &error);
+            self.advance(cx);
+            return;
+        }
         if let Some((other, first)) = self.new.iter().next() {
             let same = first.tensors == new.tensors && first.bytes == new.bytes && first.digest == new.digest;
             if !same {
@@ -28,18 +41,59 @@ impl Run {
                     first.digest.as_deref().unwrap_or("none"),
                     new.digest.as_deref().unwrap_or("none"),
                 );
+                if self.recovery.is_some() {
+                    self.fence_nodes(cx, &BTreeSet::from([node]), &error);
+                    self.advance(cx);
+                    return;
+                }
                 self.invalid = true;
                 self.fail(error);
                 self.finish(cx);
                 return;
             }
         }
-        if previous.is_none() {
+        if previous.is_none() && self.recovery.is_none() {
             self.warn(format!("the previous checkpoint is not there any more on node {node}: no way back"));
         }
         self.new.insert(node, new);
         self.previous.insert(node, previous);
         self.advance(cx);
+    }
+
+    /// From here on a sidecar that takes over must look after the engines.
+    pub(super) fn write_begun(&mut self, cx: &mut Cx<'_>) {
+        self.enter(cx, Step::WritingBegun, Phase::Prepared);
+        self.deadline = Some(cx.now + cx.config.commit_timeout);
+        #[cfg(test)]
+        if self.mutation == Some(super::super::Mutation::SkipBegunRecord) {
+            self.close_admission(cx);
+            return;
+        }
+        let previous = self.previous.iter();
+        let begun = Begun {
+            id: self.begin.id.clone(),
+            from_version: self.record.from_version.clone(),
+            to_version: self.begin.to_version.clone(),
+            source: self.begin.source.clone(),
+            mode: self.begin.mode,
+            participants: self.begin.participants.clone(),
+            new: self.new.clone(),
+            previous: previous.filter_map(|(node, found)| Some((*node, found.clone()?))).collect(),
+        };
+        cx.actions.push_back(Action::WriteBegun { begun: Box::new(begun) });
+    }
+
+    pub(super) fn begun_written(&mut self, cx: &mut Cx<'_>, result: Result<(), String>) {
+        if self.step != Step::WritingBegun {
+            return;
+        }
+        match result {
+            Ok(()) => self.close_admission(cx),
+            Err(error) => {
+                self.fail(format!("the journal could not be written: {error}"));
+                self.finish(cx);
+            }
+        }
     }
 
     pub(super) fn close_admission(&mut self, cx: &mut Cx<'_>) {
@@ -122,7 +176,9 @@ impl Run {
         let active = self.ranks.values().filter(|state| state.active);
         let failed = active.clone().filter(|state| state.pause_failed).count();
         let all = active.count();
-        if failed == 0 && !self.aborted {
+        if self.recovery.is_some() {
+            self.all_recovered_paused(cx);
+        } else if failed == 0 && !self.aborted {
             self.start_load(cx, Target::New);
         } else if failed == 0 || !cx.config.lockstep {
             // For an independent engine a resume without a pause is a no-op.

@@ -10,6 +10,8 @@ impl World {
         engine.request = None;
         engine.pausing.clear();
         engine.resuming = None;
+        engine.inbox.clear();
+        self.lives.remove(&rank);
         self.schedule_restart(rank);
     }
 
@@ -26,9 +28,14 @@ impl World {
         if self.engines[rank].admitted {
             return;
         }
-        if self.machine.snapshot().running.is_some() {
-            return; // `ended` schedules it again
+        if !self.leader || self.machine.snapshot().running.is_some() {
+            return; // `ended`, or the next leader, schedules it again
         }
+        if self.is_away(rank) || (self.lockstep && !self.away.is_empty()) {
+            self.schedule_restart(rank);
+            return;
+        }
+        self.gate_open = true;
         let group: Vec<usize> = if self.lockstep { (0..self.engines.len()).collect() } else { vec![rank] };
         for member in group {
             let weights = Weights::Whole(self.journal.checkpoint.path.clone());
@@ -38,14 +45,20 @@ impl World {
                 alive: true,
                 admitted: true,
                 weights,
-                paused: false,
+                // The pause of a frontend still holds.
+                paused: self.paused_before,
                 pausing: Vec::new(),
                 resuming: None,
+                inbox: VecDeque::new(),
+                stamp: self.journal.version.0.clone(),
                 request: None,
                 cache: None,
                 hung: false,
                 restarting: false,
             };
+            let life = Incarnation(engine.incarnation);
+            self.ledger.restored(EngineIndex(u16::try_from(member).unwrap()), life);
+            self.lives.insert(member);
         }
         if self.lockstep {
             self.external = false;
@@ -56,6 +69,7 @@ impl World {
         if !self.engines[rank].alive || self.engines[rank].incarnation != incarnation {
             return;
         }
+        let away = self.is_away(rank);
         self.stop(rank);
         let lost = |rank: usize, incarnation: u64| Event::EngineLost {
             rank: EngineIndex(u16::try_from(rank).unwrap()),
@@ -73,13 +87,81 @@ impl World {
                 }
             }
         }
-        self.tell(lost(rank, incarnation));
+        if !away {
+            self.tell(lost(rank, incarnation));
+        }
     }
 
-    pub(super) fn pause_arrives(&mut self, rank: usize, incarnation: u64, attempt: u32, mode: PauseMode) {
-        if !self.living(rank, incarnation) {
+    /// Sends a call to an engine; calls reach it in order.
+    pub(super) fn call(&mut self, rank: usize, action: Action) {
+        let epoch = self.epoch;
+        if self.is_away(rank) {
+            // Either the link says so, or nobody says anything.
+            if self.chance(0.5) {
+                let failed = "the node is not reached".to_owned();
+                self.answer(None, epoch, 100, failure(&action, failed));
+            }
             return;
         }
+        self.send(rank, Happening::Arrives(rank, epoch, action));
+    }
+
+    pub(super) fn arrives(&mut self, rank: usize, epoch: u64, action: Action) {
+        let life = match &action {
+            Action::Pause { incarnation, .. }
+            | Action::Load { incarnation, .. }
+            | Action::SetVersion { incarnation, .. }
+            | Action::ResetCaches { incarnation, .. }
+            | Action::Resume { incarnation, .. } => incarnation.0,
+            _ => return,
+        };
+        if !self.living(rank, life) {
+            return;
+        }
+        if self.engines[rank].resuming.is_some() {
+            self.engines[rank].inbox.push_back((epoch, action));
+            return;
+        }
+        match action {
+            Action::Pause { attempt, mode, clear_cache, .. } => {
+                self.law(!clear_cache, || "pause asked to clear caches".to_owned());
+                self.pause_arrives(rank, epoch, life, attempt, mode);
+            }
+            Action::Load { .. } => self.load_arrives(rank, epoch, action),
+            Action::SetVersion { rank: index, incarnation, version } => {
+                if self.fault(0.01) {
+                    self.engines[rank].hung = true;
+                    return;
+                }
+                let result = if self.fault(0.1) {
+                    Err("no such method".to_owned())
+                } else {
+                    self.engines[rank].stamp = version.0;
+                    Ok(())
+                };
+                let event = Event::VersionSet { rank: index, incarnation, result };
+                self.answer(Some(rank), epoch, 50, event);
+            }
+            Action::ResetCaches { rank: index, incarnation, attempt, reset_running_requests } => {
+                let result = if self.fault(0.03) {
+                    Err("broken".to_owned())
+                } else if self.fault(0.03)
+                    || (self.engines[rank].request.is_some() && !reset_running_requests)
+                {
+                    Ok(false)
+                } else {
+                    self.engines[rank].cache = None;
+                    Ok(true)
+                };
+                let event = Event::CachesReset { rank: index, incarnation, attempt, result };
+                self.answer(Some(rank), epoch, 50, event);
+            }
+            Action::Resume { attempt, .. } => self.resume_arrives(rank, epoch, life, attempt),
+            _ => {}
+        }
+    }
+
+    fn pause_arrives(&mut self, rank: usize, epoch: u64, incarnation: u64, attempt: u32, mode: PauseMode) {
         if self.fault(0.01) {
             self.engines[rank].hung = true;
             return;
@@ -91,11 +173,11 @@ impl World {
                 attempt,
                 result: Err("no".to_owned()),
             };
-            self.after(50, Happening::Answer(event));
+            self.answer(Some(rank), epoch, 50, event);
             return;
         }
         let engine = &mut self.engines[rank];
-        engine.pausing.push((attempt, mode));
+        engine.pausing.push((epoch, attempt, mode));
         match mode {
             PauseMode::Abort => engine.request = None,
             PauseMode::Keep => {
@@ -120,26 +202,40 @@ impl World {
             return;
         }
         let engine = &mut self.engines[rank];
-        let keep = engine.pausing.iter().all(|(_, mode)| *mode == PauseMode::Keep);
+        let keep = engine.pausing.iter().all(|(_, _, mode)| *mode == PauseMode::Keep);
         if !keep {
             let finished = engine.request.take();
             self.response(finished);
         }
         let engine = &mut self.engines[rank];
         engine.paused = true;
-        for (attempt, _) in std::mem::take(&mut engine.pausing) {
+        for (epoch, attempt, _) in std::mem::take(&mut engine.pausing) {
             let event = Event::Paused {
                 rank: EngineIndex(u16::try_from(rank).unwrap()),
                 incarnation: Incarnation(incarnation),
                 attempt,
                 result: Ok(()),
             };
-            self.after(20, Happening::Answer(event));
+            self.answer(Some(rank), epoch, 20, event);
         }
     }
 
-    pub(super) fn load_ends(&mut self, rank: usize, incarnation: u64, target: Target, wanted: Checkpoint) {
-        if !self.living(rank, incarnation) {
+    /// The engine does nothing else meanwhile.
+    fn load_arrives(&mut self, rank: usize, epoch: u64, action: Action) {
+        let paused = self.engines[rank].paused;
+        self.law(paused, || format!("rank {rank} is loaded while it is not paused"));
+        let before = std::mem::replace(&mut self.engines[rank].weights, Weights::Torn);
+        let end = self.now + Duration::from_millis(self.rng.random_range(0..4_000));
+        self.links[rank] = self.links[rank].max(end);
+        self.seq += 1;
+        self.queue.insert((end, self.seq), Happening::LoadEnds(rank, epoch, action, before));
+    }
+
+    pub(super) fn load_ends(&mut self, rank: usize, epoch: u64, action: Action, before: Weights) {
+        let Action::Load { rank: index, incarnation, target, checkpoint: wanted } = action else {
+            return;
+        };
+        if !self.living(rank, incarnation.0) {
             return;
         }
         let report = |ok: bool, state: WorkerState, digest: Option<String>| WorkerReport {
@@ -157,7 +253,7 @@ impl World {
         let result = if self.fault(rate) {
             match self.rng.random_range(0..5) {
                 0 => {
-                    weights = self.engines[rank].weights.clone();
+                    weights = before;
                     Ok(vec![report(false, WorkerState::Unchanged, None)])
                 }
                 1 => {
@@ -182,22 +278,13 @@ impl World {
             Ok(vec![good])
         };
         self.engines[rank].weights = weights;
-        let event = Event::Loaded {
-            rank: EngineIndex(u16::try_from(rank).unwrap()),
-            incarnation: Incarnation(incarnation),
-            target,
-            result,
-        };
-        self.after(20, Happening::Answer(event));
+        let event = Event::Loaded { rank: index, incarnation, target, result };
+        self.answer(Some(rank), epoch, 20, event);
     }
 
-    pub(super) fn resume_arrives(&mut self, rank: usize, incarnation: u64, attempt: u32) {
-        if !self.living(rank, incarnation) {
-            return;
-        }
-        let index = EngineIndex(u16::try_from(rank).unwrap());
-        let answer = |rank: EngineIndex, incarnation: u64, attempt, result| Event::Resumed {
-            rank,
+    fn resume_arrives(&mut self, rank: usize, epoch: u64, incarnation: u64, attempt: u32) {
+        let resumed = |rank: usize, incarnation: u64, attempt, result| Event::Resumed {
+            rank: EngineIndex(u16::try_from(rank).unwrap()),
             incarnation: Incarnation(incarnation),
             attempt,
             result,
@@ -206,29 +293,31 @@ impl World {
         self.law(!torn, || format!("rank {rank} is resumed while torn"));
         let fails = self.fault(0.02) || (self.lockstep && !self.engines[rank].pausing.is_empty());
         if fails {
-            let event = answer(index, incarnation, attempt, Err("in flight".to_owned()));
-            self.after(20, Happening::Answer(event));
+            let event = resumed(rank, incarnation, attempt, Err("in flight".to_owned()));
+            self.answer(Some(rank), epoch, 20, event);
             return;
         }
         if !self.lockstep {
             self.engines[rank].paused = false;
             self.engines[rank].pausing.clear();
-            let event = answer(index, incarnation, attempt, Ok(()));
-            self.after(20, Happening::Answer(event));
+            self.answer(Some(rank), epoch, 20, resumed(rank, incarnation, attempt, Ok(())));
             return;
         }
         let paused = self.engines[rank].paused;
         self.law(paused, || format!("lockstep rank {rank} is resumed, but was not paused"));
-        self.engines[rank].resuming = Some(attempt);
+        self.engines[rank].resuming = Some((epoch, attempt));
         if self.engines.iter().all(|engine| engine.resuming.is_some()) {
             for at in 0..self.engines.len() {
                 let engine = &mut self.engines[at];
                 engine.paused = false;
-                let attempt = engine.resuming.take().unwrap();
+                let (epoch, attempt) = engine.resuming.take().unwrap();
                 let life = engine.incarnation;
-                let rank = EngineIndex(u16::try_from(at).unwrap());
-                let event = answer(rank, life, attempt, Ok(()));
-                self.after(20, Happening::Answer(event));
+                self.answer(Some(at), epoch, 20, resumed(at, life, attempt, Ok(())));
+            }
+            for at in 0..self.engines.len() {
+                for (epoch, action) in std::mem::take(&mut self.engines[at].inbox) {
+                    self.arrives(at, epoch, action);
+                }
             }
         }
     }
@@ -287,5 +376,27 @@ impl World {
             let holds = self.engines[rank].weights.clone();
             self.law(false, || format!("rank {rank} serves {holds:?}, committed is {committed}"));
         }
+    }
+}
+
+/// The answer when a call could not be made.
+fn failure(action: &Action, error: String) -> Event {
+    match action.clone() {
+        Action::Pause { rank, incarnation, attempt, .. } => {
+            Event::Paused { rank, incarnation, attempt, result: Err(error) }
+        }
+        Action::Load { rank, incarnation, target, .. } => {
+            Event::Loaded { rank, incarnation, target, result: Err(error) }
+        }
+        Action::SetVersion { rank, incarnation, .. } => {
+            Event::VersionSet { rank, incarnation, result: Err(error) }
+        }
+        Action::ResetCaches { rank, incarnation, attempt, .. } => {
+            Event::CachesReset { rank, incarnation, attempt, result: Err(error) }
+        }
+        Action::Resume { rank, incarnation, attempt } => {
+            Event::Resumed { rank, incarnation, attempt, result: Err(error) }
+        }
+        _ => Event::Abort,
     }
 }

@@ -9,7 +9,7 @@ impl World {
             .engines
             .iter()
             .enumerate()
-            .filter(|(_, engine)| engine.alive && engine.admitted)
+            .filter(|(rank, _)| self.lives.contains(rank))
             .map(|(rank, engine)| {
                 let participant =
                     Participant { incarnation: Incarnation(engine.incarnation), node: self.node_of(rank) };
@@ -19,6 +19,15 @@ impl World {
         let repeated =
             self.done.get(&begin.id).is_some_and(|records| records.iter().any(|record| record.committed))
                 || self.journal.id == begin.id;
+        if !self.leader {
+            return; // nobody listens
+        }
+        let unseen = |(rank, engine): (usize, &Engine)| {
+            engine.alive && engine.admitted && !self.lives.contains(&rank)
+        };
+        if idle && !repeated && self.engines.iter().enumerate().any(unseen) {
+            return; // the driver refuses: an engine may be serving that it does not reach
+        }
         if self.lockstep && serving.len() < self.engines.len() && idle && !repeated {
             return; // the driver refuses: the group is not complete
         }
@@ -26,8 +35,9 @@ impl World {
         begin.participants = serving;
         begin.external_weights = self.external;
         if idle && !repeated && !begin.participants.is_empty() {
-            let quiet = !self.engines.iter().any(|engine| engine.hung);
-            if quiet && self.chance(0.1) {
+            let quiet = !self.engines.iter().any(|engine| engine.hung) && self.away.is_empty();
+            begin.paused_before = self.paused_before;
+            if quiet && !self.paused_before && self.chance(0.1) {
                 // A frontend had paused all ranks.
                 begin.paused_before = true;
                 self.paused_before = true;
@@ -40,6 +50,7 @@ impl World {
                 begin.external_weights = true;
                 begin.from_version = None;
                 self.external = true;
+                self.ledger.external_weights = true;
                 for engine in self.engines.iter_mut().filter(|engine| engine.alive) {
                     engine.weights = Weights::Whole("external".to_owned());
                     engine.request = None;
@@ -48,7 +59,9 @@ impl World {
             }
         }
         let before = self.refused;
+        self.repeating = idle && repeated;
         self.tell(Event::Begin(begin));
+        self.repeating = false;
         if !idle {
             let refused = self.refused > before;
             self.law(refused, || "a second update was taken".to_owned());
@@ -70,7 +83,10 @@ impl World {
                 participants: BTreeMap::new(),
                 paused_before: false,
                 external_weights: false,
+                forward_only: false,
             };
+            let forward_only = self.chance(0.2);
+            let begin = Begin { forward_only, ..begin };
             let begin = Box::new(begin);
             let at = self.now + Duration::from_secs(n * 200);
             self.seq += 1;
@@ -93,6 +109,19 @@ impl World {
                 self.seq += 1;
                 self.queue.insert((at, self.seq), Happening::OperatorAbort);
             }
+            if self.frailty > 0.0 && self.chance(0.2) {
+                let at = at + Duration::from_millis(self.rng.random_range(0..20_000));
+                self.seq += 1;
+                self.queue.insert((at, self.seq), Happening::LeaderDies);
+            }
+            if self.fault(0.2) {
+                let node = self.rng.random_range(0..self.nodes);
+                let cut = at + Duration::from_millis(self.rng.random_range(0..15_000));
+                let heal = cut + Duration::from_millis(self.rng.random_range(0..60_000));
+                self.seq += 2;
+                self.queue.insert((cut, self.seq - 1), Happening::Cut(node));
+                self.queue.insert((heal, self.seq), Happening::Heal(node));
+            }
             if self.fault(0.1) {
                 let at = at + Duration::from_millis(self.rng.random_range(0..12_000));
                 self.seq += 1;
@@ -109,17 +138,15 @@ impl World {
 
     pub(super) fn happen(&mut self, happening: Happening) {
         match happening {
-            Happening::Answer(event) => self.tell(event),
-            Happening::PauseArrives(rank, life, attempt, mode) => {
-                self.pause_arrives(rank, life, attempt, mode);
+            Happening::Answer(rank, epoch, event) => {
+                let lost = rank.is_some_and(|rank| self.is_away(rank));
+                if epoch == self.epoch && !lost {
+                    self.tell(event);
+                }
             }
+            Happening::Arrives(rank, epoch, action) => self.arrives(rank, epoch, action),
             Happening::Drained(rank, life) => self.drained(rank, life),
-            Happening::LoadEnds(rank, life, target, wanted) => {
-                self.load_ends(rank, life, target, wanted);
-            }
-            Happening::ResumeArrives(rank, life, attempt) => {
-                self.resume_arrives(rank, life, attempt);
-            }
+            Happening::LoadEnds(rank, epoch, action, before) => self.load_ends(rank, epoch, action, before),
             Happening::Step(rank) => self.step(rank),
             Happening::Dies(rank, life) => {
                 let life = if life == u64::MAX { self.engines[rank].incarnation } else { life };
@@ -128,26 +155,38 @@ impl World {
             Happening::Restart(rank) => self.restart(rank),
             Happening::Begin(begin) => self.begin(*begin),
             Happening::OperatorAbort => self.tell(Event::Abort),
-            Happening::ControllerDies => {
-                // Its engines are stopped with it (by the keeper, when the grace is over), and start
-                // again by the journal. Answers of the old life reach nobody.
-                self.queue.retain(|_, happening| matches!(happening, Happening::Begin(_)));
-                let last = self
-                    .journal_record
-                    .clone()
-                    .filter(|record| record.id == self.journal.id)
-                    .unwrap_or_else(|| Record::of_commit(&self.journal));
-                self.machine =
-                    WeightUpdate::new(config(self.lockstep), self.journal.version.clone(), Some(last));
-                self.machine.mutation = self.mutation;
-                self.gate_open = true;
-                self.external = false;
+            Happening::FrontendResumes
+                if self.machine.snapshot().running.is_some() || !self.away.is_empty() =>
+            {
+                self.after(1_000, Happening::FrontendResumes);
+            }
+            Happening::FrontendResumes if self.leader && self.paused_before => {
                 self.paused_before = false;
+                // Such calls pass the leader.
                 for rank in 0..self.engines.len() {
-                    self.engines[rank].admitted = false;
-                    self.engines[rank].restarting = false;
-                    self.restart(rank);
+                    if self.lives.contains(&rank) && !self.is_away(rank) {
+                        self.engines[rank].paused = false;
+                        self.engines[rank].pausing.clear();
+                    }
                 }
+            }
+            Happening::FrontendResumes => {}
+            Happening::ControllerDies => self.controller_dies(),
+            Happening::LeaderDies => self.leader_dies(),
+            Happening::LeaderStarts => self.leader_starts(),
+            Happening::Adopt(ranks) => self.adopt(ranks),
+            Happening::Cut(node) => {
+                self.away.insert(node);
+            }
+            Happening::Heal(node) => self.heal(node),
+            Happening::BegunLands(begun, written) => {
+                let result = if written {
+                    self.ledger.begun = Some(*begun);
+                    Ok(())
+                } else {
+                    Err("disk full".to_owned())
+                };
+                self.tell(Event::BegunWritten { result });
             }
             Happening::CommitLands(commit, written) => {
                 let result = if written {
@@ -168,7 +207,7 @@ impl World {
             if self.broken.is_some() {
                 return;
             }
-            let due = self.machine.poll_timeout();
+            let due = self.machine.poll_timeout().filter(|_| self.leader);
             let next = self.queue.first_key_value().map(|(key, _)| *key);
             match (due, next) {
                 (Some(due), next) if next.is_none_or(|(at, _)| due <= at) => {
@@ -196,6 +235,12 @@ impl World {
     pub(super) fn quiet(&mut self) {
         let running = self.machine.snapshot().running;
         self.law(running.is_none(), || format!("{running:?} never ended"));
+        let (leader, open) = (self.leader, self.ledger.begun.is_some());
+        self.law(leader && !open, || format!("leader {leader}, an update is open: {open}"));
+        let gate_open = self.gate_open;
+        self.law(gate_open, || "admission is closed for ever".to_owned());
+        let stuck = self.engines.iter().position(|e| e.alive && e.admitted && !e.hung && e.paused);
+        self.law(stuck.is_none(), || format!("rank {stuck:?} is paused for ever"));
         if self.external {
             return;
         }

@@ -1,0 +1,83 @@
+//! A sidecar takes over engines that an earlier one may have left half way through an update.
+//!
+//! Whether that update is rolled back or forward was decided by the commit record; either way the engines are brought
+//! to the committed weights: paused once more (a second pause does no harm, and its answer shows that the engine has
+//! done what it was told before), loaded, stamped, their caches reset, resumed. There is no way back from it; an
+//! engine that does not follow is fenced.
+
+use std::collections::{BTreeSet, VecDeque};
+
+use crate::{EngineIndex, Time};
+
+use super::super::Config;
+use super::super::record::Record;
+use super::super::types::{Action, Begin, NodeId, Recover, Target};
+use super::{Cx, Recovery, Run};
+
+impl Run {
+    pub(in super::super) fn recover(
+        now: Time,
+        recover: Recover,
+        config: &Config,
+        actions: &mut VecDeque<Action>,
+    ) -> Self {
+        let begin = Begin {
+            id: recover.id,
+            from_version: None,
+            to_version: recover.to_version,
+            source: recover.source,
+            mode: recover.mode,
+            pause_deadline: recover.pause_deadline,
+            participants: recover.participants,
+            paused_before: recover.stay_paused,
+            external_weights: true,
+            forward_only: true,
+        };
+        let mut run = Self::start(now, begin, None, config, actions);
+        run.record = Record { recovered: true, ..run.record };
+        run.committed = recover.committed;
+        // The one before may have closed it.
+        run.admission_closed = true;
+        run.stamp = recover.version;
+        run.recovery = Some(Recovery { reload: recover.reload, digest: recover.digest });
+        run
+    }
+
+    /// Ends what cannot be done on any rank: nothing is touched by an update, but engines that are taken over
+    /// cannot be left as they are.
+    pub(super) fn give_up(&mut self, cx: &mut Cx<'_>, error: String) {
+        if self.recovery.is_some() {
+            for rank in self.active() {
+                self.fence(cx, rank, &error);
+            }
+        }
+        self.fail(error);
+        self.finish(cx);
+    }
+
+    pub(super) fn fence_nodes(&mut self, cx: &mut Cx<'_>, nodes: &BTreeSet<NodeId>, why: &str) {
+        let there = |rank: &EngineIndex| self.ranks.get(rank).is_some_and(|rank| nodes.contains(&rank.node));
+        let ranks: Vec<EngineIndex> = self.active().into_iter().filter(there).collect();
+        for rank in ranks {
+            self.fence(cx, rank, why);
+        }
+    }
+
+    pub(super) fn all_recovered_paused(&mut self, cx: &mut Cx<'_>) {
+        let refused: Vec<EngineIndex> =
+            self.ranks.iter().filter(|(_, rank)| rank.active && rank.pause_failed).map(|(r, _)| *r).collect();
+        for rank in refused {
+            self.fence(cx, rank, "it refused the pause");
+        }
+        let reload = self.recovery.as_ref().is_some_and(|recovery| recovery.reload);
+        #[cfg(test)]
+        let reload = reload && self.mutation != Some(super::super::Mutation::RecoverWithoutReload);
+        if self.active().is_empty() {
+            self.finish(cx);
+        } else if reload {
+            self.start_load(cx, Target::New);
+        } else {
+            self.start_resume(cx);
+        }
+    }
+}
