@@ -66,6 +66,7 @@ fn names(machine: &mut WeightUpdate) -> Vec<String> {
         .filter_map(|action| {
             Some(match action {
                 Action::Stage { node, .. } => format!("stage {node}"),
+                Action::WriteBegun { begun } => format!("begun {}", begun.id),
                 Action::CloseAdmission => "close".to_owned(),
                 Action::Pause { rank, mode, .. } => format!("pause {rank} {mode}"),
                 Action::Load { rank, checkpoint, .. } => format!("load {rank} {}", checkpoint.path),
@@ -101,6 +102,7 @@ fn stage(machine: &mut WeightUpdate, now: Time) {
     let staged =
         Event::Staged { node: NodeId(0), new: checkpoint("/new"), previous: Some(checkpoint("/old")) };
     machine.handle_event(now, staged);
+    machine.handle_event(now, Event::BegunWritten { result: Ok(()) });
 }
 
 fn paused(machine: &mut WeightUpdate, now: Time, rank: u16, attempt: u32) {
@@ -165,7 +167,7 @@ fn an_update_goes_through_its_phases_in_order() {
     machine.handle_event(at(0), Event::Begin(begin("u1")));
     assert_eq!(names(&mut machine), ["stage 0"]);
     stage(&mut machine, at(100));
-    assert_eq!(names(&mut machine), ["close"]);
+    assert_eq!(names(&mut machine), ["begun u1", "close"]);
     machine.handle_event(at(110), Event::AdmissionClosed);
     assert_eq!(names(&mut machine), ["pause 0 wait", "pause 1 wait"]);
     paused(&mut machine, at(200), 0, 1);

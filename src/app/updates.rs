@@ -53,7 +53,9 @@ pub(super) async fn run(
 /// `external`: a frontend has loaded weights since the last update.
 pub(super) fn weights(updates: &UpdateHandle, external: bool) -> WeightsStatus {
     let status = updates.status();
-    let dir = status.committed.map(|checkpoint| checkpoint.path);
+    // Engines may have loaded it from shared memory.
+    let loaded_from = status.committed.map(|checkpoint| checkpoint.path);
+    let dir = status.source.filter(|source| source.starts_with('/')).or(loaded_from);
     WeightsStatus {
         version: if external { UNKNOWN.to_owned() } else { status.version.0 },
         dir: dir.filter(|_| !external),

@@ -54,7 +54,7 @@ pub(crate) struct Engine {
 pub(crate) struct FakeRank {
     pub(crate) handle: RankHandle,
     pub(crate) engine: Arc<Mutex<Engine>>,
-    snapshot: watch::Sender<RankSnapshot>,
+    pub(crate) snapshot: Arc<watch::Sender<RankSnapshot>>,
     changed: Arc<Notify>,
 }
 
@@ -66,8 +66,10 @@ impl FakeRank {
             rank: EngineIndex(rank),
             incarnation: Incarnation(1),
             admitted: true,
+            admission_open: true,
             ..RankSnapshot::default()
         });
+        let snapshot = Arc::new(snapshot);
         let engine = Arc::new(Mutex::new(Engine {
             log: Vec::new(),
             model_path: model_path.to_owned(),
@@ -82,7 +84,7 @@ impl FakeRank {
         }));
         let changed = Arc::new(Notify::new());
         // Ends with its queue, which ends with the handle.
-        tokio::spawn(run(inbox, engine.clone(), changed.clone()));
+        tokio::spawn(run(inbox, engine.clone(), snapshot.clone(), changed.clone()));
         Self {
             handle: RankHandle { rank: EngineIndex(rank), commands, snapshot: receiver },
             engine,
@@ -149,7 +151,12 @@ pub(crate) fn held(rank: u16, ticket: u64, method: &str) -> HeldCall {
     }
 }
 
-async fn run(mut inbox: mpsc::Receiver<RankCommand>, engine: Arc<Mutex<Engine>>, changed: Arc<Notify>) {
+async fn run(
+    mut inbox: mpsc::Receiver<RankCommand>,
+    engine: Arc<Mutex<Engine>>,
+    snapshot: Arc<watch::Sender<RankSnapshot>>,
+    changed: Arc<Notify>,
+) {
     let mut waiting: Vec<Reply<Value>> = Vec::new();
     while let Some(command) = inbox.recv().await {
         let mut engine = engine.lock();
@@ -159,6 +166,7 @@ async fn run(mut inbox: mpsc::Receiver<RankCommand>, engine: Arc<Mutex<Engine>>,
             }
             RankCommand::Admission { open, reply } => {
                 engine.log.push(format!("admission {open}"));
+                snapshot.send_modify(|state| state.admission_open = open);
                 reply.send(Ok(())).ok();
             }
             RankCommand::Release { ticket, verdict, reply } => {
@@ -170,7 +178,10 @@ async fn run(mut inbox: mpsc::Receiver<RankCommand>, engine: Arc<Mutex<Engine>>,
                 engine.log.push(text);
                 reply.send(Ok(Value::Nil)).ok();
             }
-            RankCommand::EngineDown { reason, .. } => engine.log.push(format!("down {reason}")),
+            RankCommand::EngineDown { reason, .. } => {
+                engine.log.push(format!("down {reason}"));
+                snapshot.send_modify(|state| state.admitted = false);
+            }
             other => panic!("not expected: {other:?}"),
         }
         changed.notify_waiters();
@@ -207,6 +218,7 @@ fn call(
             engine.log.push(format!("reset {} {}", args[0], args[1]));
             Ok(Value::Boolean(engine.resets.pop_front().unwrap_or(true)))
         }
+        "is_scheduler_paused" => Ok(Value::Boolean(engine.paused)),
         "reset_mm_cache" | "reset_encoder_cache" => Ok(Value::Nil),
         "set_weight_version" if engine.no_version_stamp => Err(HandleError::failed(
             "Call to set_weight_version method failed: 'EngineCoreProc' object has no attribute",

@@ -3,26 +3,29 @@
 //! rules.
 
 mod actions;
+mod adopt;
 mod begin;
 mod handle;
 mod jobs;
 mod journal;
 mod lora;
+mod nodes;
 mod shim;
+mod stages;
 mod staging;
 #[cfg(test)]
 mod tests;
 mod types;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use dp_sidecar_protocol::machine::weight_update::{
-    Action, Begin, Commit, Event, NodeId, Participant, PauseMode, Phase, RankState, Record, Refusal, Target,
-    WeightUpdate,
+    Action, Begin, Begun, Checkpoint, Commit, Event, Ledger, NodeId, Participant, PauseMode, Phase,
+    RankState, Record, Recover, Refusal, Target, WeightUpdate,
 };
 use dp_sidecar_protocol::{EngineIndex, Incarnation, Time, UpdateId, WeightVersion};
 use futures::future::join_all;
@@ -35,13 +38,14 @@ use tracing::{error, info, warn};
 
 use super::control::{ControlError, ControlGuard, ControlHandle};
 use super::engine_calls;
-use super::handles::{GroupKind, HandleError, RankCommand, RankHandle};
+use super::handles::{GroupKind, HandleError, RankCommand, RankHandle, Retain, StageProgress};
 use handle::{Command, Follower, RestoreReply};
 pub use handle::{UpdateHandle, UpdateRun};
-use jobs::{RestoreJob, StageJob};
+use jobs::RestoreJob;
 use journal::{Committed, Journal};
 pub use lora::{LoraAdapter, LoraOp, LoraReport, LoraRequest, LoraState, adapter_id};
 use shim::EngineInfo;
+use stages::Stages;
 use staging::{Cancel, Checked, Job, Known};
 pub use types::{
     FenceRequest, UpdateConfig, UpdateError, UpdateEvent, UpdateNode, UpdateOutcome, UpdateRecord,
@@ -72,6 +76,8 @@ pub fn spawn(
 ) -> std::io::Result<UpdateHandle> {
     let journal = Journal::new(&config.state_dir);
     let committed = journal.read()?;
+    let ledger = journal.read_ledger()?;
+    let last = journal.history(1)?.pop();
     if let Some(committed) = &committed {
         info!(
             version = %committed.commit.version, path = committed.commit.checkpoint.path,
@@ -79,11 +85,20 @@ pub fn spawn(
         );
     }
     let (commands, inbox) = mpsc::channel(COMMANDS);
+    let (notes, noted) = mpsc::channel(EVENTS);
     let (publish, status) = watch::channel(UpdateStatus::default());
     let task = Task {
         machine: machine(&config, committed.as_ref()),
         ranks: ranks.into_iter().map(|rank| (rank.rank, rank)).collect(),
         places: places(&nodes),
+        stages: Stages::new(nodes, tracker, &stop),
+        to_stage: BTreeSet::new(),
+        open_admission: false,
+        ledger,
+        ledger_number: 0,
+        control_seen: (false, false),
+        adopts: VecDeque::new(),
+        staging: BTreeMap::new(),
         config,
         control,
         fences,
@@ -99,10 +114,11 @@ pub fn spawn(
         restores: VecDeque::new(),
         known: Known::default(),
         cancel: Cancel::default(),
-        last: None,
+        last,
+        notes,
         publish,
     };
-    tracker.spawn(task.run(inbox, stop));
+    tracker.spawn(task.run(inbox, noted, stop));
     Ok(UpdateHandle { commands, status })
 }
 
@@ -143,6 +159,21 @@ struct Active {
     started_unix_ms: u64,
     infos: BTreeMap<EngineIndex, EngineInfo>,
     model_path: Option<String>,
+    /// Nodes whose staging areas are in use for it.
+    staged: Vec<NodeId>,
+    stage_job: Option<tokio::task::AbortHandle>,
+    /// It is no update, but engines are taken over.
+    recovery: Option<Recovery>,
+}
+
+/// Engines that are taken over, and whoever waits for that.
+#[derive(Debug)]
+struct Recovery {
+    recover: Recover,
+    /// What the engines were told to load on the way back.
+    begun: Option<Begun>,
+    ranks: Vec<(EngineIndex, Incarnation)>,
+    reply: RestoreReply,
 }
 
 impl Active {
@@ -165,20 +196,26 @@ enum Done {
     /// For the machine, if this update still runs.
     Event(u64, Event),
     Acquired(u64, Result<ControlGuard, ControlError>),
-    Staged(u64, Result<Staged, String>),
+    Staged(u64, Result<Staged, (NodeId, String)>),
     Committed(u64, Box<Committed>, Result<(), String>),
     Restored {
         ranks: Vec<(EngineIndex, Incarnation)>,
         result: Result<Restored, UpdateError>,
         reply: RestoreReply,
     },
-    Finished(Box<UpdateRecord>, Vec<Follower>),
+    Looked {
+        ranks: Vec<(EngineIndex, Incarnation)>,
+        found: adopt::Found,
+        reply: RestoreReply,
+    },
+    Finished(Box<UpdateRecord>, Vec<Follower>, Option<Recovery>),
     Rank(EngineIndex),
+    Control,
     Nothing,
 }
 
 struct Staged {
-    checked: Checked,
+    nodes: BTreeMap<NodeId, Checked>,
     infos: BTreeMap<EngineIndex, EngineInfo>,
     model_path: String,
 }
@@ -194,6 +231,19 @@ struct Task {
     ranks: BTreeMap<EngineIndex, RankHandle>,
     /// Ranks that are not named belong to node 0.
     places: BTreeMap<EngineIndex, NodeId>,
+    stages: Stages,
+    /// Nodes that the machine wants staged; gathered, since they depend on each other.
+    to_stage: BTreeSet<NodeId>,
+    /// To be done at the end of the update.
+    open_admission: bool,
+    ledger: Ledger,
+    /// Of the last write.
+    ledger_number: u64,
+    /// The operator's pause and weights of frontends, as the control task last said.
+    control_seen: (bool, bool),
+    adopts: VecDeque<(Vec<(EngineIndex, Incarnation)>, RestoreReply)>,
+    /// Of the running update.
+    staging: BTreeMap<NodeId, StageProgress>,
     control: ControlHandle,
     fences: mpsc::Sender<FenceRequest>,
     machine: WeightUpdate,
@@ -212,11 +262,19 @@ struct Task {
     /// Ends blocking work when the task ends.
     cancel: Cancel,
     last: Option<UpdateRecord>,
+    /// Progress of staging.
+    notes: mpsc::Sender<UpdateEvent>,
     publish: watch::Sender<UpdateStatus>,
 }
 
 impl Task {
-    async fn run(mut self, mut inbox: mpsc::Receiver<Command>, stop: CancellationToken) {
+    async fn run(
+        mut self,
+        mut inbox: mpsc::Receiver<Command>,
+        mut noted: mpsc::Receiver<UpdateEvent>,
+        stop: CancellationToken,
+    ) {
+        self.watch_control();
         let ranks: Vec<EngineIndex> = self.ranks.keys().copied().collect();
         for rank in ranks {
             self.watch_rank(rank);
@@ -234,8 +292,10 @@ impl Task {
                     Some(Command::Shutdown { forget, reply }) => break Some((forget, reply)),
                     Some(command) => self.command(command),
                 },
+                Some(event) = noted.recv() => self.note(event),
                 Some(done) = self.jobs.join_next() => match done {
                     Ok(done) => self.done(done),
+                    Err(error) if error.is_cancelled() => {}
                     Err(error) => error!(%error, "work of the update task failed"),
                 },
                 () = super::sleep_until(due) => {
@@ -274,12 +334,17 @@ impl Task {
             Command::Follow { id, reply } => ignore_gone(reply.send(self.follow(id))),
             Command::Abort => self.event(Event::Abort),
             Command::History { limit, reply } => {
-                let last = self.last.iter().take(limit).cloned().collect();
-                ignore_gone(reply.send(last));
+                let journal = self.journal.clone();
+                self.jobs.spawn(async move {
+                    let read = tokio::task::spawn_blocking(move || journal.history(limit)).await;
+                    let records = read.map_err(std::io::Error::other).and_then(|records| records);
+                    let told = |error: std::io::Error| warn!(%error, "the history cannot be read");
+                    ignore_gone(reply.send(records.map_err(told).unwrap_or_default()));
+                    Done::Nothing
+                });
             }
-            Command::Restore { ranks, reply } | Command::Adopt { ranks, reply } => {
-                self.restores.push_back((ranks, reply));
-            }
+            Command::Restore { ranks, reply } => self.restores.push_back((ranks, reply)),
+            Command::Adopt { ranks, reply } => self.adopts.push_back((ranks, reply)),
             Command::Shutdown { .. } => {}
         }
     }
@@ -299,6 +364,9 @@ impl Task {
                     return;
                 }
                 match (result, self.active.take()) {
+                    (guard, Some(active)) if active.recovery.is_some() => {
+                        self.start_recovery(active, guard.ok());
+                    }
                     // A load into discarded memory kills the worker.
                     (Ok(guard), Some(active)) if guard.asleep => {
                         let reason = "the engines are asleep: wake them up first".to_owned();
@@ -328,8 +396,14 @@ impl Task {
                 }
             }
             Done::Restored { ranks, result, reply } => self.restored(ranks, result, reply),
-            Done::Finished(record, followers) => {
+            Done::Looked { ranks, found, reply } => self.looked(ranks, found, reply),
+            Done::Control => self.control_changed(),
+            Done::Finished(record, followers, recovery) => {
                 self.active = None;
+                self.staging.clear();
+                if let Some(recovery) = recovery {
+                    self.recovered(&record, recovery);
+                }
                 self.last = Some((*record).clone());
                 self.publish();
                 tell_end(followers, &record);
@@ -339,21 +413,27 @@ impl Task {
         }
     }
 
-    fn staged(&mut self, result: Result<Staged, String>) {
-        let node = NodeId(0);
+    fn staged(&mut self, result: Result<Staged, (NodeId, String)>) {
         match result {
-            Err(error) => self.event(Event::StageFailed { node, error }),
+            Err((node, error)) => self.event(Event::StageFailed { node, error }),
             Ok(staged) => {
                 if let Some(active) = &mut self.active {
                     active.infos = staged.infos;
                     active.model_path = Some(staged.model_path);
                 }
-                self.event(Event::Staged {
-                    node,
-                    new: staged.checked.new,
-                    previous: staged.checked.previous,
-                });
+                for (node, Checked { new, previous }) in staged.nodes {
+                    self.event(Event::Staged { node, new, previous });
+                }
             }
+        }
+    }
+
+    fn note(&mut self, event: UpdateEvent) {
+        if let UpdateEvent::Staging { node, progress, .. } = &event {
+            self.staging.insert(*node, *progress);
+        }
+        if let Some(active) = &self.active {
+            active.tell(&event);
         }
     }
 
@@ -401,9 +481,13 @@ impl Task {
     }
 
     fn restore(&mut self, ranks: Vec<(EngineIndex, Incarnation)>, reply: RestoreReply) {
-        let handles: Vec<RankHandle> =
-            ranks.iter().filter_map(|(rank, _)| self.ranks.get(rank).cloned()).collect();
+        let handles: Vec<(RankHandle, NodeId)> = ranks
+            .iter()
+            .filter_map(|(rank, _)| Some((self.ranks.get(rank)?.clone(), self.place(*rank))))
+            .collect();
         let job = RestoreJob {
+            stages: self.stages.clone(),
+            stage_timeout: self.config.machine.stage_timeout,
             committed: self.committed.clone(),
             may_forget: !self.any_restored,
             call_timeout: self.config.call_timeout,
@@ -434,6 +518,7 @@ impl Task {
                 }
             }
             self.any_restored = true;
+            self.trust(&ranks);
             for (rank, incarnation) in ranks {
                 let admitted = self.ranks.get(&rank).is_some_and(|handle| {
                     let snapshot = handle.snapshot.borrow();
@@ -462,6 +547,8 @@ impl Task {
             held: held.map(|rank| (*rank, snapshot.version.clone())).collect(),
             version: snapshot.version,
             committed: self.committed.as_ref().map(|c| c.commit.checkpoint.clone()),
+            source: self.committed.as_ref().map(|c| c.commit.source.clone()),
+            staging: self.staging.clone(),
             running: self.active.as_ref().map(|active| active.id.clone()),
             phase: snapshot.phase,
             ranks: snapshot.ranks,

@@ -1,11 +1,22 @@
 //! The machine's actions, performed.
 
+use dp_sidecar_protocol::machine::control::PausedBy;
+
+use super::jobs::StageJob;
+use super::nodes::NodesJob;
 use super::*;
+
+/// How often a node is told that what it staged is committed, before the next use at the latest.
+const SETTLE_ATTEMPTS: u32 = 3;
 
 impl Task {
     pub(super) async fn perform(&mut self) {
         while let Some(action) = self.machine.poll_action() {
             self.act(action).await;
+        }
+        let nodes = std::mem::take(&mut self.to_stage);
+        if !nodes.is_empty() {
+            self.stage(nodes.into_iter().collect());
         }
     }
 
@@ -13,10 +24,16 @@ impl Task {
         let run = self.run;
         let machine = &self.config.machine;
         match action {
-            Action::Stage { .. } => self.stage(),
+            Action::Stage { node, .. } => {
+                self.to_stage.insert(node);
+            }
+            Action::WriteBegun { begun } => self.write_begun(*begun),
             Action::CloseAdmission => {
                 let limit = machine.admission_timeout;
-                let handles: Vec<RankHandle> = self.ranks.values().cloned().collect();
+                // Ranks that start again are not admitted before the update has ended.
+                let taking_part = self.machine.running_ranks();
+                let handles: Vec<RankHandle> =
+                    taking_part.keys().filter_map(|rank| self.ranks.get(rank).cloned()).collect();
                 self.jobs.spawn(async move {
                     let event = match admission(&handles, false, limit).await {
                         Ok(()) => Event::AdmissionClosed,
@@ -87,12 +104,7 @@ impl Task {
                     result: nothing(engine_calls::resume(&handle, limit).await),
                 });
             }
-            Action::OpenAdmission => {
-                let handles: Vec<RankHandle> = self.ranks.values().cloned().collect();
-                if let Err(error) = admission(&handles, true, TELL_LIMIT).await {
-                    error!("admission could not be opened: {error}");
-                }
-            }
+            Action::OpenAdmission => self.open_admission = true,
             Action::Fence { rank, incarnation, why } => self.fence(rank, incarnation, why).await,
             Action::Progress => self.progress(),
             Action::Refuse { refusal, .. } => {
@@ -118,26 +130,60 @@ impl Task {
         self.jobs.spawn(async move { Done::Event(run, answer.await) });
     }
 
-    pub(super) fn stage(&mut self) {
+    pub(super) fn stage(&mut self, nodes: Vec<NodeId>) {
         let Some(active) = &self.active else {
             return;
         };
         let run = active.run;
-        let events = active.followers.iter().map(|follower| follower.events.clone()).collect();
-        let job = StageJob {
-            source: active.request.path.clone(),
-            allow_no_rollback: active.request.allow_no_rollback,
-            committed: self.committed.as_ref().map(|c| c.commit.clone()),
-            engines: self
-                .lives
-                .iter()
-                .filter_map(|(rank, life)| Some((self.ranks.get(rank)?.clone(), life.info.clone())))
-                .collect(),
-            call_timeout: self.config.call_timeout,
-            known: self.known.clone(),
-            cancel: self.cancel.flag(),
+        if active.recovery.is_some() {
+            for node in nodes {
+                self.stage_committed(node);
+            }
+            return;
+        }
+        let nodes = self.stages.in_order(nodes);
+        let engine = |rank: &EngineIndex, life: &Life| {
+            Some((self.ranks.get(rank)?.clone(), self.place(*rank), life.info.clone()))
         };
-        self.jobs.spawn(async move { Done::Staged(run, job.run(events).await) });
+        let job = StageJob {
+            engines: self.lives.iter().filter_map(|(rank, life)| engine(rank, life)).collect(),
+            call_timeout: self.config.call_timeout,
+            nodes: NodesJob {
+                id: active.id.clone(),
+                version: active.version.clone(),
+                request: active.request.clone(),
+                committed: self.committed.as_ref().map(|c| c.commit.clone()),
+                nodes: nodes.clone(),
+                model_paths: BTreeMap::new(),
+                stages: self.stages.clone(),
+                known: self.known.clone(),
+                cancel: self.cancel.flag(),
+                limit: self.config.machine.stage_timeout,
+                notes: self.notes.clone(),
+            },
+        };
+        let job = self.jobs.spawn(async move { Done::Staged(run, job.run().await) });
+        if let Some(active) = &mut self.active {
+            active.staged = nodes;
+            active.stage_job = Some(job);
+        }
+    }
+
+    fn write_begun(&mut self, begun: Begun) {
+        let run = self.run;
+        self.ledger.begun = Some(begun);
+        let write = self.write_ledger();
+        self.jobs.spawn(async move {
+            Done::Event(run, Event::BegunWritten { result: write.await.map_err(|error| error.to_string()) })
+        });
+    }
+
+    /// Writes the ledger as it is now.
+    pub(super) fn write_ledger(&mut self) -> impl Future<Output = std::io::Result<()>> + Send + 'static {
+        self.ledger_number += 1;
+        let (journal, number, ledger) = (self.journal.clone(), self.ledger_number, self.ledger.clone());
+        let write = tokio::task::spawn_blocking(move || journal.write_ledger(number, &ledger));
+        async move { write.await.map_err(std::io::Error::other)? }
     }
 
     pub(super) fn write_commit(&mut self, commit: Commit) {
@@ -165,8 +211,9 @@ impl Task {
         let request = FenceRequest { rank, incarnation, reason: why };
         let fences = self.fences.clone();
         let handle = self.ranks.get(&rank).cloned();
+        let told = handle.clone();
         let tell = async move {
-            if let Some(handle) = handle
+            if let Some(handle) = told
                 && let Err(error) = handle.tell(down).await
             {
                 error!(rank = rank.0, %error, "fenced engine");
@@ -177,6 +224,16 @@ impl Task {
         };
         if tokio::time::timeout(TELL_LIMIT, tell).await.is_err() {
             error!(rank = rank.0, limit = ?TELL_LIMIT, "fencing took too long");
+        }
+        let (run, limit) = (self.run, self.config.machine.admission_timeout * 2);
+        if let Some(mut snapshot) = handle.map(|handle| handle.snapshot) {
+            self.jobs.spawn(async move {
+                let down = snapshot.wait_for(|now| now.incarnation > incarnation || !now.admitted);
+                match tokio::time::timeout(limit, down).await {
+                    Ok(_) => Done::Event(run, Event::Fenced { rank, incarnation }),
+                    Err(_) => Done::Nothing,
+                }
+            });
         }
     }
 
@@ -196,7 +253,7 @@ impl Task {
     }
 
     pub(super) fn finish(&mut self, record: Record) {
-        let Some(active) = self.active.take() else {
+        let Some(mut active) = self.active.take() else {
             return;
         };
         let version = self.machine.snapshot().version;
@@ -209,38 +266,110 @@ impl Task {
         for warning in &record.warnings {
             warn!(id = %record.id, "{warning}");
         }
+        self.ledger.end(&record);
+        self.ledger.external_weights &= !known;
+        let ledger = self.write_ledger();
         let mut write = None;
         if let Some(committed) = &mut self.committed
             && committed.commit.id == record.id
         {
-            committed.record = Some(record);
+            committed.record = Some(record.clone());
             write = Some(committed.clone());
         }
+        if let Some(job) = active.stage_job.take() {
+            job.abort();
+        }
+        let recovery = active.recovery.take();
+        let areas = Areas {
+            stages: self.stages.clone(),
+            nodes: if recovery.is_some() { Vec::new() } else { std::mem::take(&mut active.staged) },
+            id: active.id.clone(),
+            commit: record.committed,
+        };
+        let gates: Vec<RankHandle> = match std::mem::take(&mut self.open_admission) {
+            true => record.ranks.keys().filter_map(|rank| self.ranks.get(rank).cloned()).collect(),
+            false => Vec::new(),
+        };
+        let stay_paused = recovery.as_ref().is_some_and(|recovery| recovery.recover.stay_paused);
         let journal = self.journal.clone();
-        let (followers, guard) = (active.followers, active.guard);
+        let (followers, guard) = (std::mem::take(&mut active.followers), active.guard.take());
         // Until this is done the update counts as running.
-        self.active = Some(Active { guard: None, followers: Vec::new(), ..active });
+        self.active = Some(active);
         self.jobs.spawn(async move {
-            if let Some(committed) = write {
-                let written = tokio::task::spawn_blocking(move || journal.write(&committed)).await;
-                if let Ok(Err(error)) = written {
-                    // The commit record itself is there; only the details are lost after a restart.
+            if let Err(error) = admission(&gates, true, TELL_LIMIT).await {
+                error!("admission could not be opened: {error}");
+            }
+            let remembered = ended.clone();
+            let written = tokio::task::spawn_blocking(move || {
+                if let Some(committed) = write {
+                    journal.write(&committed)?;
+                }
+                journal.remember(&remembered)
+            });
+            for written in [written.await.map_err(std::io::Error::other).and_then(|w| w), ledger.await] {
+                if let Err(error) = written {
+                    // The commit record itself is there; only details are lost, or an end is recovered again.
                     warn!(%error, "the update's record was not written");
                 }
             }
+            areas.settle().await;
             if let Some(guard) = guard {
                 if known {
                     guard.weights_known().await;
                 }
+                if stay_paused {
+                    guard.set_paused(Some(PausedBy::Operator)).await;
+                }
                 guard.release().await;
             }
-            Done::Finished(Box::new(ended), followers)
+            Done::Finished(Box::new(ended), followers, recovery)
         });
     }
 }
 
+/// The staging areas that an update has used.
+struct Areas {
+    stages: Stages,
+    nodes: Vec<NodeId>,
+    id: UpdateId,
+    commit: bool,
+}
+
+impl Areas {
+    /// Makes what was staged current, or discards it. What fails is made up for before the next use.
+    async fn settle(self) {
+        let nodes = self.nodes.iter().filter(|node| self.stages.has_stage(**node));
+        let settled = nodes.map(async |node| {
+            let mut left = SETTLE_ATTEMPTS;
+            loop {
+                left -= 1;
+                let result = match self.commit {
+                    true => self.stages.state(*node).await.map(|state| state.staged.is_some()),
+                    false => Ok(true),
+                };
+                let result = match (result, self.commit) {
+                    // Nothing was staged there: the engines have loaded from a directory.
+                    (Ok(false), _) => Ok(()),
+                    (Ok(true), true) => self.stages.commit(*node, &self.id).await.map(|_| ()),
+                    (Ok(true), false) => self.stages.discard(*node, &self.id).await.map(|_| ()),
+                    (Err(error), _) => Err(error),
+                };
+                match result {
+                    Ok(()) => return,
+                    Err(error) if left == 0 => {
+                        warn!(id = %self.id, "staging area is not settled yet: {error}");
+                        return;
+                    }
+                    Err(_) => tokio::time::sleep(Duration::from_secs(1)).await,
+                }
+            }
+        });
+        let _: Vec<()> = join_all(settled).await;
+    }
+}
+
 /// Opens or closes the gate of all ranks.
-async fn admission(ranks: &[RankHandle], open: bool, limit: Duration) -> Result<(), String> {
+pub(super) async fn admission(ranks: &[RankHandle], open: bool, limit: Duration) -> Result<(), String> {
     let answers =
         ranks.iter().map(|rank| rank.ask("admission", limit, |reply| RankCommand::Admission { open, reply }));
     let failures: Vec<String> =

@@ -54,6 +54,9 @@ impl Task {
             started_unix_ms,
             infos: BTreeMap::new(),
             model_path: None,
+            staged: Vec::new(),
+            stage_job: None,
+            recovery: None,
             request,
         });
     }
@@ -95,7 +98,8 @@ impl Task {
             pause_deadline: request.pause_deadline,
             participants: self.lives.iter().map(|(rank, life)| (*rank, participant(*rank, life))).collect(),
             paused_before: guard.is_some_and(|guard| guard.paused_by.is_some()),
-            external_weights: external,
+            external_weights: external || self.ledger.external_weights,
+            forward_only: request.retain == Retain::None,
         }
     }
 
@@ -107,6 +111,11 @@ impl Task {
                 self.restore(ranks, reply);
             }
         }
+        if self.active.is_none()
+            && let Some((ranks, reply)) = self.adopts.pop_front()
+        {
+            self.adopt(ranks, reply);
+        }
         if self.restoring > 0 {
             return;
         }
@@ -117,12 +126,24 @@ impl Task {
             self.active = Some(active);
             return;
         }
-        let missing: Vec<String> = self
-            .ranks
-            .keys()
-            .filter(|rank| !self.lives.contains_key(rank))
-            .map(ToString::to_string)
+        let absent = self.ranks.values().filter(|handle| !self.lives.contains_key(&handle.rank));
+        let unreached: Vec<String> = absent
+            .clone()
+            .filter(|handle| {
+                let snapshot = handle.snapshot.borrow();
+                snapshot.admitted || snapshot.incarnation == Incarnation(0)
+            })
+            .map(|handle| handle.rank.to_string())
             .collect();
+        if !unreached.is_empty() {
+            let reason = format!(
+                "rank {} may be serving the current weights, but is not reached",
+                unreached.join(", ")
+            );
+            self.refuse(active, UpdateOutcome::RefusedInvalid, reason);
+            return;
+        }
+        let missing: Vec<String> = absent.map(|handle| handle.rank.to_string()).collect();
         if self.config.kind == GroupKind::Lockstep && !missing.is_empty() {
             let reason =
                 format!("the lockstep group is not complete: rank {} is not serving", missing.join(", "));

@@ -1,65 +1,49 @@
 //! Work in the background that takes more than one call: staging, and bringing engines to the committed
 //! weights.
 
+use super::nodes::NodesJob;
 use super::*;
 
-/// Checks the engines' shims, then the directories.
+/// Asks the engines' shims who they are, then stages on all nodes.
 pub(super) struct StageJob {
-    pub(super) source: PathBuf,
-    pub(super) allow_no_rollback: bool,
-    pub(super) committed: Option<Commit>,
-    pub(super) engines: Vec<(RankHandle, Option<EngineInfo>)>,
+    pub(super) engines: Vec<(RankHandle, NodeId, Option<EngineInfo>)>,
     pub(super) call_timeout: Duration,
-    pub(super) known: Known,
-    pub(super) cancel: Arc<std::sync::atomic::AtomicBool>,
+    /// Its model paths are found here.
+    pub(super) nodes: NodesJob,
 }
 
 impl StageJob {
-    pub(super) async fn run(self, events: Vec<mpsc::Sender<UpdateEvent>>) -> Result<Staged, String> {
+    pub(super) async fn run(mut self) -> Result<Staged, (NodeId, String)> {
         let limit = self.call_timeout;
-        let asked = self.engines.into_iter().map(async |(handle, info)| {
+        let asked = self.engines.into_iter().map(async |(handle, node, info)| {
             let info = match info {
                 Some(info) => Ok(info),
                 None => shim::info(&handle, limit).await,
             };
-            info.map(|info| (handle.rank, info)).map_err(|error| format!("rank {}: {error}", handle.rank))
+            let failed = |error| (node, format!("rank {}: {error}", handle.rank));
+            info.map(|info| (handle.rank, node, info)).map_err(failed)
         });
-        let infos: BTreeMap<EngineIndex, EngineInfo> =
-            join_all(asked).await.into_iter().collect::<Result<_, _>>()?;
-        let mut paths = infos.values().map(|info| info.model_path.clone());
-        let model_path = paths.next().unwrap_or_default();
-        if let Some(other) = paths.find(|path| *path != model_path) {
-            return Err(format!("engines were started from different checkpoints: {model_path} and {other}"));
+        let answers = join_all(asked).await.into_iter().collect::<Result<Vec<_>, _>>()?;
+        for (_, node, info) in &answers {
+            let path = self.nodes.model_paths.entry(*node).or_insert_with(|| info.model_path.clone());
+            if *path != info.model_path {
+                let (one, other) = (path, &info.model_path);
+                let error = format!("engines were started from different checkpoints: {one} and {other}");
+                return Err((*node, error));
+            }
         }
-        let job = Job {
-            source: self.source,
-            model_path: PathBuf::from(&model_path),
-            committed: self.committed,
-            allow_no_rollback: self.allow_no_rollback,
-        };
-        let checked = tokio::task::spawn_blocking(move || {
-            let shown = AtomicU64::new(0);
-            let progress = |progress: crate::manifest::Progress| {
-                // About a hundred steps, and the last one.
-                let step = (progress.total / 100).max(1);
-                let before = shown.load(Ordering::Relaxed);
-                if progress.done >= before + step || progress.done == progress.total {
-                    shown.fetch_max(progress.done, Ordering::Relaxed);
-                    let event = UpdateEvent::Hashing { done: progress.done, total: progress.total };
-                    for events in &events {
-                        events.try_send(event.clone()).ok();
-                    }
-                }
-            };
-            self.known.check(&job, &progress, &self.cancel)
-        });
-        let checked = checked.await.map_err(|error| error.to_string())??;
-        Ok(Staged { checked, infos, model_path })
+        let leader = self.nodes.nodes.first();
+        let model_path =
+            leader.and_then(|node| self.nodes.model_paths.get(node)).cloned().unwrap_or_default();
+        let infos = answers.into_iter().map(|(rank, _, info)| (rank, info)).collect();
+        Ok(Staged { nodes: self.nodes.run().await?, infos, model_path })
     }
 }
 
 /// Brings engines to the committed weights.
 pub(super) struct RestoreJob {
+    pub(super) stages: Stages,
+    pub(super) stage_timeout: Duration,
     pub(super) committed: Option<Committed>,
     /// No engine of this process holds the committed weights yet, so a journal that cannot be followed is
     /// better forgotten.
@@ -71,9 +55,10 @@ pub(super) struct RestoreJob {
 }
 
 impl RestoreJob {
-    pub(super) async fn run(self, handles: Vec<RankHandle>) -> Result<Restored, UpdateError> {
-        let asked =
-            handles.iter().map(async |handle| (handle.rank, shim::info(handle, self.call_timeout).await));
+    pub(super) async fn run(self, handles: Vec<(RankHandle, NodeId)>) -> Result<Restored, UpdateError> {
+        let asked = handles
+            .iter()
+            .map(async |(handle, _)| (handle.rank, shim::info(handle, self.call_timeout).await));
         let answers = join_all(asked).await;
         let mut infos = BTreeMap::new();
         for (rank, answer) in answers {
@@ -102,9 +87,23 @@ impl RestoreJob {
         if let Some(why) = self.not_to_be_followed(committed, &infos) {
             return Ok(Restored { infos, forget: Some(why) });
         }
-        let loads = handles.iter().map(async |handle| {
-            let model_path = infos.get(&handle.rank).map(|info| info.model_path.as_str());
-            self.bring(handle, commit, model_path.unwrap_or_default())
+        let model_path = |rank| infos.get(&rank).map(|info| info.model_path.as_str()).unwrap_or_default();
+        let mut checkpoints: BTreeMap<NodeId, Checkpoint> = BTreeMap::new();
+        for (handle, node) in &handles {
+            if checkpoints.contains_key(node) {
+                continue;
+            }
+            let path = model_path(handle.rank);
+            let found = on_node(&self.stages, *node, commit, path, self.stage_timeout).await;
+            match found {
+                Ok(checkpoint) => checkpoints.insert(*node, checkpoint),
+                Err(why) if self.may_forget => return Ok(Restored { infos, forget: Some(why) }),
+                Err(reason) => return Err(failed(handle.rank, commit, reason)),
+            };
+        }
+        let loads = handles.iter().map(async |(handle, node)| {
+            let checkpoint = checkpoints.get(node).unwrap_or(&commit.checkpoint);
+            self.bring(handle, commit, checkpoint, model_path(handle.rank))
                 .await
                 .map_err(|reason| failed(handle.rank, commit, reason))
         });
@@ -130,27 +129,36 @@ impl RestoreJob {
             ));
         }
         let path = &committed.commit.checkpoint.path;
+        if !committed.commit.checkpoint.extents.is_empty() {
+            return None;
+        }
         (!std::path::Path::new(path).is_dir()).then(|| format!("the committed weights in {path} are gone"))
     }
 
-    async fn bring(&self, handle: &RankHandle, commit: &Commit, model_path: &str) -> Result<(), String> {
-        if commit.checkpoint.path == model_path {
+    async fn bring(
+        &self,
+        handle: &RankHandle,
+        commit: &Commit,
+        checkpoint: &Checkpoint,
+        model_path: &str,
+    ) -> Result<(), String> {
+        if checkpoint.path == model_path {
             // The engine has read that directory itself; it must still be what was committed.
             let (known, cancel) = (self.known.clone(), self.cancel.clone());
-            let checkpoint = commit.checkpoint.clone();
+            let checkpoint = checkpoint.clone();
             let verified = tokio::task::spawn_blocking(move || known.verify(&checkpoint, &cancel)).await;
             verified.map_err(|error| error.to_string())??;
         } else {
             info!(
-                rank = handle.rank.0, version = %commit.version, path = commit.checkpoint.path,
+                rank = handle.rank.0, version = %commit.version, path = checkpoint.path,
                 "loading the committed weights"
             );
             let limit = self.load_timeout;
-            let workers = shim::load(handle, &commit.id, &commit.checkpoint, limit).await?;
+            let workers = shim::load(handle, &commit.id, checkpoint, limit).await?;
             if workers.is_empty() {
                 return Err("no worker answered to the load".to_owned());
             }
-            if let Some(fault) = workers.iter().find_map(|w| w.fault(&commit.checkpoint)) {
+            if let Some(fault) = workers.iter().find_map(|w| w.fault(checkpoint)) {
                 return Err(fault);
             }
         }
@@ -165,4 +173,18 @@ impl RestoreJob {
 
 fn failed(rank: EngineIndex, commit: &Commit, reason: String) -> UpdateError {
     UpdateError::Restore { rank, version: commit.version.clone(), reason }
+}
+
+/// What engines of a node load to hold the committed weights.
+pub(super) async fn on_node(
+    stages: &Stages,
+    node: NodeId,
+    commit: &Commit,
+    model_path: &str,
+    limit: Duration,
+) -> Result<Checkpoint, String> {
+    if commit.checkpoint.extents.is_empty() {
+        return Ok(commit.checkpoint.clone());
+    }
+    stages.ensure(node, commit, model_path, limit).await
 }

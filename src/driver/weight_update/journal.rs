@@ -1,15 +1,33 @@
-//! The last committed update on disk: one JSON file, replaced as a whole.
+//! What survives the sidecar: three files in its state directory.
+//!
+//! * `committed.json`: the last committed update. Its rename is the commit point.
+//! * `ledger.json`: which engines are not to be trusted ([`Ledger`]): written before an update touches the first
+//!   engine, and when it has ended.
+//! * `updates.jsonl`: records of the last updates, for people. Nothing is decided by it.
+//!
+//! The first two are replaced as a whole, not appended to: a file is there or not, so there is no torn tail to reason
+//! about, nothing to compact, and what a late joiner is brought to can never differ from what was committed.
 
-use std::fs::{self, File};
-use std::io::{self, Write as _};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use dp_sidecar_protocol::machine::weight_update::{Commit, Record};
+use dp_sidecar_protocol::machine::weight_update::{Commit, Ledger, Record};
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
-/// Name in the state directory.
+use super::types::UpdateRecord;
+
+/// Names in the state directory.
 const FILE: &str = "committed.json";
+const LEDGER: &str = "ledger.json";
+const HISTORY: &str = "updates.jsonl";
 const FORMAT: u32 = 1;
+/// The history is cut when it is longer, in bytes.
+const HISTORY_LIMIT: u64 = 4 << 20;
+/// So many records are kept then.
+const HISTORY_KEPT: usize = 100;
 
 /// What the file holds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -33,19 +51,19 @@ impl Committed {
 #[derive(Clone, Debug)]
 pub(super) struct Journal {
     dir: PathBuf,
+    /// Number of the newest ledger written: a write that was overtaken by a later one is left out.
+    newest: Arc<Mutex<u64>>,
 }
 
 impl Journal {
     pub(super) fn new(dir: &Path) -> Self {
-        Self { dir: dir.to_owned() }
+        Self { dir: dir.to_owned(), newest: Arc::default() }
     }
 
     /// Blocks.
     pub(super) fn read(&self) -> io::Result<Option<Committed>> {
-        let bytes = match fs::read(self.dir.join(FILE)) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error),
+        let Some(bytes) = self.read_file(FILE)? else {
+            return Ok(None);
         };
         let committed: Committed = serde_json::from_slice(&bytes)?;
         if committed.format != FORMAT {
@@ -57,10 +75,49 @@ impl Journal {
         Ok(Some(committed))
     }
 
+    /// Blocks.
+    pub(super) fn read_ledger(&self) -> io::Result<Ledger> {
+        let bytes = self.read_file(LEDGER)?;
+        Ok(bytes.map(|bytes| serde_json::from_slice(&bytes)).transpose()?.unwrap_or_default())
+    }
+
+    fn read_file(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
+        match fs::read(self.dir.join(name)) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Durable when it returns `Ok`; certainly not in force when it returns an error. Blocks.
     pub(super) fn write(&self, committed: &Committed) -> io::Result<()> {
-        let temporary = self.dir.join(format!("{FILE}.new"));
-        let result = self.replace(&temporary, committed);
+        self.replace(FILE, &serde_json::to_vec_pretty(committed)?)
+    }
+
+    /// As [`Self::write`], in the order of `number`. Blocks.
+    pub(super) fn write_ledger(&self, number: u64, ledger: &Ledger) -> io::Result<()> {
+        let mut newest = self.newest.lock();
+        if *newest < number {
+            self.replace(LEDGER, &serde_json::to_vec_pretty(ledger)?)?;
+            *newest = number;
+        }
+        Ok(())
+    }
+
+    fn replace(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
+        let temporary = self.dir.join(format!("{name}.new"));
+        let replace = || {
+            let mut file = File::create(&temporary)?;
+            file.write_all(bytes)?;
+            file.sync_all()?;
+            drop(file);
+            let dir = File::open(&self.dir)?;
+            fs::rename(&temporary, self.dir.join(name))?;
+            // The rename is in force for every reader from here. Should this fail, only a crash of the whole
+            // machine could take it back, and no engine survives that.
+            dir.sync_all().or(Ok(()))
+        };
+        let result = replace();
         if result.is_err() {
             // What is left of it does no harm: it is never read.
             fs::remove_file(&temporary).ok();
@@ -68,24 +125,56 @@ impl Journal {
         result
     }
 
-    fn replace(&self, temporary: &Path, committed: &Committed) -> io::Result<()> {
-        let mut file = File::create(temporary)?;
-        file.write_all(&serde_json::to_vec_pretty(committed)?)?;
-        file.sync_all()?;
+    /// Adds a record. Blocks.
+    pub(super) fn remember(&self, record: &UpdateRecord) -> io::Result<()> {
+        let path = self.dir.join(HISTORY);
+        let mut file = OpenOptions::new().create(true).append(true).read(true).open(&path)?;
+        let length = file.metadata()?.len();
+        let mut line = Vec::new();
+        if length > 0 {
+            let mut last = [0];
+            file.seek(SeekFrom::End(-1))?;
+            file.read_exact(&mut last)?;
+            if last != *b"\n" {
+                line.push(b'\n'); // a line was cut off by a crash
+            }
+        }
+        line.extend(serde_json::to_vec(record)?);
+        line.push(b'\n');
+        file.write_all(&line)?;
+        file.sync_data()?;
         drop(file);
-        let dir = File::open(&self.dir)?;
-        fs::rename(temporary, self.dir.join(FILE))?;
-        // The rename is in force for every reader from here. Should this fail, only a crash of the whole
-        // machine could take it back, and no engine survives that.
-        dir.sync_all().or(Ok(()))
+        if length > HISTORY_LIMIT {
+            let kept = self.history(HISTORY_KEPT)?;
+            let mut bytes = Vec::new();
+            for record in kept {
+                bytes.extend(serde_json::to_vec(&record)?);
+                bytes.push(b'\n');
+            }
+            self.replace(HISTORY, &bytes)?;
+        }
+        Ok(())
     }
 
-    /// Forgets it. Blocks.
+    /// The last records, newest last. A line that cannot be read is left out. Blocks.
+    pub(super) fn history(&self, limit: usize) -> io::Result<Vec<UpdateRecord>> {
+        let bytes = self.read_file(HISTORY)?.unwrap_or_default();
+        let lines = bytes.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+        let mut records: Vec<UpdateRecord> =
+            lines.rev().filter_map(|line| serde_json::from_slice(line).ok()).take(limit).collect();
+        records.reverse();
+        Ok(records)
+    }
+
+    /// Forgets what is committed, and all distrust: the engines have ended. Blocks.
     pub(super) fn clear(&self) -> io::Result<()> {
-        match fs::remove_file(self.dir.join(FILE)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
+        for name in [FILE, LEDGER] {
+            match fs::remove_file(self.dir.join(name)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
         }
+        Ok(())
     }
 }
 
@@ -132,5 +221,39 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join(FILE), "{").unwrap();
         assert!(Journal::new(dir.path()).read().is_err());
+    }
+
+    #[test]
+    fn the_ledger_is_written_in_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::new(dir.path());
+        let open = Ledger { operator_pause: true, ..Ledger::default() };
+        journal.write_ledger(2, &Ledger::default()).unwrap();
+        journal.write_ledger(1, &open).unwrap();
+        assert_eq!(journal.read_ledger().unwrap(), Ledger::default());
+        journal.write_ledger(3, &open).unwrap();
+        assert_eq!(Journal::new(dir.path()).read_ledger().unwrap(), open);
+    }
+
+    #[test]
+    fn a_line_of_the_history_that_was_cut_off_costs_no_other_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::new(dir.path());
+        let record = |id: &str| {
+            let record = Record { id: UpdateId(id.to_owned()), ..Record::default() };
+            UpdateRecord::ended(record, WeightVersion::default(), 0)
+        };
+        for id in ["u1", "u2"] {
+            journal.remember(&record(id)).unwrap();
+        }
+        let path = dir.path().join(HISTORY);
+        let length = fs::metadata(&path).unwrap().len();
+        File::options().write(true).open(&path).unwrap().set_len(length - 7).unwrap();
+        journal.remember(&record("u3")).unwrap();
+        let ids = |limit| -> Vec<String> {
+            journal.history(limit).unwrap().into_iter().map(|record| record.id.0).collect()
+        };
+        assert_eq!(ids(10), ["u1", "u3"]);
+        assert_eq!(ids(1), ["u3"]);
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use dp_sidecar_protocol::machine::weight_update::{Checkpoint, Commit};
+use dp_sidecar_protocol::machine::weight_update::Checkpoint;
 use parking_lot::Mutex;
 
 use crate::manifest::{Manifest, ManifestError, ManifestFile, Progress};
@@ -30,11 +30,9 @@ pub(super) struct Job {
     pub(super) source: PathBuf,
     /// Directory of the command line's checkpoint.
     pub(super) model_path: PathBuf,
-    pub(super) committed: Option<Commit>,
-    pub(super) allow_no_rollback: bool,
 }
 
-/// Both checkpoints.
+/// Both checkpoints, of one node.
 #[derive(Clone, Debug)]
 pub(super) struct Checked {
     pub(super) new: Checkpoint,
@@ -58,17 +56,13 @@ impl Drop for Cancel {
 }
 
 impl Known {
-    /// Checks the new directory against the model, hashes it, and makes sure that there is a way back.
-    /// Blocks.
+    /// Checks the new directory against the model and hashes it. Blocks.
     pub(super) fn check(
         &self,
         job: &Job,
         progress: &(dyn Fn(Progress) + Sync),
         cancel: &AtomicBool,
-    ) -> Result<Checked, String> {
-        if !job.source.is_absolute() {
-            return Err(format!("checkpoint {}: expected an absolute path", job.source.display()));
-        }
+    ) -> Result<Checkpoint, String> {
         let model = self.model(&job.model_path).map_err(|error| {
             format!("cannot read the checkpoint that the engines were started from: {error}")
         })?;
@@ -77,21 +71,8 @@ impl Known {
         let source = source.as_ref().unwrap_or(&job.source);
         let new = Manifest::read(source).map_err(|error| error.to_string())?;
         new.check_against(&model).map_err(|error| error.to_string())?;
-        // First the way back: if there is none, nothing needs to be hashed.
-        let previous = match self.previous(job, &model, cancel) {
-            Ok(previous) => Some(previous),
-            Err(reason) if job.allow_no_rollback => {
-                tracing::warn!(%reason, "no way back from this update");
-                None
-            }
-            Err(reason) => {
-                return Err(format!(
-                    "a load that fails could not be taken back: {reason}; --allow-no-rollback goes on nevertheless"
-                ));
-            }
-        };
         let digest = self.digest(&new, progress, cancel).map_err(|error| error.to_string())?;
-        Ok(Checked { new: new.checkpoint(Some(digest)), previous })
+        Ok(new.checkpoint(Some(digest)))
     }
 
     fn model(&self, path: &Path) -> Result<Manifest, ManifestError> {
@@ -103,19 +84,15 @@ impl Known {
         Ok(inner.models.entry(path.to_owned()).or_insert(manifest).clone())
     }
 
-    /// What the engines hold now, checked to be what it was when they loaded it.
-    fn previous(&self, job: &Job, model: &Manifest, cancel: &AtomicBool) -> Result<Checkpoint, String> {
-        let gone = |path: &str, error: &dyn std::fmt::Display| {
-            format!("the directory of the current weights, {path}, cannot be used: {error}")
+    /// The checkpoint that the engines were started from, checked to be what it was when it was first seen. Blocks.
+    pub(super) fn startup(&self, path: &Path, cancel: &AtomicBool) -> Result<Checkpoint, String> {
+        let gone = |error: &dyn std::fmt::Display| {
+            format!("the directory of the current weights, {}, cannot be used: {error}", path.display())
         };
-        let Some(commit) = &job.committed else {
-            let path = model.path.to_string_lossy();
-            model.check_unchanged().map_err(|error| gone(&path, &error))?;
-            let digest = self.digest(model, &|_| {}, cancel).map_err(|error| gone(&path, &error))?;
-            return Ok(model.checkpoint(Some(digest)));
-        };
-        self.verify(&commit.checkpoint, cancel).map_err(|error| gone(&commit.checkpoint.path, &error))?;
-        Ok(commit.checkpoint.clone())
+        let model = self.model(path).map_err(|error| gone(&error))?;
+        model.check_unchanged().map_err(|error| gone(&error))?;
+        let digest = self.digest(&model, &|_| {}, cancel).map_err(|error| gone(&error))?;
+        Ok(model.checkpoint(Some(digest)))
     }
 
     /// Whether a directory still holds what it held when it was committed. Blocks.

@@ -253,6 +253,11 @@ pub(super) fn outcome_of(refusal: &Refusal) -> UpdateOutcome {
 
 fn message(record: &Record, version: &WeightVersion) -> String {
     let id = &record.id;
+    if record.recovered {
+        let what = if record.committed { "forward" } else { "back" };
+        let error = record.error.as_deref().map(|error| format!(": {error}")).unwrap_or_default();
+        return format!("update {id} rolled {what} after a restart of the sidecar to {version}{error}");
+    }
     let error = record.error.as_deref().unwrap_or("no reason given");
     let seconds = |ms: u64| format!("{}.{:03} s", ms / 1000, ms % 1000);
     match &record.outcome {
@@ -288,6 +293,12 @@ pub struct UpdateStatus {
     pub version: WeightVersion,
     /// Where they are; none before the first update (the command line's checkpoint then).
     pub committed: Option<Checkpoint>,
+    /// Where they came from: a directory, or `upload:ID`.
+    #[serde(default)]
+    pub source: Option<String>,
+    /// How far the nodes are that stage the running update.
+    #[serde(default)]
+    pub staging: BTreeMap<NodeId, StageProgress>,
     /// What each engine that can be updated holds. Not there: it is being started, or just loads.
     pub held: BTreeMap<EngineIndex, WeightVersion>,
     /// The running update.
@@ -322,6 +333,12 @@ pub enum UpdateError {
     NotRunning {
         /// The one that was asked for; none: any.
         id: Option<UpdateId>,
+    },
+    /// Engines that live on cannot be taken over as they are.
+    #[error("engines cannot be taken over: {reason}")]
+    Adopt {
+        /// Why.
+        reason: String,
     },
     /// An engine could not be brought to the committed weights.
     #[error("rank {rank}: cannot be brought to weight version {version}: {reason}")]

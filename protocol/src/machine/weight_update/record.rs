@@ -17,6 +17,9 @@ pub struct Commit {
     pub version: WeightVersion,
     /// Where they are on the leader's node.
     pub checkpoint: Checkpoint,
+    /// Where they came from: a directory, or `upload:ID`.
+    #[serde(default)]
+    pub source: String,
     /// Where they are on each node that took part.
     #[serde(default)]
     pub nodes: BTreeMap<NodeId, Checkpoint>,
@@ -112,7 +115,11 @@ impl Record {
             outcome: Outcome::Committed,
             committed: true,
             to_version: commit.version.clone(),
-            source: commit.checkpoint.path.clone(),
+            source: if commit.source.is_empty() {
+                commit.checkpoint.path.clone()
+            } else {
+                commit.source.clone()
+            },
             checkpoint: Some(commit.checkpoint.clone()),
             warnings: vec![
                 "the sidecar ended between the commit point and the end of this update".to_owned(),

@@ -397,9 +397,10 @@ impl Run {
         let pausing = matches!(self.step, Step::Pausing { .. });
         #[cfg(test)]
         let pausing = pausing && self.mutation != Some(super::Mutation::TrustFences);
-        !self.ranks.values().any(|state| {
-            (state.active && (state.waiting || state.stamping)) || (pausing && state.fencing)
-        })
+        !self
+            .ranks
+            .values()
+            .any(|state| (state.active && (state.waiting || state.stamping)) || (pausing && state.fencing))
     }
 
     // --- small things ---

@@ -146,6 +146,7 @@ impl World {
             id: UpdateId("none".to_owned()),
             version: WeightVersion::default(),
             checkpoint: checkpoint("start"),
+            source: "start".to_owned(),
             nodes: BTreeMap::new(),
         };
         let engine = Engine {

@@ -127,7 +127,10 @@ impl Run {
     pub(super) fn fence_fails(&mut self) {
         let silent: Vec<String> =
             self.ranks.iter().filter(|(_, state)| state.fencing).map(|(rank, _)| rank.to_string()).collect();
-        self.warn(format!("rank {} was fenced, but may still serve: its node is not reached", silent.join(", ")));
+        self.warn(format!(
+            "rank {} was fenced, but may still serve: its node is not reached",
+            silent.join(", ")
+        ));
         self.aborted = true;
         for state in self.ranks.values_mut() {
             state.fencing = false;

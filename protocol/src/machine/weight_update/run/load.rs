@@ -181,6 +181,7 @@ impl Run {
                 id: self.begin.id.clone(),
                 version: self.begin.to_version.clone(),
                 checkpoint: self.new.values().next().cloned().unwrap_or_default(),
+                source: self.begin.source.clone(),
                 nodes: self.new.clone(),
             },
         });

@@ -26,8 +26,9 @@ impl Run {
         if expected.is_some() && new.digest != expected {
             let (expected, actual) = (expected.as_deref().unwrap_or("none"), new.digest.as_deref());
             let actual = actual.unwrap_or("none");
-            let error =
-                format!("node {node} has other weights than the committed ones: digest {actual}, expected {expected}");
+            let error = format!(
+                "node {node} has other weights than the committed ones: digest {actual}, expected {expected}"
+            );
             self.fence_nodes(cx, &BTreeSet::from([node]), &error);
             self.advance(cx);
             return;

@@ -171,7 +171,8 @@ impl World {
         if !self.leader {
             return;
         }
-        let there: Vec<usize> = (0..self.engines.len()).filter(|rank| self.node_of(*rank).0 == node).collect();
+        let there: Vec<usize> =
+            (0..self.engines.len()).filter(|rank| self.node_of(*rank).0 == node).collect();
         let mut unknown = Vec::new();
         for rank in there {
             let engine = &self.engines[rank];

@@ -22,9 +22,8 @@ impl World {
         if !self.leader {
             return; // nobody listens
         }
-        let unseen = |(rank, engine): (usize, &Engine)| {
-            engine.alive && engine.admitted && !self.lives.contains(&rank)
-        };
+        let unseen =
+            |(rank, engine): (usize, &Engine)| engine.alive && engine.admitted && !self.lives.contains(&rank);
         if idle && !repeated && self.engines.iter().enumerate().any(unseen) {
             return; // the driver refuses: an engine may be serving that it does not reach
         }

@@ -1,0 +1,285 @@
+//! Staging of an update on all nodes: where the bytes come from, and the way back.
+
+use super::super::handles::{StageSource, StageSpec, StageState};
+use super::*;
+
+/// At most so often the progress of a node is told.
+const SHOW: Duration = Duration::from_millis(250);
+/// The work behind a missing way back ends with this.
+const NO_WAY_BACK: &str = "--allow-no-rollback goes on nevertheless";
+
+/// What is to be staged.
+pub(super) struct NodesJob {
+    pub(super) id: UpdateId,
+    pub(super) version: WeightVersion,
+    pub(super) request: UpdateRequest,
+    pub(super) committed: Option<Commit>,
+    /// In the order of the chain: the leader first.
+    pub(super) nodes: Vec<NodeId>,
+    /// Start-up checkpoint of each node.
+    pub(super) model_paths: BTreeMap<NodeId, String>,
+    pub(super) stages: Stages,
+    pub(super) known: Known,
+    pub(super) cancel: Arc<std::sync::atomic::AtomicBool>,
+    pub(super) limit: Duration,
+    pub(super) notes: mpsc::Sender<UpdateEvent>,
+}
+
+/// How the bytes reach the engines.
+enum Plan {
+    /// Engines load from this directory, which all nodes can read.
+    Directory,
+    /// Every node takes this directory into its memory.
+    Shared(String),
+    /// The leader takes it, and passes it on.
+    Chain(StageSource),
+}
+
+impl NodesJob {
+    pub(super) async fn run(self) -> Result<BTreeMap<NodeId, Checked>, (NodeId, String)> {
+        let leader = self.nodes.first().copied().unwrap_or_default();
+        let on_leader = |error: String| (leader, error);
+        let plan = self.plan(leader).await.map_err(on_leader)?;
+        if matches!(plan, Plan::Directory) {
+            return self.from_directory(leader).await.map_err(on_leader);
+        }
+        let mut previous = BTreeMap::new();
+        for &node in &self.nodes {
+            let state = self.settled(node).await.map_err(|error| (node, error))?;
+            let found = self.previous_in(leader, node, &state).await.map_err(|error| (node, error))?;
+            previous.insert(node, found);
+        }
+        let mut downstream = None;
+        for &node in self.nodes.iter().rev() {
+            let source = match &plan {
+                Plan::Shared(path) => StageSource::Directory(path.clone()),
+                Plan::Chain(source) if node == leader => source.clone(),
+                _ => StageSource::Upstream,
+            };
+            let chained = matches!(plan, Plan::Chain(_));
+            let spec = StageSpec {
+                id: self.id.clone(),
+                version: self.version.clone(),
+                source,
+                downstream: downstream.filter(|_| chained),
+                retain: self.request.retain,
+                model_path: self.model_paths.get(&node).cloned(),
+            };
+            let awaits_bytes = spec.source == StageSource::Upstream;
+            let begun = self.stages.begin(node, spec).await.map_err(|error| (node, error))?;
+            if awaits_bytes {
+                let address = begun.data_address.ok_or_else(|| {
+                    (node, format!("{}: it opened no data address", self.stages.name(node)))
+                })?;
+                downstream = Some(address);
+            }
+        }
+        let shown = self.nodes.iter().map(|node| self.show(*node));
+        let staged = self.nodes.iter().map(async |node| {
+            let staged = self.stages.staged(*node, &self.id, self.limit).await;
+            staged.map(|new| (*node, new)).map_err(|error| (*node, error))
+        });
+        let staged = tokio::select! {
+            staged = futures::future::try_join_all(staged) => staged?,
+            _ = join_all(shown) => Vec::new(),
+        };
+        let both = |(node, new)| (node, Checked { new, previous: previous.get(&node).cloned().flatten() });
+        Ok(staged.into_iter().map(both).collect())
+    }
+
+    /// Tells of a node's progress, for ever.
+    async fn show(&self, node: NodeId) {
+        let Some(mut seen) = self.stages.seen(node) else {
+            return std::future::pending().await;
+        };
+        let (mut told, mut done) = (Instant::now(), 0);
+        loop {
+            let progress = seen.borrow_and_update().progress.clone().filter(|(id, _)| *id == self.id);
+            if let Some((_, progress)) = progress
+                && progress.done != done
+            {
+                let ms = u64::try_from(told.elapsed().as_millis()).unwrap_or(u64::MAX).max(1);
+                let rate = progress.done.saturating_sub(done).saturating_mul(1000) / ms;
+                (told, done) = (Instant::now(), progress.done);
+                let name = self.stages.name(node);
+                self.notes.try_send(UpdateEvent::Staging { node, name, progress, rate }).ok();
+            }
+            if seen.changed().await.is_err() {
+                return std::future::pending().await;
+            }
+            if !told.elapsed().is_zero() && told.elapsed() < SHOW {
+                tokio::time::sleep(SHOW.saturating_sub(told.elapsed())).await;
+            }
+        }
+    }
+
+    async fn plan(&self, leader: NodeId) -> Result<Plan, String> {
+        let path = match &self.request.source {
+            UpdateSource::Upload(upload) => {
+                return Ok(Plan::Chain(StageSource::Upload(upload.clone())));
+            }
+            _ => self.request.path.clone(),
+        };
+        if !path.is_absolute() {
+            return Err(format!("checkpoint {}: expected an absolute path", path.display()));
+        }
+        if !self.nodes.iter().any(|node| self.stages.has_stage(*node)) {
+            return Ok(Plan::Directory);
+        }
+        // What a link points to: links such as `latest` are moved when the next checkpoint comes.
+        let path = path.canonicalize().unwrap_or(path);
+        let path = path.to_str().ok_or("the path is not UTF-8")?.to_owned();
+        let shared = match self.request.source {
+            UpdateSource::Leader => self.nodes.len() == 1,
+            _ => self.is_shared(leader, &path).await?,
+        };
+        match self.request.source {
+            UpdateSource::Shared if !shared => Err(format!("not every node sees the same files in {path}")),
+            _ if shared && self.request.retain == Retain::Disk => Ok(Plan::Directory),
+            _ if shared => Ok(Plan::Shared(path)),
+            _ => Ok(Plan::Chain(StageSource::Directory(path))),
+        }
+    }
+
+    async fn is_shared(&self, leader: NodeId, path: &str) -> Result<bool, String> {
+        if self.nodes.len() == 1 {
+            return Ok(true);
+        }
+        let probes = join_all(self.nodes.iter().map(|node| self.stages.probe(*node, path))).await;
+        let mut digests = probes.into_iter().collect::<Result<Vec<_>, _>>()?.into_iter();
+        let Some(Some(first)) = digests.next() else {
+            return Err(format!("{} cannot read {path}", self.stages.name(leader)));
+        };
+        Ok(digests.all(|digest| digest.as_ref() == Some(&first)))
+    }
+
+    /// The state of a node, after what the last update may have left undone.
+    async fn settled(&self, node: NodeId) -> Result<StageState, String> {
+        let mut state = self.stages.state(node).await?;
+        if let Some((running, _)) = state.running.clone() {
+            state = self.stages.discard(node, &running).await?;
+        }
+        let Some(staged) = &state.staged else {
+            return Ok(state);
+        };
+        if self.committed.as_ref().is_some_and(|commit| commit.id == staged.id) {
+            return self.stages.commit(node, &staged.id.clone()).await;
+        }
+        if staged.id != self.id {
+            return self.stages.discard(node, &staged.id.clone()).await;
+        }
+        Ok(state)
+    }
+
+    /// Engines load from the directory, as the leader sees it.
+    async fn from_directory(&self, leader: NodeId) -> Result<BTreeMap<NodeId, Checked>, String> {
+        let job = Job {
+            source: self.request.path.clone(),
+            model_path: PathBuf::from(self.model_paths.get(&leader).cloned().unwrap_or_default()),
+        };
+        let previous = self.previous_in(leader, leader, &StageState::default()).await?;
+        let (known, cancel, notes) = (self.known.clone(), self.cancel.clone(), self.notes.clone());
+        let new = tokio::task::spawn_blocking(move || {
+            let shown = AtomicU64::new(0);
+            let progress = |progress: crate::manifest::Progress| {
+                // About a hundred steps, and the last one.
+                let step = (progress.total / 100).max(1);
+                let before = shown.load(Ordering::Relaxed);
+                if progress.done >= before + step || progress.done == progress.total {
+                    shown.fetch_max(progress.done, Ordering::Relaxed);
+                    let event = UpdateEvent::Hashing { done: progress.done, total: progress.total };
+                    notes.try_send(event).ok();
+                }
+            };
+            known.check(&job, &progress, &cancel)
+        });
+        let new = new.await.map_err(|error| error.to_string())??;
+        let mut all = BTreeMap::new();
+        for &node in &self.nodes {
+            let previous = match node == leader {
+                true => previous.clone(),
+                false => self.previous_in(leader, node, &StageState::default()).await?,
+            };
+            all.insert(node, Checked { new: new.clone(), previous });
+        }
+        Ok(all)
+    }
+
+    /// The way back on a node.
+    async fn previous_in(
+        &self,
+        leader: NodeId,
+        node: NodeId,
+        state: &StageState,
+    ) -> Result<Option<Checkpoint>, String> {
+        if self.request.retain == Retain::None {
+            return Ok(None);
+        }
+        match self.way_back(leader, node, state).await {
+            Ok(previous) => Ok(Some(previous)),
+            Err(reason) if self.request.allow_no_rollback => {
+                warn!(%reason, "no way back from this update");
+                Ok(None)
+            }
+            Err(reason) => Err(format!("a load that fails could not be taken back: {reason}; {NO_WAY_BACK}")),
+        }
+    }
+
+    async fn way_back(&self, leader: NodeId, node: NodeId, state: &StageState) -> Result<Checkpoint, String> {
+        let Some(commit) = &self.committed else {
+            let path = |node| self.model_paths.get(&node).map(String::as_str).unwrap_or_default();
+            return startup(
+                &self.stages,
+                &self.known,
+                &self.cancel,
+                (leader, path(leader)),
+                (node, path(node)),
+            )
+            .await;
+        };
+        if let Some(current) = state.current.as_ref().filter(|current| current.id == commit.id)
+            && self.request.retain == Retain::Memory
+        {
+            return Ok(current.checkpoint.clone());
+        }
+        if !commit.checkpoint.extents.is_empty() {
+            return Err(format!(
+                "{} does not keep the current weights, {}, in memory",
+                self.stages.name(node),
+                commit.version
+            ));
+        }
+        let (known, cancel, checkpoint) =
+            (self.known.clone(), self.cancel.clone(), commit.checkpoint.clone());
+        let verified = tokio::task::spawn_blocking(move || known.verify(&checkpoint, &cancel)).await;
+        verified.map_err(|error| error.to_string())?.map_err(|error| {
+            let path = &commit.checkpoint.path;
+            format!("the directory of the current weights, {path}, cannot be used: {error}")
+        })?;
+        Ok(commit.checkpoint.clone())
+    }
+}
+
+/// The checkpoint that the engines of a node were started from, as the leader knows it.
+pub(super) async fn startup(
+    stages: &Stages,
+    known: &Known,
+    cancel: &Arc<std::sync::atomic::AtomicBool>,
+    (leader, leaders_path): (NodeId, &str),
+    (node, path): (NodeId, &str),
+) -> Result<Checkpoint, String> {
+    let (known, cancel, model) = (known.clone(), cancel.clone(), PathBuf::from(leaders_path));
+    let found = tokio::task::spawn_blocking(move || known.startup(&model, &cancel)).await;
+    let found = found.map_err(|error| error.to_string())??;
+    if node == leader {
+        return Ok(found);
+    }
+    let (ours, theirs) = (stages.probe(leader, leaders_path).await?, stages.probe(node, path).await?);
+    if ours.is_none() || ours != theirs {
+        return Err(format!(
+            "{} was started from other files in {path} than the leader in {leaders_path}",
+            stages.name(node)
+        ));
+    }
+    Ok(Checkpoint { path: path.to_owned(), ..found })
+}

@@ -1,0 +1,267 @@
+//! The staging areas of all nodes: what is asked of them, and what they report.
+
+use tokio::sync::Semaphore;
+
+use super::super::handles::{
+    StageCommand, StageEvent, StageHandle, StageProgress, StageRequest, StageSource, StageSpec, StageState,
+    ask,
+};
+use super::*;
+
+/// For answers that need no bytes.
+const ANSWER: Duration = Duration::from_secs(30);
+/// For the beginning: headers are read, memory is set up.
+const BEGIN: Duration = Duration::from_secs(600);
+/// Reports may be lost with a connection: the state is looked at as well.
+const LOOK: Duration = Duration::from_secs(2);
+/// So often in a row a node that should be staging may say that it is not.
+const IDLE_LOOKS: u32 = 3;
+
+/// What was last heard of a node.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Seen {
+    pub(super) progress: Option<(UpdateId, StageProgress)>,
+    ended: Option<(UpdateId, Result<Checkpoint, String>)>,
+}
+
+#[derive(Debug)]
+struct Node {
+    name: String,
+    first: EngineIndex,
+    handle: Option<StageHandle>,
+    seen: Arc<watch::Sender<Seen>>,
+}
+
+/// All nodes.
+#[derive(Clone, Debug)]
+pub(super) struct Stages {
+    nodes: Arc<BTreeMap<NodeId, Node>>,
+    /// One node at a time is given what it lacks.
+    turn: Arc<Semaphore>,
+}
+
+impl Stages {
+    /// Listens to the nodes until `stop`.
+    pub(super) fn new(nodes: Vec<UpdateNode>, tracker: &TaskTracker, stop: &CancellationToken) -> Self {
+        let mut all = BTreeMap::new();
+        for node in nodes {
+            let seen = Arc::new(watch::Sender::new(Seen::default()));
+            let UpdateNode { id, name, ranks, stage, mut events } = node;
+            let publish = seen.clone();
+            tracker.spawn(stop.clone().run_until_cancelled_owned(async move {
+                while let Some(event) = events.recv().await {
+                    publish.send_modify(|seen| seen.take(event));
+                }
+            }));
+            let first = ranks.into_iter().min().unwrap_or(EngineIndex(u16::MAX));
+            all.insert(id, Node { name, first, handle: stage, seen });
+        }
+        Self { nodes: Arc::new(all), turn: Arc::new(Semaphore::new(1)) }
+    }
+
+    /// In the order of their first rank: the leader first.
+    pub(super) fn in_order(&self, mut nodes: Vec<NodeId>) -> Vec<NodeId> {
+        nodes.sort_by_key(|node| self.nodes.get(node).map(|known| known.first));
+        nodes
+    }
+
+    pub(super) fn name(&self, node: NodeId) -> String {
+        self.nodes.get(&node).map_or_else(|| format!("node {node}"), |node| node.name.clone())
+    }
+
+    pub(super) fn has_stage(&self, node: NodeId) -> bool {
+        self.nodes.get(&node).is_some_and(|node| node.handle.is_some())
+    }
+
+    pub(super) fn seen(&self, node: NodeId) -> Option<watch::Receiver<Seen>> {
+        self.nodes.get(&node).map(|node| node.seen.subscribe())
+    }
+
+    async fn ask(&self, node: NodeId, limit: Duration, request: StageRequest) -> Result<StageState, String> {
+        let name = self.name(node);
+        let known = self.nodes.get(&node).and_then(|node| node.handle.as_ref());
+        let handle = known.ok_or_else(|| format!("{name} has no staging area"))?;
+        let what = format!("staging of {name}");
+        let asked = ask(&handle.commands, "staging", what, limit, |reply| StageCommand { request, reply });
+        asked.await.map_err(|error| format!("{name}: {error}"))
+    }
+
+    pub(super) async fn state(&self, node: NodeId) -> Result<StageState, String> {
+        self.ask(node, ANSWER, StageRequest::State).await
+    }
+
+    /// What a node sees at a path; none: it cannot read it.
+    pub(super) async fn probe(&self, node: NodeId, path: &str) -> Result<Option<String>, String> {
+        let probed = self.ask(node, BEGIN, StageRequest::Probe { path: path.to_owned() }).await?;
+        Ok(probed.probed)
+    }
+
+    pub(super) async fn commit(&self, node: NodeId, id: &UpdateId) -> Result<StageState, String> {
+        self.ask(node, ANSWER, StageRequest::Commit { id: id.clone() }).await
+    }
+
+    pub(super) async fn discard(&self, node: NodeId, id: &UpdateId) -> Result<StageState, String> {
+        self.ask(node, ANSWER, StageRequest::Discard { id: id.clone() }).await
+    }
+
+    pub(super) async fn begin(&self, node: NodeId, spec: StageSpec) -> Result<StageState, String> {
+        if let Some(known) = self.nodes.get(&node) {
+            known.seen.send_modify(|seen| {
+                if seen.ended.as_ref().is_some_and(|(id, _)| *id == spec.id) {
+                    seen.ended = None;
+                }
+            });
+        }
+        self.ask(node, BEGIN, StageRequest::Begin(spec)).await
+    }
+
+    /// Waits until a node that has begun is done.
+    pub(super) async fn staged(
+        &self,
+        node: NodeId,
+        id: &UpdateId,
+        limit: Duration,
+    ) -> Result<Checkpoint, String> {
+        let waiting = async {
+            let name = self.name(node);
+            let mut seen = self.seen(node).ok_or_else(|| format!("{name} is not known"))?;
+            let mut idle = 0;
+            loop {
+                let ended = seen.borrow_and_update().ended.clone().filter(|(of, _)| of == id);
+                if let Some((_, result)) = ended {
+                    return result.map_err(|error| format!("{name}: {error}"));
+                }
+                if let Ok(changed) = tokio::time::timeout(LOOK, seen.changed()).await {
+                    changed.map_err(|_| format!("{name}: its staging area has ended"))?;
+                    continue;
+                }
+                let Ok(state) = self.state(node).await else {
+                    continue; // it may come back, until the limit
+                };
+                let found = [&state.staged, &state.current].into_iter().flatten().find(|v| v.id == *id);
+                if let Some(version) = found {
+                    return Ok(version.checkpoint.clone());
+                }
+                idle = if state.running.is_some() { 0 } else { idle + 1 };
+                if idle == IDLE_LOOKS {
+                    return Err(format!("{name} was started again and has forgotten update {id}"));
+                }
+            }
+        };
+        let late = |_| Err(format!("{} has not staged {id} within {limit:?}", self.name(node)));
+        tokio::time::timeout(limit, waiting).await.unwrap_or_else(late)
+    }
+
+    /// Makes sure that a node holds the committed version in its current segment. Bytes come from a node that has
+    /// them, else from the directory they came from.
+    pub(super) async fn ensure(
+        &self,
+        node: NodeId,
+        commit: &Commit,
+        model_path: &str,
+        limit: Duration,
+    ) -> Result<Checkpoint, String> {
+        let _turn = tokio::time::timeout(limit, self.turn.acquire()).await;
+        let state = self.state(node).await?;
+        if let Some(current) = state.current.filter(|current| current.id == commit.id) {
+            return Ok(current.checkpoint);
+        }
+        if state.staged.is_some_and(|staged| staged.id == commit.id) {
+            return self.committed(node, commit).await;
+        }
+        if let Some((id, _)) = state.running {
+            // Of a leader that has ended.
+            self.discard(node, &id).await?;
+        }
+        let spec = |source| StageSpec {
+            id: commit.id.clone(),
+            version: commit.version.clone(),
+            source,
+            downstream: None,
+            retain: Retain::Memory,
+            model_path: Some(model_path.to_owned()),
+        };
+        let mut why = "no node has it".to_owned();
+        for other in self.nodes.keys().copied().filter(|other| *other != node && self.has_stage(*other)) {
+            let state = self.state(other).await;
+            if !state.is_ok_and(|state| state.current.is_some_and(|current| current.id == commit.id)) {
+                continue;
+            }
+            info!(version = %commit.version, from = self.name(other), to = self.name(node), "passing the committed weights on");
+            match self.pass_on(other, node, &spec(StageSource::Upstream), commit, limit).await {
+                Ok(checkpoint) => return Ok(checkpoint),
+                Err(error) => why = error,
+            }
+            self.discard(node, &commit.id).await.ok();
+        }
+        if commit.source.starts_with('/') {
+            info!(version = %commit.version, path = commit.source, node = self.name(node), "staging the committed weights again");
+            let staged = async {
+                self.begin(node, spec(StageSource::Directory(commit.source.clone()))).await?;
+                self.take(node, commit, limit).await
+            };
+            match staged.await {
+                Ok(checkpoint) => return Ok(checkpoint),
+                Err(error) => why = format!("{why}; {error}"),
+            }
+            self.discard(node, &commit.id).await.ok();
+        }
+        Err(format!("{}: the committed weights cannot be had: {why}", self.name(node)))
+    }
+
+    async fn pass_on(
+        &self,
+        from: NodeId,
+        to: NodeId,
+        spec: &StageSpec,
+        commit: &Commit,
+        limit: Duration,
+    ) -> Result<Checkpoint, String> {
+        let begun = self.begin(to, spec.clone()).await?;
+        let source = StageSpec {
+            source: StageSource::Current,
+            downstream: Some(begun.data_address.ok_or("no data address")?),
+            model_path: None,
+            ..spec.clone()
+        };
+        self.begin(from, source).await?;
+        self.take(to, commit, limit).await
+    }
+
+    /// Waits for the bytes, compares them with the commit record, and makes them current.
+    async fn take(&self, node: NodeId, commit: &Commit, limit: Duration) -> Result<Checkpoint, String> {
+        let checkpoint = self.staged(node, &commit.id, limit).await?;
+        let (actual, expected) = (&checkpoint.digest, &commit.checkpoint.digest);
+        if actual != expected {
+            let text = |digest: &Option<String>| digest.clone().unwrap_or_else(|| "none".to_owned());
+            return Err(format!(
+                "{} has other weights than the committed ones: digest {}, expected {}",
+                self.name(node),
+                text(actual),
+                text(expected)
+            ));
+        }
+        self.committed(node, commit).await
+    }
+
+    async fn committed(&self, node: NodeId, commit: &Commit) -> Result<Checkpoint, String> {
+        let state = self.commit(node, &commit.id).await?;
+        let current = state.current.filter(|current| current.id == commit.id);
+        current
+            .map(|current| current.checkpoint)
+            .ok_or_else(|| format!("{} did not make {} current", self.name(node), commit.version))
+    }
+}
+
+impl Seen {
+    fn take(&mut self, event: StageEvent) {
+        match event {
+            StageEvent::Progress { id, progress } => self.progress = Some((id, progress)),
+            StageEvent::Staged { id, checkpoint, progress } => {
+                self.progress = Some((id.clone(), progress));
+                self.ended = Some((id, Ok(checkpoint)));
+            }
+            StageEvent::Failed { id, error } => self.ended = Some((id, Err(error))),
+        }
+    }
+}
