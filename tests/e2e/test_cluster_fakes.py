@@ -6,11 +6,18 @@ The tests of one kind share a deployment and come in this order; each leaves it 
 
 from __future__ import annotations
 
+import os
+import secrets
+import signal
+import socket
+import time
+
 import pytest
 from cluster import Cluster
 from conftest import new_world
 from deployment import Deployment
 from fakes import FakeModels, build
+from processes import wait_for
 
 HOSTS = 3
 PER_NODE = 2
@@ -53,3 +60,138 @@ def test_an_update_reaches_all_nodes_and_mixes_nothing(deployment):
     seen = {deployment.models.seed_of(a.prompt, a.tokens) for a in load.answers}
     assert seen == {old, new}
     deployment.check_serving(new)
+
+
+def test_strangers_at_the_leaders_port_are_refused_and_cost_nobody(deployment, tmp_path):
+    leader, host = deployment.leader, deployment.hosts[1]
+    pids = deployment.engine_pids()
+    wrong = tmp_path / "wrong-token"
+    wrong.write_text(secrets.token_hex(16))
+    flags = ["--leader", deployment.leader_address, "--auth-token-file"]
+    with deployment.load(COUNT, clients=1) as load:
+        load.wait_answers(2)
+        # Says nothing, says garbage, says much.
+        address = (deployment.hosts[0].address, int(deployment.leader_address.rpartition(":")[2]))
+        for words in (b"", b"GET / HTTP/1.1\r\n\r\n", bytes(1 << 20), b"\xff" * 64):
+            with socket.create_connection(address, 5) as stranger:
+                stranger.settimeout(20)
+                try:
+                    stranger.sendall(words)
+                    stranger.shutdown(socket.SHUT_WR)
+                    while stranger.recv(1 << 16):
+                        pass
+                except ConnectionError:
+                    pass
+        # Knows another secret; claims ranks that somebody has.
+        for name, token in (("wrong-token", wrong), ("second-claim", deployment.token)):
+            stranger = deployment.world.sidecar(
+                name,
+                [*flags, str(token), "--startup-timeout", "3s"],
+                [deployment.models.path(0)],
+                size=deployment.size,
+                rank=PER_NODE,
+                local=PER_NODE,
+                node=host,
+            )
+            assert stranger.wait_exit(30) != 0
+        load.wait_answers(2)
+    assert not deployment.bad(load.answers, deployment.seed)
+    assert deployment.engine_pids() == pids
+    assert leader.status()["sidecar"]["state"] == "serving"
+    deployment.check_serving()
+
+
+@pytest.mark.parametrize("host", [1, 0])
+def test_a_cable_cut_for_three_seconds_costs_nothing(deployment, host):
+    pids = deployment.engine_pids()
+    with deployment.load(COUNT) as load:
+        load.wait_answers(4)
+        with deployment.hosts[host].unplugged():
+            # The time is what is tested.
+            time.sleep(3)
+        load.wait_answers(12)
+        deployment.wait_serving()
+    assert not deployment.bad(load.answers, deployment.seed)
+    assert deployment.engine_pids() == pids
+    deployment.check_serving()
+
+
+@pytest.mark.parametrize("index", [1, 0])
+def test_a_killed_sidecar_comes_back_and_no_request_is_lost(deployment, index):
+    pids = deployment.engine_pids()
+    with deployment.load(COUNT) as load:
+        load.wait_answers(8)
+        deployment.sidecar(index).kill()
+        # Nobody is there, and all ranks go on answering.
+        load.wait_answers(12)
+        deployment.start_sidecar(index)
+        deployment.wait_serving()
+        deployment.leader.wait_attached(*deployment.frontends)
+        load.wait_answers(12)
+    assert not deployment.bad(load.answers, deployment.seed)
+    assert deployment.engine_pids() == pids, "engines were started again"
+    deployment.check_serving()
+    # And it is in charge again.
+    deployment.update(1 - deployment.seed)
+    deployment.check_serving()
+
+
+def test_all_sidecars_killed_at_once_come_back_and_no_request_is_lost(deployment):
+    pids = deployment.engine_pids()
+    with deployment.load(COUNT) as load:
+        load.wait_answers(8)
+        for index in range(HOSTS):
+            deployment.sidecar(index).kill()
+        load.wait_answers(6)
+        for index in range(HOSTS):
+            deployment.start_sidecar(index)
+        deployment.wait_serving()
+        load.wait_answers(12)
+    assert not deployment.bad(load.answers, deployment.seed)
+    assert deployment.engine_pids() == pids, "engines were started again"
+    deployment.check_serving()
+
+
+def test_an_engine_killed_on_a_follower_comes_back_at_the_committed_weights(deployment):
+    deployment.update(1 - deployment.seed)
+    rank = PER_NODE + 1
+    before = deployment.engine_pids()
+    with deployment.load(COUNT) as load:
+        load.wait_answers(6)
+        deployment.kill_engine(rank)
+        wait_for(
+            f"rank {rank} has another process",
+            30,
+            lambda: deployment.engine_pids()[rank] not in (before[rank], [None]),
+            deployment.logs,
+        )
+        deployment.wait_serving()
+        load.wait_answers(6)
+    for answer in load.answers:
+        assert answer.status is not None, f"hung or cut: {answer}"
+        if answer.tokens:
+            given = deployment.models.seed_of(answer.prompt, answer.tokens)
+            assert given == deployment.seed, answer
+    after = deployment.engine_pids()
+    if deployment.models.kind == "dense":
+        del before[rank], after[rank]
+        assert after == before
+    deployment.check_serving()
+
+
+def test_a_killed_frontend_costs_only_its_own_requests(deployment):
+    alpha, beta = deployment.frontends
+    with deployment.load(COUNT) as load:
+        load.wait_answers(4, of=alpha)
+        load.wait_answers(4, of=beta)
+        load.leave(alpha)
+        os.killpg(alpha.pid, signal.SIGKILL)
+        alpha.child.wait(10)
+        load.wait_answers(12, of=beta)
+    assert not deployment.bad(load.of(beta), deployment.seed)
+    deployment.frontends.remove(alpha)
+    again = deployment.start_frontend("alpha", http_port=alpha.http_port, rpc_port=alpha.rpc_port)
+    deployment.frontends.sort(key=lambda frontend: frontend.name)
+    deployment.leader.wait_attached(again)
+    again.wait_ready()
+    deployment.check_serving()
