@@ -15,6 +15,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import fakes
+from cluster import Cluster
+from deployment import Deployment
+from fakes import FakeModels
 from harness import World
 from processes import REPO
 
@@ -79,6 +83,46 @@ def make_world(
     yield world
     complaints = world.clear()
     assert not complaints, "left behind:\n" + "\n".join(complaints)
+
+
+@pytest.fixture(scope="session")
+def fake_vllm() -> Path:
+    return fakes.build()
+
+
+@contextmanager
+def fake_deployment(
+    ingredients: dict[str, Path],
+    fake_vllm: Path,
+    folder: Path,
+    kind: str,
+    *,
+    hosts: int = 3,
+    per_node: int = 2,
+    shm: str = "256m",
+    size: int = 8 << 20,
+    env: dict[str, str] | None = None,
+    flags: list[str] | None = None,
+) -> Iterator[Deployment]:
+    """Fake engines on so many hosts, two fake frontends on one more."""
+    models = FakeModels(kind, folder, size=size)
+    more = {
+        "FAKE_VLLM_FORK": "0",
+        "FAKE_VLLM_STEP_MS": "3",
+        "FAKE_VLLM_CONTROL": str(folder),
+        **(env or {}),
+    }
+    with (
+        Cluster(hosts + 1, folder, shm=shm) as cluster,
+        new_world(ingredients, folder, fake_vllm) as world,
+    ):
+        deployment = Deployment(
+            world, cluster, models, per_node=per_node, env=more, flags=flags, start_limit=40
+        )
+        deployment.start_frontend("alpha")
+        deployment.start_frontend("beta", api_servers=2)
+        deployment.start()
+        yield deployment
 
 
 @pytest.fixture

@@ -48,6 +48,7 @@ class Deployment:
         self.more = env or {}
         self.token = world.folder / "token"
         self.token.write_text(secrets.token_hex(16))
+        self.token.chmod(0o600)
         self.leader_address = f"{self.hosts[0].address}:{free_port()}"
         self.sidecars: list[Sidecar | None] = [None] * len(self.hosts)
         self.lives = [0] * len(self.hosts)

@@ -13,35 +13,16 @@ import socket
 import time
 
 import pytest
-from cluster import Cluster
-from conftest import new_world
-from deployment import Deployment
-from fakes import FakeModels, build
+from conftest import fake_deployment
 from processes import wait_for
 
-HOSTS = 3
-PER_NODE = 2
 COUNT = 40
-
-
-@pytest.fixture(scope="session")
-def fake_vllm():
-    return build()
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])
 def deployment(request, ingredients, fake_vllm, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"fakes-{request.param}")
-    models = FakeModels(request.param, folder)
-    env = {"FAKE_VLLM_FORK": "0", "FAKE_VLLM_STEP_MS": "3", "FAKE_VLLM_CONTROL": str(folder)}
-    with (
-        Cluster(HOSTS + 1, folder, shm="256m") as cluster,
-        new_world(ingredients, folder, fake_vllm) as world,
-    ):
-        deployment = Deployment(world, cluster, models, per_node=PER_NODE, env=env, start_limit=40)
-        deployment.start_frontend("alpha")
-        deployment.start_frontend("beta", api_servers=2)
-        deployment.start()
+    with fake_deployment(ingredients, fake_vllm, folder, request.param) as deployment:
         yield deployment
         deployment.stop()
 
@@ -80,7 +61,10 @@ def test_strangers_at_the_leaders_port_are_refused_and_cost_nobody(deployment, t
                     stranger.shutdown(socket.SHUT_WR)
                     while stranger.recv(1 << 16):
                         pass
-                except ConnectionError:
+                except TimeoutError:
+                    raise
+                except OSError:
+                    # The leader was faster.
                     pass
         # Knows another secret; claims ranks that somebody has.
         for name, token in (("wrong-token", wrong), ("second-claim", deployment.token)):
@@ -89,8 +73,8 @@ def test_strangers_at_the_leaders_port_are_refused_and_cost_nobody(deployment, t
                 [*flags, str(token), "--startup-timeout", "3s"],
                 [deployment.models.path(0)],
                 size=deployment.size,
-                rank=PER_NODE,
-                local=PER_NODE,
+                rank=deployment.per_node,
+                local=deployment.per_node,
                 node=host,
             )
             assert stranger.wait_exit(30) != 0
@@ -116,45 +100,9 @@ def test_a_cable_cut_for_three_seconds_costs_nothing(deployment, host):
     deployment.check_serving()
 
 
-@pytest.mark.parametrize("index", [1, 0])
-def test_a_killed_sidecar_comes_back_and_no_request_is_lost(deployment, index):
-    pids = deployment.engine_pids()
-    with deployment.load(COUNT) as load:
-        load.wait_answers(8)
-        deployment.sidecar(index).kill()
-        # Nobody is there, and all ranks go on answering.
-        load.wait_answers(12)
-        deployment.start_sidecar(index)
-        deployment.wait_serving()
-        deployment.leader.wait_attached(*deployment.frontends)
-        load.wait_answers(12)
-    assert not deployment.bad(load.answers, deployment.seed)
-    assert deployment.engine_pids() == pids, "engines were started again"
-    deployment.check_serving()
-    # And it is in charge again.
-    deployment.update(1 - deployment.seed)
-    deployment.check_serving()
-
-
-def test_all_sidecars_killed_at_once_come_back_and_no_request_is_lost(deployment):
-    pids = deployment.engine_pids()
-    with deployment.load(COUNT) as load:
-        load.wait_answers(8)
-        for index in range(HOSTS):
-            deployment.sidecar(index).kill()
-        load.wait_answers(6)
-        for index in range(HOSTS):
-            deployment.start_sidecar(index)
-        deployment.wait_serving()
-        load.wait_answers(12)
-    assert not deployment.bad(load.answers, deployment.seed)
-    assert deployment.engine_pids() == pids, "engines were started again"
-    deployment.check_serving()
-
-
 def test_an_engine_killed_on_a_follower_comes_back_at_the_committed_weights(deployment):
     deployment.update(1 - deployment.seed)
-    rank = PER_NODE + 1
+    rank = deployment.per_node + 1
     before = deployment.engine_pids()
     with deployment.load(COUNT) as load:
         load.wait_answers(6)
