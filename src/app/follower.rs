@@ -16,7 +16,7 @@ use super::{Begun, TASK_END, answer, asked, ended_by, gone, nodes, stop_keeper, 
 use crate::admin::server::AdminCommand;
 use crate::admin::types::{AdminError, EngineStatus, ErrorKind, LeaderStatus, NodeStatus, Status};
 use crate::config::{Config, Nodes};
-use crate::driver::handles::{HandshakeCommand, RankCommand, RankHandle, ask};
+use crate::driver::handles::{HandshakeCommand, ProcessEvent, RankCommand, RankHandle, ask};
 use crate::exit_code::{self, RunEnd};
 use crate::gpu::{self, GpuMonitor};
 use crate::link::LinkStream;
@@ -82,6 +82,7 @@ async fn follow(mut begun: Begun, nodes: Nodes) -> RunEnd {
     nodes::set_address(&mut begun.config, found.own);
     let config = Arc::new(begun.config);
     let (sinks, sources) = server::channels();
+    let processes = sinks.processes.clone();
     let (tracker, stop) = (begun.tracker, begun.stop);
     let local = match local::start(&config, &begun.state, keeper, sinks, &tracker, &stop).await {
         Ok(local) => local,
@@ -116,6 +117,7 @@ async fn follow(mut begun: Begun, nodes: Nodes) -> RunEnd {
             began: begun.began,
         },
         local,
+        processes,
         tracker,
         stop,
     };
@@ -240,6 +242,8 @@ impl View {
 struct Follower {
     view: View,
     local: Local,
+    /// What the leader hears of this node's processes.
+    processes: mpsc::Sender<ProcessEvent>,
     tracker: TaskTracker,
     stop: CancellationToken,
 }
@@ -279,6 +283,12 @@ impl Follower {
         info!(reason = %end.reason, "stopping");
         let hurry = CancellationToken::new();
         let (view, tracker) = (self.view.clone(), self.tracker.clone());
+        if drain {
+            let stops = ProcessEvent::NodeStops { reason: end.reason.clone() };
+            if timeout(TASK_END, self.processes.send(stops)).await.is_err() {
+                warn!("the leader could not be told that this node stops");
+            }
+        }
         let stages = self.stop_all(drain, linking, hurry.clone());
         tokio::pin!(stages);
         loop {
@@ -334,9 +344,9 @@ impl Follower {
         gone(ask(handshake, "handshake", "shutdown".into(), TASK_END, shutdown).await);
         linking.abort();
         self.stop.cancel();
-        let Self { view, local, tracker, stop: _ } = self;
+        let Self { view, local, processes: told, tracker, stop: _ } = self;
         let Local { ipc, ranks, edge, handshake, processes, keeper, frontend_events } = local;
-        drop((view, ranks, edge, handshake, processes, keeper, frontend_events));
+        drop((view, ranks, edge, handshake, processes, told, keeper, frontend_events));
         tracker.close();
         // The watcher of signals is in there, too: it ends when its last receiver is dropped. And whoever asks for
         // the status at this moment.

@@ -738,6 +738,11 @@ pub enum ProcessEvent {
     KeeperAway,
     /// The keeper was replaced, or cannot be; the engines it had are ended.
     KeeperLost,
+    /// The sidecar of this node was told to stop: its engines end now, and none can be started until it is back.
+    NodeStops {
+        /// Who told it.
+        reason: String,
+    },
 }
 
 pub use dp_sidecar_protocol::machine::weight_update::NodeId;

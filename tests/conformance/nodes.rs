@@ -187,6 +187,23 @@ fn engines_of_a_follower_are_stopped_when_its_leader_stays_away() {
 }
 
 #[test]
+fn a_follower_that_is_stopped_takes_only_its_own_ranks_with_it_and_may_come_back() {
+    let pair = Pair::new(false);
+    let mut frontend = frontend(4, |_| {});
+    let (leader, mut follower) = pair.up(&mut frontend);
+    assert!(exited_with(follower.stop(), 0), "{}", follower.log());
+    follower.await_nothing_left();
+    let status = leader.await_status("its ranks are down", |status| {
+        let states = states(status);
+        states[..2] == ["admitted", "admitted"] && states[2..].iter().all(|state| state == "stopped")
+    });
+    assert_eq!(link_of(&status, 2), Some("down"));
+    leader.await_log(&["node stops", "SIGTERM"]);
+    follower.start_again();
+    leader.await_admitted();
+}
+
+#[test]
 fn sigterm_while_nodes_are_missing_ends_all_that_wait() {
     let pair = Pair::new(false);
     let mut leader = Setup::spawning(6, &pair.model).node(0, 2, &pair.leader, &pair.token).start();

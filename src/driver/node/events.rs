@@ -62,6 +62,11 @@ impl Node {
                 }
                 self.event(Event::Exited { rank, incarnation, reason });
             }
+            ProcessEvent::NodeStops { reason } => {
+                warn!(%node, %reason, "node stops; its ranks are down until it is back");
+                let ranks = self.peers.nodes.get(&node).map(|n| n.ranks.clone()).unwrap_or_default();
+                self.event(Event::NodeAway { ranks });
+            }
             ProcessEvent::KeeperAway => {
                 self.keeper_away.insert(node);
             }

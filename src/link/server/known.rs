@@ -144,7 +144,7 @@ impl Known {
                     known.pid = None;
                 }
             }
-            ProcessEvent::KeeperAway => {}
+            ProcessEvent::KeeperAway | ProcessEvent::NodeStops { .. } => {}
         }
     }
 }
