@@ -77,6 +77,8 @@ fn options(state: &StateDir, orphan_grace: Duration) -> KeeperOptions {
         run_id: state.run_id().to_owned(),
         orphan_grace,
         kill_grace: Duration::from_millis(500),
+        configuration: "a deployment".to_owned(),
+        keep: ["engine-0", "engine-1", "frontend"].map(str::to_owned).into(),
         tasks: TaskTracker::new(),
     }
 }
@@ -381,18 +383,91 @@ async fn an_owner_killed_with_9_leaves_nothing_behind_after_the_orphan_grace() {
     eventually("the keeper is gone", || !exists(&dir.join("keeper.sock"))).await;
 }
 
-#[tokio::test]
-async fn a_new_owner_stops_what_the_keeper_of_a_killed_owner_still_has() {
-    let bench = Bench::new(PATIENCE);
+const STUBBORN: &str = "trap '' TERM; while :; do sleep 0.05; done";
+
+/// A keeper that has these children, and no owner.
+async fn abandoned(bench: &Bench, children: &[(&str, &str)]) -> u32 {
     let (client, events) = bench.start().await;
-    let first = client.pid().unwrap();
-    client.spawn(script("engine-0", "trap '' TERM; while :; do sleep 0.05; done")).await.unwrap();
+    let keeper = client.pid().unwrap();
+    for (name, text) in children {
+        client.spawn(SpawnSpec { incarnation: 7, ..script(name, text) }).await.unwrap();
+    }
     drop((client, events));
-    // Its orphan grace is long: the keeper and its child still live.
-    assert!(Process::read(first.cast_signed()).is_some_and(|process| !process.is_dead()));
+    // Its orphan grace is long: the keeper still lives.
+    assert!(Process::read(keeper.cast_signed()).is_some_and(|process| !process.is_dead()));
+    keeper
+}
+
+#[tokio::test]
+async fn a_new_owner_of_the_same_deployment_goes_on_with_the_children_of_the_one_before() {
+    let bench = Bench::new(PATIENCE);
+    let keeper = abandoned(&bench, &[("engine-0", STUBBORN)]).await;
+    let running = bench.marked();
+    let (client, mut events) = bench.start().await;
+    assert_eq!(client.pid(), Some(keeper));
+    let child = client.inherited().child("engine-0").expect("it goes on").clone();
+    assert_eq!((child.incarnation, child.stopping), (7, false));
+    assert_eq!(bench.marked().first().map(|p| p.pid), running.first().map(|p| p.pid));
+    assert!(running.iter().any(|process| process.pid == child.pid.cast_signed()));
+    client.stop("engine-0", Duration::from_millis(50)).await.unwrap();
+    let report = exit_of(&mut events, "engine-0").await;
+    assert_eq!((report.incarnation, report.pid, report.requested), (7, child.pid, true));
+    client.spawn(script("engine-0", "exit 0")).await.unwrap();
+    exit_of(&mut events, "engine-0").await;
+    client.shutdown(Duration::ZERO).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_end_that_no_owner_was_there_to_hear_of_is_told_to_the_next_one() {
+    let bench = Bench::new(PATIENCE);
+    let go = bench.path("go");
+    let text = format!("while [ ! -e {} ]; do sleep 0.05; done; echo last word; exit 3", go.display());
+    abandoned(&bench, &[("engine-0", &text), ("engine-1", STUBBORN)]).await;
+    std::fs::write(&go, "").unwrap();
+    eventually("the child is gone", || {
+        let selector = Selector {
+            run_id: bench.state.run_id().to_owned(),
+            child: Some("engine-0:7".to_owned()),
+            ..Selector::default()
+        };
+        selector.find().unwrap().is_empty()
+    })
+    .await;
+    // The keeper looks at its children before it looks at a new connection; but the end of the process and
+    // the report of it are not the same moment.
+    let (client, mut events) = bench.start().await;
+    let report = match client.inherited().exit("engine-0") {
+        Some(report) => report.clone(),
+        None => exit_of(&mut events, "engine-0").await,
+    };
+    assert_eq!((report.incarnation, report.status), (7, ExitStatus::Code { code: 3 }));
+    assert_eq!(report.last_lines.last().map(String::as_str), Some("last word"));
+    let left: Vec<&str> = client.inherited().children.iter().map(|c| c.name.as_str()).collect();
+    assert!(left.contains(&"engine-1"), "{left:?}");
+    client.shutdown(Duration::ZERO).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_child_that_the_new_owner_does_not_want_is_gone_before_it_begins() {
+    let bench = Bench::new(PATIENCE);
+    let keeper = abandoned(&bench, &[("engine-0", STUBBORN), ("engine-9", STUBBORN)]).await;
+    let (client, _events) = bench.start().await;
+    assert_eq!(client.pid(), Some(keeper));
+    let names: Vec<String> = client.list().await.unwrap().into_iter().map(|child| child.name).collect();
+    assert_eq!(names, ["engine-0"]);
+    assert_eq!(client.inherited().children.len(), 1);
+    client.shutdown(Duration::ZERO).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_new_owner_of_another_deployment_stops_what_the_one_before_has_left() {
+    let mut bench = Bench::new(PATIENCE);
+    let first = abandoned(&bench, &[("engine-0", STUBBORN)]).await;
+    bench.options.configuration = "another model".to_owned();
     let (client, mut events) = bench.start().await;
     assert!(bench.marked().is_empty(), "nothing is left from before");
     assert_ne!(client.pid(), Some(first));
+    assert!(client.inherited().children.is_empty());
     client.spawn(script("engine-0", "exit 0")).await.unwrap();
     exit_of(&mut events, "engine-0").await;
     client.shutdown(Duration::ZERO).await.unwrap();

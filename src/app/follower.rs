@@ -99,7 +99,10 @@ async fn follow(mut begun: Begun, nodes: Nodes) -> RunEnd {
         stage: None,
     };
     let (streams, stream_inbox) = mpsc::channel(1);
-    let options = ServerOptions::new(introduction.name(), tracker.clone(), stop.clone());
+    let options = ServerOptions {
+        initial: local.state.clone(),
+        ..ServerOptions::new(introduction.name(), tracker.clone(), stop.clone())
+    };
     let serving = tokio::spawn(server::serve(options, stream_inbox, services, sources));
     let finder = Finder { strict: false, ..finder };
     let linking = tokio::spawn(keep_linked(finder, found, streams, nodes.leader_timeout));
@@ -345,7 +348,7 @@ impl Follower {
         linking.abort();
         self.stop.cancel();
         let Self { view, local, processes: told, tracker, stop: _ } = self;
-        let Local { ipc, ranks, edge, handshake, processes, keeper, frontend_events } = local;
+        let Local { ipc, ranks, edge, handshake, processes, keeper, frontend_events, state: _ } = local;
         drop((view, ranks, edge, handshake, processes, told, keeper, frontend_events));
         tracker.close();
         // The watcher of signals is in there, too: it ends when its last receiver is dropped. And whoever asks for

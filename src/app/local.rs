@@ -18,6 +18,7 @@ use crate::driver::rank::{RankConfig, RankOutputs};
 use crate::driver::{edge, frontend, handshake as handshake_driver, processes, rank};
 use crate::exit_code::{self, RunEnd};
 use crate::link::client::NodeSinks;
+use crate::link::wire::NodeState;
 use crate::state_dir::StateDir;
 use crate::supervisor::client::KeeperClient;
 use crate::supervisor::keeper::wire::KeeperEvent;
@@ -65,6 +66,8 @@ pub(super) struct Local {
     /// What the keeper reports about the supervised frontend.
     pub(super) frontend_events: mpsc::Receiver<KeeperEvent>,
     pub(super) ipc: PrivateDir,
+    /// What is left of an earlier sidecar of this node.
+    pub(super) state: NodeState,
 }
 
 /// Starts the tasks of this node; what happens goes to `sinks`.
@@ -97,14 +100,16 @@ pub(super) async fn start(
             rank::spawn(rank_config, tracker, outputs.clone())
         })
         .collect();
+    let mut state = NodeState::default();
     let processes = match (&config.engines, &keeper) {
         (Engines::Spawn(_), Some(keeper)) => {
+            processes::report(keeper.inherited(), config.local_ranks().map(EngineIndex), &mut state);
             let (config, keeper) = (config.clone(), keeper.clone());
             Some(processes::spawn(config, keeper, engine_events, sinks.processes, tracker, stop.clone()))
         }
         _ => None,
     };
-    Ok(Local { ranks, edge: edge.handle, handshake, processes, keeper, frontend_events, ipc })
+    Ok(Local { ranks, edge: edge.handle, handshake, processes, keeper, frontend_events, ipc, state })
 }
 
 async fn handshake(

@@ -1,5 +1,6 @@
 //! The leader's way to the nodes of a deployment: gathers them, and makes handles for what runs there.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,6 +24,8 @@ use crate::peer::leader::{BindError, GatherError, Leader, RemoteNode};
 
 /// The leader's own node.
 pub(super) const THIS_NODE: NodeId = NodeId(0);
+/// Limit for all nodes to tell what they have. A link that flaps once or twice may take some of it.
+const FIRST_STATE: Duration = Duration::from_secs(30);
 /// Limit for a follower to take the word that the deployment stops.
 const SHUTDOWN: Duration = Duration::from_secs(5);
 
@@ -160,6 +163,35 @@ async fn watch_link(
             return;
         }
     }
+}
+
+/// Waits until each node has told what it has. Returns what happened meanwhile.
+pub(super) async fn first_states(
+    remotes: &[Remote],
+    events: &mut mpsc::Receiver<(NodeId, NodeEvent)>,
+    states: &mut BTreeMap<NodeId, NodeState>,
+) -> Result<Vec<(NodeId, NodeEvent)>, RunEnd> {
+    let mut early = Vec::new();
+    let all = async {
+        while remotes.iter().any(|remote| !states.contains_key(&remote.id)) {
+            match events.recv().await {
+                Some((node, NodeEvent::Connected(state))) if !states.contains_key(&node) => {
+                    states.insert(node, *state);
+                }
+                // What was told before the state is in the state.
+                Some((node, event)) if states.contains_key(&node) => early.push((node, event)),
+                Some(_) => {}
+                None => return,
+            }
+        }
+    };
+    if tokio::time::timeout(FIRST_STATE, all).await.is_ok() {
+        return Ok(early);
+    }
+    let silent = remotes.iter().filter(|remote| !states.contains_key(&remote.id));
+    let silent: Vec<String> = silent.map(|remote| remote.introduction.name()).collect();
+    let reason = format!("{}: did not tell within {FIRST_STATE:?} what it has", silent.join(", "));
+    Err(RunEnd::new(exit_code::TIMEOUT, reason))
 }
 
 /// Hands the events of a node's process task to the node task.

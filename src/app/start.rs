@@ -60,7 +60,7 @@ pub(super) async fn start(
     let stop_frontend = CancellationToken::new();
     let (stopping, is_stopping) = watch::channel(false);
 
-    let (node_events, events_of_nodes) = mpsc::channel(QUEUE);
+    let (node_events, mut events_of_nodes) = mpsc::channel(QUEUE);
     let (handshake_sender, handshake_events) = mpsc::channel(QUEUE);
     let (edge_reports, edge_events) = mpsc::channel(coordinator::EVENTS);
     let (rank_sender, rank_events) = mpsc::channel(QUEUE);
@@ -147,6 +147,8 @@ pub(super) async fn start(
         };
         node_peers.insert(remote.id, peers);
     }
+    let mut states = BTreeMap::from([(THIS_NODE, local.state)]);
+    let early = nodes::first_states(remotes, &mut events_of_nodes, &mut states).await?;
     let node = Node::new(
         config.clone(),
         Peers {
@@ -156,7 +158,8 @@ pub(super) async fn start(
             nodes: node_peers,
         },
         Outputs { deployment: deployment_sender, snapshot: node_sender },
-        &BTreeMap::new(),
+        &states,
+        early,
     );
     let inputs = Inputs { ranks: rank_events, handshake: handshake_events, nodes: events_of_nodes, commands };
     let node = tokio::spawn(node.run(inputs));

@@ -155,6 +155,8 @@ impl Config {
             run_id: state.run_id().to_owned(),
             orphan_grace: self.orphan_grace,
             kill_grace: self.kill_grace,
+            configuration: self.digest(),
+            keep: self.children_to_keep(),
             tasks: tasks.clone(),
         }
     }

@@ -13,7 +13,8 @@ use tracing::{debug, error, info, warn};
 use super::handles::{HandleError, ProcessCommand, ProcessEvent, ProcessHandle};
 use super::init;
 use crate::config::Config;
-use crate::supervisor::client::{KeeperClient, KeeperError};
+use crate::link::wire::NodeState;
+use crate::supervisor::client::{Inherited, KeeperClient, KeeperError};
 use crate::supervisor::keeper::wire::{ExitReport, ExitStatus, KeeperEvent};
 
 /// Commands waiting for the task.
@@ -33,6 +34,23 @@ pub fn spawn(
     let task = Task { config, keeper, events, work: JoinSet::new() };
     tracker.spawn(task.run(inbox, keeper_events, stop));
     ProcessHandle { commands }
+}
+
+/// Adds what the keeper has left of earlier lives to what a node reports about its ranks.
+pub fn report(inherited: &Inherited, ranks: impl IntoIterator<Item = EngineIndex>, state: &mut NodeState) {
+    for rank in ranks {
+        let name = init::child_name(rank);
+        let state = state.ranks.entry(rank).or_default();
+        state.snapshot.rank = rank;
+        if let Some(child) = inherited.child(&name) {
+            state.pid = Some(child.pid);
+            state.process = Some(Incarnation(child.incarnation));
+            state.stopping = child.stopping;
+        }
+        state.ended = inherited
+            .exit(&name)
+            .map(|report| (Incarnation(report.incarnation), init::describe_exit(report)));
+    }
 }
 
 struct Task {

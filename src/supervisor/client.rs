@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
@@ -17,7 +18,7 @@ use super::keeper::wire::{
     self, Answer, ChildInfo, ExitReport, ExitStatus, FromKeeper, KeeperEvent, Request, SpawnSpec, ToKeeper,
     millis,
 };
-use super::{launch, leftovers};
+use super::{launch, leftovers, takeover};
 
 /// Commands waiting for the client task.
 const COMMANDS: usize = 64;
@@ -28,9 +29,9 @@ const BACKLOG: usize = 1024;
 /// How long the keeper may take for a simple answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// How long a keeper may take to introduce itself; one that hangs is killed then.
-const INTRODUCTION_LIMIT: Duration = Duration::from_secs(3);
+pub(super) const INTRODUCTION_LIMIT: Duration = Duration::from_secs(3);
 /// How much longer than its grace a stop of everything may take, per stage.
-const SHUTDOWN_MARGIN: Duration = Duration::from_secs(15);
+pub(super) const SHUTDOWN_MARGIN: Duration = Duration::from_secs(15);
 /// Stages of a shutdown at most: frontend, engines, and one to spare.
 const SHUTDOWN_STAGES: u32 = 3;
 /// How long writing a request may take.
@@ -50,6 +51,10 @@ pub struct KeeperOptions {
     /// Grace between SIGTERM and SIGKILL when leftovers are removed, and when the keeper stops
     /// everything on its own.
     pub kill_grace: Duration,
+    /// Names the deployment: a keeper that works for another one is told to stop everything.
+    pub configuration: String,
+    /// Children that are taken over from an earlier sidecar of the same deployment; others are stopped first.
+    pub keep: BTreeSet<String>,
     /// Joins the client's task.
     pub tasks: TaskTracker,
 }
@@ -101,12 +106,35 @@ struct Ask {
 pub struct KeeperClient {
     asks: mpsc::Sender<Ask>,
     pid: watch::Receiver<Option<u32>>,
+    inherited: Arc<Inherited>,
+}
+
+/// What an earlier sidecar has left with the keeper.
+#[derive(Clone, Debug, Default)]
+pub struct Inherited {
+    /// Children that go on.
+    pub children: Vec<ChildInfo>,
+    /// How those ended that are not there any more.
+    pub exits: Vec<ExitReport>,
+}
+
+impl Inherited {
+    /// The living child of that name.
+    pub fn child(&self, name: &str) -> Option<&ChildInfo> {
+        self.children.iter().find(|child| child.name == name)
+    }
+
+    /// How the last child of that name ended, if it is not there any more.
+    pub fn exit(&self, name: &str) -> Option<&ExitReport> {
+        self.exits.iter().find(|exit| exit.name == name)
+    }
 }
 
 impl KeeperClient {
     /// Connects to the keeper of the state directory, or starts one after removing what an earlier
-    /// one left behind. Children that a living keeper still has are stopped first, within the kill
-    /// grace. Events come on the returned channel; read it always.
+    /// one left behind. The children of a living keeper go on, see [`Self::inherited`], if it works for the same
+    /// [`KeeperOptions::configuration`]; otherwise they are stopped first, within the kill grace. Events come on
+    /// the returned channel; read it always.
     pub async fn connect_or_start(
         options: KeeperOptions,
     ) -> Result<(Self, mpsc::Receiver<KeeperEvent>), KeeperError> {
@@ -122,11 +150,21 @@ impl KeeperClient {
             pid: pid_sender,
             next_seq: 0,
         };
-        task.retire_old_keeper().await?;
-        let link = task.start_keeper(BTreeSet::new()).await?;
+        let (link, inherited) = match task.take_over().await {
+            Some(taken) => taken,
+            None => {
+                task.retire_old_keeper().await?;
+                (task.start_keeper(BTreeSet::new()).await?, Inherited::default())
+            }
+        };
         let tasks = task.options.tasks.clone();
         tasks.spawn(task.run(link, asks));
-        Ok((Self { asks: ask_sender, pid }, events))
+        Ok((Self { asks: ask_sender, pid, inherited: Arc::new(inherited) }, events))
+    }
+
+    /// What goes on from before, as it was when this client connected. What happens to it comes as events.
+    pub fn inherited(&self) -> &Inherited {
+        &self.inherited
     }
 
     /// Pid of the keeper; `None` while there is none.
@@ -196,7 +234,7 @@ fn unexpected(what: &str, answer: &Answer) -> KeeperError {
 
 /// A connection to a keeper, and what waits for its answers.
 #[derive(Debug)]
-struct Link {
+pub(super) struct Link {
     stream: UnixStream,
     inbox: Vec<u8>,
     pending: BTreeMap<u64, oneshot::Sender<Answer>>,
@@ -205,11 +243,11 @@ struct Link {
 }
 
 impl Link {
-    fn new(stream: UnixStream) -> Self {
+    pub(super) fn new(stream: UnixStream) -> Self {
         Self { stream, inbox: Vec::new(), pending: BTreeMap::new(), ending: false }
     }
 
-    async fn send(&mut self, message: &ToKeeper) -> Result<(), String> {
+    pub(super) async fn send(&mut self, message: &ToKeeper) -> Result<(), String> {
         let frame = wire::encode(message).map_err(|error| error.to_string())?;
         match timeout(WRITE_LIMIT, self.stream.write_all(&frame)).await {
             Ok(Ok(())) => Ok(()),
@@ -219,7 +257,7 @@ impl Link {
     }
 
     /// The next message. Cancel safe: bytes that were read stay in the inbox.
-    async fn receive(&mut self) -> Result<FromKeeper, String> {
+    pub(super) async fn receive(&mut self) -> Result<FromKeeper, String> {
         loop {
             match wire::decode(&mut self.inbox) {
                 Ok(Some(message)) => return Ok(message),
@@ -236,7 +274,7 @@ impl Link {
 
     /// Sends a request and waits for its answer; events that come meanwhile are dropped. Only for
     /// the time before the link is in use.
-    async fn exchange(&mut self, request: Request, limit: Duration) -> Result<Answer, String> {
+    pub(super) async fn exchange(&mut self, request: Request, limit: Duration) -> Result<Answer, String> {
         let exchange = async {
             self.send(&ToKeeper { seq: 0, request }).await?;
             loop {
@@ -251,26 +289,25 @@ impl Link {
 
 /// A child the client knows of, for the time when its keeper is dead.
 #[derive(Clone, Copy, Debug)]
-struct Known {
-    incarnation: u64,
-    pid: u32,
+pub(super) struct Known {
+    pub(super) incarnation: u64,
+    pub(super) pid: u32,
 }
 
 #[derive(Debug)]
-struct ClientTask {
-    options: KeeperOptions,
+pub(super) struct ClientTask {
+    pub(super) options: KeeperOptions,
     /// The keeper, if we started it: it must be reaped.
     process: Option<Child>,
-    children: BTreeMap<String, Known>,
-    backlog: VecDeque<KeeperEvent>,
+    pub(super) children: BTreeMap<String, Known>,
+    pub(super) backlog: VecDeque<KeeperEvent>,
     events: mpsc::Sender<KeeperEvent>,
-    pid: watch::Sender<Option<u32>>,
+    pub(super) pid: watch::Sender<Option<u32>>,
     next_seq: u64,
 }
 
 impl ClientTask {
-    /// Ends a keeper of an earlier sidecar together with its children. Taking over its running
-    /// engines would be possible here: it tells what it has.
+    /// Ends a keeper of an earlier sidecar together with its children.
     async fn retire_old_keeper(&self) -> Result<(), KeeperError> {
         let options = &self.options;
         if let Some(stream) = launch::connect(&options.state_dir).await {
@@ -329,6 +366,7 @@ impl ClientTask {
         let mut link = Link::new(stream);
         match link.exchange(Request::Own, INTRODUCTION_LIMIT).await {
             Ok(Answer::Keeper { pid, run_id }) if run_id == options.run_id => {
+                takeover::remember(options).map_err(failed)?;
                 self.process = Some(process);
                 self.pid.send_replace(Some(pid));
                 Ok(link)
@@ -401,7 +439,7 @@ impl ClientTask {
         link.send(&ToKeeper { seq: self.next_seq, request: ask.request }).await
     }
 
-    fn take(&mut self, link: &mut Link, message: FromKeeper) {
+    pub(super) fn take(&mut self, link: &mut Link, message: FromKeeper) {
         match message {
             FromKeeper::Answer { seq, answer } => {
                 if let Some(reply) = link.pending.remove(&seq) {

@@ -1,6 +1,6 @@
 //! Command lines of the vLLM processes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -53,6 +53,37 @@ pub fn engine_rank(name: &str) -> Option<u16> {
 }
 
 impl Config {
+    /// Children of the keeper that a new sidecar of the same deployment goes on with.
+    pub(crate) fn children_to_keep(&self) -> BTreeSet<String> {
+        let spawned = matches!(self.engines, Engines::Spawn(_));
+        self.local_ranks().filter(|_| spawned).map(engine_name).collect()
+    }
+
+    /// Names what runs here: engines that were started under another digest are not those that this
+    /// configuration asks for.
+    pub(crate) fn digest(&self) -> String {
+        let launch = match &self.engines {
+            Engines::Spawn(launch) => serde_json::json!({
+                "bin": launch.bin,
+                "model": launch.model,
+                "flags": launch.common_flags,
+                "frontend_flags": launch.frontend_flags,
+                "env": launch.env.iter().filter(|(name, _)| matters(name)).collect::<Vec<_>>(),
+                "devices": launch.devices,
+                "cwd": launch.cwd,
+            }),
+            Engines::Attach => serde_json::json!({ "address": self.address, "port": self.rpc_port }),
+        };
+        let all = serde_json::json!({
+            "launch": launch,
+            "ranks": [self.start_rank, self.size_local, self.size],
+            "kind": self.kind,
+            "slots": self.frontend_slots,
+            "serve": self.serve.as_ref().map(|s| (&s.host, s.port, s.api_server_count)),
+        });
+        blake3::hash(all.to_string().as_bytes()).to_hex().to_string()
+    }
+
     /// The engine of `rank` (global), doing its handshake at `handshake`: a launcher of its own for
     /// each rank, because `vllm serve --headless` ends with the first of its engines that dies.
     /// `None` in attach mode, or if the rank is not of this node.
@@ -159,6 +190,13 @@ impl VllmLaunch {
         argv.extend(self.model.clone());
         argv
     }
+}
+
+/// Whether a variable of vLLM's environment decides what vLLM does. Shells and launchers change others from one
+/// start to the next.
+fn matters(variable: &str) -> bool {
+    // The address of this node is found out anew by each sidecar.
+    variable != "VLLM_HOST_IP" && (variable.starts_with("VLLM_") || variable.ends_with("_VISIBLE_DEVICES"))
 }
 
 fn push_flags(argv: &mut Vec<String>, flags: &[(&str, String)]) {

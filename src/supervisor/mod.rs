@@ -9,6 +9,7 @@ pub mod keeper;
 mod launch;
 mod leftovers;
 pub mod procfs;
+mod takeover;
 
-pub use client::{KeeperClient, KeeperError, KeeperOptions};
+pub use client::{Inherited, KeeperClient, KeeperError, KeeperOptions};
 pub use keeper::wire::{ChildInfo, ExitReport, ExitStatus, KeeperEvent, SpawnSpec};

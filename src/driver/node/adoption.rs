@@ -1,11 +1,14 @@
 //! Taking over engines that live already: after a restart of the sidecar, and when a node comes back.
 
+use std::collections::BTreeMap;
+
 use dp_sidecar_protocol::handshake::EngineReadyResponse;
-use dp_sidecar_protocol::machine::lifecycle::{Event, Found, Phase};
+use dp_sidecar_protocol::machine::lifecycle::{Event, Found, Phase, RankLife};
 use dp_sidecar_protocol::{EngineIndex, Incarnation};
 use tracing::{error, info};
 
 use super::{Facts, Node, Outcome};
+use crate::driver::coordinator;
 use crate::driver::handles::{CoordinatorCommand, EngineFacts, GroupKind};
 use crate::link::wire::{NodeState, RankState};
 
@@ -43,10 +46,16 @@ pub(super) fn facts(state: &RankState) -> Facts {
 impl Node {
     /// Tells everybody about the engines that go on.
     pub(super) async fn introduce_adopted(&mut self) {
-        for (rank, life) in self.machine.snapshot() {
-            if !matches!(life.phase, Phase::Adopting | Phase::Restoring) {
-                continue;
-            }
+        let going_on: BTreeMap<EngineIndex, RankLife> = self
+            .machine
+            .snapshot()
+            .into_iter()
+            .filter(|(_, life)| matches!(life.phase, Phase::Adopting | Phase::Restoring))
+            .collect();
+        for state in std::mem::take(&mut self.reported) {
+            self.tell_coordinator(coordinator::adoption(&state, |rank| going_on.contains_key(&rank))).await;
+        }
+        for (rank, life) in going_on {
             let incarnation = life.incarnation;
             let Some(facts) = self.facts.get(&rank) else {
                 continue;
@@ -59,15 +68,23 @@ impl Node {
             self.outputs.deployment.send_modify(|d| {
                 d.engines.insert(rank, known);
             });
-            let told = CoordinatorCommand::EngineVersion { rank, incarnation, layout };
-            if self.peers.coordinator.commands.send(told).await.is_err() {
-                error!("the coordinator task has ended");
-            }
+            self.tell_coordinator(CoordinatorCommand::EngineVersion { rank, incarnation, layout }).await;
+        }
+    }
+
+    async fn tell_coordinator(&self, command: CoordinatorCommand) {
+        if self.peers.coordinator.commands.send(command).await.is_err() {
+            error!("the coordinator task has ended");
         }
     }
 
     /// A node that was away reports what it has.
-    pub(super) fn node_back(&mut self, state: &NodeState) {
+    pub(super) async fn node_back(&mut self, state: &NodeState) {
+        let known = |rank: EngineIndex| {
+            let incarnation = self.facts.get(&rank).map(|facts| facts.incarnation);
+            incarnation.is_some() && state.ranks.get(&rank).and_then(|of| of.prepared) == incarnation
+        };
+        self.tell_coordinator(coordinator::adoption(state, known)).await;
         for (&rank, state) in &state.ranks {
             if let Some(facts) = self.facts.get_mut(&rank) {
                 facts.pid = state.pid.filter(|_| state.process == Some(facts.incarnation));

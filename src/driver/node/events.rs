@@ -39,16 +39,22 @@ impl Node {
         }
     }
 
-    pub(super) fn node_event(&mut self, node: NodeId, event: NodeEvent) {
+    pub(super) async fn node_event(&mut self, node: NodeId, event: NodeEvent) {
         match event {
             NodeEvent::Process(event) => self.process_event(node, event),
             NodeEvent::Connected(state) => {
                 info!(%node, "node is there again");
-                self.node_back(&state);
+                let ranks = self.peers.nodes.get(&node).map(|n| n.ranks.clone()).unwrap_or_default();
+                if !self.away.remove(&node) {
+                    // Away too briefly to be noticed, but what was told meanwhile is lost all the same.
+                    self.event(Event::NodeAway { ranks });
+                }
+                self.node_back(&state).await;
             }
             NodeEvent::Disconnected { reason } => {
                 warn!(%node, %reason, "node is away; its engines go on without us");
                 let ranks = self.peers.nodes.get(&node).map(|n| n.ranks.clone()).unwrap_or_default();
+                self.away.insert(node);
                 self.event(Event::NodeAway { ranks });
             }
         }

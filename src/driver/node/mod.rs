@@ -165,18 +165,25 @@ pub struct Node {
     group_ports: Option<(Incarnation, Vec<u16>)>,
     work: JoinSet<Outcome>,
     began: Instant,
+    /// What the nodes report about engines that lived before this task did, for those who must know.
+    reported: Vec<NodeState>,
+    /// What happened after that.
+    early: Vec<(NodeId, NodeEvent)>,
+    /// Nodes that cannot be reached.
+    away: BTreeSet<NodeId>,
     /// Nodes whose keeper died: until its successor is there nothing is stopped there.
     keeper_away: BTreeSet<NodeId>,
 }
 
 impl Node {
     /// A node task that begins to start all ranks when it is run, but for those that can go on as `states`, the
-    /// reports of the nodes, tell.
+    /// reports of the nodes, tell. `early` is what happened after those reports.
     pub fn new(
         config: Arc<Config>,
         peers: Peers,
         outputs: Outputs,
         states: &BTreeMap<NodeId, NodeState>,
+        early: Vec<(NodeId, NodeEvent)>,
     ) -> Self {
         let ranks: Vec<EngineIndex> = peers.ranks.keys().copied().collect();
         let reported = states.values().flat_map(|state| &state.ranks);
@@ -205,6 +212,9 @@ impl Node {
             group_ports: None,
             work: JoinSet::new(),
             began: Instant::now(),
+            reported: states.values().cloned().collect(),
+            early,
+            away: BTreeSet::new(),
             keeper_away: BTreeSet::new(),
         }
     }
@@ -216,6 +226,9 @@ impl Node {
     /// Runs until told to stop, or until it cannot go on.
     pub async fn run(mut self, mut inputs: Inputs) -> NodeExit {
         self.introduce_adopted().await;
+        for (node, event) in std::mem::take(&mut self.early) {
+            self.node_event(node, event).await;
+        }
         let exit = loop {
             if let Some(exit) = self.perform().await {
                 break exit;
@@ -232,7 +245,7 @@ impl Node {
                     }
                     Some(NodeCommand::Stop) | None => self.event(Event::Stop),
                 },
-                Some((node, event)) = inputs.nodes.recv() => self.node_event(node, event),
+                Some((node, event)) = inputs.nodes.recv() => self.node_event(node, event).await,
                 Some(event) = inputs.handshake.recv() => self.handshake_event(event),
                 Some(event) = inputs.ranks.recv() => self.rank_event(event).await,
                 Some(done) = self.work.join_next() => self.work_done(done),

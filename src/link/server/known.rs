@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation};
 
-use crate::driver::handles::{EdgeEvent, ProcessEvent, RankEvent, RouteLost};
+use crate::driver::handles::{EdgeEvent, HandshakeEvent, ProcessEvent, RankEvent, RouteLost};
 use crate::link::is_wave_edge;
 use crate::link::wire::{NodeState, RankState, Request};
 
@@ -26,7 +26,14 @@ impl Known {
     /// Another link's state takes the place of what it is about. Processes are not: they are this node's own.
     pub(super) fn replace(&mut self, mut state: NodeState) {
         for (rank, of) in &mut state.ranks {
-            of.pid = self.state.ranks.get(rank).and_then(|known| known.pid);
+            if let Some(known) = self.state.ranks.get(rank) {
+                of.pid = known.pid;
+                of.process = known.process;
+                of.stopping = known.stopping;
+                of.ended = known.ended.clone();
+                of.expected = known.expected;
+                of.handshake = known.handshake.clone();
+            }
         }
         state.wave = state.wave.or(self.state.wave);
         *self = Self::new(state);
@@ -78,6 +85,22 @@ impl Known {
                     self.edges.remove(rank);
                     self.rank(*rank).subscribed = false;
                 }
+            }
+            Request::Expect { rank, incarnation, .. } => {
+                let known = self.rank(*rank);
+                known.expected = Some(*incarnation);
+                known.handshake.clear();
+            }
+            Request::Forget { rank, incarnation } => {
+                let known = self.rank(*rank);
+                if known.expected == Some(*incarnation) {
+                    known.expected = None;
+                    known.handshake.clear();
+                }
+            }
+            Request::StopEngine { rank } => {
+                let known = self.rank(*rank);
+                known.stopping = known.process.is_some();
             }
             Request::EdgeNote { wave, running } => self.state.wave = Some((*wave, *running)),
             _ => {}
@@ -136,14 +159,37 @@ impl Known {
         }
     }
 
+    pub(super) fn handshake_event(&mut self, event: &HandshakeEvent) {
+        let (HandshakeEvent::Connected { rank, incarnation }
+        | HandshakeEvent::Ready { rank, incarnation, .. }) = event
+        else {
+            return;
+        };
+        let known = self.rank(*rank);
+        if known.expected == Some(*incarnation) {
+            known.handshake.push(event.clone());
+        }
+    }
+
+    pub(super) fn spawned(&mut self, rank: EngineIndex, incarnation: Incarnation, pid: u32) {
+        let known = self.rank(rank);
+        // Its exit may have been told before the answer to its start.
+        if known.ended.as_ref().is_some_and(|(ended, _)| *ended >= incarnation) {
+            return;
+        }
+        known.pid = Some(pid);
+        known.process = Some(incarnation);
+        known.stopping = false;
+    }
+
     pub(super) fn process_event(&mut self, event: &ProcessEvent) {
         match event {
-            ProcessEvent::Exited { rank, .. } => self.rank(*rank).pid = None,
-            ProcessEvent::KeeperLost => {
-                for known in self.state.ranks.values_mut() {
-                    known.pid = None;
-                }
+            ProcessEvent::Exited { rank, incarnation, reason, .. } => {
+                let known = self.rank(*rank);
+                no_process(known);
+                known.ended = Some((*incarnation, reason.clone()));
             }
+            ProcessEvent::KeeperLost => self.state.ranks.values_mut().for_each(no_process),
             ProcessEvent::KeeperAway | ProcessEvent::NodeStops { .. } => {}
         }
     }
@@ -156,4 +202,10 @@ fn clear(known: &mut RankState) {
     known.facts = None;
     known.subscribed = false;
     known.wave_report = None;
+}
+
+fn no_process(known: &mut RankState) {
+    known.pid = None;
+    known.process = None;
+    known.stopping = false;
 }

@@ -55,7 +55,7 @@ enum After {
     Nothing,
     Prepared(EngineIndex, Incarnation),
     Route(EngineIndex, FrontendId, u32),
-    Spawned(EngineIndex),
+    Spawned(EngineIndex, Incarnation),
     /// The staging area's part of the whole state is the answer.
     State,
 }
@@ -340,7 +340,10 @@ impl Task {
                 self.known.edge_event(&event);
                 self.event(Event::Edge(event));
             }
-            Happened::Handshake(event) => self.event(Event::Handshake(event)),
+            Happened::Handshake(event) => {
+                self.known.handshake_event(&event);
+                self.event(Event::Handshake(event));
+            }
             Happened::Process(event) => {
                 self.known.process_event(&event);
                 self.event(Event::Process(event));
@@ -562,7 +565,7 @@ impl Task {
             Request::Spawn { rank, incarnation, handshake } => {
                 let (reply, answer) = oneshot::channel();
                 self.lanes.processes(ProcessCommand::Spawn { rank, incarnation, handshake, reply })?;
-                let run = Ask { after: After::Spawned(rank), ..run };
+                let run = Ask { after: After::Spawned(rank, incarnation), ..run };
                 self.run_until(run, answer, Answer::Pid)
             }
             Request::StopEngine { rank } => {
@@ -632,8 +635,8 @@ impl Task {
                 self.known.route_open(rank, frontend, api_server);
                 Ok(answer)
             }
-            (After::Spawned(rank), Ok(Answer::Pid(pid))) => {
-                self.known.rank(rank).pid = Some(pid);
+            (After::Spawned(rank, incarnation), Ok(Answer::Pid(pid))) => {
+                self.known.spawned(rank, incarnation, pid);
                 Ok(Answer::Pid(pid))
             }
             (_, result) => result,

@@ -1,6 +1,6 @@
 //! The keeper's loop: signals, connections, output of children, time.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
@@ -17,7 +17,7 @@ use nix::unistd::{Pid, Uid};
 use super::KeeperConfig;
 use super::child::{Child, is_valid_name};
 use super::connection::Connection;
-use super::wire::{Answer, FromKeeper, KeeperEvent, Request, SpawnSpec, ToKeeper};
+use super::wire::{Answer, ExitReport, FromKeeper, KeeperEvent, Request, SpawnSpec, ToKeeper};
 use crate::supervisor::procfs;
 
 /// More connections than this at a time are a mistake.
@@ -26,6 +26,8 @@ const CONNECTION_LIMIT: usize = 16;
 const CHILD_LIMIT: usize = 1024;
 /// A keeper that has no children does not wait longer than this for an owner.
 const IDLE_GRACE: Duration = Duration::from_secs(10);
+/// Ended children that are remembered for the next owner.
+const EXIT_LIMIT: usize = 256;
 /// Answers that wait in an outbox when the keeper ends get this long.
 const FLUSH_LIMIT: Duration = Duration::from_secs(2);
 
@@ -52,6 +54,8 @@ pub struct Keeper {
     ever_owned: bool,
     orphan_since: Instant,
     children: Vec<Child>,
+    /// The last end of each child that was not started again: an owner may end before it has read the event.
+    exits: VecDeque<ExitReport>,
     shutdown: Option<Shutdown>,
 }
 
@@ -69,6 +73,7 @@ impl Keeper {
             ever_owned: false,
             orphan_since: Instant::now(),
             children: Vec::new(),
+            exits: VecDeque::new(),
             shutdown: None,
         }
     }
@@ -219,13 +224,23 @@ impl Keeper {
         match request {
             Request::Ping => Some(self.introduce()),
             Request::Own => {
-                self.ever_owned = true;
-                if let Some(old) = self.owner.replace(from)
-                    && let Some(connection) = self.connections.iter_mut().find(|c| c.id == old)
-                {
-                    connection.closed = old != from;
-                }
+                self.owned_by(from);
                 Some(self.introduce())
+            }
+            Request::TakeOver { orphan_grace_ms, kill_grace_ms } => {
+                if self.shutdown.is_some() {
+                    return Some(failed("everything is being stopped"));
+                }
+                self.owned_by(from);
+                self.config.orphan_grace = Duration::from_millis(orphan_grace_ms);
+                self.config.kill_grace = Duration::from_millis(kill_grace_ms);
+                tracing::info!(children = self.children.len(), "taken over by a new owner");
+                Some(Answer::Inventory {
+                    pid: std::process::id(),
+                    run_id: self.config.run_id.clone(),
+                    children: self.children.iter().map(Child::info).collect(),
+                    exits: self.exits.iter().cloned().collect(),
+                })
             }
             Request::Spawn { spec } => Some(self.spawn(&spec)),
             Request::Stop { name, grace_ms } => {
@@ -246,6 +261,15 @@ impl Keeper {
                 self.begin_shutdown(Duration::from_millis(grace_ms), Some((from, seq)));
                 None
             }
+        }
+    }
+
+    fn owned_by(&mut self, connection: u64) {
+        self.ever_owned = true;
+        if let Some(old) = self.owner.replace(connection)
+            && let Some(known) = self.connections.iter_mut().find(|c| c.id == old)
+        {
+            known.closed = old != connection;
         }
     }
 
@@ -274,6 +298,7 @@ impl Keeper {
                 let pid = child.pid().unsigned_abs();
                 tracing::info!(name = spec.name, incarnation = spec.incarnation, pid, "started");
                 self.children.push(child);
+                self.exits.retain(|exit| exit.name != spec.name);
                 self.report(KeeperEvent::Spawned {
                     name: spec.name.clone(),
                     incarnation: spec.incarnation,
@@ -309,6 +334,11 @@ impl Keeper {
                 left = ?report.left,
                 "ended"
             );
+            self.exits.retain(|exit| exit.name != report.name);
+            if self.exits.len() >= EXIT_LIMIT {
+                self.exits.pop_front();
+            }
+            self.exits.push_back(report.clone());
             self.report(KeeperEvent::Exited(report));
         }
     }

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 /// Version byte of every frame. A keeper of another version is stopped and replaced.
-pub const KEEPER_PROTOCOL: u8 = 1;
+pub const KEEPER_PROTOCOL: u8 = 2;
 
 /// Longest accepted frame after the length, in bytes. The largest message is a spawn with the whole
 /// environment.
@@ -114,6 +114,14 @@ pub struct ChildInfo {
 pub enum Request {
     /// First message of the owner. An earlier owner's connection is closed.
     Own,
+    /// First message of an owner that goes on with what an earlier one has left; answered by
+    /// [`Answer::Inventory`]. Refused while everything is being stopped.
+    TakeOver {
+        /// How long everything is kept without an owner, from now on, in milliseconds.
+        orphan_grace_ms: u64,
+        /// Grace between SIGTERM and SIGKILL when the keeper stops children on its own, in milliseconds.
+        kill_grace_ms: u64,
+    },
     /// Start a child.
     Spawn {
         /// What to start.
@@ -160,6 +168,17 @@ pub enum Answer {
         pid: u32,
         /// Run id of the state directory.
         run_id: String,
+    },
+    /// To [`Request::TakeOver`].
+    Inventory {
+        /// Pid of the keeper.
+        pid: u32,
+        /// Run id of the state directory.
+        run_id: String,
+        /// Living children.
+        children: Vec<ChildInfo>,
+        /// How those ended that were not started again since.
+        exits: Vec<ExitReport>,
     },
     /// Refused or failed.
     Failed {

@@ -106,7 +106,12 @@ impl Lifecycle {
 
     /// The link to the node of these ranks is lost. Nothing is known to have happened to its engines.
     pub(super) fn node_away(&mut self, ranks: &[EngineIndex]) {
-        self.away.extend(ranks.iter().filter(|rank| self.ranks.contains_key(rank)));
+        for rank in ranks {
+            if let Some(state) = self.ranks.get_mut(rank) {
+                self.away.insert(*rank);
+                state.unsure = state.phase != Phase::Preparing;
+            }
+        }
     }
 
     /// A node is there again, and this is what it has.
@@ -136,6 +141,8 @@ impl Lifecycle {
         let incarnation = state.incarnation;
         let ended = || report.ended.clone().unwrap_or_else(|| "it ended while its node was away".to_owned());
         let process_gone = spawn && report.process != Some(incarnation);
+        // A start that began after the report was made is not judged by it.
+        let judged = std::mem::take(&mut state.unsure);
         match state.phase {
             Phase::Waiting | Phase::GivenUp | Phase::Stopped | Phase::Preparing => {
                 // A start that was given up while the node was away may have succeeded there.
@@ -162,7 +169,7 @@ impl Lifecycle {
                     _ => self.actions.push_back(Action::StopProcess { rank, incarnation: stray }),
                 }
             }
-            Phase::Starting | Phase::Connected => {
+            Phase::Starting | Phase::Connected if judged => {
                 if process_gone {
                     if let Some(stray) = report.process {
                         state.until = Some(limit);
@@ -196,6 +203,7 @@ impl Lifecycle {
                     self.actions.push_back(Action::Admit { rank, incarnation });
                 }
             }
+            Phase::Starting | Phase::Connected => {}
             Phase::Stopping => {
                 if process_gone {
                     let reason = ended();

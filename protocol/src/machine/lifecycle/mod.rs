@@ -43,6 +43,8 @@ struct RankState {
     restarts: u64,
     /// Was admitted in some life.
     served: bool,
+    /// What happened to this incarnation may have been missed: its node was away.
+    unsure: bool,
     /// It ends for a reason of ours: the next life begins at once, and nothing is charged.
     discarded: bool,
     last_error: Option<String>,
@@ -97,6 +99,7 @@ impl Lifecycle {
                     restart: Restart::new(config.restart),
                     restarts: 0,
                     served: false,
+                    unsure: false,
                     discarded: false,
                     last_error: None,
                 };
@@ -206,6 +209,7 @@ impl Lifecycle {
             state.restarts += 1;
         }
         state.discarded = false;
+        state.unsure = false;
         state.spawned = false;
         state.phase = Phase::Preparing;
         state.restart.handle_event(now, restart::Event::Started);
