@@ -45,6 +45,8 @@ pub(crate) struct Engine {
     pub(crate) wait_needs_abort: bool,
     /// Answers of `reset_prefix_cache`; true after the last.
     pub(crate) resets: VecDeque<bool>,
+    /// A resume is not answered, and has no effect.
+    pub(crate) no_resume: bool,
     /// `set_weight_version` is not known.
     pub(crate) no_version_stamp: bool,
 }
@@ -80,6 +82,7 @@ impl FakeRank {
             loads: VecDeque::new(),
             wait_needs_abort: false,
             resets: VecDeque::new(),
+            no_resume: false,
             no_version_stamp: false,
         }));
         let changed = Arc::new(Notify::new());
@@ -211,6 +214,10 @@ fn call(
         }
         "resume_scheduler" => {
             engine.log.push("resume".to_owned());
+            if engine.no_resume {
+                waiting.push(reply);
+                return;
+            }
             engine.paused = false;
             Ok(Value::Nil)
         }

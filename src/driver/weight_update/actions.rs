@@ -158,7 +158,7 @@ impl Task {
                 stages: self.stages.clone(),
                 known: self.known.clone(),
                 cancel: self.cancel.flag(),
-                limit: self.config.machine.stage_timeout,
+                limit: self.config.machine.stage_timeout + SLACK,
                 notes: self.notes.clone(),
             },
         };

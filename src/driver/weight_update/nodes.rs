@@ -77,6 +77,7 @@ impl NodesJob {
         let shown = self.nodes.iter().map(|node| self.show(*node));
         let staged = self.nodes.iter().map(async |node| {
             let staged = self.stages.staged(*node, &self.id, self.limit).await;
+            self.tell(*node, 0);
             staged.map(|new| (*node, new)).map_err(|error| (*node, error))
         });
         let staged = tokio::select! {
@@ -85,6 +86,14 @@ impl NodesJob {
         };
         let both = |(node, new)| (node, Checked { new, previous: previous.get(&node).cloned().flatten() });
         Ok(staged.into_iter().map(both).collect())
+    }
+
+    fn tell(&self, node: NodeId, rate: u64) {
+        let seen = self.stages.seen(node).and_then(|seen| seen.borrow().progress.clone());
+        if let Some((_, progress)) = seen.filter(|(id, _)| *id == self.id) {
+            let name = self.stages.name(node);
+            self.notes.try_send(UpdateEvent::Staging { node, name, progress, rate }).ok();
+        }
     }
 
     /// Tells of a node's progress, for ever.
@@ -101,8 +110,7 @@ impl NodesJob {
                 let ms = u64::try_from(told.elapsed().as_millis()).unwrap_or(u64::MAX).max(1);
                 let rate = progress.done.saturating_sub(done).saturating_mul(1000) / ms;
                 (told, done) = (Instant::now(), progress.done);
-                let name = self.stages.name(node);
-                self.notes.try_send(UpdateEvent::Staging { node, name, progress, rate }).ok();
+                self.tell(node, rate);
             }
             if seen.changed().await.is_err() {
                 return std::future::pending().await;

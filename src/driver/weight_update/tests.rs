@@ -1,3 +1,7 @@
+mod nodes;
+mod recovery;
+mod stage;
+
 use std::path::Path;
 
 use dp_sidecar_protocol::FrontendId;

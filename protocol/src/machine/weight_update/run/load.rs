@@ -91,6 +91,7 @@ impl Run {
             !workers.is_empty() && workers.iter().all(|worker| worker.state == WorkerState::Unchanged);
         let unverified = fault.is_none()
             && wanted.digest.is_some()
+            && wanted.extents.is_empty()
             && workers.iter().any(|worker| worker.digest.is_none());
         let Some(state) = self.ranks.get_mut(&rank) else {
             return;
