@@ -12,7 +12,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
 use super::local::{self, Local};
-use super::{Begun, TASK_END, answer, asked, ended_by, gone, nodes, stop_keeper, until_few, waiting};
+use super::{Begun, TASK_END, answer, asked, ended_by, gone, nodes, stage, stop_keeper, until_few, waiting};
 use crate::admin::server::AdminCommand;
 use crate::admin::types::{AdminError, EngineStatus, ErrorKind, LeaderStatus, NodeStatus, Status};
 use crate::config::{Config, Nodes};
@@ -82,10 +82,18 @@ async fn follow(mut begun: Begun, nodes: Nodes) -> RunEnd {
     nodes::set_address(&mut begun.config, found.own);
     let config = Arc::new(begun.config);
     let (sinks, sources) = server::channels();
-    let processes = sinks.processes.clone();
+    let (processes, stage_events) = (sinks.processes.clone(), sinks.stage.clone());
     let (tracker, stop) = (begun.tracker, begun.stop);
     let local = match local::start(&config, &begun.state, keeper, sinks, &tracker, &stop).await {
         Ok(local) => local,
+        Err(end) => {
+            stop_keeper(client.as_ref(), grace).await;
+            return end;
+        }
+    };
+    let stage = stage::start(&config, &begun.state, None, stage_events, &tracker, &stop);
+    let stage = match stage {
+        Ok(stage) => stage,
         Err(end) => {
             stop_keeper(client.as_ref(), grace).await;
             return end;
@@ -96,7 +104,7 @@ async fn follow(mut begun: Begun, nodes: Nodes) -> RunEnd {
         edge: Some(local.edge.clone()),
         handshake: Some(local.handshake.clone()),
         processes: local.processes.clone(),
-        stage: None,
+        stage: Some(stage),
     };
     let (streams, stream_inbox) = mpsc::channel(1);
     let options = ServerOptions {

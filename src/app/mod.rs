@@ -5,6 +5,7 @@ mod commands;
 mod follower;
 mod local;
 mod nodes;
+mod stage;
 mod start;
 mod status;
 mod updates;
@@ -61,24 +62,36 @@ pub async fn run(config: Config, state: StateDir) -> RunEnd {
         }
         Err(error) => return local::internal("admin socket", &error),
     };
-    let mut begun = Begun { config, state, tracker, admin, outside, stop, began: std::time::Instant::now() };
+    let mut begun = Begun {
+        config,
+        state: Arc::new(state),
+        tracker,
+        admin,
+        outside,
+        stop,
+        began: std::time::Instant::now(),
+    };
+    // With its lock, until nothing is left.
+    let state = begun.state.clone();
     let end = match begun.config.role() {
         Role::Follower => follower::run(begun).await,
         Role::Alone | Role::Leader => match begun.lead().await {
-            Ok(app) => return app.run(begun.outside).await,
+            Ok(app) => app.run(begun.outside).await,
             Err(end) => {
                 begun.stop.cancel();
                 end
             }
         },
     };
+    // All engines have ended: nobody loads from them any more.
+    stage::free(state.run_id());
     end
 }
 
 /// A run that has its admin socket, and nothing else.
 struct Begun {
     config: Config,
-    state: StateDir,
+    state: Arc<StateDir>,
     tracker: TaskTracker,
     admin: mpsc::Receiver<AdminCommand>,
     outside: watch::Receiver<Asked>,

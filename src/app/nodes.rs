@@ -15,6 +15,7 @@ use super::local::QUEUE;
 use crate::admin::types::NodeStatus;
 use crate::config::{Config, Engines, Nodes};
 use crate::driver::handles::{NodeEvent, NodeId, ProcessEvent};
+use crate::driver::weight_update::UpdateNode;
 use crate::exit_code::{self, RunEnd};
 use crate::link::LinkStream;
 use crate::link::client::{self, ClientOptions, Link, LinkStatus, NodeHandles, NodeSinks, Tempo};
@@ -101,10 +102,11 @@ pub(super) fn connect(
     events: &mpsc::Sender<(NodeId, NodeEvent)>,
     tracker: &TaskTracker,
     stop: &CancellationToken,
-) -> Remote {
+) -> (Remote, UpdateNode) {
     let RemoteNode { introduction, mut connections, .. } = node;
     let (states, state_inbox) = mpsc::channel(QUEUE);
-    let sinks = NodeSinks { processes: of_node(id, events.clone(), tracker), states, ..sinks };
+    let (stage, stage_events) = mpsc::channel(QUEUE);
+    let sinks = NodeSinks { processes: of_node(id, events.clone(), tracker), stage, states, ..sinks };
     let name = introduction.name();
     let options = ClientOptions {
         name: name.clone(),
@@ -113,9 +115,10 @@ pub(super) fn connect(
         stop: stop.clone(),
     };
     let (links, link_inbox) = mpsc::channel(1);
+    let peer = name.clone();
     tracker.spawn(stop.clone().run_until_cancelled_owned(async move {
         while let Some(stream) = connections.recv().await {
-            if links.send(Link::Stream(LinkStream::new(stream, &*name))).await.is_err() {
+            if links.send(Link::Stream(LinkStream::new(stream, &*peer))).await.is_err() {
                 return;
             }
         }
@@ -127,7 +130,15 @@ pub(super) fn connect(
         state_inbox,
         events.clone(),
     )));
-    Remote { id, introduction, handles, status }
+    let remote = Remote { id, introduction, handles, status };
+    let update = UpdateNode {
+        id,
+        name,
+        ranks: remote.ranks(),
+        stage: Some(remote.handles.stage.clone()),
+        events: stage_events,
+    };
+    (remote, update)
 }
 
 /// Tells the node task when a node's link comes and goes.

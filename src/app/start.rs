@@ -13,6 +13,7 @@ use super::App;
 use super::commands::Handles;
 use super::local::{self, Keeper, QUEUE, internal};
 use super::nodes::{self, Gathered, Remote, THIS_NODE, of_node};
+use super::stage;
 use super::status::Sources;
 use crate::admin::server::AdminCommand;
 use crate::config::{Config, Engines};
@@ -23,7 +24,7 @@ use crate::driver::handles::{
     AttachmentCommand, AttachmentHandle, CoordinatorCommand, CoordinatorHandle, Deployment, NodeId, ask,
 };
 use crate::driver::node::{Inputs, Node, NodeCommand, NodePeers, Outputs, Peers};
-use crate::driver::weight_update::{FenceRequest, UpdateConfig};
+use crate::driver::weight_update::{FenceRequest, UpdateConfig, UpdateNode};
 use crate::driver::{control, coordinator, weight_update};
 use crate::exit_code::{self, RunEnd};
 use crate::gpu::{self, GpuMonitor};
@@ -67,7 +68,7 @@ pub(super) async fn start(
     let (held, held_calls) = mpsc::channel(QUEUE);
     let (wakes, woken) = mpsc::channel(QUEUE);
     // Each node has its own queues for what concerns it as a whole.
-    let (stage, _) = mpsc::channel(1);
+    let (stage, stage_events) = mpsc::channel(QUEUE);
     let (states, _) = mpsc::channel(1);
     let sinks = NodeSinks {
         ranks: rank_sender,
@@ -80,16 +81,28 @@ pub(super) async fn start(
         states,
     };
     let local = local::start(&config, state, keeper, sinks.clone(), &tracker, &stop).await?;
+    let own_ranks: Vec<EngineIndex> = config.local_ranks().map(EngineIndex).collect();
+    let this_node = UpdateNode {
+        id: THIS_NODE,
+        name: "this node".to_owned(),
+        ranks: own_ranks.clone(),
+        stage: Some(stage::start(&config, state, None, sinks.stage.clone(), &tracker, &stop)?),
+        events: stage_events,
+    };
+    let mut update_nodes = vec![this_node];
     let gathered = nodes.map(|(own, leader, nodes)| {
-        let remotes = (1..)
-            .zip(nodes)
-            .map(|(id, node)| nodes::connect(NodeId(id), node, sinks.clone(), &node_events, &tracker, &stop));
-        Gathered { own, leader, remotes: Arc::new(remotes.collect()) }
+        let mut remotes = Vec::new();
+        for (id, node) in (1..).zip(nodes) {
+            let (remote, update) =
+                nodes::connect(NodeId(id), node, sinks.clone(), &node_events, &tracker, &stop);
+            remotes.push(remote);
+            update_nodes.push(update);
+        }
+        Gathered { own, leader, remotes: Arc::new(remotes) }
     });
     drop(sinks);
     let remotes: &[Remote] = gathered.as_ref().map_or(&[], |gathered| &gathered.remotes);
 
-    let own_ranks: Vec<EngineIndex> = config.local_ranks().map(EngineIndex).collect();
     let mut edges = vec![(own_ranks.clone(), local.edge)];
     edges.extend(remotes.iter().map(|remote| (remote.ranks(), remote.handles.edge.clone())));
     let coordinator = coordinator::spawn(
@@ -124,7 +137,7 @@ pub(super) async fn start(
     let updates = weight_update::spawn(
         UpdateConfig::new(config.kind, state.path()),
         ranks.clone(),
-        Vec::new(),
+        update_nodes,
         control.clone(),
         fences(&node_commands, &tracker),
         &tracker,

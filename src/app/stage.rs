@@ -1,0 +1,52 @@
+//! The staging area of this node.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::Path;
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{error, info};
+
+use super::local::internal;
+use crate::config::Config;
+use crate::driver::handles::{StageEvent, StageHandle};
+use crate::exit_code::RunEnd;
+use crate::peer::hop::TokenAuth;
+use crate::peer::introduction::ranks_text;
+use crate::staging::upload::UploadRequests;
+use crate::staging::{self, HopAuth, NoAuth, SHM_DIR, StageConfig};
+use crate::state_dir::StateDir;
+
+/// Starts the staging area. Weights of other nodes are taken at the address that those reach.
+pub(super) fn start(
+    config: &Config,
+    state: &StateDir,
+    uploads: Option<UploadRequests>,
+    events: mpsc::Sender<StageEvent>,
+    tracker: &TaskTracker,
+    stop: &CancellationToken,
+) -> Result<StageHandle, RunEnd> {
+    let name = format!("node of {}", ranks_text(config.start_rank, config.size_local));
+    let (host, auth): (IpAddr, Arc<dyn HopAuth>) = match &config.nodes {
+        Some(nodes) => {
+            (nodes.address.unwrap_or(Ipv4Addr::LOCALHOST.into()), Arc::new(TokenAuth(nodes.token.clone())))
+        }
+        None => (Ipv4Addr::LOCALHOST.into(), Arc::new(NoAuth)),
+    };
+    let stage = StageConfig {
+        uploads,
+        ..StageConfig::new(name, state.path().to_owned(), state.run_id().to_owned(), host, auth)
+    };
+    staging::spawn(stage, events, tracker, stop.clone()).map_err(|e| internal("staging area", &e))
+}
+
+/// Frees the shared memory, when all engines of this node have ended with the sidecar.
+pub(super) fn free(run_id: &str) {
+    match staging::remove_segments(Path::new(SHM_DIR), run_id) {
+        Ok(0) => {}
+        Ok(count) => info!(count, "shared memory segments removed"),
+        Err(error) => error!(%error, "shared memory segments not removed"),
+    }
+}
