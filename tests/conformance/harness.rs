@@ -505,6 +505,18 @@ impl Sidecar {
         found
     }
 
+    /// Its shared memory.
+    fn segments(&self) -> Vec<PathBuf> {
+        let Some(id) = self.run_id() else {
+            return Vec::new();
+        };
+        let prefix = format!("dp-sidecar-{id}-");
+        let all = std::fs::read_dir("/dev/shm").unwrap().flatten();
+        all.filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix))
+            .map(|entry| entry.path())
+            .collect()
+    }
+
     /// Pid of its keeper.
     pub(crate) fn keeper(&self) -> Option<i32> {
         let pid = self.status()?["sidecar"]["keeper_pid"].as_i64()?;
@@ -517,9 +529,10 @@ impl Sidecar {
         let mut left = Vec::new();
         let done = until_ok(SOON, || {
             left = self.processes();
-            if left.is_empty() { Ok(()) } else { Err(()) }
+            if left.is_empty() && self.segments().is_empty() { Ok(()) } else { Err(()) }
         });
-        assert!(done.is_ok(), "processes left: {left:?}\n{}", self.log_tail());
+        let segments = self.segments();
+        assert!(done.is_ok(), "left: processes {left:?}, segments {segments:?}\n{}", self.log_tail());
     }
 }
 
@@ -540,6 +553,9 @@ impl Drop for Sidecar {
         // What this run started, and nothing else: by its own random marker.
         for pid in keeper.into_iter().chain(self.processes()) {
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        for segment in self.segments() {
+            let _ = std::fs::remove_file(segment);
         }
     }
 }

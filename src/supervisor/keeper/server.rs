@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -351,6 +351,11 @@ impl Keeper {
                 "no owner: everything is stopped"
             );
             self.begin_shutdown(self.config.kill_grace, None);
+            // Nobody else will. Engines that have them mapped lose nothing before they end.
+            match crate::staging::remove_segments(Path::new(crate::staging::SHM_DIR), &self.config.run_id) {
+                Ok(count) => tracing::info!(count, "shared memory segments removed"),
+                Err(error) => tracing::error!(%error, "shared memory segments not removed"),
+            }
         }
     }
 
