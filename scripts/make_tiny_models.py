@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write tiny random checkpoints, dense and MoE, three seeds each.
+"""Write tiny random checkpoints, dense and MoE, three seeds each, and two adapters for dense-0.
 
 Run with the interpreter of the vLLM environment (see ``vllm_env.py``). The checkpoints of one
 kind have the same shapes and other weights, so that one can be loaded over the other; their greedy
@@ -7,7 +7,11 @@ tokens differ at every step, so each token of a response shows which weights pro
 ``prompts.json`` lists prompts whose greedy path is far from ties, for all seeds of a kind, together
 with the tokens that Hugging Face's implementation gives.
 
-Prints the folder: ``<cache>/models-<hash of this script>``, with ``dense-0`` .. ``moe-2``.
+Under ``lora`` it lists prompts that dense-0, and dense-0 with each of the adapters, answer with
+different tokens from the first one on.
+
+Prints the folder: ``<cache>/models-<hash of this script>``, with ``dense-0`` .. ``moe-2`` and
+``lora-1``, ``lora-2``.
 """
 
 from __future__ import annotations
@@ -29,6 +33,10 @@ LETTERS = "abcdef"
 # Mostly the last token decides how an answer goes on: different endings, different answers.
 ENDINGS = ("red", "sky", "sun", "oak", "fox", "map")
 PROMPTS = 12
+ADAPTERS = (1, 2)
+LORA_RANK = 4
+LORA_ALPHA = 8
+LORA_STEPS = 12
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}<|assistant|>"
 )
@@ -109,14 +117,14 @@ def give_direction(model, seed: int) -> None:
         head[order.roll(-1)] += RANGE * words[order]
 
 
-def greedy(model, prompts):
+def greedy(model, prompts, steps=STEPS):
     """Greedy tokens and the smallest distance between the best two logits on the way."""
     import torch
 
     smallest = torch.full((len(prompts),), float("inf"))
     path, new, past = [], torch.tensor(prompts), None
     with torch.inference_mode():
-        for _ in range(STEPS):
+        for _ in range(steps):
             out = model(new, past_key_values=past, use_cache=True, logits_to_keep=1)
             past = out.past_key_values
             logits = out.logits[:, -1].float()
@@ -126,6 +134,86 @@ def greedy(model, prompts):
             new = best.indices[:, :1]
             path.append(new)
     return torch.cat(path, dim=1).tolist(), smallest.tolist()
+
+
+def adapter(number: int, head):
+    """Low-rank changes of some modules: name -> (A, B).
+
+    The last one pulls towards four tokens of the adapter's own; the others are small, so that each
+    module's place shows in the log probabilities and no step comes close to a tie.
+    """
+    import torch
+
+    randoms = torch.Generator().manual_seed(number)
+    changes = {}
+    for layer in range(2):
+        for module, width, height in (
+            ("self_attn.q_proj", 128, 128),
+            ("self_attn.v_proj", 128, 128),
+            ("self_attn.o_proj", 128, 128),
+            ("mlp.down_proj", 256, 128),
+            ("mlp.up_proj", 128, 256),
+        ):
+            down = torch.randn(LORA_RANK, width, generator=randoms) / width**0.5
+            up = torch.randn(height, LORA_RANK, generator=randoms) * 0.05
+            if (layer, module) == (1, "mlp.down_proj"):
+                up = head[torch.randperm(VOCABULARY - 2, generator=randoms)[:LORA_RANK]].T * 20
+            changes[f"model.layers.{layer}.{module}"] = (down, up)
+    return changes
+
+
+def write_adapters(folder: Path, tokens) -> dict:
+    """Adapters in PEFT's layout, and what dense-0 answers with and without them."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    words = [f"{a} {b} {c}" for a in LETTERS for b in LETTERS for c in ENDINGS]
+    encoded = [tokens.encode(word) for word in words]
+
+    def base():
+        return AutoModelForCausalLM.from_pretrained(folder / "dense-0", dtype=torch.float32).eval()
+
+    answers = {"": greedy(base(), encoded, LORA_STEPS)}
+    for number in ADAPTERS:
+        model = base()
+        changes = adapter(number, model.get_output_embeddings().weight.detach())
+        where = folder / f"lora-{number}"
+        where.mkdir()
+        content = {}
+        for name, (down, up) in changes.items():
+            content[f"base_model.model.{name}.lora_A.weight"] = down.bfloat16().contiguous()
+            content[f"base_model.model.{name}.lora_B.weight"] = up.bfloat16().contiguous()
+            with torch.no_grad():
+                scaled = LORA_ALPHA / LORA_RANK * (up.bfloat16().float() @ down.bfloat16().float())
+                model.get_submodule(name).weight += scaled
+        save_file(content, where / "adapter_model.safetensors")
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": str(folder / "dense-0"),
+            "r": LORA_RANK,
+            "lora_alpha": LORA_ALPHA,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "target_modules": sorted({name.rsplit(".", 1)[1] for name in changes}),
+        }
+        (where / "adapter_config.json").write_text(json.dumps(config, indent=1))
+        answers[where.name] = greedy(model, encoded, LORA_STEPS)
+        say(f"{where.name} written")
+    margins = [min(margin[i] for _, margin in answers.values()) for i in range(len(words))]
+    good = [
+        i
+        for i in sorted(range(len(words)), key=lambda i: -margins[i])
+        if len({path[i][0] for path, _ in answers.values()}) == len(answers)
+    ][:PROMPTS]
+    if len(good) < PROMPTS or margins[good[-1]] < 0.1:
+        raise SystemExit("tiny-models: too few prompts tell the adapters apart")
+    return {
+        "prompts": [words[i] for i in good],
+        "margins": [margins[i] for i in good],
+        "tokens": {name: [path[i] for i in good] for name, (path, _) in answers.items()},
+    }
 
 
 def write_kind(kind: str, folder: Path, tokens) -> dict:
@@ -176,6 +264,7 @@ def main() -> None:
                 where.mkdir()
                 names = tokenizer()
                 prompts = {kind: write_kind(kind, where, names) for kind in ("dense", "moe")}
+                prompts["lora"] = write_adapters(where, names)
                 (where / "prompts.json").write_text(json.dumps(prompts, indent=1))
                 (where / ".complete").touch()
     print(where)

@@ -35,31 +35,51 @@ def worker_module(monkeypatch, tmp_path):
     (tmp_path / "fakevllm/v1/worker_base.py").write_text("class WorkerBase: pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(attach, "WORKER_MODULE", "fakevllm.v1.worker_base")
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    others = [f for f in sys.meta_path if not isinstance(f, attach._WaitForModules)]
+    monkeypatch.setattr(sys, "meta_path", others)
     yield "fakevllm.v1.worker_base"
     for name in [name for name in sys.modules if name.startswith("fakevllm")]:
         del sys.modules[name]
 
 
+def waited_for() -> set[str]:
+    waiting = [f for f in sys.meta_path if isinstance(f, attach._WaitForModules)]
+    assert len(waiting) <= 1
+    return waiting[0].names if waiting else set()
+
+
 def test_a_worker_class_that_is_imported_later_gets_the_methods(worker_module):
     register()
     register()
-    waiting = [f for f in sys.meta_path if isinstance(f, attach._WaitForWorker)]
-    assert len(waiting) == 1
+    assert worker_module in waited_for()
     assert worker_module not in sys.modules
     module = __import__(worker_module, fromlist=["WorkerBase"])
     assert module.WorkerBase.dp_sidecar_load is attach.dp_sidecar_load
     assert module.WorkerBase.dp_sidecar_info is attach.dp_sidecar_info
-    assert not any(isinstance(f, attach._WaitForWorker) for f in sys.meta_path)
+    assert module.WorkerBase.dp_sidecar_lora is attach.dp_sidecar_lora
+    assert worker_module not in waited_for()
 
 
 def test_a_worker_class_that_is_there_gets_the_methods_at_once(worker_module):
     module = __import__(worker_module, fromlist=["WorkerBase"])
-    before = list(sys.meta_path)
     register()
     register()
     assert module.WorkerBase.dp_sidecar_load is attach.dp_sidecar_load
-    assert sys.meta_path == before
+    assert worker_module not in waited_for()
+
+
+def test_a_fault_in_attaching_does_not_keep_vllm_from_importing(worker_module, monkeypatch):
+    register()
+    monkeypatch.setattr(attach, "_give_methods", lambda module: 1 / 0)
+    assert __import__(worker_module, fromlist=["WorkerBase"]).WorkerBase
+
+
+def test_waiting_ends_when_everything_was_imported(worker_module, monkeypatch):
+    monkeypatch.setattr(attach, "_attachments", lambda: {worker_module: ("WorkerBase", id)})
+    register()
+    assert waited_for() == {worker_module}
+    __import__(worker_module)
+    assert waited_for() == set()
 
 
 def test_registering_never_raises(monkeypatch):

@@ -66,8 +66,11 @@ class Engine:
             max_num_seqs=8,
             dtype="bfloat16",
             gpu_memory_utilization=0.1,
-            enable_prefix_caching=False,
-            **{"distributed_executor_backend": "uni", **flags},
+            **{
+                "enable_prefix_caching": False,
+                "distributed_executor_backend": "uni",
+                **flags,
+            },
         )
 
     def load(self, seed: int, **changes) -> dict:

@@ -1,27 +1,51 @@
-"""Sets the shim's methods on vLLM's worker base class, now or when that class comes to be.
+"""Sets the shim's methods on vLLM's classes, now or when those classes come to be.
 
 The frontend's processes load the plugin, too, and never import the worker module: importing it
-for them would cost each a second. So when it is not there yet, a finder waits for it.
+for them would cost each a second. So a finder waits for the modules that are not there yet.
 """
 
 from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import logging
 import sys
 from types import ModuleType
 from typing import Any
 
+_logger = logging.getLogger("vllm.dp_sidecar")
+
 WORKER_MODULE = "vllm.v1.worker.worker_base"
+MANAGER_MODULE = "vllm.lora.worker_manager"
+RESOLVER_MODULE = "vllm.lora.resolver"
 
 
 def attach() -> None:
-    """Attach to the worker class, or wait for its module. May be called any number of times."""
-    module = sys.modules.get(WORKER_MODULE)
-    if module is not None and hasattr(module, "WorkerBase"):
-        _give_methods(module)
-    elif not any(isinstance(finder, _WaitForWorker) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WaitForWorker())
+    """Attach to what there is, and wait for the rest. May be called any number of times."""
+    missing = {name for name in _attachments() if not _attach_to(name)}
+    waiting = [finder for finder in sys.meta_path if isinstance(finder, _WaitForModules)]
+    if waiting:
+        waiting[0].names = missing
+    elif missing:
+        sys.meta_path.insert(0, _WaitForModules(missing))
+
+
+def _attachments() -> dict[str, tuple[str, Any]]:
+    # Module -> a name that is in it once it has run, and what to do with it then.
+    return {
+        WORKER_MODULE: ("WorkerBase", _give_methods),
+        MANAGER_MODULE: ("LRUCacheWorkerLoRAManager", _wrap_manager),
+        RESOLVER_MODULE: ("LoRAResolverRegistry", _register_resolver),
+    }
+
+
+def _attach_to(name: str) -> bool:
+    last, action = _attachments()[name]
+    module = sys.modules.get(name)
+    if module is None or not hasattr(module, last):
+        return False
+    action(module)
+    return True
 
 
 def _give_methods(module: ModuleType) -> None:
@@ -29,15 +53,32 @@ def _give_methods(module: ModuleType) -> None:
     # --worker-extension-cls.
     module.WorkerBase.dp_sidecar_info = dp_sidecar_info
     module.WorkerBase.dp_sidecar_load = dp_sidecar_load
+    module.WorkerBase.dp_sidecar_lora = dp_sidecar_lora
 
 
-class _WaitForWorker(importlib.abc.MetaPathFinder):
-    """Lets the ordinary finder find the worker module; gives it the methods when it has run."""
+def _wrap_manager(module: ModuleType) -> None:
+    from dp_sidecar_shim import adapters
+
+    adapters.wrap(module.WorkerLoRAManager)
+
+
+def _register_resolver(module: ModuleType) -> None:
+    from dp_sidecar_shim import resolver
+
+    resolver.register(module)
+
+
+class _WaitForModules(importlib.abc.MetaPathFinder):
+    """Lets the ordinary finder find the modules; attaches to each when it has run."""
+
+    def __init__(self, names: set[str]) -> None:
+        self.names = names
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname != WORKER_MODULE:
+        if fullname not in self.names:
             return None
-        if self in sys.meta_path:
+        self.names = self.names - {fullname}
+        if not self.names and self in sys.meta_path:
             sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
@@ -46,7 +87,11 @@ class _WaitForWorker(importlib.abc.MetaPathFinder):
 
         def run_and_attach(module: ModuleType) -> None:
             run_module(module)
-            attach()
+            # The shim's faults must not keep vLLM from importing its module.
+            try:
+                _attach_to(fullname)
+            except Exception:
+                _logger.exception("dp-sidecar shim could not attach to %s", fullname)
 
         spec.loader.exec_module = run_and_attach  # type: ignore[method-assign]
         return spec
@@ -64,3 +109,10 @@ def dp_sidecar_load(self: Any, request: Any = None) -> dict[str, Any]:
     from dp_sidecar_shim import worker
 
     return worker.load(self, request)
+
+
+def dp_sidecar_lora(self: Any, request: Any = None) -> dict[str, Any]:
+    """`dp_sidecar_lora` of protocol/docs/weight-update.md; never raises."""
+    from dp_sidecar_shim import lora
+
+    return lora.lora(self, request)

@@ -1,4 +1,4 @@
-"""Info and load. See protocol/docs/weight-update.md for the maps they take and give."""
+"""`dp_sidecar_info` and `dp_sidecar_load`. Their maps: protocol/docs/weight-update.md."""
 
 from __future__ import annotations
 
@@ -269,6 +269,7 @@ def info(worker: Any) -> dict[str, Any]:
         "model_path": "",
         "vllm_version": "",
         "is_moe": False,
+        "max_lora_rank": None,
         "dp_rank": 0,
         "rank": 0,
         "world_size": 1,
@@ -281,7 +282,9 @@ def info(worker: Any) -> dict[str, Any]:
         answer["vllm_version"] = reload.vllm_version()
         answer["world_size"] = int(getattr(worker.vllm_config.parallel_config, "world_size", 1))
         answer["is_moe"] = _is_moe(model)
-        answer["model_path"] = _local_directory(model)
+        lora = getattr(worker.vllm_config, "lora_config", None)
+        answer["max_lora_rank"] = None if lora is None else int(lora.max_lora_rank)
+        answer["model_path"] = local_directory(model)
         answer["ok"] = True
     except Exception as error:
         fail(answer, error, "internal")
@@ -296,7 +299,7 @@ def _is_moe(model: Any) -> bool:
     return bool(is_moe)
 
 
-def _local_directory(model: Any) -> str:
+def local_directory(model: Any) -> str:
     """Directory of the checkpoint of the command line; the snapshot for a name on a hub."""
     path = str(model.model)
     if os.path.isdir(path):
