@@ -135,7 +135,7 @@ pub(super) async fn start(
     frontends_gone(&attachments, &control, &tracker, stop.clone());
     let (node_commands, commands) = mpsc::channel(QUEUE);
     let updates = weight_update::spawn(
-        UpdateConfig::new(config.kind, state.path()),
+        UpdateConfig::new(config.kind, state.path()).with_load_timeout(config.load_timeout),
         ranks.clone(),
         update_nodes,
         control.clone(),

@@ -330,6 +330,17 @@ pub struct RunArgs {
     )]
     pub pause_deadline: Duration,
 
+    /// How long engines may take to load the weights of an update; what has not answered then is restarted.
+    #[arg(
+        long,
+        env = "SIDECAR_LOAD_TIMEOUT",
+        default_value = "900s",
+        value_parser = parse_duration,
+        value_name = "TIME",
+        help_heading = "Weights"
+    )]
+    pub load_timeout: Duration,
+
     /// Accept engines of a vLLM version that this sidecar was not tested with.
     #[arg(long, env = "SIDECAR_ALLOW_UNTESTED_VLLM", help_heading = "Processes")]
     pub allow_untested_vllm: bool,

@@ -133,6 +133,7 @@ pub fn build(args: &RunArgs, surroundings: &Surroundings) -> Result<Built, Usage
             shutdown_timeout: args.shutdown_timeout,
             kill_grace: args.kill_grace,
             pause_deadline: args.pause_deadline,
+            load_timeout: args.load_timeout,
             allow_untested_vllm: args.allow_untested_vllm,
             max_restarts: args.max_restarts,
             nodes,

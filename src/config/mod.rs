@@ -53,6 +53,8 @@ pub struct Config {
     pub kill_grace: Duration,
     /// How long `wait` pauses may take before requests are aborted.
     pub pause_deadline: Duration,
+    /// For the load of an update on all engines.
+    pub load_timeout: Duration,
     /// Accept engines of a vLLM version that this sidecar was not tested with.
     pub allow_untested_vllm: bool,
     /// Restarts of a rank (or lockstep group) in a row before the sidecar gives up.

@@ -37,6 +37,13 @@ impl UpdateConfig {
             call_timeout: Duration::from_secs(30),
         }
     }
+
+    /// With this limit for a load on all ranks.
+    #[must_use]
+    pub fn with_load_timeout(mut self, limit: Duration) -> Self {
+        self.machine.load_timeout = limit;
+        self
+    }
 }
 
 /// A node, as the update task sees it.
