@@ -203,8 +203,14 @@ impl Setup {
         }
     }
 
-    /// More flags.
+    /// More flags; one that is there already gets the new value.
     pub(crate) fn args(mut self, args: &[&str]) -> Self {
+        if let [name, value] = args
+            && let Some(at) = self.args.iter().position(|arg| arg == name && *name != "--frontend")
+        {
+            self.args[at + 1] = (*value).to_owned();
+            return self;
+        }
         self.args.extend(args.iter().map(|arg| (*arg).to_owned()));
         self
     }

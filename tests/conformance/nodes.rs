@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::harness::{
     Model, SOON, Setup, Sidecar, complete_all, directory, exited_with, free_port, frontend, model, states,
-    until,
+    until, weight_versions,
 };
 
 /// Two nodes with two ranks each, not started.
@@ -201,6 +201,25 @@ fn a_follower_that_is_stopped_takes_only_its_own_ranks_with_it_and_may_come_back
     leader.await_log(&["node stops", "SIGTERM"]);
     follower.start_again();
     leader.await_admitted();
+}
+
+#[test]
+fn an_update_reaches_the_ranks_of_all_nodes() {
+    let pair = Pair::new(false);
+    let mut frontend = frontend(4, |_| {});
+    let (mut leader, mut follower) = pair.up(&mut frontend);
+    let next = model(pair.directory.path(), "next", 2, false);
+    let path = next.path.display().to_string();
+    let said = leader.command(&["update", "--path", &path, "--version", "v2", "--json"]);
+    assert_eq!(said.code, 0, "{}", said.text());
+    assert_eq!(weight_versions(&leader.status().unwrap()), ["v2"; 4]);
+    all_ranks_serve(&mut frontend, "r", &next);
+    let refused = follower.command(&["update", "--path", &path]);
+    assert!(refused.text().contains("ask the leader"), "{refused:?}");
+    leader.stop();
+    follower.await_end();
+    leader.await_nothing_left();
+    follower.await_nothing_left();
 }
 
 #[test]
