@@ -2,257 +2,22 @@
 //! by the test, so that only the attachment is looked at.
 #![allow(clippy::unwrap_used, reason = "test helpers")]
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
+#[path = "attachment/adoption.rs"]
+mod adoption;
+#[path = "attachment/fixture.rs"]
+mod fixture;
+
 use std::time::Duration;
 
-use bytes::Bytes;
-use dp_sidecar::driver::attachment::{AttachmentConfig, spawn};
-use dp_sidecar::driver::handles::{
-    AttachmentCommand, AttachmentHandle, CoordinatorCommand, CoordinatorHandle, CoordinatorSnapshot,
-    Deployment, EngineFacts, ForFrontendCoordinator, FrontendSnapshot, GroupKind, HandleError, RankCommand,
-    RankHandle, RankSnapshot, RouteLost, ask,
-};
-use dp_sidecar::transport::{Dealer, Push};
-use dp_sidecar_protocol::layout::Layout;
-use dp_sidecar_protocol::{EngineIndex, FrontendId, Slot};
-use dp_sidecar_testkit::Reporter;
-use dp_sidecar_testkit::frontend::{FakeFrontend, FrontendError, FrontendOptions};
-use parking_lot::Mutex;
+use dp_sidecar::driver::handles::{AttachmentCommand, ForFrontendCoordinator, GroupKind, Origin};
+use dp_sidecar_protocol::{EngineIndex, FrontendId};
+use dp_sidecar_testkit::frontend::{FrontendError, FrontendOptions};
 use rmpv::Value;
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdout, Command};
-use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
-/// Real vLLM takes its time to start on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(120);
-
-/// What the ranks and the coordinator were asked.
-#[derive(Default)]
-struct Seen {
-    opened: Vec<(u16, u32, FrontendId)>,
-    closed: Vec<(u16, FrontendId)>,
-    waves: Vec<u64>,
-    sinks: BTreeMap<FrontendId, mpsc::Sender<ForFrontendCoordinator>>,
-    removed: Vec<FrontendId>,
-}
-
-struct Fixture {
-    handle: AttachmentHandle,
-    seen: Arc<Mutex<Seen>>,
-    deployment: watch::Sender<Deployment>,
-    slots: Vec<watch::Sender<RankSnapshot>>,
-    tracker: TaskTracker,
-    ranks: TaskTracker,
-}
-
-fn encode(value: &Value) -> Bytes {
-    let mut out = Vec::new();
-    rmpv::encode::write_value(&mut out, value).unwrap();
-    out.into()
-}
-
-/// A ready response with an address that no frontend may see.
-fn registration(rank: u16) -> Bytes {
-    encode(&Value::Map(vec![
-        ("max_model_len".into(), 256.into()),
-        ("num_gpu_blocks".into(), 64.into()),
-        ("dp_stats_address".into(), "ipc://of-the-sidecar".into()),
-        ("dtype".into(), "bfloat16".into()),
-        ("block_size".into(), 16.into()),
-        ("vllm_version".into(), "0.32.0".into()),
-        ("world_size".into(), 1.into()),
-        ("data_parallel_size".into(), 1.into()),
-        ("data_parallel_rank".into(), rank.into()),
-    ]))
-}
-
-fn deployment(size: u16, kind: GroupKind, known: u16) -> Deployment {
-    with_hash(size, kind, known, "fake-parallel-config")
-}
-
-fn with_hash(size: u16, kind: GroupKind, known: u16, hash: &str) -> Deployment {
-    let engines = (0..known).map(|rank| {
-        let facts = EngineFacts {
-            registration: registration(rank),
-            parallel_config_hash: (kind == GroupKind::Lockstep).then(|| hash.to_owned()),
-            num_gpu_blocks: None,
-            layout: Layout::newest(),
-        };
-        (EngineIndex(rank), facts)
-    });
-    Deployment { kind, size, engines: engines.collect() }
-}
-
-/// Plays a rank task: connects the routes with its identity and notices when they are lost.
-async fn rank(
-    index: u16,
-    mut commands: mpsc::Receiver<RankCommand>,
-    seen: Arc<Mutex<Seen>>,
-    tasks: TaskTracker,
-) {
-    let mut routes: BTreeMap<FrontendId, CancellationToken> = BTreeMap::new();
-    while let Some(command) = commands.recv().await {
-        match command {
-            RankCommand::OpenRoute { route, reply } => {
-                seen.lock().opened.push((index, route.api_server, route.frontend));
-                let stop = routes.entry(route.frontend).or_default().clone();
-                let serve = async move {
-                    let identity = EngineIndex(index).identity().0;
-                    let limit = route.connect_timeout;
-                    let dealer = Dealer::connect(&route.input_address, &identity, limit).await;
-                    let push = Push::connect(&route.output_address, limit).await;
-                    let (Ok(mut dealer), Ok(_push)) = (dealer, push) else {
-                        let _ = reply.send(Err(HandleError::failed("no connection")));
-                        return;
-                    };
-                    dealer.send(vec![route.registration.clone()]).await.unwrap();
-                    let _ = reply.send(Ok(Slot(1)));
-                    while dealer.recv().await.is_ok() {}
-                    let lost = RouteLost {
-                        frontend: route.frontend,
-                        rank: EngineIndex(index),
-                        api_server: route.api_server,
-                        reason: "closed".to_owned(),
-                    };
-                    let _ = route.lost.send(lost).await;
-                };
-                tasks.spawn(stop.run_until_cancelled_owned(serve));
-            }
-            RankCommand::CloseRoutes { frontend, reply } => {
-                if let Some(stop) = routes.remove(&frontend) {
-                    stop.cancel();
-                }
-                seen.lock().closed.push((index, frontend));
-                let _ = reply.send(Ok(()));
-            }
-            other => panic!("unexpected {other:?}"),
-        }
-    }
-    routes.values().for_each(CancellationToken::cancel);
-}
-
-async fn coordinator(mut commands: mpsc::Receiver<CoordinatorCommand>, seen: Arc<Mutex<Seen>>) {
-    while let Some(command) = commands.recv().await {
-        let mut seen = seen.lock();
-        match command {
-            CoordinatorCommand::AddFrontend { frontend, sink } => {
-                seen.sinks.insert(frontend, sink);
-            }
-            CoordinatorCommand::RemoveFrontend { frontend } => {
-                seen.sinks.remove(&frontend);
-                seen.removed.push(frontend);
-            }
-            CoordinatorCommand::StartWave { wave, .. } => seen.waves.push(wave.0),
-            other => panic!("unexpected {other:?}"),
-        }
-    }
-}
-
-fn fixture(size: u16, kind: GroupKind, slots: u32) -> Fixture {
-    let tracker = TaskTracker::new();
-    let ranks = TaskTracker::new();
-    let seen = Arc::new(Mutex::new(Seen::default()));
-    let mut handles = Vec::new();
-    let mut snapshots = Vec::new();
-    for index in 0..size {
-        let (commands, inbox) = mpsc::channel(64);
-        let (sender, snapshot) =
-            watch::channel(RankSnapshot { slots: (0, 0, slots), ..RankSnapshot::default() });
-        ranks.spawn(rank(index, inbox, seen.clone(), ranks.clone()));
-        snapshots.push(sender);
-        handles.push(RankHandle { rank: EngineIndex(index), commands, snapshot });
-    }
-    let (commands, inbox) = mpsc::channel(64);
-    ranks.spawn(coordinator(inbox, seen.clone()));
-    let (_, snapshot) = watch::channel(CoordinatorSnapshot::default());
-    let (deployment, known) = watch::channel(deployment(size, kind, size));
-    let mut config = AttachmentConfig::default();
-    config.machine.stall = Duration::from_millis(800);
-    let handle = spawn(config, &tracker, handles, CoordinatorHandle { commands, snapshot }, known);
-    Fixture { handle, seen, deployment, slots: snapshots, tracker, ranks }
-}
-
-impl Fixture {
-    async fn ask(
-        &self,
-        command: impl FnOnce(tokio::sync::oneshot::Sender<Result<(), HandleError>>) -> AttachmentCommand,
-    ) -> Result<(), HandleError> {
-        let commands = &self.handle.commands;
-        ask(commands, "attachment", "test".to_owned(), PATIENCE, command).await
-    }
-
-    async fn add(&self, address: &str) {
-        let address = address.to_owned();
-        self.ask(|reply| AttachmentCommand::Add { address, reply }).await.unwrap();
-    }
-
-    async fn remove(&self, address: &str) -> Result<(), HandleError> {
-        let address = address.to_owned();
-        self.ask(|reply| AttachmentCommand::Remove { address, reply }).await
-    }
-
-    /// Waits until the frontend is in a state, with a detail that has all these parts.
-    async fn until(&self, address: &str, state: &str, parts: &[&str]) -> FrontendSnapshot {
-        let mut snapshots = self.handle.snapshot.clone();
-        let fits = |all: &Vec<FrontendSnapshot>| {
-            all.iter()
-                .find(|one| one.address == address && one.state == state)
-                .filter(|one| {
-                    let detail = one.detail.clone().unwrap_or_default();
-                    parts.iter().all(|part| detail.contains(part))
-                })
-                .cloned()
-        };
-        let found = timeout(PATIENCE, snapshots.wait_for(|all| fits(all).is_some()))
-            .await
-            .map(|all| fits(&all.unwrap()).unwrap());
-        found.unwrap_or_else(|_| {
-            let all = self.handle.snapshot.borrow().clone();
-            panic!("{address} is not {state} with {parts:?}: {all:#?}")
-        })
-    }
-
-    async fn shut_down(self) {
-        self.ask(|reply| AttachmentCommand::Shutdown { reply }).await.unwrap();
-        self.tracker.close();
-        timeout(PATIENCE, self.tracker.wait()).await.unwrap();
-        let Self { handle, ranks, .. } = self;
-        drop(handle);
-        ranks.close();
-        timeout(PATIENCE, ranks.wait()).await.unwrap();
-    }
-}
-
-fn options(size: u16) -> FrontendOptions {
-    FrontendOptions { size, ..FrontendOptions::default() }
-}
-
-fn frontend(options: FrontendOptions) -> FakeFrontend {
-    FakeFrontend::bind(options, Reporter::quiet()).unwrap()
-}
-
-/// Its startup, on a thread of its own.
-async fn start(mut frontend: FakeFrontend) -> (FakeFrontend, Result<usize, FrontendError>) {
-    tokio::task::spawn_blocking(move || {
-        let result = frontend.startup(PATIENCE).map(|seen| seen.len());
-        (frontend, result)
-    })
-    .await
-    .unwrap()
-}
-
-/// Pumps the first API server until it has heard ENGINE_CORE_DEAD.
-async fn hears_of_death(mut frontend: FakeFrontend) -> bool {
-    tokio::task::spawn_blocking(move || {
-        matches!(frontend.server().pump_for(PATIENCE), Err(FrontendError::EngineDead { .. }))
-    })
-    .await
-    .unwrap()
-}
+use fixture::*;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_frontends_with_three_api_servers_attach_and_a_removed_one_fails_fast() {
@@ -278,7 +43,11 @@ async fn two_frontends_with_three_api_servers_attach_and_a_removed_one_fails_fas
             }
         }
     }
-    let error = fixture.ask(|reply| AttachmentCommand::Add { address: addresses[0].clone(), reply });
+    let error = fixture.ask(|reply| AttachmentCommand::Add {
+        address: addresses[0].clone(),
+        origin: Origin::Command,
+        reply,
+    });
     assert!(error.await.unwrap_err().to_string().contains("already"));
 
     fixture.remove(&addresses[0]).await.unwrap();
@@ -330,15 +99,6 @@ async fn waves_and_stats_pass_between_the_engines_and_the_frontends_coordinator(
     drop(moe);
     wait_for("RemoveFrontend", || fixture.seen.lock().removed.contains(&id)).await;
     fixture.shut_down().await;
-}
-
-async fn wait_for(what: &str, condition: impl Fn() -> bool) {
-    let waited = timeout(PATIENCE, async {
-        while !condition() {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    });
-    assert!(waited.await.is_ok(), "{what} did not come");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

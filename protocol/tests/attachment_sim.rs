@@ -89,6 +89,10 @@ struct World {
     named: BTreeMap<Attempt, u64>,
     waves_passed: u64,
     waves_expected: u64,
+    /// What a successor finds written down, and the process it is about.
+    record: Option<(Engines, Addresses, bool, u64)>,
+    /// What the machine knows about the deployment.
+    known: Option<Event>,
     attached: bool,
     done: bool,
     verbose: bool,
@@ -118,6 +122,8 @@ impl World {
             named: BTreeMap::new(),
             waves_passed: 0,
             waves_expected: 0,
+            record: None,
+            known: None,
             attached: false,
             done: false,
             verbose: false,
@@ -156,8 +162,13 @@ impl World {
 
     fn tell(&mut self, event: Event) {
         self.note(|| format!("-> {event:?}"));
-        if let Event::CoordinatorReady { attempt, rank } = &event {
-            self.coordinator_ready_seen.insert((*attempt, *rank));
+        match &event {
+            Event::CoordinatorReady { attempt, rank } => {
+                self.coordinator_ready_seen.insert((*attempt, *rank));
+            }
+            Event::EnginesComplete(_) | Event::EnginesMissing(_) => self.known = Some(event.clone()),
+            Event::TornDown { attempt } if self.torn == *attempt => self.record = None,
+            _ => {}
         }
         self.machine.handle_event(Time::from_millis(self.now), event);
         self.drain();
@@ -192,7 +203,20 @@ impl World {
                 self.connect(attempt, Link::Coordinator(rank));
             }
             Action::OpenRoute { attempt, rank, api_server, .. } => {
+                if self.record.is_none() {
+                    let (engines, addresses) = self.machine.terms().unwrap();
+                    let (engines, addresses) = (engines.clone(), addresses.clone());
+                    self.record = Some((engines, addresses, false, self.named[&attempt]));
+                }
                 self.connect(attempt, Link::Route(rank, api_server))
+            }
+            Action::AdoptRoute { attempt, rank, api_server } => {
+                let link = Link::Route(rank, api_server);
+                let event = match self.generation(attempt, link) {
+                    Some(_) => Event::RouteOpen { attempt, rank, api_server },
+                    None => Self::lost(attempt, link),
+                };
+                self.report(attempt, link, event);
             }
             Action::SendReady { attempt, rank, .. } => {
                 if self.has_coordinator[&attempt] {
@@ -214,11 +238,7 @@ impl World {
                 self.attached = false;
                 self.tearing_down = Some(attempt);
                 self.torn = attempt;
-                let generation = self
-                    .open
-                    .iter()
-                    .find(|((a, link), _)| *a == attempt && matches!(link, Link::Route(..)))
-                    .map(|(_, generation)| *generation);
+                let generation = self.named.get(&attempt).copied();
                 if let (Some(generation), false) = (generation, farewell.is_empty()) {
                     self.send(attempt, Link::Teardown, false, Item::Farewell(generation));
                 }
@@ -227,7 +247,12 @@ impl World {
                 self.send(attempt, Link::Teardown, true, torn_down);
             }
             Action::StartWave { .. } => self.waves_passed += 1,
-            Action::Attached { .. } => self.attached = true,
+            Action::Attached { .. } => {
+                self.attached = true;
+                if let Some((_, _, complete, _)) = &mut self.record {
+                    *complete = true;
+                }
+            }
             Action::JoinCoordinator { .. } | Action::Refused { .. } => {}
             Action::Done => {
                 assert!(!self.done);
@@ -461,6 +486,46 @@ impl World {
         }
     }
 
+    /// The sidecar is killed, and another one starts. The routes are in other processes.
+    fn restart(&mut self) {
+        self.note(|| "the sidecar is killed".to_owned());
+        let record = self.record.take();
+        self.machine = Attachment::new(Config::new("frontend:1"));
+        let of_attempt = |item: &Item| match item {
+            Item::Machine(event) => {
+                !matches!(event, Event::EnginesComplete(_) | Event::EnginesMissing(_) | Event::FreeSlots(_))
+            }
+            Item::Connect(..) | Item::Hello(..) => true,
+            _ => false,
+        };
+        self.queue.retain(|_, item| !of_attempt(item));
+        let routes = std::mem::take(&mut self.open);
+        let routes = routes.into_iter().filter(|((_, link), _)| matches!(link, Link::Route(..)));
+        self.open = routes.map(|((_, link), generation)| ((1, link), generation)).collect();
+        (self.tearing_down, self.torn, self.attached) = (None, 0, false);
+        self.coordinator_ready_seen.clear();
+        self.has_coordinator.clear();
+        self.named.clear();
+        self.last.clear();
+        if let Some(process) = &mut self.process {
+            // Its handshake connections were closed in the middle, unless it was over.
+            process.broken |= process.readies.len() < process.size.into();
+        }
+        if let Some((engines, addresses, complete, generation)) = record {
+            self.has_coordinator.insert(1, addresses.coordinator_input.is_some());
+            self.named.insert(1, generation);
+            self.record = Some((engines.clone(), addresses.clone(), complete, generation));
+            self.tell(Event::FreeSlots(8));
+            self.tell(Event::Adopt { engines, addresses, complete });
+        } else {
+            assert!(self.open.is_empty(), "routes that nobody has written down: {:?}", self.open);
+        }
+        self.tell(Event::FreeSlots(8));
+        if let Some(known) = self.known.clone() {
+            self.tell(known);
+        }
+    }
+
     fn step(&mut self, item: Item) {
         match item {
             Item::Machine(event) => {
@@ -541,7 +606,14 @@ fn check(world: &mut World) {
     for _ in 0..3 {
         let pause = world.rng.random_range(0..STORM / 3);
         world.run(world.now + pause);
-        world.break_route();
+        match world.rng.random_range(0..3) {
+            0 => world.restart(),
+            1 => world.break_route(),
+            _ => {
+                world.break_route();
+                world.restart();
+            }
+        }
     }
     world.run(STORM);
     let removed = world.rng.random_bool(0.1);

@@ -15,7 +15,8 @@ use crate::admin::types::{AdminError, ErrorKind, PauseMode};
 use crate::config::Config;
 use crate::driver::control::{ControlError, ControlHandle};
 use crate::driver::handles::{
-    AttachmentCommand, AttachmentHandle, CoordinatorHandle, HandleError, HandshakeHandle, RankHandle, ask,
+    AttachmentCommand, AttachmentHandle, CoordinatorHandle, HandleError, HandshakeHandle, Origin, RankHandle,
+    ask,
 };
 use crate::driver::weight_update::UpdateHandle;
 
@@ -64,7 +65,11 @@ impl Handles {
             }
             AdminCommand::FrontendAdd { address, reply } => {
                 let what = format!("attachment to {address}");
-                let added = self.attachment(what, |reply| AttachmentCommand::Add { address, reply });
+                let added = self.attachment(what, |reply| AttachmentCommand::Add {
+                    address,
+                    origin: Origin::Command,
+                    reply,
+                });
                 answer(reply, added.await);
             }
             AdminCommand::FrontendRemove { address, reply } => {

@@ -21,7 +21,8 @@ use crate::driver::attachment::{self, AttachmentConfig};
 use crate::driver::control::ControlHandle;
 use crate::driver::frontend::{self, SupervisedSnapshot};
 use crate::driver::handles::{
-    AttachmentCommand, AttachmentHandle, CoordinatorCommand, CoordinatorHandle, Deployment, NodeId, ask,
+    AttachmentCommand, AttachmentHandle, CoordinatorCommand, CoordinatorHandle, Deployment, NodeId, Origin,
+    ask,
 };
 use crate::driver::node::{Inputs, Node, NodeCommand, NodePeers, Outputs, Peers};
 use crate::driver::weight_update::{FenceRequest, UpdateConfig, UpdateNode};
@@ -121,7 +122,13 @@ pub(super) async fn start(
         Engines::Spawn(launch) => launch.model.clone(),
         Engines::Attach => None,
     };
-    let attachment_config = AttachmentConfig { model: model.clone(), ..AttachmentConfig::default() };
+    let attachment_config = AttachmentConfig {
+        model: model.clone(),
+        state_dir: Some(state.path().to_owned()),
+        flagged: config.frontends.iter().cloned().collect(),
+        supervises: config.serve.is_some(),
+        ..AttachmentConfig::default()
+    };
     let attachments =
         attachment::spawn(attachment_config, &tracker, ranks.clone(), coordinator.clone(), deployment);
 
@@ -180,7 +187,7 @@ pub(super) async fn start(
     for address in &config.frontends {
         let what = format!("attachment to {address}");
         let address = address.clone();
-        let add = |reply| AttachmentCommand::Add { address, reply };
+        let add = |reply| AttachmentCommand::Add { address, origin: Origin::Flag, reply };
         ask(&attachments.commands, "attachment", what, LOCAL_ANSWER, add)
             .await
             .map_err(|error| RunEnd::new(exit_code::USAGE, error.to_string()))?;
@@ -189,6 +196,7 @@ pub(super) async fn start(
     let frontend = match (&config.serve, &local.keeper) {
         (Some(_), Some(keeper)) => Some(tokio::spawn(frontend::run(
             config.clone(),
+            attachment::supervised(state.path()),
             keeper.clone(),
             attachments.clone(),
             local.frontend_events,

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
-use super::handles::{AttachmentCommand, AttachmentHandle, ask};
+use super::handles::{AttachmentCommand, AttachmentHandle, Origin, ask};
 use super::init;
 use crate::config::Config;
 use crate::supervisor::client::KeeperClient;
@@ -47,9 +47,11 @@ pub enum FrontendExit {
     },
 }
 
-/// Runs the supervised frontend until `stop`; then it is stopped, and awaited.
+/// Runs the supervised frontend until `stop`; then it is stopped, and awaited. `recorded` is the address of that of a
+/// killed predecessor: if it still runs, it is the one.
 pub async fn run(
     config: Arc<Config>,
+    recorded: Option<String>,
     keeper: KeeperClient,
     attachments: AttachmentHandle,
     mut events: mpsc::Receiver<KeeperEvent>,
@@ -58,28 +60,38 @@ pub async fn run(
 ) -> FrontendExit {
     let began = Instant::now();
     let mut policy = Restart::new(init::restart_policy(&config));
-    let mut incarnation = 0_u64;
+    let mut found = match running(&config, &keeper, &attachments, &mut events, recorded).await {
+        Ok(found) => found,
+        Err(reason) => return FrontendExit::Failed { reason },
+    };
+    let mut incarnation = found.as_ref().map_or(0, |found| found.incarnation - 1);
     // One address for all its lives: it is what the attachment waits for.
-    let address = match free_address() {
+    let address = match found.as_ref().map_or_else(free_address, |found| Ok(found.address)) {
         Ok(address) => address,
         Err(reason) => return FrontendExit::Failed { reason },
     };
+    let first = incarnation + 1;
     let what = format!("attachment to {address}");
     let wanted = ask(&attachments.commands, "attachment", what, LOCAL_ANSWER, |reply| {
-        AttachmentCommand::Add { address: address.to_string(), reply }
+        AttachmentCommand::Add { address: address.to_string(), origin: Origin::Supervised, reply }
     });
     if let Err(error) = wanted.await {
         return FrontendExit::Failed { reason: error.to_string() };
     }
     loop {
         incarnation += 1;
-        let spawned = spawn(&config, &keeper, incarnation, address).await;
+        let adopted = found.take();
+        let again = adopted.is_some();
+        let spawned = match adopted {
+            Some(found) => Ok(found.pid),
+            None => spawn(&config, &keeper, incarnation, address).await,
+        };
         let reason = match spawned {
             Ok(pid) => {
                 snapshot.send_modify(|s| {
                     s.address = Some(address);
                     s.pid = Some(pid);
-                    s.restarts = incarnation - 1;
+                    s.restarts = incarnation - first;
                 });
                 match until_exit(&config, &keeper, &mut events, incarnation, &stop).await {
                     Ended::Stopped => return FrontendExit::Stopped,
@@ -101,7 +113,7 @@ pub async fn run(
             .borrow()
             .iter()
             .any(|f| f.address == address.to_string() && f.attachments > 0);
-        if !attached && incarnation == 1 {
+        if !attached && incarnation == first && !again {
             return FrontendExit::Failed { reason: format!("frontend failed to start: {reason}") };
         }
         let now = || Time::from_start(began.elapsed());
@@ -123,6 +135,59 @@ pub async fn run(
             () = tokio::time::sleep_until(until) => {}
         }
     }
+}
+
+/// A frontend that was started by a predecessor and still runs.
+struct Found {
+    address: SocketAddr,
+    incarnation: u64,
+    pid: u32,
+}
+
+/// Looks for it. What cannot be gone on with is ended first.
+async fn running(
+    config: &Config,
+    keeper: &KeeperClient,
+    attachments: &AttachmentHandle,
+    events: &mut mpsc::Receiver<KeeperEvent>,
+    recorded: Option<String>,
+) -> Result<Option<Found>, String> {
+    let children = keeper.list().await.map_err(|error| error.to_string())?;
+    let child = children.into_iter().find(|child| child.name == CHILD);
+    let address = recorded.as_ref().and_then(|address| address.parse().ok());
+    match (child, address) {
+        (Some(child), Some(address)) if !child.stopping && child.incarnation > 0 => {
+            info!(pid = child.pid, %address, "the frontend of the sidecar before still runs");
+            let found = Found { address, incarnation: child.incarnation, pid: child.pid };
+            return Ok(Some(found));
+        }
+        (Some(child), _) => {
+            warn!(pid = child.pid, "stopping a frontend that the sidecar before did not write down");
+            let grace = config.kill_grace;
+            if let Err(error) = keeper.stop(CHILD, grace).await {
+                debug!(%error, "stop of the frontend");
+            }
+            let gone = async {
+                while let Some(event) = events.recv().await {
+                    if matches!(&event, KeeperEvent::Exited(report) if report.name == CHILD) {
+                        return;
+                    }
+                }
+            };
+            if tokio::time::timeout(grace + LOCAL_ANSWER, gone).await.is_err() {
+                return Err(format!("the frontend of the sidecar before (pid {}) does not end", child.pid));
+            }
+        }
+        (None, _) => {}
+    }
+    if let Some(address) = recorded {
+        let what = format!("end of the attachment to {address}");
+        let remove = |reply| AttachmentCommand::Remove { address, reply };
+        if let Err(error) = ask(&attachments.commands, "attachment", what, LOCAL_ANSWER, remove).await {
+            debug!(%error, "the frontend of the sidecar before");
+        }
+    }
+    Ok(None)
 }
 
 async fn spawn(

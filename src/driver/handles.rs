@@ -596,6 +596,18 @@ pub struct FrontendSnapshot {
     pub attachments: u64,
 }
 
+/// Who wants a frontend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Origin {
+    /// `--frontend`: wanted as long as it is on the command line.
+    Flag,
+    /// `sidecar frontend add`: wanted until removed, or until the sidecar is stopped. A crash does not count.
+    Command,
+    /// `--serve`: the one that is started by the sidecar.
+    Supervised,
+}
+
 /// Commands of the attachments manager.
 #[derive(Debug)]
 pub enum AttachmentCommand {
@@ -603,6 +615,8 @@ pub enum AttachmentCommand {
     Add {
         /// `host:port`.
         address: String,
+        /// Who wants it.
+        origin: Origin,
         /// Done (wanted; not yet attached).
         reply: Reply<()>,
     },
@@ -610,6 +624,19 @@ pub enum AttachmentCommand {
     Remove {
         /// `host:port`.
         address: String,
+        /// Done.
+        reply: Reply<()>,
+    },
+    /// The routes that a rank had when its node was connected. What an earlier sidecar opened, and nobody adopts, is
+    /// closed.
+    Routes {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Attachment and API server.
+        routes: Vec<(FrontendId, u32)>,
+    },
+    /// End, and leave all frontends attached: a successor goes on with them.
+    Leave {
         /// Done.
         reply: Reply<()>,
     },

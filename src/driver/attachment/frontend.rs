@@ -19,7 +19,7 @@ use super::super::handles::{
     CoordinatorCommand, Deployment, EngineFacts, ForFrontendCoordinator, FrontendSnapshot, GroupKind,
     OpenRoute, RankCommand, Reply, RouteLost,
 };
-use super::{Shared, sockets};
+use super::{Attached, Shared, sockets};
 
 /// Events waiting for the machine.
 const EVENTS: usize = 256;
@@ -29,6 +29,8 @@ const COORDINATOR_QUEUE: usize = 1024;
 const SOCKET_QUEUE: usize = 64;
 /// How often free slots are looked at while they matter.
 const SLOTS_INTERVAL: Duration = Duration::from_millis(500);
+/// For a node that has lost its connection to this one to have it again, and say what became of a route.
+const ADOPT_LIMIT: Duration = Duration::from_secs(30);
 /// For a rank to close the routes of a frontend.
 const CLOSE_LIMIT: Duration = Duration::from_secs(5);
 
@@ -45,6 +47,8 @@ pub(super) struct Task {
     start: Instant,
     shown: Option<Snapshot>,
     finished: bool,
+    /// How a predecessor attached it.
+    adopt: Option<Attached>,
     /// Tasks that try the address, and that close attempts.
     tasks: TaskTracker,
     /// Ends the tries.
@@ -68,7 +72,13 @@ struct Running {
 }
 
 impl Task {
-    pub(super) fn new(shared: Arc<Shared>, number: u64, address: String, ended: DropGuard) -> Self {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        number: u64,
+        address: String,
+        adopt: Option<Attached>,
+        ended: DropGuard,
+    ) -> Self {
         let mut config = shared.config.machine.clone();
         config.address.clone_from(&address);
         let (events, inbox) = mpsc::channel(EVENTS);
@@ -83,6 +93,7 @@ impl Task {
             start: Instant::now(),
             shown: None,
             finished: false,
+            adopt,
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
             _ended: ended,
@@ -98,6 +109,10 @@ impl Task {
         if let Some(predecessor) = predecessor {
             predecessor.cancelled().await;
         }
+        if let Some(attached) = self.adopt.take() {
+            self.adopt(&attached);
+        }
+        let leave = self.shared.leave.clone();
         let mut deployment = self.shared.deployment.clone();
         let first = engines(&deployment.borrow_and_update());
         self.feed(first);
@@ -117,6 +132,7 @@ impl Task {
                 .as_ref()
                 .is_some_and(|shown| shown.state == State::Refused && shown.attempt.is_some());
             tokio::select! {
+                () = leave.cancelled() => break,
                 event = self.inbox.recv() => {
                     if let Some(event) = event {
                         self.feed(event);
@@ -153,6 +169,9 @@ impl Task {
         self.tasks.close();
         self.tasks.wait().await;
         self.shared.claims.lock().remove(&self.number);
+        if self.finished {
+            self.shared.records.lock().remove(&self.address);
+        }
         self.shared.snapshots.send_modify(|all| all.retain(|shown| shown.address != self.address));
         if let Some(Some(reply)) = reply {
             let _ = reply.send(Ok(()));
@@ -161,6 +180,23 @@ impl Task {
 
     fn now(&self) -> Time {
         Time::from_start(self.start.elapsed())
+    }
+
+    /// Goes on where a predecessor was killed.
+    fn adopt(&mut self, attached: &Attached) {
+        let (size, kind) = {
+            let deployment = self.shared.deployment.borrow();
+            (deployment.size, deployment.kind)
+        };
+        let same = attached.size == size && attached.lockstep == (kind == GroupKind::Lockstep);
+        tracing::info!(
+            frontend.addr = %self.address, id = attached.id.0, complete = attached.complete, same,
+            "frontend of the sidecar before"
+        );
+        // Numbered by the machine: its first.
+        self.begin(1, attached.id).routed = true;
+        let (engines, addresses) = (attached.engines(), attached.addresses());
+        self.feed(Event::Adopt { engines, addresses, complete: attached.complete && same });
     }
 
     /// Hands an event to the machine. Slots are counted and claimed in one go with it.
@@ -219,6 +255,7 @@ impl Task {
                 Action::OpenRoute { rank, api_server, input, output, stats_address, .. } => {
                     self.open_route(rank, api_server, input, output, stats_address.as_deref())
                 }
+                Action::AdoptRoute { rank, api_server, .. } => self.adopt_route(rank, api_server),
                 Action::JoinCoordinator { .. } => self.join_coordinator(),
                 Action::SendReady { rank, stats_address, .. } => self.send_ready(rank, stats_address),
                 Action::CloseHandshake { .. } => {
@@ -238,6 +275,7 @@ impl Task {
                 }
                 Action::Attached { api_servers, .. } => {
                     let id = self.attempt.as_ref().map(|running| running.id.0);
+                    self.shared.records.lock().complete(&self.address);
                     tracing::info!(frontend.addr = %self.address, id, api_servers, "frontend attached");
                 }
                 Action::Refused { error } => tracing::warn!("{error}"),
@@ -267,6 +305,14 @@ impl Task {
 
     /// What belongs to this attempt; the first call makes it.
     fn running(&mut self, attempt: Attempt) -> &mut Running {
+        let id = match &self.attempt {
+            Some(running) if running.attempt == attempt => running.id,
+            _ => self.shared.next_id(),
+        };
+        self.begin(attempt, id)
+    }
+
+    fn begin(&mut self, attempt: Attempt, id: FrontendId) -> &mut Running {
         if self.attempt.as_ref().is_none_or(|running| running.attempt != attempt) {
             if let Some(old) = self.attempt.take() {
                 old.stop.cancel();
@@ -291,7 +337,7 @@ impl Task {
             tasks.spawn(stop.clone().run_until_cancelled_owned(forward));
             self.attempt = Some(Running {
                 attempt,
-                id: self.shared.next_id(),
+                id,
                 engines: self.shared.deployment.borrow().engines.clone(),
                 stop,
                 tasks,
@@ -378,7 +424,13 @@ impl Task {
         let Some(running) = &mut self.attempt else {
             return;
         };
-        running.routed = true;
+        if !std::mem::replace(&mut running.routed, true)
+            && let Some((engines, addresses)) = self.machine.terms()
+        {
+            // Before the first route is there: a successor must know of every one.
+            let attached = Attached::new(running.id, engines, addresses);
+            self.shared.records.lock().attached(&self.address, Some(attached));
+        }
         let (attempt, frontend, lost) = (running.attempt, running.id, running.lost.clone());
         let facts = running.engines.get(&rank);
         let registration = facts.map(|facts| with_dp_stats_address(&facts.registration, stats_address));
@@ -411,6 +463,31 @@ impl Task {
             let _ = events.send(event).await;
         };
         running.tasks.spawn(running.stop.clone().run_until_cancelled_owned(open));
+    }
+
+    fn adopt_route(&mut self, rank: EngineIndex, api_server: u32) {
+        let handle = self.shared.ranks.iter().find(|handle| handle.rank == rank).cloned();
+        let events = self.events.clone();
+        let Some(running) = &mut self.attempt else {
+            return;
+        };
+        let (attempt, frontend, lost) = (running.attempt, running.id, running.lost.clone());
+        let adopt = async move {
+            let result = match handle {
+                Some(handle) => {
+                    let what = format!("adopting the route to API server {api_server}");
+                    let adopt = |reply| RankCommand::AdoptRoute { frontend, api_server, lost, reply };
+                    handle.ask(&what, ADOPT_LIMIT, adopt).await.map_err(|error| error.to_string())
+                }
+                None => Err(format!("there is no rank {rank} in this deployment")),
+            };
+            let event = match result {
+                Ok(_slot) => Event::RouteOpen { attempt, rank, api_server },
+                Err(reason) => Event::RouteLost { attempt, rank, api_server, reason },
+            };
+            let _ = events.send(event).await;
+        };
+        running.tasks.spawn(running.stop.clone().run_until_cancelled_owned(adopt));
     }
 
     /// Asks the coordinator task for the engines' waves and stats, and hands them to the sockets of
@@ -446,6 +523,7 @@ impl Task {
         let events = self.events.clone();
         let shared = self.shared.clone();
         let running = self.attempt.take();
+        let address = self.address.clone();
         // A task of its own: the attempt's tasks are what it waits for. It ends by its limits, and
         // the machine waits for its report.
         let close = async move {
@@ -464,6 +542,7 @@ impl Task {
                 };
                 let farewells = futures::future::join_all(farewell.iter().map(|to| sockets::say_dead(to)));
                 futures::future::join(routes, farewells).await;
+                shared.records.lock().attached(&address, None);
             }
             let _ = events.send(Event::TornDown { attempt }).await;
         };
@@ -472,15 +551,19 @@ impl Task {
 }
 
 async fn close_routes(shared: &Shared, frontend: FrontendId) {
-    let closing = shared.ranks.iter().map(|handle| async move {
-        let closed = handle
-            .ask("closing the routes", CLOSE_LIMIT, |reply| RankCommand::CloseRoutes { frontend, reply })
-            .await;
-        if let Err(error) = closed {
-            tracing::warn!(rank = %handle.rank, %frontend, %error, "routes are not closed");
-        }
-    });
+    let closing = shared.ranks.iter().map(|handle| close_routes_of(shared, handle.rank, frontend));
     futures::future::join_all(closing).await;
+}
+
+/// Closes all routes of an attachment on one rank.
+pub(super) async fn close_routes_of(shared: &Shared, rank: EngineIndex, frontend: FrontendId) {
+    let Some(handle) = shared.ranks.iter().find(|handle| handle.rank == rank) else {
+        return;
+    };
+    let close = |reply| RankCommand::CloseRoutes { frontend, reply };
+    if let Err(error) = handle.ask("closing the routes", CLOSE_LIMIT, close).await {
+        tracing::warn!(%rank, %frontend, %error, "routes are not closed");
+    }
 }
 
 fn engines(deployment: &Deployment) -> Event {

@@ -2,15 +2,16 @@
 
 mod frontend;
 mod peer;
+mod records;
 mod sockets;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use dp_sidecar_protocol::FrontendId;
 use dp_sidecar_protocol::machine::attachment as machine;
+use dp_sidecar_protocol::{EngineIndex, FrontendId};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
@@ -19,10 +20,12 @@ use tokio_util::task::TaskTracker;
 
 use super::handles::{
     AttachmentCommand, AttachmentHandle, CoordinatorHandle, Deployment, FrontendSnapshot, HandleError,
-    RankHandle, Reply,
+    Origin, RankHandle, Reply,
 };
 
 pub use peer::{ListeningProcess, listening_process};
+pub(crate) use records::supervised;
+use records::{Attached, Record, Records};
 
 /// Commands waiting for the manager.
 const COMMANDS: usize = 16;
@@ -43,6 +46,12 @@ pub struct AttachmentConfig {
     pub route_timeout: Duration,
     /// Backoff and reports; the address is filled in.
     pub machine: machine::Config,
+    /// Where the frontends are written down, and those of a killed predecessor are found. None: nowhere.
+    pub state_dir: Option<PathBuf>,
+    /// Frontends on the command line: others that a predecessor had there are detached.
+    pub flagged: BTreeSet<String>,
+    /// There is going to be a supervised frontend: that of a predecessor stays attached until it is added.
+    pub supervises: bool,
 }
 
 impl Default for AttachmentConfig {
@@ -52,6 +61,9 @@ impl Default for AttachmentConfig {
             connect_timeout: Duration::from_secs(5),
             route_timeout: Duration::from_secs(120),
             machine: machine::Config::new(""),
+            state_dir: None,
+            flagged: BTreeSet::new(),
+            supervises: false,
         }
     }
 }
@@ -65,12 +77,15 @@ struct Shared {
     snapshots: watch::Sender<Vec<FrontendSnapshot>>,
     /// Slots taken by each task. Two frontends that come at once must not both take the last one.
     claims: Mutex<BTreeMap<u64, u32>>,
-    next_id: AtomicU64,
+    /// Only locked for as long as it takes to replace a small file.
+    records: Mutex<Records>,
+    /// Ends all tasks, and leaves what they have made as it is.
+    leave: CancellationToken,
 }
 
 impl Shared {
     fn next_id(&self) -> FrontendId {
-        FrontendId(self.next_id.fetch_add(1, Ordering::Relaxed))
+        self.records.lock().next_id()
     }
 
     /// Slots that this task may take, on the rank that has the fewest.
@@ -99,7 +114,10 @@ pub fn spawn(
 ) -> AttachmentHandle {
     let (commands, inbox) = mpsc::channel(COMMANDS);
     let (snapshots, snapshot) = watch::channel(Vec::new());
-    let manager = Manager {
+    let records = Records::load(config.state_dir.as_deref());
+    let first_id = records.first_id();
+    let predecessor = records.all().clone();
+    let mut manager = Manager {
         shared: Arc::new(Shared {
             config,
             ranks,
@@ -107,13 +125,17 @@ pub fn spawn(
             deployment,
             snapshots,
             claims: Mutex::default(),
-            next_id: AtomicU64::new(1),
+            records: Mutex::new(records),
+            leave: CancellationToken::new(),
         }),
         tasks: TaskTracker::new(),
         wanted: BTreeMap::new(),
         ending: BTreeMap::new(),
         next_task: 0,
+        first_id,
+        adopted: BTreeSet::new(),
     };
+    manager.adopt(predecessor);
     tracker.spawn(manager.run(inbox));
     AttachmentHandle { commands, snapshot }
 }
@@ -126,9 +148,15 @@ struct Manager {
     /// frontend must not get HELLO twice.
     ending: BTreeMap<String, CancellationToken>,
     next_task: u64,
+    /// Attachments with smaller numbers are a predecessor's.
+    first_id: FrontendId,
+    /// Those of a predecessor that were found in its records.
+    adopted: BTreeSet<FrontendId>,
 }
 
 struct Entry {
+    /// Wanted by a predecessor; whether it still is, is not known yet.
+    recorded: bool,
     remove: oneshot::Sender<Reply<()>>,
     ended: CancellationToken,
 }
@@ -137,15 +165,24 @@ impl Manager {
     async fn run(mut self, mut inbox: mpsc::Receiver<AttachmentCommand>) {
         let reply = loop {
             match inbox.recv().await {
-                Some(AttachmentCommand::Add { address, reply }) => {
-                    let _ = reply.send(self.add(address));
+                Some(AttachmentCommand::Add { address, origin, reply }) => {
+                    let _ = reply.send(self.add(address, origin));
                 }
-                Some(AttachmentCommand::Remove { address, reply }) => self.remove(address, reply),
+                Some(AttachmentCommand::Remove { address, reply }) => self.remove(&address, reply),
+                Some(AttachmentCommand::Routes { rank, routes }) => self.close_strangers(rank, routes),
+                Some(AttachmentCommand::Leave { reply }) => {
+                    self.shared.leave.cancel();
+                    break Some(reply);
+                }
                 Some(AttachmentCommand::Shutdown { reply }) => break Some(reply),
                 None => break None,
             }
         };
+        let leave = self.shared.leave.is_cancelled();
         for (address, entry) in std::mem::take(&mut self.wanted) {
+            if leave {
+                continue;
+            }
             let (done, _) = oneshot::channel();
             if entry.remove.send(done).is_err() {
                 tracing::debug!(frontend.addr = %address, "attachment task has ended");
@@ -161,31 +198,65 @@ impl Manager {
         }
     }
 
-    fn add(&mut self, address: String) -> Result<(), HandleError> {
+    /// Goes on with the frontends of a predecessor.
+    fn adopt(&mut self, frontends: BTreeMap<String, Record>) {
+        for (address, record) in frontends {
+            self.adopted.extend(record.attached.as_ref().map(|attached| attached.id));
+            let wanted = match record.origin {
+                Origin::Command => true,
+                Origin::Flag => self.shared.config.flagged.contains(&address),
+                Origin::Supervised => self.shared.config.supervises,
+            };
+            let recorded = record.origin != Origin::Command;
+            self.start(&address, record.attached, recorded);
+            if !wanted {
+                tracing::info!(frontend.addr = %address, "frontend of the sidecar before is not wanted any more");
+                let (reply, _) = oneshot::channel();
+                self.remove(&address, reply);
+            }
+        }
+    }
+
+    fn add(&mut self, address: String, origin: Origin) -> Result<(), HandleError> {
         check_address(&address)?;
-        if self.wanted.contains_key(&address) {
-            return Err(HandleError::failed(format!("frontend {address} is wanted already")));
+        if let Some(entry) = self.wanted.get_mut(&address) {
+            if !std::mem::take(&mut entry.recorded) {
+                return Err(HandleError::failed(format!("frontend {address} is wanted already")));
+            }
+            self.shared.records.lock().want(&address, origin);
+            return Ok(());
         }
         if self.wanted.len() == FRONTENDS {
             return Err(HandleError::failed(format!("{FRONTENDS} frontends are wanted already")));
         }
-        self.ending.retain(|_, ended| !ended.is_cancelled());
-        let (remove, removed) = oneshot::channel();
-        let ended = CancellationToken::new();
-        let task = frontend::Task::new(
-            self.shared.clone(),
-            self.next_task,
-            address.clone(),
-            ended.clone().drop_guard(),
-        );
-        self.next_task += 1;
-        self.tasks.spawn(task.run(removed, self.ending.remove(&address)));
-        self.wanted.insert(address, Entry { remove, ended });
+        self.shared.records.lock().want(&address, origin);
+        self.start(&address, None, false);
         Ok(())
     }
 
-    fn remove(&mut self, address: String, reply: Reply<()>) {
-        let Some(entry) = self.wanted.remove(&address) else {
+    fn start(&mut self, address: &str, adopt: Option<Attached>, recorded: bool) {
+        self.ending.retain(|_, ended| !ended.is_cancelled());
+        let (remove, removed) = oneshot::channel();
+        let ended = CancellationToken::new();
+        let number = self.next_task;
+        self.next_task += 1;
+        if let Some(attached) = &adopt {
+            // Before anybody else can take its slots.
+            self.shared.claims.lock().insert(number, attached.api_servers());
+        }
+        let task = frontend::Task::new(
+            self.shared.clone(),
+            number,
+            address.to_owned(),
+            adopt,
+            ended.clone().drop_guard(),
+        );
+        self.tasks.spawn(task.run(removed, self.ending.remove(address)));
+        self.wanted.insert(address.to_owned(), Entry { recorded, remove, ended });
+    }
+
+    fn remove(&mut self, address: &str, reply: Reply<()>) {
+        let Some(entry) = self.wanted.remove(address) else {
             let known: Vec<&str> = self.wanted.keys().map(String::as_str).collect();
             let _ = reply.send(Err(HandleError::failed(format!(
                 "frontend {address} is not wanted; wanted are: {}",
@@ -196,7 +267,21 @@ impl Manager {
         if let Err(reply) = entry.remove.send(reply) {
             let _ = reply.send(Ok(()));
         }
-        self.ending.insert(address, entry.ended);
+        self.ending.insert(address.to_owned(), entry.ended);
+    }
+
+    /// Closes routes that a predecessor opened and did not write down.
+    fn close_strangers(&self, rank: EngineIndex, routes: Vec<(FrontendId, u32)>) {
+        let strangers: BTreeSet<FrontendId> = routes
+            .into_iter()
+            .map(|(frontend, _)| frontend)
+            .filter(|frontend| *frontend < self.first_id && !self.adopted.contains(frontend))
+            .collect();
+        for frontend in strangers {
+            tracing::warn!(%rank, %frontend, "closing routes of an attachment that nobody knows");
+            let shared = self.shared.clone();
+            self.tasks.spawn(async move { frontend::close_routes_of(&shared, rank, frontend).await });
+        }
     }
 }
 

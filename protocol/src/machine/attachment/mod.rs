@@ -12,9 +12,12 @@
 //!   it.
 //! * Its handshake socket exists during startup only. While attached nobody connects to it; after
 //!   a loss the address is tried until a fresh connection is accepted, which is the successor.
+//! * Its data sockets are served by a process that outlives this machine, so a successor goes on with them
+//!   ([`Event::Adopt`]); what it has to connect again is the frontend's DP coordinator, which does not mind.
 //! * Its DP coordinator says READY when *all* its engines have subscribed. One that never says it
 //!   waits for more engines than there are.
 
+mod adopt;
 mod trouble;
 mod types;
 
@@ -23,7 +26,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use crate::handshake::Init;
+use crate::handshake::{Addresses, Init};
 use crate::{EngineIndex, Time};
 
 pub use types::{Action, Attempt, Config, Engines, Event, Snapshot, State};
@@ -49,6 +52,8 @@ enum Phase {
     NoSlots,
     /// Routes and coordinator sockets are opening.
     Registering(Registering),
+    /// The routes of a predecessor are looked for; those that are there.
+    Adopting(BTreeSet<(EngineIndex, u32)>),
     /// READY is sent and all routes are open.
     Attached,
     /// Sockets are being closed; where to go after that.
@@ -125,6 +130,7 @@ impl Attachment {
     /// Takes in what happened.
     pub fn handle_event(&mut self, now: Time, event: Event) {
         match event {
+            Event::Adopt { engines, addresses, complete } => self.adopt(now, engines, addresses, complete),
             Event::EnginesComplete(engines) => {
                 self.missing.clear();
                 self.known = Some(engines);
@@ -176,12 +182,12 @@ impl Attachment {
             }
             Event::StartWave { attempt, rank, wave, exclude } if self.is(attempt) => {
                 // Each rank's socket receives the same broadcast.
-                if rank.0 == 0 && matches!(self.phase, Phase::Registering(_) | Phase::Attached) {
+                if rank.0 == 0 && self.serves() {
                     self.actions.push_back(Action::StartWave { wave, exclude });
                 }
             }
             Event::CoordinatorLost { attempt, rank, reason } if self.is(attempt) => {
-                if matches!(self.phase, Phase::Registering(_) | Phase::Attached) {
+                if self.serves() {
                     self.lost(now, format!("connection of rank {rank} to its DP coordinator: {reason}"));
                 }
             }
@@ -189,10 +195,12 @@ impl Attachment {
                 if let Phase::Registering(state) = &mut self.phase {
                     state.routes.insert((rank, api_server));
                     self.advance(now);
+                } else {
+                    self.adopted(now, rank, api_server);
                 }
             }
             Event::RouteLost { attempt, rank, api_server, reason } if self.is(attempt) => {
-                if matches!(self.phase, Phase::Registering(_) | Phase::Attached) {
+                if self.serves() {
                     self.lost(now, format!("route of rank {rank} to API server {api_server}: {reason}"));
                 }
             }
@@ -256,7 +264,7 @@ impl Attachment {
             Phase::Connecting(_) | Phase::Settling => State::Connecting,
             Phase::Hello(_) => State::Handshake,
             Phase::Unfit | Phase::NoSlots => State::Refused,
-            Phase::Registering(_) => State::Registering,
+            Phase::Registering(_) | Phase::Adopting(_) => State::Registering,
         };
         let detail = match &self.phase {
             Phase::Incomplete => Some(self.incomplete()),
@@ -267,8 +275,7 @@ impl Attachment {
             _ => Some(self.attempt),
         };
         let api_servers = self.init.as_ref().map_or(0, api_servers);
-        let holds_slots =
-            matches!(self.phase, Phase::Registering(_) | Phase::Attached | Phase::TearingDown(_));
+        let holds_slots = self.serves() || matches!(self.phase, Phase::TearingDown(_));
         Snapshot {
             state,
             detail,
@@ -279,8 +286,19 @@ impl Attachment {
         }
     }
 
+    /// What the frontend is told of the engines, and what it told in its INIT: for a successor of this machine. From
+    /// the first [`Action::OpenRoute`] of an attempt on.
+    pub fn terms(&self) -> Option<(&Engines, &Addresses)> {
+        Some((self.engines.as_ref()?, &self.init.as_ref()?.addresses))
+    }
+
     fn is(&self, attempt: Attempt) -> bool {
         attempt == self.attempt && !matches!(self.phase, Phase::TearingDown(_) | Phase::Removed)
+    }
+
+    /// There may be routes and sockets to its DP coordinator.
+    fn serves(&self) -> bool {
+        matches!(self.phase, Phase::Registering(_) | Phase::Adopting(_) | Phase::Attached)
     }
 
     fn enter(&mut self, now: Time, phase: Phase) {
@@ -410,15 +428,7 @@ impl Attachment {
         let attempt = self.attempt;
         let addresses = init.addresses;
         for rank in (0..self.size()).map(EngineIndex) {
-            if let (Some(input), Some(output)) = (&addresses.coordinator_input, &addresses.coordinator_output)
-            {
-                self.actions.push_back(Action::ConnectCoordinator {
-                    attempt,
-                    rank,
-                    input: input.clone(),
-                    output: output.clone(),
-                });
-            }
+            self.connect_coordinator(rank, &addresses);
             for (api_server, (input, output)) in (0u32..).zip(addresses.inputs.iter().zip(&addresses.outputs))
             {
                 self.actions.push_back(Action::OpenRoute {
@@ -432,6 +442,17 @@ impl Attachment {
             }
         }
         self.advance(now);
+    }
+
+    fn connect_coordinator(&mut self, rank: EngineIndex, addresses: &Addresses) {
+        if let (Some(input), Some(output)) = (&addresses.coordinator_input, &addresses.coordinator_output) {
+            self.actions.push_back(Action::ConnectCoordinator {
+                attempt: self.attempt,
+                rank,
+                input: input.clone(),
+                output: output.clone(),
+            });
+        }
     }
 
     /// READY when the DP coordinator has answered all ranks; attached when all is open.

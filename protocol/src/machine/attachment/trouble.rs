@@ -141,7 +141,9 @@ impl Attachment {
     pub(super) fn tear_down(&mut self, now: Time, after: After, reason: String) {
         // Only a frontend that may have routes of ours needs to be told.
         let farewell = match (&self.phase, &self.init) {
-            (Phase::Registering(_) | Phase::Attached, Some(init)) => init.addresses.outputs.clone(),
+            (Phase::Registering(_) | Phase::Adopting(_) | Phase::Attached, Some(init)) => {
+                init.addresses.outputs.clone()
+            }
             _ => Vec::new(),
         };
         self.enter(now, Phase::TearingDown(after));

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use crate::handshake::Addresses;
 use crate::{EngineIndex, Wave};
 
 /// Bounds of an attachment.
@@ -63,6 +64,15 @@ pub type Attempt = u64;
 /// What happened.
 #[derive(Clone, Debug)]
 pub enum Event {
+    /// A predecessor of this machine attached the frontend, and its data paths may be open still. First of all events.
+    Adopt {
+        /// The engines the frontend sees.
+        engines: Engines,
+        /// Of its INIT.
+        addresses: Addresses,
+        /// It was attached. Else it cannot be told how far the handshake got, and the attempt is given up.
+        complete: bool,
+    },
     /// All ranks have completed their handshake once.
     EnginesComplete(Engines),
     /// These ranks are still missing.
@@ -213,6 +223,15 @@ pub enum Action {
         output: String,
         /// INIT's `frontend_stats_publish_address`, to be put into the ready response.
         stats_address: Option<String>,
+    },
+    /// Watch over the data path of a rank to an API server, if it is open still; answered as [`Self::OpenRoute`].
+    AdoptRoute {
+        /// Which attempt.
+        attempt: Attempt,
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which API server.
+        api_server: u32,
     },
     /// From now on waves and stats of the engines go to this frontend's DP coordinator.
     JoinCoordinator {

@@ -1,0 +1,274 @@
+//! What a restarted sidecar must know about frontends: `frontends.json` in the state directory, replaced as a whole.
+//!
+//! The data path to a frontend lives in other processes and goes on without the sidecar. A record is written before the
+//! first route of an attempt is opened and removed after the last is closed, so every route has one.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use dp_sidecar_protocol::FrontendId;
+use dp_sidecar_protocol::handshake::Addresses;
+use dp_sidecar_protocol::machine::attachment::Engines;
+use serde::{Deserialize, Serialize};
+
+use crate::driver::handles::Origin;
+
+/// Name in the state directory.
+const FILE: &str = "frontends.json";
+const FORMAT: u32 = 1;
+/// Numbers of attachments are set aside in blocks, so that not every attempt writes the file.
+const BLOCK: u64 = 16;
+
+/// How a frontend is attached.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Attached {
+    /// Number of the attachment.
+    pub(super) id: FrontendId,
+    /// The handshake is over and all routes were open.
+    pub(super) complete: bool,
+    pub(super) size: u16,
+    pub(super) lockstep: bool,
+    pub(super) parallel_config_hash: Option<String>,
+    pub(super) inputs: Vec<String>,
+    pub(super) outputs: Vec<String>,
+    pub(super) coordinator_input: Option<String>,
+    pub(super) coordinator_output: Option<String>,
+    pub(super) stats: Option<String>,
+}
+
+impl Attached {
+    pub(super) fn new(id: FrontendId, engines: &Engines, addresses: &Addresses) -> Self {
+        Self {
+            id,
+            complete: false,
+            size: engines.size,
+            lockstep: engines.lockstep,
+            parallel_config_hash: engines.parallel_config_hash.clone(),
+            inputs: addresses.inputs.clone(),
+            outputs: addresses.outputs.clone(),
+            coordinator_input: addresses.coordinator_input.clone(),
+            coordinator_output: addresses.coordinator_output.clone(),
+            stats: addresses.frontend_stats_publish_address.clone(),
+        }
+    }
+
+    pub(super) fn engines(&self) -> Engines {
+        Engines {
+            size: self.size,
+            lockstep: self.lockstep,
+            parallel_config_hash: self.parallel_config_hash.clone(),
+        }
+    }
+
+    pub(super) fn addresses(&self) -> Addresses {
+        Addresses {
+            inputs: self.inputs.clone(),
+            outputs: self.outputs.clone(),
+            coordinator_input: self.coordinator_input.clone(),
+            coordinator_output: self.coordinator_output.clone(),
+            frontend_stats_publish_address: self.stats.clone(),
+        }
+    }
+
+    pub(super) fn api_servers(&self) -> u32 {
+        u32::try_from(self.inputs.len()).unwrap_or(u32::MAX)
+    }
+}
+
+/// A wanted frontend.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Record {
+    pub(super) origin: Origin,
+    pub(super) attached: Option<Attached>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Content {
+    format: u32,
+    /// No attachment has had this number or a higher one.
+    next: u64,
+    frontends: BTreeMap<String, Record>,
+}
+
+/// The file, and what is in it.
+#[derive(Debug)]
+pub(super) struct Records {
+    /// None: nothing is kept.
+    path: Option<PathBuf>,
+    content: Content,
+    next: u64,
+}
+
+impl Records {
+    /// Reads what an earlier sidecar of this state directory left. What cannot be read is said and then gone: routes that
+    /// nobody knows are closed.
+    pub(super) fn load(state_dir: Option<&Path>) -> Self {
+        let path = state_dir.map(|dir| dir.join(FILE));
+        let content = path.as_deref().and_then(|path| match read(path) {
+            Ok(content) => content,
+            Err(error) => {
+                tracing::error!(path = %path.display(), %error, "the frontends of the sidecar before are not known");
+                None
+            }
+        });
+        let content = content.unwrap_or(Content { format: FORMAT, next: 1, frontends: BTreeMap::new() });
+        Self { path, next: content.next, content }
+    }
+
+    pub(super) fn all(&self) -> &BTreeMap<String, Record> {
+        &self.content.frontends
+    }
+
+    /// Number for a new attachment: never used before in this state directory.
+    pub(super) fn next_id(&mut self) -> FrontendId {
+        if self.next == self.content.next {
+            self.content.next += BLOCK;
+            self.save();
+        }
+        self.next += 1;
+        FrontendId(self.next - 1)
+    }
+
+    /// The next number. All attachments of earlier sidecars have a smaller one.
+    pub(super) fn first_id(&self) -> FrontendId {
+        FrontendId(self.next)
+    }
+
+    pub(super) fn want(&mut self, address: &str, origin: Origin) {
+        let known = self.content.frontends.get_mut(address);
+        let changed = match known {
+            Some(record) => std::mem::replace(&mut record.origin, origin) != origin,
+            None => {
+                let record = Record { origin, attached: None };
+                self.content.frontends.insert(address.to_owned(), record);
+                true
+            }
+        };
+        if changed {
+            self.save();
+        }
+    }
+
+    /// None: it is not attached any more.
+    pub(super) fn attached(&mut self, address: &str, attached: Option<Attached>) {
+        if let Some(record) = self.content.frontends.get_mut(address)
+            && record.attached != attached
+        {
+            record.attached = attached;
+            self.save();
+        }
+    }
+
+    pub(super) fn complete(&mut self, address: &str) {
+        if let Some(record) = self.content.frontends.get_mut(address)
+            && let Some(attached) = &mut record.attached
+            && !std::mem::replace(&mut attached.complete, true)
+        {
+            self.save();
+        }
+    }
+
+    pub(super) fn remove(&mut self, address: &str) {
+        if self.content.frontends.remove(address).is_some() {
+            self.save();
+        }
+    }
+
+    fn save(&self) {
+        let Some(path) = &self.path else { return };
+        if let Err(error) = write(path, &self.content) {
+            tracing::error!(path = %path.display(), %error, "a restarted sidecar will not find its frontends");
+        }
+    }
+}
+
+/// The supervised frontend of the sidecar before, if it was wanted until its end.
+pub(crate) fn supervised(state_dir: &Path) -> Option<String> {
+    let content = read(&state_dir.join(FILE)).ok().flatten()?;
+    let mut all = content.frontends.into_iter();
+    all.find(|(_, record)| record.origin == Origin::Supervised).map(|(address, _)| address)
+}
+
+fn read(path: &Path) -> io::Result<Option<Content>> {
+    let bytes = match fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let content: Content = serde_json::from_slice(&bytes)?;
+    if content.format != FORMAT {
+        let text = format!("format {}, expected {FORMAT}", content.format);
+        return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+    }
+    Ok(Some(content))
+}
+
+/// Not synced: it is for a process that follows another one on a running host. Routes do not survive a host.
+fn write(path: &Path, content: &Content) -> io::Result<()> {
+    let temporary = path.with_extension("json.new");
+    fs::write(&temporary, serde_json::to_vec_pretty(content)?)?;
+    fs::rename(&temporary, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn attached(id: u64) -> Attached {
+        let engines = Engines { size: 2, lockstep: true, parallel_config_hash: Some("h".to_owned()) };
+        let addresses = Addresses {
+            inputs: vec!["tcp://i".to_owned()],
+            outputs: vec!["tcp://o".to_owned()],
+            coordinator_input: Some("tcp://b".to_owned()),
+            coordinator_output: Some("tcp://k".to_owned()),
+            frontend_stats_publish_address: None,
+        };
+        let attached = Attached::new(FrontendId(id), &engines, &addresses);
+        assert_eq!((attached.engines(), attached.addresses()), (engines, addresses));
+        attached
+    }
+
+    #[test]
+    fn a_successor_finds_what_was_attached_and_gives_no_number_twice() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut records = Records::load(Some(dir.path()));
+        assert!(records.all().is_empty());
+        records.want("a:1", Origin::Command);
+        records.want("b:1", Origin::Supervised);
+        let ids: Vec<u64> = (0..40).map(|_| records.next_id().0).collect();
+        assert_eq!(ids, (1..=40).collect::<Vec<u64>>());
+        records.attached("a:1", Some(attached(7)));
+        records.attached("b:1", Some(attached(8)));
+        records.complete("a:1");
+        records.attached("nobody:1", Some(attached(9)));
+
+        let mut successor = Records::load(Some(dir.path()));
+        assert_eq!(successor.all(), records.all());
+        assert_eq!(successor.all().len(), 2);
+        let a = successor.all()["a:1"].attached.clone().unwrap();
+        assert!(a.complete && a.id == FrontendId(7));
+        assert!(!successor.all()["b:1"].attached.as_ref().unwrap().complete);
+        assert!(successor.first_id() > FrontendId(40));
+        assert!(successor.next_id() > FrontendId(40));
+        assert_eq!(supervised(dir.path()).as_deref(), Some("b:1"));
+
+        successor.attached("a:1", None);
+        successor.remove("b:1");
+        assert_eq!(supervised(dir.path()), None);
+        let third = Records::load(Some(dir.path()));
+        assert_eq!(third.all()["a:1"], Record { origin: Origin::Command, attached: None });
+        assert!(third.first_id() > FrontendId(56));
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_read_is_as_none() {
+        let dir = tempfile::tempdir().unwrap();
+        for bytes in ["", "[]", "{\"format\":2,\"next\":1,\"frontends\":{}}"] {
+            fs::write(dir.path().join(FILE), bytes).unwrap();
+            assert!(Records::load(Some(dir.path())).all().is_empty());
+        }
+        assert!(Records::load(None).all().is_empty());
+    }
+}

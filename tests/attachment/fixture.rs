@@ -1,0 +1,299 @@
+//! A manager of attachments over ranks and a coordinator that are played here.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use dp_sidecar::driver::attachment::{AttachmentConfig, spawn};
+use dp_sidecar::driver::handles::{
+    AttachmentCommand, AttachmentHandle, CoordinatorCommand, CoordinatorHandle, CoordinatorSnapshot,
+    Deployment, EngineFacts, ForFrontendCoordinator, FrontendSnapshot, GroupKind, HandleError, Origin,
+    RankCommand, RankHandle, RankSnapshot, RouteLost, ask,
+};
+use dp_sidecar::transport::{Dealer, Push};
+use dp_sidecar_protocol::layout::Layout;
+use dp_sidecar_protocol::{EngineIndex, FrontendId, Slot};
+use dp_sidecar_testkit::Reporter;
+use dp_sidecar_testkit::frontend::{FakeFrontend, FrontendError, FrontendOptions};
+use parking_lot::Mutex;
+use rmpv::Value;
+use tempfile::TempDir;
+use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// Real vLLM takes its time to start on a busy machine.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+
+/// What the ranks and the coordinator were asked.
+#[derive(Default)]
+pub(crate) struct Seen {
+    pub(crate) opened: Vec<(u16, u32, FrontendId)>,
+    pub(crate) closed: Vec<(u16, FrontendId)>,
+    pub(crate) waves: Vec<u64>,
+    pub(crate) sinks: BTreeMap<FrontendId, mpsc::Sender<ForFrontendCoordinator>>,
+    pub(crate) removed: Vec<FrontendId>,
+}
+
+pub(crate) struct Fixture {
+    pub(crate) handle: AttachmentHandle,
+    pub(crate) seen: Arc<Mutex<Seen>>,
+    pub(crate) deployment: watch::Sender<Deployment>,
+    pub(crate) slots: Vec<watch::Sender<RankSnapshot>>,
+    pub(crate) state_dir: TempDir,
+    pub(crate) handles: Vec<RankHandle>,
+    coordinator: CoordinatorHandle,
+    tracker: TaskTracker,
+    ranks: TaskTracker,
+}
+
+pub(crate) fn encode(value: &Value) -> Bytes {
+    let mut out = Vec::new();
+    rmpv::encode::write_value(&mut out, value).unwrap();
+    out.into()
+}
+
+/// A ready response with an address that no frontend may see.
+pub(crate) fn registration(rank: u16) -> Bytes {
+    encode(&Value::Map(vec![
+        ("max_model_len".into(), 256.into()),
+        ("num_gpu_blocks".into(), 64.into()),
+        ("dp_stats_address".into(), "ipc://of-the-sidecar".into()),
+        ("dtype".into(), "bfloat16".into()),
+        ("block_size".into(), 16.into()),
+        ("vllm_version".into(), "0.32.0".into()),
+        ("world_size".into(), 1.into()),
+        ("data_parallel_size".into(), 1.into()),
+        ("data_parallel_rank".into(), rank.into()),
+    ]))
+}
+
+pub(crate) fn deployment(size: u16, kind: GroupKind, known: u16) -> Deployment {
+    with_hash(size, kind, known, "fake-parallel-config")
+}
+
+pub(crate) fn with_hash(size: u16, kind: GroupKind, known: u16, hash: &str) -> Deployment {
+    let engines = (0..known).map(|rank| {
+        let facts = EngineFacts {
+            registration: registration(rank),
+            parallel_config_hash: (kind == GroupKind::Lockstep).then(|| hash.to_owned()),
+            num_gpu_blocks: None,
+            layout: Layout::newest(),
+        };
+        (EngineIndex(rank), facts)
+    });
+    Deployment { kind, size, engines: engines.collect() }
+}
+
+/// Who is to hear of the loss of a route.
+type Watchers = Arc<Mutex<BTreeMap<(FrontendId, u32), mpsc::Sender<RouteLost>>>>;
+
+/// Plays a rank task: connects the routes with its identity and notices when they are lost.
+pub(crate) async fn rank(
+    index: u16,
+    mut commands: mpsc::Receiver<RankCommand>,
+    seen: Arc<Mutex<Seen>>,
+    tasks: TaskTracker,
+) {
+    let mut routes: BTreeMap<FrontendId, CancellationToken> = BTreeMap::new();
+    let watchers: Watchers = Arc::default();
+    while let Some(command) = commands.recv().await {
+        match command {
+            RankCommand::OpenRoute { route, reply } => {
+                seen.lock().opened.push((index, route.api_server, route.frontend));
+                let stop = routes.entry(route.frontend).or_default().clone();
+                let (key, watchers) = ((route.frontend, route.api_server), watchers.clone());
+                let serve = async move {
+                    let identity = EngineIndex(index).identity().0;
+                    let limit = route.connect_timeout;
+                    let dealer = Dealer::connect(&route.input_address, &identity, limit).await;
+                    let push = Push::connect(&route.output_address, limit).await;
+                    let (Ok(mut dealer), Ok(_push)) = (dealer, push) else {
+                        let _ = reply.send(Err(HandleError::failed("no connection")));
+                        return;
+                    };
+                    dealer.send(vec![route.registration.clone()]).await.unwrap();
+                    watchers.lock().insert(key, route.lost);
+                    let _ = reply.send(Ok(Slot(1)));
+                    while dealer.recv().await.is_ok() {}
+                    let lost = RouteLost {
+                        frontend: route.frontend,
+                        rank: EngineIndex(index),
+                        api_server: route.api_server,
+                        reason: "closed".to_owned(),
+                    };
+                    let watcher = watchers.lock().remove(&key);
+                    if let Some(watcher) = watcher {
+                        let _ = watcher.send(lost).await;
+                    }
+                };
+                tasks.spawn(stop.run_until_cancelled_owned(serve));
+            }
+            RankCommand::AdoptRoute { frontend, api_server, lost, reply } => {
+                let found = watchers.lock().get_mut(&(frontend, api_server)).map(|watcher| *watcher = lost);
+                let found = found.map(|()| Slot(1));
+                let _ = reply.send(found.ok_or_else(|| HandleError::failed("there is no such route")));
+            }
+            RankCommand::CloseRoutes { frontend, reply } => {
+                watchers.lock().retain(|(of, _), _| *of != frontend);
+                if let Some(stop) = routes.remove(&frontend) {
+                    stop.cancel();
+                }
+                seen.lock().closed.push((index, frontend));
+                let _ = reply.send(Ok(()));
+            }
+            other => panic!("unexpected {other:?}"),
+        }
+    }
+    routes.values().for_each(CancellationToken::cancel);
+}
+
+pub(crate) async fn coordinator(mut commands: mpsc::Receiver<CoordinatorCommand>, seen: Arc<Mutex<Seen>>) {
+    while let Some(command) = commands.recv().await {
+        let mut seen = seen.lock();
+        match command {
+            CoordinatorCommand::AddFrontend { frontend, sink } => {
+                seen.sinks.insert(frontend, sink);
+            }
+            CoordinatorCommand::RemoveFrontend { frontend } => {
+                seen.sinks.remove(&frontend);
+                seen.removed.push(frontend);
+            }
+            CoordinatorCommand::StartWave { wave, .. } => seen.waves.push(wave.0),
+            other => panic!("unexpected {other:?}"),
+        }
+    }
+}
+
+pub(crate) fn fixture(size: u16, kind: GroupKind, slots: u32) -> Fixture {
+    let tracker = TaskTracker::new();
+    let ranks = TaskTracker::new();
+    let seen = Arc::new(Mutex::new(Seen::default()));
+    let mut handles = Vec::new();
+    let mut snapshots = Vec::new();
+    for index in 0..size {
+        let (commands, inbox) = mpsc::channel(64);
+        let (sender, snapshot) =
+            watch::channel(RankSnapshot { slots: (0, 0, slots), ..RankSnapshot::default() });
+        ranks.spawn(rank(index, inbox, seen.clone(), ranks.clone()));
+        snapshots.push(sender);
+        handles.push(RankHandle { rank: EngineIndex(index), commands, snapshot });
+    }
+    let (commands, inbox) = mpsc::channel(64);
+    ranks.spawn(coordinator(inbox, seen.clone()));
+    let (_, snapshot) = watch::channel(CoordinatorSnapshot::default());
+    let (deployment, known) = watch::channel(deployment(size, kind, size));
+    let state_dir = tempfile::tempdir().unwrap();
+    let coordinator = CoordinatorHandle { commands, snapshot };
+    let config = settings(&state_dir);
+    let handle = spawn(config, &tracker, handles.clone(), coordinator.clone(), known);
+    Fixture { handle, seen, deployment, slots: snapshots, state_dir, handles, coordinator, tracker, ranks }
+}
+
+fn settings(state_dir: &TempDir) -> AttachmentConfig {
+    let mut config = AttachmentConfig::default();
+    config.machine.stall = Duration::from_millis(800);
+    config.state_dir = Some(state_dir.path().to_owned());
+    config
+}
+
+impl Fixture {
+    pub(crate) async fn ask(
+        &self,
+        command: impl FnOnce(tokio::sync::oneshot::Sender<Result<(), HandleError>>) -> AttachmentCommand,
+    ) -> Result<(), HandleError> {
+        let commands = &self.handle.commands;
+        ask(commands, "attachment", "test".to_owned(), PATIENCE, command).await
+    }
+
+    pub(crate) async fn add(&self, address: &str) {
+        let address = address.to_owned();
+        self.ask(|reply| AttachmentCommand::Add { address, origin: Origin::Command, reply }).await.unwrap();
+    }
+
+    pub(crate) async fn remove(&self, address: &str) -> Result<(), HandleError> {
+        let address = address.to_owned();
+        self.ask(|reply| AttachmentCommand::Remove { address, reply }).await
+    }
+
+    /// Waits until the frontend is in a state, with a detail that has all these parts.
+    pub(crate) async fn until(&self, address: &str, state: &str, parts: &[&str]) -> FrontendSnapshot {
+        let mut snapshots = self.handle.snapshot.clone();
+        let fits = |all: &Vec<FrontendSnapshot>| {
+            all.iter()
+                .find(|one| one.address == address && one.state == state)
+                .filter(|one| {
+                    let detail = one.detail.clone().unwrap_or_default();
+                    parts.iter().all(|part| detail.contains(part))
+                })
+                .cloned()
+        };
+        let found = timeout(PATIENCE, snapshots.wait_for(|all| fits(all).is_some()))
+            .await
+            .map(|all| fits(&all.unwrap()).unwrap());
+        found.unwrap_or_else(|_| {
+            let all = self.handle.snapshot.borrow().clone();
+            panic!("{address} is not {state} with {parts:?}: {all:#?}")
+        })
+    }
+
+    /// The manager and its tasks end as if they were killed; a successor starts.
+    pub(crate) async fn restart(&mut self) {
+        self.ask(|reply| AttachmentCommand::Leave { reply }).await.unwrap();
+        self.tracker.close();
+        timeout(PATIENCE, self.tracker.wait()).await.unwrap();
+        self.tracker = TaskTracker::new();
+        let known = self.deployment.subscribe();
+        let config = settings(&self.state_dir);
+        let (handles, coordinator) = (self.handles.clone(), self.coordinator.clone());
+        self.handle = spawn(config, &self.tracker, handles, coordinator, known);
+    }
+
+    pub(crate) async fn shut_down(self) {
+        self.ask(|reply| AttachmentCommand::Shutdown { reply }).await.unwrap();
+        self.tracker.close();
+        timeout(PATIENCE, self.tracker.wait()).await.unwrap();
+        let Self { handle, handles, coordinator, ranks, .. } = self;
+        drop((handle, handles, coordinator));
+        ranks.close();
+        timeout(PATIENCE, ranks.wait()).await.unwrap();
+    }
+}
+
+pub(crate) fn options(size: u16) -> FrontendOptions {
+    FrontendOptions { size, ..FrontendOptions::default() }
+}
+
+pub(crate) fn frontend(options: FrontendOptions) -> FakeFrontend {
+    FakeFrontend::bind(options, Reporter::quiet()).unwrap()
+}
+
+/// Its startup, on a thread of its own.
+pub(crate) async fn start(mut frontend: FakeFrontend) -> (FakeFrontend, Result<usize, FrontendError>) {
+    tokio::task::spawn_blocking(move || {
+        let result = frontend.startup(PATIENCE).map(|seen| seen.len());
+        (frontend, result)
+    })
+    .await
+    .unwrap()
+}
+
+/// Pumps the first API server until it has heard ENGINE_CORE_DEAD.
+pub(crate) async fn hears_of_death(mut frontend: FakeFrontend) -> bool {
+    tokio::task::spawn_blocking(move || {
+        matches!(frontend.server().pump_for(PATIENCE), Err(FrontendError::EngineDead { .. }))
+    })
+    .await
+    .unwrap()
+}
+
+pub(crate) async fn wait_for(what: &str, condition: impl Fn() -> bool) {
+    let waited = timeout(PATIENCE, async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    });
+    assert!(waited.await.is_ok(), "{what} did not come");
+}
