@@ -8,6 +8,7 @@ use dp_sidecar_protocol::{EngineIndex, FrontendId};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tracing::debug;
 
 use super::App;
 use super::commands::Handles;
@@ -30,6 +31,7 @@ use crate::driver::{control, coordinator, weight_update};
 use crate::exit_code::{self, RunEnd};
 use crate::gpu::{self, GpuMonitor};
 use crate::link::client::NodeSinks;
+use crate::link::wire::NodeState;
 use crate::peer::introduction::Introduction;
 use crate::peer::leader::{Leader, RemoteNode};
 use crate::state_dir::StateDir;
@@ -169,6 +171,7 @@ pub(super) async fn start(
     }
     let mut states = BTreeMap::from([(THIS_NODE, local.state)]);
     let early = nodes::first_states(remotes, &mut events_of_nodes, &mut states).await?;
+    tell_routes(&attachments, &states).await;
     let node = Node::new(
         config.clone(),
         Peers {
@@ -261,6 +264,16 @@ fn pass_wakes(
             }
         }
     });
+}
+
+/// Has routes closed that an earlier sidecar has left and nobody knows.
+async fn tell_routes(attachments: &AttachmentHandle, states: &BTreeMap<NodeId, NodeState>) {
+    for (&rank, state) in states.values().flat_map(|state| &state.ranks) {
+        let routes = AttachmentCommand::Routes { rank, routes: state.routes.clone() };
+        if !state.routes.is_empty() && attachments.commands.send(routes).await.is_err() {
+            debug!("no attachments task");
+        }
+    }
 }
 
 /// Hands the update task's fences to the node task.

@@ -56,7 +56,8 @@ impl Config {
     /// Children of the keeper that a new sidecar of the same deployment goes on with.
     pub(crate) fn children_to_keep(&self) -> BTreeSet<String> {
         let spawned = matches!(self.engines, Engines::Spawn(_));
-        self.local_ranks().filter(|_| spawned).map(engine_name).collect()
+        let engines = self.local_ranks().filter(|_| spawned).map(engine_name);
+        engines.chain(self.serve.iter().map(|_| FRONTEND.to_owned())).collect()
     }
 
     /// Names what runs here: engines that were started under another digest are not those that this
