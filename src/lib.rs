@@ -12,6 +12,7 @@ pub mod gpu;
 pub mod link;
 pub mod manifest;
 pub mod peer;
+pub mod relay;
 pub mod shutdown;
 pub mod staging;
 pub mod state_dir;

@@ -346,6 +346,7 @@ fn status() -> Box<Status> {
             state: "serving".to_owned(),
             state_dir: "/run/x".to_owned(),
             keeper_pid: Some(78),
+            relay_pid: Some(79),
         },
         deployment: DeploymentStatus {
             kind: GroupKind::Lockstep,

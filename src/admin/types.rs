@@ -297,6 +297,9 @@ pub struct SidecarStatus {
     pub state_dir: String,
     /// Pid of the keeper, if there is one.
     pub keeper_pid: Option<u32>,
+    /// Pid of the relay process, which owns the data path; none while it is replaced.
+    #[serde(default)]
+    pub relay_pid: Option<u32>,
 }
 
 /// What the sidecar hosts.

@@ -25,6 +25,7 @@ use crate::peer::facts;
 use crate::peer::follower::{FindError, Finder, Found, LeaderView};
 use crate::peer::introduction::Introduction;
 use crate::supervisor::client::KeeperClient;
+use crate::supervisor::command::engine_rank;
 use crate::transport;
 
 /// Runs a follower until the leader, a signal, a client or its leader's absence ends it.
@@ -41,12 +42,10 @@ async fn follow(mut begun: Begun, nodes: Nodes) -> RunEnd {
         Ok(keeper) => keeper,
         Err(end) => return end,
     };
-    let client = keeper.as_ref().map(|keeper| keeper.client.clone());
+    let client = keeper.client.clone();
     // Engines of a predecessor: the leader may be away for as long as for a follower that runs.
-    let adopted = match &client {
-        Some(client) => client.list().await.is_ok_and(|children| !children.is_empty()),
-        None => false,
-    };
+    let children = client.list().await.unwrap_or_default();
+    let adopted = children.iter().any(|child| engine_rank(&child.name).is_some());
     let grace = begun.config.kill_grace;
     let introduction = facts::introduction(&begun.config, begun.state.run_id()).await;
     let (view, seen) = watch::channel(LeaderView::new());
@@ -71,11 +70,11 @@ async fn follow(mut begun: Begun, nodes: Nodes) -> RunEnd {
     let found = match found {
         Ok(Ok(found)) => found,
         Ok(Err(error)) => {
-            stop_keeper(client.as_ref(), grace).await;
+            stop_keeper(&client, grace).await;
             return if adopted { away(&error) } else { RunEnd::new(error.exit_code(), error.to_string()) };
         }
         Err(end) => {
-            stop_keeper(client.as_ref(), grace).await;
+            stop_keeper(&client, grace).await;
             return end;
         }
     };
@@ -87,7 +86,7 @@ async fn follow(mut begun: Begun, nodes: Nodes) -> RunEnd {
     let local = match local::start(&config, &begun.state, keeper, sinks, &tracker, &stop).await {
         Ok(local) => local,
         Err(end) => {
-            stop_keeper(client.as_ref(), grace).await;
+            stop_keeper(&client, grace).await;
             return end;
         }
     };
@@ -95,13 +94,14 @@ async fn follow(mut begun: Begun, nodes: Nodes) -> RunEnd {
     let stage = match stage {
         Ok(stage) => stage,
         Err(end) => {
-            stop_keeper(client.as_ref(), grace).await;
+            stop_keeper(&client, grace).await;
             return end;
         }
     };
     let services = Services {
         ranks: local.ranks.clone(),
         edge: Some(local.edge.clone()),
+        edge_state: None,
         handshake: Some(local.handshake.clone()),
         processes: local.processes.clone(),
         stage: Some(stage),
@@ -124,6 +124,7 @@ async fn follow(mut begun: Begun, nodes: Nodes) -> RunEnd {
             leader: seen,
             ranks: local.ranks.clone(),
             keeper: local.keeper.clone(),
+            relay: local.relay.pid.clone(),
             gpus: gpus.ok(),
             began: begun.began,
         },
@@ -184,7 +185,8 @@ struct View {
     nodes: Nodes,
     leader: watch::Receiver<LeaderView>,
     ranks: Vec<RankHandle>,
-    keeper: Option<KeeperClient>,
+    keeper: KeeperClient,
+    relay: watch::Receiver<Option<u32>>,
     gpus: Option<GpuMonitor>,
     began: Instant,
 }
@@ -198,7 +200,8 @@ impl View {
             (false, false) => "waiting for the leader",
         };
         let mut status = waiting::status(&self.config, self.began, state);
-        status.sidecar.keeper_pid = self.keeper.as_ref().and_then(KeeperClient::pid);
+        status.sidecar.keeper_pid = self.keeper.pid();
+        status.sidecar.relay_pid = *self.relay.borrow();
         status.engines = self.engines().await;
         status.nodes = vec![NodeStatus {
             start_rank: self.introduction.start_rank,
@@ -217,10 +220,7 @@ impl View {
 
     /// What this node knows about its engines; their lifecycle is the leader's.
     async fn engines(&self) -> Vec<EngineStatus> {
-        let children = match &self.keeper {
-            Some(keeper) => keeper.list().await.unwrap_or_default(),
-            None => Vec::new(),
-        };
+        let children = self.keeper.list().await.unwrap_or_default();
         let engine = |handle: &RankHandle| {
             let snapshot = handle.snapshot.borrow();
             let name = crate::supervisor::command::engine_name(handle.rank.0);
@@ -346,18 +346,15 @@ impl Follower {
             }
         }
         let grace = if hurry.is_cancelled() { Duration::ZERO } else { self.view.config.kill_grace };
-        stop_keeper(self.local.keeper.as_ref(), grace).await;
-        for rank in &self.local.ranks {
-            gone(rank.ask("shutdown", TASK_END, |reply| RankCommand::Shutdown { reply }).await);
-        }
+        self.local.relay.retire.cancel();
+        stop_keeper(&self.local.keeper, grace).await;
         let handshake = &self.local.handshake.commands;
         let shutdown = |reply| HandshakeCommand::Shutdown { reply };
         gone(ask(handshake, "handshake", "shutdown".into(), TASK_END, shutdown).await);
         linking.abort();
         self.stop.cancel();
         let Self { view, local, processes: told, tracker, stop: _ } = self;
-        let Local { ipc, ranks, edge, handshake, processes, keeper, frontend_events, state: _ } = local;
-        drop((view, ranks, edge, handshake, processes, told, keeper, frontend_events));
+        drop((view, told, local));
         tracker.close();
         // The watcher of signals is in there, too: it ends when its last receiver is dropped. And whoever asks for
         // the status at this moment.
@@ -365,7 +362,6 @@ impl Follower {
             error!(tasks = tracker.len() - 1, "tasks did not end in time");
         }
         transport::linger().await;
-        drop(ipc);
     }
 
     /// Lets requests in flight on this node's ranks finish, at most for the shutdown timeout.

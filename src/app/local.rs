@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use dp_sidecar_protocol::EngineIndex;
 use dp_sidecar_protocol::machine::handshake;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, info};
@@ -14,15 +14,16 @@ use tracing::{debug, info};
 use crate::config::{Config, Engines};
 use crate::driver::handles::{EdgeHandle, HandshakeHandle, ProcessHandle, RankHandle};
 use crate::driver::handshake::{HandshakeBindError, HandshakeConfig};
-use crate::driver::rank::{RankConfig, RankOutputs};
-use crate::driver::{edge, frontend, handshake as handshake_driver, processes, rank};
+use crate::driver::{frontend, handshake as handshake_driver, processes};
 use crate::exit_code::{self, RunEnd};
 use crate::link::client::NodeSinks;
 use crate::link::wire::NodeState;
+use crate::relay::Purpose;
+use crate::relay::host::{self, HostError, HostOptions, HostSinks};
 use crate::state_dir::StateDir;
 use crate::supervisor::client::KeeperClient;
 use crate::supervisor::keeper::wire::KeeperEvent;
-use crate::transport::{GuardLimits, PrivateDir};
+use crate::transport::GuardLimits;
 
 /// Messages between tasks waiting at the most. All readers only move them on.
 pub(super) const QUEUE: usize = 256;
@@ -39,19 +40,16 @@ pub(super) struct Keeper {
     pub(super) events: mpsc::Receiver<KeeperEvent>,
 }
 
-/// Finds or starts the keeper; none if nothing is to be started by us.
+/// Finds or starts the keeper.
 pub(super) async fn keeper(
     config: &Config,
     state: &StateDir,
     tracker: &TaskTracker,
-) -> Result<Option<Keeper>, RunEnd> {
-    if !matches!(config.engines, Engines::Spawn(_)) && config.serve.is_none() {
-        return Ok(None);
-    }
+) -> Result<Keeper, RunEnd> {
     let (client, events) = KeeperClient::connect_or_start(config.keeper_options(state, tracker))
         .await
         .map_err(|e| internal("keeper", &e))?;
-    Ok(Some(Keeper { client, events }))
+    Ok(Keeper { client, events })
 }
 
 /// The tasks of this node.
@@ -62,54 +60,87 @@ pub(super) struct Local {
     pub(super) handshake: HandshakeHandle,
     /// None if somebody else starts the engines.
     pub(super) processes: Option<ProcessHandle>,
-    pub(super) keeper: Option<KeeperClient>,
+    pub(super) keeper: KeeperClient,
     /// What the keeper reports about the supervised frontend.
     pub(super) frontend_events: mpsc::Receiver<KeeperEvent>,
-    pub(super) ipc: PrivateDir,
     /// What is left of an earlier sidecar of this node.
     pub(super) state: NodeState,
+    /// The relay process, which has the data path.
+    pub(super) relay: Supervised,
+}
+
+/// The relay process, as the end of a run sees it.
+#[derive(Debug)]
+pub(super) struct Supervised {
+    /// Its pid.
+    pub(super) pid: watch::Receiver<Option<u32>>,
+    /// Tells when it died and cannot be replaced.
+    pub(super) failed: mpsc::Receiver<HostError>,
+    /// Cancel it before the keeper is told to stop everything.
+    pub(super) retire: CancellationToken,
 }
 
 /// Starts the tasks of this node; what happens goes to `sinks`.
 pub(super) async fn start(
     config: &Arc<Config>,
     state: &StateDir,
-    keeper: Option<Keeper>,
+    keeper: Keeper,
     sinks: NodeSinks,
     tracker: &TaskTracker,
     stop: &CancellationToken,
 ) -> Result<Local, RunEnd> {
-    // Sockets of an earlier run have no owner: the lock of the state directory is ours.
-    let ipc_path = state.path().join("ipc");
-    if let Err(error) = std::fs::remove_dir_all(&ipc_path)
-        && error.kind() != std::io::ErrorKind::NotFound
-    {
-        return Err(internal(&format!("{}", ipc_path.display()), &error));
-    }
-    let ipc = PrivateDir::create(ipc_path).map_err(|e| internal("socket directory", &e))?;
-    let (keeper, keeper_events) = keeper.map(|keeper| (keeper.client, keeper.events)).unzip();
-    let (engine_events, frontend_events) = distribute(keeper_events, tracker, stop.clone());
+    let Keeper { client: keeper, events } = keeper;
+    let [engine_events, frontend_events, relay_events] = distribute(events, tracker, stop.clone());
     let handshake = handshake(config, &sinks, tracker).await?;
-    let edge = edge::spawn(ipc.clone(), sinks.edge, tracker);
-    let outputs = RankOutputs { events: sinks.ranks, held: sinks.held, wake: sinks.wakes };
-    let ranks: Vec<RankHandle> = config
-        .local_ranks()
-        .map(|r| {
-            let rank_config =
-                RankConfig::new(EngineIndex(r), config.frontend_slots, config.kind, ipc.clone());
-            rank::spawn(rank_config, tracker, outputs.clone())
-        })
-        .collect();
-    let mut state = NodeState::default();
-    let processes = match (&config.engines, &keeper) {
-        (Engines::Spawn(_), Some(keeper)) => {
+    let options = HostOptions {
+        state_dir: state.path().to_owned(),
+        exe: config.exe.clone(),
+        purpose: Purpose {
+            ranks: config.start_rank..config.start_rank + config.size_local,
+            frontend_slots: config.frontend_slots,
+            kind: config.kind,
+        },
+        keeper: keeper.clone(),
+        kill_grace: config.kill_grace,
+        tracker: tracker.clone(),
+        stop: stop.clone(),
+    };
+    let relay_sinks =
+        HostSinks { ranks: sinks.ranks, held: sinks.held, wakes: sinks.wakes, edge: sinks.edge };
+    let relay =
+        host::start(options, relay_events, relay_sinks).await.map_err(|error| internal("start", &error))?;
+    pass_states(relay.states, sinks.states, tracker);
+    let mut state = relay.found;
+    let processes = match &config.engines {
+        Engines::Spawn(_) => {
             processes::report(keeper.inherited(), config.local_ranks().map(EngineIndex), &mut state);
             let (config, keeper) = (config.clone(), keeper.clone());
             Some(processes::spawn(config, keeper, engine_events, sinks.processes, tracker, stop.clone()))
         }
-        _ => None,
+        Engines::Attach => None,
     };
-    Ok(Local { ranks, edge: edge.handle, handshake, processes, keeper, frontend_events, ipc, state })
+    Ok(Local {
+        ranks: relay.handles.ranks,
+        edge: relay.handles.edge,
+        handshake,
+        processes,
+        keeper,
+        frontend_events,
+        state,
+        relay: Supervised { pid: relay.pid, failed: relay.failed, retire: relay.retire },
+    })
+}
+
+/// Tells a follower's server what its relay process knows after each later connection. A leader does not want to
+/// know: the link has told it what it missed.
+fn pass_states(mut later: mpsc::Receiver<NodeState>, states: mpsc::Sender<NodeState>, tracker: &TaskTracker) {
+    tracker.spawn(async move {
+        while let Some(state) = later.recv().await {
+            if states.send(state).await.is_err() {
+                return;
+            }
+        }
+    });
 }
 
 async fn handshake(
@@ -141,33 +172,37 @@ async fn handshake(
     Ok(handle)
 }
 
-/// Splits the keeper's events: engines to the process task, the frontend to its own.
+/// Splits the keeper's events: engines to the process task, the frontend and the relay process to their own. What
+/// is about the keeper itself goes to all.
 fn distribute(
-    events: Option<mpsc::Receiver<KeeperEvent>>,
+    mut events: mpsc::Receiver<KeeperEvent>,
     tracker: &TaskTracker,
     stop: CancellationToken,
-) -> (mpsc::Receiver<KeeperEvent>, mpsc::Receiver<KeeperEvent>) {
+) -> [mpsc::Receiver<KeeperEvent>; 3] {
     let (to_engines, engines) = mpsc::channel(QUEUE);
     let (to_frontend, frontend) = mpsc::channel(QUEUE);
-    if let Some(mut events) = events {
-        tracker.spawn(stop.run_until_cancelled_owned(async move {
-            while let Some(event) = events.recv().await {
-                let name = match &event {
-                    KeeperEvent::Spawned { name, .. } => Some(name.as_str()),
-                    KeeperEvent::Exited(report) => Some(report.name.as_str()),
-                    KeeperEvent::Replaced { .. } | KeeperEvent::Failed { .. } => None,
-                };
+    let (to_relay, relay) = mpsc::channel(QUEUE);
+    tracker.spawn(stop.run_until_cancelled_owned(async move {
+        while let Some(event) = events.recv().await {
+            let name = match &event {
+                KeeperEvent::Spawned { name, .. } => Some(name.as_str()),
+                KeeperEvent::Exited(report) => Some(report.name.as_str()),
+                KeeperEvent::Replaced { .. } | KeeperEvent::Failed { .. } => None,
+            };
+            let to = match name {
+                Some(frontend::CHILD) => vec![&to_frontend],
+                Some(crate::relay::CHILD) => vec![&to_relay],
+                Some(_) => vec![&to_engines],
+                // The relay process first: new engines need it.
+                None => vec![&to_relay, &to_frontend, &to_engines],
+            };
+            for task in to {
                 // A receiver that is gone belongs to a task that has ended.
-                if name.is_none_or(|name| name == frontend::CHILD)
-                    && to_frontend.send(event.clone()).await.is_err()
-                {
-                    debug!("no frontend task");
-                }
-                if name.is_none_or(|name| name != frontend::CHILD) && to_engines.send(event).await.is_err() {
-                    debug!("no process task");
+                if task.send(event.clone()).await.is_err() {
+                    debug!("an event of the keeper that nobody waits for");
                 }
             }
-        }));
-    }
-    (engines, frontend)
+        }
+    }));
+    [engines, frontend, relay]
 }

@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, error, info, warn};
 
+use self::local::Supervised;
 use self::nodes::Gathered;
 use crate::admin::server::{AdminCommand, AdminServer};
 use crate::admin::types::Status;
@@ -32,13 +33,14 @@ use crate::driver::handles::{
 use crate::driver::node::{NodeCommand, NodeExit};
 use crate::driver::rank::SNAPSHOT_LAG;
 use crate::exit_code::{self, RunEnd};
+use crate::link::server::SNAPSHOT_INTERVAL as LINK_LAG;
 use crate::peer::facts;
 use crate::peer::introduction::Introduction;
 use crate::peer::leader::{Leader, RemoteNode};
 use crate::shutdown::{self, Asked, Why};
 use crate::state_dir::StateDir;
 use crate::supervisor::client::KeeperClient;
-use crate::transport::{self, PrivateDir};
+use crate::transport;
 
 /// Limit for one of our own tasks to end.
 const TASK_END: Duration = Duration::from_secs(5);
@@ -108,7 +110,7 @@ impl Begun {
             Some(nodes) => match self.gather(&nodes).await {
                 Ok(gathered) => Some(gathered),
                 Err(end) => {
-                    stop_keeper(keeper.map(|keeper| keeper.client).as_ref(), self.config.kill_grace).await;
+                    stop_keeper(&keeper.client, self.config.kill_grace).await;
                     return Err(end);
                 }
             },
@@ -162,10 +164,8 @@ impl Begun {
 }
 
 /// Ends the keeper and everything it has.
-async fn stop_keeper(keeper: Option<&KeeperClient>, grace: Duration) {
-    if let Some(keeper) = keeper
-        && let Err(error) = keeper.shutdown(grace).await
-    {
+async fn stop_keeper(keeper: &KeeperClient, grace: Duration) {
+    if let Err(error) = keeper.shutdown(grace).await {
         error!(%error, "the keeper did not end");
     }
 }
@@ -184,8 +184,8 @@ pub(crate) struct App {
     frontend: Option<JoinHandle<FrontendExit>>,
     handles: commands::Handles,
     stopping: watch::Sender<bool>,
-    keeper: Option<KeeperClient>,
-    ipc: PrivateDir,
+    keeper: KeeperClient,
+    relay: Supervised,
     nodes: Option<Gathered>,
 }
 
@@ -204,6 +204,7 @@ impl App {
             tokio::select! {
                 biased;
                 why = asked(&mut outside) => break End::Outside(why),
+                Some(error) = self.relay.failed.recv() => break End::Internal(error.to_string()),
                 exit = &mut self.node => break match exit {
                     Ok(exit) => End::Node(exit),
                     Err(error) => End::Internal(format!("node task: {error}")),
@@ -304,12 +305,10 @@ impl App {
         if let Some(nodes) = &self.nodes {
             nodes.shutdown().await;
         }
-        if let Some(keeper) = &self.keeper {
-            let grace = if hurry.is_cancelled() { Duration::ZERO } else { self.config.kill_grace };
-            if let Err(error) = keeper.shutdown(grace).await {
-                error!(%error, "the keeper did not end");
-            }
-        }
+        // The relay process ends with the keeper, after the engines, and is not to be started again.
+        self.relay.retire.cancel();
+        let grace = if hurry.is_cancelled() { Duration::ZERO } else { self.config.kill_grace };
+        stop_keeper(&self.keeper, grace).await;
         // The engines have ended with us: the next start begins with the command line's checkpoint.
         match timeout(TASK_END, self.handles.updates.shutdown(true)).await {
             Ok(Ok(())) => {}
@@ -326,14 +325,13 @@ impl App {
         let shutdown = |reply| HandshakeCommand::Shutdown { reply };
         gone(ask(handshake, "handshake", "shutdown".into(), TASK_END, shutdown).await);
         self.stop.cancel();
-        drop((self.handles, self.admin, self.keeper, self.node_commands, self.nodes));
+        drop((self.handles, self.admin, self.keeper, self.relay, self.node_commands, self.nodes));
         self.tracker.close();
         // The watcher of signals is in there, too: it ends when its last receiver is dropped.
         if timeout(TASK_END, until_few(&self.tracker, 1)).await.is_err() {
             error!(tasks = self.tracker.len() - 1, "tasks did not end in time");
         }
         transport::linger().await;
-        drop(self.ipc);
     }
 
     /// Lets requests in flight finish, at most for the shutdown timeout. New ones are held from now
@@ -346,7 +344,7 @@ impl App {
         futures::future::join_all(closed).await.into_iter().for_each(gone);
         let sources = &self.handles.sources;
         // Requests that came just now are not in the snapshots yet.
-        sleep(SNAPSHOT_LAG * 2).await;
+        sleep((SNAPSHOT_LAG + LINK_LAG) * 2).await;
         if sources.in_flight() > 0 && !self.config.shutdown_timeout.is_zero() {
             let limit = self.config.shutdown_timeout;
             info!(in_flight = sources.in_flight(), ?limit, "waiting for requests in flight");

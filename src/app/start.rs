@@ -44,7 +44,7 @@ pub(super) struct Prepared {
     /// Commands of clients.
     pub(super) admin: mpsc::Receiver<AdminCommand>,
     /// The keeper of this node.
-    pub(super) keeper: Option<Keeper>,
+    pub(super) keeper: Keeper,
     /// The other nodes, and the leader that they came to.
     pub(super) nodes: Option<(Introduction, Leader, Vec<RemoteNode>)>,
     /// Ends the small tasks.
@@ -196,18 +196,17 @@ pub(super) async fn start(
             .map_err(|error| RunEnd::new(exit_code::USAGE, error.to_string()))?;
     }
     let (supervised, _) = watch::channel(SupervisedSnapshot::default());
-    let frontend = match (&config.serve, &local.keeper) {
-        (Some(_), Some(keeper)) => Some(tokio::spawn(frontend::run(
+    let frontend = config.serve.is_some().then(|| {
+        tokio::spawn(frontend::run(
             config.clone(),
             attachment::supervised(state.path()),
-            keeper.clone(),
+            local.keeper.clone(),
             attachments.clone(),
             local.frontend_events,
             supervised,
             stop_frontend.clone(),
-        ))),
-        _ => None,
-    };
+        ))
+    });
 
     let file = config.accel_file.clone();
     let gpus = GpuMonitor::start(move || gpu::detect(file.as_deref()))
@@ -223,6 +222,7 @@ pub(super) async fn start(
         control: control.clone(),
         gpus,
         keeper: local.keeper.clone(),
+        relay: local.relay.pid.clone(),
     };
     Ok(App {
         config,
@@ -245,7 +245,7 @@ pub(super) async fn start(
         },
         stopping,
         keeper: local.keeper,
-        ipc: local.ipc,
+        relay: local.relay,
         nodes: gathered,
     })
 }

@@ -31,7 +31,8 @@ pub(super) struct Sources {
     pub(super) updates: UpdateHandle,
     pub(super) control: ControlHandle,
     pub(super) gpus: GpuMonitor,
-    pub(super) keeper: Option<KeeperClient>,
+    pub(super) keeper: KeeperClient,
+    pub(super) relay: watch::Receiver<Option<u32>>,
     pub(super) nodes: Option<Gathered>,
 }
 
@@ -56,7 +57,8 @@ impl Sources {
                 uptime_s: self.began.elapsed().as_secs(),
                 state: state.to_owned(),
                 state_dir: config.state_dir.display().to_string(),
-                keeper_pid: self.keeper.as_ref().and_then(KeeperClient::pid),
+                keeper_pid: self.keeper.pid(),
+                relay_pid: *self.relay.borrow(),
             },
             deployment: DeploymentStatus {
                 kind: config.kind,

@@ -26,6 +26,7 @@ pub(super) fn status(config: &Config, began: Instant, state: &str) -> Status {
             state: state.to_owned(),
             state_dir: config.state_dir.display().to_string(),
             keeper_pid: None,
+            relay_pid: None,
         },
         deployment: DeploymentStatus {
             kind: config.kind,

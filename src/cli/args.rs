@@ -93,6 +93,9 @@ pub enum Command {
     /// The process that owns the vLLM processes. Started by the sidecar.
     #[command(hide = true)]
     Keeper(KeeperArgs),
+    /// The process that owns the data path of a node. Started by the keeper.
+    #[command(hide = true)]
+    Relay(RelayArgs),
     /// The DP coordinator alone, for `scripts/bench coordinator`.
     #[command(hide = true)]
     Coordinator(CoordinatorArgs),
@@ -501,6 +504,26 @@ pub struct KeeperArgs {
     /// Grace between SIGTERM and SIGKILL.
     #[arg(long, value_parser = parse_duration)]
     pub kill_grace: Duration,
+}
+
+/// `sidecar relay`.
+#[derive(Debug, Args)]
+pub struct RelayArgs {
+    /// The state directory.
+    #[arg(long)]
+    pub state_dir: PathBuf,
+    /// First rank of this node.
+    #[arg(long)]
+    pub start_rank: u16,
+    /// Number of ranks of this node.
+    #[arg(long)]
+    pub ranks: u16,
+    /// Slots of every engine for frontends.
+    #[arg(long)]
+    pub frontend_slots: u32,
+    /// How the ranks depend on each other.
+    #[arg(long)]
+    pub kind: ModelKind,
 }
 
 /// Reads `90`, `90s`, `1.5m`, `500ms`, `2h`; seconds without a unit.

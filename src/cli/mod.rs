@@ -14,9 +14,12 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches};
 
-use self::args::{Cli, Command, CoordinatorArgs, KeeperArgs};
+use self::args::{Cli, Command, CoordinatorArgs, KeeperArgs, ModelKind, RelayArgs};
 use crate::config::LogFormat;
+use crate::driver::handles::GroupKind;
 use crate::exit_code;
+use crate::relay::Purpose;
+use crate::relay::process::{self, RelayConfig};
 use crate::supervisor::keeper::{self, KeeperConfig};
 use crate::telemetry;
 
@@ -50,6 +53,7 @@ fn dispatch(args: impl Iterator<Item = OsString>) -> u8 {
     match cli.command {
         // No runtime and no other thread may exist in the keeper.
         Command::Keeper(args) => keeper(args),
+        Command::Relay(args) => relay(args),
         Command::Coordinator(args) => coordinator(args),
         Command::Run(args) => run::run(&args, &run::origins(&matches)),
         Command::Update(args) => update::update(&args),
@@ -73,6 +77,24 @@ fn coordinator(args: CoordinatorArgs) -> u8 {
         Ok(()) => exit_code::OK,
         Err(error) => {
             tracing::error!(%error, "the DP coordinator failed");
+            exit_code::INTERNAL
+        }
+    }
+}
+
+fn relay(args: RelayArgs) -> u8 {
+    telemetry::init(LogFormat::Text);
+    let kind = match args.kind {
+        ModelKind::Dense => GroupKind::Independent,
+        ModelKind::Moe => GroupKind::Lockstep,
+        ModelKind::Auto => return usage("--kind: dense or moe expected"),
+    };
+    let ranks = args.start_rank..args.start_rank.saturating_add(args.ranks);
+    let purpose = Purpose { ranks, frontend_slots: args.frontend_slots, kind };
+    match process::run(RelayConfig { state_dir: args.state_dir, purpose }) {
+        Ok(()) => exit_code::OK,
+        Err(error) => {
+            tracing::error!(%error, "the relay process failed");
             exit_code::INTERNAL
         }
     }

@@ -14,6 +14,7 @@ const SUBCOMMANDS: &[&str] = &[
     "frontend",
     "stop",
     "keeper",
+    "relay",
     "coordinator",
     "help",
 ];

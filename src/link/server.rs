@@ -18,13 +18,14 @@ mod task;
 use std::time::Duration;
 
 use dp_sidecar_protocol::EngineIndex;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::client::{NodeSinks, Tempo};
 use super::codec::LinkStream;
 use super::wire::NodeState;
+use crate::driver::edge::EdgeState;
 use crate::driver::handles::{
     EdgeEvent, EdgeHandle, HandshakeEvent, HandshakeHandle, HeldCall, Listen, ProcessEvent, ProcessHandle,
     RankEvent, RankHandle, StageEvent, StageHandle,
@@ -32,6 +33,8 @@ use crate::driver::handles::{
 
 /// How long control calls wait for somebody to connect.
 pub const HELD_GRACE: Duration = Duration::from_secs(2);
+/// Between two snapshots of a rank whose life and admission have not changed.
+pub const SNAPSHOT_INTERVAL: Duration = Duration::from_millis(50);
 /// Events waiting in each queue towards the server.
 const EVENTS: usize = 256;
 
@@ -42,6 +45,8 @@ pub struct Services {
     pub ranks: Vec<RankHandle>,
     /// Engine-facing sockets of the DP coordinator.
     pub edge: Option<EdgeHandle>,
+    /// What the edge task itself knows of waves and subscriptions, if it runs in this process.
+    pub edge_state: Option<watch::Receiver<EdgeState>>,
     /// Handshake listeners.
     pub handshake: Option<HandshakeHandle>,
     /// Processes of engines.

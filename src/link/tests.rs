@@ -103,8 +103,14 @@ impl Bed {
         let tracker = TaskTracker::new();
         let stop = CancellationToken::new();
         let (below, sources) = server::channels();
-        let services =
-            Services { ranks: vec![handle], edge: None, handshake: None, processes: None, stage: None };
+        let services = Services {
+            ranks: vec![handle],
+            edge: None,
+            edge_state: None,
+            handshake: None,
+            processes: None,
+            stage: None,
+        };
         let (streams, streams_out) = mpsc::channel(1);
         let options = ServerOptions::new("the far side", tracker.clone(), stop.clone());
         let server = tokio::spawn(server::serve(options, streams_out, services, sources));

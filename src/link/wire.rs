@@ -309,7 +309,9 @@ pub enum Event {
 pub struct NodeState {
     /// Its ranks.
     pub ranks: BTreeMap<EngineIndex, RankState>,
-    /// The DP coordinator's last word on waves, see [`Request::EdgeNote`].
+    /// What the serving process was started for; another purpose makes it useless. Relay link only.
+    pub about: Option<String>,
+    /// Newest wave known there: [`Request::EdgeNote`], or a later one that an engine reported.
     pub wave: Option<(Wave, bool)>,
     /// The staging area. Peer link only.
     pub stage: Option<StageState>,

@@ -13,6 +13,8 @@ pub const FRONTEND: &str = "frontend";
 /// The frontend is stopped before the engines, so that it can drain.
 const FRONTEND_STOP_ORDER: u32 = 0;
 const ENGINE_STOP_ORDER: u32 = 1;
+/// The relay process is stopped after the engines, which are connected to it.
+pub const RELAY_STOP_ORDER: u32 = 2;
 
 /// How vLLM is started: everything that does not depend on the rank.
 #[derive(Clone, Debug)]

@@ -3,7 +3,7 @@
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use dp_sidecar_testkit::frontend::NewRequest;
+use dp_sidecar_testkit::frontend::{FakeFrontend, FrontendError, NewRequest};
 
 use crate::harness::{SOON, Setup, complete_all, directory, exited_with, frontend, model, until};
 
@@ -65,11 +65,23 @@ fn after_a_kill_of_the_keeper_the_engines_are_stopped_and_started_again() {
         status["sidecar"]["keeper_pid"].as_i64().is_some_and(|pid| pid != i64::from(keeper))
     });
     sidecar.await_admitted();
+    // The relay process has ended with its keeper, and with it what the frontend was connected to.
+    let error = frontend.server().until("its end", SOON, |_| false).unwrap_err();
+    assert!(matches!(error, FrontendError::EngineDead { .. }), "{error}");
+    let mut frontend = again(frontend);
+    frontend.startup(SOON).unwrap();
     for done in complete_all(&mut frontend, "after", 4, 4) {
         assert_eq!(done.tokens, model.tokens(4));
     }
     sidecar.stop();
     sidecar.await_nothing_left();
+}
+
+/// A successor at the same address, as a supervisor starts one.
+fn again(frontend: FakeFrontend) -> FakeFrontend {
+    let address = frontend.address().to_owned();
+    drop(frontend);
+    crate::harness::frontend(2, |options| options.address = address)
 }
 
 #[test]

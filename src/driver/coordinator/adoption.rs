@@ -48,7 +48,7 @@ mod tests {
         let waiting = RankState { subscribed: true, wave_report: None, ..rank.clone() };
         let ranks = [rank, ready.clone(), waiting, ready];
         let ranks = (0..).map(EngineIndex).zip(ranks).collect();
-        let state = NodeState { ranks, wave: Some((Wave(6), true)), stage: None };
+        let state = NodeState { ranks, wave: Some((Wave(6), true)), ..NodeState::default() };
         let CoordinatorCommand::Adopt { wave, engines } = adoption(&state, |rank| rank.0 < 3) else {
             panic!("another command");
         };

@@ -23,19 +23,19 @@ impl Known {
         Self { state, edges }
     }
 
-    /// Another link's state takes the place of what it is about. Processes are not: they are this node's own.
+    /// Another link's state takes the place of what it is about. Processes and handshakes are this node's own.
     pub(super) fn replace(&mut self, mut state: NodeState) {
-        for (rank, of) in &mut state.ranks {
-            if let Some(known) = self.state.ranks.get(rank) {
-                of.pid = known.pid;
-                of.process = known.process;
-                of.stopping = known.stopping;
-                of.ended = known.ended.clone();
-                of.expected = known.expected;
-                of.handshake = known.handshake.clone();
-            }
+        for (rank, known) in std::mem::take(&mut self.state.ranks) {
+            let of = state.ranks.entry(rank).or_default();
+            of.pid = known.pid;
+            of.process = known.process;
+            of.stopping = known.stopping;
+            of.ended = known.ended;
+            of.expected = known.expected;
+            of.handshake = known.handshake;
         }
         state.wave = state.wave.or(self.state.wave);
+        state.about = self.state.about.take();
         *self = Self::new(state);
     }
 
@@ -195,6 +195,12 @@ impl Known {
     }
 }
 
+fn no_process(known: &mut RankState) {
+    known.process = None;
+    known.pid = None;
+    known.stopping = false;
+}
+
 /// Nothing is there of an engine; the rank's routes stay.
 fn clear(known: &mut RankState) {
     known.prepared = None;
@@ -202,10 +208,4 @@ fn clear(known: &mut RankState) {
     known.facts = None;
     known.subscribed = false;
     known.wave_report = None;
-}
-
-fn no_process(known: &mut RankState) {
-    known.pid = None;
-    known.process = None;
-    known.stopping = false;
 }

@@ -15,7 +15,7 @@ use super::held::Held;
 use super::known::Known;
 use super::lanes::Lanes;
 use super::sources::{Happened, Happenings, merge};
-use super::{ServeEnd, ServerOptions, Services, Sources};
+use super::{SNAPSHOT_INTERVAL, ServeEnd, ServerOptions, Services, Sources};
 use crate::driver::handles::{
     EdgeCommand, EdgeEvent, Expectation, HandleError, HandshakeCommand, HeldCall, OpenRoute, ProcessCommand,
     RankCommand, RankSnapshot, RouteLost, StageCommand, StageEvent, StageRequest, StageState, Verdict,
@@ -32,8 +32,6 @@ const SPARE: usize = 256;
 const FULL: usize = 4096;
 /// Losses of routes waiting.
 const LOSSES: usize = 256;
-/// Between two snapshots of a rank whose life and admission have not changed.
-const SNAPSHOT_INTERVAL: Duration = Duration::from_millis(50);
 /// Answers that are kept for an asker that reconnects: so many, of so many bytes together.
 const RECENT: usize = 256;
 const RECENT_BYTES: usize = 4 << 20;
@@ -678,6 +676,14 @@ impl Task {
         for handle in &self.services.ranks {
             let known = state.ranks.entry(handle.rank).or_default();
             known.snapshot = RankSnapshot { rank: handle.rank, ..handle.snapshot.borrow().clone() };
+        }
+        if let Some(edge) = &self.services.edge_state {
+            let edge = edge.borrow();
+            state.wave = edge.wave.or(state.wave);
+            for (rank, known) in &mut state.ranks {
+                known.subscribed =
+                    known.prepared.is_some() && edge.subscribed.get(rank).copied() == known.prepared;
+            }
         }
         state.stage = stage;
         state

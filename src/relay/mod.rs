@@ -1,0 +1,48 @@
+//! The relay process: owns the data path of a node and lives on when the sidecar is killed.
+//!
+//! It is a child of the keeper, started before the engines and stopped after them, and holds what engines and
+//! frontends are connected to: the rank tasks and the edge task. It decides nothing; the sidecar tells it
+//! what to do over the relay link (`relay.sock` in the state directory, see [`crate::link`]). [`process`] is the
+//! process, [`host`] the sidecar's side: finding or starting it, and starting it again when it died.
+
+pub mod host;
+pub mod process;
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use crate::driver::handles::GroupKind;
+
+/// Name of the relay process among the keeper's children.
+pub const CHILD: &str = "relay";
+/// Socket of the relay link inside the state directory.
+pub const SOCKET: &str = "relay.sock";
+/// Folder of the engines' sockets inside the state directory.
+pub const IPC: &str = "ipc";
+
+/// Where the relay process of a state directory listens.
+pub fn socket(state_dir: &Path) -> PathBuf {
+    state_dir.join(SOCKET)
+}
+
+/// What a relay process is for. One that was started for something else is of no use to a new sidecar.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Purpose {
+    /// The ranks of this node.
+    pub ranks: Range<u16>,
+    /// Slots of every engine for frontends.
+    pub frontend_slots: u32,
+    /// Whether the ranks step together.
+    pub kind: GroupKind,
+}
+
+impl std::fmt::Display for Purpose {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Range { start, end } = self.ranks;
+        let kind = match self.kind {
+            GroupKind::Independent => "independent",
+            GroupKind::Lockstep => "lockstep",
+        };
+        write!(f, "{kind} ranks {start}..{end}, {} frontend slots", self.frontend_slots)
+    }
+}

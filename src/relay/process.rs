@@ -1,0 +1,198 @@
+//! `sidecar relay`.
+
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use dp_sidecar_protocol::EngineIndex;
+use thiserror::Error;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{error, info, warn};
+
+use super::{IPC, Purpose, socket};
+use crate::driver::edge;
+use crate::driver::handles::{RankCommand, RankHandle};
+use crate::driver::rank::{self, RankConfig, RankOutputs};
+use crate::link::LinkStream;
+use crate::link::server::{self, ServeEnd, ServerOptions, Services};
+use crate::link::wire::NodeState;
+use crate::transport::{self, PrivateDir, TransportError};
+
+/// Accepted connections waiting for the server.
+const STREAMS: usize = 4;
+/// For a rank task to answer what is in flight and end.
+const RANK_END: Duration = Duration::from_secs(5);
+/// For the other tasks to end.
+const TASKS_END: Duration = Duration::from_secs(2);
+
+/// How a relay process is started.
+#[derive(Clone, Debug)]
+pub struct RelayConfig {
+    /// The state directory.
+    pub state_dir: PathBuf,
+    /// What it is for.
+    pub purpose: Purpose,
+}
+
+/// The relay process cannot run.
+#[derive(Debug, Error)]
+pub enum RelayError {
+    /// The file system refused.
+    #[error("relay process: {}: {source}", path.display())]
+    Io {
+        /// What was touched.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The directory of the engines' sockets cannot be used.
+    #[error("relay process: {0}")]
+    Sockets(#[from] TransportError),
+    /// No runtime, or no signal handlers.
+    #[error("relay process: {0}")]
+    Runtime(io::Error),
+}
+
+/// Runs the relay process until SIGTERM, or until it is told to end over its link.
+///
+/// # Errors
+/// Its sockets or its runtime cannot be made.
+pub fn run(config: RelayConfig) -> Result<(), RelayError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("relay").build();
+    let runtime = runtime.map_err(RelayError::Runtime)?;
+    let result = runtime.block_on(serve(config));
+    runtime.shutdown_timeout(TASKS_END);
+    result
+}
+
+async fn serve(config: RelayConfig) -> Result<(), RelayError> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(RelayError::Runtime)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(RelayError::Runtime)?;
+    let listener = bind(&socket(&config.state_dir))?;
+    // Sockets of an earlier relay process have no owner: the keeper runs one at a time.
+    let ipc = config.state_dir.join(IPC);
+    match std::fs::remove_dir_all(&ipc) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            return Err(RelayError::Io { path: ipc, source });
+        }
+        _ => {}
+    }
+    let dir = PrivateDir::create(ipc)?;
+    let tracker = TaskTracker::new();
+    let (sinks, sources) = server::channels();
+    let outputs =
+        RankOutputs { events: sinks.ranks.clone(), held: sinks.held.clone(), wake: sinks.wakes.clone() };
+    let Purpose { ranks, frontend_slots, kind } = config.purpose.clone();
+    let ranks: Vec<RankHandle> = ranks
+        .map(|r| {
+            let rank_config = RankConfig::new(EngineIndex(r), frontend_slots, kind, dir.clone());
+            rank::spawn(rank_config, &tracker, outputs.clone())
+        })
+        .collect();
+    let edge = edge::spawn(dir, sinks.edge.clone(), &tracker);
+    drop((outputs, sinks));
+    let stop = CancellationToken::new();
+    let (streams_in, streams) = mpsc::channel(STREAMS);
+    tracker.spawn(accept(listener, streams_in, stop.clone()));
+    let services = Services {
+        ranks: ranks.clone(),
+        edge: Some(edge.handle),
+        edge_state: Some(edge.state),
+        handshake: None,
+        processes: None,
+        stage: None,
+    };
+    let options = ServerOptions {
+        initial: NodeState { about: Some(config.purpose.to_string()), ..NodeState::default() },
+        ..ServerOptions::new("the relay process", tracker.clone(), stop.clone())
+    };
+    info!(pid = std::process::id(), purpose = %config.purpose, "relay process listens");
+    let server = server::serve(options, streams, services, sources);
+    let mut server = tokio::spawn(server);
+    let why = tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+        end = &mut server => match end {
+            Ok(ServeEnd::Shutdown) => "told to end",
+            Ok(ServeEnd::Stopped) => "its server was stopped",
+            Err(error) => {
+                error!(%error, "the server of the relay link failed");
+                "its server failed"
+            }
+        },
+    };
+    info!(why, "relay process ends");
+    // What is in flight is answered while somebody may still listen.
+    let ends = ranks.iter().map(|rank| async move {
+        let end = rank.ask("shutdown", RANK_END, |reply| RankCommand::Shutdown { reply });
+        if let Err(error) = end.await {
+            warn!(rank = %rank.rank, %error, "rank task");
+        }
+    });
+    futures::future::join_all(ends).await;
+    drop(ranks);
+    stop.cancel();
+    if !server.is_finished()
+        && let Ok(Err(error)) = tokio::time::timeout(TASKS_END, server).await
+    {
+        error!(%error, "the server of the relay link failed");
+    }
+    tracker.close();
+    if tokio::time::timeout(TASKS_END, tracker.wait()).await.is_err() {
+        error!(tasks = tracker.len(), "tasks did not end in time");
+    }
+    transport::linger().await;
+    if let Err(error) = std::fs::remove_file(socket(&config.state_dir)) {
+        warn!(%error, "relay socket");
+    }
+    Ok(())
+}
+
+fn bind(path: &Path) -> Result<UnixListener, RelayError> {
+    let failed = |source| RelayError::Io { path: path.to_owned(), source };
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+        _ => {}
+    }
+    // The directory is 0700, so there is no moment at which others can connect.
+    let listener = UnixListener::bind(path).map_err(failed)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    Ok(listener)
+}
+
+async fn accept(listener: UnixListener, streams: mpsc::Sender<LinkStream>, stop: CancellationToken) {
+    let own = nix::unistd::geteuid().as_raw();
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = stop.cancelled() => return,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                // Out of descriptors, as a rule: some will be free later.
+                warn!(%error, "connection for the relay link");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        if !allowed(&stream, own) {
+            warn!("connection of another user refused");
+            continue;
+        }
+        let peer = stream.peer_cred().ok().and_then(|peer| peer.pid());
+        let peer = peer.map_or_else(|| "the sidecar".to_owned(), |pid| format!("the sidecar, pid {pid}"));
+        if streams.send(LinkStream::new(stream, peer)).await.is_err() {
+            return;
+        }
+    }
+}
+
+fn allowed(stream: &UnixStream, own: u32) -> bool {
+    stream.peer_cred().is_ok_and(|peer| peer.uid() == own || peer.uid() == 0)
+}
