@@ -3,6 +3,7 @@
 //! `protocol/docs/staging.md`.
 
 mod area;
+mod auth;
 mod check;
 mod config;
 mod digest;
@@ -29,6 +30,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::driver::handles::{StageEvent, StageHandle};
+pub use auth::TokenAuth;
 pub use config::{CHUNK, HopAuth, HopSide, NoAuth, SHM_DIR, StageConfig};
 pub use digest::Digest;
 pub use error::StageError;
@@ -59,14 +61,14 @@ pub fn spawn(
 /// left to use them. Gives the number of files removed.
 ///
 /// # Errors
-/// A file is there and cannot be removed.
+/// A file is there and cannot be removed, or a sidecar has it ([`io::ErrorKind::WouldBlock`]).
 pub fn remove_segments(shm_dir: &Path, run_id: &str) -> io::Result<usize> {
     let mut removed = 0;
     for name in area::NAMES {
-        match std::fs::remove_file(area::segment_path(shm_dir, run_id, name)) {
-            Ok(()) => removed += 1,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
+        let path = area::segment_path(shm_dir, run_id, name);
+        if path.exists() {
+            mapping::Segment::open(&path)?.remove()?;
+            removed += 1;
         }
     }
     Ok(removed)

@@ -18,6 +18,7 @@ use super::KeeperConfig;
 use super::child::{Child, is_valid_name};
 use super::connection::Connection;
 use super::wire::{Answer, ExitReport, FromKeeper, KeeperEvent, Request, SpawnSpec, ToKeeper};
+use crate::staging::{SHM_DIR, remove_segments};
 use crate::supervisor::procfs;
 
 /// More connections than this at a time are a mistake.
@@ -94,6 +95,7 @@ impl Keeper {
             self.look_after_children(now);
             self.look_for_owner(now);
             if self.advance_shutdown(now) {
+                self.remove_segments();
                 self.finish();
                 return Ok(());
             }
@@ -395,6 +397,18 @@ impl Keeper {
     }
 
     /// Answers those who asked for the shutdown, and waits a little until they have read it.
+    /// Weights in shared memory are for engines; these are gone. A sidecar that is there has a use for them.
+    fn remove_segments(&self) {
+        if self.owner.is_some() {
+            return;
+        }
+        match remove_segments(Path::new(SHM_DIR), &self.config.run_id) {
+            Ok(0) => {}
+            Ok(removed) => tracing::info!(removed, "segments with weights are removed"),
+            Err(error) => tracing::warn!(%error, "segments with weights are left behind"),
+        }
+    }
+
     fn finish(&mut self) {
         let asked_by = self.shutdown.take().map(|shutdown| shutdown.asked_by).unwrap_or_default();
         for (id, seq) in asked_by {
