@@ -14,7 +14,11 @@ use crate::peer::token::Token;
 pub struct TokenAuth(pub Token);
 
 impl HopAuth for TokenAuth {
-    fn authenticate(&self, mut stream: TcpStream, side: HopSide) -> BoxFuture<'static, io::Result<TcpStream>> {
+    fn authenticate(
+        &self,
+        mut stream: TcpStream,
+        side: HopSide,
+    ) -> BoxFuture<'static, io::Result<TcpStream>> {
         let token = self.0.clone();
         // As on a peer link, whoever connects proves first.
         let side = match side {
