@@ -3,17 +3,19 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 use std::time::Duration;
 
 use dp_sidecar::admin::types::{
-    AdminError, ControllerStatus, DeploymentStatus, EngineStatus, ErrorKind, FrontendStatus, NodeStatus,
-    PauseMode, SidecarStatus, Status, UpdateProgress, UpdateReport, UpdateRequest, UpdateStatus,
+    AdminError, ControllerStatus, DeploymentStatus, EngineStatus, EngineTimes, ErrorKind, FrontendStatus,
+    NodeStatus, PauseMode, SidecarStatus, Status, UpdateProgress, UpdateReport, UpdateRequest, UpdateStatus,
     VersionReport, WeightsStatus,
 };
 use dp_sidecar::admin::{AdminCommand, AdminServer};
-use dp_sidecar::driver::handles::{CoordinatorSnapshot, FrontendSnapshot, GroupKind};
+use dp_sidecar::driver::handles::{CoordinatorSnapshot, FrontendSnapshot, GroupKind, Retain};
+use dp_sidecar::driver::weight_update::{UpdateEvent, UpdateSource};
 use dp_sidecar::gpu::{GpuDevice, GpuReport};
 use dp_sidecar_protocol::EngineIndex;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -316,6 +318,11 @@ fn report(status: UpdateStatus, reason: Option<&str>) -> UpdateReport {
         total_s: 1.25,
         paused_s: 0.5,
         bytes: 4096,
+        engines: BTreeMap::from([(
+            EngineIndex(1),
+            EngineTimes { load_ms: Some(77), ..EngineTimes::default() },
+        )]),
+        phases: BTreeMap::new(),
         warnings: Vec::new(),
     }
 }
@@ -493,6 +500,8 @@ async fn an_update_shows_its_steps_and_ends_with_the_code_of_its_outcome() {
                     request,
                     UpdateRequest {
                         path: "/models/new".to_owned(),
+                        source: UpdateSource::Leader,
+                        retain: Retain::None,
                         version: Some("v2".to_owned()),
                         mode: PauseMode::Abort,
                         pause_deadline_ms: Some(2500),
@@ -507,6 +516,7 @@ async fn an_update_shows_its_steps_and_ends_with_the_code_of_its_outcome() {
                         message: format!("{phase} the weights"),
                         done,
                         total: 4096,
+                        event: None,
                     };
                     progress.try_send(step).unwrap();
                 }
@@ -515,7 +525,7 @@ async fn an_update_shows_its_steps_and_ends_with_the_code_of_its_outcome() {
             }
             other => panic!("{other:?}"),
         });
-        let line = "update --path /models/new --version v2 --mode abort --pause-deadline 2.5s";
+        let line = "update --path /models/new --source leader --retain none --version v2 --mode abort --pause-deadline 2.5s";
         let output = scripted.output(line).await;
         assert_eq!(output.status.code(), Some(code));
         let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
@@ -530,6 +540,41 @@ async fn an_update_shows_its_steps_and_ends_with_the_code_of_its_outcome() {
         assert!(final_text.contains(words), "{final_text}");
         scripted.end().await;
     }
+}
+
+#[tokio::test]
+async fn updates_are_followed_ended_and_listed() {
+    let scripted = Scripted::start(|command| match command {
+        AdminCommand::UpdateFollow { id, progress, reply } if id.as_deref() == Some("u7") => {
+            let event = Some(UpdateEvent::Hashing { done: 1, total: 2 });
+            let (phase, message) = ("staging".to_owned(), String::new());
+            progress.try_send(UpdateProgress { phase, message, done: 1, total: 2, event }).unwrap();
+            reply.send(Ok(report(UpdateStatus::Committed, None))).unwrap();
+        }
+        AdminCommand::UpdateFollow { reply, .. } => {
+            reply.send(Err(AdminError::new(ErrorKind::Unavailable, "update u1 is not running"))).unwrap();
+        }
+        AdminCommand::UpdateAbort { reply } => reply.send(Ok(())).unwrap(),
+        AdminCommand::UpdateHistory { reply, .. } => {
+            reply.send(Ok(vec![report(UpdateStatus::RolledBack, Some("x"))])).unwrap();
+        }
+        other => panic!("{other:?}"),
+    });
+    let followed = scripted.output("update --follow u7 --events").await;
+    let lines: Vec<serde_json::Value> =
+        text(&followed.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!((&lines[0]["event"], &lines[1]["status"]), (&"hashing".into(), &"committed".into()));
+    // It has ended already: its report is found.
+    assert_eq!(scripted.output("update --follow u1").await.status.code(), Some(11));
+    assert_eq!(scripted.output("update --follow u2").await.status.code(), Some(15));
+    assert_eq!(scripted.output("update --abort").await.status.code(), Some(0));
+    let listed = scripted.output("update --history").await;
+    assert!(text(&listed.stdout).contains("ROLLED BACK"), "{}", text(&listed.stdout));
+    assert!(text(&listed.stdout).contains("77"), "{}", text(&listed.stdout));
+    for line in ["update", "update --source upload:", "update --source upload:a --path /x"] {
+        assert_eq!(scripted.output(line).await.status.code(), Some(2), "{line}");
+    }
+    scripted.end().await;
 }
 
 #[tokio::test]
@@ -659,6 +704,7 @@ async fn an_update_goes_on_when_its_client_is_gone() {
                         message: "x".repeat(1000),
                         done: 0,
                         total: 0,
+                        event: None,
                     });
                     tokio::task::yield_now().await;
                 }

@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use tokio_util::codec::{FramedRead, LinesCodec};
 
 use super::server::HEARTBEAT;
-use super::types::{AdminError, Command, Request, Response, UpdateProgress, UpdateReport, UpdateRequest};
+use super::types::{AdminError, Command, Request, Response, UpdateProgress, UpdateReport};
 use crate::state_dir::StateDir;
 
 /// Longest answer line in bytes: the status of a large deployment.
@@ -72,13 +72,13 @@ impl AdminClient {
         self.receive(limit).await
     }
 
-    /// Starts an update, tells each step, and returns its report.
+    /// Starts an update ([`Command::Update`]) or follows one, tells each step, and returns its report.
     pub async fn update(
         &mut self,
-        request: UpdateRequest,
+        command: Command,
         mut on_progress: impl FnMut(UpdateProgress),
     ) -> Result<UpdateReport, ClientError> {
-        self.send(Command::Update(request)).await?;
+        self.send(command).await?;
         loop {
             match self.receive(SILENCE_LIMIT).await? {
                 Response::Progress(step) => on_progress(step),

@@ -104,6 +104,27 @@ pub enum AdminCommand {
         /// Final word.
         reply: AdminReply<UpdateReport>,
     },
+    /// See [`super::types::Command::UpdateFollow`].
+    UpdateFollow {
+        /// Which.
+        id: Option<String>,
+        /// Progress, as of [`Self::Update`].
+        progress: mpsc::Sender<UpdateProgress>,
+        /// Final word.
+        reply: AdminReply<UpdateReport>,
+    },
+    /// See [`super::types::Command::UpdateAbort`].
+    UpdateAbort {
+        /// Told; what comes of it is in the update's report.
+        reply: AdminReply<()>,
+    },
+    /// See [`super::types::Command::UpdateHistory`].
+    UpdateHistory {
+        /// At most so many.
+        limit: usize,
+        /// Newest last.
+        reply: AdminReply<Vec<UpdateReport>>,
+    },
     /// See [`super::types::Command::Stop`].
     Stop {
         /// Accepted; the sidecar stops now.
@@ -123,9 +144,11 @@ impl AdminCommand {
             Self::Status { reply } => say(reply, error),
             Self::Version { reply } => say(reply, error),
             Self::FrontendList { reply } => say(reply, error),
-            Self::Update { reply, .. } => say(reply, error),
+            Self::Update { reply, .. } | Self::UpdateFollow { reply, .. } => say(reply, error),
+            Self::UpdateHistory { reply, .. } => say(reply, error),
             Self::Pause { reply, .. }
             | Self::Resume { reply }
+            | Self::UpdateAbort { reply }
             | Self::FrontendAdd { reply, .. }
             | Self::FrontendRemove { reply, .. }
             | Self::Stop { reply } => say(reply, error),
@@ -282,7 +305,24 @@ impl Client {
             Command::Stop => {
                 self.ask(ANSWER_LIMIT, |reply| AdminCommand::Stop { reply }).await.map(|()| Response::Done)
             }
-            Command::Update(request) => return self.update(request).await,
+            Command::UpdateAbort => self
+                .ask(ANSWER_LIMIT, |reply| AdminCommand::UpdateAbort { reply })
+                .await
+                .map(|()| Response::Done),
+            Command::UpdateHistory { limit } => self
+                .ask(ANSWER_LIMIT, |reply| AdminCommand::UpdateHistory { limit, reply })
+                .await
+                .map(Response::Updates),
+            Command::Update(request) => {
+                return self
+                    .update(|progress, reply| AdminCommand::Update { request, progress, reply })
+                    .await;
+            }
+            Command::UpdateFollow { id } => {
+                return self
+                    .update(|progress, reply| AdminCommand::UpdateFollow { id, progress, reply })
+                    .await;
+            }
         };
         self.send(&response.unwrap_or_else(Response::Error)).await
     }
@@ -303,13 +343,16 @@ impl Client {
         })
     }
 
-    /// Starts an update and passes its progress on. The update goes on when the client is gone.
-    async fn update(&mut self, request: UpdateRequest) -> bool {
+    /// Starts or follows an update and passes its progress on. The update goes on when the client is gone.
+    async fn update(
+        &mut self,
+        command: impl FnOnce(mpsc::Sender<UpdateProgress>, AdminReply<UpdateReport>) -> AdminCommand,
+    ) -> bool {
         let (progress, mut steps) = mpsc::channel(PROGRESS);
         let commands = self.commands.clone();
+        let (reply, answer) = oneshot::channel();
+        let command = command(progress, reply);
         let report = async move {
-            let (reply, answer) = oneshot::channel();
-            let command = AdminCommand::Update { request, progress, reply };
             commands.send(command).await.map_err(|_| stopping())?;
             answer.await.map_err(|_| stopping())?
         };
@@ -326,6 +369,7 @@ impl Client {
             message: "waiting for the engines' control lock".to_owned(),
             done: 0,
             total: 0,
+            event: None,
         };
         let mut open = true;
         // Nothing is sent inside a branch's future: a line is never cut in half. Steps come first,

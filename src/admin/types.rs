@@ -6,9 +6,11 @@
 use std::collections::BTreeMap;
 
 use dp_sidecar_protocol::EngineIndex;
+use dp_sidecar_protocol::machine::weight_update::{Phase, RankState};
 use serde::{Deserialize, Serialize};
 
-use crate::driver::handles::{CoordinatorSnapshot, FrontendSnapshot, GroupKind};
+use crate::driver::handles::{CoordinatorSnapshot, FrontendSnapshot, GroupKind, Retain};
+use crate::driver::weight_update::{UpdateEvent, UpdateSource};
 use crate::gpu::GpuReport;
 
 /// Version of this protocol. The server refuses a request of another version.
@@ -86,6 +88,18 @@ pub enum Command {
     FrontendList,
     /// New weights for all engines.
     Update(UpdateRequest),
+    /// Progress and report of the update that runs.
+    UpdateFollow {
+        /// Which; none: whichever it is.
+        id: Option<String>,
+    },
+    /// End the running update without a commit.
+    UpdateAbort,
+    /// Records of the last updates.
+    UpdateHistory {
+        /// At most so many, newest last.
+        limit: usize,
+    },
     /// Stop the sidecar and everything it started.
     Stop,
 }
@@ -93,8 +107,14 @@ pub enum Command {
 /// A weight update.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct UpdateRequest {
-    /// Checkpoint directory, absolute.
+    /// Checkpoint directory, absolute; empty for an upload.
     pub path: String,
+    /// Where it is read.
+    #[serde(default)]
+    pub source: UpdateSource,
+    /// Where the version that is replaced is kept.
+    #[serde(default)]
+    pub retain: Retain,
     /// Version to stamp; without one the sidecar makes one from the directory's name and the id.
     pub version: Option<String>,
     /// How running requests are treated.
@@ -121,6 +141,9 @@ pub struct UpdateProgress {
     pub done: u64,
     /// Size of the phase; 0 if unknown.
     pub total: u64,
+    /// What it was made from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub event: Option<UpdateEvent>,
 }
 
 /// How an update ended.
@@ -158,10 +181,32 @@ pub struct UpdateReport {
     pub paused_s: f64,
     /// Bytes of the checkpoint.
     pub bytes: u64,
+    /// What it took on each engine.
+    #[serde(default)]
+    pub engines: BTreeMap<EngineIndex, EngineTimes>,
+    /// Milliseconds in each phase.
+    #[serde(default)]
+    pub phases: BTreeMap<Phase, u64>,
     /// What one should know although nothing failed: responses that mix versions, engines that were
     /// lost on the way.
     #[serde(default)]
     pub warnings: Vec<String>,
+}
+
+/// What an update did on one engine.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct EngineTimes {
+    /// Where it was at the end.
+    pub state: RankState,
+    /// Milliseconds from the pause call to its answer.
+    pub pause_ms: Option<u64>,
+    /// Milliseconds of the load of the new weights.
+    pub load_ms: Option<u64>,
+    /// Milliseconds of the load of the previous weights.
+    pub rollback_ms: Option<u64>,
+    /// What went wrong, first cause first.
+    #[serde(default)]
+    pub errors: Vec<String>,
 }
 
 /// What kind of refusal or failure an [`Response::Error`] is.
@@ -207,10 +252,12 @@ pub enum Response {
     Version(VersionReport),
     /// To [`Command::FrontendList`].
     Frontends(Vec<FrontendStatus>),
-    /// A running [`Command::Update`].
+    /// A running [`Command::Update`], or one that is followed.
     Progress(UpdateProgress),
-    /// Final answer to [`Command::Update`].
+    /// Final answer to [`Command::Update`] and [`Command::UpdateFollow`].
     Update(UpdateReport),
+    /// To [`Command::UpdateHistory`].
+    Updates(Vec<UpdateReport>),
     /// It is done.
     Done,
     /// It is refused, or failed.

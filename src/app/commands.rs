@@ -81,6 +81,13 @@ impl Handles {
                 let report = updates::run(&self.updates, config, request, progress).await;
                 answer(reply, report);
             }
+            AdminCommand::UpdateFollow { id, progress, reply } => {
+                answer(reply, updates::attach(&self.updates, id, progress).await);
+            }
+            AdminCommand::UpdateAbort { reply } => answer(reply, updates::abort(&self.updates).await),
+            AdminCommand::UpdateHistory { limit, reply } => {
+                answer(reply, updates::history(&self.updates, limit).await);
+            }
             // Taken by the run loop.
             AdminCommand::Stop { reply } => answer(reply, Ok(())),
         }

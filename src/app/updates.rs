@@ -2,16 +2,19 @@
 
 use std::time::Duration;
 
-use dp_sidecar_protocol::machine::weight_update::{Phase, RankState};
+use dp_sidecar_protocol::machine::weight_update::{Phase, RankRecord, RankState};
 use dp_sidecar_protocol::{UpdateId, WeightVersion};
 use tokio::sync::mpsc;
 
 use super::commands::machine_mode;
 use crate::admin::types::{
-    AdminError, ErrorKind, UpdateProgress, UpdateReport, UpdateRequest, UpdateStatus, WeightsStatus,
+    AdminError, EngineTimes, ErrorKind, UpdateProgress, UpdateReport, UpdateRequest, UpdateStatus,
+    WeightsStatus,
 };
 use crate::config::Config;
-use crate::driver::weight_update::{self, UpdateEvent, UpdateHandle, UpdateOutcome, UpdateRecord};
+use crate::driver::weight_update::{
+    self, UpdateError, UpdateEvent, UpdateHandle, UpdateOutcome, UpdateRecord, UpdateRun, state_words,
+};
 
 /// Version of weights that a frontend has loaded by itself.
 pub(super) const UNKNOWN: &str = "unknown";
@@ -23,7 +26,6 @@ pub(super) async fn run(
     request: UpdateRequest,
     progress: mpsc::Sender<UpdateProgress>,
 ) -> Result<UpdateReport, AdminError> {
-    let gone = |_| AdminError::new(ErrorKind::Unavailable, "the sidecar is stopping");
     let deadline = request.pause_deadline_ms.map(Duration::from_millis);
     let wanted = weight_update::UpdateRequest {
         id: request.id.map(UpdateId),
@@ -32,16 +34,56 @@ pub(super) async fn run(
         mode: machine_mode(request.mode),
         pause_deadline: deadline.unwrap_or(config.pause_deadline),
         allow_no_rollback: request.allow_no_rollback,
+        source: request.source,
+        retain: request.retain,
         ..weight_update::UpdateRequest::new(request.path)
     };
-    let mut run = updates.start(wanted).await.map_err(gone)?;
+    let run = updates.start(wanted).await.map_err(failed)?;
+    follow(run, &progress).await
+}
+
+/// Follows the update that runs to its end.
+pub(super) async fn attach(
+    updates: &UpdateHandle,
+    id: Option<String>,
+    progress: mpsc::Sender<UpdateProgress>,
+) -> Result<UpdateReport, AdminError> {
+    let run = updates.follow(id.map(UpdateId)).await.map_err(failed)?;
+    follow(run, &progress).await
+}
+
+/// Reports of the last updates.
+pub(super) async fn history(updates: &UpdateHandle, limit: usize) -> Result<Vec<UpdateReport>, AdminError> {
+    Ok(updates.history(limit).await.map_err(failed)?.iter().map(report).collect())
+}
+
+/// Ends the running update.
+pub(super) async fn abort(updates: &UpdateHandle) -> Result<(), AdminError> {
+    let status = updates.status();
+    if status.running.is_none() {
+        return Err(AdminError::new(ErrorKind::Unavailable, "no update is running"));
+    }
+    updates.abort().await.map_err(failed)
+}
+
+fn failed(error: UpdateError) -> AdminError {
+    match error {
+        UpdateError::NotRunning { .. } => AdminError::new(ErrorKind::Unavailable, error.to_string()),
+        _ => AdminError::new(ErrorKind::Unavailable, "the sidecar is stopping"),
+    }
+}
+
+async fn follow(
+    mut run: UpdateRun,
+    progress: &mpsc::Sender<UpdateProgress>,
+) -> Result<UpdateReport, AdminError> {
     while let Some(event) = run.events.recv().await {
         // A client that reads slowly, or has gone, misses progress only.
         if let Err(error) = progress.try_send(describe(event)) {
             tracing::trace!(%error, "progress dropped");
         }
     }
-    let record = run.record().await.map_err(gone)?;
+    let record = run.record().await.map_err(failed)?;
     match record.outcome {
         UpdateOutcome::RefusedBusy => Err(AdminError::new(ErrorKind::Busy, record.message)),
         _ => Ok(report(&record)),
@@ -64,29 +106,36 @@ pub(super) fn weights(updates: &UpdateHandle, external: bool) -> WeightsStatus {
 }
 
 fn describe(event: UpdateEvent) -> UpdateProgress {
+    UpdateProgress { event: Some(event.clone()), ..in_words(event) }
+}
+
+fn in_words(event: UpdateEvent) -> UpdateProgress {
     match event {
         UpdateEvent::Hashing { done, total } => UpdateProgress {
             phase: Phase::Staging.as_str().to_owned(),
             message: "checking and hashing the checkpoint".to_owned(),
             done,
             total,
+            event: None,
         },
         UpdateEvent::Staging { name, progress, .. } => UpdateProgress {
             phase: Phase::Staging.as_str().to_owned(),
             message: format!("{name} takes the checkpoint into shared memory"),
             done: progress.done,
             total: progress.total,
+            event: None,
         },
         UpdateEvent::Progress { phase, ranks } => {
             let past = |state: &&RankState| has_passed(phase, **state);
             let done = ranks.values().filter(past).count();
             let states: Vec<String> =
-                ranks.iter().map(|(rank, state)| format!("rank {rank} {}", words(*state))).collect();
+                ranks.iter().map(|(rank, state)| format!("rank {rank} {}", state_words(*state))).collect();
             UpdateProgress {
                 phase: phase.as_str().to_owned(),
                 message: states.join(", "),
                 done: done as u64,
                 total: ranks.len() as u64,
+                event: None,
             }
         }
     }
@@ -101,24 +150,6 @@ fn has_passed(phase: Phase, state: RankState) -> bool {
         Phase::Committing => state == RankState::Stamped,
         Phase::Resuming => state == RankState::Resumed,
         Phase::Idle | Phase::Staging | Phase::Prepared => false,
-    }
-}
-
-fn words(state: RankState) -> &'static str {
-    match state {
-        RankState::Serving => "serving",
-        RankState::Pausing => "pausing",
-        RankState::Paused => "paused",
-        RankState::Loading => "loading",
-        RankState::Loaded => "loaded",
-        RankState::LoadFailed => "load failed",
-        RankState::RollingBack => "rolling back",
-        RankState::RolledBack => "rolled back",
-        RankState::Stamped => "stamped",
-        RankState::Resuming => "resuming",
-        RankState::Resumed => "resumed",
-        RankState::Fenced => "fenced",
-        RankState::Lost => "lost",
     }
 }
 
@@ -143,7 +174,19 @@ fn report(record: &UpdateRecord) -> UpdateReport {
         total_s: seconds(detail.total_ms),
         paused_s: seconds(detail.paused_ms.unwrap_or_default()),
         bytes: detail.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.bytes),
+        engines: detail.ranks.iter().map(|(rank, of)| (*rank, times(of))).collect(),
+        phases: detail.phases.clone(),
         warnings: detail.warnings.clone(),
+    }
+}
+
+fn times(of: &RankRecord) -> EngineTimes {
+    EngineTimes {
+        state: of.state,
+        pause_ms: of.pause_ms,
+        load_ms: of.load_ms,
+        rollback_ms: of.rollback_ms,
+        errors: of.errors.clone(),
     }
 }
 

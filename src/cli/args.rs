@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::update::UpdateArgs;
 use crate::admin::types::PauseMode;
 use crate::config::{Lifeline, LogFormat};
 
@@ -386,39 +387,6 @@ pub struct Target {
     /// Its state directory.
     #[arg(long, env = "SIDECAR_STATE_DIR", value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
-}
-
-/// `sidecar update`.
-#[derive(Debug, Args)]
-pub struct UpdateArgs {
-    /// Directory of the new checkpoint (safetensors).
-    #[arg(long, value_name = "DIR")]
-    pub path: PathBuf,
-    /// Version to stamp on the responses; made from the directory's name and the id if absent.
-    #[arg(long, value_name = "V")]
-    pub version: Option<String>,
-    /// What happens to running requests.
-    #[arg(long, value_enum, default_value_t)]
-    pub mode: PauseMode,
-    /// With `wait`: abort what still runs after this long. [default: as the sidecar was started]
-    #[arg(long, value_parser = parse_duration, value_name = "TIME")]
-    pub pause_deadline: Option<Duration>,
-    /// Refuse unless the engines hold this version now.
-    #[arg(long, value_name = "V")]
-    pub from_version: Option<String>,
-    /// Go on although the directory of the current weights is gone or was overwritten, so that a
-    /// failed load cannot be taken back.
-    #[arg(long)]
-    pub allow_no_rollback: bool,
-    /// Name of the transaction, for logs and repeats.
-    #[arg(long, value_name = "ID")]
-    pub id: Option<String>,
-    /// Print the final report as one JSON object on stdout.
-    #[arg(long)]
-    pub json: bool,
-    /// Which sidecar.
-    #[command(flatten)]
-    pub target: Target,
 }
 
 /// `sidecar status`.

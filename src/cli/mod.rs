@@ -4,6 +4,7 @@ pub mod args;
 pub mod build;
 pub mod commands;
 pub mod normalize;
+mod progress;
 pub mod run;
 pub mod status;
 pub mod table;

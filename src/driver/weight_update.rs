@@ -49,7 +49,7 @@ use stages::Stages;
 use staging::{Cancel, Checked, Job, Known};
 pub use types::{
     FenceRequest, UpdateConfig, UpdateError, UpdateEvent, UpdateNode, UpdateOutcome, UpdateRecord,
-    UpdateRequest, UpdateSource, UpdateStatus,
+    UpdateRequest, UpdateSource, UpdateStatus, state_words,
 };
 
 /// Commands waiting for the task.

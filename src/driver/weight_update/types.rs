@@ -358,3 +358,22 @@ pub enum UpdateError {
         reason: String,
     },
 }
+
+/// A rank's state for people.
+pub fn state_words(state: RankState) -> &'static str {
+    match state {
+        RankState::Serving => "serving",
+        RankState::Pausing => "pausing",
+        RankState::Paused => "paused",
+        RankState::Loading => "loading",
+        RankState::Loaded => "loaded",
+        RankState::LoadFailed => "load failed",
+        RankState::RollingBack => "rolling back",
+        RankState::RolledBack => "rolled back",
+        RankState::Stamped => "stamped",
+        RankState::Resuming => "resuming",
+        RankState::Resumed => "resumed",
+        RankState::Fenced => "fenced",
+        RankState::Lost => "lost",
+    }
+}
