@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use dp_sidecar_protocol::handshake::EngineReadyResponse;
-use dp_sidecar_protocol::machine::lifecycle::{Event, Phase};
+use dp_sidecar_protocol::machine::lifecycle::Event;
 use dp_sidecar_protocol::{EngineIndex, Incarnation};
 use tracing::{error, info, warn};
 
@@ -27,12 +27,6 @@ impl Node {
                     facts.pid = Some(pid);
                 }
                 self.event(Event::Spawned { rank, incarnation });
-                // A stop that was asked for meanwhile may have reached the keeper before the process
-                // was there.
-                let life = self.machine.snapshot().remove(&rank);
-                if life.is_some_and(|l| l.incarnation == incarnation && l.phase == Phase::Stopping) {
-                    self.stop_process(rank, incarnation);
-                }
             }
             Ok(Outcome::Done) => {}
             Err(error) => error!(%error, "a task of the node task failed"),

@@ -176,9 +176,17 @@ impl Lifecycle {
                         self.actions.push_back(Action::StopProcess { rank, incarnation: stray });
                         return;
                     }
-                    if !state.spawned {
+                    if !state.spawned && report.expected == Some(incarnation) {
                         // The command to start it may still be on its way.
                         state.until = Some(limit);
+                        return;
+                    }
+                    if !state.spawned {
+                        state.process = false;
+                        let reason = format!(
+                            "engine {rank} was to start when the sidecar of its node was started again"
+                        );
+                        self.set_aside(now, rank, &reason);
                         return;
                     }
                     let reason = ended();
@@ -188,7 +196,11 @@ impl Lifecycle {
                     let reason =
                         format!("engine {rank} was starting when the sidecar of its node was started again");
                     self.set_aside(now, rank, &reason);
+                } else if report.sockets != Some(incarnation) {
+                    let reason = format!("engine {rank} was lost while its node was away");
+                    self.lose(now, rank, &reason, false);
                 } else if spawn {
+                    state.spawned = true;
                     state.until = Some(limit);
                 }
             }

@@ -244,7 +244,10 @@ impl Lifecycle {
                 }
             }
             Event::StartFailed { rank, incarnation, reason } => {
-                if let Some(state) = self.current(rank, incarnation, &[Phase::Preparing, Phase::Starting]) {
+                if let Some(state) = self.current(rank, incarnation, &[Phase::Preparing, Phase::Starting])
+                    // Its node has told otherwise: only the answer was lost.
+                    && !state.spawned
+                {
                     state.process = false;
                     let text = format!("engine {rank} could not be started: {reason}");
                     if self.away.contains(&rank) {
@@ -252,12 +255,15 @@ impl Lifecycle {
                     } else {
                         self.lose(now, rank, &text, false);
                     }
+                } else if let Some(state) = self.current(rank, incarnation, &[Phase::Stopping])
+                    && !state.spawned
+                {
+                    // It was lost before it was there: nothing to wait for.
+                    self.exited(now, rank, incarnation, &reason);
                 }
             }
             Event::Spawned { rank, incarnation } => {
-                if let Some(state) = self.ranks.get_mut(&rank).filter(|s| s.incarnation == incarnation) {
-                    state.spawned = true;
-                }
+                self.spawned(rank, incarnation);
             }
             Event::Connected { rank, incarnation } => {
                 self.prepared_early(now, rank, incarnation);
@@ -337,6 +343,32 @@ impl Lifecycle {
                 }
             }
         }
+    }
+
+    /// A process is there. Whoever asked for it may have been told meanwhile that its node's keeper was lost, or that
+    /// the start took too long.
+    fn spawned(&mut self, rank: EngineIndex, incarnation: Incarnation) {
+        let Some(state) = self.ranks.get_mut(&rank) else {
+            return;
+        };
+        let current = state.incarnation == incarnation;
+        let (wanted, waiting) = match state.phase {
+            Phase::Waiting => (false, true),
+            Phase::Preparing | Phase::Stopping | Phase::GivenUp | Phase::Stopped => (false, false),
+            _ => (current, false),
+        };
+        if wanted {
+            state.spawned = true;
+            return;
+        }
+        if waiting {
+            state.incarnation = incarnation;
+            state.phase = Phase::Stopping;
+            state.process = true;
+            state.discarded = true;
+            state.until = None;
+        }
+        self.actions.push_back(Action::StopProcess { rank, incarnation });
     }
 
     fn current(
