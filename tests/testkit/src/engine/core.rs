@@ -11,6 +11,7 @@ use serde_json::json;
 use zmq::{PollEvents, Socket};
 
 use super::group::{Group, GroupError, Operation};
+use super::lora::Adapters;
 use super::options::{ControlFile, EngineOptions, Faults, Stage};
 use super::scheduler::{PauseState, Request, Scheduler};
 use super::weights;
@@ -62,6 +63,8 @@ pub(crate) struct Engine {
     pub(crate) sleeping: bool,
     /// Loads so far, for faults that hit only the first ones.
     pub(crate) loads: u32,
+    /// LoRA adapters that the sidecar brought.
+    pub(crate) adapters: Adapters,
     /// Where loads copy to.
     pub(crate) loader: weights::Loader,
     /// A load has torn the weights; a step would compute nonsense (vLLM: meta tensors, dies).
@@ -108,6 +111,7 @@ impl Engine {
             weight_version: "default".to_owned(),
             sleeping: false,
             loads: 0,
+            adapters: Adapters::default(),
             loader: weights::Loader::new(options.load_buffer),
             torn: false,
             refusing: false,
@@ -379,7 +383,10 @@ impl Engine {
             "add",
             json!({"rank": self.options.rank, "id": id, "client_index": client, "wave": wave}),
         );
-        let request = Request { id, client, prompt: weights::prompt_key(&prompt), max_tokens, produced: 0 };
+        let lora = fields.get(at.arrival_time + 1).and_then(Value::as_array).and_then(|lora| lora.first());
+        let adapter = lora.and_then(Value::as_str).map(str::to_owned);
+        let prompt = weights::prompt_key(&prompt);
+        let request = Request { id, client, prompt, adapter, max_tokens, produced: 0 };
         if self.refusing {
             return self.finish(vec![request], FINISH_ERROR);
         }
@@ -448,10 +455,11 @@ impl Engine {
                 ));
             }
             executed = true;
-            let (key, version) = (self.digest_key, self.options.version);
+            let (key, version, adapters) = (self.digest_key, self.options.version, &self.adapters);
             let per_step = self.options.tokens_per_step.max(1);
             self.scheduler.stepping().retain_mut(|request| {
                 first_token |= request.produced == 0;
+                let key = key ^ request.adapter.as_deref().map_or(0, |name| adapters.key(name));
                 let count = per_step.min(request.max_tokens.saturating_sub(request.produced));
                 let tokens = (request.produced..request.produced + count)
                     .map(|at| Value::from(weights::token(key, request.prompt, at)))

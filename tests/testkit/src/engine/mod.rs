@@ -4,6 +4,7 @@
 mod core;
 mod group;
 mod handshake;
+mod lora;
 mod options;
 mod scheduler;
 mod utility;

@@ -148,6 +148,8 @@ pub struct Faults {
     /// `load-wrong-digest`: the loader reports another digest than the request's; where none is asked for, a
     /// tensor too few.
     pub load_wrong_digest: bool,
+    /// `lora-fails`: adapters cannot be read.
+    pub lora_fails: bool,
     /// `reset-false`: `reset_prefix_cache` answers False.
     pub reset_false: bool,
     /// `no-shim`: the worker methods of the shim do not exist.
@@ -205,6 +207,7 @@ impl Faults {
             }
             "load-hangs" => self.load_hangs = true,
             "load-wrong-digest" => self.load_wrong_digest = true,
+            "lora-fails" => self.lora_fails = true,
             "reset-false" => self.reset_false = true,
             "no-shim" => self.no_shim = true,
             "shim-version" => self.shim_version = Some(argument.to_owned()),

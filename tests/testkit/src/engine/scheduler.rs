@@ -17,6 +17,8 @@ pub(crate) struct Request {
     pub(crate) id: String,
     pub(crate) client: usize,
     pub(crate) prompt: u64,
+    /// `lora_name` of its LoRA request.
+    pub(crate) adapter: Option<String>,
     pub(crate) max_tokens: u32,
     pub(crate) produced: u32,
 }

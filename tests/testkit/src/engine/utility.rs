@@ -13,7 +13,7 @@ use super::weights::{self, Hashing};
 use crate::msg;
 
 /// Version of the worker RPC between sidecar and shim. Requests of version 1 are understood as well.
-const SHIM_PROTOCOL: u64 = 2;
+pub(super) const SHIM_PROTOCOL: u64 = 2;
 
 /// What a method does with its call.
 enum Outcome {
@@ -238,6 +238,13 @@ impl Engine {
                     .report("load", json!({"rank": self.options.rank, "answer": msg::to_json(&answer)}));
                 one(answer)
             }
+            "dp_sidecar_lora" if !self.faults.no_shim => {
+                let request = msg::get(kwargs, "request").cloned().unwrap_or(Value::Nil);
+                let answer = self.lora(&request);
+                self.reporter
+                    .report("lora", json!({"rank": self.options.rank, "answer": msg::to_json(&answer)}));
+                one(answer)
+            }
             "reload_weights" => {
                 let path = msg::text(kwargs, "weights_path").unwrap_or_default();
                 let path = std::path::Path::new(&path);
@@ -270,6 +277,7 @@ impl Engine {
             ("model_path", model.map_or(Value::Nil, Value::from)),
             ("vllm_version", Value::from(self.options.version.to_string())),
             ("is_moe", Value::from(self.options.moe)),
+            ("max_lora_rank", Value::from(16)),
             ("dp_rank", Value::from(self.options.rank)),
             ("rank", Value::from(0)),
             ("world_size", Value::from(1)),
@@ -380,7 +388,7 @@ impl Engine {
 }
 
 /// `extents` of a request; what is no pair of numbers makes the list too short, which is refused.
-fn extents(request: &Value) -> Option<Vec<(u64, u64)>> {
+pub(super) fn extents(request: &Value) -> Option<Vec<(u64, u64)>> {
     let pairs = msg::get(request, "extents").filter(|extents| !extents.is_nil())?;
     let pair = |pair: &Value| Some((pair[0].as_u64()?, pair[1].as_u64()?));
     Some(pairs.as_array().map_or(&[][..], Vec::as_slice).iter().filter_map(pair).collect())

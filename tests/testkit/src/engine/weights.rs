@@ -298,6 +298,12 @@ pub fn tokens(digest: &str, prompt: &[u64], count: u32) -> Vec<u32> {
     (0..count).map(|at| token(weights, prompt, at)).collect()
 }
 
+/// The same to a request that names an adapter whose tensors have this digest.
+pub fn adapter_tokens(digest: &str, adapter: &str, prompt: &[u64], count: u32) -> Vec<u32> {
+    let (weights, prompt) = (digest_key(digest) ^ digest_key(adapter), prompt_key(prompt));
+    (0..count).map(|at| token(weights, prompt, at)).collect()
+}
+
 /// Condensed form of a digest for [`token`].
 pub(crate) fn digest_key(digest: &str) -> u64 {
     key(digest.bytes().map(u64::from))
