@@ -158,8 +158,19 @@ pub enum UpdateEvent {
         /// Where the update is.
         phase: Phase,
         /// Where its ranks are.
+        #[serde(deserialize_with = "ranks_by_name")]
         ranks: BTreeMap<EngineIndex, RankState>,
     },
+}
+
+/// Keys of a JSON object are text; inside of an enum with a tag serde does not read numbers out of them.
+fn ranks_by_name<'de, D>(deserializer: D) -> Result<BTreeMap<EngineIndex, RankState>, D::Error>
+where
+    D: serde::Deserializer<'de>,
+{
+    let named: BTreeMap<String, RankState> = BTreeMap::deserialize(deserializer)?;
+    let ranks = named.into_iter().map(|(rank, state)| Ok((EngineIndex(rank.parse()?), state)));
+    ranks.collect::<Result<_, std::num::ParseIntError>>().map_err(serde::de::Error::custom)
 }
 
 /// How an update ended, as far as an exit code is concerned.
