@@ -243,7 +243,10 @@ pub(super) fn status(own: &Introduction, leader: &Leader, remotes: &[Remote]) ->
             address: Some(view.introduction.address.unwrap_or(view.peer.ip()).to_string()),
             link: if up { "up" } else { "down" }.to_owned(),
             since_s: Some(view.since.elapsed().as_secs()),
-            rtt_us: None,
+            rtt_us: link
+                .as_ref()
+                .and_then(|link| link.rtt)
+                .map(|rtt| u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX)),
             detail: link.and_then(|link| link.detail).filter(|_| !up),
         });
     }

@@ -98,6 +98,8 @@ pub struct LinkStatus {
     pub lost: u64,
     /// Why the last one was lost.
     pub detail: Option<String>,
+    /// Time from the last ping to its answer.
+    pub rtt: Option<Duration>,
 }
 
 /// What can be asked of a link itself.

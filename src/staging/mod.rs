@@ -3,6 +3,7 @@
 //! `protocol/docs/staging.md`.
 
 mod area;
+mod auth;
 mod check;
 mod config;
 mod digest;
@@ -29,6 +30,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::driver::handles::{StageEvent, StageHandle};
+pub use auth::TokenAuth;
 pub use config::{CHUNK, HopAuth, HopSide, NoAuth, SHM_DIR, StageConfig};
 pub use digest::Digest;
 pub use error::StageError;

@@ -12,5 +12,4 @@ mod harness;
 mod hazards;
 mod nodes;
 mod processes;
-mod restart;
 mod update;

@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use dp_sidecar_testkit::frontend::FakeFrontend;
+use dp_sidecar_testkit::frontend::{FakeFrontend, NewRequest};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -88,6 +88,7 @@ fn two_nodes_serve(moe: bool, follower_first: bool) {
     let status = follower.await_status("its ranks serve", |status| states(status) == ["admitted"; 2]);
     assert_eq!(status["leader"]["up"], true);
     assert_eq!(status["deployment"]["start_rank"], 2);
+    leader.await_status("round trips are measured", |status| status["nodes"][1]["rtt_us"].is_u64());
     all_ranks_serve(&mut frontend, "r", &pair.model);
     let said = follower.command(&["pause"]);
     assert!(
@@ -220,6 +221,61 @@ fn an_update_reaches_the_ranks_of_all_nodes() {
     follower.await_end();
     leader.await_nothing_left();
     follower.await_nothing_left();
+}
+
+/// Kills a sidecar, starts it again, and gives the pids of the engines before and after.
+fn killed_and_back(moe: bool, kill_leader: bool) {
+    let pair = Pair::new(moe);
+    let mut frontend = frontend(4, |options| options.moe = moe);
+    let leader = || pair.node(0).args(&["--orphan-grace", "30s"]).frontend(&frontend).start();
+    let follower = || pair.node(2).args(&["--orphan-grace", "30s"]).start();
+    let (mut leader, mut follower) = (leader(), follower());
+    frontend.startup(SOON).unwrap();
+    leader.await_admitted();
+    leader.await_attached(frontend.host_port());
+    all_ranks_serve(&mut frontend, "before", &pair.model);
+    let before = pids(&leader.status().unwrap());
+    let running: Vec<String> = (0..8).map(|at| format!("running-{at}")).collect();
+    for id in &running {
+        frontend.servers[0].add(&NewRequest::new(id, 300)).unwrap();
+    }
+    let killed = if kill_leader { &mut leader } else { &mut follower };
+    killed.signal(Signal::SIGKILL);
+    killed.await_end();
+    killed.start_again();
+    leader.await_status("all nodes are back", |status| {
+        states(status) == ["admitted"; 4] && link_of(status, 2) == Some("up")
+    });
+    let status = leader.await_admitted();
+    assert_eq!(pids(&status), before, "no engine was started again");
+    follower.await_status("the leader is back", |status| status["leader"]["up"] == true);
+    for id in &running {
+        let done = frontend.servers[0].await_request(id, SOON).unwrap();
+        assert_eq!(done.tokens, pair.model.tokens(300), "requests in flight went on");
+    }
+    leader.await_attached(frontend.host_port());
+    all_ranks_serve(&mut frontend, "after", &pair.model);
+    leader.stop();
+    follower.await_end();
+    leader.await_nothing_left();
+    follower.await_nothing_left();
+}
+
+fn pids(status: &Value) -> Vec<u64> {
+    let engines = status["engines"].as_array().cloned().unwrap_or_default();
+    engines.iter().map(|engine| engine["pid"].as_u64().unwrap_or_default()).collect()
+}
+
+#[test]
+fn a_follower_killed_and_started_again_costs_no_engine_and_no_request() {
+    killed_and_back(false, false);
+    killed_and_back(true, false);
+}
+
+#[test]
+fn a_leader_killed_and_started_again_costs_no_engine_and_no_request() {
+    killed_and_back(false, true);
+    killed_and_back(true, true);
 }
 
 #[test]

@@ -75,6 +75,8 @@ struct Connection {
     wire: Wire,
     heard: Instant,
     said: Instant,
+    /// When the unanswered ping was sent.
+    pinged: Option<Instant>,
     greeted: bool,
     /// The request whose answer makes this connection complete.
     state: u64,
@@ -206,7 +208,8 @@ impl Task {
             Ok(frame) => wire.push(frame),
             Err(error) => return tracing::error!(error, "greeting of a link"),
         }
-        self.connection = Some(Connection { wire, heard: now, said: now, greeted: false, state: 0 });
+        self.connection =
+            Some(Connection { wire, heard: now, said: now, pinged: None, greeted: false, state: 0 });
         // First of all: events are worth something only to who knows the state. Then what was asked before.
         let earlier: Vec<Bytes> = self.pending.values().map(|pending| pending.frame.clone()).collect();
         let state = self.ask(Asked::client(Request::State));
@@ -303,6 +306,7 @@ impl Task {
                 && let Ok(frame) = encode(&Down::Ping)
             {
                 connection.said = now;
+                connection.pinged.get_or_insert(now);
                 connection.wire.push(frame);
             }
         }
@@ -428,7 +432,12 @@ impl Task {
                 expected: "a greeting",
                 got: "another message",
             }),
-            Up::Pong => Ok(()),
+            Up::Pong => {
+                if let Some(sent) = connection.pinged.take() {
+                    self.publish.send_modify(|status| status.rtt = Some(sent.elapsed()));
+                }
+                Ok(())
+            }
             Up::Answer { id, result } => {
                 let is_state = connection.state == id;
                 match result {
