@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use super::LinkCommand;
 use crate::driver::handles::{
     EdgeCommand, HandleError, HandshakeCommand, ProcessCommand, RankCommand, Reply, RouteLost, SlotAddresses,
-    StageCommand, StageState,
+    StageCommand, StageRequest, StageState,
 };
 use crate::link::wire::{Answer, NodeState, Request};
 
@@ -179,7 +179,13 @@ impl Asked {
 
 /// Whether a request may reach the other side twice.
 pub(super) const fn is_idempotent(request: &Request) -> bool {
-    !matches!(request, Request::OpenRoute { .. } | Request::Release { .. } | Request::Spawn { .. })
+    match request {
+        Request::OpenRoute { .. } | Request::Release { .. } | Request::Spawn { .. } => false,
+        // An update that lacks a node fails now, and may be tried again; the node must only hear what was
+        // committed.
+        Request::Stage(request) => matches!(request, StageRequest::Commit { .. }),
+        _ => true,
+    }
 }
 
 fn millis(duration: Duration) -> u64 {
