@@ -186,6 +186,7 @@ class Load:
         self, frontends: list[Frontend], prompts: list[str], count: int = 40, clients: int = 3
     ) -> None:
         self.answers: list[Answer] = []
+        self._frontends = frontends
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._stopped: dict[str, threading.Event] = {f.name: threading.Event() for f in frontends}
@@ -224,7 +225,14 @@ class Load:
             return "\n".join(str(answer) for answer in self.answers[-5:])
 
         target = good() + more
-        wait_for(f"{more} more answers under load", limit, lambda: good() >= target, describe)
+
+        def look() -> bool:
+            for frontend in self._frontends:
+                left = self._stopped[frontend.name].is_set()
+                assert left or frontend.child.poll() is None, f"it ended\n{frontend.tail()}"
+            return good() >= target
+
+        wait_for(f"{more} more answers under load", limit, look, describe)
 
     def __enter__(self) -> Load:
         for thread in self._threads:
