@@ -12,4 +12,5 @@ mod harness;
 mod hazards;
 mod nodes;
 mod processes;
+mod restarts;
 mod update;

@@ -158,7 +158,7 @@ fn the_end_of_the_lifeline_stops_everything() {
     sidecar.await_nothing_left();
 }
 
-fn http(port: &str, body: &str) -> Option<String> {
+pub(crate) fn http(port: &str, body: &str) -> Option<String> {
     use std::io::{Read, Write};
     let mut stream = std::net::TcpStream::connect(format!("127.0.0.1:{port}")).ok()?;
     write!(stream, "POST /v1/completions HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}", body.len()).ok()?;
