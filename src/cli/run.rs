@@ -14,6 +14,7 @@ use super::build::{self, Built, Surroundings};
 use super::table::Table;
 use crate::app;
 use crate::config::{Config, Engines, Role};
+use crate::driver::attachment;
 use crate::driver::handles::GroupKind;
 use crate::exit_code::{self, RunEnd};
 use crate::state_dir::{StateDir, StateDirError};
@@ -148,6 +149,13 @@ fn check_port(config: &Config) -> Result<(), RunEnd> {
     let host = serve.host.as_deref().unwrap_or("0.0.0.0");
     match TcpListener::bind((host, serve.port)) {
         Ok(_) => Ok(()),
+        // The frontend of a sidecar that was killed: this one goes on with it, or stops it first.
+        Err(error)
+            if error.kind() == ErrorKind::AddrInUse
+                && attachment::supervised(&config.state_dir).is_some() =>
+        {
+            Ok(())
+        }
         Err(error) => {
             let code = match error.kind() {
                 ErrorKind::AddrInUse => exit_code::IN_USE,
