@@ -18,6 +18,7 @@ use dp_sidecar::driver::handles::{CoordinatorSnapshot, FrontendSnapshot, GroupKi
 use dp_sidecar::driver::weight_update::{UpdateEvent, UpdateSource};
 use dp_sidecar::gpu::{GpuDevice, GpuReport};
 use dp_sidecar_protocol::EngineIndex;
+use dp_sidecar_protocol::machine::weight_update::{Phase, RankState};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::process::Command;
@@ -546,7 +547,8 @@ async fn an_update_shows_its_steps_and_ends_with_the_code_of_its_outcome() {
 async fn updates_are_followed_ended_and_listed() {
     let scripted = Scripted::start(|command| match command {
         AdminCommand::UpdateFollow { id, progress, reply } if id.as_deref() == Some("u7") => {
-            let event = Some(UpdateEvent::Hashing { done: 1, total: 2 });
+            let ranks = BTreeMap::from([(EngineIndex(1), RankState::Loading)]);
+            let event = Some(UpdateEvent::Progress { phase: Phase::Loading, ranks });
             let (phase, message) = ("staging".to_owned(), String::new());
             progress.try_send(UpdateProgress { phase, message, done: 1, total: 2, event }).unwrap();
             reply.send(Ok(report(UpdateStatus::Committed, None))).unwrap();
@@ -563,7 +565,7 @@ async fn updates_are_followed_ended_and_listed() {
     let followed = scripted.output("update --follow u7 --events").await;
     let lines: Vec<serde_json::Value> =
         text(&followed.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    assert_eq!((&lines[0]["event"], &lines[1]["status"]), (&"hashing".into(), &"committed".into()));
+    assert_eq!((&lines[0]["event"], &lines[1]["status"]), (&"progress".into(), &"committed".into()));
     // It has ended already: its report is found.
     assert_eq!(scripted.output("update --follow u1").await.status.code(), Some(11));
     assert_eq!(scripted.output("update --follow u2").await.status.code(), Some(15));

@@ -12,9 +12,10 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use crate::driver::handles::GroupKind;
+use crate::supervisor::command::RELAY;
 
 /// Name of the relay process among the keeper's children.
-pub const CHILD: &str = "relay";
+pub const CHILD: &str = RELAY;
 /// Socket of the relay link inside the state directory.
 pub const SOCKET: &str = "relay.sock";
 /// Folder of the engines' sockets inside the state directory.

@@ -3,7 +3,6 @@
 //! `protocol/docs/staging.md`.
 
 mod area;
-mod auth;
 mod check;
 mod config;
 mod digest;
@@ -30,7 +29,6 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::driver::handles::{StageEvent, StageHandle};
-pub use auth::TokenAuth;
 pub use config::{CHUNK, HopAuth, HopSide, NoAuth, SHM_DIR, StageConfig};
 pub use digest::Digest;
 pub use error::StageError;

@@ -10,6 +10,8 @@ use crate::config::{Config, Engines};
 
 /// Name of the supervised frontend among the keeper's children.
 pub const FRONTEND: &str = "frontend";
+/// Name of the relay process among the keeper's children.
+pub const RELAY: &str = "relay";
 /// The frontend is stopped before the engines, so that it can drain.
 const FRONTEND_STOP_ORDER: u32 = 0;
 const ENGINE_STOP_ORDER: u32 = 1;
@@ -59,9 +61,8 @@ impl Config {
     pub(crate) fn children_to_keep(&self) -> BTreeSet<String> {
         let spawned = matches!(self.engines, Engines::Spawn(_));
         let engines = self.local_ranks().filter(|_| spawned).map(engine_name);
-        // The relay process has the connections of all of them.
-        let relay = std::iter::once(crate::relay::CHILD.to_owned());
-        engines.chain(self.serve.iter().map(|_| FRONTEND.to_owned())).chain(relay).collect()
+        let frontend = self.serve.iter().map(|_| FRONTEND.to_owned());
+        engines.chain(frontend).chain([RELAY.to_owned()]).collect()
     }
 
     /// Names what runs here: engines that were started under another digest are not those that this

@@ -13,4 +13,5 @@ mod hazards;
 mod nodes;
 mod processes;
 mod restarts;
+mod restart;
 mod update;

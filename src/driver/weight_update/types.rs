@@ -158,22 +158,19 @@ pub enum UpdateEvent {
         /// Where the update is.
         phase: Phase,
         /// Where its ranks are.
-        #[serde(deserialize_with = "ranks_as_text")]
+        #[serde(deserialize_with = "ranks_by_name")]
         ranks: BTreeMap<EngineIndex, RankState>,
     },
 }
 
-/// Keys of JSON objects are texts, and inside of a tagged enum serde does not know that they stand for numbers.
-fn ranks_as_text<'de, D>(deserializer: D) -> Result<BTreeMap<EngineIndex, RankState>, D::Error>
+/// Keys of a JSON object are text; inside of an enum with a tag serde does not read numbers out of them.
+fn ranks_by_name<'de, D>(deserializer: D) -> Result<BTreeMap<EngineIndex, RankState>, D::Error>
 where
     D: serde::Deserializer<'de>,
 {
-    let texts = BTreeMap::<String, RankState>::deserialize(deserializer)?;
-    let rank = |(text, state): (String, RankState)| match text.parse() {
-        Ok(rank) => Ok((EngineIndex(rank), state)),
-        Err(_) => Err(serde::de::Error::custom(format!("rank {text:?}: a number expected"))),
-    };
-    texts.into_iter().map(rank).collect()
+    let named: BTreeMap<String, RankState> = BTreeMap::deserialize(deserializer)?;
+    let ranks = named.into_iter().map(|(rank, state)| Ok((EngineIndex(rank.parse()?), state)));
+    ranks.collect::<Result<_, std::num::ParseIntError>>().map_err(serde::de::Error::custom)
 }
 
 /// How an update ended, as far as an exit code is concerned.
@@ -389,18 +386,5 @@ pub fn state_words(state: RankState) -> &'static str {
         RankState::Resumed => "resumed",
         RankState::Fenced => "fenced",
         RankState::Lost => "lost",
-    }
-}
-
-#[cfg(test)]
-mod json_tests {
-    use super::*;
-
-    #[test]
-    fn events_come_out_of_json_as_they_went_in() {
-        let ranks = [(EngineIndex(0), RankState::Paused), (EngineIndex(11), RankState::Loading)].into();
-        let event = UpdateEvent::Progress { phase: Phase::Loading, ranks };
-        let text = serde_json::to_string(&event).unwrap();
-        assert_eq!(serde_json::from_str::<UpdateEvent>(&text).unwrap(), event, "{text}");
     }
 }

@@ -353,11 +353,6 @@ impl Keeper {
                 "no owner: everything is stopped"
             );
             self.begin_shutdown(self.config.kill_grace, None);
-            // Nobody else will. Engines that have them mapped lose nothing before they end.
-            match crate::staging::remove_segments(Path::new(crate::staging::SHM_DIR), &self.config.run_id) {
-                Ok(count) => tracing::info!(count, "shared memory segments removed"),
-                Err(error) => tracing::error!(%error, "shared memory segments not removed"),
-            }
         }
     }
 
@@ -396,7 +391,6 @@ impl Keeper {
         false
     }
 
-    /// Answers those who asked for the shutdown, and waits a little until they have read it.
     /// Weights in shared memory are for engines; these are gone. A sidecar that is there has a use for them.
     fn remove_segments(&self) {
         if self.owner.is_some() {
@@ -409,6 +403,7 @@ impl Keeper {
         }
     }
 
+    /// Answers those who asked for the shutdown, and waits a little until they have read it.
     fn finish(&mut self) {
         let asked_by = self.shutdown.take().map(|shutdown| shutdown.asked_by).unwrap_or_default();
         for (id, seq) in asked_by {
