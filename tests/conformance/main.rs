@@ -12,6 +12,6 @@ mod harness;
 mod hazards;
 mod nodes;
 mod processes;
-mod restarts;
 mod restart;
+mod restarts;
 mod update;
