@@ -158,7 +158,8 @@ class Node:
         port = process.wait_line("listening on").rpartition(" ")[2]
         rules = (
             "table ip flip { chain output { type nat hook output priority -100; "
-            f"oifname {DEVICE} tcp flags & (syn|ack) == syn meta mark != 7 redirect to :{port}; }}; }}"
+            f"oifname {DEVICE} tcp flags & (syn|ack) == syn meta mark != 7 "
+            f"redirect to :{port}; }}; }}"
         )
         self.run("nft", rules)
         try:
