@@ -125,6 +125,11 @@ pub enum AdminCommand {
         /// Newest last.
         reply: AdminReply<Vec<UpdateReport>>,
     },
+    /// See [`super::types::Command::Drain`].
+    Drain {
+        /// New requests are held from now on.
+        reply: AdminReply<()>,
+    },
     /// See [`super::types::Command::Stop`].
     Stop {
         /// Accepted; the sidecar stops now.
@@ -148,6 +153,7 @@ impl AdminCommand {
             Self::UpdateHistory { reply, .. } => say(reply, error),
             Self::Pause { reply, .. }
             | Self::Resume { reply }
+            | Self::Drain { reply }
             | Self::UpdateAbort { reply }
             | Self::FrontendAdd { reply, .. }
             | Self::FrontendRemove { reply, .. }
@@ -301,6 +307,9 @@ impl Client {
             }
             Command::Resume => {
                 self.ask(CONTROL_LIMIT, |reply| AdminCommand::Resume { reply }).await.map(|()| Response::Done)
+            }
+            Command::Drain => {
+                self.ask(CONTROL_LIMIT, |reply| AdminCommand::Drain { reply }).await.map(|()| Response::Done)
             }
             Command::Stop => {
                 self.ask(ANSWER_LIMIT, |reply| AdminCommand::Stop { reply }).await.map(|()| Response::Done)

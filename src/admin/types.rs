@@ -100,6 +100,8 @@ pub enum Command {
         /// At most so many, newest last.
         limit: usize,
     },
+    /// Hold new requests in front of the engines until [`Command::Resume`]; those that run go on.
+    Drain,
     /// Stop the sidecar and everything it started.
     Stop,
 }

@@ -8,6 +8,7 @@ use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
 use super::answer;
+use super::drain::{DrainError, Drained};
 use super::status::Sources;
 use super::updates;
 use crate::admin::server::AdminCommand;
@@ -34,6 +35,7 @@ pub(crate) struct Handles {
     pub(crate) attachments: AttachmentHandle,
     pub(crate) control: ControlHandle,
     pub(crate) updates: UpdateHandle,
+    pub(super) drained: Drained,
     pub(super) sources: Sources,
     pub(crate) stopping: watch::Receiver<bool>,
 }
@@ -60,8 +62,17 @@ impl Handles {
                 let paused = self.control.pause(machine_mode(mode), deadline, PATIENCE).await;
                 answer(reply, paused.map_err(control_error));
             }
+            AdminCommand::Drain { reply } => {
+                let begun = self.drained.begin(&self.control, &self.ranks, PATIENCE).await;
+                answer(reply, begun.map_err(drain_error));
+            }
             AdminCommand::Resume { reply } => {
-                answer(reply, self.control.resume(PATIENCE).await.map_err(control_error));
+                let resumed = match self.drained.end(&self.ranks).await {
+                    Ok(true) => Ok(()),
+                    Ok(false) => self.control.resume(PATIENCE).await.map_err(control_error),
+                    Err(error) => Err(drain_error(error)),
+                };
+                answer(reply, resumed);
             }
             AdminCommand::FrontendAdd { address, reply } => {
                 let what = format!("attachment to {address}");
@@ -110,6 +121,13 @@ impl Handles {
 
 fn unavailable() -> AdminError {
     AdminError::new(ErrorKind::Unavailable, "the sidecar is stopping")
+}
+
+fn drain_error(error: DrainError) -> AdminError {
+    match error {
+        DrainError::Control(error) => control_error(error),
+        DrainError::Ranks(error) => AdminError::new(ErrorKind::Failed, error.to_string()),
+    }
 }
 
 fn control_error(error: ControlError) -> AdminError {

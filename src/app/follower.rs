@@ -24,6 +24,7 @@ use crate::link::server::{self, ServeEnd, ServerOptions, Services};
 use crate::peer::facts;
 use crate::peer::follower::{FindError, Finder, Found, LeaderView};
 use crate::peer::introduction::Introduction;
+use crate::shutdown::Why;
 use crate::supervisor::client::KeeperClient;
 use crate::supervisor::command::engine_rank;
 use crate::transport;
@@ -270,7 +271,16 @@ impl Follower {
         let (end, drain) = loop {
             tokio::select! {
                 biased;
-                why = asked(&mut outside) => break (ended_by(why), true),
+                why = asked(&mut outside) => {
+                    let end = ended_by(why);
+                    if self.view.config.keep_engines && matches!(why, Why::Signal(_)) {
+                        info!(reason = %end.reason, "ending; engines and requests go on");
+                        // As if the process was killed: no task may see another one end and tell anybody of it.
+                        std::mem::forget(self);
+                        return end;
+                    }
+                    break (end, true);
+                }
                 ended = &mut serving => break match ended {
                     Ok(ServeEnd::Shutdown) => (RunEnd::new(exit_code::OK, "the leader stops the deployment"), false),
                     Ok(ServeEnd::Stopped) => (internal("the link ended without being told to"), false),

@@ -2,6 +2,7 @@
 //! The only place that knows all tasks.
 
 mod commands;
+mod drain;
 mod follower;
 mod local;
 mod nodes;
@@ -224,8 +225,13 @@ impl App {
             }
         };
         let node_ended = matches!(end, End::Node(_));
+        // `sidecar stop` and a launcher that has ended mean all of it.
+        let keep = self.config.keep_engines && matches!(end, End::Outside(Why::Signal(_)));
         let graceful = matches!(end, End::Outside(_) | End::Command);
-        let end = run_end(end);
+        let mut end = run_end(end);
+        if keep {
+            end.reason = format!("{}; what runs goes on for {:?}", end.reason, self.config.orphan_grace);
+        }
         if graceful {
             info!(reason = %end.reason, "stopping");
         } else {
@@ -237,7 +243,16 @@ impl App {
         let (_, nobody) = mpsc::channel(1);
         let mut admin = std::mem::replace(&mut self.admin, nobody);
         let (sources, config) = (self.handles.sources.clone(), self.config.clone());
-        let stages = self.stop_all(graceful, node_ended, hurry.clone());
+        let stages = {
+            let hurry = hurry.clone();
+            async move {
+                if keep {
+                    self.leave(&hurry).await;
+                } else {
+                    self.stop_all(graceful, node_ended, hurry).await;
+                }
+            }
+        };
         tokio::pin!(stages);
         let mut forced = None;
         let mut late_answers = JoinSet::new();
@@ -287,7 +302,7 @@ impl App {
         // without engines of its own has nothing to drain (`launcher.py`, 0.32.0).
         if graceful {
             tokio::select! {
-                () = self.drain() => {}
+                () = self.drain("aborting requests: the shutdown timeout is over") => {}
                 () = hurry.cancelled() => {}
             }
         }
@@ -334,14 +349,39 @@ impl App {
         transport::linger().await;
     }
 
+    /// Ends this process and nothing else. Requests that run may end first, because clients that come back find
+    /// a quiet moment; those that take longer go on without us.
+    async fn leave(self, hurry: &CancellationToken) {
+        let until = Instant::now() + self.config.shutdown_timeout;
+        let quiet = async {
+            // An update opens the gates at its end; one that takes too long is finished by the successor.
+            let mut updates = self.handles.updates.watch();
+            let ended = updates.wait_for(|status| status.running.is_none());
+            if tokio::time::timeout_at(until, ended).await.is_err() {
+                warn!("an update still runs: the next sidecar finishes it, or takes it back");
+            }
+            self.drain("requests still run: they go on without the sidecar").await;
+        };
+        tokio::select! {
+            () = quiet => {}
+            () = hurry.cancelled() => {}
+        }
+        // What engines hold is still true for the next sidecar.
+        match timeout(TASK_END, self.handles.updates.shutdown(false)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => debug!(%error, "shutdown"),
+            Err(_) => error!("the update task did not end in time"),
+        }
+        // From here on it is as if the process was killed: no task may see another one end and tell frontends,
+        // engines or the keeper of it. The runtime takes them all down at once.
+        std::mem::forget(self);
+    }
+
     /// Lets requests in flight finish, at most for the shutdown timeout. New ones are held from now
     /// on.
-    async fn drain(&self) {
+    async fn drain(&self, too_late: &str) {
         let until = Instant::now() + self.config.shutdown_timeout;
-        let closed = self.handles.ranks.iter().map(|rank| {
-            rank.ask("admission", TASK_END, |reply| RankCommand::Admission { open: false, reply })
-        });
-        futures::future::join_all(closed).await.into_iter().for_each(gone);
+        gone(drain::gates(&self.handles.ranks, false).await);
         let sources = &self.handles.sources;
         // Requests that came just now are not in the snapshots yet.
         sleep((SNAPSHOT_LAG + LINK_LAG) * 2).await;
@@ -353,7 +393,7 @@ impl App {
             sources.changed(until).await;
         }
         if sources.in_flight() > 0 {
-            warn!(in_flight = sources.in_flight(), "aborting requests: the shutdown timeout is over");
+            warn!(in_flight = sources.in_flight(), "{too_late}");
         }
     }
 }

@@ -12,6 +12,7 @@ use tracing::debug;
 
 use super::App;
 use super::commands::Handles;
+use super::drain::Drained;
 use super::local::{self, Keeper, QUEUE, internal};
 use super::nodes::{self, Gathered, Remote, THIS_NODE, of_node};
 use super::stage;
@@ -240,6 +241,7 @@ pub(super) async fn start(
             attachments,
             control,
             updates,
+            drained: Drained::default(),
             sources,
             stopping: is_stopping,
         },

@@ -89,6 +89,9 @@ pub enum Command {
     Version(Target),
     /// Frontends: attach, detach, list.
     Frontend(FrontendArgs),
+    /// Hold new requests and wait until none is running.
+    #[command(long_about = DRAIN)]
+    Drain(DrainArgs),
     /// Drain, then stop the sidecar and everything it started.
     Stop(Target),
     /// The process that owns the vLLM processes. Started by the sidecar.
@@ -309,6 +312,15 @@ pub struct RunArgs {
     )]
     pub orphan_grace: Duration,
 
+    /// On SIGTERM or SIGINT end without stopping anything else: engines, frontends and requests go on for
+    /// --orphan-grace, and the next sidecar with this state directory takes them over.
+    ///
+    /// New requests are held meanwhile, and requests that run may end before the sidecar does, within
+    /// --shutdown-timeout; those that take longer go on without it. `sidecar stop` and the end of the lifeline stop
+    /// everything all the same. The exit code is 0.
+    #[arg(long, env = "SIDECAR_KEEP_ENGINES", help_heading = "Processes")]
+    pub keep_engines: bool,
+
     /// Restarts of a rank (of the group, for MoE) in a row before the sidecar gives up.
     #[arg(
         long,
@@ -370,6 +382,28 @@ pub struct RunArgs {
     /// somebody else starts.
     #[arg(last = true, value_name = "MODEL [VLLM FLAGS]")]
     pub vllm: Vec<String>,
+}
+
+const DRAIN: &str = "\
+Hold new requests and wait until none is running.
+
+From now on new requests are held in front of the engines: clients wait, and get an error when the hold is full or takes \
+too long. Requests that run go on to their end. The hold lasts until `sidecar resume`, or until a sidecar that was \
+started with --keep-engines has ended and its successor has taken over. While it lasts updates and pauses are \
+refused (exit code 13).
+
+The command ends with 0 when no request is running, with 5 when some still are after --limit; the hold stays in both \
+cases.";
+
+/// `sidecar drain`.
+#[derive(Debug, Args)]
+pub struct DrainArgs {
+    /// How long to wait for running requests.
+    #[arg(long, default_value = "600s", value_parser = parse_duration, value_name = "TIME")]
+    pub limit: Duration,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "the doc comment would become help text")]
+    pub target: Target,
 }
 
 /// Which running sidecar is meant.

@@ -136,6 +136,7 @@ pub fn build(args: &RunArgs, surroundings: &Surroundings) -> Result<Built, Usage
             load_timeout: args.load_timeout,
             allow_untested_vllm: args.allow_untested_vllm,
             max_restarts: args.max_restarts,
+            keep_engines: args.keep_engines,
             nodes,
             lifeline: args.lifeline,
             log_format: args.log_format,

@@ -4,7 +4,7 @@ use std::future::Future;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::args::{FrontendAction, FrontendArgs, PauseArgs, Target};
+use super::args::{DrainArgs, FrontendAction, FrontendArgs, PauseArgs, Target};
 use super::build::{self, Surroundings};
 use super::status;
 use crate::admin::client::{AdminClient, ClientError, unexpected};
@@ -18,6 +18,8 @@ use crate::telemetry;
 pub const ANSWER_LIMIT: Duration = Duration::from_secs(15);
 /// How long pausing or resuming may take on top of the pause's own deadline.
 const CONTROL_LIMIT: Duration = Duration::from_secs(200);
+/// How often a drain looks at the running requests.
+const DRAIN_PERIOD: Duration = Duration::from_millis(250);
 /// Pause deadline assumed when it is left to the sidecar.
 const PAUSE_LIMIT: Duration = Duration::from_secs(3600);
 
@@ -100,6 +102,42 @@ pub fn pause(args: &PauseArgs) -> u8 {
 /// `sidecar resume`.
 pub fn resume(target: &Target) -> u8 {
     done(target, Command::Resume, CONTROL_LIMIT, "all engines are resumed")
+}
+
+/// `sidecar drain`.
+pub fn drain(args: &DrainArgs) -> u8 {
+    run(async {
+        let mut client = AdminClient::connect(&args.target.state_dir()).await?;
+        match client.call(Command::Drain, CONTROL_LIMIT).await? {
+            Response::Done => println!("new requests are held until `sidecar resume`"),
+            other => return Err(unexpected(&other)),
+        }
+        let until = tokio::time::Instant::now() + args.limit;
+        let mut told = None;
+        loop {
+            let status = match client.call(Command::Status, ANSWER_LIMIT).await? {
+                Response::Status(status) => status,
+                other => return Err(unexpected(&other)),
+            };
+            let running: u64 = status.engines.iter().map(|engine| engine.in_flight).sum();
+            let held: u64 = status.engines.iter().map(|engine| engine.held).sum();
+            if told != Some((running, held)) {
+                println!("{running} running, {held} held");
+                told = Some((running, held));
+            }
+            if running == 0 {
+                return Ok(exit_code::OK);
+            }
+            if tokio::time::Instant::now() >= until {
+                eprintln!(
+                    "error: drain: {running} requests still run after {:?}; new ones stay held",
+                    args.limit
+                );
+                return Ok(exit_code::TIMEOUT);
+            }
+            tokio::time::sleep(DRAIN_PERIOD).await;
+        }
+    })
 }
 
 /// `sidecar stop`.

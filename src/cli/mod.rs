@@ -63,6 +63,7 @@ fn dispatch(args: impl Iterator<Item = OsString>) -> u8 {
         Command::Resume(target) => commands::resume(&target),
         Command::Version(target) => commands::version(&target),
         Command::Frontend(args) => commands::frontend(&args),
+        Command::Drain(args) => commands::drain(&args),
         Command::Stop(target) => commands::stop(&target),
     }
 }

@@ -19,7 +19,7 @@ use crate::driver::handles::GroupKind;
 use crate::exit_code::{self, RunEnd};
 use crate::state_dir::{StateDir, StateDirError};
 use crate::supervisor::command::shell_line;
-use crate::supervisor::environment;
+use crate::supervisor::{environment, keeper};
 use crate::telemetry;
 
 /// How long tasks that hang may delay the end of the process.
@@ -124,7 +124,10 @@ fn host(built: Built) -> RunEnd {
             return RunEnd::new(code, error.to_string());
         }
     };
-    if let Err(end) = check_port(&built.config) {
+    // The frontend of a sidecar before may still have it, and is taken over.
+    if !keeper::is_alive(state.path())
+        && let Err(end) = check_port(&built.config)
+    {
         return end;
     }
     let mut config = built.config;

@@ -57,6 +57,8 @@ pub struct Config {
     pub load_timeout: Duration,
     /// Accept engines of a vLLM version that this sidecar was not tested with.
     pub allow_untested_vllm: bool,
+    /// A signal ends the sidecar, but nothing that it started.
+    pub keep_engines: bool,
     /// Restarts of a rank (or lockstep group) in a row before the sidecar gives up.
     pub max_restarts: u32,
     /// Pipe whose end means "stop".

@@ -151,7 +151,13 @@ impl Task {
         info!(ranks = ranks.len(), "engines live on with the committed weights");
         self.trust(&ranks);
         let control = self.control.clone();
+        let handles: Vec<RankHandle> =
+            ranks.iter().filter_map(|(rank, _)| self.ranks.get(rank).cloned()).collect();
         self.jobs.spawn(async move {
+            // The sidecar before may have ended in a drain, or just before a pause.
+            if let Err(error) = super::actions::admission(&handles, true, TELL_LIMIT).await {
+                warn!("gates of engines that live on: {error}");
+            }
             if paused && let Ok(guard) = control.acquire("recovery after a restart", PATIENCE).await {
                 guard.set_paused(Some(PausedBy::Operator)).await;
                 guard.release().await;

@@ -83,6 +83,12 @@ pub fn run(config: KeeperConfig) -> io::Result<()> {
     result
 }
 
+/// Whether a keeper of this state directory lives.
+pub fn is_alive(state_dir: &Path) -> bool {
+    let locked = File::open(state_dir.join(PID_FILE)).map(|file| file.try_lock());
+    matches!(locked, Ok(Err(TryLockError::WouldBlock)))
+}
+
 /// Takes the lock that only one keeper of a state directory can hold, and writes the pid.
 fn lock_pid_file(state_dir: &Path) -> io::Result<File> {
     let path = state_dir.join(PID_FILE);

@@ -1,0 +1,75 @@
+//! Draining: requests that run may end, new ones are held in front of the engines.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tracing::{info, warn};
+
+use crate::driver::control::{ControlError, ControlGuard, ControlHandle};
+use crate::driver::handles::{HandleError, RankCommand, RankHandle};
+
+/// Limit for all ranks to open or close their gate.
+const GATE: Duration = Duration::from_secs(10);
+
+/// Whether `sidecar drain` is in force. Its holder has the engines' control lock, so that no update opens the
+/// gates meanwhile.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Drained(Arc<Mutex<Option<ControlGuard>>>);
+
+impl Drained {
+    /// Closes the gates of all ranks until [`Self::end`]. Repeating it changes nothing.
+    pub(super) async fn begin(
+        &self,
+        control: &ControlHandle,
+        ranks: &[RankHandle],
+        patience: Duration,
+    ) -> Result<(), DrainError> {
+        if self.0.lock().is_some() {
+            return Ok(());
+        }
+        let guard = control.acquire("sidecar drain", patience).await.map_err(DrainError::Control)?;
+        guard.doing("drained until `sidecar resume`");
+        if let Err(error) = gates(ranks, false).await {
+            if let Err(error) = gates(ranks, true).await {
+                warn!(%error, "a gate stays closed");
+            }
+            guard.release().await;
+            return Err(DrainError::Ranks(error));
+        }
+        info!("drained: new requests are held until `sidecar resume`, or until the next sidecar takes over");
+        *self.0.lock() = Some(guard);
+        Ok(())
+    }
+
+    /// Opens the gates again. False if there was no drain, or if the engines are paused besides.
+    pub(super) async fn end(&self, ranks: &[RankHandle]) -> Result<bool, DrainError> {
+        let Some(guard) = self.0.lock().take() else {
+            return Ok(false);
+        };
+        let paused = guard.paused_by.is_some();
+        if let Err(error) = gates(ranks, true).await {
+            *self.0.lock() = Some(guard);
+            return Err(DrainError::Ranks(error));
+        }
+        guard.release().await;
+        info!("not drained any more");
+        Ok(!paused)
+    }
+}
+
+/// A drain cannot begin or end.
+#[derive(Debug)]
+pub(super) enum DrainError {
+    /// Somebody else has the engines.
+    Control(ControlError),
+    /// A rank does not answer.
+    Ranks(HandleError),
+}
+
+/// Opens or closes the gates for new requests.
+pub(super) async fn gates(ranks: &[RankHandle], open: bool) -> Result<(), HandleError> {
+    let told =
+        ranks.iter().map(|rank| rank.ask("admission", GATE, |reply| RankCommand::Admission { open, reply }));
+    futures::future::join_all(told).await.into_iter().collect()
+}
