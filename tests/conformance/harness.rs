@@ -481,6 +481,12 @@ impl Sidecar {
         self.ended = None;
     }
 
+    /// Starts it again with other flags.
+    pub(crate) fn start_again_with(&mut self, args: &[&str]) {
+        self.setup.args.extend(args.iter().map(|arg| (*arg).to_owned()));
+        self.start_again();
+    }
+
     /// Has it ended?
     pub(crate) fn has_ended(&mut self) -> bool {
         self.child.try_wait().unwrap().is_some()

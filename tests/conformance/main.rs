@@ -11,6 +11,7 @@ mod handshake;
 mod harness;
 mod hazards;
 mod nodes;
+mod planned;
 mod processes;
 mod restart;
 mod restarts;
