@@ -12,6 +12,7 @@ const SUBCOMMANDS: &[&str] = &[
     "resume",
     "version",
     "frontend",
+    "drain",
     "stop",
     "keeper",
     "relay",

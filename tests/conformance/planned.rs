@@ -22,10 +22,10 @@ fn sum(status: &Value, field: &str) -> u64 {
 }
 
 /// Two engines that outlive their sidecar, and a frontend.
-fn start(model: &Model, more: &[&str]) -> (Sidecar, FakeFrontend) {
-    let mut frontend = frontend(2, |_| {});
-    let setup = Setup::spawning(2, model).args(&["--orphan-grace", "60s"]).args(more);
-    let sidecar = setup.frontend(&frontend).start();
+fn start(model: &Model, moe: bool, change: impl FnOnce(Setup) -> Setup) -> (Sidecar, FakeFrontend) {
+    let mut frontend = frontend(2, |options| options.moe = moe);
+    let setup = Setup::spawning(2, model).args(&["--orphan-grace", "60s"]);
+    let sidecar = change(setup).frontend(&frontend).start();
     frontend.startup(SOON).unwrap();
     sidecar.await_admitted();
     sidecar.await_attached(frontend.host_port());
@@ -41,7 +41,7 @@ fn begin(frontend: &mut FakeFrontend, id: &str, tokens: u32) {
 fn a_drain_lets_requests_end_and_holds_new_ones_until_the_resume() {
     let directory = directory();
     let model = model(directory.path(), "m", 1, false);
-    let (mut sidecar, mut frontend) = start(&model, &[]);
+    let (mut sidecar, mut frontend) = start(&model, false, |setup| setup);
     begin(&mut frontend, "long", 100_000);
     let said = sidecar.command(&["drain", "--limit", "1s"]);
     assert_eq!(said.code, 5, "a request still runs: {}", said.text());
@@ -63,8 +63,9 @@ fn a_drain_lets_requests_end_and_holds_new_ones_until_the_resume() {
     sidecar.await_nothing_left();
 }
 
-fn a_planned_restart_is_missed_by_nobody(model: &Model) {
-    let (mut sidecar, mut frontend) = start(model, &["--keep-engines", "--shutdown-timeout", "1s"]);
+fn a_planned_restart_is_missed_by_nobody(model: &Model, moe: bool) {
+    let (mut sidecar, mut frontend) =
+        start(model, moe, |setup| setup.args(&["--keep-engines"]).args(&["--shutdown-timeout", "1s"]));
     let before = sidecar.await_admitted();
     // Longer than the sidecar waits.
     begin(&mut frontend, "long", 2_000);
@@ -92,20 +93,20 @@ fn a_planned_restart_is_missed_by_nobody(model: &Model) {
 #[test]
 fn a_planned_restart_keeps_engines_and_requests() {
     let directory = directory();
-    a_planned_restart_is_missed_by_nobody(&model(directory.path(), "m", 1, false));
+    a_planned_restart_is_missed_by_nobody(&model(directory.path(), "m", 1, false), false);
 }
 
 #[test]
 fn a_planned_restart_keeps_a_lockstep_group_and_its_requests() {
     let directory = directory();
-    a_planned_restart_is_missed_by_nobody(&model(directory.path(), "m", 1, true));
+    a_planned_restart_is_missed_by_nobody(&model(directory.path(), "m", 1, true), true);
 }
 
 #[test]
 fn an_engine_that_dies_while_no_sidecar_is_there_is_started_again_and_the_other_goes_on() {
     let directory = directory();
     let model = model(directory.path(), "m", 1, false);
-    let (mut sidecar, mut frontend) = start(&model, &[]);
+    let (mut sidecar, mut frontend) = start(&model, false, |setup| setup);
     let before = lives(&sidecar.await_admitted());
     sidecar.signal(Signal::SIGKILL);
     sidecar.await_end();
@@ -133,7 +134,7 @@ fn an_engine_that_dies_while_no_sidecar_is_there_is_started_again_and_the_other_
 fn a_sidecar_with_other_flags_stops_the_engines_of_the_one_before() {
     let directory = directory();
     let model = model(directory.path(), "m", 1, false);
-    let (mut sidecar, _frontend) = start(&model, &[]);
+    let (mut sidecar, _frontend) = start(&model, false, |setup| setup);
     let before = lives(&sidecar.await_admitted());
     sidecar.signal(Signal::SIGKILL);
     sidecar.await_end();
