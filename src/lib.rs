@@ -9,6 +9,7 @@ pub mod config;
 pub mod driver;
 pub mod exit_code;
 pub mod gpu;
+pub mod http;
 pub mod link;
 pub mod manifest;
 pub mod peer;

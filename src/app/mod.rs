@@ -60,8 +60,8 @@ pub async fn run(config: Config, state: StateDir) -> RunEnd {
     let admin = match AdminServer::bind(state.path()) {
         Ok(server) => {
             let (commands, admin) = mpsc::channel(local::QUEUE);
-            tracker.spawn(server.serve(commands, stop.clone()));
-            admin
+            tracker.spawn(server.serve(commands.clone(), stop.clone()));
+            (admin, commands)
         }
         Err(error) => return local::internal("admin socket", &error),
     };
@@ -69,7 +69,8 @@ pub async fn run(config: Config, state: StateDir) -> RunEnd {
         config,
         state: Arc::new(state),
         tracker,
-        admin,
+        admin: admin.0,
+        commands: admin.1.downgrade(),
         outside,
         stop,
         began: std::time::Instant::now(),
@@ -97,6 +98,8 @@ struct Begun {
     state: Arc<StateDir>,
     tracker: TaskTracker,
     admin: mpsc::Receiver<AdminCommand>,
+    /// For whoever asks by other ways than the admin socket.
+    commands: mpsc::WeakSender<AdminCommand>,
     outside: watch::Receiver<Asked>,
     stop: CancellationToken,
     began: std::time::Instant,
@@ -118,6 +121,7 @@ impl Begun {
         };
         let prepared = start::Prepared {
             admin: std::mem::replace(&mut self.admin, mpsc::channel(1).1),
+            commands: self.commands.clone(),
             keeper,
             nodes,
             stop: self.stop.clone(),

@@ -8,7 +8,7 @@ use dp_sidecar_protocol::{EngineIndex, FrontendId};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::debug;
+use tracing::{debug, info};
 
 use super::App;
 use super::commands::Handles;
@@ -31,10 +31,12 @@ use crate::driver::weight_update::{FenceRequest, UpdateConfig, UpdateNode};
 use crate::driver::{control, coordinator, weight_update};
 use crate::exit_code::{self, RunEnd};
 use crate::gpu::{self, GpuMonitor};
+use crate::http::HttpServer;
 use crate::link::client::NodeSinks;
 use crate::link::wire::NodeState;
 use crate::peer::introduction::Introduction;
 use crate::peer::leader::{Leader, RemoteNode};
+use crate::staging::upload::{self, Uploads};
 use crate::state_dir::StateDir;
 
 /// Limit for answers of our own tasks.
@@ -44,6 +46,8 @@ const LOCAL_ANSWER: Duration = Duration::from_secs(10);
 pub(super) struct Prepared {
     /// Commands of clients.
     pub(super) admin: mpsc::Receiver<AdminCommand>,
+    /// The way in for commands that come by other ways than the admin socket.
+    pub(super) commands: mpsc::WeakSender<AdminCommand>,
     /// The keeper of this node.
     pub(super) keeper: Keeper,
     /// The other nodes, and the leader that they came to.
@@ -61,7 +65,7 @@ pub(super) async fn start(
     tracker: TaskTracker,
     prepared: Prepared,
 ) -> Result<App, RunEnd> {
-    let Prepared { admin, keeper, nodes, stop, began } = prepared;
+    let Prepared { admin, commands: admin_commands, keeper, nodes, stop, began } = prepared;
     let stop_frontend = CancellationToken::new();
     let (stopping, is_stopping) = watch::channel(false);
 
@@ -85,12 +89,20 @@ pub(super) async fn start(
         states,
     };
     let local = local::start(&config, state, keeper, sinks.clone(), &tracker, &stop).await?;
+    let (uploads, upload_requests) = upload::channel();
     let own_ranks: Vec<EngineIndex> = config.local_ranks().map(EngineIndex).collect();
     let this_node = UpdateNode {
         id: THIS_NODE,
         name: "this node".to_owned(),
         ranks: own_ranks.clone(),
-        stage: Some(stage::start(&config, state, None, sinks.stage.clone(), &tracker, &stop)?),
+        stage: Some(stage::start(
+            &config,
+            state,
+            Some(upload_requests),
+            sinks.stage.clone(),
+            &tracker,
+            &stop,
+        )?),
         events: stage_events,
     };
     let mut update_nodes = vec![this_node];
@@ -196,6 +208,7 @@ pub(super) async fn start(
             .await
             .map_err(|error| RunEnd::new(exit_code::USAGE, error.to_string()))?;
     }
+    listen_http(&config, uploads, admin_commands, &tracker, &stop).await?;
     let (supervised, _) = watch::channel(SupervisedSnapshot::default());
     let frontend = config.serve.is_some().then(|| {
         tokio::spawn(frontend::run(
@@ -312,4 +325,21 @@ fn frontends_gone(
             known = now;
         }
     }));
+}
+
+/// Uploads and updates over HTTP, if they are wanted.
+async fn listen_http(
+    config: &Config,
+    uploads: Uploads,
+    commands: mpsc::WeakSender<AdminCommand>,
+    tracker: &TaskTracker,
+    stop: &CancellationToken,
+) -> Result<(), RunEnd> {
+    let Some(http) = &config.http else { return Ok(()) };
+    let server = HttpServer::bind(http.address).await.map_err(|error| {
+        RunEnd::new(exit_code::USAGE, format!("--http {}: cannot listen: {error}", http.address))
+    })?;
+    info!(address = %server.address(), authenticated = http.token.is_some(), "uploads and updates over HTTP");
+    server.serve(http.token.clone(), uploads, commands, tracker, stop.clone());
+    Ok(())
 }

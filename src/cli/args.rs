@@ -165,6 +165,11 @@ pub struct RunArgs {
     #[arg(long, env = "SIDECAR_AUTH_TOKEN_FILE", value_name = "FILE", help_heading = "Nodes")]
     pub auth_token_file: Option<PathBuf>,
 
+    /// Take uploads and updates over HTTP here, on the node of rank 0; clients send the secret of
+    /// --auth-token-file as a bearer token. Without that file only a loopback address is allowed. [default: off]
+    #[arg(long, env = "SIDECAR_HTTP", value_name = "HOST:PORT", help_heading = "Nodes")]
+    pub http: Option<String>,
+
     /// Address of this node that the other nodes reach. [default: that of its connection to the leader; on
     /// the leader's node the host of --leader]
     #[arg(long, env = "SIDECAR_PEER_ADDRESS", value_name = "IP", help_heading = "Nodes")]

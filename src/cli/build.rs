@@ -9,7 +9,7 @@ use thiserror::Error;
 use super::args::{ModelKind, RunArgs};
 use crate::config::devices::{self, DeviceError, Visible};
 use crate::config::model::{self, ModelError};
-use crate::config::{Config, Engines, Nodes, Serve, check_host_port};
+use crate::config::{Config, Engines, Http, Nodes, Serve, check_host_port};
 use crate::driver::handles::GroupKind;
 use crate::peer::token::Token;
 use crate::state_dir::StateDir;
@@ -74,6 +74,7 @@ pub fn build(args: &RunArgs, surroundings: &Surroundings) -> Result<Built, Usage
     let mut notes = Vec::new();
     let (start_rank, size, size_local) = ranks(args)?;
     let nodes = nodes(args, start_rank, size, size_local, surroundings, &mut notes)?;
+    let http = http(args, start_rank, nodes.as_ref(), surroundings, &mut notes)?;
     let address = resolve(&args.data_parallel_address)?;
     check(args.data_parallel_rpc_port != 0, || {
         "--data-parallel-rpc-port: a port above 0 is expected, engines must know it".to_owned()
@@ -138,6 +139,7 @@ pub fn build(args: &RunArgs, surroundings: &Surroundings) -> Result<Built, Usage
             max_restarts: args.max_restarts,
             keep_engines: args.keep_engines,
             nodes,
+            http,
             lifeline: args.lifeline,
             log_format: args.log_format,
             accel_file: args.accel_file.clone(),
@@ -249,9 +251,20 @@ fn nodes(
         check(!args.serve, || format!("--serve: {leader_only}, {here}"))?;
         check(args.frontend.is_empty(), || format!("--frontend: {leader_only}, {here}"))?;
     }
+    let token = token(file, surroundings, notes)?;
+    Ok(Some(Nodes {
+        leader: leader.clone(),
+        token,
+        address: args.peer_address,
+        leader_timeout: args.leader_timeout,
+    }))
+}
+
+/// The secret of the deployment.
+fn token(file: &Path, surroundings: &Surroundings, notes: &mut Vec<String>) -> Result<Token, UsageError> {
     let file = match &surroundings.cwd {
         Some(cwd) => cwd.join(file),
-        None => file.clone(),
+        None => file.to_owned(),
     };
     let (token, loose) = Token::read(&file)
         .map_err(|error| UsageError::Check(format!("--auth-token-file {}: {error}", file.display())))?;
@@ -261,12 +274,33 @@ fn nodes(
             file.display()
         ));
     }
-    Ok(Some(Nodes {
-        leader: leader.clone(),
-        token,
-        address: args.peer_address,
-        leader_timeout: args.leader_timeout,
-    }))
+    Ok(token)
+}
+
+/// Where clients come over HTTP, and what they must know.
+fn http(
+    args: &RunArgs,
+    start: u16,
+    nodes: Option<&Nodes>,
+    surroundings: &Surroundings,
+    notes: &mut Vec<String>,
+) -> Result<Option<Http>, UsageError> {
+    let Some(text) = &args.http else { return Ok(None) };
+    let fail = |reason: String| UsageError::Check(format!("--http {text:?}: {reason}"));
+    if start > 0 {
+        return Err(fail("only the sidecar of rank 0 takes uploads".to_owned()));
+    }
+    let address = text.to_socket_addrs().map_err(|error| fail(format!("HOST:PORT is expected: {error}")))?;
+    let address = address.into_iter().next().ok_or_else(|| fail("the host has no address".to_owned()))?;
+    let token = match (nodes, &args.auth_token_file) {
+        (Some(nodes), _) => Some(nodes.token.clone()),
+        (None, Some(file)) => Some(token(file, surroundings, notes)?),
+        (None, None) => None,
+    };
+    if token.is_none() && !address.ip().is_loopback() {
+        return Err(fail("without --auth-token-file a loopback address is expected".to_owned()));
+    }
+    Ok(Some(Http { address, token }))
 }
 
 fn resolve(address: &str) -> Result<IpAddr, UsageError> {

@@ -3,7 +3,7 @@
 pub mod devices;
 pub mod model;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -65,12 +65,23 @@ pub struct Config {
     pub lifeline: Lifeline,
     /// Where the other nodes are; none if all ranks are on this node.
     pub nodes: Option<Nodes>,
+    /// Uploads and updates over HTTP, if wanted.
+    pub http: Option<Http>,
     /// How logs are written.
     pub log_format: LogFormat,
     /// Accelerators out of this file instead of NVML.
     pub accel_file: Option<PathBuf>,
     /// The `sidecar` binary, for starting the keeper.
     pub exe: PathBuf,
+}
+
+/// Uploads and updates over HTTP.
+#[derive(Clone, Debug)]
+pub struct Http {
+    /// Where to listen.
+    pub address: SocketAddr,
+    /// What clients must know; none only on a loopback address.
+    pub token: Option<Token>,
 }
 
 /// The deployment spreads over several nodes.

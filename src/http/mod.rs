@@ -1,0 +1,123 @@
+//! The HTTP side of the leader (`--http`): uploads of checkpoints, updates, and the stream of their events. See
+//! `protocol/docs/http.md`. Off by default; without a token only on a loopback address.
+
+mod answers;
+mod routes;
+#[cfg(test)]
+mod tests;
+mod updates;
+mod uploads;
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, mpsc};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::admin::server::AdminCommand;
+use crate::peer::token::Token;
+use crate::staging::upload::Uploads;
+
+/// Connections at the same time; more wait.
+const CONNECTIONS: usize = 64;
+/// A request's head must be there within this time.
+const HEAD_LIMIT: Duration = Duration::from_secs(10);
+/// After a failure to accept (too many open files).
+const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+
+/// What requests are made of.
+#[derive(Clone, Debug)]
+struct Context {
+    /// Whoever knows it may ask; none: everybody who reaches the address.
+    token: Option<Token>,
+    uploads: Uploads,
+    /// Weak: the end of the admin server must be seen.
+    admin: mpsc::WeakSender<AdminCommand>,
+}
+
+/// The listener, bound.
+#[derive(Debug)]
+pub struct HttpServer {
+    listener: TcpListener,
+    address: SocketAddr,
+}
+
+impl HttpServer {
+    /// Binds the address.
+    ///
+    /// # Errors
+    /// It cannot be bound.
+    pub async fn bind(address: SocketAddr) -> io::Result<Self> {
+        let listener = TcpListener::bind(address).await?;
+        let address = listener.local_addr()?;
+        Ok(Self { listener, address })
+    }
+
+    /// Where it listens.
+    pub const fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Serves until `stop` is cancelled; all its tasks are in `tracker`.
+    pub fn serve(
+        self,
+        token: Option<Token>,
+        uploads: Uploads,
+        admin: mpsc::WeakSender<AdminCommand>,
+        tracker: &TaskTracker,
+        stop: CancellationToken,
+    ) {
+        let router = routes::router(Context { token, uploads, admin });
+        let tasks = tracker.clone();
+        let free = Arc::new(Semaphore::new(CONNECTIONS));
+        tracker.spawn(async move {
+            loop {
+                let accepted = tokio::select! {
+                    () = stop.cancelled() => return,
+                    accepted = accept(&self.listener, &free) => accepted,
+                };
+                let Some((stream, permit)) = accepted else { continue };
+                let (router, stop) = (router.clone(), stop.clone());
+                tasks.spawn(async move {
+                    tokio::select! {
+                        () = stop.cancelled() => {}
+                        () = connection(stream, router) => {}
+                    }
+                    drop(permit);
+                });
+            }
+        });
+    }
+}
+
+async fn accept(
+    listener: &TcpListener,
+    free: &Arc<Semaphore>,
+) -> Option<(TcpStream, tokio::sync::OwnedSemaphorePermit)> {
+    // Never closed.
+    let permit = Arc::clone(free).acquire_owned().await.ok()?;
+    match listener.accept().await {
+        Ok((stream, _)) => Some((stream, permit)),
+        Err(error) => {
+            tracing::warn!(%error, "a connection cannot be accepted");
+            tokio::time::sleep(ACCEPT_PAUSE).await;
+            None
+        }
+    }
+}
+
+async fn connection(stream: TcpStream, router: axum::Router) {
+    let served = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_LIMIT)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    if let Err(error) = served.await {
+        tracing::debug!(%error, "a connection ended");
+    }
+}

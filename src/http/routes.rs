@@ -1,0 +1,46 @@
+//! What can be asked for, and by whom.
+
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::http::{StatusCode, header};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::{get, post, put};
+
+use super::answers::HttpError;
+use super::{Context, updates, uploads};
+use crate::peer::token::Token;
+
+/// Longest JSON body, in bytes: an upload may have many files.
+const JSON_LIMIT: usize = 8 << 20;
+
+pub(super) fn router(context: Context) -> Router {
+    Router::new()
+        .route("/v1/weights/uploads", post(uploads::create))
+        .route("/v1/weights/uploads/{id}", get(uploads::status).delete(uploads::discard))
+        .route("/v1/weights/uploads/{id}/{file}", put(uploads::write).get(uploads::file))
+        .route("/v1/weights/updates", post(updates::start).get(updates::history))
+        .route("/v1/weights/updates/events", get(updates::follow))
+        .route("/v1/weights/updates/abort", post(updates::abort))
+        .route("/v1/weights/version", get(updates::version))
+        .fallback(|| async { HttpError::new(StatusCode::NOT_FOUND, "no such path") })
+        .layer(DefaultBodyLimit::max(JSON_LIMIT))
+        .layer(from_fn_with_state(context.clone(), authorize))
+        .with_state(context)
+}
+
+/// Lets only those through who know the token.
+async fn authorize(State(context): State<Context>, request: Request, next: Next) -> Response {
+    if let Some(token) = &context.token {
+        let given = request.headers().get(header::AUTHORIZATION).and_then(|value| {
+            let secret = value.as_bytes().strip_prefix(b"Bearer ")?;
+            Token::new(secret).ok()
+        });
+        // Keys are compared in constant time.
+        if given.as_ref() != Some(token) {
+            let error = HttpError::new(StatusCode::UNAUTHORIZED, "a bearer token is expected");
+            return ([(header::WWW_AUTHENTICATE, "Bearer")], error).into_response();
+        }
+    }
+    next.run(request).await
+}

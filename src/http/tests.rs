@@ -1,0 +1,231 @@
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::time::timeout;
+
+use super::uploads::parse_range;
+use super::*;
+use crate::admin::types::{AdminError, ErrorKind, UpdateProgress, UpdateReport, UpdateStatus};
+use crate::driver::weight_update::UpdateSource;
+use crate::staging::{self, NoAuth, StageConfig, upload};
+
+const LIMIT: Duration = Duration::from_secs(20);
+const SECRET: &str = "0123456789abcdef0123";
+
+struct Server {
+    _dir: tempfile::TempDir,
+    address: SocketAddr,
+    admin: mpsc::Receiver<AdminCommand>,
+    _commands: mpsc::Sender<AdminCommand>,
+    tracker: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl Server {
+    async fn start(token: Option<&str>) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (tracker, stop) = (TaskTracker::new(), CancellationToken::new());
+        let (uploads, requests) = upload::channel();
+        let host = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        let mut config = StageConfig::new("node", dir.path(), "run", host, Arc::new(NoAuth));
+        config.shm_dir = dir.path().to_owned();
+        config.chunk = 4096;
+        config.uploads = Some(requests);
+        let stage = staging::spawn(config, mpsc::channel(16).0, &tracker, stop.clone()).unwrap();
+        // The task lives as long as it has a handle.
+        let kept = stop.clone();
+        tracker.spawn(async move {
+            kept.cancelled().await;
+            drop(stage);
+        });
+        let (commands, admin) = mpsc::channel(4);
+        let server = HttpServer::bind((Ipv4Addr::LOCALHOST, 0).into()).await.unwrap();
+        let address = server.address();
+        let token = token.map(|secret| Token::new(secret.as_bytes()).unwrap());
+        server.serve(token, uploads, commands.downgrade(), &tracker, stop.clone());
+        Self { _dir: dir, address, admin, _commands: commands, tracker, stop }
+    }
+
+    /// Sends a request with these extra header lines; gives status, head and body.
+    async fn ask(&self, request: &str, headers: &str, body: &[u8]) -> (u16, String, String) {
+        let length = if headers.contains("Content-Length") {
+            String::new()
+        } else {
+            format!("Content-Length: {}\r\n", body.len())
+        };
+        let head = format!("{request} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{length}{headers}\r\n");
+        let mut stream = TcpStream::connect(self.address).await.unwrap();
+        stream.write_all(head.as_bytes()).await.unwrap();
+        stream.write_all(body).await.unwrap();
+        if headers.contains("Content-Length") {
+            // Cut off in the middle of the body.
+            stream.shutdown().await.unwrap();
+        }
+        let mut answer = Vec::new();
+        timeout(LIMIT, stream.read_to_end(&mut answer)).await.unwrap().unwrap();
+        let answer = String::from_utf8(answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
+        let status = head.split(' ').nth(1).map_or(0, |status| status.parse().unwrap());
+        (status, head.to_ascii_lowercase(), body.to_owned())
+    }
+
+    async fn json(&self, request: &str, headers: &str, body: &[u8]) -> (u16, Value) {
+        let (status, _, body) = self.ask(request, headers, body).await;
+        (status, serde_json::from_str(&body).unwrap_or(Value::Null))
+    }
+
+    async fn create(&self, id: &str, size: usize) -> (u16, Value) {
+        let body = json!({"id": id, "files": [{"name": "a.safetensors", "size": size}]}).to_string();
+        self.json("POST /v1/weights/uploads", "Content-Type: application/json\r\n", body.as_bytes()).await
+    }
+
+    async fn end(self) {
+        self.stop.cancel();
+        self.tracker.close();
+        timeout(LIMIT, self.tracker.wait()).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_is_put_in_ranges_and_goes_on_where_it_was() {
+    let server = Server::start(None).await;
+    let bytes: Vec<u8> = (0..20_000u32).map(|at| (at % 251) as u8).collect();
+    assert_eq!(server.create("t1", bytes.len()).await.0, 200);
+    let file = "/v1/weights/uploads/t1/a.safetensors";
+    let put = format!("PUT {file}");
+    let (status, answer) = server.json(&put, "Content-Range: bytes 0-4999/20000\r\n", &bytes[..5000]).await;
+    assert_eq!((status, &answer["ranges"]), (200, &json!([[0, 5000]])));
+    // The trainer dies in the middle of a piece.
+    let cut = "Content-Range: bytes 5000-9999/20000\r\nContent-Length: 5000\r\n";
+    server.ask(&put, cut, &bytes[5000..7000]).await;
+    let (status, head, body) = server.ask(&format!("HEAD {file}"), "", b"").await;
+    assert_eq!((status, body.as_str()), (200, ""));
+    assert!(head.contains("upload-offset: 7000") && head.contains("upload-length: 20000"), "{head}");
+    // Somebody else's successor does not know, and begins it again.
+    assert_eq!(server.create("t1", bytes.len()).await.1["received"], 7000);
+    let rest = "Content-Range: bytes 7000-19999/*\r\n";
+    let (status, answer) = server.json(&put, rest, &bytes[7000..]).await;
+    assert_eq!((status, &answer["ranges"]), (200, &json!([[0, 20000]])));
+    let (_, status) = server.json("GET /v1/weights/uploads/t1", "", b"").await;
+    assert_eq!(status["complete"], true);
+    let segment = std::fs::read(server._dir.path().join("dp-sidecar-run-a")).unwrap();
+    assert_eq!(&segment[..20_000], bytes);
+    assert_eq!(server.ask("DELETE /v1/weights/uploads/t1", "", b"").await.0, 204);
+    server.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_requests_say_what_was_expected() {
+    let server = Server::start(None).await;
+    let (status, answer) = server.json("GET /v1/weights/uploads/none", "", b"").await;
+    assert_eq!((status, &answer["error"]["message"]), (404, &json!("no upload \"none\"")));
+    assert_eq!(server.create("../x", 10).await.0, 400);
+    server.create("t1", 100).await;
+    let (status, answer) = server.create("t2", 100).await;
+    assert_eq!(status, 409, "{answer}");
+    let put = "PUT /v1/weights/uploads/t1/a.safetensors";
+    for (headers, body, expected) in [
+        ("Content-Range: bytes 0-100/100\r\n", &[1u8; 100][..], "expected \"bytes FROM-TO/100\""),
+        ("Content-Range: bytes 0-9/200\r\n", &[1; 10], "expected \"bytes FROM-TO/100\""),
+        ("Content-Range: bytes 0-9/100\r\n", &[1; 11], "longer than the 10 bytes"),
+        ("Content-Range: bytes 10-29/100\r\n", &[1; 5], "ended at byte 15"),
+    ] {
+        let (status, answer) = server.json(put, headers, body).await;
+        let message = answer["error"]["message"].as_str().unwrap();
+        assert!(status == 400 && message.contains(expected), "{headers}: {answer}");
+    }
+    assert_eq!(server.ask("PUT /v1/weights/uploads/t1/b.safetensors", "", b"").await.0, 404);
+    assert_eq!(server.ask("GET /v2", "", b"").await.0, 404);
+    server.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_gets_in_without_the_token() {
+    let server = Server::start(Some(SECRET)).await;
+    let get = "GET /v1/weights/uploads/t1";
+    assert_eq!(server.ask(get, "", b"").await.0, 401);
+    assert_eq!(server.ask(get, "Authorization: Bearer 0123456789abcdef0124\r\n", b"").await.0, 401);
+    assert_eq!(server.ask(get, "Authorization: Bearer\r\n", b"").await.0, 401);
+    assert_eq!(server.ask(get, &format!("Authorization: Bearer {SECRET}\r\n"), b"").await.0, 404);
+    server.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_update_is_told_as_a_stream_of_events() {
+    let mut server = Server::start(None).await;
+    let mut admin = std::mem::replace(&mut server.admin, mpsc::channel(1).1);
+    let answering = tokio::spawn(async move {
+        for outcome in [Ok(UpdateStatus::Committed), Ok(UpdateStatus::Refused), Err("upload t1 is taken")] {
+            let Some(AdminCommand::Update { request, progress, reply }) = admin.recv().await else {
+                panic!("no update was asked for");
+            };
+            assert_eq!(request.source, UpdateSource::Upload("t1".to_owned()));
+            assert_eq!(request.version.as_deref(), Some("v7"));
+            let step = UpdateProgress {
+                phase: "staging".into(),
+                message: "m".into(),
+                done: 1,
+                total: 2,
+                event: None,
+            };
+            let _ = progress.send(step).await;
+            let report = outcome.map(report).map_err(|text| AdminError::new(ErrorKind::Busy, text));
+            reply.send(report).unwrap();
+        }
+    });
+    let body = json!({"upload": "t1", "version": "v7"}).to_string();
+    let post = "POST /v1/weights/updates";
+    let typed = "Content-Type: application/json\r\n";
+    let (status, head, events) =
+        server.ask(post, &format!("{typed}Accept: text/event-stream\r\n"), body.as_bytes()).await;
+    assert!(status == 200 && head.contains("text/event-stream"), "{head}");
+    let progress = events.find("event: progress").expect("progress");
+    let end = events.find("event: report").expect("report");
+    assert!(progress < end && events.contains("\"status\":\"committed\""), "{events}");
+    let (status, answer) = server.json(post, typed, body.as_bytes()).await;
+    assert_eq!((status, &answer["status"]), (422, &json!("refused")));
+    let (status, answer) = server.json(post, typed, body.as_bytes()).await;
+    assert_eq!((status, &answer["error"]["message"]), (409, &json!("upload t1 is taken")));
+    answering.await.unwrap();
+    let neither = server.json(post, typed, b"{}").await.1;
+    assert_eq!(neither["error"]["message"], "either path or upload is expected");
+    server.end().await;
+}
+
+fn report(status: UpdateStatus) -> UpdateReport {
+    UpdateReport {
+        id: "u1".to_owned(),
+        status,
+        version: "v7".to_owned(),
+        previous: "v6".to_owned(),
+        reason: None,
+        fenced: Vec::new(),
+        total_s: 1.0,
+        paused_s: 0.5,
+        bytes: 100,
+        engines: Default::default(),
+        phases: Default::default(),
+        warnings: Vec::new(),
+    }
+}
+
+#[test]
+fn content_ranges_are_read_strictly() {
+    for (text, expected) in [
+        ("bytes 0-99/100", Some((0, 100))),
+        ("bytes 5-5/*", Some((5, 6))),
+        ("bytes 99-99/100", Some((99, 100))),
+        ("bytes 0-100/100", None),
+        ("bytes 9-8/100", None),
+        ("bytes 0-9/99", None),
+        ("bytes +0-9/100", None),
+        ("bytes 0-18446744073709551615/*", None),
+        ("bytes */100", None),
+        ("items 0-9/100", None),
+        ("", None),
+    ] {
+        assert_eq!(parse_range(text, 100), expected, "{text:?}");
+    }
+}
