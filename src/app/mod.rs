@@ -119,6 +119,7 @@ impl Begun {
                 }
             },
         };
+        let leader = nodes.as_ref().map(|(_, leader, _)| leader.clone());
         let prepared = start::Prepared {
             admin: std::mem::replace(&mut self.admin, mpsc::channel(1).1),
             commands: self.commands.clone(),
@@ -129,10 +130,14 @@ impl Begun {
         };
         let starting =
             start::start(Arc::new(self.config.clone()), &self.state, self.tracker.clone(), prepared);
-        tokio::select! {
+        let started = tokio::select! {
             app = starting => app,
             why = asked(&mut self.outside) => Err(ended_by(why)),
+        };
+        if let (Err(end), Some(leader)) = (&started, leader) {
+            leader.end(end.code, &format!("it cannot start: {}", end.reason)).await;
         }
+        started
     }
 
     /// Waits for the other nodes.

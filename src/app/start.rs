@@ -107,6 +107,7 @@ pub(super) async fn start(
     };
     let mut update_nodes = vec![this_node];
     let gathered = nodes.map(|(own, leader, nodes)| {
+        leader.welcome();
         let mut remotes = Vec::new();
         for (id, node) in (1..).zip(nodes) {
             let (remote, update) =

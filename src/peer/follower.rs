@@ -235,11 +235,14 @@ impl Finder {
             })?;
             match word {
                 Word::Waiting { missing } => {
-                    let missing = missing_text(&missing);
-                    if missing != known {
-                        info!("the leader at {} waits for {missing}", self.leader);
-                        self.tell(&format!("connected; the leader waits for {missing}"), false);
-                        known = missing;
+                    let doing = match missing_text(&missing) {
+                        missing if missing.is_empty() => "starts".to_owned(),
+                        missing => format!("waits for {missing}"),
+                    };
+                    if doing != known {
+                        info!("the leader at {} {doing}", self.leader);
+                        self.tell(&format!("connected; the leader {doing}"), false);
+                        known = doing;
                     }
                 }
                 Word::Welcome { address } => {

@@ -227,7 +227,8 @@ impl Leader {
         self.shared.state.lock().own_address
     }
 
-    /// Waits until all ranks are there, and gives all other nodes, by first rank. To be called once.
+    /// Waits until all ranks are there, and gives all other nodes, by first rank. To be called once, and
+    /// followed by [`Leader::welcome`].
     ///
     /// # Errors
     /// [`GatherError`]; the nodes have been told.
@@ -252,7 +253,6 @@ impl Leader {
             }
             if settled {
                 info!("all ranks are there");
-                self.shared.stage.send_replace(Stage::Settled);
                 return Ok(self.nodes());
             }
             if missing != told {
@@ -268,6 +268,12 @@ impl Leader {
                 }
             }
         }
+    }
+
+    /// Begins the links: this node is ready. Before it, [`Leader::end`] can still tell the others why nothing comes
+    /// of it.
+    pub fn welcome(&self) {
+        self.shared.stage.send_replace(Stage::Settled);
     }
 
     fn nodes(&self) -> Vec<RemoteNode> {
@@ -294,9 +300,13 @@ impl Leader {
 
     /// Like [`Leader::over`], and waits until the nodes that are connected were told, at most a few seconds.
     pub async fn end(&self, code: u8, reason: &str) {
+        // Those that were welcome hear it over their links.
+        if matches!(*self.shared.stage.borrow(), Stage::Settled) {
+            return;
+        }
         self.over(code, reason.to_owned());
         let mut changed = self.shared.changed.subscribe();
-        let told = changed.wait_for(|_| self.shared.state.lock().registry.claims().next().is_none());
+        let told = changed.wait_for(|_| !self.shared.state.lock().registry.claims().any(|claim| claim.alive));
         if timeout(WRITE_LIMIT, told).await.is_err() {
             warn!("not all nodes could be told that the deployment is over");
         }

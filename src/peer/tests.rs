@@ -11,7 +11,7 @@ use tokio_util::task::TaskTracker;
 
 use super::follower::{FindError, Finder, Found, LeaderView};
 use super::introduction::Introduction;
-use super::leader::{GatherError, Leader};
+use super::leader::{GatherError, Leader, RemoteNode};
 use super::token::Token;
 use crate::config::Nodes;
 use crate::exit_code;
@@ -72,6 +72,15 @@ impl Setup {
         }
     }
 
+    /// Gathers, and welcomes at once.
+    async fn gather(leader: &Leader) -> Result<Vec<RemoteNode>, GatherError> {
+        let gathered = leader.gather(LIMIT).await;
+        if gathered.is_ok() {
+            leader.welcome();
+        }
+        gathered
+    }
+
     async fn find(&self, introduction: Introduction) -> Result<Found, FindError> {
         self.finder(introduction).find(LIMIT).await
     }
@@ -97,7 +106,7 @@ async fn nodes_find_their_leader_in_any_start_order() {
     let early = setup.finder(node(4, 2, "dense"));
     let early = tokio::spawn(async move { early.find(LIMIT).await });
     let leader = setup.leader(6).await;
-    let (nodes, late) = tokio::join!(leader.gather(LIMIT), setup.find(node(2, 2, "dense")));
+    let (nodes, late) = tokio::join!(Setup::gather(&leader), setup.find(node(2, 2, "dense")));
     let mut nodes = nodes.unwrap();
     let mut found = [late.unwrap(), early.await.unwrap().unwrap()];
     let starts: Vec<u16> = nodes.iter().map(|node| node.introduction.start_rank).collect();
@@ -118,7 +127,7 @@ async fn a_node_that_differs_ends_the_gathering_on_all_nodes_with_all_values() {
     let setup = Setup::new().await;
     let leader = setup.leader(6).await;
     let (gathered, right, wrong) =
-        tokio::join!(leader.gather(LIMIT), setup.find(node(2, 2, "dense")), setup.find(node(4, 2, "moe")));
+        tokio::join!(Setup::gather(&leader), setup.find(node(2, 2, "dense")), setup.find(node(4, 2, "moe")));
     let expected = "model kind: expected dense, found moe";
     let Err(GatherError::Mismatch(reports)) = gathered else { panic!("{gathered:?}") };
     assert!(reports.len() == 1 && reports[0].contains(expected), "{reports:?}");
@@ -135,7 +144,7 @@ async fn a_node_that_differs_ends_the_gathering_on_all_nodes_with_all_values() {
 async fn a_node_that_comes_again_gets_its_place_and_a_stranger_does_not() {
     let setup = Setup::new().await;
     let leader = setup.leader(4).await;
-    let (nodes, first) = tokio::join!(leader.gather(LIMIT), setup.find(node(2, 2, "dense")));
+    let (nodes, first) = tokio::join!(Setup::gather(&leader), setup.find(node(2, 2, "dense")));
     let mut nodes = nodes.unwrap();
     let held = nodes[0].connections.recv().await.unwrap();
     let other = Introduction { run_id: "another".into(), ..node(2, 2, "dense") };
@@ -172,6 +181,21 @@ async fn a_node_that_goes_while_others_gather_is_missing_again() {
 }
 
 #[tokio::test]
+async fn a_leader_that_cannot_start_tells_those_that_have_come() {
+    let setup = Setup::new().await;
+    let leader = setup.leader(4).await;
+    let trouble = async {
+        leader.gather(LIMIT).await.unwrap();
+        leader.end(exit_code::IN_USE, "a port is taken").await;
+    };
+    let (found, ()) = tokio::join!(setup.find(node(2, 2, "dense")), trouble);
+    let error = found.unwrap_err();
+    assert_eq!(error.exit_code(), exit_code::IN_USE);
+    assert!(error.to_string().contains("a port is taken"), "{error}");
+    setup.end().await;
+}
+
+#[tokio::test]
 async fn strangers_do_not_disturb_the_gathering() {
     let setup = Setup::new().await;
     let leader = setup.leader(4).await;
@@ -192,7 +216,7 @@ async fn strangers_do_not_disturb_the_gathering() {
     let refused = wrong.find(LIMIT).await.unwrap_err();
     assert_eq!(refused.exit_code(), exit_code::MISMATCH);
     assert!(refused.to_string().contains("--auth-token-file"), "{refused}");
-    let (nodes, found) = tokio::join!(leader.gather(LIMIT), setup.find(node(2, 2, "dense")));
+    let (nodes, found) = tokio::join!(Setup::gather(&leader), setup.find(node(2, 2, "dense")));
     assert_eq!(nodes.unwrap().len(), 1);
     found.unwrap();
     drop(idle);
