@@ -279,6 +279,50 @@ fn a_leader_killed_and_started_again_costs_no_engine_and_no_request() {
 }
 
 #[test]
+fn both_sidecars_killed_at_once_cost_no_engine() {
+    for moe in [false, true] {
+        let pair = Pair::new(moe);
+        let mut frontend = frontend(4, |options| options.moe = moe);
+        let mut leader = pair.node(0).args(&["--orphan-grace", "30s"]).frontend(&frontend).start();
+        let mut follower = pair.node(2).args(&["--orphan-grace", "30s"]).start();
+        frontend.startup(SOON).unwrap();
+        let before = pids(&leader.await_admitted());
+        leader.await_attached(frontend.host_port());
+        for sidecar in [&mut leader, &mut follower] {
+            sidecar.signal(Signal::SIGKILL);
+            sidecar.await_end();
+        }
+        for sidecar in [&mut follower, &mut leader] {
+            sidecar.start_again();
+        }
+        assert_eq!(pids(&leader.await_admitted()), before, "no engine was started again");
+        leader.await_attached(frontend.host_port());
+        all_ranks_serve(&mut frontend, "after", &pair.model);
+        leader.stop();
+        follower.await_end();
+        leader.await_nothing_left();
+        follower.await_nothing_left();
+    }
+}
+
+#[test]
+fn a_lockstep_group_waits_for_a_follower_that_was_stopped() {
+    let pair = Pair::new(true);
+    let mut frontend = frontend(4, |options| options.moe = true);
+    let (mut leader, mut follower) = pair.up(&mut frontend);
+    assert!(exited_with(follower.stop(), 0), "{}", follower.log());
+    follower.await_nothing_left();
+    leader
+        .await_status("the group is down", |status| !states(status).iter().any(|state| state == "admitted"));
+    follower.start_again();
+    leader.await_admitted();
+    leader.stop();
+    follower.await_end();
+    leader.await_nothing_left();
+    follower.await_nothing_left();
+}
+
+#[test]
 fn sigterm_while_nodes_are_missing_ends_all_that_wait() {
     let pair = Pair::new(false);
     let mut leader = Setup::spawning(6, &pair.model).node(0, 2, &pair.leader, &pair.token).start();
