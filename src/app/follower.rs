@@ -262,7 +262,7 @@ struct Follower {
 
 impl Follower {
     async fn run(
-        self,
+        mut self,
         mut admin: mpsc::Receiver<AdminCommand>,
         mut outside: watch::Receiver<crate::shutdown::Asked>,
         mut serving: JoinHandle<ServeEnd>,
@@ -286,6 +286,7 @@ impl Follower {
                     Ok(ServeEnd::Stopped) => (internal("the link ended without being told to"), false),
                     Err(error) => (internal(&format!("link task: {error}")), false),
                 },
+                Some(error) = self.local.relay.failed.recv() => break (internal(&error.to_string()), false),
                 ended = &mut linking => break match ended {
                     Ok(Some(error)) => (away(&error), false),
                     Ok(None) => (internal("nobody takes connections to the leader"), false),

@@ -105,8 +105,13 @@ pub(super) async fn start(
         tracker: tracker.clone(),
         stop: stop.clone(),
     };
-    let relay_sinks =
-        HostSinks { ranks: sinks.ranks, held: sinks.held, wakes: sinks.wakes, edge: sinks.edge };
+    let relay_sinks = HostSinks {
+        ranks: sinks.ranks,
+        held: sinks.held,
+        wakes: sinks.wakes,
+        edge: sinks.edge,
+        routes: sinks.routes,
+    };
     let relay =
         host::start(options, relay_events, relay_sinks).await.map_err(|error| internal("start", &error))?;
     pass_states(relay.states, sinks.states, tracker);

@@ -77,6 +77,7 @@ pub(super) async fn start(
     let (wakes, woken) = mpsc::channel(QUEUE);
     // Each node has its own queues for what concerns it as a whole.
     let (stage, stage_events) = mpsc::channel(QUEUE);
+    let (routes, _) = mpsc::channel(1);
     let (states, _) = mpsc::channel(1);
     let sinks = NodeSinks {
         ranks: rank_sender,
@@ -86,6 +87,7 @@ pub(super) async fn start(
         handshake: handshake_sender,
         processes: of_node(THIS_NODE, node_events.clone(), &tracker),
         stage,
+        routes,
         states,
     };
     let local = local::start(&config, state, keeper, sinks.clone(), &tracker, &stop).await?;

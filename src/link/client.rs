@@ -25,7 +25,7 @@ use super::codec::LinkStream;
 use super::wire::NodeState;
 use crate::driver::handles::{
     EdgeEvent, EdgeHandle, HandleError, HandshakeEvent, HandshakeHandle, HeldCall, ProcessEvent,
-    ProcessHandle, RankEvent, RankHandle, RankSnapshot, Reply, StageEvent, StageHandle, ask,
+    ProcessHandle, RankEvent, RankHandle, RankSnapshot, Reply, RouteLost, StageEvent, StageHandle, ask,
 };
 
 /// Commands waiting in each handle's queue.
@@ -85,6 +85,8 @@ pub struct NodeSinks {
     pub processes: mpsc::Sender<ProcessEvent>,
     /// Of the staging area.
     pub stage: mpsc::Sender<StageEvent>,
+    /// Losses of routes that nobody on this side has opened or adopted: somebody behind another link may have.
+    pub routes: mpsc::Sender<RouteLost>,
     /// Everything the other side knows, after each connection.
     pub states: mpsc::Sender<NodeState>,
 }

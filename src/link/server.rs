@@ -28,7 +28,7 @@ use super::wire::NodeState;
 use crate::driver::edge::EdgeState;
 use crate::driver::handles::{
     EdgeEvent, EdgeHandle, HandshakeEvent, HandshakeHandle, HeldCall, Listen, ProcessEvent, ProcessHandle,
-    RankEvent, RankHandle, StageEvent, StageHandle,
+    RankEvent, RankHandle, RouteLost, StageEvent, StageHandle,
 };
 
 /// How long control calls wait for somebody to connect.
@@ -72,6 +72,8 @@ pub struct Sources {
     pub processes: mpsc::Receiver<ProcessEvent>,
     /// Of the staging area.
     pub stage: mpsc::Receiver<StageEvent>,
+    /// Losses of routes that were opened over a link that is passed on, before this process was there.
+    pub routes: mpsc::Receiver<RouteLost>,
     /// Of a link that is passed on.
     pub states: mpsc::Receiver<NodeState>,
 }
@@ -86,8 +88,9 @@ pub fn channels() -> (NodeSinks, Sources) {
     let (handshake, handshake_out) = mpsc::channel(EVENTS);
     let (processes, processes_out) = mpsc::channel(EVENTS);
     let (stage, stage_out) = mpsc::channel(EVENTS);
+    let (routes, routes_out) = mpsc::channel(EVENTS);
     let (states, states_out) = mpsc::channel(EVENTS);
-    let sinks = NodeSinks { ranks, held, wakes, edge, handshake, processes, stage, states };
+    let sinks = NodeSinks { ranks, held, wakes, edge, handshake, processes, stage, routes, states };
     let sources = Sources {
         ranks: ranks_out,
         held: held_out,
@@ -96,6 +99,7 @@ pub fn channels() -> (NodeSinks, Sources) {
         handshake: handshake_out,
         processes: processes_out,
         stage: stage_out,
+        routes: routes_out,
         states: states_out,
     };
     (sinks, sources)

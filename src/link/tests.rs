@@ -442,6 +442,16 @@ async fn a_restarted_asker_finds_everything_in_the_state() {
 }
 
 #[tokio::test]
+async fn the_loss_of_a_route_that_nobody_here_opened_is_passed_on() {
+    let mut bed = Bed::new();
+    bed.connect().await;
+    let loss = RouteLost { frontend: FrontendId(5), rank: RANK, api_server: 1, reason: "closed".to_owned() };
+    bed.below.routes.send(loss).await.unwrap();
+    let told = tokio::time::timeout(LIMIT, bed.above.routes.recv()).await.unwrap().unwrap();
+    assert_eq!((told.frontend, told.api_server), (FrontendId(5), 1));
+}
+
+#[tokio::test]
 async fn the_death_of_the_other_process_loses_its_engines_and_routes_and_keeps_preparations() {
     let mut bed = Bed::new();
     bed.connect().await;

@@ -15,7 +15,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
 use super::{CHILD, Purpose, socket};
-use crate::driver::handles::{EdgeEvent, GroupKind, HeldCall, RankEvent};
+use crate::driver::handles::{EdgeEvent, GroupKind, HeldCall, RankEvent, RouteLost};
 use crate::link::LinkStream;
 use crate::link::client::{self, ClientOptions, Link, LinkStatus, NodeHandles, NodeSinks, Tempo};
 use crate::link::wire::NodeState;
@@ -71,6 +71,8 @@ pub struct HostSinks {
     pub wakes: mpsc::Sender<EngineIndex>,
     /// Events of the engine-facing sockets of the DP coordinator.
     pub edge: mpsc::Sender<EdgeEvent>,
+    /// Losses of routes that an earlier sidecar has opened, and nobody has adopted.
+    pub routes: mpsc::Sender<RouteLost>,
 }
 
 /// There is no relay process, and none can be started.
@@ -112,8 +114,8 @@ pub async fn start(
     let (handshake, _) = mpsc::channel(1);
     let (processes, _) = mpsc::channel(1);
     let (stage, _) = mpsc::channel(1);
-    let HostSinks { ranks, held, wakes, edge } = sinks;
-    let sinks = NodeSinks { ranks, held, wakes, edge, handshake, processes, stage, states: told };
+    let HostSinks { ranks, held, wakes, edge, routes } = sinks;
+    let sinks = NodeSinks { ranks, held, wakes, edge, handshake, processes, stage, routes, states: told };
     let client_options = ClientOptions {
         name: "the relay process".to_owned(),
         ranks: options.purpose.ranks.clone().map(EngineIndex).collect(),

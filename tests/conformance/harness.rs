@@ -409,9 +409,10 @@ impl Sidecar {
         })
     }
 
-    /// All it has logged.
+    /// All that it and its relay process have logged.
     pub(crate) fn log(&self) -> String {
-        strip_colours(&std::fs::read_to_string(&self.log).unwrap_or_default())
+        let read = |path: &Path| strip_colours(&std::fs::read_to_string(path).unwrap_or_default());
+        read(&self.state.join("logs/relay.log")) + &read(&self.log)
     }
 
     fn log_tail(&self) -> String {

@@ -8,7 +8,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::harness::{
-    Model, SOON, Setup, Sidecar, complete_all, directory, frontend, frontend_state, model, states,
+    Model, SOON, Setup, Sidecar, complete_all, directory, engine, frontend, frontend_state, model, states,
 };
 
 /// Pids of the engines' processes.
@@ -136,4 +136,28 @@ fn a_relay_process_that_dies_while_no_sidecar_is_there_is_replaced_by_the_next_o
     assert_ne!(relay_pid(&after), i64::from(relay));
     sidecar.stop();
     sidecar.await_nothing_left();
+}
+
+#[test]
+fn a_killed_sidecar_costs_no_engine_that_somebody_else_has_started() {
+    let mut frontend = frontend(2, |_| {});
+    let mut sidecar = Setup::waiting(2, false).frontend(&frontend).start();
+    let engines: Vec<_> = (0..2).map(|rank| engine(&sidecar, rank, |_| {})).collect();
+    frontend.startup(SOON).unwrap();
+    sidecar.await_attached(frontend.host_port());
+    for at in 0..4 {
+        frontend.server().add(&NewRequest::new(format!("long-{at}"), 400)).unwrap();
+    }
+    await_tokens(&mut frontend, 1);
+    kill_9(&mut sidecar);
+    await_tokens(&mut frontend, 20);
+    sidecar.start_again();
+    sidecar.await_admitted();
+    sidecar.await_attached(frontend.host_port());
+    for at in 0..4 {
+        let done = frontend.server().await_request(&format!("long-{at}"), SOON).unwrap();
+        assert_eq!((done.tokens.len(), done.finish), (400, Some(1)));
+    }
+    assert_eq!(complete_all(&mut frontend, "after", 4, 5).len(), 4);
+    assert!(engines.iter().all(|engine| engine.reporter().count("hello") == 1), "no engine said HELLO again");
 }

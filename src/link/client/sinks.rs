@@ -7,7 +7,9 @@ use tokio::sync::mpsc::error::TrySendError;
 use tokio_util::task::TaskTracker;
 
 use super::NodeSinks;
-use crate::driver::handles::{EdgeEvent, HandshakeEvent, HeldCall, ProcessEvent, RankEvent, StageEvent};
+use crate::driver::handles::{
+    EdgeEvent, HandshakeEvent, HeldCall, ProcessEvent, RankEvent, RouteLost, StageEvent,
+};
 use crate::link::wire::NodeState;
 
 /// Events waiting for one reader.
@@ -22,6 +24,7 @@ pub(super) struct Sinks {
     handshake: mpsc::Sender<HandshakeEvent>,
     processes: mpsc::Sender<ProcessEvent>,
     stage: mpsc::Sender<StageEvent>,
+    routes: mpsc::Sender<RouteLost>,
     states: mpsc::Sender<NodeState>,
 }
 
@@ -40,6 +43,7 @@ impl Sinks {
             handshake: queue(sinks.handshake, tracker),
             processes: queue(sinks.processes, tracker),
             stage: queue(sinks.stage, tracker),
+            routes: queue(sinks.routes, tracker),
             states: queue(sinks.states, tracker),
         }
     }
@@ -75,6 +79,10 @@ impl Sinks {
             Err(_) if progress => Ok(()),
             sent => sent,
         }
+    }
+
+    pub(super) fn route_lost(&self, loss: RouteLost) -> Result<(), Full> {
+        send(&self.routes, loss, "losses of routes")
     }
 
     pub(super) fn state(&self, state: NodeState) -> Result<(), Full> {

@@ -534,8 +534,9 @@ impl Task {
             }
             Event::RouteLost(loss) => {
                 let key = (loss.rank, loss.frontend, loss.api_server);
-                if let Some(route) = self.routes.remove(&key) {
-                    self.report_loss(key, route, &loss.reason);
+                match self.routes.remove(&key) {
+                    Some(route) => self.report_loss(key, route, &loss.reason),
+                    None => return self.sinks.route_lost(loss),
                 }
                 Ok(())
             }

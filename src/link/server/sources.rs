@@ -40,6 +40,7 @@ pub(super) fn merge(sources: Sources, losses: mpsc::Receiver<RouteLost>, ranks: 
     all.push(events(sources.processes, Happened::Process));
     all.push(events(sources.stage, Happened::Stage));
     all.push(events(sources.states, Happened::State));
+    all.push(events(sources.routes, Happened::RouteLost));
     all.push(events(losses, Happened::RouteLost));
     for handle in ranks {
         let changes = stream::unfold(handle.snapshot.clone(), {
