@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -247,12 +248,11 @@ def run(cluster, programs, checkpoints, engines: int, rounds: int, say) -> dict:
             deployment.update(seed, "--id", f"round-{number}", path=path)
             done = record(deployment)
             ranks = done["record"]["ranks"].values()
-            received = [node["received"] for node in staged(done)[1:]]
             rows.append(
                 {
                     "stage_s": done["record"]["phases"]["staging"] / 1000,
                     "bare_s": bare,
-                    "bytes_per_node": max(received) / size,
+                    "bytes_per_node": received(deployment) / size,
                     "paused_ms": done["record"]["paused_ms"],
                     "apply_ms": max(rank["load_ms"] for rank in ranks),
                     "memcpy_s": copied,
@@ -263,7 +263,7 @@ def run(cluster, programs, checkpoints, engines: int, rounds: int, say) -> dict:
         if seed != 2:
             deployment.update(2, path=alone(deployment, 2))
         deployment.update(3, path=alone(deployment, 3))
-        unchanged = max(node["received"] for node in staged(record(deployment))[1:]) / size
+        unchanged = received(deployment) / size
         peak = memory.end()
         deployment.stop()
     finally:
@@ -301,11 +301,16 @@ def alone(deployment: Deployment, seed: int) -> str:
     return str(target)
 
 
-def staged(done: dict) -> list[dict]:
-    """Progress of staging at its end, by node; the leader first."""
-    return [
-        progress for _, progress in sorted(done["staging"].items(), key=lambda item: int(item[0]))
-    ]
+def received(deployment: Deployment) -> int:
+    """Bytes of the last update that came over the network, to the follower that got most."""
+    most = 0
+    for sidecar in deployment.sidecars[1:]:
+        said = [
+            line for line in sidecar.log.read_text().splitlines() if "weights are staged" in line
+        ]
+        found = re.search(r"received: (\d+)", said[-1])
+        most = max(most, int(found[1]))
+    return most
 
 
 def missed(figures: dict) -> list[str]:
