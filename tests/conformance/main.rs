@@ -16,3 +16,4 @@ mod processes;
 mod restart;
 mod restarts;
 mod update;
+mod uploads;

@@ -1,0 +1,106 @@
+//! Weights that a trainer pushes over HTTP, on fake engines that really read them.
+
+use std::fmt::Write as _;
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::harness::{SOON, Setup, complete_all, directory, free_port, frontend, model, until};
+
+/// One request on a connection of its own; the answer's status and body.
+fn ask(port: u16, request: &str, headers: &str, body: &[u8]) -> (u16, String) {
+    let mut head = format!("{request} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{headers}");
+    if !headers.contains("Content-Length") {
+        write!(head, "Content-Length: {}\r\n", body.len()).unwrap();
+    }
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    stream.write_all(format!("{head}\r\n").as_bytes()).unwrap();
+    stream.write_all(body).unwrap();
+    if headers.contains("Content-Length") {
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+    }
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
+    (head.split(' ').nth(1).map_or(0, |status| status.parse().unwrap()), body.to_owned())
+}
+
+fn post(port: u16, path: &str, body: &Value) -> (u16, Value) {
+    let headers = "Content-Type: application/json\r\n";
+    let (status, answer) = ask(port, &format!("POST {path}"), headers, body.to_string().as_bytes());
+    (status, serde_json::from_str(&answer).unwrap_or(Value::Null))
+}
+
+/// Names and contents of the files that count.
+fn files(path: &Path) -> Vec<(String, Vec<u8>)> {
+    let entries = std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap());
+    let names = entries.map(|entry| entry.file_name().into_string().unwrap());
+    names
+        .filter(|name| name.ends_with(".safetensors"))
+        .map(|name| {
+            let bytes = std::fs::read(path.join(&name)).unwrap();
+            (name, bytes)
+        })
+        .collect()
+}
+
+#[test]
+fn a_trainer_that_dies_in_the_middle_of_an_upload_can_go_on_and_the_update_commits() {
+    let directory = directory();
+    let old = model(directory.path(), "old", 1, false);
+    let new = model(directory.path(), "new", 2, false);
+    let mut frontend = frontend(2, |options| options.moe = false);
+    let port = free_port();
+    let http = format!("127.0.0.1:{port}");
+    let sidecar = Setup::spawning(2, &old).args(&["--http", &http]).frontend(&frontend).start();
+    frontend.startup(SOON).unwrap();
+    sidecar.await_admitted();
+
+    let files = files(&new.path);
+    let sizes: Vec<Value> =
+        files.iter().map(|(name, bytes)| json!({"name": name, "size": bytes.len()})).collect();
+    let (status, answer) = post(port, "/v1/weights/uploads", &json!({"id": "t1", "files": sizes}));
+    assert_eq!(status, 200, "{answer}");
+    // The first trainer dies in the middle of the last file.
+    let (last, rest) = files.split_last().unwrap();
+    for (name, bytes) in rest {
+        assert_eq!(ask(port, &format!("PUT /v1/weights/uploads/t1/{name}"), "", bytes).0, 200);
+    }
+    let (name, bytes) = last;
+    let half = bytes.len() / 2;
+    let put = format!("PUT /v1/weights/uploads/t1/{name}");
+    ask(port, &put, &format!("Content-Length: {}\r\n", bytes.len()), &bytes[..half]);
+    // The update is begun while bytes are missing.
+    let updating = std::thread::spawn(move || {
+        let headers = "Content-Type: application/json\r\nAccept: text/event-stream\r\n";
+        let body = json!({"upload": "t1", "version": "v2"}).to_string();
+        ask(port, "POST /v1/weights/updates", headers, body.as_bytes())
+    });
+    until("the update to be staging", SOON, || sidecar.log().contains("staging begins").then_some(()));
+    let (_, there) = ask(port, "GET /v1/weights/uploads/t1", "", b"");
+    let there: Value = serde_json::from_str(&there).unwrap();
+    assert_eq!(there["complete"], false, "{there}");
+    let range = format!("Content-Range: bytes {half}-{}/*\r\n", bytes.len() - 1);
+    let (status, answer) = ask(port, &put, &range, &bytes[half..]);
+    assert_eq!(status, 200, "{answer}");
+    let (status, events) = updating.join().unwrap();
+    assert_eq!(status, 200, "{events}");
+    assert!(events.contains("event: progress") && events.contains("\"status\":\"committed\""), "{events}");
+    for done in complete_all(&mut frontend, "after", 6, 4) {
+        assert_eq!(done.tokens, new.tokens(4), "rank {}", done.rank);
+    }
+    assert_eq!(sidecar.await_admitted()["weights"]["version"], "v2");
+}
+
+#[test]
+fn http_beyond_loopback_needs_the_token() {
+    let directory = directory();
+    let old = model(directory.path(), "old", 1, false);
+    let mut sidecar = Setup::spawning(1, &old).args(&["--http", "0.0.0.0:0"]).start();
+    assert_eq!(sidecar.await_end().code(), Some(2));
+    let said = sidecar.log();
+    assert!(said.contains("without --auth-token-file a loopback address is expected"), "{said}");
+}
