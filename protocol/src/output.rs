@@ -80,6 +80,19 @@ impl<'a> EngineOutput<'a> {
     }
 }
 
+/// Whether a report to the DP coordinator is one of load. Engines report load and wave edges in messages of their own
+/// (`vllm/v1/engine/core.py` 0.32.0, `_maybe_publish_request_counts` and `run_busy_loop`), so whoever waits for wave
+/// edges need not read the many counters of the others.
+pub fn reports_load(frame: &[u8]) -> bool {
+    let mut scanner = Scanner::new(frame);
+    let mut stats = || {
+        let fields = scanner.array()?;
+        scanner.skip_many(fields.min(2))?;
+        Ok::<_, ScanError>(fields > 2 && !scanner.nil()?)
+    };
+    stats().unwrap_or(false)
+}
+
 /// An `EngineCoreOutputs` in place: found, not decoded.
 #[derive(Clone, Debug, Default)]
 pub struct OutputsView<'a> {
@@ -423,4 +436,22 @@ pub fn wave_complete_message(
 /// Tells the coordinator that a wave must start.
 pub fn start_wave_message(layout: &Layout, engine_index: EngineIndex, wave: Wave, timestamp: f64) -> Bytes {
     NewOutputs { engine_index, start_wave: Some(wave), timestamp, ..NewOutputs::default() }.encode(layout)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::Layout;
+    use crate::stats::SchedulerStats;
+
+    #[test]
+    fn reports_of_load_are_told_from_wave_edges_without_reading_them() {
+        let (layout, rank) = (Layout::newest(), EngineIndex(300));
+        assert!(reports_load(&stats_message(&layout, rank, SchedulerStats::default().encode(), 1.0)));
+        assert!(!reports_load(&wave_complete_message(&layout, rank, Wave(7), 1.0)));
+        assert!(!reports_load(&start_wave_message(&layout, rank, Wave(7), 1.0)));
+        for damaged in [&b""[..], b"\x93", b"\x92\x00\x90", b"\xc0"] {
+            assert!(!reports_load(damaged), "{damaged:?}");
+        }
+    }
 }

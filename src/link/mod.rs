@@ -15,9 +15,11 @@ pub mod wire;
 
 pub use codec::{LinkError, LinkStream};
 
-use dp_sidecar_protocol::output::OutputsView;
+use dp_sidecar_protocol::output::{OutputsView, reports_load};
 
 /// Whether a report of an engine ends or begins a wave: what a sidecar must not miss.
 fn is_wave_edge(frame: &[u8]) -> bool {
-    OutputsView::parse(frame).is_ok_and(|view| view.wave_complete.is_some() || view.start_wave.is_some())
+    !reports_load(frame)
+        && OutputsView::parse(frame)
+            .is_ok_and(|view| view.wave_complete.is_some() || view.start_wave.is_some())
 }

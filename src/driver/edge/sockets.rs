@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use dp_sidecar_protocol::frames::SUBSCRIBE_ALL;
-use dp_sidecar_protocol::output::OutputsView;
+use dp_sidecar_protocol::output::{OutputsView, reports_load};
 use dp_sidecar_protocol::{EngineIndex, Frames, Incarnation, Wave};
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, watch};
@@ -129,6 +129,9 @@ impl Reader {
 
     /// Notes what the report says about waves.
     fn report(&self, frame: bytes::Bytes) -> Told {
+        if reports_load(&frame) {
+            return Told::Load(frame);
+        }
         // What cannot be read is for the DP coordinator to complain about.
         let Ok(view) = OutputsView::parse(&frame) else { return Told::Load(frame) };
         let (wave, running) = match (view.wave_complete, view.start_wave) {
