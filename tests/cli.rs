@@ -501,6 +501,7 @@ async fn an_update_shows_its_steps_and_ends_with_the_code_of_its_outcome() {
                     request,
                     UpdateRequest {
                         path: "/models/new".to_owned(),
+                        adapters: Vec::new(),
                         source: UpdateSource::Leader,
                         retain: Retain::None,
                         version: Some("v2".to_owned()),

@@ -10,7 +10,7 @@ use dp_sidecar_protocol::machine::weight_update::{Phase, RankState};
 use serde::{Deserialize, Serialize};
 
 use crate::driver::handles::{CoordinatorSnapshot, FrontendSnapshot, GroupKind, Retain};
-use crate::driver::weight_update::{UpdateEvent, UpdateSource};
+use crate::driver::weight_update::{AdapterChange, UpdateEvent, UpdateSource};
 use crate::gpu::GpuReport;
 
 /// Version of this protocol. The server refuses a request of another version.
@@ -111,6 +111,9 @@ pub enum Command {
 pub struct UpdateRequest {
     /// Checkpoint directory, absolute; empty for an upload.
     pub path: String,
+    /// LoRA adapters to add, replace or remove.
+    #[serde(default)]
+    pub adapters: Vec<AdapterChange>,
     /// Where it is read.
     #[serde(default)]
     pub source: UpdateSource,

@@ -35,6 +35,7 @@ pub(super) async fn run(
         pause_deadline: deadline.unwrap_or(config.pause_deadline),
         allow_no_rollback: request.allow_no_rollback,
         source: request.source,
+        adapters: request.adapters,
         retain: request.retain,
         ..weight_update::UpdateRequest::new(request.path)
     };

@@ -15,7 +15,7 @@ use crate::admin::types::{
     Command, ErrorKind, PauseMode, Response, UpdateReport, UpdateRequest, UpdateStatus,
 };
 use crate::driver::handles::Retain;
-use crate::driver::weight_update::{UpdateSource, state_words};
+use crate::driver::weight_update::{AdapterChange, UpdateSource, state_words};
 use crate::exit_code;
 use crate::supervisor::keeper::wire::millis;
 
@@ -28,7 +28,7 @@ const SEARCHED: usize = 1000;
 #[derive(Debug, Args)]
 pub struct UpdateArgs {
     /// Directory of the new checkpoint (safetensors).
-    #[arg(long, value_name = "DIR", required_unless_present_any = ["source", "abort", "follow", "history"])]
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["source", "lora", "remove_lora", "abort", "follow", "history"])]
     pub path: Option<PathBuf>,
     /// Where it is read: `shared` (each node reads the directory itself), `leader` (the leader reads it and passes it
     /// on), `auto` (shared if all nodes see the same files there), or `upload:ID`, what a trainer has uploaded.
@@ -37,6 +37,12 @@ pub struct UpdateArgs {
     /// Where the version that is replaced is kept, for the way back.
     #[arg(long, value_enum, default_value_t)]
     pub retain: Retain,
+    /// Add or replace a LoRA adapter: a directory that every node can read. May be given several times.
+    #[arg(long, value_parser = parse_lora, value_name = "NAME=DIR")]
+    pub lora: Vec<AdapterChange>,
+    /// Remove a LoRA adapter. May be given several times.
+    #[arg(long, value_name = "NAME")]
+    pub remove_lora: Vec<String>,
     /// Version to stamp on the responses; made from the directory's name and the id if absent.
     #[arg(long, value_name = "V")]
     pub version: Option<String>,
@@ -87,6 +93,16 @@ fn parse_source(text: &str) -> Result<UpdateSource, String> {
     }
 }
 
+fn parse_lora(text: &str) -> Result<AdapterChange, String> {
+    match text.split_once('=') {
+        Some((name, dir)) if !name.is_empty() && !dir.is_empty() => {
+            let path = std::path::absolute(dir).map_err(|error| format!("{dir}: {error}"))?;
+            Ok(AdapterChange { name: name.to_owned(), path: Some(path) })
+        }
+        _ => Err("expected NAME=DIR".to_owned()),
+    }
+}
+
 /// `sidecar update`.
 pub fn update(args: &UpdateArgs) -> u8 {
     let command = match command(args) {
@@ -131,13 +147,15 @@ fn command(args: &UpdateArgs) -> Result<Command, String> {
     let path = match &args.path {
         Some(path) if is_upload => return Err(format!("--path {}: the source is an upload", path.display())),
         Some(path) => std::path::absolute(path).map_err(|e| format!("--path {}: {e}", path.display()))?,
-        None if is_upload => PathBuf::new(),
+        None if is_upload || !(args.lora.is_empty() && args.remove_lora.is_empty()) => PathBuf::new(),
         None => return Err("--path DIR is missing".to_owned()),
     };
     let path = path.to_str().ok_or_else(|| format!("--path {}: not UTF-8", path.display()))?;
+    let removed = args.remove_lora.iter().map(|name| AdapterChange { name: name.clone(), path: None });
     Ok(Command::Update(UpdateRequest {
         path: path.to_owned(),
         source: args.source.clone(),
+        adapters: args.lora.iter().cloned().chain(removed).collect(),
         retain: args.retain,
         version: args.version.clone(),
         mode: args.mode,

@@ -1,6 +1,6 @@
 //! Rank tasks for tests: a queue and a scripted engine behind it, no sockets.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -45,6 +45,11 @@ pub(crate) struct Engine {
     pub(crate) wait_needs_abort: bool,
     /// Answers of `reset_prefix_cache`; true after the last.
     pub(crate) resets: VecDeque<bool>,
+    /// LoRA adapters by name, and what a name was before an update.
+    pub(crate) adapters: BTreeMap<String, String>,
+    undo: BTreeMap<(String, String), Option<String>>,
+    /// The next change of an adapter fails.
+    pub(crate) lora_fails: bool,
     /// A resume is not answered, and has no effect.
     pub(crate) no_resume: bool,
     /// `set_weight_version` is not known.
@@ -82,6 +87,9 @@ impl FakeRank {
             loads: VecDeque::new(),
             wait_needs_abort: false,
             resets: VecDeque::new(),
+            adapters: BTreeMap::new(),
+            undo: BTreeMap::new(),
+            lora_fails: false,
             no_resume: false,
             no_version_stamp: false,
         }));
@@ -129,6 +137,8 @@ impl FakeRank {
             engine.weights = engine.model_path.clone();
             engine.version = "default".to_owned();
             engine.paused = false;
+            engine.adapters.clear();
+            engine.undo.clear();
         }
         self.snapshot.send_modify(|state| {
             state.incarnation.0 += 1;
@@ -237,6 +247,7 @@ fn call(
         }
         "collective_rpc" => match args[0].as_str().unwrap_or_default() {
             "dp_sidecar_info" => info(engine),
+            "dp_sidecar_lora" => lora(engine, &args[3]["request"]),
             "dp_sidecar_load" => match load(engine, &args[3]["request"]) {
                 Some(answer) => answer,
                 None => {
@@ -271,6 +282,7 @@ fn info(engine: &Engine) -> Result<Value, HandleError> {
         ("is_moe", Value::Boolean(false)),
         ("rank", Value::from(0)),
         ("world_size", Value::from(1)),
+        ("max_lora_rank", Value::from(16)),
     ])]))
 }
 
@@ -315,4 +327,43 @@ fn load(engine: &mut Engine, request: &Value) -> Option<Result<Value, HandleErro
         ("error", error),
         ("error_kind", kind),
     ])])))
+}
+
+fn lora(engine: &mut Engine, request: &Value) -> Result<Value, HandleError> {
+    let text = |key: &str| request[key].as_str().unwrap_or_default().to_owned();
+    let (op, name, id) = (text("op"), text("name"), text("update_id"));
+    engine.log.push(format!("lora {op} {name}"));
+    let fails = op == "replace" && std::mem::take(&mut engine.lora_fails);
+    if !fails {
+        let before = engine.adapters.get(&name).cloned();
+        match op.as_str() {
+            "replace" => {
+                engine.undo.insert((id, name.clone()), before);
+                engine.adapters.insert(name, text("path"));
+            }
+            "remove" => {
+                engine.undo.insert((id, name.clone()), before);
+                engine.adapters.remove(&name);
+            }
+            "undo" => match engine.undo.remove(&(id, name.clone())) {
+                Some(Some(path)) => {
+                    engine.adapters.insert(name, path);
+                }
+                Some(None) => {
+                    engine.adapters.remove(&name);
+                }
+                None => {}
+            },
+            _ => {}
+        }
+    }
+    let adapters = engine.adapters.keys().map(|name| map(vec![("name", Value::from(name.as_str()))]));
+    Ok(Value::Array(vec![map(vec![
+        ("ok", Value::Boolean(!fails)),
+        ("state", Value::from(if fails { "unchanged" } else { "applied" })),
+        ("tensors", request["tensors"].clone()),
+        ("bytes", request["bytes"].clone()),
+        ("error", if fails { Value::from("injected") } else { Value::Nil }),
+        ("adapters", Value::Array(adapters.collect())),
+    ])]))
 }

@@ -3,6 +3,7 @@
 //! rules.
 
 mod actions;
+mod adapters;
 mod adopt;
 mod begin;
 mod handle;
@@ -39,6 +40,7 @@ use tracing::{error, info, warn};
 use super::control::{ControlError, ControlGuard, ControlHandle};
 use super::engine_calls;
 use super::handles::{GroupKind, HandleError, RankCommand, RankHandle, Retain, StageProgress};
+use adapters::Changes;
 use handle::{Command, Follower, RestoreReply};
 pub use handle::{UpdateHandle, UpdateRun};
 use jobs::RestoreJob;
@@ -48,8 +50,8 @@ use shim::EngineInfo;
 use stages::Stages;
 use staging::{Cancel, Checked, Job, Known};
 pub use types::{
-    FenceRequest, UpdateConfig, UpdateError, UpdateEvent, UpdateNode, UpdateOutcome, UpdateRecord,
-    UpdateRequest, UpdateSource, UpdateStatus, state_words,
+    AdapterChange, FenceRequest, UpdateConfig, UpdateError, UpdateEvent, UpdateNode, UpdateOutcome,
+    UpdateRecord, UpdateRequest, UpdateSource, UpdateStatus, state_words,
 };
 
 /// Commands waiting for the task.
@@ -162,6 +164,10 @@ struct Active {
     /// Nodes whose staging areas are in use for it.
     staged: Vec<NodeId>,
     stage_job: Option<tokio::task::AbortHandle>,
+    /// What becomes of adapters.
+    adapters: Changes,
+    /// The start-up checkpoint, where only adapters change and nothing was committed before.
+    startup: Option<Checkpoint>,
     /// It is no update, but engines are taken over.
     recovery: Option<Recovery>,
 }
@@ -180,7 +186,9 @@ impl Active {
     /// Asked for again, in other words: it runs already.
     fn is_the_same(&self, request: &UpdateRequest) -> bool {
         let version = request.version.as_ref().is_none_or(|version| *version == self.version);
-        version && request.path == self.request.path && request.source == self.request.source
+        version
+            && request.source_name() == self.request.source_name()
+            && request.adapters == self.request.adapters
     }
 
     /// Tells everybody who follows. Whoever does not read loses steps, never the end.
@@ -216,6 +224,8 @@ enum Done {
 
 struct Staged {
     nodes: BTreeMap<NodeId, Checked>,
+    adapters: Changes,
+    startup: Option<Checkpoint>,
     infos: BTreeMap<EngineIndex, EngineInfo>,
     model_path: String,
 }
@@ -420,6 +430,8 @@ impl Task {
                 if let Some(active) = &mut self.active {
                     active.infos = staged.infos;
                     active.model_path = Some(staged.model_path);
+                    active.adapters = staged.adapters;
+                    active.startup = staged.startup;
                 }
                 for (node, Checked { new, previous }) in staged.nodes {
                     self.event(Event::Staged { node, new, previous });

@@ -1,6 +1,7 @@
 //! The machine's actions, performed.
 
 use dp_sidecar_protocol::machine::control::PausedBy;
+use dp_sidecar_protocol::machine::weight_update::{Adapter, WorkerReport, WorkerState};
 
 use super::jobs::StageJob;
 use super::nodes::NodesJob;
@@ -56,16 +57,15 @@ impl Task {
             }
             Action::Load { rank, incarnation, target, checkpoint } => {
                 let limit = machine.load_timeout + SLACK;
-                let id = self.active.as_ref().map(|active| active.id.clone());
-                let id = id.unwrap_or_default();
                 if target == Target::Previous {
                     warn!(rank = rank.0, path = checkpoint.path, "loading the previous weights");
                 }
+                let load = self.load_on(rank, target, checkpoint, limit);
                 self.call(rank, async move |handle| Event::Loaded {
                     rank,
                     incarnation,
                     target,
-                    result: shim::load(&handle, &id, &checkpoint, limit).await,
+                    result: load.run(&handle).await,
                 });
             }
             Action::WriteCommit { commit } => self.write_commit(commit),
@@ -169,6 +169,25 @@ impl Task {
         }
     }
 
+    fn load_on(&self, rank: EngineIndex, target: Target, checkpoint: Checkpoint, limit: Duration) -> Load {
+        let active = self.active.as_ref();
+        let takes_adapters = active
+            .and_then(|active| active.infos.get(&rank))
+            .is_some_and(|info| info.max_lora_rank.is_some());
+        let recovery = active.is_some_and(|active| active.recovery.is_some());
+        let committed = self.committed.as_ref().map(|c| c.commit.adapters.clone()).unwrap_or_default();
+        Load {
+            id: active.map(|active| active.id.clone()).unwrap_or_default(),
+            target,
+            checkpoint: active
+                .is_none_or(|active| active.request.has_weights() || recovery)
+                .then_some(checkpoint),
+            changes: active.map(|active| active.adapters.clone()).unwrap_or_default(),
+            bring: (recovery && takes_adapters).then_some(committed),
+            limit,
+        }
+    }
+
     fn write_begun(&mut self, begun: Begun) {
         let run = self.run;
         self.ledger.begun = Some(begun);
@@ -188,6 +207,7 @@ impl Task {
 
     pub(super) fn write_commit(&mut self, commit: Commit) {
         let run = self.run;
+        let commit = self.with_adapters(commit);
         let journal = self.journal.clone();
         let model_path = self.active.as_ref().and_then(|a| a.model_path.clone());
         let committed = Committed::new(model_path.unwrap_or_default(), commit, None);
@@ -202,6 +222,31 @@ impl Task {
             };
             Done::Committed(run, Box::new(committed), result)
         });
+    }
+
+    /// Adapters stay over an update of the weights, and the weights over one of adapters.
+    fn with_adapters(&self, mut commit: Commit) -> Commit {
+        let before = self.committed.as_ref().map(|committed| committed.commit.clone());
+        let Some(active) = &self.active else {
+            return commit;
+        };
+        if !active.request.has_weights() {
+            let base = before.clone().unwrap_or_else(|| Commit {
+                checkpoint: active.startup.clone().unwrap_or_default(),
+                source: active.model_path.clone().unwrap_or_default(),
+                ..Commit::default()
+            });
+            commit.weights = before.as_ref().map(|before| before.weights_id().clone());
+            commit = Commit { checkpoint: base.checkpoint, nodes: base.nodes, source: base.source, ..commit };
+        }
+        commit.adapters = before.map(|before| before.adapters).unwrap_or_default();
+        for (name, adapter) in &active.adapters {
+            match adapter {
+                Some(adapter) => commit.adapters.insert(name.clone(), adapter.clone()),
+                None => commit.adapters.remove(name),
+            };
+        }
+        commit
     }
 
     pub(super) async fn fence(&mut self, rank: EngineIndex, incarnation: Incarnation, why: String) {
@@ -282,7 +327,11 @@ impl Task {
         let recovery = active.recovery.take();
         let areas = Areas {
             stages: self.stages.clone(),
-            nodes: if recovery.is_some() { Vec::new() } else { std::mem::take(&mut active.staged) },
+            nodes: if recovery.is_some() || !active.request.has_weights() {
+                Vec::new()
+            } else {
+                std::mem::take(&mut active.staged)
+            },
             id: active.id.clone(),
             commit: record.committed,
         };
@@ -324,6 +373,54 @@ impl Task {
             }
             Done::Finished(Box::new(ended), followers, recovery)
         });
+    }
+}
+
+/// What an engine is to load.
+struct Load {
+    id: UpdateId,
+    target: Target,
+    /// None: the weights of the model stay.
+    checkpoint: Option<Checkpoint>,
+    changes: Changes,
+    /// Adapters to be brought to.
+    bring: Option<BTreeMap<String, Adapter>>,
+    limit: Duration,
+}
+
+impl Load {
+    async fn run(self, handle: &RankHandle) -> Result<Vec<WorkerReport>, String> {
+        let mut reports = match &self.checkpoint {
+            Some(checkpoint) => shim::load(handle, &self.id, checkpoint, self.limit).await?,
+            None => Vec::new(),
+        };
+        let wanted = self.checkpoint.clone().unwrap_or_default();
+        if reports.iter().any(|report| report.fault(&wanted).is_some()) {
+            return Ok(reports);
+        }
+        let changed = match (&self.bring, self.target) {
+            (Some(committed), _) => {
+                adapters::bring(handle, &self.id, committed, self.limit).await?;
+                None
+            }
+            (None, _) if self.changes.is_empty() => None,
+            (None, Target::New) => Some(adapters::apply(handle, &self.id, &self.changes, self.limit).await),
+            (None, Target::Previous) => {
+                Some(adapters::undo(handle, &self.id, &self.changes, self.limit).await)
+            }
+        };
+        match changed {
+            Some(report) if report.ok && self.checkpoint.is_some() => {}
+            // What it says of the weights holds no more when an adapter was not changed.
+            Some(mut report) => {
+                if self.checkpoint.is_some() && report.state == WorkerState::Unchanged {
+                    report.state = WorkerState::RestoredMeta;
+                }
+                reports = vec![report];
+            }
+            None => {}
+        }
+        Ok(reports)
     }
 }
 

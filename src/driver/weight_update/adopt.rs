@@ -141,6 +141,8 @@ impl Task {
             model_path: None,
             staged: Vec::new(),
             stage_job: None,
+            adapters: Changes::new(),
+            startup: None,
             recovery: Some(Recovery { recover, begun, ranks, reply }),
             request,
         });

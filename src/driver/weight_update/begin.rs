@@ -5,9 +5,13 @@ use super::*;
 impl Task {
     pub(super) fn ask(&mut self, request: UpdateRequest, follower: Follower) {
         let id = request.id.clone().unwrap_or_else(|| UpdateId(uuid::Uuid::new_v4().to_string()));
-        let version = request.version.clone().unwrap_or_else(|| made_up_version(&request, &id));
         let started_unix_ms = unix_ms();
         let current = self.machine.snapshot().version;
+        let made_up = || match request.has_weights() {
+            true => made_up_version(&request, &id),
+            false => current.clone(), // adapters do not change the weights of the model
+        };
+        let version = request.version.clone().unwrap_or_else(made_up);
         let refuse = |outcome, reason: String| {
             UpdateRecord::refused(id.clone(), &request, outcome, reason, current.clone(), started_unix_ms)
         };
@@ -56,6 +60,8 @@ impl Task {
             model_path: None,
             staged: Vec::new(),
             stage_job: None,
+            adapters: Changes::new(),
+            startup: None,
             recovery: None,
             request,
         });

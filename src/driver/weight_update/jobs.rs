@@ -15,6 +15,7 @@ pub(super) struct StageJob {
 impl StageJob {
     pub(super) async fn run(mut self) -> Result<Staged, (NodeId, String)> {
         let limit = self.call_timeout;
+        let handles: Vec<RankHandle> = self.engines.iter().map(|(handle, ..)| handle.clone()).collect();
         let asked = self.engines.into_iter().map(async |(handle, node, info)| {
             let info = match info {
                 Some(info) => Ok(info),
@@ -32,11 +33,22 @@ impl StageJob {
                 return Err((*node, error));
             }
         }
-        let leader = self.nodes.nodes.first();
-        let model_path =
-            leader.and_then(|node| self.nodes.model_paths.get(node)).cloned().unwrap_or_default();
+        let leader = self.nodes.nodes.first().copied().unwrap_or_default();
+        let model_path = self.nodes.model_paths.get(&leader).cloned().unwrap_or_default();
         let infos = answers.into_iter().map(|(rank, _, info)| (rank, info)).collect();
-        Ok(Staged { nodes: self.nodes.run().await?, infos, model_path })
+        let (id, request) = (&self.nodes.id, &self.nodes.request);
+        let read = (&self.nodes.known, &self.nodes.cancel);
+        let on_leader = |error| (leader, error);
+        let checked = adapters::check(id, &request.adapters, &handles, read, self.nodes.limit).await;
+        let adapters = checked.map_err(on_leader)?;
+        let mut startup = None;
+        if !request.has_weights() && self.nodes.committed.is_none() {
+            let at = (leader, model_path.as_str());
+            let found =
+                nodes::startup(&self.nodes.stages, &self.nodes.known, &self.nodes.cancel, at, at).await;
+            startup = Some(found.map_err(on_leader)?);
+        }
+        Ok(Staged { nodes: self.nodes.run().await?, adapters, startup, infos, model_path })
     }
 }
 
@@ -161,6 +173,9 @@ impl RestoreJob {
             if let Some(fault) = workers.iter().find_map(|w| w.fault(checkpoint)) {
                 return Err(fault);
             }
+        }
+        if !commit.adapters.is_empty() {
+            adapters::bring(handle, &commit.id, &commit.adapters, self.load_timeout).await?;
         }
         let version = vec![commit.version.0.as_str().into()];
         if let Err(error) = handle.call("set_weight_version", version, self.call_timeout).await {

@@ -1,5 +1,4 @@
 //! LoRA adapters of engines, through the shim: `dp_sidecar_lora` of `protocol/docs/weight-update.md`.
-#![allow(dead_code, reason = "the transaction driver does not carry adapters yet")]
 
 use std::time::Duration;
 

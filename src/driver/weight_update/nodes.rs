@@ -37,6 +37,13 @@ enum Plan {
 
 impl NodesJob {
     pub(super) async fn run(self) -> Result<BTreeMap<NodeId, Checked>, (NodeId, String)> {
+        if !self.request.has_weights() {
+            // Adapters only: there is nothing to stage, and engines know the way back.
+            let nothing = |node: &NodeId| {
+                (*node, Checked { new: Checkpoint::default(), previous: Some(Checkpoint::default()) })
+            };
+            return Ok(self.nodes.iter().map(nothing).collect());
+        }
         let leader = self.nodes.first().copied().unwrap_or_default();
         let on_leader = |error: String| (leader, error);
         let plan = self.plan(leader).await.map_err(on_leader)?;
@@ -170,7 +177,7 @@ impl NodesJob {
         let Some(staged) = &state.staged else {
             return Ok(state);
         };
-        if self.committed.as_ref().is_some_and(|commit| commit.id == staged.id) {
+        if self.committed.as_ref().is_some_and(|commit| *commit.weights_id() == staged.id) {
             return self.stages.commit(node, &staged.id.clone()).await;
         }
         if staged.id != self.id {
@@ -245,7 +252,7 @@ impl NodesJob {
             )
             .await;
         };
-        if let Some(current) = state.current.as_ref().filter(|current| current.id == commit.id)
+        if let Some(current) = state.current.as_ref().filter(|current| current.id == *commit.weights_id())
             && self.request.retain == Retain::Memory
         {
             return Ok(current.checkpoint.clone());

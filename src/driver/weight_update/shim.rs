@@ -20,7 +20,6 @@ pub(super) struct EngineInfo {
     pub(super) vllm_version: String,
     pub(super) shim_version: String,
     /// Highest rank of an adapter that the engine takes; `None`: it was started without `--enable-lora`.
-    #[allow(dead_code, reason = "the transaction driver does not carry adapters yet")]
     pub(super) max_lora_rank: Option<u64>,
 }
 

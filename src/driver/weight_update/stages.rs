@@ -163,10 +163,10 @@ impl Stages {
     ) -> Result<Checkpoint, String> {
         let _turn = tokio::time::timeout(limit, self.turn.acquire()).await;
         let state = self.state(node).await?;
-        if let Some(current) = state.current.filter(|current| current.id == commit.id) {
+        if let Some(current) = state.current.filter(|current| current.id == *commit.weights_id()) {
             return Ok(current.checkpoint);
         }
-        if state.staged.is_some_and(|staged| staged.id == commit.id) {
+        if state.staged.is_some_and(|staged| staged.id == *commit.weights_id()) {
             return self.committed(node, commit).await;
         }
         if let Some((id, _)) = state.running {
@@ -174,7 +174,7 @@ impl Stages {
             self.discard(node, &id).await?;
         }
         let spec = |source| StageSpec {
-            id: commit.id.clone(),
+            id: commit.weights_id().clone(),
             version: commit.version.clone(),
             source,
             downstream: None,
@@ -184,7 +184,9 @@ impl Stages {
         let mut why = "no node has it".to_owned();
         for other in self.nodes.keys().copied().filter(|other| *other != node && self.has_stage(*other)) {
             let state = self.state(other).await;
-            if !state.is_ok_and(|state| state.current.is_some_and(|current| current.id == commit.id)) {
+            if !state
+                .is_ok_and(|state| state.current.is_some_and(|current| current.id == *commit.weights_id()))
+            {
                 continue;
             }
             info!(version = %commit.version, from = self.name(other), to = self.name(node), "passing the committed weights on");
@@ -192,7 +194,7 @@ impl Stages {
                 Ok(checkpoint) => return Ok(checkpoint),
                 Err(error) => why = error,
             }
-            self.discard(node, &commit.id).await.ok();
+            self.discard(node, commit.weights_id()).await.ok();
         }
         if commit.source.starts_with('/') {
             info!(version = %commit.version, path = commit.source, node = self.name(node), "staging the committed weights again");
@@ -204,7 +206,7 @@ impl Stages {
                 Ok(checkpoint) => return Ok(checkpoint),
                 Err(error) => why = format!("{why}; {error}"),
             }
-            self.discard(node, &commit.id).await.ok();
+            self.discard(node, commit.weights_id()).await.ok();
         }
         Err(format!("{}: the committed weights cannot be had: {why}", self.name(node)))
     }
@@ -230,7 +232,7 @@ impl Stages {
 
     /// Waits for the bytes, compares them with the commit record, and makes them current.
     async fn take(&self, node: NodeId, commit: &Commit, limit: Duration) -> Result<Checkpoint, String> {
-        let checkpoint = self.staged(node, &commit.id, limit).await?;
+        let checkpoint = self.staged(node, commit.weights_id(), limit).await?;
         let (actual, expected) = (&checkpoint.digest, &commit.checkpoint.digest);
         if actual != expected {
             let text = |digest: &Option<String>| digest.clone().unwrap_or_else(|| "none".to_owned());
@@ -245,8 +247,8 @@ impl Stages {
     }
 
     async fn committed(&self, node: NodeId, commit: &Commit) -> Result<Checkpoint, String> {
-        let state = self.commit(node, &commit.id).await?;
-        let current = state.current.filter(|current| current.id == commit.id);
+        let state = self.commit(node, commit.weights_id()).await?;
+        let current = state.current.filter(|current| current.id == *commit.weights_id());
         current
             .map(|current| current.checkpoint)
             .ok_or_else(|| format!("{} did not make {} current", self.name(node), commit.version))

@@ -75,6 +75,25 @@ impl Known {
         Ok(new.checkpoint(Some(digest)))
     }
 
+    /// Reads and hashes an adapter. Blocks.
+    pub(super) fn adapter(&self, path: &Path, cancel: &AtomicBool) -> Result<(Checkpoint, String), String> {
+        let failed = |error: &dyn std::fmt::Display| format!("adapter in {}: {error}", path.display());
+        if !path.is_absolute() {
+            return Err(failed(&"expected an absolute path"));
+        }
+        let path = path.canonicalize().map_err(|error| failed(&error))?;
+        let config = std::fs::read_to_string(path.join("adapter_config.json"))
+            .map_err(|error| failed(&format!("adapter_config.json: {error}")))?;
+        let manifest = Manifest::read(&path).map_err(|error| failed(&error))?;
+        let digest = self.digest(&manifest, &|_| {}, cancel).map_err(|error| failed(&error))?;
+        let checkpoint = manifest.checkpoint(Some(digest));
+        if checkpoint.files != ["adapter_model.safetensors"] {
+            let files = checkpoint.files.join(", ");
+            return Err(failed(&format!("files {files}, expected adapter_model.safetensors")));
+        }
+        Ok((checkpoint, config))
+    }
+
     fn model(&self, path: &Path) -> Result<Manifest, ManifestError> {
         if let Some(known) = self.inner.lock().models.get(path) {
             return Ok(known.clone());

@@ -1,3 +1,4 @@
+mod adapters;
 mod nodes;
 mod recovery;
 mod stage;

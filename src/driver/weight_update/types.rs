@@ -76,13 +76,26 @@ pub enum UpdateSource {
     Upload(String),
 }
 
+/// What becomes of a LoRA adapter.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AdapterChange {
+    /// Name that requests use as `model`.
+    pub name: String,
+    /// Absolute directory with `adapter_config.json` and `adapter_model.safetensors`, which every node can read.
+    /// None: the adapter is removed.
+    pub path: Option<PathBuf>,
+}
+
 /// An update that somebody wants.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct UpdateRequest {
     /// Its name; made up when absent. The same name again after success gives the same record again.
     pub id: Option<UpdateId>,
-    /// Absolute directory of the new checkpoint; empty for an upload.
+    /// Absolute directory of the new checkpoint; empty for an upload, and when only adapters change.
     pub path: PathBuf,
+    /// LoRA adapters to add, replace or remove.
+    #[serde(default)]
+    pub adapters: Vec<AdapterChange>,
     /// Where it is read.
     #[serde(default)]
     pub source: UpdateSource,
@@ -111,6 +124,7 @@ impl UpdateRequest {
         Self {
             id: None,
             path: path.into(),
+            adapters: Vec::new(),
             source: UpdateSource::Auto,
             retain: Retain::Memory,
             version: None,
@@ -122,11 +136,23 @@ impl UpdateRequest {
         }
     }
 
-    /// As in records: the directory, or `upload:ID`.
+    /// Whether the weights of the model change, too, and not only adapters.
+    pub fn has_weights(&self) -> bool {
+        matches!(self.source, UpdateSource::Upload(_)) || !self.path.as_os_str().is_empty()
+    }
+
+    /// As in records: the directory, `upload:ID`, or the adapters where only these change.
     pub fn source_name(&self) -> String {
         match &self.source {
             UpdateSource::Upload(id) => format!("upload:{id}"),
-            _ => self.path.to_string_lossy().into_owned(),
+            _ if self.has_weights() => self.path.to_string_lossy().into_owned(),
+            _ => {
+                let named = self.adapters.iter().map(|change| match &change.path {
+                    Some(path) => format!("{}={}", change.name, path.display()),
+                    None => format!("{}=", change.name),
+                });
+                format!("adapters:{}", named.collect::<Vec<_>>().join(","))
+            }
         }
     }
 }

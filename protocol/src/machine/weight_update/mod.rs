@@ -29,7 +29,7 @@ use std::time::Duration;
 use crate::{EngineIndex, Incarnation, Time, UpdateId, WeightVersion};
 
 pub use ledger::{Begun, Ledger};
-pub use record::{Commit, Outcome, RankRecord, Record, Snapshot};
+pub use record::{Adapter, Commit, Outcome, RankRecord, Record, Snapshot};
 use run::Run;
 pub use types::{
     Action, Begin, Checkpoint, Event, Extent, NodeId, Participant, PauseMode, Phase, RankState, Recover,

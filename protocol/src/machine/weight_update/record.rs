@@ -23,6 +23,30 @@ pub struct Commit {
     /// Where they are on each node that took part.
     #[serde(default)]
     pub nodes: BTreeMap<NodeId, Checkpoint>,
+    /// The update that brought the weights of the model, if it was not this one: adapters came with this one.
+    #[serde(default)]
+    pub weights: Option<UpdateId>,
+    /// LoRA adapters that the engines hold, by name.
+    #[serde(default)]
+    pub adapters: BTreeMap<String, Adapter>,
+}
+
+impl Commit {
+    /// The update that brought the weights of the model.
+    pub fn weights_id(&self) -> &UpdateId {
+        self.weights.as_ref().unwrap_or(&self.id)
+    }
+}
+
+/// A LoRA adapter.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Adapter {
+    /// The update that brought it.
+    pub update: UpdateId,
+    /// Its one file.
+    pub checkpoint: Checkpoint,
+    /// Text of `adapter_config.json`.
+    pub config: String,
 }
 
 /// How an update ended.

@@ -147,7 +147,7 @@ impl World {
             version: WeightVersion::default(),
             checkpoint: checkpoint("start"),
             source: "start".to_owned(),
-            nodes: BTreeMap::new(),
+            ..Commit::default()
         };
         let engine = Engine {
             incarnation: 1,

@@ -60,6 +60,7 @@ async fn an_update_without_a_commit_record_is_rolled_back() {
                 "admission false",
                 "pause wait false",
                 "load /shm/1/u1",
+                "lora list ",
                 "version v-u1",
                 "reset false true",
                 "resume",

@@ -184,6 +184,7 @@ impl Run {
                 checkpoint: self.new.values().next().cloned().unwrap_or_default(),
                 source: self.begin.source.clone(),
                 nodes: self.new.clone(),
+                ..Commit::default()
             },
         });
     }

@@ -1,0 +1,116 @@
+//! LoRA adapters through the transaction.
+
+use super::nodes::{Nodes, nodes};
+use super::*;
+
+fn adapter(dir: &Path, name: &str, seed: u8) -> PathBuf {
+    let path = dir.join(name);
+    std::fs::create_dir_all(&path).unwrap();
+    std::fs::write(path.join("adapter_config.json"), "{}").unwrap();
+    write(&path, "adapter_model.safetensors", &[("lora_A", "U8", &[1], &[seed])]);
+    path
+}
+
+fn change(name: &str, path: Option<&Path>) -> AdapterChange {
+    AdapterChange { name: name.to_owned(), path: path.map(Path::to_owned) }
+}
+
+impl Nodes {
+    async fn adapters(&self, id: &str, changes: Vec<AdapterChange>) -> UpdateRecord {
+        let id = Some(UpdateId(id.to_owned()));
+        self.update(UpdateRequest { id, adapters: changes, ..UpdateRequest::new("") }).await
+    }
+
+    fn all_have(&self, expected: &[(&str, &Path)]) {
+        for rank in &self.ranks {
+            let have = rank.engine.lock().adapters.clone();
+            let have: Vec<(&str, &Path)> =
+                have.iter().map(|(name, path)| (name.as_str(), Path::new(path))).collect();
+            assert_eq!(have, expected, "rank {}", rank.handle.rank);
+            assert!(!rank.engine.lock().paused);
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn adapters_are_added_replaced_and_removed_on_all_engines_in_a_pause() {
+    let nodes = nodes(GroupKind::Lockstep).await;
+    let (one, two) = (adapter(nodes.dir.path(), "one", 1), adapter(nodes.dir.path(), "two", 2));
+    let record = nodes.adapters("u1", vec![change("style", Some(&one)), change("b", Some(&two))]).await;
+    assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
+    nodes.all_have(&[("b", &two), ("style", &one)]);
+    let log = nodes.ranks[0].take_log();
+    let at = |line: &str| log.iter().position(|entry| entry == line).unwrap();
+    assert!(at("lora check style") < at("pause wait false"), "{log:?}");
+    assert!(at("pause wait false") < at("lora replace style"), "{log:?}");
+    assert!(at("lora replace style") < at("reset false true"), "{log:?}");
+    assert!(!log.iter().any(|line| line.starts_with("load")), "{log:?}");
+    assert_eq!(nodes.updates.status().version.0, "default");
+    let record = nodes.adapters("u2", vec![change("style", Some(&two)), change("b", None)]).await;
+    assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
+    nodes.all_have(&[("style", &two)]);
+    nodes.end().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_adapter_that_fails_on_one_engine_is_taken_back_on_all() {
+    let nodes = nodes(GroupKind::Independent).await;
+    let (one, two) = (adapter(nodes.dir.path(), "one", 1), adapter(nodes.dir.path(), "two", 2));
+    nodes.adapters("u1", vec![change("style", Some(&one))]).await;
+    nodes.ranks[2].engine.lock().lora_fails = true;
+    let record = nodes.adapters("u2", vec![change("style", Some(&two))]).await;
+    assert_eq!(record.outcome, UpdateOutcome::RolledBack, "{}", record.message);
+    assert!(record.message.contains("rank 2"), "{}", record.message);
+    nodes.all_have(&[("style", &one)]);
+    // A directory without an adapter touches nothing.
+    let record = nodes.adapters("u3", vec![change("style", Some(nodes.dir.path()))]).await;
+    assert_eq!(record.outcome, UpdateOutcome::RefusedInvalid);
+    nodes.end().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn adapters_and_weights_outlive_each_others_updates_and_late_engines_get_both() {
+    let nodes = nodes(GroupKind::Independent).await;
+    let one = adapter(nodes.dir.path(), "one", 1);
+    nodes.adapters("u1", vec![change("style", Some(&one))]).await;
+    let record = nodes.update(nodes.request("u2", "new")).await;
+    assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
+    let record = nodes.adapters("u3", vec![change("more", Some(&one))]).await;
+    assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
+    nodes.all_hold_segments("u2");
+    nodes.ranks[3].restart();
+    nodes.updates.restore(nodes.lives()[3..].to_vec()).await.unwrap();
+    nodes.ranks[3].admit();
+    nodes.all_hold_segments("u2");
+    nodes.all_have(&[("more", &one), ("style", &one)]);
+    // Weights and an adapter in one update.
+    let both = UpdateRequest { adapters: vec![change("more", None)], ..nodes.request("u4", "newer") };
+    let record = nodes.update(both).await;
+    assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
+    nodes.all_hold_segments("u4");
+    nodes.all_have(&[("style", &one)]);
+    nodes.end().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn after_a_crash_engines_have_the_committed_adapters() {
+    let nodes = nodes(GroupKind::Lockstep).await;
+    let (one, two) = (adapter(nodes.dir.path(), "one", 1), adapter(nodes.dir.path(), "two", 2));
+    nodes.adapters("u1", vec![change("style", Some(&one))]).await;
+    let run = {
+        for rank in &nodes.ranks {
+            rank.take_log();
+        }
+        nodes.ranks[1].engine.lock().loads.push_back(LoadScript::Hangs);
+        let adapters = vec![change("style", Some(two.as_path())), change("b", Some(two.as_path()))];
+        let request = UpdateRequest { adapters, ..nodes.request("u2", "new") };
+        let run = nodes.updates.start(request).await.unwrap();
+        nodes.ranks[0].logged("lora replace style").await;
+        run
+    };
+    let nodes = nodes.next_leader().await;
+    drop(run);
+    nodes.adopt_all().await.unwrap();
+    nodes.all_have(&[("style", &one)]);
+    nodes.end().await;
+}
