@@ -18,7 +18,7 @@ use crate::admin::types::{
     AdminError, PauseMode, UpdateProgress, UpdateReport, UpdateRequest, UpdateStatus, VersionReport,
 };
 use crate::driver::handles::Retain;
-use crate::driver::weight_update::UpdateSource;
+use crate::driver::weight_update::{AdapterChange, UpdateSource};
 
 /// Progress waiting for a slow reader; more is dropped.
 const PROGRESS: usize = 256;
@@ -32,6 +32,9 @@ pub(super) struct StartBody {
     /// An upload, or `path`.
     upload: Option<String>,
     path: Option<String>,
+    /// LoRA adapters; alone, without an upload and a path, too.
+    #[serde(default)]
+    adapters: Vec<AdapterChange>,
     #[serde(default)]
     source: UpdateSource,
     #[serde(default)]
@@ -52,10 +55,12 @@ impl StartBody {
         let (path, source) = match (self.path, self.upload) {
             (Some(path), None) if !matches!(self.source, UpdateSource::Upload(_)) => (path, self.source),
             (None, Some(upload)) => (String::new(), UpdateSource::Upload(upload)),
+            (None, None) if !self.adapters.is_empty() => (String::new(), UpdateSource::Auto),
             _ => return Err(bad("either path or upload is expected")),
         };
         Ok(UpdateRequest {
             path,
+            adapters: self.adapters,
             source,
             retain: self.retain,
             version: self.version,
