@@ -41,12 +41,14 @@ pub struct RunEnd {
     pub code: u8,
     /// Why, in one line.
     pub reason: String,
+    /// What was started goes on without the sidecar (`--keep-engines`).
+    pub keeps_engines: bool,
 }
 
 impl RunEnd {
     /// An end with this code.
     pub fn new(code: u8, reason: impl Into<String>) -> Self {
-        Self { code, reason: reason.into() }
+        Self { code, reason: reason.into(), keeps_engines: false }
     }
 }
 

@@ -272,11 +272,12 @@ impl Follower {
             tokio::select! {
                 biased;
                 why = asked(&mut outside) => {
-                    let end = ended_by(why);
+                    let mut end = ended_by(why);
                     if self.view.config.keep_engines && matches!(why, Why::Signal(_)) {
                         info!(reason = %end.reason, "ending; engines and requests go on");
                         // As if the process was killed: no task may see another one end and tell anybody of it.
                         std::mem::forget(self);
+                        end.keeps_engines = true;
                         return end;
                     }
                     break (end, true);

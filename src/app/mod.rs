@@ -87,8 +87,10 @@ pub async fn run(config: Config, state: StateDir) -> RunEnd {
             }
         },
     };
-    // All engines have ended: nobody loads from them any more.
-    stage::free(state.run_id());
+    if !end.keeps_engines {
+        // All engines have ended: nobody loads from them any more.
+        stage::free(state.run_id());
+    }
     end
 }
 
@@ -239,6 +241,7 @@ impl App {
         let graceful = matches!(end, End::Outside(_) | End::Command);
         let mut end = run_end(end);
         if keep {
+            end.keeps_engines = true;
             end.reason = format!("{}; what runs goes on for {:?}", end.reason, self.config.orphan_grace);
         }
         if graceful {
@@ -298,7 +301,8 @@ impl App {
         match forced {
             Some(Why::Signal(number)) => {
                 let number = u8::try_from(number).unwrap_or(15);
-                RunEnd::new(exit_code::signal(number), format!("{}; then asked again", end.reason))
+                let reason = format!("{}; then asked again", end.reason);
+                RunEnd { keeps_engines: end.keeps_engines, ..RunEnd::new(exit_code::signal(number), reason) }
             }
             _ => end,
         }
