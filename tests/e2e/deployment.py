@@ -110,11 +110,13 @@ class Deployment:
             frontend.wait_ready(self.start_limit)
 
     def wait_serving(self) -> dict[str, Any]:
+        """Until all engines are admitted and all hosts are connected with the leader."""
         return self.leader.wait_status(
-            "all engines admitted",
+            "all engines admitted, all hosts connected",
             lambda s: (
                 len(s["engines"]) == self.size
                 and all(e["state"] == "admitted" for e in s["engines"])
+                and all(node["link"] != "down" for node in s["nodes"])
             ),
             self.start_limit,
         )

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from cluster import Cluster
 from conftest import new_world
-from deployment import Deployment
+from deployment import Deployment, unpaused_at_the_end
 from frontends import IN_PROCESS_WORKER, MODEL_FLAGS
 from models import Models
 from processes import REPO
@@ -63,3 +64,75 @@ def test_an_update_under_load_reaches_both_hosts_and_mixes_nothing(deployment):
     assert not deployment.bad(load.answers, 0, 1)
     assert {deployment.models.seed_of(a.prompt, a.tokens) for a in load.answers} == {0, 1}
     deployment.check_serving(1)
+
+
+def test_bytes_of_the_leader_alone_reach_the_other_host(deployment):
+    with deployment.load(COUNT) as load:
+        load.wait_answers(4)
+        deployment.update(2, path=deployment.private_copy(2))
+        load.wait_answers(4)
+    assert not deployment.bad(load.answers, 1, 2)
+    deployment.check_serving(2)
+
+
+@pytest.mark.parametrize("index", [1, 0])
+def test_a_killed_sidecar_comes_back_and_no_request_is_lost(deployment, index):
+    pids = deployment.engine_pids()
+    with deployment.load(COUNT) as load:
+        load.wait_answers(4)
+        deployment.sidecar(index).kill()
+        load.wait_answers(6)
+        deployment.start_sidecar(index)
+        deployment.wait_serving()
+        deployment.leader.wait_attached(*deployment.frontends)
+        load.wait_answers(6)
+    assert not deployment.bad(load.answers, deployment.seed)
+    assert deployment.engine_pids() == pids, "engines were started again"
+    deployment.update((deployment.seed + 1) % 3)
+    deployment.check_serving()
+
+
+def test_a_cable_cut_for_three_seconds_costs_nothing(deployment):
+    pids = deployment.engine_pids()
+    with deployment.load(COUNT) as load:
+        load.wait_answers(4)
+        with deployment.hosts[1].unplugged():
+            # The time is what is tested.
+            time.sleep(3)
+        load.wait_answers(8)
+        deployment.wait_serving()
+    assert not deployment.bad(load.answers, deployment.seed)
+    assert deployment.engine_pids() == pids
+    deployment.check_serving()
+
+
+def test_a_load_that_fails_on_one_rank_of_the_follower_takes_all_back(deployment):
+    old = deployment.seed
+    pids = deployment.engine_pids()
+    order = deployment.world.folder / "fail"
+    order.write_text("rank=3;after=5;times=1")
+    with deployment.load(COUNT, clients=2) as load:
+        load.wait_answers(4)
+        path = deployment.models.path((old + 1) % 3)
+        done = deployment.leader.cli("update", "--path", path, "--version", "bad", limit=120)
+        load.wait_answers(4)
+    order.unlink()
+    assert done.returncode == 11, done.stdout + done.stderr
+    assert "rank 3" in done.stdout + done.stderr
+    assert not deployment.bad(load.answers, old)
+    assert deployment.engine_pids() == pids
+    deployment.check_serving(old)
+
+
+def test_the_leader_killed_while_engines_load_leaves_one_version(deployment):
+    old, new = deployment.seed, (deployment.seed + 1) % 3
+    with deployment.load(COUNT, clients=2) as load, unpaused_at_the_end(deployment):
+        load.wait_answers(4)
+        update = deployment.begin_update(new)
+        update.wait_line("^(pausing|loading)")
+        deployment.leader.kill()
+        deployment.start_sidecar(0)
+        update.wait_exit(60)
+        deployment.settled(old, new)
+        load.wait_answers(4)
+    assert not deployment.bad(load.answers, old, new)
