@@ -242,8 +242,8 @@ def run(cluster, programs, checkpoints, engines: int, rounds: int, say) -> dict:
         for number in range(rounds):
             bare = bare_copy(programs["bare_copy"], nodes, size, deployment.world.folder)
             copied = memcpy(programs["bare_copy"], size, len(nodes) * engines)
-            # Turn about 1, 2, 1: never what a segment holds already.
-            seed = 1 + number % 2
+            # One of three, so that neither of the two segments holds its bytes.
+            seed = (1, 2, 0)[number % 3]
             path = alone(deployment, seed)
             deployment.update(seed, "--id", f"round-{number}", path=path)
             done = record(deployment)
