@@ -240,7 +240,7 @@ pub(super) fn status(own: &Introduction, leader: &Leader, remotes: &[Remote]) ->
             start_rank: view.introduction.start_rank,
             size_local: view.introduction.size_local,
             host: view.introduction.host,
-            address: Some(view.introduction.address.unwrap_or(view.peer.ip()).to_string()),
+            address: Some(view.introduction.address.unwrap_or_else(|| view.peer.ip()).to_string()),
             link: if up { "up" } else { "down" }.to_owned(),
             since_s: Some(view.since.elapsed().as_secs()),
             rtt_us: link

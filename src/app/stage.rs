@@ -30,9 +30,10 @@ pub(super) fn start(
 ) -> Result<StageHandle, RunEnd> {
     let name = format!("node of {}", ranks_text(config.start_rank, config.size_local));
     let (host, auth): (IpAddr, Arc<dyn HopAuth>) = match &config.nodes {
-        Some(nodes) => {
-            (nodes.address.unwrap_or(Ipv4Addr::LOCALHOST.into()), Arc::new(TokenAuth(nodes.token.clone())))
-        }
+        Some(nodes) => (
+            nodes.address.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)),
+            Arc::new(TokenAuth(nodes.token.clone())),
+        ),
         None => (Ipv4Addr::LOCALHOST.into(), Arc::new(NoAuth)),
     };
     let stage = StageConfig {

@@ -23,6 +23,7 @@ pub const LINK_VERSION: u32 = 1;
 pub const MAX_FRAME: usize = 16 << 20;
 
 /// From the asking side.
+#[expect(clippy::large_enum_variant, reason = "the large ones are rare, and none is kept")]
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Down {
     /// First message of a connection.
@@ -66,6 +67,7 @@ pub enum Up {
 }
 
 /// What can be asked for: the commands of the handles, without their reply channels.
+#[expect(clippy::large_enum_variant, reason = "the large ones are rare, and none is kept")]
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Request {
     /// [`Answer::State`].

@@ -4,29 +4,21 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::path::Path;
 use std::time::Duration;
 
-use tokio::io::AsyncReadExt;
-use tokio::process::Command;
 use tokio::time::timeout;
-use tracing::{debug, warn};
+use tracing::warn;
 
 use super::introduction::Introduction;
 use crate::config::{Config, Engines, model};
 use crate::driver::handles::GroupKind;
 use crate::supervisor::command::VllmLaunch;
 use crate::supervisor::flags::flag_name;
+use crate::supervisor::installed::{in_cwd, vllm_version};
 
-/// Limit for the question which vLLM would run: an interpreter on a cold network file system is slow.
-const VERSION_LIMIT: Duration = Duration::from_secs(30);
 /// Limit for reading the headers of the model's files.
 const FILES_LIMIT: Duration = Duration::from_secs(120);
-/// Prints the version of the installed vLLM without importing it.
-const VERSION_QUERY: &str = "import importlib.metadata as m; print(m.version('vllm'))";
-/// Longest answer that is read.
-const ANSWER: u64 = 4096;
 /// Longest header of a safetensors file, as the format has it.
 const HEADER: u64 = 100_000_000;
 
@@ -118,10 +110,6 @@ fn is_path(model: &str, launch: &VllmLaunch) -> bool {
     model.starts_with(['/', '.']) || in_cwd(launch, Path::new(model)).is_dir()
 }
 
-fn in_cwd(launch: &VllmLaunch, path: &Path) -> PathBuf {
-    launch.cwd.as_ref().map_or_else(|| path.to_owned(), |cwd| cwd.join(path))
-}
-
 /// The engines' flags by full name, without those of one node. The last one counts, as for argparse.
 fn flags(tokens: &[String]) -> BTreeMap<String, String> {
     let mut flags = BTreeMap::new();
@@ -144,89 +132,6 @@ fn flags(tokens: &[String]) -> BTreeMap<String, String> {
         !PER_NODE_FLAGS.contains(&option)
     });
     flags
-}
-
-// === vLLM's version ===
-
-/// Asks the interpreter of the `vllm` program.
-async fn vllm_version(launch: &VllmLaunch) -> Result<String, String> {
-    let bin = find(launch, &launch.bin).ok_or("no such program")?;
-    let (program, args) = interpreter(&bin)?;
-    let program = find(launch, &program).unwrap_or(program);
-    let mut command = Command::new(&program);
-    command
-        .args(args)
-        .args(["-c", VERSION_QUERY])
-        .env_clear()
-        .envs(&launch.env)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .kill_on_drop(true);
-    if let Some(cwd) = &launch.cwd {
-        command.current_dir(cwd);
-    }
-    let named = |text: String| format!("{}: {text}", program.display());
-    let mut child = command.spawn().map_err(|error| named(error.to_string()))?;
-    let stdout = child.stdout.take().ok_or_else(|| named("no pipe from its stdout".to_owned()))?;
-    let answer = async {
-        let mut text = String::new();
-        stdout.take(ANSWER).read_to_string(&mut text).await?;
-        child.wait().await.map(|status| (status, text))
-    };
-    let (status, text) = timeout(VERSION_LIMIT, answer)
-        .await
-        .map_err(|_| named(format!("no answer within {VERSION_LIMIT:?}")))?
-        .map_err(|error| named(error.to_string()))?;
-    let version = text.trim();
-    if !status.success() || version.is_empty() {
-        return Err(named(format!("it has no package vllm ({status})")));
-    }
-    debug!(vllm = version, python = %program.display(), "version found");
-    Ok(version.to_owned())
-}
-
-/// A program by name or path, as the keeper will find it.
-fn find(launch: &VllmLaunch, program: &Path) -> Option<PathBuf> {
-    if program.components().count() > 1 {
-        let path = in_cwd(launch, program);
-        return path.is_file().then_some(path);
-    }
-    let path = launch.env.get("PATH").map_or("/bin:/usr/bin", String::as_str);
-    path.split(':').map(|entry| in_cwd(launch, Path::new(entry)).join(program)).find(|path| path.is_file())
-}
-
-/// The interpreter named in a script's first line, and its arguments.
-fn interpreter(script: &Path) -> Result<(PathBuf, Vec<String>), String> {
-    let mut start = Vec::new();
-    File::open(script)
-        .and_then(|file| file.take(ANSWER).read_to_end(&mut start))
-        .map_err(|error| format!("{}: {error}", script.display()))?;
-    let text = String::from_utf8_lossy(&start);
-    let mut lines = text.lines();
-    let unknown = || format!("{}: its first line names no Python", script.display());
-    let mut words = lines
-        .next()
-        .and_then(|line| line.strip_prefix("#!"))
-        .ok_or_else(unknown)?
-        .split_whitespace()
-        .map(str::to_owned);
-    let mut program = PathBuf::from(words.next().ok_or_else(unknown)?);
-    if program.ends_with("env") {
-        let mut rest = words.by_ref().skip_while(|word| word == "-S");
-        program = rest.next().ok_or_else(unknown)?.into();
-    } else if program.ends_with("sh") {
-        // How pip writes paths that are too long for a first line: '''exec' "/path/python" "$0" "$@"
-        let exec = lines.next().and_then(|line| line.strip_prefix("'''exec' ")).ok_or_else(unknown)?;
-        let path = exec.strip_suffix(" \"$0\" \"$@\"").unwrap_or(exec).trim_matches('"');
-        return Ok((path.into(), Vec::new()));
-    }
-    let name = program.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    if name.starts_with("python") || name.starts_with("pypy") {
-        Ok((program, words.collect()))
-    } else {
-        Err(unknown())
-    }
 }
 
 // === the model ===

@@ -2,6 +2,7 @@
 //! connections on, also those of nodes that come again later.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -285,7 +286,7 @@ impl Leader {
             .filter_map(|(introduction, peer)| {
                 let connections = state.receivers.remove(&introduction.start_rank)?;
                 Some(RemoteNode {
-                    address: introduction.address.unwrap_or(peer.ip()),
+                    address: introduction.address.unwrap_or_else(|| peer.ip()),
                     introduction,
                     connections,
                 })
@@ -446,9 +447,9 @@ impl Shared {
         let result = match claimed {
             Ok(()) => {
                 state.since.insert(start_rank, Instant::now());
-                if !state.senders.contains_key(&start_rank) {
+                if let Entry::Vacant(entry) = state.senders.entry(start_rank) {
                     let (sender, receiver) = mpsc::channel(1);
-                    state.senders.insert(start_rank, sender);
+                    entry.insert(sender);
                     state.receivers.insert(start_rank, receiver);
                 }
                 Ok(())
@@ -501,7 +502,7 @@ impl Shared {
             };
             let word = match now {
                 Stage::Gathering => Word::Waiting { missing },
-                Stage::Settled => Word::Welcome { address: own.unwrap_or(self.local.ip()) },
+                Stage::Settled => Word::Welcome { address: own.unwrap_or_else(|| self.local.ip()) },
                 Stage::Over(code, reason) => Word::Over { code, reason },
             };
             let goes_on = matches!(word, Word::Waiting { .. });

@@ -5,6 +5,7 @@ pub mod client;
 pub mod command;
 pub mod environment;
 pub mod flags;
+pub mod installed;
 pub mod keeper;
 mod launch;
 mod leftovers;

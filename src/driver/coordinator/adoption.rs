@@ -10,7 +10,7 @@ use crate::link::wire::{NodeState, RankState};
 /// [`CoordinatorCommand::Adopt`] for a node that was connected (again). Only those ranks are named that are to be adopted:
 /// engines that are given up are of no interest, and `EngineDown` tells of engines that were known before.
 pub fn adoption(state: &NodeState, ranks: impl Fn(EngineIndex) -> bool) -> CoordinatorCommand {
-    let reported = state.ranks.values().filter_map(|rank| reported(rank));
+    let reported = state.ranks.values().filter_map(reported);
     let wave = state.wave.into_iter().chain(reported).max();
     let engines = state.ranks.iter().filter(|(rank, of)| ranks(**rank) && of.subscribed);
     let engines = engines.filter_map(|(&rank, of)| {

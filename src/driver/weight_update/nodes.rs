@@ -48,7 +48,7 @@ impl NodesJob {
         let on_leader = |error: String| (leader, error);
         let plan = self.plan(leader).await.map_err(on_leader)?;
         if matches!(plan, Plan::Directory) {
-            return self.from_directory(leader).await.map_err(on_leader);
+            return self.leader_directory(leader).await.map_err(on_leader);
         }
         let mut previous = BTreeMap::new();
         for &node in &self.nodes {
@@ -187,7 +187,7 @@ impl NodesJob {
     }
 
     /// Engines load from the directory, as the leader sees it.
-    async fn from_directory(&self, leader: NodeId) -> Result<BTreeMap<NodeId, Checked>, String> {
+    async fn leader_directory(&self, leader: NodeId) -> Result<BTreeMap<NodeId, Checked>, String> {
         let job = Job {
             source: self.request.path.clone(),
             model_path: PathBuf::from(self.model_paths.get(&leader).cloned().unwrap_or_default()),

@@ -73,18 +73,10 @@ impl Known {
             Request::CloseRoutes { rank, frontend } => {
                 self.rank(*rank).routes.retain(|(of, _)| of != frontend);
             }
-            Request::EdgePrepare { rank, incarnation } => {
-                if self.edges.insert(*rank, *incarnation) != Some(*incarnation) {
-                    let known = self.rank(*rank);
-                    known.subscribed = false;
-                    known.wave_report = None;
-                }
-            }
-            Request::EdgeClose { rank, incarnation } => {
-                if self.edges.get(rank) == Some(incarnation) {
-                    self.edges.remove(rank);
-                    self.rank(*rank).subscribed = false;
-                }
+            Request::EdgePrepare { rank, incarnation } => self.edge_prepared(*rank, *incarnation),
+            Request::EdgeClose { rank, incarnation } if self.edges.get(rank) == Some(incarnation) => {
+                self.edges.remove(rank);
+                self.rank(*rank).subscribed = false;
             }
             Request::Expect { rank, incarnation, .. } => {
                 let known = self.rank(*rank);
@@ -180,6 +172,14 @@ impl Known {
         known.pid = Some(pid);
         known.process = Some(incarnation);
         known.stopping = false;
+    }
+
+    fn edge_prepared(&mut self, rank: EngineIndex, incarnation: Incarnation) {
+        if self.edges.insert(rank, incarnation) != Some(incarnation) {
+            let known = self.rank(rank);
+            known.subscribed = false;
+            known.wave_report = None;
+        }
     }
 
     pub(super) fn process_event(&mut self, event: &ProcessEvent) {

@@ -13,6 +13,7 @@ use crate::driver::handles::{
 use crate::link::wire::NodeState;
 
 /// Something that happened behind the link.
+#[expect(clippy::large_enum_variant, reason = "the large ones are rare, and none is kept")]
 pub(super) enum Happened {
     Rank(RankEvent),
     Held(HeldCall),
