@@ -28,7 +28,8 @@ async fn without_an_open_update_engines_go_on_untouched() {
     let nodes = nodes.next_leader().await;
     nodes.adopt_all().await.unwrap();
     for rank in &nodes.ranks {
-        assert_eq!(rank.take_log(), [""; 0]);
+        // The one before may have closed the gate for a drain.
+        assert_eq!(rank.take_log(), ["admission true"]);
     }
     nodes.all_hold_segments("u1");
     assert_eq!(nodes.updates.status().version.0, "v-u1");
@@ -76,7 +77,7 @@ async fn an_update_without_a_commit_record_is_rolled_back() {
         nodes.stamp();
         let nodes = nodes.next_leader().await;
         nodes.adopt_all().await.unwrap();
-        assert!(nodes.ranks[2].take_log().is_empty());
+        assert_eq!(nodes.ranks[2].take_log(), ["admission true"]);
         let record = nodes.update(nodes.request("u2", "newer")).await;
         assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
         nodes.all_hold_segments("u2");
@@ -189,7 +190,7 @@ async fn an_engine_that_says_another_version_is_brought_to_the_committed_one() {
     let nodes = nodes.next_leader().await;
     nodes.adopt_all().await.unwrap();
     nodes.all_hold_segments("u1");
-    assert!(nodes.ranks[0].take_log().is_empty());
+    assert!(!nodes.ranks[0].take_log().iter().any(|line| line.starts_with("load")));
     nodes.end().await;
 }
 
