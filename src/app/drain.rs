@@ -8,6 +8,8 @@ use tracing::{info, warn};
 
 use crate::driver::control::{ControlError, ControlGuard, ControlHandle};
 use crate::driver::handles::{HandleError, RankCommand, RankHandle};
+use crate::driver::rank::SNAPSHOT_LAG;
+use crate::link::server::SNAPSHOT_INTERVAL;
 
 /// Limit for all ranks to open or close their gate.
 const GATE: Duration = Duration::from_secs(10);
@@ -37,6 +39,7 @@ impl Drained {
             guard.release().await;
             return Err(DrainError::Ranks(error));
         }
+        settle().await;
         info!("drained: new requests are held until `sidecar resume`, or until the next sidecar takes over");
         *self.0.lock() = Some(guard);
         Ok(())
@@ -56,6 +59,11 @@ impl Drained {
         info!("not drained any more");
         Ok(!paused)
     }
+}
+
+/// Waits until the ranks' numbers include what passed the gates just before they closed.
+pub(super) async fn settle() {
+    tokio::time::sleep((SNAPSHOT_LAG + SNAPSHOT_INTERVAL) * 2).await;
 }
 
 /// A drain cannot begin or end.

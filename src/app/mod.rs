@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, JoinSet};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, error, info, warn};
@@ -32,9 +32,7 @@ use crate::driver::handles::{
     AttachmentCommand, CoordinatorCommand, HandleError, HandshakeCommand, RankCommand, ask,
 };
 use crate::driver::node::{NodeCommand, NodeExit};
-use crate::driver::rank::SNAPSHOT_LAG;
 use crate::exit_code::{self, RunEnd};
-use crate::link::server::SNAPSHOT_INTERVAL as LINK_LAG;
 use crate::peer::facts;
 use crate::peer::introduction::Introduction;
 use crate::peer::leader::{Leader, RemoteNode};
@@ -396,8 +394,7 @@ impl App {
         let until = Instant::now() + self.config.shutdown_timeout;
         gone(drain::gates(&self.handles.ranks, false).await);
         let sources = &self.handles.sources;
-        // Requests that came just now are not in the snapshots yet.
-        sleep((SNAPSHOT_LAG + LINK_LAG) * 2).await;
+        drain::settle().await;
         if sources.in_flight() > 0 && !self.config.shutdown_timeout.is_zero() {
             let limit = self.config.shutdown_timeout;
             info!(in_flight = sources.in_flight(), ?limit, "waiting for requests in flight");
