@@ -1,7 +1,7 @@
 //! The edge task: owns the sockets through which this node's engines talk to their DP coordinator, one XPUB and
 //! one PULL per engine incarnation. What goes out and what the reports mean decides the coordinator task, which may
 //! run on another node, and in a process that comes and goes. So the edge outlives its reader: reports that
-//! nobody takes are kept, bounded (see [`backlog`]), and delivered later.
+//! nobody takes are kept, bounded (see `edge/backlog.rs`), and delivered later.
 //!
 //! The reports of wave edges are noted on their way ([`EdgeState::wave`]): whoever takes over as DP coordinator must
 //! not fall behind the engines, whatever of its predecessor's queues was lost.
