@@ -1,4 +1,4 @@
-"""Sidecars that end and come back, with real vLLM: engines, frontend and requests go on without them."""
+"""Sidecars that end and come back, with real vLLM: engines, frontend and requests stay."""
 
 from __future__ import annotations
 
