@@ -17,7 +17,7 @@ COUNT = 200
 SIZE = 32 << 20
 FOLLOWER = 1
 # What shows in the output of `sidecar update` when the phase has begun.
-PHASES = ["staging", "pausing", "loading"]
+PHASES = ["staging", "pausing", "loading", "committing"]
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])

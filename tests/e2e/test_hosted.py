@@ -5,10 +5,12 @@ The tests of one kind share a deployment and come in this order; each leaves it 
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
 import time
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import pytest
 from frontends import IN_PROCESS_WORKER, MODEL_FLAGS, Frontend, Load, http_post
 from harness import Sidecar, World
 from models import Models
-from processes import START_LIMIT, alive, descendants, wait_for
+from processes import LOOPBACK, START_LIMIT, alive, descendants, free_port, wait_for
 
 COUNT = 40
 
@@ -31,6 +33,7 @@ class Deployment:
     sidecar: Sidecar
     frontends: list[Frontend]
     order: Path
+    http: str
     seed: int = 0
 
     def start_frontend(self, name: str, **ports: int) -> Frontend:
@@ -81,9 +84,10 @@ def deployment(request, ingredients, tmp_path_factory):
         env = world.env(VLLM_SERVER_DEV_MODE="1")
         frontends = [world.frontend(name, models.path(0), env=env) for name in ("alpha", "beta")]
         flags = [f"--frontend={frontend.handshake}" for frontend in frontends]
+        http = f"{LOOPBACK}:{free_port()}"
         sidecar = world.sidecar(
             "sidecar",
-            [*flags, "--pause-deadline", "20"],
+            [*flags, "--pause-deadline", "20", "--http", http],
             [models.path(0), *MODEL_FLAGS, *IN_PROCESS_WORKER],
             env=world.in_process(DP_SIDECAR_TEST_FAIL_LOAD=str(order)),
         )
@@ -91,7 +95,7 @@ def deployment(request, ingredients, tmp_path_factory):
         sidecar.wait_attached(*frontends)
         for frontend in frontends:
             frontend.wait_ready()
-        yielded = Deployment(request.param, world, models, sidecar, list(frontends), order)
+        yielded = Deployment(request.param, world, models, sidecar, list(frontends), order, http)
         yield yielded
         code = sidecar.terminate(limit=90)
         assert code == 0, f"exit code {code} after SIGTERM\n{sidecar.tail()}"
@@ -218,6 +222,48 @@ def test_an_update_under_load_mixes_nothing_and_loses_nothing(deployment, mode, 
     assert seeds == {old, seed}
     assert deployment.weight_versions() == {f"v{seed}"}
     deployment.check_serving(seed)
+
+
+def test_what_a_trainer_uploads_in_parts_is_committed_and_served(deployment):
+    old, new = deployment.seed, 1 - deployment.seed
+    file = Path(deployment.models.path(new)) / "model.safetensors"
+    data = file.read_bytes()
+    half = len(data) // 2
+    uploads = f"http://{deployment.http}/v1/weights/uploads"
+
+    def call(method: str, url: str, body: bytes, **headers: str) -> dict:
+        names = {name.replace("_", "-"): value for name, value in headers.items()}
+        request = urllib.request.Request(url, body or None, names, method=method)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read() or b"{}")
+
+    json_type = {"Content_Type": "application/json"}
+    name = f"step-{new}"
+    sizes = {"id": name, "files": [{"name": file.name, "size": len(data)}]}
+    call("POST", uploads, json.dumps(sizes).encode(), **json_type)
+    with Load(deployment.frontends, deployment.models.prompts, COUNT) as load:
+        load.wait_answers(4)
+        first = {"Content_Range": f"bytes 0-{half - 1}/{len(data)}"}
+        call("PUT", f"{uploads}/{name}/{file.name}", data[:half], **first)
+        # The trainer comes back and asks what is there.
+        there = call("GET", f"{uploads}/{name}", b"")
+        assert there["files"][0]["ranges"] == [[0, half]], there
+        assert not there["complete"], there
+        rest = {"Content_Range": f"bytes {half}-{len(data) - 1}/{len(data)}"}
+        call("PUT", f"{uploads}/{name}/{file.name}", data[half:], **rest)
+        wanted = {"upload": name, "version": f"v{new}", "from_version": f"v{old}"}
+        updates = f"http://{deployment.http}/v1/weights/updates"
+        report = call("POST", updates, json.dumps(wanted).encode(), **json_type)
+        deployment.seed = new
+        load.wait_answers(8)
+    assert report["status"] == "committed", report
+    for answer in load.answers:
+        assert answer.complete, answer
+        seen = deployment.models.seed_of(answer.prompt, answer.tokens)
+        assert seen in (old, new), f"mixed or wrong: {answer}"
+    assert deployment.weight_versions() == {f"v{new}"}
+    deployment.check_serving(new)
+    deployment.update(old)
 
 
 def missing_tensor(tensors):
