@@ -1,0 +1,118 @@
+//! Handle of the attachments manager, and what it must know about the deployment.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use dp_sidecar_protocol::layout::Layout;
+use dp_sidecar_protocol::{EngineIndex, FrontendId};
+use tokio::sync::{mpsc, watch};
+
+use super::{GroupKind, Reply};
+
+/// What a frontend is told about an engine when it attaches.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+pub struct EngineFacts {
+    /// The registration frame of the engine, as it came.
+    pub registration: Bytes,
+    /// From READY.
+    pub parallel_config_hash: Option<String>,
+    /// From READY (0.19.1 and older).
+    pub num_gpu_blocks: Option<u64>,
+    /// Positions of its version.
+    pub layout: Layout,
+}
+
+impl EngineFacts {
+    /// Of an engine about which nothing but its version is known.
+    pub const fn of(layout: Layout) -> Self {
+        Self { registration: Bytes::new(), parallel_config_hash: None, num_gpu_blocks: None, layout }
+    }
+}
+
+/// What is known about the whole deployment. Complete when `engines` has all `size` ranks.
+#[derive(Clone, Debug)]
+pub struct Deployment {
+    /// Dense or MoE.
+    pub kind: GroupKind,
+    /// `--data-parallel-size`.
+    pub size: u16,
+    /// Facts of each rank that has completed its handshake once (they stay while it restarts).
+    pub engines: BTreeMap<EngineIndex, EngineFacts>,
+}
+
+/// State of one wanted frontend, for `sidecar frontend list` and status.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct FrontendSnapshot {
+    /// Handshake address, as given.
+    pub address: String,
+    /// Attachment number, if there is one at the moment.
+    pub id: Option<u64>,
+    /// `waiting`, `connecting`, `handshake`, `registering`, `attached`, `refused`.
+    pub state: String,
+    /// API servers (slots taken).
+    pub api_servers: u32,
+    /// Why it is not attached, if it is not.
+    pub detail: Option<String>,
+    /// How often it attached.
+    pub attachments: u64,
+}
+
+/// Who wants a frontend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Origin {
+    /// `--frontend`: wanted as long as it is on the command line.
+    Flag,
+    /// `sidecar frontend add`: wanted until removed, or until the sidecar is stopped. A crash does not count.
+    Command,
+    /// `--serve`: the one that is started by the sidecar.
+    Supervised,
+}
+
+/// Commands of the attachments manager.
+#[derive(Debug)]
+pub enum AttachmentCommand {
+    /// Attach to this handshake address and keep attaching until removed.
+    Add {
+        /// `host:port`.
+        address: String,
+        /// Who wants it.
+        origin: Origin,
+        /// Done (wanted; not yet attached).
+        reply: Reply<()>,
+    },
+    /// Detach and forget.
+    Remove {
+        /// `host:port`.
+        address: String,
+        /// Done.
+        reply: Reply<()>,
+    },
+    /// The routes that a rank had when its node was connected. What an earlier sidecar opened, and nobody adopts, is
+    /// closed.
+    Routes {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Attachment and API server.
+        routes: Vec<(FrontendId, u32)>,
+    },
+    /// End, and leave all frontends attached: a successor goes on with them.
+    Leave {
+        /// Done.
+        reply: Reply<()>,
+    },
+    /// Detach from all and end.
+    Shutdown {
+        /// Done.
+        reply: Reply<()>,
+    },
+}
+
+/// Handle of the attachments manager.
+#[derive(Clone, Debug)]
+pub struct AttachmentHandle {
+    /// Commands.
+    pub commands: mpsc::Sender<AttachmentCommand>,
+    /// All wanted frontends.
+    pub snapshot: watch::Receiver<Vec<FrontendSnapshot>>,
+}

@@ -1,0 +1,199 @@
+//! Handles of the DP coordinator, and of the edge task with its engine-facing sockets.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use dp_sidecar_protocol::layout::Layout;
+use dp_sidecar_protocol::machine::coordinator::Adopted;
+use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Wave};
+use tokio::sync::{mpsc, watch};
+
+use super::Reply;
+
+/// A message of a rank for a frontend's own DP coordinator, to be pushed as it is.
+#[derive(Clone, Debug)]
+pub struct ForFrontendCoordinator {
+    /// The rank it comes from (whose PUSH socket carries it).
+    pub rank: EngineIndex,
+    /// A single-frame `EngineCoreOutputs` with stats, wave_complete or start_wave.
+    pub frame: Bytes,
+}
+
+/// Commands of the coordinator task.
+#[expect(clippy::large_enum_variant, reason = "the large one comes once in an engine's life")]
+#[derive(Debug)]
+pub enum CoordinatorCommand {
+    /// Bind fresh sockets for a rank's new incarnation.
+    Prepare {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Its new incarnation.
+        incarnation: Incarnation,
+        /// `(coordinator_input, coordinator_output)` addresses for INIT.
+        reply: Reply<(String, String)>,
+    },
+    /// The rank registered; from here its version is known.
+    EngineVersion {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which incarnation.
+        incarnation: Incarnation,
+        /// Field positions and behaviour of its version.
+        layout: Layout,
+    },
+    /// What stands on a node, after the connection to it was made (again), see
+    /// [`crate::driver::coordinator::adoption`]. Comes before other commands about its ranks; events of its edge may
+    /// overtake it.
+    Adopt {
+        /// Newest wave noted there, see [`crate::driver::edge::EdgeState::wave`].
+        wave: Option<(Wave, bool)>,
+        /// Its engines that have subscribed; those whose facts are known are `ready`.
+        engines: Vec<Adopted>,
+    },
+    /// Frontends may send to this rank from now on: report its real load.
+    Admitted {
+        /// Which rank.
+        rank: EngineIndex,
+    },
+    /// The rank is down or not admitted: report a load that steers new requests elsewhere; a lockstep
+    /// group's wave is over.
+    EngineDown {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which incarnation.
+        incarnation: Incarnation,
+    },
+    /// A frontend's DP coordinator wants to hear of the engines.
+    AddFrontend {
+        /// Which attachment.
+        frontend: FrontendId,
+        /// Where its messages go. A full queue drops stats, never waves.
+        sink: mpsc::Sender<ForFrontendCoordinator>,
+    },
+    /// A frontend is gone.
+    RemoveFrontend {
+        /// Which attachment.
+        frontend: FrontendId,
+    },
+    /// A frontend's DP coordinator broadcast START_DP_WAVE. Sent once per broadcast, whichever of the
+    /// ranks' subscriptions it is taken from (more often is harmless).
+    StartWave {
+        /// Which attachment.
+        frontend: FrontendId,
+        /// The wave it names.
+        wave: Wave,
+        /// The engine it excludes, if it names one.
+        exclude: Option<EngineIndex>,
+    },
+    /// A request was sent to a lockstep engine; also after the group was resumed. Sent for every
+    /// request: whether the group has to be woken is decided here.
+    Wake {
+        /// The engine.
+        rank: EngineIndex,
+    },
+    /// End.
+    Shutdown {
+        /// Done.
+        reply: Reply<()>,
+    },
+}
+
+/// Load of one rank as it last reported it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct Load {
+    /// `num_waiting_reqs`.
+    pub waiting: u64,
+    /// `num_running_reqs`.
+    pub running: u64,
+    /// `kv_cache_usage`, 0 to 1.
+    pub kv_cache_usage: f64,
+}
+
+/// Plain data about the DP coordinator.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct CoordinatorSnapshot {
+    /// Current wave.
+    pub wave: Wave,
+    /// Whether the group is running, as reported by engines.
+    pub running: bool,
+    /// Load by rank.
+    pub loads: BTreeMap<u16, Load>,
+    /// Ranks subscribed.
+    pub subscribed: u32,
+    /// False while a restarted lockstep group is brought to the wave the frontends know. No control
+    /// call and no request may be sent to its engines before (it takes one idle step).
+    pub in_step: bool,
+}
+
+/// Handle of the coordinator task.
+#[derive(Clone, Debug)]
+pub struct CoordinatorHandle {
+    /// Commands.
+    pub commands: mpsc::Sender<CoordinatorCommand>,
+    /// Latest state.
+    pub snapshot: watch::Receiver<CoordinatorSnapshot>,
+}
+
+/// Commands of the edge task: it owns, per engine incarnation, the XPUB and PULL that the engine takes for its
+/// DP coordinator, on the engine's own node. The coordinator machine, on the leader, decides what goes through.
+#[derive(Debug)]
+pub enum EdgeCommand {
+    /// Bind fresh sockets for a rank's new incarnation; those of the life before are dropped.
+    Prepare {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Its new incarnation. The same one again gives the same sockets.
+        incarnation: Incarnation,
+        /// `(coordinator_input, coordinator_output)` addresses for INIT.
+        reply: Reply<(String, String)>,
+    },
+    /// Publish a message to the engines of these ranks.
+    Publish {
+        /// To whom.
+        ranks: Vec<EngineIndex>,
+        /// READY, or START_DP_WAVE.
+        frames: Vec<Bytes>,
+    },
+    /// The wave as the coordinator machine has it. Kept for a successor, which starts from it.
+    Note {
+        /// Current wave.
+        wave: Wave,
+        /// Is it running?
+        running: bool,
+    },
+    /// Drop the sockets of an incarnation.
+    Close {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which incarnation.
+        incarnation: Incarnation,
+    },
+}
+
+/// What the edge task reports.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+pub enum EdgeEvent {
+    /// The engine receives from now on what is published.
+    Subscribed {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which incarnation.
+        incarnation: Incarnation,
+    },
+    /// The engine reports load or a wave edge.
+    Report {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which incarnation.
+        incarnation: Incarnation,
+        /// An encoded single-frame `EngineCoreOutputs`.
+        frame: Bytes,
+    },
+}
+
+/// Handle of the edge task of a node.
+#[derive(Clone, Debug)]
+pub struct EdgeHandle {
+    /// Commands.
+    pub commands: mpsc::Sender<EdgeCommand>,
+}

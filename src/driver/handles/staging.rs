@@ -1,0 +1,170 @@
+//! Handle of a node's staging area.
+
+use dp_sidecar_protocol::machine::weight_update::Checkpoint;
+use dp_sidecar_protocol::{UpdateId, WeightVersion};
+use tokio::sync::mpsc;
+
+use super::Reply;
+
+/// Where a node takes the bytes of a new checkpoint from.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum StageSource {
+    /// A directory that this node can read.
+    Directory(String),
+    /// The node before it in the chain, which connects to this node's data address.
+    Upstream,
+    /// What a trainer uploads to the leader.
+    Upload(String),
+    /// What this node holds as current: it is passed on to a node that lacks it.
+    Current,
+}
+
+/// Where the version that is replaced is kept, for the way back.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Retain {
+    /// In the node's other shared memory segment.
+    #[default]
+    Memory,
+    /// In the directory it came from (the start-up checkpoint, or `--path` of an earlier update); only one
+    /// segment is used.
+    Disk,
+    /// Nowhere: an engine that fails gets the new version again, or is fenced.
+    None,
+}
+
+/// One node's part in staging a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct StageSpec {
+    /// Names the staged bytes; the update's id.
+    pub id: UpdateId,
+    /// Label of the weights.
+    pub version: WeightVersion,
+    /// Where from.
+    pub source: StageSource,
+    /// Data address of the next node in the chain, which has begun before.
+    pub downstream: Option<std::net::SocketAddr>,
+    /// What becomes of the version before.
+    pub retain: Retain,
+    /// Directory of the start-up checkpoint on this node: the manifest must fit it. None: not checked here.
+    pub model_path: Option<String>,
+}
+
+/// What can be asked of a node's staging area.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum StageRequest {
+    /// What is there.
+    State,
+    /// Can this node read that directory, and is it the same one? Answered with [`StageState::probed`].
+    Probe {
+        /// Absolute directory.
+        path: String,
+    },
+    /// Begin to fill the spare segment. Answered when the data address is open (`Upstream`) or the source was
+    /// found good; the rest comes as events. The same id again with the bytes already there is done at once.
+    Begin(StageSpec),
+    /// The staged bytes are the committed version: they become the current segment.
+    Commit {
+        /// Of the [`StageSpec`].
+        id: UpdateId,
+    },
+    /// Forget the staged bytes (they stay in the spare segment, for a later attempt to reuse).
+    Discard {
+        /// Of the [`StageSpec`].
+        id: UpdateId,
+    },
+}
+
+/// A version of the weights in a segment.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct StagedVersion {
+    /// The update that brought it.
+    pub id: UpdateId,
+    /// Its label.
+    pub version: WeightVersion,
+    /// What engines of this node are told to load.
+    pub checkpoint: Checkpoint,
+}
+
+/// State of a node's staging area.
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct StageState {
+    /// Where the node before it in the chain connects; set while a [`StageSource::Upstream`] is awaited.
+    pub data_address: Option<std::net::SocketAddr>,
+    /// Answer to a probe: digest over names, sizes and headers of the directory's files.
+    pub probed: Option<String>,
+    /// The committed version, if a segment holds it.
+    pub current: Option<StagedVersion>,
+    /// The version before it, if it is retained.
+    pub previous: Option<StagedVersion>,
+    /// Complete and verified, but not committed.
+    pub staged: Option<StagedVersion>,
+    /// What is being staged now, and how far it is.
+    #[serde(default)]
+    pub running: Option<(UpdateId, StageProgress)>,
+    /// Bytes of shared memory in use.
+    pub memory: u64,
+}
+
+/// How far staging is on one node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct StageProgress {
+    /// Verified bytes.
+    pub done: u64,
+    /// Bytes of the checkpoint.
+    pub total: u64,
+    /// Verified chunks, and all.
+    pub chunks: (u64, u64),
+    /// Bytes that came over the network (payload).
+    pub received: u64,
+    /// Bytes taken from the current segment.
+    pub reused: u64,
+    /// Milliseconds since it began.
+    pub ms: u64,
+}
+
+/// What a node's staging area reports.
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+pub enum StageEvent {
+    /// It goes on; at most a few times a second.
+    Progress {
+        /// Of the [`StageSpec`].
+        id: UpdateId,
+        /// How far.
+        progress: StageProgress,
+    },
+    /// All chunks are there and verified, the manifest fits.
+    Staged {
+        /// Of the [`StageSpec`].
+        id: UpdateId,
+        /// What to load.
+        checkpoint: Checkpoint,
+        /// At the end.
+        progress: StageProgress,
+    },
+    /// It failed; no engine was touched.
+    Failed {
+        /// Of the [`StageSpec`].
+        id: UpdateId,
+        /// Who, stage, expected, actual.
+        error: String,
+    },
+}
+
+/// Commands of the staging task.
+#[derive(Debug)]
+pub struct StageCommand {
+    /// What.
+    pub request: StageRequest,
+    /// State after it.
+    pub reply: Reply<StageState>,
+}
+
+/// Handle of a node's staging task.
+#[derive(Clone, Debug)]
+pub struct StageHandle {
+    /// Commands.
+    pub commands: mpsc::Sender<StageCommand>,
+}
