@@ -60,17 +60,7 @@ impl Sources {
                 keeper_pid: self.keeper.pid(),
                 relay_pid: *self.relay.borrow(),
             },
-            deployment: DeploymentStatus {
-                kind: config.kind,
-                size: config.size,
-                start_rank: config.start_rank,
-                size_local: config.size_local,
-                model: match &config.engines {
-                    Engines::Spawn(launch) => launch.model.clone(),
-                    Engines::Attach => None,
-                },
-                http: config.serve.as_ref().map(Serve::http_address),
-            },
+            deployment: deployment(config),
             engines,
             frontends: self.frontends(),
             coordinator: self.coordinator.borrow().clone(),
@@ -190,5 +180,20 @@ fn state_name(phase: Phase) -> &'static str {
         Phase::Adopting | Phase::Serving => "admitted",
         Phase::Stopping => "stopping",
         Phase::GivenUp => "failed",
+    }
+}
+
+/// What the configuration alone tells.
+pub(super) fn deployment(config: &Config) -> DeploymentStatus {
+    DeploymentStatus {
+        kind: config.kind,
+        size: config.size,
+        start_rank: config.start_rank,
+        size_local: config.size_local,
+        model: match &config.engines {
+            Engines::Spawn(launch) => launch.model.clone(),
+            Engines::Attach => None,
+        },
+        http: config.serve.as_ref().map(Serve::http_address),
     }
 }

@@ -5,12 +5,12 @@ use std::time::Instant;
 use tokio::sync::{mpsc, watch};
 
 use super::answer;
+use super::status::deployment;
 use crate::admin::server::AdminCommand;
 use crate::admin::types::{
-    AdminError, ControllerStatus, DeploymentStatus, ErrorKind, LeaderStatus, NodeStatus, SidecarStatus,
-    Status, WeightsStatus,
+    AdminError, ControllerStatus, ErrorKind, LeaderStatus, NodeStatus, SidecarStatus, Status, WeightsStatus,
 };
-use crate::config::{Config, Engines, Serve};
+use crate::config::Config;
 use crate::driver::handles::CoordinatorSnapshot;
 use crate::exit_code::{self, RunEnd};
 use crate::gpu::GpuReport;
@@ -28,17 +28,7 @@ pub(super) fn status(config: &Config, began: Instant, state: &str) -> Status {
             keeper_pid: None,
             relay_pid: None,
         },
-        deployment: DeploymentStatus {
-            kind: config.kind,
-            size: config.size,
-            start_rank: config.start_rank,
-            size_local: config.size_local,
-            model: match &config.engines {
-                Engines::Spawn(launch) => launch.model.clone(),
-                Engines::Attach => None,
-            },
-            http: config.serve.as_ref().map(Serve::http_address),
-        },
+        deployment: deployment(config),
         engines: Vec::new(),
         frontends: Vec::new(),
         coordinator: CoordinatorSnapshot::default(),

@@ -146,6 +146,10 @@ impl Task {
                     Err(_) => deployment_open = false,
                 },
                 asked = &mut removed, if reply.is_none() => {
+                    // Leaving drops the manager's end, too, and must not look like a removal.
+                    if leave.is_cancelled() {
+                        break;
+                    }
                     // A manager that has gone wants the same.
                     reply = Some(asked.ok());
                     self.feed(Event::Remove);
