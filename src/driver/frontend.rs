@@ -64,7 +64,10 @@ pub async fn run(
         Ok(found) => found,
         Err(reason) => return FrontendExit::Failed { reason },
     };
-    let mut incarnation = found.as_ref().map_or(0, |found| found.incarnation - 1);
+    let mut incarnation = match &found {
+        Some(found) => found.incarnation - 1,
+        None => keeper.inherited().last_incarnation(CHILD),
+    };
     // One address for all its lives: it is what the attachment waits for.
     let address = match found.as_ref().map_or_else(free_address, |found| Ok(found.address)) {
         Ok(address) => address,

@@ -225,10 +225,11 @@ impl Host {
     async fn find(&mut self) -> Result<(), HostError> {
         let children = self.options.keeper.list().await;
         let children = children.map_err(|error| HostError(error.to_string()))?;
+        self.incarnation = self.options.keeper.inherited().last_incarnation(CHILD);
         let Some(child) = children.into_iter().find(|child| child.name == CHILD) else {
             return Ok(());
         };
-        self.incarnation = child.incarnation;
+        self.incarnation = self.incarnation.max(child.incarnation);
         if !child.stopping {
             info!(pid = child.pid, "relay process of an earlier sidecar found");
             self.started(child.incarnation, child.pid);

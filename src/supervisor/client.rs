@@ -128,6 +128,13 @@ impl Inherited {
     pub fn exit(&self, name: &str) -> Option<&ExitReport> {
         self.exits.iter().find(|exit| exit.name == name)
     }
+
+    /// The newest life of that name that anybody may still hear of: the next one must have a higher number, or the
+    /// end of the old one, which may still be on its way, would be taken for its own. 0 if there was none.
+    pub fn last_incarnation(&self, name: &str) -> u64 {
+        let child = self.child(name).map_or(0, |child| child.incarnation);
+        child.max(self.exit(name).map_or(0, |exit| exit.incarnation))
+    }
 }
 
 impl KeeperClient {
