@@ -87,7 +87,7 @@ pub async fn run(config: Config, state: StateDir) -> RunEnd {
     };
     if !end.keeps_engines {
         // All engines have ended: nobody loads from them any more.
-        stage::free(state.run_id());
+        stage::free(&state, end.code == exit_code::OK);
     }
     end
 }

@@ -43,11 +43,15 @@ pub(super) fn start(
     staging::spawn(stage, events, tracker, stop.clone()).map_err(|e| internal("staging area", &e))
 }
 
-/// Frees the shared memory, when all engines of this node have ended with the sidecar.
-pub(super) fn free(run_id: &str) {
-    match staging::remove_segments(Path::new(SHM_DIR), run_id) {
+/// Frees the shared memory, when all engines of this node have ended with the sidecar. Adapters are kept for the
+/// successor, unless this was the end as `planned`: then nothing that was committed counts any more.
+pub(super) fn free(state: &StateDir, planned: bool) {
+    match staging::remove_segments(Path::new(SHM_DIR), state.run_id()) {
         Ok(0) => {}
         Ok(count) => info!(count, "shared memory segments removed"),
         Err(error) => error!(%error, "shared memory segments not removed"),
+    }
+    if planned && let Err(error) = staging::remove_adapters(state.path()) {
+        error!(%error, "files of adapters not removed");
     }
 }

@@ -37,7 +37,7 @@ pub struct UpdateArgs {
     /// Where the version that is replaced is kept, for the way back.
     #[arg(long, value_enum, default_value_t)]
     pub retain: Retain,
-    /// Add or replace a LoRA adapter: a directory that every node can read. May be given several times.
+    /// Add or replace a LoRA adapter: a directory that the leader can read. May be given several times.
     #[arg(long, value_parser = parse_lora, value_name = "NAME=DIR")]
     pub lora: Vec<AdapterChange>,
     /// Remove a LoRA adapter. May be given several times.

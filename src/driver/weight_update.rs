@@ -40,7 +40,7 @@ use tracing::{error, info, warn};
 use super::control::{ControlError, ControlGuard, ControlHandle};
 use super::engine_calls;
 use super::handles::{GroupKind, HandleError, RankCommand, RankHandle, Retain, StageProgress};
-use adapters::Changes;
+use adapters::Prepared;
 use handle::{Command, Follower, RestoreReply};
 pub use handle::{UpdateHandle, UpdateRun};
 use jobs::RestoreJob;
@@ -165,7 +165,7 @@ struct Active {
     staged: Vec<NodeId>,
     stage_job: Option<tokio::task::AbortHandle>,
     /// What becomes of adapters.
-    adapters: Changes,
+    adapters: Prepared,
     /// The start-up checkpoint, where only adapters change and nothing was committed before.
     startup: Option<Checkpoint>,
     /// It is no update, but engines are taken over.
@@ -224,7 +224,7 @@ enum Done {
 
 struct Staged {
     nodes: BTreeMap<NodeId, Checked>,
-    adapters: Changes,
+    adapters: Prepared,
     startup: Option<Checkpoint>,
     infos: BTreeMap<EngineIndex, EngineInfo>,
     model_path: String,

@@ -2,6 +2,7 @@
 //! them and passes them on to the next node, while the engines go on generating. See
 //! `protocol/docs/staging.md`.
 
+mod adapters;
 mod area;
 mod check;
 mod config;
@@ -29,6 +30,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::driver::handles::{StageEvent, StageHandle};
+pub use adapters::remove_adapters;
 pub use config::{CHUNK, HopAuth, HopSide, NoAuth, SHM_DIR, StageConfig};
 pub use digest::Digest;
 pub use error::StageError;

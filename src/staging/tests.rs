@@ -1,5 +1,6 @@
 //! Staging over loopback: chains of nodes, each with its own task, in one process.
 
+mod adapters;
 mod chain;
 mod faults;
 mod restart;

@@ -1,5 +1,8 @@
 //! Handle of a node's staging area.
 
+use std::collections::BTreeSet;
+
+use bytes::Bytes;
 use dp_sidecar_protocol::machine::weight_update::Checkpoint;
 use dp_sidecar_protocol::{UpdateId, WeightVersion};
 use tokio::sync::mpsc;
@@ -18,6 +21,9 @@ pub enum StageSource {
     /// What this node holds as current: it is passed on to a node that lacks it.
     Current,
 }
+
+/// The one file with tensors of a LoRA adapter, in its directory.
+pub const ADAPTER_FILE: &str = "adapter_model.safetensors";
 
 /// Where the version that is replaced is kept, for the way back.
 #[derive(
@@ -75,6 +81,44 @@ pub enum StageRequest {
         /// Of the [`StageSpec`].
         id: UpdateId,
     },
+    /// Keep a LoRA adapter on this node. Answered with [`StageState::adapter`].
+    TakeAdapter {
+        /// Whole digest of its tensors.
+        digest: String,
+        /// Absolute directory in which this node may find it.
+        path: Option<String>,
+    },
+    /// The next piece of [`ADAPTER_FILE`], for a node that lacks it. Answered with [`StageState::adapter`].
+    AdapterPiece {
+        /// Of the [`StageRequest::TakeAdapter`].
+        digest: String,
+        /// Where it belongs.
+        offset: u64,
+        /// Bytes of the whole file.
+        size: u64,
+        /// The piece.
+        bytes: Bytes,
+    },
+    /// Forget all adapters but these.
+    KeepAdapters {
+        /// Whole digests.
+        digests: BTreeSet<String>,
+    },
+}
+
+/// Whether a node has an adapter.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum AdapterPlace {
+    /// It has.
+    Here {
+        /// Directory, on this node.
+        path: String,
+    },
+    /// It lacks the bytes of [`ADAPTER_FILE`] from here on.
+    Lacks {
+        /// First byte.
+        from: u64,
+    },
 }
 
 /// A version of the weights in a segment.
@@ -106,6 +150,9 @@ pub struct StageState {
     pub running: Option<(UpdateId, StageProgress)>,
     /// Bytes of shared memory in use.
     pub memory: u64,
+    /// Answer about an adapter.
+    #[serde(default)]
+    pub adapter: Option<AdapterPlace>,
 }
 
 /// How far staging is on one node.

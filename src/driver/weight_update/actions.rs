@@ -175,6 +175,7 @@ impl Task {
             .and_then(|active| active.infos.get(&rank))
             .is_some_and(|info| info.max_lora_rank.is_some());
         let recovery = active.is_some_and(|active| active.recovery.is_some());
+        let node = self.place(rank);
         let committed = self.committed.as_ref().map(|c| c.commit.adapters.clone()).unwrap_or_default();
         Load {
             id: active.map(|active| active.id.clone()).unwrap_or_default(),
@@ -182,8 +183,11 @@ impl Task {
             checkpoint: active
                 .is_none_or(|active| active.request.has_weights() || recovery)
                 .then_some(checkpoint),
-            changes: active.map(|active| active.adapters.clone()).unwrap_or_default(),
+            changes: active
+                .and_then(|active| active.adapters.on_nodes.get(&node).cloned())
+                .unwrap_or_default(),
             bring: (recovery && takes_adapters).then_some(committed),
+            place: (self.stages.clone(), node),
             limit,
         }
     }
@@ -240,7 +244,7 @@ impl Task {
             commit = Commit { checkpoint: base.checkpoint, nodes: base.nodes, source: base.source, ..commit };
         }
         commit.adapters = before.map(|before| before.adapters).unwrap_or_default();
-        for (name, adapter) in &active.adapters {
+        for (name, adapter) in &active.adapters.changes {
             match adapter {
                 Some(adapter) => commit.adapters.insert(name.clone(), adapter.clone()),
                 None => commit.adapters.remove(name),
@@ -334,6 +338,13 @@ impl Task {
             },
             id: active.id.clone(),
             commit: record.committed,
+            // What a failed update has brought is left for its next try.
+            adapters: (recovery.is_some() || record.committed && !active.request.adapters.is_empty()).then(
+                || {
+                    let committed = self.committed.as_ref().map(|committed| &committed.commit.adapters);
+                    committed.map(adapters::digests).unwrap_or_default()
+                },
+            ),
         };
         let gates: Vec<RankHandle> = match std::mem::take(&mut self.open_admission) {
             true => record.ranks.keys().filter_map(|rank| self.ranks.get(rank).cloned()).collect(),
@@ -382,9 +393,10 @@ struct Load {
     target: Target,
     /// None: the weights of the model stay.
     checkpoint: Option<Checkpoint>,
-    changes: Changes,
+    changes: adapters::Changes,
     /// Adapters to be brought to.
     bring: Option<BTreeMap<String, Adapter>>,
+    place: (Stages, NodeId),
     limit: Duration,
 }
 
@@ -400,7 +412,8 @@ impl Load {
         }
         let changed = match (&self.bring, self.target) {
             (Some(committed), _) => {
-                adapters::bring(handle, &self.id, committed, self.limit).await?;
+                let place = (&self.place.0, self.place.1);
+                adapters::bring(handle, &self.id, committed, place, self.limit).await?;
                 None
             }
             (None, _) if self.changes.is_empty() => None,
@@ -430,11 +443,22 @@ struct Areas {
     nodes: Vec<NodeId>,
     id: UpdateId,
     commit: bool,
+    /// Adapters that nodes are to keep, if that may have changed.
+    adapters: Option<BTreeSet<String>>,
 }
 
 impl Areas {
     /// Makes what was staged current, or discards it. What fails is made up for before the next use.
     async fn settle(self) {
+        if let Some(digests) = &self.adapters {
+            let kept = self.stages.all().into_iter().map(async |node| {
+                if let Err(error) = self.stages.keep_adapters(node, digests.clone()).await {
+                    // They are in nobody's way; the next update of adapters removes them.
+                    warn!("adapters that nobody uses stay: {error}");
+                }
+            });
+            let _: Vec<()> = join_all(kept).await;
+        }
         let nodes = self.nodes.iter().filter(|node| self.stages.has_stage(**node));
         let settled = nodes.map(async |node| {
             let mut left = SETTLE_ATTEMPTS;

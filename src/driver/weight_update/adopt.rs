@@ -141,7 +141,7 @@ impl Task {
             model_path: None,
             staged: Vec::new(),
             stage_job: None,
-            adapters: Changes::new(),
+            adapters: Prepared::default(),
             startup: None,
             recovery: Some(Recovery { recover, begun, ranks, reply }),
             request,

@@ -60,7 +60,7 @@ impl Task {
             model_path: None,
             staged: Vec::new(),
             stage_job: None,
-            adapters: Changes::new(),
+            adapters: Prepared::default(),
             startup: None,
             recovery: None,
             request,

@@ -1,6 +1,7 @@
 //! Work in the background that takes more than one call: staging, and bringing engines to the committed
 //! weights.
 
+use super::adapters::Preparation;
 use super::nodes::NodesJob;
 use super::*;
 
@@ -15,7 +16,8 @@ pub(super) struct StageJob {
 impl StageJob {
     pub(super) async fn run(mut self) -> Result<Staged, (NodeId, String)> {
         let limit = self.call_timeout;
-        let handles: Vec<RankHandle> = self.engines.iter().map(|(handle, ..)| handle.clone()).collect();
+        let handles: Vec<(RankHandle, NodeId)> =
+            self.engines.iter().map(|(handle, node, _)| (handle.clone(), *node)).collect();
         let asked = self.engines.into_iter().map(async |(handle, node, info)| {
             let info = match info {
                 Some(info) => Ok(info),
@@ -36,11 +38,19 @@ impl StageJob {
         let leader = self.nodes.nodes.first().copied().unwrap_or_default();
         let model_path = self.nodes.model_paths.get(&leader).cloned().unwrap_or_default();
         let infos = answers.into_iter().map(|(rank, _, info)| (rank, info)).collect();
-        let (id, request) = (&self.nodes.id, &self.nodes.request);
-        let read = (&self.nodes.known, &self.nodes.cancel);
+        let request = &self.nodes.request;
         let on_leader = |error| (leader, error);
-        let checked = adapters::check(id, &request.adapters, &handles, read, self.nodes.limit).await;
-        let adapters = checked.map_err(on_leader)?;
+        let preparation = Preparation {
+            id: &self.nodes.id,
+            stages: &self.nodes.stages,
+            nodes: &self.nodes.nodes,
+            engines: &handles,
+            known: &self.nodes.known,
+            cancel: &self.nodes.cancel,
+            notes: &self.nodes.notes,
+            limit: self.nodes.limit,
+        };
+        let adapters = preparation.run(&request.adapters).await?;
         let mut startup = None;
         if !request.has_weights() && self.nodes.committed.is_none() {
             let at = (leader, model_path.as_str());
@@ -115,7 +125,7 @@ impl RestoreJob {
         }
         let loads = handles.iter().map(async |(handle, node)| {
             let checkpoint = checkpoints.get(node).unwrap_or(&commit.checkpoint);
-            self.bring(handle, commit, checkpoint, model_path(handle.rank))
+            self.bring((handle, *node), commit, checkpoint, model_path(handle.rank))
                 .await
                 .map_err(|reason| failed(handle.rank, commit, reason))
         });
@@ -149,7 +159,7 @@ impl RestoreJob {
 
     async fn bring(
         &self,
-        handle: &RankHandle,
+        (handle, node): (&RankHandle, NodeId),
         commit: &Commit,
         checkpoint: &Checkpoint,
         model_path: &str,
@@ -175,7 +185,8 @@ impl RestoreJob {
             }
         }
         if !commit.adapters.is_empty() {
-            adapters::bring(handle, &commit.id, &commit.adapters, self.load_timeout).await?;
+            let place = (&self.stages, node);
+            adapters::bring(handle, &commit.id, &commit.adapters, place, self.load_timeout).await?;
         }
         let version = vec![commit.version.0.as_str().into()];
         if let Err(error) = handle.call("set_weight_version", version, self.call_timeout).await {

@@ -1,10 +1,11 @@
 //! The staging areas of all nodes: what is asked of them, and what they report.
 
+use bytes::Bytes;
 use tokio::sync::Semaphore;
 
 use super::super::handles::{
-    StageCommand, StageEvent, StageHandle, StageProgress, StageRequest, StageSource, StageSpec, StageState,
-    ask,
+    AdapterPlace, StageCommand, StageEvent, StageHandle, StageProgress, StageRequest, StageSource, StageSpec,
+    StageState, ask,
 };
 use super::*;
 
@@ -65,6 +66,17 @@ impl Stages {
         nodes
     }
 
+    /// The node of the first rank.
+    pub(super) fn leader(&self) -> NodeId {
+        let first = self.nodes.iter().min_by_key(|(_, node)| node.first);
+        first.map(|(id, _)| *id).unwrap_or_default()
+    }
+
+    /// All nodes that have a staging area.
+    pub(super) fn all(&self) -> Vec<NodeId> {
+        self.nodes.keys().copied().filter(|node| self.has_stage(*node)).collect()
+    }
+
     pub(super) fn name(&self, node: NodeId) -> String {
         self.nodes.get(&node).map_or_else(|| format!("node {node}"), |node| node.name.clone())
     }
@@ -102,6 +114,44 @@ impl Stages {
 
     pub(super) async fn discard(&self, node: NodeId, id: &UpdateId) -> Result<StageState, String> {
         self.ask(node, ANSWER, StageRequest::Discard { id: id.clone() }).await
+    }
+
+    /// Has a node look for an adapter, in its own store and then at `path`.
+    pub(super) async fn take_adapter(
+        &self,
+        node: NodeId,
+        digest: &str,
+        path: &str,
+    ) -> Result<AdapterPlace, String> {
+        let (digest, path) = (digest.to_owned(), Some(path.to_owned()));
+        self.about_adapter(node, BEGIN, StageRequest::TakeAdapter { digest, path }).await
+    }
+
+    /// Gives a node a piece of an adapter's file of `size` bytes.
+    pub(super) async fn adapter_piece(
+        &self,
+        node: NodeId,
+        digest: &str,
+        (offset, size): (u64, u64),
+        bytes: Bytes,
+    ) -> Result<AdapterPlace, String> {
+        let piece = StageRequest::AdapterPiece { digest: digest.to_owned(), offset, size, bytes };
+        self.about_adapter(node, ANSWER, piece).await
+    }
+
+    async fn about_adapter(
+        &self,
+        node: NodeId,
+        limit: Duration,
+        request: StageRequest,
+    ) -> Result<AdapterPlace, String> {
+        let state = self.ask(node, limit, request).await?;
+        state.adapter.ok_or_else(|| format!("{}: no answer about the adapter", self.name(node)))
+    }
+
+    /// Has a node forget all adapters but these.
+    pub(super) async fn keep_adapters(&self, node: NodeId, digests: BTreeSet<String>) -> Result<(), String> {
+        self.ask(node, ANSWER, StageRequest::KeepAdapters { digests }).await.map(|_| ())
     }
 
     pub(super) async fn begin(&self, node: NodeId, spec: StageSpec) -> Result<StageState, String> {

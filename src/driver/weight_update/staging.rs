@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use dp_sidecar_protocol::machine::weight_update::Checkpoint;
 use parking_lot::Mutex;
 
+use super::super::handles::ADAPTER_FILE;
 use crate::manifest::{Manifest, ManifestError, ManifestFile, Progress};
 
 /// What is known about directories, so that nothing is hashed twice.
@@ -87,9 +88,9 @@ impl Known {
         let manifest = Manifest::read(&path).map_err(|error| failed(&error))?;
         let digest = self.digest(&manifest, &|_| {}, cancel).map_err(|error| failed(&error))?;
         let checkpoint = manifest.checkpoint(Some(digest));
-        if checkpoint.files != ["adapter_model.safetensors"] {
+        if checkpoint.files != [ADAPTER_FILE] {
             let files = checkpoint.files.join(", ");
-            return Err(failed(&format!("files {files}, expected adapter_model.safetensors")));
+            return Err(failed(&format!("files {files}, expected {ADAPTER_FILE}")));
         }
         Ok((checkpoint, config))
     }

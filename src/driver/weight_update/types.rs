@@ -81,7 +81,7 @@ pub enum UpdateSource {
 pub struct AdapterChange {
     /// Name that requests use as `model`.
     pub name: String,
-    /// Absolute directory with `adapter_config.json` and `adapter_model.safetensors`, which every node can read.
+    /// Absolute directory with `adapter_config.json` and `adapter_model.safetensors`, which the leader can read.
     /// None: the adapter is removed.
     pub path: Option<PathBuf>,
 }

@@ -183,7 +183,9 @@ pub(super) const fn is_idempotent(request: &Request) -> bool {
         Request::OpenRoute { .. } | Request::Release { .. } | Request::Spawn { .. } => false,
         // An update that lacks a node fails now, and may be tried again; the node must only hear what was
         // committed.
-        Request::Stage(request) => matches!(request, StageRequest::Commit { .. }),
+        Request::Stage(request) => {
+            matches!(request, StageRequest::Commit { .. } | StageRequest::KeepAdapters { .. })
+        }
         _ => true,
     }
 }

@@ -93,6 +93,42 @@ async fn adapters_and_weights_outlive_each_others_updates_and_late_engines_get_b
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_node_that_cannot_read_an_adapter_gets_it_from_the_leader() {
+    let nodes = nodes(GroupKind::Lockstep).await;
+    let (one, two) = (adapter(nodes.dir.path(), "one", 1), adapter(nodes.dir.path(), "two", 2));
+    let blind = [&one, &two].map(|path| path.display().to_string());
+    nodes.stages[1].area.lock().blind = blind.to_vec();
+    let record = nodes.adapters("u1", vec![change("style", Some(&one))]).await;
+    assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
+    let log = nodes.stages[1].take_log();
+    assert!(log.iter().any(|line| line.starts_with("piece 0 ")), "{log:?}");
+    assert!(!nodes.stages[0].take_log().iter().any(|line| line.starts_with("piece")));
+    let path = |rank: usize| nodes.ranks[rank].engine.lock().adapters["style"].clone();
+    assert_eq!(Path::new(&path(0)), one);
+    assert!(path(2).starts_with("/state/1/"), "{}", path(2));
+    assert_eq!(path(2), path(3));
+    // An engine that comes later finds it there, and so does one on a node that lost it.
+    let late = async |rank: usize| {
+        nodes.ranks[rank].restart();
+        nodes.updates.restore(nodes.lives()[rank..=rank].to_vec()).await.unwrap();
+        nodes.ranks[rank].admit();
+        assert!(path(rank).starts_with("/state/1/"));
+    };
+    late(2).await;
+    assert!(nodes.stages[1].take_log().iter().all(|line| !line.starts_with("piece")));
+    nodes.stages[1].area.lock().adapters.clear();
+    late(3).await;
+    assert!(nodes.stages[1].take_log().iter().any(|line| line.starts_with("piece")));
+    // What nobody uses any more is removed.
+    let record = nodes.adapters("u2", vec![change("style", Some(&two))]).await;
+    assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
+    for stage in &nodes.stages {
+        assert_eq!(stage.area.lock().adapters.len(), 1);
+    }
+    nodes.end().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn after_a_crash_engines_have_the_committed_adapters() {
     let nodes = nodes(GroupKind::Lockstep).await;
     let (one, two) = (adapter(nodes.dir.path(), "one", 1), adapter(nodes.dir.path(), "two", 2));

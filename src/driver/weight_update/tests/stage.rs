@@ -6,8 +6,8 @@ use dp_sidecar_protocol::machine::weight_update::Extent;
 use parking_lot::Mutex;
 
 use super::super::super::handles::{
-    HandleError, StageCommand, StageEvent, StageHandle, StageProgress, StageRequest, StageSource, StageSpec,
-    StageState, StagedVersion,
+    AdapterPlace, HandleError, StageCommand, StageEvent, StageHandle, StageProgress, StageRequest,
+    StageSource, StageSpec, StageState, StagedVersion,
 };
 use super::*;
 
@@ -25,6 +25,8 @@ pub(super) struct Area {
     pub(super) state: StageState,
     /// Directories that this node cannot read.
     pub(super) blind: Vec<String>,
+    /// Adapters by digest, and where they are.
+    pub(super) adapters: BTreeMap<String, String>,
     /// For the next beginnings.
     pub(super) scripts: VecDeque<Script>,
     /// Commits to refuse.
@@ -95,6 +97,31 @@ impl FakeStage {
                 area.log.push(format!("discard {id}"));
                 area.state.staged = area.state.staged.take().filter(|staged| staged.id != id);
                 area.state.running = None;
+            }
+            StageRequest::TakeAdapter { digest, path } => {
+                let path = path.filter(|path| !self.area.lock().blind.contains(path));
+                let mut area = self.area.lock();
+                if let Some(path) = path {
+                    area.adapters.entry(digest.clone()).or_insert(path);
+                }
+                let mut state = area.state.clone();
+                state.adapter = Some(match area.adapters.get(&digest) {
+                    Some(path) => AdapterPlace::Here { path: path.clone() },
+                    None => AdapterPlace::Lacks { from: 0 },
+                });
+                return Ok(state);
+            }
+            StageRequest::AdapterPiece { digest, offset, size, bytes } => {
+                let mut area = self.area.lock();
+                area.log.push(format!("piece {offset} {} of {size}", bytes.len()));
+                let mut state = area.state.clone();
+                let path = format!("/state/{}/{digest}", self.node);
+                area.adapters.insert(digest, path.clone());
+                state.adapter = Some(AdapterPlace::Here { path });
+                return Ok(state);
+            }
+            StageRequest::KeepAdapters { digests } => {
+                self.area.lock().adapters.retain(|digest, _| digests.contains(digest));
             }
         }
         Ok(self.area.lock().state.clone())
