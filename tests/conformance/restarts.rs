@@ -177,12 +177,35 @@ fn a_frontend_added_at_runtime_is_wanted_after_a_crash_and_not_after_a_stop() {
     let status = sidecar.await_attached(&address);
     assert_eq!(frontend_state(&status, &waiting).as_deref(), Some("waiting"));
     assert_eq!(complete_all(&mut added, "r", 2, 3).len(), 2);
+    let again = sidecar.command(&["frontend", "add", &address]);
+    assert!(again.text().contains("wanted already"), "{}", again.text());
     sidecar.stop();
     let told = added.server().until("the end", SOON, |_| false);
     assert!(matches!(told, Err(FrontendError::EngineDead { .. })), "{told:?}");
     sidecar.start_again();
     let status = sidecar.await_admitted();
     assert_eq!(status["frontends"].as_array().map(Vec::len), Some(0), "{status:#}");
+}
+
+#[test]
+fn a_frontend_added_at_runtime_may_be_on_the_command_line_of_the_next_sidecar() {
+    let directory = directory();
+    let model = model(directory.path(), "m", 1, false);
+    let mut added = frontend(1, |_| {});
+    let address = added.host_port().to_owned();
+    let mut sidecar = lasting(1, &model).start();
+    sidecar.await_admitted();
+    assert_eq!(sidecar.command(&["frontend", "add", &address]).code, 0);
+    added.startup(SOON).unwrap();
+    sidecar.await_attached(&address);
+    kill_9(&mut sidecar);
+    sidecar.start_again_with(&["--frontend", &address]);
+    sidecar.await_admitted();
+    sidecar.await_attached(&address);
+    // The same attachment: it was told nothing, and goes on.
+    assert_eq!(complete_all(&mut added, "r", 2, 3).len(), 2);
+    sidecar.stop();
+    sidecar.await_nothing_left();
 }
 
 #[test]

@@ -155,8 +155,8 @@ struct Manager {
 }
 
 struct Entry {
-    /// Wanted by a predecessor; whether it still is, is not known yet.
-    recorded: bool,
+    /// Wanted by a predecessor in this way, and not yet by this sidecar.
+    recorded: Option<Origin>,
     remove: oneshot::Sender<Reply<()>>,
     ended: CancellationToken,
 }
@@ -207,8 +207,7 @@ impl Manager {
                 Origin::Flag => self.shared.config.flagged.contains(&address),
                 Origin::Supervised => self.shared.config.supervises,
             };
-            let recorded = record.origin != Origin::Command;
-            self.start(&address, record.attached, recorded);
+            self.start(&address, record.attached, Some(record.origin));
             if !wanted {
                 tracing::info!(frontend.addr = %address, "frontend of the sidecar before is not wanted any more");
                 let (reply, _) = oneshot::channel();
@@ -220,9 +219,13 @@ impl Manager {
     fn add(&mut self, address: String, origin: Origin) -> Result<(), HandleError> {
         check_address(&address)?;
         if let Some(entry) = self.wanted.get_mut(&address) {
-            if !std::mem::take(&mut entry.recorded) {
+            // What was added by command may be on the command line the next time.
+            let before =
+                entry.recorded.filter(|before| (*before, origin) != (Origin::Command, Origin::Command));
+            if before.is_none() {
                 return Err(HandleError::failed(format!("frontend {address} is wanted already")));
             }
+            entry.recorded = None;
             self.shared.records.lock().want(&address, origin);
             return Ok(());
         }
@@ -230,11 +233,11 @@ impl Manager {
             return Err(HandleError::failed(format!("{FRONTENDS} frontends are wanted already")));
         }
         self.shared.records.lock().want(&address, origin);
-        self.start(&address, None, false);
+        self.start(&address, None, None);
         Ok(())
     }
 
-    fn start(&mut self, address: &str, adopt: Option<Attached>, recorded: bool) {
+    fn start(&mut self, address: &str, adopt: Option<Attached>, recorded: Option<Origin>) {
         self.ending.retain(|_, ended| !ended.is_cancelled());
         let (remove, removed) = oneshot::channel();
         let ended = CancellationToken::new();
