@@ -6,6 +6,7 @@ mod drain;
 mod follower;
 mod local;
 mod nodes;
+mod pauses;
 mod stage;
 mod start;
 mod status;

@@ -1,10 +1,10 @@
 //! Binds, connects and starts everything a run needs.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dp_sidecar_protocol::{EngineIndex, FrontendId};
+use dp_sidecar_protocol::EngineIndex;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -15,12 +15,12 @@ use super::commands::Handles;
 use super::drain::Drained;
 use super::local::{self, Keeper, QUEUE, internal};
 use super::nodes::{self, Gathered, Remote, THIS_NODE, of_node};
+use super::pauses;
 use super::stage;
 use super::status::Sources;
 use crate::admin::server::AdminCommand;
 use crate::config::{Config, Engines};
 use crate::driver::attachment::{self, AttachmentConfig};
-use crate::driver::control::ControlHandle;
 use crate::driver::frontend::{self, SupervisedSnapshot};
 use crate::driver::handles::{
     AttachmentCommand, AttachmentHandle, CoordinatorCommand, CoordinatorHandle, Deployment, NodeId, Origin,
@@ -157,7 +157,7 @@ pub(super) async fn start(
         &tracker,
         stop.clone(),
     );
-    frontends_gone(&attachments, &control, &tracker, stop.clone());
+    pauses::frontends_gone(&attachments, &control, &tracker, stop.clone());
     let (node_commands, commands) = mpsc::channel(QUEUE);
     let updates = weight_update::spawn(
         UpdateConfig::new(config.kind, state.path()).with_load_timeout(config.load_timeout),
@@ -307,27 +307,6 @@ fn fences(node: &mpsc::Sender<NodeCommand>, tracker: &TaskTracker) -> mpsc::Send
         }
     });
     sender
-}
-
-/// Tells the control task which attachments have ended: a pause they hold becomes a lease.
-fn frontends_gone(
-    attachments: &AttachmentHandle,
-    control: &ControlHandle,
-    tracker: &TaskTracker,
-    stop: CancellationToken,
-) {
-    let mut snapshots = attachments.snapshot.clone();
-    let control = control.clone();
-    tracker.spawn(stop.run_until_cancelled_owned(async move {
-        let mut known: BTreeSet<u64> = BTreeSet::new();
-        while snapshots.changed().await.is_ok() {
-            let now: BTreeSet<u64> = snapshots.borrow_and_update().iter().filter_map(|f| f.id).collect();
-            for &gone in known.difference(&now) {
-                control.frontend_gone(FrontendId(gone)).await;
-            }
-            known = now;
-        }
-    }));
 }
 
 /// Uploads and updates over HTTP, if they are wanted.

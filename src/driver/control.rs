@@ -147,6 +147,12 @@ impl ControlGuard {
         self.tell(Event::PausedSet { owner, paused_by }).await;
     }
 
+    /// Records that the engines were found paused, as an earlier sidecar left them.
+    pub async fn inherit(&self, paused_by: PausedBy, asleep: bool) {
+        let owner = self.owner;
+        self.tell(Event::Inherited { owner, paused_by, asleep }).await;
+    }
+
     /// Records that the engines hold weights that the sidecar has loaded.
     pub async fn weights_known(&self) {
         self.tell(Event::WeightsKnown { owner: self.owner }).await;

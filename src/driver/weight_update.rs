@@ -25,7 +25,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use dp_sidecar_protocol::machine::weight_update::{
-    Action, Begin, Begun, Checkpoint, Commit, Event, Ledger, NodeId, Participant, PauseMode, Phase,
+    Action, Begin, Begun, Checkpoint, Commit, Event, Ledger, NodeId, Participant, Pause, PauseMode, Phase,
     RankState, Record, Recover, Refusal, Target, WeightUpdate,
 };
 use dp_sidecar_protocol::{EngineIndex, Incarnation, Time, UpdateId, WeightVersion};
@@ -98,7 +98,7 @@ pub fn spawn(
         open_admission: false,
         ledger,
         ledger_number: 0,
-        control_seen: (false, false),
+        control_seen: (None, false),
         adopts: VecDeque::new(),
         staging: BTreeMap::new(),
         config,
@@ -250,7 +250,7 @@ struct Task {
     /// Of the last write.
     ledger_number: u64,
     /// The operator's pause and weights of frontends, as the control task last said.
-    control_seen: (bool, bool),
+    control_seen: (Option<Pause>, bool),
     adopts: VecDeque<(Vec<(EngineIndex, Incarnation)>, RestoreReply)>,
     /// Of the running update.
     staging: BTreeMap<NodeId, StageProgress>,

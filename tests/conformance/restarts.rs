@@ -188,6 +188,38 @@ fn a_frontend_added_at_runtime_is_wanted_after_a_crash_and_not_after_a_stop() {
 }
 
 #[test]
+fn a_pause_of_a_frontend_outlives_a_killed_sidecar() {
+    let directory = directory();
+    let model = model(directory.path(), "m", 1, true);
+    let mut frontend = frontend(2, |options| options.moe = true);
+    let mut sidecar = lasting(2, &model).frontend(&frontend).start();
+    frontend.startup(SOON).unwrap();
+    let mode = [rmpv::Value::from("abort")];
+    frontend.server().call_all("pause_scheduler", &mode, SOON).unwrap();
+    let paused = |status: &Value| status["controller"]["paused"] == true;
+    sidecar.await_status("paused", paused);
+    let ledger = sidecar.state_dir().join("ledger.json");
+    until("the pause is on record", SOON, || {
+        std::fs::read_to_string(&ledger).ok().filter(|text| text.contains("frontend"))
+    });
+    for _ in 0..2 {
+        kill_9(&mut sidecar);
+        sidecar.start_again();
+        sidecar.await_admitted();
+        sidecar.await_status("still paused", paused);
+        let asked = frontend.server().call_all("is_scheduler_paused", &[], SOON).unwrap();
+        assert_eq!(asked, vec![rmpv::Value::from(true); 2]);
+    }
+    frontend.server().call_all("resume_scheduler", &[], SOON).unwrap();
+    sidecar.await_status("resumed", |status| !paused(status));
+    for done in complete_all(&mut frontend, "after", 4, 5) {
+        assert_eq!(done.tokens, model.tokens(5));
+    }
+    sidecar.stop();
+    sidecar.await_nothing_left();
+}
+
+#[test]
 fn a_frontend_added_at_runtime_may_be_on_the_command_line_of_the_next_sidecar() {
     let directory = directory();
     let model = model(directory.path(), "m", 1, false);

@@ -41,7 +41,7 @@ pub struct Deployment {
 }
 
 /// State of one wanted frontend, for `sidecar frontend list` and status.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct FrontendSnapshot {
     /// Handshake address, as given.
     pub address: String,

@@ -1,6 +1,5 @@
 //! The machine's actions, performed.
 
-use dp_sidecar_protocol::machine::control::PausedBy;
 use dp_sidecar_protocol::machine::weight_update::{Adapter, WorkerReport, WorkerState};
 
 use super::jobs::StageJob;
@@ -351,6 +350,7 @@ impl Task {
             false => Vec::new(),
         };
         let stay_paused = recovery.as_ref().is_some_and(|recovery| recovery.recover.stay_paused);
+        let pause = self.ledger.pause.clone().filter(|_| stay_paused);
         let journal = self.journal.clone();
         let (followers, guard) = (std::mem::take(&mut active.followers), active.guard.take());
         // Until this is done the update counts as running.
@@ -377,8 +377,8 @@ impl Task {
                 if known {
                     guard.weights_known().await;
                 }
-                if stay_paused {
-                    guard.set_paused(Some(PausedBy::Operator)).await;
+                if let Some(Pause { by, asleep }) = pause {
+                    guard.inherit(by, asleep).await;
                 }
                 guard.release().await;
             }

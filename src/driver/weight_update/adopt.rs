@@ -1,7 +1,5 @@
 //! Taking over engines that live on from before a restart of the sidecar.
 
-use dp_sidecar_protocol::machine::control::PausedBy;
-
 use super::jobs::on_node;
 use super::*;
 
@@ -64,6 +62,10 @@ impl Task {
         reply: RestoreReply,
     ) {
         self.restoring -= 1;
+        if found.paused.is_empty() && ranks.len() == self.ranks.len() && self.ledger.pause.take().is_some() {
+            // Resumed, and the sidecar before ended in the moment between.
+            self.save_ledger();
+        }
         let committed = self.committed.as_ref().map(|committed| committed.commit.version.0.clone());
         let suspect = |(rank, incarnation): &(EngineIndex, Incarnation)| {
             let snapshot = self.ranks.get(rank).map(|handle| handle.snapshot.borrow().clone());
@@ -72,7 +74,7 @@ impl Task {
                 || snapshot.as_ref().is_none_or(|snapshot| !snapshot.admitted)
                 || (committed.is_some() && stamp != committed.as_ref())
         };
-        let stay_paused = self.ledger.operator_pause;
+        let stay_paused = self.ledger.pause.is_some();
         let paused = |rank: &(EngineIndex, Incarnation)| !stay_paused && found.paused.contains(&rank.0);
         let reload = ranks.iter().any(suspect);
         let lockstep = self.config.kind == GroupKind::Lockstep;
@@ -91,6 +93,11 @@ impl Task {
         }
         if treat.is_empty() {
             self.accept(ranks, !found.paused.is_empty(), reply);
+            return;
+        }
+        if reload && self.ledger.pause.as_ref().is_some_and(|pause| pause.asleep) {
+            let reason = "engines sleep whose weights are not trusted".to_owned();
+            ignore_gone(reply.send(Err(UpdateError::Adopt { reason })));
             return;
         }
         if let Some(waiting) = self.active.take() {
@@ -152,7 +159,7 @@ impl Task {
     fn accept(&mut self, ranks: Vec<(EngineIndex, Incarnation)>, paused: bool, reply: RestoreReply) {
         info!(ranks = ranks.len(), "engines live on with the committed weights");
         self.trust(&ranks);
-        let control = self.control.clone();
+        let (control, pause) = (self.control.clone(), self.ledger.pause.clone().filter(|_| paused));
         let handles: Vec<RankHandle> =
             ranks.iter().filter_map(|(rank, _)| self.ranks.get(rank).cloned()).collect();
         self.jobs.spawn(async move {
@@ -160,8 +167,10 @@ impl Task {
             if let Err(error) = super::actions::admission(&handles, true, TELL_LIMIT).await {
                 warn!("gates of engines that live on: {error}");
             }
-            if paused && let Ok(guard) = control.acquire("recovery after a restart", PATIENCE).await {
-                guard.set_paused(Some(PausedBy::Operator)).await;
+            if let Some(Pause { by, asleep }) = pause
+                && let Ok(guard) = control.acquire("recovery after a restart", PATIENCE).await
+            {
+                guard.inherit(by, asleep).await;
                 guard.release().await;
             }
             ignore_gone(reply.send(Ok(())));
@@ -282,11 +291,12 @@ impl Task {
     pub(super) fn control_changed(&mut self) {
         self.watch_control();
         let now = self.control.snapshot();
-        let now = (now.paused_by == Some(PausedBy::Operator), now.external_weights);
-        let before = std::mem::replace(&mut self.control_seen, now);
+        let pause = now.paused_by.map(|by| Pause { by, asleep: now.asleep });
+        let now = (pause, now.external_weights);
+        let before = std::mem::replace(&mut self.control_seen, now.clone());
         // What was before this sidecar is not known to the control task: only changes count.
         if now.0 != before.0 {
-            self.ledger.operator_pause = now.0;
+            self.ledger.pause.clone_from(&now.0);
         }
         if now.1 != before.1 {
             self.ledger.external_weights = now.1;

@@ -181,6 +181,8 @@ impl Journal {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use dp_sidecar_protocol::machine::control::PausedBy;
+    use dp_sidecar_protocol::machine::weight_update::Pause;
     use dp_sidecar_protocol::{UpdateId, WeightVersion};
 
     fn committed(version: &str) -> Committed {
@@ -227,7 +229,8 @@ mod tests {
     fn the_ledger_is_written_in_order() {
         let dir = tempfile::tempdir().unwrap();
         let journal = Journal::new(dir.path());
-        let open = Ledger { operator_pause: true, ..Ledger::default() };
+        let pause = Some(Pause { by: PausedBy::Operator, asleep: false });
+        let open = Ledger { pause, ..Ledger::default() };
         journal.write_ledger(2, &Ledger::default()).unwrap();
         journal.write_ledger(1, &open).unwrap();
         assert_eq!(journal.read_ledger().unwrap(), Ledger::default());

@@ -246,6 +246,12 @@ impl Control {
                     self.set_paused(paused_by);
                 }
             }
+            Event::Inherited { owner, paused_by, asleep } => {
+                if self.is_held_by(owner) {
+                    self.set_paused(Some(paused_by));
+                    self.asleep = asleep;
+                }
+            }
             Event::WeightsKnown { owner } => {
                 if self.is_held_by(owner) {
                     self.external_weights = false;

@@ -115,6 +115,15 @@ pub enum Event {
         /// What holds now.
         paused_by: Option<PausedBy>,
     },
+    /// The holder has found the engines paused, as a predecessor of this machine knew them.
+    Inherited {
+        /// Who.
+        owner: OwnerId,
+        /// Who has paused them.
+        paused_by: PausedBy,
+        /// They sleep.
+        asleep: bool,
+    },
     /// The holder knows which weights the engines hold.
     WeightsKnown {
         /// Who.

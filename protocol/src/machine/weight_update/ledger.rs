@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{EngineIndex, Incarnation, UpdateId, WeightVersion};
 
+use super::super::control::PausedBy;
 use super::record::Record;
 use super::types::{Checkpoint, NodeId, Participant, PauseMode, RankState};
 
@@ -44,9 +45,19 @@ pub struct Ledger {
     /// A frontend has loaded weights by itself since the last update.
     #[serde(default)]
     pub external_weights: bool,
-    /// The operator has paused all engines: whoever takes over leaves them so.
+    /// All engines are paused, by the operator or a frontend: whoever takes over leaves them so.
     #[serde(default)]
-    pub operator_pause: bool,
+    pub pause: Option<Pause>,
+}
+
+/// A pause that outlives the sidecar.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pause {
+    /// Who has paused them.
+    pub by: PausedBy,
+    /// They sleep: their weights are not in place.
+    #[serde(default)]
+    pub asleep: bool,
 }
 
 impl Ledger {

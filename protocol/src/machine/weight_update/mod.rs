@@ -28,7 +28,7 @@ use std::time::Duration;
 
 use crate::{EngineIndex, Incarnation, Time, UpdateId, WeightVersion};
 
-pub use ledger::{Begun, Ledger};
+pub use ledger::{Begun, Ledger, Pause};
 pub use record::{Adapter, Commit, Outcome, RankRecord, Record, Snapshot};
 use run::Run;
 pub use types::{

@@ -11,7 +11,7 @@ pub(super) struct Nodes {
     pub(super) updates: UpdateHandle,
     pub(super) control: ControlHandle,
     pub(super) fences: mpsc::Receiver<FenceRequest>,
-    _calls: mpsc::Sender<HeldCall>,
+    pub(super) calls: mpsc::Sender<HeldCall>,
     tracker: TaskTracker,
     stop: CancellationToken,
     kind: GroupKind,
@@ -60,7 +60,7 @@ fn assemble(
         });
     }
     let updates = spawn(config, handles, nodes, control.clone(), fences_to, &tracker, stop.clone()).unwrap();
-    Nodes { dir, ranks, stages, network, updates, control, fences, _calls: calls, tracker, stop, kind }
+    Nodes { dir, ranks, stages, network, updates, control, fences, calls, tracker, stop, kind }
 }
 
 impl Nodes {

@@ -180,6 +180,38 @@ async fn engines_left_paused_are_resumed_unless_the_operator_has_paused_them() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_pause_of_a_frontend_outlives_the_leader_and_is_known_to_be_its_own() {
+    let nodes = nodes(GroupKind::Lockstep).await;
+    for rank in 0..4 {
+        nodes.calls.send(held(rank, 7, "pause_scheduler")).await.unwrap();
+    }
+    for rank in &nodes.ranks {
+        rank.engine.lock().paused = true;
+    }
+    let by = Some(PausedBy::Frontend { id: FrontendId(1) });
+    nodes.control.watch().wait_for(|state| state.paused_by == by).await.unwrap();
+    let ledger = nodes.dir.path().join("ledger.json");
+    while !ledger.exists() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let mut nodes = nodes;
+    for _ in 0..2 {
+        nodes = nodes.next_leader().await;
+        nodes.adopt_all().await.unwrap();
+        for rank in &nodes.ranks {
+            assert!(rank.engine.lock().paused);
+        }
+        assert_eq!(nodes.control.snapshot().paused_by, by);
+    }
+    // It is the frontend that resumes, not only the operator.
+    for rank in 0..4 {
+        nodes.calls.send(held(rank, 8, "resume_scheduler")).await.unwrap();
+    }
+    nodes.control.watch().wait_for(|state| state.paused_by.is_none()).await.unwrap();
+    nodes.end().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_engine_that_says_another_version_is_brought_to_the_committed_one() {
     let nodes = nodes(GroupKind::Independent).await;
     nodes.update(nodes.request("u1", "new")).await;
