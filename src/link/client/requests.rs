@@ -182,10 +182,14 @@ pub(super) const fn is_idempotent(request: &Request) -> bool {
     match request {
         Request::OpenRoute { .. } | Request::Release { .. } | Request::Spawn { .. } => false,
         // An update that lacks a node fails now, and may be tried again; the node must only hear what was
-        // committed.
-        Request::Stage(request) => {
-            matches!(request, StageRequest::Commit { .. } | StageRequest::KeepAdapters { .. })
-        }
+        // committed. Adapters may be told again and again.
+        Request::Stage(request) => matches!(
+            request,
+            StageRequest::Commit { .. }
+                | StageRequest::TakeAdapter { .. }
+                | StageRequest::AdapterPiece { .. }
+                | StageRequest::KeepAdapters { .. }
+        ),
         _ => true,
     }
 }
