@@ -93,7 +93,6 @@ class Node:
     # Only this host sees what is in it; the same path on all.
     private: Path
     holder: subprocess.Popen[bytes] = field(repr=False)
-    flipper: Process | None = field(default=None, repr=False)
 
     @property
     def prefix(self) -> list[str]:
@@ -149,24 +148,56 @@ class Node:
                 run("tc", "-n", space, "qdisc", "del", "dev", device, "root")
 
     @contextlib.contextmanager
-    def flipping(self, after: int, log: Path) -> Iterator[Process]:
-        """One byte of what this host sends is flipped: the one `after` so many, of the first
-        connection that sends as many. Holds for connections made meanwhile."""
-        command = [*self.prefix, sys.executable, str(Path(__file__).with_name("flip.py"))]
-        process = Process(f"flip-{self.name}", [*command, str(after)], dict(os.environ), log)
-        process.wait_line("listening on")
+    def redirected(self, program: str, word: str, match: str, log: Path) -> Iterator[Process]:
+        """New connections that leave this host, and match, run through a proxy."""
+        script = str(Path(__file__).with_name(f"{program}.py"))
+        command = [*self.prefix, sys.executable, script, word]
+        process = Process(f"{program}-{self.name}", command, dict(os.environ), log)
         port = process.wait_line("listening on").rpartition(" ")[2]
         rules = (
-            "table ip flip { chain output { type nat hook output priority -100; "
-            f"oifname {DEVICE} tcp flags & (syn|ack) == syn meta mark != 7 "
+            f"table ip {program} {{ chain output {{ type nat hook output priority -100; "
+            f"oifname {DEVICE} tcp flags & (syn|ack) == syn meta mark != 7 {match} "
             f"redirect to :{port}; }}; }}"
         )
         self.run("nft", rules)
         try:
             yield process
         finally:
-            self.run("nft", "delete table ip flip")
+            self.run("nft", f"delete table ip {program}")
             process.kill()
+
+    @contextlib.contextmanager
+    def flipping(self, after: int, log: Path) -> Iterator[Process]:
+        """One byte of what this host sends is flipped: the one `after` so many, of the first
+        connection that sends as many. Holds for connections made meanwhile."""
+        with self.redirected("flip", str(after), "", log) as process:
+            yield process
+
+    @contextlib.contextmanager
+    def late(self, port: int, folder: Path) -> Iterator[Late]:
+        """What comes from this port of other hosts can be made to come late. Holds for connections
+        made meanwhile. (`tc` could do it, but not every kernel has its netem.)"""
+        order = folder / f"late-{self.name}"
+        match = f"tcp dport {port}"
+        with self.redirected("late", str(order), match, folder / f"{order.name}.log"):
+            yield Late(order)
+
+
+@dataclass(frozen=True)
+class Late:
+    """How late it comes; at first it does not."""
+
+    order: Path
+
+    @contextlib.contextmanager
+    def by(self, seconds: float) -> Iterator[None]:
+        partial = self.order.with_suffix(".new")
+        partial.write_text(str(seconds))
+        partial.rename(self.order)
+        try:
+            yield
+        finally:
+            self.order.unlink()
 
 
 class Cluster:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -103,8 +103,11 @@ def fake_deployment(
     size: int = 8 << 20,
     env: dict[str, str] | None = None,
     flags: list[str] | None = None,
+    http: bool = False,
+    late: int | None = None,
 ) -> Iterator[Deployment]:
-    """Fake engines on so many hosts, two fake frontends on one more."""
+    """Fake engines on so many hosts, two fake frontends on one more. What the leader says to host
+    `late` can be made to come late."""
     models = FakeModels(kind, folder, size=size)
     more = {
         "FAKE_VLLM_FORK": "0",
@@ -115,10 +118,21 @@ def fake_deployment(
     with (
         Cluster(hosts + 1, folder, shm=shm) as cluster,
         new_world(ingredients, folder, fake_vllm) as world,
+        ExitStack() as stack,
     ):
         deployment = Deployment(
-            world, cluster, models, per_node=per_node, env=more, flags=flags, start_limit=40
+            world,
+            cluster,
+            models,
+            per_node=per_node,
+            env=more,
+            flags=flags,
+            http=http,
+            start_limit=40,
         )
+        if late is not None:
+            port = int(deployment.leader_address.rpartition(":")[2])
+            deployment.late = stack.enter_context(deployment.hosts[late].late(port, folder))
         deployment.start_frontend("alpha")
         deployment.start_frontend("beta", api_servers=2)
         deployment.start()

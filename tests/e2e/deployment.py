@@ -6,18 +6,21 @@ import json
 import os
 import secrets
 import signal
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster import Cluster, Node
+from cluster import Cluster, Late, Node
 from frontends import Answer, Frontend, Load
 from harness import Sidecar, World
 from processes import START_LIMIT, STEP_LIMIT, Process, alive, descendants, free_port, wait_for
 
 # What the staging area puts into /dev/shm.
 SEGMENTS = "dp-sidecar-"
+# How much later a host hears what the leader says, while something is done to an update.
+LATE = 1.5
 
 
 class Deployment:
@@ -33,6 +36,7 @@ class Deployment:
         flags: list[str] | None = None,
         vllm_flags: list[str] | None = None,
         env: dict[str, str] | None = None,
+        http: bool = False,
         start_limit: float = START_LIMIT,
     ) -> None:
         self.start_limit = start_limit
@@ -50,6 +54,10 @@ class Deployment:
         self.token.write_text(secrets.token_hex(16))
         self.token.chmod(0o600)
         self.leader_address = f"{self.hosts[0].address}:{free_port()}"
+        # Where the leader takes uploads and updates.
+        self.http = f"{self.hosts[0].address}:{free_port()}" if http else None
+        # What the leader says to one of the hosts, if that was asked for (`fake_deployment`).
+        self.late: Late | None = None
         self.sidecars: list[Sidecar | None] = [None] * len(self.hosts)
         self.lives = [0] * len(self.hosts)
         self.frontends: list[Frontend] = []
@@ -75,6 +83,7 @@ class Deployment:
             flags = ["--leader", self.leader_address, "--auth-token-file", str(self.token)]
         if index == 0:
             flags += [f"--frontend={frontend.handshake}" for frontend in self.frontends]
+            flags += ["--http", self.http] if self.http else []
         node = self.hosts[index]
         sidecar = self.world.sidecar(
             f"sidecar-{index}-{self.lives[index]}",
@@ -124,14 +133,19 @@ class Deployment:
     def node_of(self, rank: int) -> int:
         return rank // self.per_node
 
+    def ranks_of(self, index: int) -> range:
+        return range(index * self.per_node, (index + 1) * self.per_node)
+
     def engine_pids(self) -> dict[int, list[int]]:
         """Every process of each rank's engine."""
         return {e["rank"]: [e["pid"], *descendants(e["pid"])] for e in self.leader.engines()}
 
     def kill_engine(self, rank: int) -> None:
-        for pid in reversed(self.engine_pids()[rank]):
-            if alive(pid):
-                os.kill(pid, signal.SIGKILL)
+        kill_all(self.engine_pids()[rank])
+
+    def order(self, rank: int, faults: str) -> None:
+        """Tells a running fake engine what is wrong with it from now on."""
+        (self.models.folder / f"rank-{rank}").write_text(faults)
 
     def logs(self) -> str:
         return "\n".join(
@@ -196,12 +210,42 @@ class Deployment:
     def begin_update(self, seed: int, *flags: str, path: str | None = None) -> Process:
         """An update that runs; its progress is in its log, a line per phase."""
         words = ["--path", path or self.models.path(seed), "--version", f"v{seed}", *flags]
+        return self._updating(*words)
+
+    def follow_update(self, id_: str) -> Process:
+        """Somebody who watches an update; as `begin_update`."""
+        return self._updating("--follow", id_)
+
+    def _updating(self, *words: str) -> Process:
         name = f"update-{len(self.world.processes)}"
         command = [str(self.leader.binary), "update", *words]
         command += ["--state-dir", str(self.leader.state_dir)]
         process = Process(name, command, self.leader.env, self.world.folder / f"{name}.log")
         self.world.processes.append(process)
         return process
+
+    @contextmanager
+    def in_phase(self, update: Process, phase: str) -> Iterator[None]:
+        """The block runs while an update that `begin_update` began is in this phase. What a host
+        hears comes late meanwhile: the update does not end under the block's hands."""
+        with ExitStack() as stack:
+            late = phase != "staging"
+            if late:
+                assert self.late is not None, "a host must be late"
+                # Fakes pass the last two within milliseconds.
+                short = phase in ("committing", "resuming")
+                update.wait_line("^loading" if short else f"^{phase}")
+                stack.enter_context(self.late.by(LATE))
+            update.wait_line(f"^{phase}")
+            began = time.monotonic()
+            yield
+            took = time.monotonic() - began
+            assert not late or took < LATE, f"{took:.1f} s: {phase} may have been over"
+
+    def history(self, id_: str) -> list[dict[str, Any]]:
+        """What is on record of an update."""
+        reports = json.loads(self.leader.ok("update", "--history", "1000", "--json"))
+        return [report for report in reports if report["id"] == id_]
 
     def private_copy(self, seed: int, index: int = 0) -> str:
         """A checkpoint in a directory that only one host sees; its path there."""
@@ -224,15 +268,25 @@ class Deployment:
         }
         return {name: left for name, left in found.items() if left}
 
-    def stop(self, limit: float = 90.0) -> None:
-        """SIGTERM to the leader ends the deployment; nothing is left of it."""
-        self.leader.child.send_signal(signal.SIGTERM)
+    def stop(self, limit: float = 90.0, *, by_command: bool = False) -> None:
+        """SIGTERM to the leader, or `sidecar stop`, ends the deployment; nothing is left of it."""
+        if by_command:
+            self.leader.ok("stop", limit=limit)
+        else:
+            self.leader.child.send_signal(signal.SIGTERM)
         codes = {s.name: s.wait_exit(limit) for s in self.sidecars if s is not None}
         assert set(codes.values()) == {0}, f"{codes}{self.logs()}"
         own = {pid for f in self.frontends for pid in (f.pid, *descendants(f.pid))}
         left = {pid: command for pid, command in self.world.marked().items() if pid not in own}
         assert not left, f"the sidecars left {left}"
         assert not self.segments(), f"left in shared memory: {self.segments()}"
+
+
+def kill_all(pids: list[int]) -> None:
+    """SIGKILL to an engine's processes, the furthest below first."""
+    for pid in reversed(pids):
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
 
 
 @contextmanager

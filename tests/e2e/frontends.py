@@ -8,6 +8,7 @@ import json
 import re
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -233,6 +234,23 @@ class Load:
             return good() >= target
 
         wait_for(f"{more} more answers under load", limit, look, describe)
+
+    def wait_each(self, frontends: list[Any], more: int, limit: float = STEP_LIMIT) -> None:
+        """Until each of these has answered so many more requests completely."""
+
+        def good() -> dict[str, int]:
+            with self._lock:
+                done = Counter(answer.frontend for answer in self.answers if answer.complete)
+            return {frontend.name: done[frontend.name] for frontend in frontends}
+
+        before = good()
+
+        def look() -> bool:
+            for frontend in frontends:
+                assert frontend.child.poll() is None, f"it ended\n{frontend.tail()}"
+            return all(count >= before[name] + more for name, count in good().items())
+
+        wait_for(f"{more} more answers of each", limit, look, lambda: f"{before}, now {good()}")
 
     def __enter__(self) -> Load:
         for thread in self._threads:

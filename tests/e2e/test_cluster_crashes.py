@@ -7,17 +7,20 @@ version.
 from __future__ import annotations
 
 import random
+import signal
+import threading
 import time
 
 import pytest
 from conftest import fake_deployment
-from deployment import Deployment, unpaused_at_the_end
+from deployment import Deployment, kill_all, unpaused_at_the_end
+from processes import wait_for
 
 COUNT = 200
 SIZE = 32 << 20
 FOLLOWER = 1
 # What shows in the output of `sidecar update` when the phase has begun.
-PHASES = ["staging", "pausing", "loading", "committing"]
+PHASES = ["staging", "pausing", "loading", "committing", "resuming"]
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])
@@ -30,7 +33,9 @@ def deployment(request, ingredients, fake_vllm, tmp_path_factory):
         request.param,
         size=SIZE,
         env={"FAKE_VLLM_LOAD_MS": "700"},
-        flags=["--pause-deadline", "5"],
+        # Engines are killed more often here than a sidecar would stand otherwise.
+        flags=["--pause-deadline", "5", "--max-restarts", "50"],
+        late=FOLLOWER,
     ) as deployment:
         yield deployment
         deployment.stop()
@@ -43,12 +48,13 @@ class Crash:
         self.deployment = deployment
         self.victim = victim
         self.index = {"leader": 0, "follower": FOLLOWER}.get(victim)
+        self.pids = deployment.engine_pids()[FOLLOWER * deployment.per_node]
 
     def kill(self) -> None:
         if self.index is not None:
             self.deployment.sidecar(self.index).kill()
         else:
-            self.deployment.kill_engine(FOLLOWER * self.deployment.per_node)
+            kill_all(self.pids)
 
     def restart(self) -> None:
         if self.index is not None:
@@ -78,16 +84,63 @@ def test_a_crash_in_an_update_leaves_one_version_and_loses_nothing(deployment, v
     ):
         load.wait_answers(4)
         update = deployment.begin_update(new, path=path)
-        update.wait_line(f"^{phase}")
-        crash.kill()
+        with deployment.in_phase(update, phase):
+            crash.kill()
         crash.restart()
         update.wait_exit(60)
-        deployment.settled(old, new)
+        # Those two come after the commit point.
+        committed = phase in ("committing", "resuming")
+        deployment.settled(*((new,) if committed else (old, new)))
         load.wait_answers(4)
     crash.check(load.answers, old, new)
     # All of it works again.
     deployment.update(new, "--id", f"{victim}-{phase}", path=path)
     deployment.check_serving(new)
+
+
+def test_an_answer_to_a_pause_that_dies_with_its_follower_costs_no_engine(deployment):
+    old, new = deployment.seed, deployment.seed + 1
+    before = deployment.engine_pids()
+    follower, ranks = deployment.sidecar(FOLLOWER), deployment.ranks_of(FOLLOWER)
+    asking = [
+        threading.Thread(
+            target=deployment.frontends[0].ask, args=("long", COUNT), kwargs={"rank": r}
+        )
+        for r in ranks
+    ]
+    logs = [follower.state_dir / "logs" / f"engine-{rank}.log" for rank in ranks]
+
+    def pauses() -> list[int]:
+        return [log.read_text().count("pause_scheduler") for log in logs]
+
+    def running() -> bool:
+        return all(deployment.leader.engines()[rank]["in_flight"] for rank in ranks)
+
+    for rank in ranks:
+        deployment.order(rank, "slow:200")
+    for thread in asking:
+        thread.start()
+    wait_for("requests run on the follower's engines", 20, running)
+    asked = pauses()
+    update = deployment.begin_update(
+        new, "--pause-deadline", "15s", path=deployment.private_copy(new)
+    )
+    with unpaused_at_the_end(deployment):
+        # Its engines wait for their requests' ends, and what they answer then is heard by nobody.
+        wait_for("the call is there", 30, lambda: all(map(int.__lt__, asked, pauses())))
+        follower.child.send_signal(signal.SIGSTOP)
+        for rank in ranks:
+            deployment.order(rank, "")
+        update.wait_line("^pausing: .*\\(4 of 6\\)")
+        follower.kill()
+        deployment.start_sidecar(FOLLOWER)
+        for thread in asking:
+            thread.join(60)
+        code = update.wait_exit(120)
+        deployment.settled(old, new)
+    assert code == 0, update.tail()
+    assert deployment.seed == new
+    assert deployment.engine_pids() == before, "engines were started again"
 
 
 @pytest.mark.parametrize("round_", range(4))

@@ -30,11 +30,6 @@ def deployment(request, ingredients, fake_vllm, tmp_path_factory):
         deployment.stop()
 
 
-def order(deployment, rank: int, faults: str) -> None:
-    """Tells a running fake engine what is wrong with it from now on."""
-    (deployment.models.folder / f"rank-{rank}").write_text(faults)
-
-
 def test_full_shared_memory_refuses_the_update_before_any_engine_is_touched(deployment):
     """The first of all: later ones find memory that was taken before."""
     host = deployment.hosts[2]
@@ -101,13 +96,13 @@ def test_a_byte_flipped_on_the_way_is_found_by_its_hash(deployment):
 def test_a_load_that_fails_on_one_rank_of_a_follower_takes_all_back(deployment):
     old, new = deployment.seed, deployment.seed + 1
     rank = deployment.size - 1
-    order(deployment, rank, "load-fails,load-times:1000")
+    deployment.order(rank, "load-fails,load-times:1000")
     with deployment.load(COUNT) as load:
         load.wait_answers(4)
         done = deployment.leader.cli(
             "update", "--path", deployment.private_copy(new), "--version", f"v{new}", limit=60
         )
-        order(deployment, rank, "")
+        deployment.order(rank, "")
         load.wait_answers(4)
     assert done.returncode in (11, 12), done.stdout + done.stderr
     assert f"rank {rank}" in done.stdout + done.stderr
@@ -169,9 +164,9 @@ def test_a_load_that_hangs_on_one_rank_is_ended_by_its_deadline(deployment):
     old, new = deployment.seed, deployment.seed + 1
     rank = deployment.size - 1
     before = deployment.engine_pids()[rank]
-    order(deployment, rank, "load-hangs")
+    deployment.order(rank, "load-hangs")
     update = deployment.begin_update(new, path=deployment.private_copy(new))
     update.wait_exit(60)
-    order(deployment, rank, "")
+    deployment.order(rank, "")
     deployment.settled(old, new)
     assert deployment.engine_pids()[rank] != before

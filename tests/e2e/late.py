@@ -1,0 +1,81 @@
+"""A transparent TCP proxy through which what comes from the other side comes late.
+
+`late.py FILE`: so many seconds late as the file says; not late while there is none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+from redirect import CHUNK, onward, serve
+
+
+def delay(order: Path) -> float:
+    try:
+        return float(order.read_text())
+    except FileNotFoundError:
+        return 0.0
+
+
+def receive(source: socket.socket, due: queue.Queue[tuple[float, bytes]], order: Path) -> None:
+    """Notes when each piece, and the end, is to go on."""
+    data = b"."
+    while data:
+        try:
+            data = source.recv(CHUNK)
+        except OSError:
+            data = b""
+        due.put((time.monotonic() + delay(order), data))
+
+
+def deliver(sink: socket.socket, due: queue.Queue[tuple[float, bytes]]) -> None:
+    """Each piece when it is time; one behind the other in any case."""
+    with contextlib.suppress(OSError):
+        while True:
+            when, data = due.get()
+            time.sleep(max(0.0, when - time.monotonic()))
+            if not data:
+                sink.shutdown(socket.SHUT_WR)
+                return
+            sink.sendall(data)
+
+
+def forward(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := source.recv(CHUNK):
+            sink.sendall(data)
+    with contextlib.suppress(OSError):
+        sink.shutdown(socket.SHUT_WR)
+
+
+def main() -> None:
+    order = Path(sys.argv[1])
+
+    def handle(client: socket.socket) -> None:
+        server = onward(client)
+        if server is None:
+            return
+        due: queue.Queue[tuple[float, bytes]] = queue.Queue()
+        threads = [
+            threading.Thread(target=receive, args=(server, due, order), daemon=True),
+            threading.Thread(target=deliver, args=(client, due), daemon=True),
+        ]
+        for thread in threads:
+            thread.start()
+        forward(client, server)
+        for thread in threads:
+            thread.join()
+        client.close()
+        server.close()
+
+    serve(handle)
+
+
+if __name__ == "__main__":
+    main()
