@@ -429,6 +429,34 @@ async fn control_calls_of_frontends_wait_for_a_verdict_and_ours_are_answered() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_call_that_is_asked_for_again_is_made_once() {
+    let mut bed = Bed::new();
+    let engine = bed.start_engine().await;
+    let key = uuid::Uuid::new_v4();
+    let ask = move |reply| RankCommand::Call {
+        key,
+        method: "pause_scheduler".to_owned(),
+        args: Vec::new(),
+        timeout: LIMIT,
+        reply,
+    };
+    // The first one who asks is gone before the answer.
+    let (first, first_answer) = tokio::sync::oneshot::channel();
+    bed.handle.tell(ask(first)).await.unwrap();
+    let call = engine.expect_call(Slot::CONTROL, "pause_scheduler");
+    drop(first_answer);
+    let handle = bed.handle.clone();
+    let second = tokio::spawn(async move { handle.ask("call", LIMIT, ask).await });
+    assert!(engine.is_silent(Slot::CONTROL), "the engine was called twice");
+    engine.answer(Slot::CONTROL, call, 9);
+    assert_eq!(second.await.unwrap().unwrap().as_i64(), Some(9));
+    let third = bed.handle.ask("call", LIMIT, ask).await;
+    assert_eq!(third.unwrap().as_i64(), Some(9));
+    assert!(engine.is_silent(Slot::CONTROL), "the engine was called twice");
+    bed.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_frontend_that_stops_reading_loses_its_route_and_slows_nobody() {
     let mut bed = Bed::with(|config| config.max_queued_bytes = 4 << 20);
     let engine = bed.start_engine().await;

@@ -301,6 +301,7 @@ mod tests {
     fn a_message_that_fits_no_frame_is_refused_before_it_is_sent() {
         let request = Request::Call {
             rank: dp_sidecar_protocol::EngineIndex(0),
+            key: uuid::Uuid::nil(),
             method: "m".to_owned(),
             args: vec![rmpv::Value::Binary(vec![0; MAX_FRAME])],
             timeout_ms: 1,

@@ -117,6 +117,8 @@ pub enum Request {
     Call {
         /// Which rank.
         rank: EngineIndex,
+        /// Names the call, over all links that it crosses: it is made once.
+        key: Uuid,
         /// vLLM's method name.
         method: String,
         /// Positional arguments.

@@ -188,15 +188,15 @@ async fn open(
     Ok((sender, receiver))
 }
 
-/// The kernel asks a silent peer after ten seconds, and gives it up fifteen later; the same for bytes
-/// that it does not acknowledge. A host that lost its power says nothing, and vLLM's sockets have no
-/// heartbeat.
+/// A host that lost its power says nothing, and vLLM's sockets have no heartbeat: the kernel asks a silent peer, and
+/// gives it up after a minute and a half. Not sooner: a frontend is lost for good with one connection, so a cable that
+/// is cut and healed within a minute must not end one. A process that dies is told at once all the same.
 fn keep_alive(stream: &TcpStream) -> io::Result<()> {
     setsockopt(stream, sockopt::KeepAlive, &true)?;
-    setsockopt(stream, sockopt::TcpKeepIdle, &10)?;
-    setsockopt(stream, sockopt::TcpKeepInterval, &5)?;
-    setsockopt(stream, sockopt::TcpKeepCount, &3)?;
-    setsockopt(stream, sockopt::TcpUserTimeout, &25_000)?;
+    setsockopt(stream, sockopt::TcpKeepIdle, &30)?;
+    setsockopt(stream, sockopt::TcpKeepInterval, &10)?;
+    setsockopt(stream, sockopt::TcpKeepCount, &6)?;
+    setsockopt(stream, sockopt::TcpUserTimeout, &90_000)?;
     Ok(())
 }
 

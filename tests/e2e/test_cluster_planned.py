@@ -18,9 +18,10 @@ from processes import REQUEST_LIMIT
 COUNT = 100
 # Clients of `Deployment.load`: so many per frontend.
 CLIENTS = 4
-# For so long some connections are idle when the cable is pulled. A kernel asks after ten seconds
-# whether the other side is there, and gives it up fifteen later.
+# For so long some connections are idle when the cable is pulled. A kernel asks after half a minute
+# whether the other side is there, and gives it up a minute later.
 IDLE = 7.0
+CUT = 40.0
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])
@@ -121,8 +122,7 @@ def test_all_sidecars_restarted_one_after_the_other_lose_no_request(deployment):
 
 
 # The last test: when it fails, a frontend may have ended.
-@pytest.mark.parametrize("seconds", [10, 20])
-def test_a_host_without_its_cable_costs_no_engine_and_no_request_of_others(deployment, seconds):
+def test_a_host_without_its_cable_costs_no_engine_and_no_request_of_others(deployment):
     before = lives(deployment)
     away = 1
     alpha, beta = deployment.frontends
@@ -145,7 +145,7 @@ def test_a_host_without_its_cable_costs_no_engine_and_no_request_of_others(deplo
             if deployment.models.kind == "dense":
                 load.wait_each(others, 2)
             # The time is what is tested.
-            time.sleep(max(0.0, seconds - (time.monotonic() - began)))
+            time.sleep(max(0.0, CUT - (time.monotonic() - began)))
         deployment.wait_serving()
         load.wait_each(every, 2)
     assert lives(deployment) == before, f"engines were started again{deployment.logs()}"

@@ -6,6 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Slot};
 use tokio::sync::{mpsc, oneshot, watch};
+use uuid::Uuid;
 
 use super::{CallResult, EngineFacts, HandleError, Reply};
 
@@ -91,6 +92,8 @@ pub enum RankCommand {
     },
     /// Call a method of the engine core on the control slot.
     Call {
+        /// Names the call. Asked for again under the same key, it is not made again.
+        key: Uuid,
         /// vLLM's method name.
         method: String,
         /// Positional arguments.
@@ -250,6 +253,7 @@ impl RankHandle {
         let method = method.to_owned();
         let what = method.clone();
         self.ask(&what, timeout + Duration::from_secs(1), |reply| RankCommand::Call {
+            key: Uuid::new_v4(),
             method,
             args,
             timeout,

@@ -6,6 +6,7 @@
 //! its own queue only, and loses its route when that is full. The rank task itself never waits for a
 //! peer: what may block (connecting, telling another task) happens beside its loop.
 
+mod calls;
 mod engine;
 mod routes;
 mod task;

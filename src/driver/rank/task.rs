@@ -15,6 +15,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, Sleep, sleep_until, timeout};
 
+use super::calls::Calls;
 use super::engine::EngineSockets;
 use super::routes::{self, Route};
 use super::{Input, LAST_FLUSH, RankConfig, RankOutputs, Source};
@@ -61,8 +62,7 @@ pub(super) struct RankTask {
     opening: BTreeMap<u32, Opening>,
     connecting: JoinSet<Opened>,
     reports: JoinSet<()>,
-    calls: BTreeMap<u64, Reply<rmpv::Value>>,
-    next_call: u64,
+    calls: Calls,
     releases: BTreeMap<u64, Reply<rmpv::Value>>,
     events: VecDeque<RankEvent>,
     held: VecDeque<HeldCall>,
@@ -98,8 +98,7 @@ impl RankTask {
             opening: BTreeMap::new(),
             connecting: JoinSet::new(),
             reports: JoinSet::new(),
-            calls: BTreeMap::new(),
-            next_call: 0,
+            calls: Calls::default(),
             releases: BTreeMap::new(),
             events: VecDeque::new(),
             held: VecDeque::new(),
@@ -327,10 +326,8 @@ impl RankTask {
                     }
                 }
                 Action::CallAnswered { token, result } => {
-                    if let Some(reply) = self.calls.remove(&token) {
-                        let result = result.map_err(|error| self.call_error(error));
-                        let _ = reply.send(result);
-                    }
+                    let result = result.map_err(|error| self.call_error(error));
+                    self.calls.answer(token, &result);
                 }
                 Action::Wake => self.wake = true,
                 Action::EngineDead => self.engine_lost("it reported ENGINE_CORE_DEAD".to_owned()),

@@ -15,9 +15,9 @@ impl Task {
         let refuse = |outcome, reason: String| {
             UpdateRecord::refused(id.clone(), &request, outcome, reason, current.clone(), started_unix_ms)
         };
-        if let Some(active) = &mut self.active {
+        if let Some(active) = &self.active {
             if active.id == id && active.is_the_same(&request) {
-                active.followers.push(follower);
+                self.join(follower);
                 return;
             }
             let snapshot = self.machine.snapshot();
@@ -68,13 +68,30 @@ impl Task {
     }
 
     pub(super) fn follow(&mut self, id: Option<UpdateId>) -> Result<UpdateRun, UpdateError> {
-        match &mut self.active {
+        match &self.active {
             Some(active) if id.as_ref().is_none_or(|id| *id == active.id) => {
                 let (follower, run) = UpdateRun::new();
-                active.followers.push(follower);
+                self.join(follower);
                 Ok(run)
             }
             _ => Err(UpdateError::NotRunning { id }),
+        }
+    }
+
+    /// Somebody follows the update that runs, and is told at once where it is: the next step may be far.
+    fn join(&mut self, follower: Follower) {
+        let snapshot = self.machine.snapshot();
+        if snapshot.phase != Phase::Idle {
+            let phase = snapshot.phase;
+            follower.events.try_send(UpdateEvent::Progress { phase, ranks: snapshot.ranks }).ok();
+            let staging = self.staging.iter().filter(|_| phase == Phase::Staging);
+            for (&node, &progress) in staging {
+                let name = self.stages.name(node);
+                follower.events.try_send(UpdateEvent::Staging { node, name, progress, rate: 0 }).ok();
+            }
+        }
+        if let Some(active) = &mut self.active {
+            active.followers.push(follower);
         }
     }
 

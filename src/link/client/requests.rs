@@ -237,8 +237,8 @@ fn rank_request(rank: EngineIndex, command: RankCommand) -> Option<Asked> {
         RankCommand::Admission { open, reply } => {
             Asked::new(Request::Admission { rank, open }, Waiter::Done(reply))
         }
-        RankCommand::Call { method, args, timeout, reply } => {
-            let request = Request::Call { rank, method, args, timeout_ms: millis(timeout) };
+        RankCommand::Call { key, method, args, timeout, reply } => {
+            let request = Request::Call { rank, key, method, args, timeout_ms: millis(timeout) };
             Asked::new(request, Waiter::Value(reply)).within(timeout.saturating_add(MARGIN))
         }
         RankCommand::OpenRoute { route, reply } => {

@@ -28,12 +28,11 @@ impl RankTask {
                 self.perform().await;
                 let _ = reply.send(Ok(()));
             }
-            RankCommand::Call { method, args, timeout, reply } => {
-                self.next_call += 1;
-                let token = self.next_call;
-                self.calls.insert(token, reply);
-                let event = Event::Call { token, method, args, timeout };
-                self.machine.handle_event(now, event);
+            RankCommand::Call { key, method, args, timeout, reply } => {
+                if let Some(token) = self.calls.take(key, reply) {
+                    let event = Event::Call { token, method, args, timeout };
+                    self.machine.handle_event(now, event);
+                }
             }
             RankCommand::OpenRoute { route, reply } => self.open_route(route, reply),
             RankCommand::AdoptRoute { frontend, api_server, lost, reply } => {

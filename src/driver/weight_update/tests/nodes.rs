@@ -269,8 +269,13 @@ async fn the_same_update_sent_twice_while_it_runs_is_followed_by_both() {
     nodes.ranks[0].engine.lock().wait_needs_abort = true;
     let first = nodes.updates.start(nodes.request("u1", "new")).await.unwrap();
     nodes.ranks[0].logged("pause wait false").await;
-    let second = nodes.updates.start(nodes.request("u1", "new")).await.unwrap();
-    let third = nodes.updates.follow(None).await.unwrap();
+    let mut second = nodes.updates.start(nodes.request("u1", "new")).await.unwrap();
+    let mut third = nodes.updates.follow(None).await.unwrap();
+    // Both are told at once where it is; nothing moves until the pause deadline.
+    for run in [&mut second, &mut third] {
+        let event = run.events.try_recv();
+        assert!(matches!(event, Ok(UpdateEvent::Progress { phase: Phase::Pausing, .. })), "{event:?}");
+    }
     let other = nodes.updates.follow(Some(UpdateId("u9".to_owned()))).await.unwrap_err();
     assert_eq!(other.to_string(), "update u9 is not running");
     let differs = nodes.update(nodes.request("u1", "newer")).await;

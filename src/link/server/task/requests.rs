@@ -66,10 +66,10 @@ impl Task {
                 self.lanes.rank(rank, RankCommand::Admission { open, reply })?;
                 self.run_until(run, answer, done)
             }
-            Request::Call { rank, method, args, timeout_ms } => {
+            Request::Call { rank, key, method, args, timeout_ms } => {
                 let timeout = Duration::from_millis(timeout_ms);
                 let (reply, answer) = oneshot::channel();
-                self.lanes.rank(rank, RankCommand::Call { method, args, timeout, reply })?;
+                self.lanes.rank(rank, RankCommand::Call { key, method, args, timeout, reply })?;
                 let run = Ask { limit: timeout.saturating_add(MARGIN), ..run };
                 self.run_until(run, answer, Answer::Value)
             }
