@@ -22,8 +22,13 @@ LIMIT = 90.0
 JSON = {"Content-Type": "application/json"}
 
 
+_SAYING = threading.Lock()
+
+
 def say(*words: object) -> None:
-    print(*words, flush=True)
+    # Two threads speak, and `print` writes a line in pieces.
+    with _SAYING:
+        print(*words, flush=True)
 
 
 class Client:
