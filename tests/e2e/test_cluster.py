@@ -18,6 +18,7 @@ from deployment import Deployment, unpaused_at_the_end
 from frontends import IN_PROCESS_WORKER, MODEL_FLAGS
 from models import Models
 from processes import REPO
+from trainer import Client
 
 HOSTS = 2
 PER_NODE = 2
@@ -42,6 +43,7 @@ def deployment(request, ingredients, tmp_path_factory):
             flags=["--pause-deadline", "20"],
             vllm_flags=[*MODEL_FLAGS, *IN_PROCESS_WORKER],
             env={"DP_SIDECAR_TEST_FAIL_LOAD": str(folder / "fail")},
+            http=True,
         )
         deployment.start_frontend("python", flags=MODEL_FLAGS)
         rust = {"VLLM_USE_RUST_FRONTEND": "1", "VLLM_RUST_FRONTEND_PATH": program}
@@ -73,6 +75,31 @@ def test_bytes_of_the_leader_alone_reach_the_other_host(deployment):
         load.wait_answers(4)
     assert not deployment.bad(load.answers, 1, 2)
     deployment.check_serving(2)
+
+
+def test_what_a_trainer_uploads_reaches_both_hosts(deployment):
+    old, new = deployment.seed, (deployment.seed + 1) % 3
+    file = Path(deployment.models.path(new)) / "model.safetensors"
+    data = file.read_bytes()
+    half = len(data) // 2
+    client = Client(deployment.http, deployment.token)
+    with deployment.load(COUNT) as load:
+        load.wait_answers(4)
+        files = [{"name": file.name, "size": len(data)}]
+        client.ok("POST", "uploads", {"id": "step", "files": files})
+        client.put(f"uploads/step/{file.name}", data[:half], 0, len(data), None)
+        # The trainer comes back and sends the rest.
+        (there,) = client.ok("GET", "uploads/step")["files"]
+        assert there["ranges"] == [[0, half]], there
+        client.put(f"uploads/step/{file.name}", data[half:], half, len(data), None)
+        wanted = {"upload": "step", "version": f"v{new}", "from_version": f"v{old}"}
+        report = client.ok("POST", "updates", wanted)
+        deployment.seed = new
+        load.wait_answers(4)
+    assert report["status"] == "committed", report
+    assert not deployment.bad(load.answers, old, new)
+    deployment.check_serving(new)
+    assert deployment.weight_versions() == {f"v{new}"}
 
 
 @pytest.mark.parametrize("index", [1, 0])
