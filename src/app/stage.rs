@@ -51,6 +51,9 @@ pub(super) fn free(state: &StateDir, planned: bool) {
         Ok(count) => info!(count, "shared memory segments removed"),
         Err(error) => error!(%error, "shared memory segments not removed"),
     }
+    if let Err(error) = staging::forget_upload(state.path()) {
+        error!(%error, "notes of an upload not removed");
+    }
     if planned && let Err(error) = staging::remove_adapters(state.path()) {
         error!(%error, "files of adapters not removed");
     }

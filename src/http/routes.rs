@@ -1,16 +1,21 @@
 //! What can be asked for, and by whom.
 
+use std::time::Duration;
+
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::{StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post, put};
+use tokio::time::timeout;
 
 use super::answers::HttpError;
 use super::{Context, updates, uploads};
 use crate::peer::token::Token;
 
+/// Segments of hundreds of gigabytes are hashed within this time.
+const OPENING_LIMIT: Duration = Duration::from_secs(60);
 /// Longest JSON body, in bytes: an upload may have many files.
 const JSON_LIMIT: usize = 8 << 20;
 
@@ -19,6 +24,7 @@ pub(super) fn router(context: Context) -> Router {
         .route("/v1/weights/uploads", post(uploads::create))
         .route("/v1/weights/uploads/{id}", get(uploads::status).delete(uploads::discard))
         .route("/v1/weights/uploads/{id}/{file}", put(uploads::write).get(uploads::file))
+        .route_layer(from_fn_with_state(context.clone(), opened))
         .route("/v1/weights/updates", post(updates::start).get(updates::history))
         .route("/v1/weights/updates/events", get(updates::follow))
         .route("/v1/weights/updates/abort", post(updates::abort))
@@ -41,6 +47,15 @@ async fn authorize(State(context): State<Context>, request: Request, next: Next)
             let error = HttpError::new(StatusCode::UNAUTHORIZED, "a bearer token is expected");
             return ([(header::WWW_AUTHENTICATE, "Bearer")], error).into_response();
         }
+    }
+    next.run(request).await
+}
+
+/// What a predecessor has taken of an upload is known before anybody is told of it.
+async fn opened(State(context): State<Context>, request: Request, next: Next) -> Response {
+    if timeout(OPENING_LIMIT, context.uploads.opened()).await.is_err() {
+        let message = "the segments in shared memory are still being checked";
+        return HttpError::new(StatusCode::SERVICE_UNAVAILABLE, message).into_response();
     }
     next.run(request).await
 }

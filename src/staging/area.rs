@@ -9,6 +9,8 @@ use dp_sidecar_protocol::UpdateId;
 
 use super::digest::{Digest, root};
 use super::error::StageError;
+use super::fill::{Fill, Origin};
+use super::journal::{Journal, Noted};
 use super::layout::Layout;
 use super::mapping::{Mapping, Segment};
 use super::records::{Records, Role, SegmentRecord};
@@ -51,6 +53,19 @@ pub(super) struct Whole {
     pub(super) digests: Arc<Vec<Digest>>,
     /// Its memory, all chunks valid.
     pub(super) mapping: Arc<Mapping>,
+}
+
+/// An upload that a predecessor took, with what is there of it.
+#[derive(Debug)]
+pub(super) struct Kept {
+    /// Its name.
+    pub(super) id: String,
+    /// Its segment.
+    pub(super) spare: Spare,
+    /// Chunks that are there are valid.
+    pub(super) fill: Arc<Fill>,
+    /// To go on with.
+    pub(super) journal: Journal,
 }
 
 /// A segment on its way to be filled.
@@ -216,18 +231,78 @@ impl Area {
         }
     }
 
+    /// An upload begins in this segment; a successor goes on with it. Blocks.
+    pub(super) fn journal(limits: &Limits, spare: &Spare, id: &str, layout: &Layout) -> Option<Journal> {
+        let begun = Journal::begin(&limits.state_dir, id, NAMES[spare.slot], layout);
+        begun
+            .inspect_err(|error| {
+                tracing::warn!(%error, "after a restart of the sidecar this upload begins again");
+            })
+            .ok()
+    }
+
+    /// The upload that a predecessor took, if its segment is there. Its chunks are hashed. Blocks.
+    pub(super) fn kept_upload(&mut self) -> Option<Kept> {
+        let kept = self.find_upload();
+        if kept.is_none()
+            && let Err(error) = Journal::remove(&self.state_dir)
+        {
+            tracing::warn!(%error, "the notes of an upload cannot be removed");
+        }
+        kept
+    }
+
+    fn find_upload(&mut self) -> Option<Kept> {
+        let noted = Journal::read(&self.state_dir).unwrap_or_else(|error| {
+            tracing::warn!(%error, "the upload of a predecessor is lost");
+            None
+        })?;
+        let Noted { id, segment, layout, digests, journal } = noted;
+        let at = NAMES.iter().position(|name| *name == segment)?;
+        let slot = &mut self.slots[at];
+        if slot.role().is_some() {
+            // It ended, and what came of it has been noted.
+            return None;
+        }
+        let mapping = match slot.segment.as_mut()?.map(Arc::new(layout), false) {
+            Ok(mapping) => mapping,
+            Err(error) => {
+                tracing::warn!(%error, "the upload of a predecessor is lost");
+                return None;
+            }
+        };
+        let fill = Arc::new(Fill::new(mapping));
+        for_all(&digests, |chunk, digest| {
+            if let Some(expected) = digest
+                && let Some(claim) = fill.mapping().claim(chunk)
+                && Digest::of(&claim) == *expected
+            {
+                fill.finish(claim, *expected, Origin::Read);
+            }
+            true
+        });
+        let old = match std::mem::replace(&mut slot.content, Content::Away) {
+            Content::Left(old) => old,
+            _ => Old { known: None, unknown: true },
+        };
+        let segment = slot.segment.take()?;
+        Some(Kept { id, spare: Spare { slot: at, segment, old }, fill, journal })
+    }
+
     /// Bytes that the other segment takes.
     pub(super) fn besides(&self, spare: &Spare) -> u64 {
         self.slots[1 - spare.slot].size
     }
 
-    /// A segment comes back: with a complete version, or with chunks of it.
+    /// A segment comes back: with a complete version, or with chunks of it. No upload has it any more.
     pub(super) fn give_back(
         &mut self,
         spare: Spare,
         chunks: Option<(Arc<Layout>, Vec<Option<Digest>>)>,
         whole: Option<Whole>,
     ) -> Result<(), StageError> {
+        let removed = Journal::remove(&self.state_dir);
+        let removed = removed.map_err(|error| self.io("removing the notes of an upload".to_owned(), error));
         let slot = &mut self.slots[spare.slot];
         slot.size = spare.segment.size().unwrap_or(0);
         slot.segment = Some(spare.segment);
@@ -245,7 +320,8 @@ impl Area {
                 Content::Left(Old { known: Some((layout, digests)), unknown: spare.old.unknown })
             }
         };
-        self.save()
+        let saved = self.save();
+        removed.and(saved)
     }
 
     /// The staged version becomes current, the current one previous.
@@ -313,6 +389,7 @@ impl Area {
         Limits {
             node: self.node.clone(),
             shm_dir: self.shm_dir.clone(),
+            state_dir: self.state_dir.clone(),
             max_memory: self.max_memory,
             besides: self.besides(spare),
         }
@@ -365,6 +442,7 @@ impl Area {
 pub(super) struct Limits {
     node: String,
     shm_dir: PathBuf,
+    state_dir: PathBuf,
     max_memory: Option<u64>,
     besides: u64,
 }
@@ -401,17 +479,29 @@ fn found(path: &Path, record: Option<SegmentRecord>) -> io::Result<Slot> {
     Ok(Slot { segment: Some(segment), content, size })
 }
 
-/// Hashes all chunks, on all cores; the number of one that is not what it should be.
+/// Hashes all chunks; the number of one that is not what it should be.
 fn check(mapping: &Mapping, digests: &[Digest]) -> Option<u32> {
-    let next = AtomicU32::new(0);
     let bad = AtomicU32::new(u32::MAX);
+    for_all(digests, |chunk, expected| {
+        let good = mapping.bytes(chunk).map(Digest::of) == Some(*expected);
+        if !good {
+            bad.store(chunk, Ordering::Relaxed);
+        }
+        good
+    });
+    let bad = bad.into_inner();
+    (bad != u32::MAX).then_some(bad)
+}
+
+/// Does something for all chunks, on all cores, until one says that it is enough.
+fn for_all<T: Sync>(digests: &[T], work: impl Fn(u32, &T) -> bool + Sync) {
+    let next = AtomicU32::new(0);
     let stop = AtomicBool::new(false);
     let work = || {
         while !stop.load(Ordering::Relaxed) {
             let chunk = next.fetch_add(1, Ordering::Relaxed);
-            let Some(expected) = digests.get(chunk as usize) else { return };
-            if mapping.bytes(chunk).map(Digest::of) != Some(*expected) {
-                bad.store(chunk, Ordering::Relaxed);
+            let Some(digest) = digests.get(chunk as usize) else { return };
+            if !work(chunk, digest) {
                 stop.store(true, Ordering::Relaxed);
             }
         }
@@ -423,6 +513,4 @@ fn check(mapping: &Mapping, digests: &[Digest]) -> Option<u32> {
         }
         work();
     });
-    let bad = bad.into_inner();
-    (bad != u32::MAX).then_some(bad)
 }

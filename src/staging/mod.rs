@@ -11,6 +11,7 @@ mod error;
 mod fill;
 mod hop;
 mod job;
+mod journal;
 mod layout;
 mod mapping;
 mod probe;
@@ -55,6 +56,14 @@ pub fn spawn(
     let tasks = tracker.clone();
     tracker.spawn(async move { task::run(config, requests, events, tasks, stop).await });
     Ok(StageHandle { commands })
+}
+
+/// Forgets the upload that was taken with this state directory, after the end of its segment.
+///
+/// # Errors
+/// A file is there and cannot be removed.
+pub fn forget_upload(state_dir: &Path) -> io::Result<()> {
+    journal::Journal::remove(state_dir)
 }
 
 /// Removes the shared memory segments of a state directory's run id, after a planned end or when nobody is

@@ -3,6 +3,7 @@
 mod uploads;
 
 use std::collections::VecDeque;
+use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,11 +18,12 @@ use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
 use super::adapters::Adapters;
-use super::area::{Area, Spare, Whole};
+use super::area::{Area, Kept, Spare, Whole};
 use super::config::StageConfig;
 use super::error::StageError;
 use super::fill::Fill;
 use super::job::{Job, Origin, Outcome};
+use super::journal::Journal;
 use super::layout::{FileSize, Layout};
 use super::probe::probe;
 use super::records::Role;
@@ -46,7 +48,7 @@ type Result<T> = std::result::Result<T, StageError>;
 /// What jobs tell the task.
 enum Note {
     Ended(Box<Outcome>),
-    UploadReady { id: String, spare: Box<Spare>, fill: std::result::Result<Arc<Fill>, StageError> },
+    UploadReady { id: String, spare: Box<Spare>, fill: Result<(Arc<Fill>, Option<Journal>)> },
 }
 
 struct Running {
@@ -94,10 +96,16 @@ pub(super) async fn run(
     let config = Arc::new(config);
     let opened = {
         let config = Arc::clone(&config);
-        tokio::task::spawn_blocking(move || Area::open(&config)).await
+        let takes_uploads = uploads.is_some();
+        tokio::task::spawn_blocking(move || {
+            let mut area = Area::open(&config)?;
+            let kept = takes_uploads.then(|| area.kept_upload()).flatten();
+            io::Result::Ok((area, kept))
+        })
+        .await
     };
-    let area = match opened {
-        Ok(Ok(area)) => area,
+    let (area, kept) = match opened {
+        Ok(Ok(opened)) => opened,
         Ok(Err(error)) => {
             error!(%error, "the staging area cannot be opened");
             return;
@@ -121,6 +129,12 @@ pub(super) async fn run(
         uploading: None,
         retain: Retain::default(),
     };
+    if let Some(kept) = kept {
+        task.go_on_with_upload(kept);
+    }
+    if let Some(uploads) = &task.uploads {
+        uploads.opened.send_replace(true);
+    }
     loop {
         tokio::select! {
             () = stop.cancelled() => break,
@@ -399,8 +413,9 @@ impl Task {
                 _ => warn!(limit = ?STOP_LIMIT, "a staging did not end in time"),
             }
         }
-        if let Err(error) = self.drop_upload().await {
-            warn!(%error, "what is in shared memory cannot be noted");
+        // A successor that finds the segments goes on with it.
+        if let Some(uploading) = self.uploading.take() {
+            self.end_session(&uploading.id);
         }
     }
 

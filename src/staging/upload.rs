@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::digest::Digest;
 use super::fill::{Fill, Origin};
+use super::journal::Journal;
 use super::mapping::Claim;
 
 /// Requests waiting for the staging task.
@@ -117,6 +118,7 @@ pub(super) enum Ask {
 pub struct Uploads {
     requests: mpsc::Sender<Ask>,
     sessions: Arc<Mutex<Sessions>>,
+    opened: watch::Receiver<bool>,
 }
 
 /// The staging task's end of [`Uploads`].
@@ -124,6 +126,7 @@ pub struct Uploads {
 pub struct UploadRequests {
     pub(super) requests: mpsc::Receiver<Ask>,
     pub(super) sessions: Arc<Mutex<Sessions>>,
+    pub(super) opened: watch::Sender<bool>,
 }
 
 /// Uploads by name.
@@ -157,8 +160,10 @@ impl Sessions {
 /// Makes a handle for uploads, and what the staging task needs to serve it.
 pub fn channel() -> (Uploads, UploadRequests) {
     let (requests, receiver) = mpsc::channel(REQUESTS);
+    let (opened, is_opened) = watch::channel(false);
     let sessions = Arc::new(Mutex::new(Sessions::default()));
-    (Uploads { requests, sessions: Arc::clone(&sessions) }, UploadRequests { requests: receiver, sessions })
+    let uploads = Uploads { requests, sessions: Arc::clone(&sessions), opened: is_opened };
+    (uploads, UploadRequests { requests: receiver, sessions, opened })
 }
 
 impl Uploads {
@@ -166,6 +171,13 @@ impl Uploads {
     pub async fn create(&self, id: &str, files: Vec<UploadFile>) -> Result<UploadStatus, UploadError> {
         let (reply, answer) = oneshot::channel();
         self.ask(id, Ask::Create { id: id.to_owned(), files, reply }, answer).await
+    }
+
+    /// Waits until the staging task has looked at what a predecessor left. Before that nothing is known of its
+    /// upload.
+    pub async fn opened(&self) {
+        // Where the task has ended, all that is asked of it says so.
+        let _ = self.opened.clone().wait_for(|opened| *opened).await;
     }
 
     /// What is there.
@@ -228,24 +240,32 @@ pub(super) struct Session {
 struct State {
     fill: Arc<Fill>,
     partial: BTreeMap<u32, Partial>,
-    /// When bytes came last.
-    touched: Instant,
+    /// When somebody came to it last; never since the sidecar was started.
+    touched: Option<Instant>,
+    /// For a successor.
+    journal: Option<Journal>,
     closed: bool,
 }
 
 impl Session {
-    pub(super) fn new(id: String, fill: Arc<Fill>) -> Self {
-        let touched = Instant::now();
-        Self { id, state: Mutex::new(State { fill, partial: BTreeMap::new(), touched, closed: false }) }
+    pub(super) fn new(id: String, fill: Arc<Fill>, journal: Option<Journal>) -> Self {
+        let state = State { fill, partial: BTreeMap::new(), touched: None, journal, closed: false };
+        Self { id, state: Mutex::new(state) }
     }
 
     pub(super) fn fill(&self) -> Arc<Fill> {
         Arc::clone(&self.state.lock().fill)
     }
 
-    /// Since when no bytes came.
+    /// Somebody came to it.
+    pub(super) fn touch(&self) {
+        self.state.lock().touched = Some(Instant::now());
+    }
+
+    /// For how long nobody came to it. One that a predecessor left waits for nobody: what else wants the segment may
+    /// have it.
     pub(super) fn idle(&self) -> Duration {
-        self.state.lock().touched.elapsed()
+        self.state.lock().touched.map_or(Duration::MAX, |touched| touched.elapsed())
     }
 
     /// After a failed update: the bytes are kept for the next one.
@@ -259,11 +279,12 @@ impl Session {
         let mut state = self.state.lock();
         state.closed = true;
         state.partial.clear();
+        state.journal = None;
     }
 
     fn write(&self, name: &str, offset: u64, mut bytes: &[u8]) -> Result<(), UploadError> {
         let mut state = self.state.lock();
-        state.touched = Instant::now();
+        state.touched = Some(Instant::now());
         let id = || self.id.clone();
         let fill = Arc::clone(&state.fill);
         let layout = fill.layout();
@@ -341,7 +362,13 @@ impl State {
             && let Some(Partial { claim, .. }) = self.partial.remove(&chunk)
         {
             let digest = Digest::of(&claim);
-            self.fill.finish(claim, digest, Origin::Read);
+            if self.fill.finish(claim, digest, Origin::Read)
+                && let Some(journal) = &self.journal
+                && let Err(error) = journal.note(chunk, digest)
+            {
+                tracing::warn!(%error, "after a restart of the sidecar this upload begins again");
+                self.journal = None;
+            }
         }
     }
 }

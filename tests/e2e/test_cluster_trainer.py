@@ -21,6 +21,8 @@ from trainer import Client
 
 COUNT = 60
 SIZE = 32 << 20
+# Of the segment; what is in an unfinished one does not outlive the leader.
+CHUNK = 4 << 20
 FOLLOWER = 1
 FILE = "model.safetensors"
 PHASES = ["staging", "pausing", "loading", "committing", "resuming"]
@@ -72,15 +74,21 @@ class Trainer(Process):
 
 
 def killed_trainer(
-    deployment: Deployment, load: Load, seed: int, name: str, begin: str, dice: random.Random
+    deployment: Deployment,
+    load: Load,
+    seed: int,
+    name: str,
+    begin: str,
+    dice: random.Random,
+    in_order: bool = False,
 ) -> int:
     """A trainer that is killed after so many bytes, in the middle of a part. All engines go on with
     the weights before."""
     old = deployment.seed
     size = (Path(deployment.models.path(seed)) / FILE).stat().st_size
-    stop_at = dice.randrange(1, size)
+    stop_at = dice.randrange(2 * CHUNK if in_order else 1, size)
     words = ["--begin", begin, "--stop-at", str(stop_at)]
-    if dice.random() < 0.5:
+    if not in_order and dice.random() < 0.5:
         words += ["--shuffle", name]
     trainer = Trainer(deployment, seed, name, "--upload", name, *words)
     trainer.wait_line("^stopped")
@@ -149,22 +157,28 @@ def test_who_comes_to_a_running_update_is_told_where_it_stands(deployment):
 
 
 @pytest.mark.parametrize(("begin", "upload"), zip(BEGIN, ["same", "other"], strict=True))
-def test_trainer_and_leader_killed_in_an_upload_cost_only_the_upload(deployment, upload, begin):
+def test_after_trainer_and_leader_were_killed_the_upload_goes_on(deployment, upload, begin):
+    """By its name, or the next one has another name and begins anew."""
     dice = random.Random(f"{deployment.models.kind} {begin} {upload}")
     old, new = deployment.seed, deployment.seed + 1
     name = f"leader-{begin}-{upload}"
     with deployment.load(COUNT) as load, unpaused_at_the_end(deployment):
         load.wait_answers(4)
-        killed_trainer(deployment, load, new, name, begin, dice)
+        there = killed_trainer(deployment, load, new, name, begin, dice, in_order=True)
+        wait_for("all it sent is there", 10, lambda: received(deployment, name) == there)
         deployment.leader.kill()
         load.wait_answers(4)
         deployment.start_sidecar(0)
         deployment.settled(old)
-        name = name if upload == "same" else f"{name}-2"
+        kept = received(deployment, name)
+        assert kept == there // CHUNK * CHUNK
+        if upload == "other":
+            name, kept = f"{name}-2", 0
         again = Trainer(deployment, new, name, "--upload", name, "--begin", begin)
-        again.finish()
+        sent = again.finish()
         deployment.seed = new
         load.wait_answers(8)
+    assert sent == again.size - kept
     check(deployment, load, old, new)
 
 

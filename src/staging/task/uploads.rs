@@ -81,6 +81,7 @@ impl Task {
                 let reason = "it was begun with other files".to_owned();
                 let _ = reply.send(Err(UploadError::Invalid { id, reason }));
             } else if let Some(session) = session {
+                session.touch();
                 let _ = reply.send(Ok(session.status()));
             } else {
                 uploading.created.push_back(reply);
@@ -119,13 +120,33 @@ impl Task {
                 let mapped = spare.segment.map(Arc::new(layout), false);
                 let what = "mapping the segment".to_owned();
                 let mapping = mapped.map_err(|error| StageError::Io { node, what, error })?;
-                Ok(Arc::new(Fill::new(mapping)))
+                let journal = Area::journal(&limits, &spare, &id, mapping.layout());
+                Ok((Arc::new(Fill::new(mapping)), journal))
             });
             let _ = notes.blocking_send(Note::UploadReady { id, spare: Box::new(spare), fill });
         });
     }
 
-    pub(super) async fn upload_ready(&mut self, id: String, spare: Spare, fill: Result<Arc<Fill>>) {
+    /// The upload that a predecessor took.
+    pub(super) fn go_on_with_upload(&mut self, kept: Kept) {
+        let Kept { id, spare, fill, journal } = kept;
+        let files = fill.layout().files().iter();
+        let files = files.map(|file| UploadFile { name: file.name.clone(), size: file.size }).collect();
+        let session = Arc::new(Session::new(id.clone(), fill, Some(journal)));
+        let UploadStatus { received, total, .. } = session.status();
+        info!(upload = id, received, total, "an upload goes on where it was");
+        if let Some(uploads) = &self.uploads {
+            uploads.sessions.lock().open(session);
+        }
+        self.uploading = Some(Uploading { id, files, spare: Some(spare), created: VecDeque::new() });
+    }
+
+    pub(super) async fn upload_ready(
+        &mut self,
+        id: String,
+        spare: Spare,
+        fill: Result<(Arc<Fill>, Option<Journal>)>,
+    ) {
         let Some(uploading) = self.uploading.as_mut().filter(|uploading| uploading.id == id) else {
             let given = self.with_area(move |area| area.give_back(spare, None, None)).await;
             if let Err(error) = given {
@@ -135,9 +156,10 @@ impl Task {
         };
         let replies = std::mem::take(&mut uploading.created);
         let answer = match fill {
-            Ok(fill) => {
+            Ok((fill, journal)) => {
                 uploading.spare = Some(spare);
-                let session = Arc::new(Session::new(id, fill));
+                let session = Arc::new(Session::new(id, fill, journal));
+                session.touch();
                 let status = session.status();
                 if let Some(uploads) = &self.uploads {
                     uploads.sessions.lock().open(session);

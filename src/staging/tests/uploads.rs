@@ -84,6 +84,85 @@ async fn an_upload_goes_on_where_it_was() {
     chain.end().await;
 }
 
+/// Ends the only node of a chain and starts it again.
+async fn again(chain: Chain, between: impl FnOnce(&Place)) -> Chain {
+    let places = chain.end().await;
+    between(&places[0]);
+    let nodes: Vec<Node> = places.iter().map(Node::start).collect();
+    timeout(LIMIT, nodes[0].uploads.opened()).await.unwrap();
+    Chain { places, nodes }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_goes_on_after_a_restart_of_the_sidecar() {
+    let (before, dir) = (checkpoint(1, 1, 20_000), checkpoint(2, 2, 9000));
+    let chunk = CHUNK as usize;
+    let mut chain = Chain::new(1);
+    chain.update("u1", before.path()).await;
+    let node = &chain.nodes[0];
+    create(node, "up", dir.path()).await.unwrap();
+    let files = files(dir.path());
+    let (file, bytes) = &files[0];
+    node.uploads.write("up", &file.name, 0, &bytes[..3 * chunk + 10]).unwrap();
+    node.begin(spec("u2", StageSource::Upload("up".to_owned()), None)).await;
+    node.uploads.write("up", &file.name, 5 * chunk as u64, &bytes[5 * chunk..6 * chunk]).unwrap();
+
+    let chain = again(chain, |_| {}).await;
+    let status = chain.nodes[0].uploads.status("up").unwrap();
+    let whole = [(0, 3 * u64::from(CHUNK)), (5 * u64::from(CHUNK), 6 * u64::from(CHUNK))];
+    assert_eq!(status.files[0].ranges, whole, "what is in unfinished chunks comes again");
+    assert_eq!((status.received, status.complete), (4 * u64::from(CHUNK), false));
+    assert_eq!(create(&chain.nodes[0], "up", dir.path()).await.unwrap(), status);
+    assert_eq!(chain.nodes[0].state().await.current.unwrap().id.0, "u1");
+    // A second time, and bytes were damaged meanwhile.
+    let mut chain = again(chain, |place| {
+        let path = place.shm().join("dp-sidecar-run-b");
+        let mut segment = std::fs::read(&path).unwrap();
+        segment[5 * chunk] ^= 1;
+        std::fs::write(&path, segment).unwrap();
+    })
+    .await;
+    let node = &chain.nodes[0];
+    assert_eq!(node.uploads.status("up").unwrap().files[0].ranges, whole[..1]);
+    node.begin(spec("u2", StageSource::Upload("up".to_owned()), None)).await;
+    for (file, bytes) in &files {
+        node.uploads.write("up", &file.name, 0, bytes).unwrap();
+    }
+    let (checkpoint, _) = chain.nodes[0].outcome().await.unwrap();
+    assert_holds(&checkpoint, dir.path());
+    chain.nodes[0].commit("u2").await;
+
+    let chain = again(chain, |_| {}).await;
+    let error = chain.nodes[0].uploads.status("up").unwrap_err();
+    assert_eq!(error, UploadError::Unknown { id: "up".to_owned() }, "it has ended");
+    assert_eq!(chain.nodes[0].state().await.current.unwrap().id.0, "u2");
+    chain.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_of_a_predecessor_gives_way_and_is_forgotten_with_its_segment() {
+    let (dir, other) = (checkpoint(1, 1, 9000), checkpoint(2, 1, 9000));
+    let chain = Chain::new(1);
+    create(&chain.nodes[0], "up", dir.path()).await.unwrap();
+    let (file, bytes) = files(dir.path()).remove(0);
+    chain.nodes[0].uploads.write("up", &file.name, 0, &bytes[..CHUNK as usize]).unwrap();
+    let mut chain = again(chain, |_| {}).await;
+    // Nobody has come back to it.
+    chain.update("u1", other.path()).await;
+    let error = chain.nodes[0].uploads.write("up", &file.name, 0, &bytes).unwrap_err();
+    assert!(matches!(error, UploadError::Gone { .. }), "{error}");
+
+    create(&chain.nodes[0], "up", dir.path()).await.unwrap();
+    let chain = again(chain, |place| {
+        std::fs::remove_file(place.shm().join("dp-sidecar-run-b")).unwrap();
+    })
+    .await;
+    assert!(matches!(chain.nodes[0].uploads.status("up"), Err(UploadError::Unknown { .. })));
+    let left = chain.places[0].dir.path().join("state");
+    assert!(!left.join("upload.json").exists() && !left.join("upload.digests").exists());
+    chain.end().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn bad_uploads_are_refused() {
     let (dir, other) = (checkpoint(1, 1, 20_000), checkpoint(1, 2, 2000));
