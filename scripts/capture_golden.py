@@ -17,12 +17,15 @@ without the routing id. manifest.json names the messages in their order.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from goldenlib.capture import capture
 from goldenlib.fields import write_fields
 
+# Of the hashes of strings, and so of the order of sets, which are captured, too.
+HASH_SEED = "1"
 GOLDEN = Path(__file__).resolve().parent.parent / "protocol" / "golden"
 
 
@@ -46,6 +49,10 @@ def main() -> int:
     )
     fields_args.add_argument("--out", type=Path, default=GOLDEN / "fields.json")
     args = parser.parse_args()
+    if os.environ.get("PYTHONHASHSEED") != HASH_SEED:
+        # A second run writes the same bytes.
+        environment = {**os.environ, "PYTHONHASHSEED": HASH_SEED}
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
     if args.command == "fields":
         return write_fields(args.source, args.out)
     return capture(args.out)
