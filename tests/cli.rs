@@ -156,6 +156,8 @@ async fn a_command_line_that_makes_no_sense_ends_with_2_and_says_what_would_be_r
         ("--dp-rank 0 -dp 2".into(), "no model is named"),
         ("--dp-rank 0 -dp 2 -- /no/such/model".into(), "--model-kind dense"),
         ("--dp-rank 0 --serve --model-kind dense".into(), "expected behind `--`"),
+        ("--dp-rank 0 --prefault --model-kind dense".into(), "--prefault: a model is expected"),
+        ("--dp-rank 0 --prefault --model-kind dense -- no/model".into(), "no/model is no directory"),
         (format!("--dp-rank 0 -- {dense} -dp 3"), "3 behind `--`, but 1"),
         (format!("--dp-rank 0 -- {dense} -dph"), "cannot be used with hosted engines"),
         (format!("--dp-rank 0 --serve --port 1 -- {dense} --port 2"), "1 before `--`, but 2"),

@@ -38,6 +38,7 @@ pub(super) fn start(
     };
     let stage = StageConfig {
         uploads,
+        prefault: config.prefault.clone(),
         ..StageConfig::new(name, state.path().to_owned(), state.run_id().to_owned(), host, auth)
     };
     staging::spawn(stage, events, tracker, stop.clone()).map_err(|e| internal("staging area", &e))

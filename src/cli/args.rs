@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::children::{CoordinatorArgs, KeeperArgs, RelayArgs};
 use super::update::UpdateArgs;
 use crate::admin::types::PauseMode;
 use crate::config::{Lifeline, LogFormat};
@@ -103,18 +104,6 @@ pub enum Command {
     /// The DP coordinator alone, for `scripts/bench coordinator`.
     #[command(hide = true)]
     Coordinator(CoordinatorArgs),
-}
-
-/// `sidecar coordinator`.
-#[derive(Debug, Args)]
-pub struct CoordinatorArgs {
-    /// Directory of its sockets.
-    #[arg(long, value_name = "DIR")]
-    pub listen_dir: PathBuf,
-
-    /// Number of lockstep engines.
-    #[arg(long, value_name = "N")]
-    pub engines: u16,
 }
 
 /// How the model's ranks depend on each other.
@@ -362,6 +351,14 @@ pub struct RunArgs {
     )]
     pub load_timeout: Duration,
 
+    /// Take the shared memory for updates at the start: two segments as large as the model.
+    ///
+    /// Memory is several times slower the first time it is written. Without this flag the first two updates take
+    /// it while they stage, and a node that never sees an update takes none. With it, too little memory is told
+    /// at the start. The model's files must be on this node.
+    #[arg(long, env = "SIDECAR_PREFAULT", help_heading = "Weights")]
+    pub prefault: bool,
+
     /// Accept engines of a vLLM version that this sidecar was not tested with.
     #[arg(long, env = "SIDECAR_ALLOW_UNTESTED_VLLM", help_heading = "Processes")]
     pub allow_untested_vllm: bool,
@@ -494,43 +491,6 @@ pub enum FrontendAction {
         #[command(flatten)]
         target: Target,
     },
-}
-
-/// `sidecar keeper`.
-#[derive(Debug, Args)]
-pub struct KeeperArgs {
-    /// The state directory.
-    #[arg(long)]
-    pub state_dir: PathBuf,
-    /// Marks all processes of the state directory.
-    #[arg(long)]
-    pub run_id: String,
-    /// Stop everything after this long without an owner.
-    #[arg(long, value_parser = parse_duration)]
-    pub orphan_grace: Duration,
-    /// Grace between SIGTERM and SIGKILL.
-    #[arg(long, value_parser = parse_duration)]
-    pub kill_grace: Duration,
-}
-
-/// `sidecar relay`.
-#[derive(Debug, Args)]
-pub struct RelayArgs {
-    /// The state directory.
-    #[arg(long)]
-    pub state_dir: PathBuf,
-    /// First rank of this node.
-    #[arg(long)]
-    pub start_rank: u16,
-    /// Number of ranks of this node.
-    #[arg(long)]
-    pub ranks: u16,
-    /// Slots of every engine for frontends.
-    #[arg(long)]
-    pub frontend_slots: u32,
-    /// How the ranks depend on each other.
-    #[arg(long)]
-    pub kind: ModelKind,
 }
 
 /// Reads `90`, `90s`, `1.5m`, `500ms`, `2h`; seconds without a unit.

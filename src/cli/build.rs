@@ -94,6 +94,7 @@ pub fn build(args: &RunArgs, surroundings: &Surroundings) -> Result<Built, Usage
     // One rank has nobody to step in lockstep with: vLLM starts an ordinary engine then.
     let kind = if size == 1 { GroupKind::Independent } else { kind(args, flags.as_ref(), surroundings)? };
     let serve = serve(args, flags.as_ref(), surroundings, &mut notes)?;
+    let prefault = prefault(args, flags.as_ref(), surroundings)?;
     let engines = match flags {
         None => Engines::Attach,
         Some(flags) => {
@@ -135,6 +136,7 @@ pub fn build(args: &RunArgs, surroundings: &Surroundings) -> Result<Built, Usage
             kill_grace: args.kill_grace,
             pause_deadline: args.pause_deadline,
             load_timeout: args.load_timeout,
+            prefault,
             allow_untested_vllm: args.allow_untested_vllm,
             max_restarts: args.max_restarts,
             keep_engines: args.keep_engines,
@@ -373,8 +375,7 @@ fn kind(
              say"
         )));
     }
-    let model = flags.and_then(|flags| flags.model.as_deref()).or(args.model.as_deref());
-    let Some(model) = model else {
+    let Some((model, revision)) = model(args, flags, surroundings) else {
         return Err(UsageError::Check(
             "--model-kind: dense or moe expected (or --model PATH), because no model is named \
              behind `--`"
@@ -382,12 +383,48 @@ fn kind(
         ));
     };
     let cache = model::cache_path(|name| surroundings.variable(name));
-    let model_path = match &surroundings.cwd {
+    Ok(model::kind_of(&model, revision, &cache)?)
+}
+
+/// The model as it is found from here, a path or a name, and its revision.
+fn model<'a>(
+    args: &RunArgs,
+    flags: Option<&'a VllmFlags>,
+    surroundings: &Surroundings,
+) -> Option<(String, Option<&'a str>)> {
+    let model = flags.and_then(|flags| flags.model.as_deref()).or(args.model.as_deref())?;
+    let path = match &surroundings.cwd {
         Some(cwd) if cwd.join(model).is_dir() => cwd.join(model).display().to_string(),
         _ => model.to_owned(),
     };
-    let revision = flags.and_then(|flags| flags.revision.as_deref());
-    Ok(model::kind_of(&model_path, revision, &cache)?)
+    Some((path, flags.and_then(|flags| flags.revision.as_deref())))
+}
+
+/// Where the model is whose size is taken in shared memory at the start.
+fn prefault(
+    args: &RunArgs,
+    flags: Option<&VllmFlags>,
+    surroundings: &Surroundings,
+) -> Result<Option<PathBuf>, UsageError> {
+    if !args.prefault {
+        return Ok(None);
+    }
+    let cache = model::cache_path(|name| surroundings.variable(name));
+    let found = model(args, flags, surroundings);
+    let directory =
+        found.as_ref().and_then(|(model, revision)| model::directory_of(model, *revision, &cache));
+    match (directory, found) {
+        (Some(directory), _) => Ok(Some(directory)),
+        (None, Some((model, _))) => Err(UsageError::Check(format!(
+            "--prefault: the files of the model are expected on this node, because their size must be known; \
+             {model} is no directory, and not in the Hugging Face cache {}",
+            cache.display()
+        ))),
+        (None, None) => Err(UsageError::Check(
+            "--prefault: a model is expected behind `--` (or --model PATH), because its size must be known"
+                .to_owned(),
+        )),
+    }
 }
 
 fn serve(

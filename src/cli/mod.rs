@@ -2,6 +2,7 @@
 
 pub mod args;
 pub mod build;
+mod children;
 pub mod commands;
 pub mod normalize;
 mod progress;
@@ -15,7 +16,8 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches};
 
-use self::args::{Cli, Command, CoordinatorArgs, KeeperArgs, ModelKind, RelayArgs};
+use self::args::{Cli, Command, ModelKind};
+use self::children::{CoordinatorArgs, KeeperArgs, RelayArgs};
 use crate::config::LogFormat;
 use crate::driver::handles::GroupKind;
 use crate::exit_code;

@@ -55,6 +55,8 @@ pub struct Config {
     pub pause_deadline: Duration,
     /// For the load of an update on all engines.
     pub load_timeout: Duration,
+    /// The model whose size is taken twice in shared memory at the start, if that is wanted: a directory.
+    pub prefault: Option<PathBuf>,
     /// Accept engines of a vLLM version that this sidecar was not tested with.
     pub allow_untested_vllm: bool,
     /// A signal ends the sidecar, but nothing that it started.

@@ -202,6 +202,10 @@ impl Area {
         if retain != Retain::Memory {
             self.remove(1 - at)?;
         }
+        self.take_slot(at)
+    }
+
+    fn take_slot(&mut self, at: usize) -> Result<Spare, StageError> {
         let slot = &mut self.slots[at];
         let old = match std::mem::replace(&mut slot.content, Content::Away) {
             Content::Left(old) => old,
@@ -287,6 +291,26 @@ impl Area {
         };
         let segment = slot.segment.take()?;
         Some(Kept { id, spare: Spare { slot: at, segment, old }, fill, journal })
+    }
+
+    /// Takes the segments that have no version, to be made ready before they are needed. Blocks.
+    pub(super) fn take_idle(&mut self) -> Result<Vec<Spare>, StageError> {
+        let mut taken = Vec::new();
+        for at in 0..NAMES.len() {
+            if !matches!(self.slots[at].content, Content::Nothing | Content::Left(_)) {
+                continue;
+            }
+            match self.take_slot(at) {
+                Ok(spare) => taken.push(spare),
+                Err(error) => {
+                    for spare in taken {
+                        self.give_back(spare, None, None)?;
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        Ok(taken)
     }
 
     /// Bytes that the other segment takes.
@@ -445,6 +469,13 @@ pub(super) struct Limits {
     state_dir: PathBuf,
     max_memory: Option<u64>,
     besides: u64,
+}
+
+impl Limits {
+    /// The other segment will have at least so many bytes.
+    pub(super) fn beside(self, size: u64) -> Self {
+        Self { besides: self.besides.max(size), ..self }
+    }
 }
 
 /// A segment that was there at the start. Without a usable record its bytes are anything.

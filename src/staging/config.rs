@@ -61,6 +61,8 @@ pub struct StageConfig {
     pub chunk: u32,
     /// Refuse to use more shared memory than this, in bytes.
     pub max_memory: Option<u64>,
+    /// Take memory for two checkpoints of this one's size at the start.
+    pub prefault: Option<PathBuf>,
     /// A hop on which nothing moves for this long has failed.
     pub idle_limit: Duration,
     /// The node before must connect within this time.
@@ -89,6 +91,7 @@ impl StageConfig {
             data_port: 0,
             chunk: CHUNK,
             max_memory: None,
+            prefault: None,
             idle_limit: Duration::from_secs(10),
             accept_limit: Duration::from_secs(60),
             auth,

@@ -22,6 +22,7 @@ use super::hop::send;
 use super::hop::wire::{Line, Up};
 use super::hop::{Ends, connect};
 use super::layout::Layout;
+use super::mapping::PIECE;
 use super::reuse::Reuse;
 use super::source;
 use crate::driver::handles::{StageProgress, StageSpec, StagedVersion};
@@ -31,8 +32,6 @@ use crate::manifest::Manifest;
 const TICK: Duration = Duration::from_millis(100);
 /// Progress is told this often.
 const PROGRESS: Duration = Duration::from_millis(250);
-/// Pages are touched in pieces of this many bytes.
-const POPULATE: u64 = 32 << 20;
 
 /// Where a job's bytes come from.
 #[derive(Debug)]
@@ -310,11 +309,11 @@ impl Job {
         let size = fill.layout().segment_size();
         let mut at = 0;
         while at < size && !fill.ended() && !fill.complete() {
-            if let Err(error) = fill.mapping().populate(at, POPULATE.min(size - at)) {
+            if let Err(error) = fill.mapping().populate(at, PIECE.min(size - at)) {
                 fill.fail(self.io("taking shared memory", error));
                 return;
             }
-            at += POPULATE;
+            at += PIECE;
         }
     }
 

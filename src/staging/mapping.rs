@@ -17,6 +17,8 @@ use memmap2::{Advice, MmapRaw};
 
 use super::layout::Layout;
 
+/// Pages are touched in pieces of this many bytes.
+pub(super) const PIECE: u64 = 32 << 20;
 /// Nobody has it; its bytes mean nothing yet.
 const EMPTY: u8 = 0;
 /// A [`Claim`] has it.
@@ -101,16 +103,34 @@ impl Segment {
                 format!("{} is {size} bytes long, expected {}", self.path.display(), layout.segment_size()),
             ));
         }
-        let raw = match &self.raw {
-            Some(raw) => Arc::clone(raw),
-            None => Arc::new(MmapRaw::map_raw(&self.file)?),
-        };
-        self.raw = Some(Arc::clone(&raw));
+        let raw = self.raw()?;
         let state = if valid { VALID } else { EMPTY };
         let states = (0..layout.chunks()).map(|_| AtomicU8::new(state)).collect();
         let mapping = Arc::new(Mapping { raw, layout, states });
         self.live = Arc::downgrade(&mapping);
         Ok(mapping)
+    }
+
+    /// Touches its pages, as [`Mapping::populate`] does, until all are touched or `stop` says so.
+    ///
+    /// # Errors
+    /// A mapping is in use, or there is no memory.
+    pub(super) fn touch(&mut self, stop: &dyn Fn() -> bool) -> io::Result<()> {
+        self.unused()?;
+        let (size, mut at) = (self.size()?, 0);
+        while at < size && !stop() {
+            populate(&*self.raw()?, at, PIECE.min(size - at))?;
+            at += PIECE;
+        }
+        Ok(())
+    }
+
+    fn raw(&mut self) -> io::Result<Arc<MmapRaw>> {
+        let raw = match &self.raw {
+            Some(raw) => Arc::clone(raw),
+            None => Arc::new(MmapRaw::map_raw(&self.file)?),
+        };
+        Ok(Arc::clone(self.raw.insert(raw)))
     }
 
     /// Removes the file. Mappings stay usable.
@@ -166,20 +186,24 @@ impl Mapping {
     /// Touches the pages of a range, so that writing them later costs no faults. An old kernel does not have it;
     /// then nothing happens.
     pub(super) fn populate(&self, start: u64, length: u64) -> io::Result<()> {
-        let (Ok(start), Ok(length)) = (usize::try_from(start), usize::try_from(length)) else {
-            return Ok(());
-        };
-        let length = length.min(self.raw.len().saturating_sub(start));
-        match self.raw.advise_range(Advice::PopulateWrite, start, length) {
-            Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
-            other => other,
-        }
+        populate(&self.raw, start, length)
     }
 
     /// Offset and length in the mapping.
     fn range(&self, chunk: u32) -> (usize, usize) {
         let size = self.layout.chunk_size() as usize;
         (chunk as usize * size, self.layout.length(chunk) as usize)
+    }
+}
+
+fn populate(raw: &MmapRaw, start: u64, length: u64) -> io::Result<()> {
+    let (Ok(start), Ok(length)) = (usize::try_from(start), usize::try_from(length)) else {
+        return Ok(());
+    };
+    let length = length.min(raw.len().saturating_sub(start));
+    match raw.advise_range(Advice::PopulateWrite, start, length) {
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
+        other => other,
     }
 }
 

@@ -1,5 +1,6 @@
 //! The staging task: obeys commands, runs one job at a time, keeps the segments.
 
+mod prefault;
 mod uploads;
 
 use std::collections::VecDeque;
@@ -17,8 +18,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
+use self::prefault::Prefault;
 use super::adapters::Adapters;
-use super::area::{Area, Kept, Spare, Whole};
+use super::area::{Area, Kept, Limits, Spare, Whole};
 use super::config::StageConfig;
 use super::error::StageError;
 use super::fill::Fill;
@@ -82,6 +84,7 @@ struct Task {
     uploads: Option<UploadRequests>,
     uploading: Option<Uploading>,
     retain: Retain,
+    prefault: Prefault,
 }
 
 /// Runs the task.
@@ -117,6 +120,7 @@ pub(super) async fn run(
     };
     let (notes, mut noted) = mpsc::channel(4);
     let adapters = Adapters::new(&config.node, &config.state_dir);
+    let prefault = Prefault::new(&config);
     let mut task = Task {
         config,
         area: Some(area),
@@ -128,6 +132,7 @@ pub(super) async fn run(
         uploads,
         uploading: None,
         retain: Retain::default(),
+        prefault,
     };
     if let Some(kept) = kept {
         task.go_on_with_upload(kept);
@@ -136,8 +141,10 @@ pub(super) async fn run(
         uploads.opened.send_replace(true);
     }
     loop {
+        task.begin_prefault().await;
         tokio::select! {
             () = stop.cancelled() => break,
+            step = task.prefault.step() => task.prefaulted(step).await,
             Some(note) = noted.recv() => task.note(note).await,
             Some(ask) = next_ask(&mut task.uploads) => task.upload(ask).await,
             command = commands.recv() => match command {
@@ -306,6 +313,7 @@ impl Task {
     }
 
     async fn take(&mut self, retain: Retain) -> Result<Spare> {
+        self.interrupt_prefault().await;
         self.with_area(move |area| area.take(retain)).await
     }
 
@@ -406,6 +414,7 @@ impl Task {
     // --- the end, and helpers ---
 
     async fn end(&mut self, noted: &mut mpsc::Receiver<Note>) {
+        self.interrupt_prefault().await;
         if let Some(running) = &self.running {
             running.cancel.cancel();
             match timeout(STOP_LIMIT, noted.recv()).await {

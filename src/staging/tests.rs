@@ -3,6 +3,7 @@
 mod adapters;
 mod chain;
 mod faults;
+mod prefault;
 mod restart;
 mod uploads;
 

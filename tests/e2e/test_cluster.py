@@ -40,7 +40,7 @@ def deployment(request, ingredients, tmp_path_factory):
             cluster,
             models,
             per_node=PER_NODE,
-            flags=["--pause-deadline", "20"],
+            flags=["--pause-deadline", "20", "--prefault"],
             vllm_flags=[*MODEL_FLAGS, *IN_PROCESS_WORKER],
             env={"DP_SIDECAR_TEST_FAIL_LOAD": str(folder / "fail")},
             http=True,
@@ -56,6 +56,16 @@ def deployment(request, ingredients, tmp_path_factory):
 def test_all_ranks_of_both_hosts_answer_alike(deployment):
     deployment.check_serving(0)
     assert "Launching Rust frontend" in deployment.frontends[1].log.read_text()
+
+
+def test_memory_for_updates_is_taken_at_the_start(deployment):
+    """The first of those that update."""
+    size = (Path(deployment.models.path(0)) / "model.safetensors").stat().st_size
+    for sidecar in deployment.sidecars:
+        sidecar.wait_line("shared memory for updates is taken", 20)
+        sizes = [file.stat().st_size for file in sidecar.node.sees("/dev/shm").glob("dp-sidecar-*")]
+        assert len(sizes) == 2, sizes
+        assert min(sizes) >= size, sizes
 
 
 def test_an_update_under_load_reaches_both_hosts_and_mixes_nothing(deployment):

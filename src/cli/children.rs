@@ -1,0 +1,57 @@
+//! Commands that the sidecar, and its benchmarks, start themselves.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+
+use super::args::{ModelKind, parse_duration};
+
+/// `sidecar coordinator`.
+#[derive(Debug, Args)]
+pub struct CoordinatorArgs {
+    /// Directory of its sockets.
+    #[arg(long, value_name = "DIR")]
+    pub listen_dir: PathBuf,
+
+    /// Number of lockstep engines.
+    #[arg(long, value_name = "N")]
+    pub engines: u16,
+}
+
+/// `sidecar keeper`.
+#[derive(Debug, Args)]
+pub struct KeeperArgs {
+    /// The state directory.
+    #[arg(long)]
+    pub state_dir: PathBuf,
+    /// Marks all processes of the state directory.
+    #[arg(long)]
+    pub run_id: String,
+    /// Stop everything after this long without an owner.
+    #[arg(long, value_parser = parse_duration)]
+    pub orphan_grace: Duration,
+    /// Grace between SIGTERM and SIGKILL.
+    #[arg(long, value_parser = parse_duration)]
+    pub kill_grace: Duration,
+}
+
+/// `sidecar relay`.
+#[derive(Debug, Args)]
+pub struct RelayArgs {
+    /// The state directory.
+    #[arg(long)]
+    pub state_dir: PathBuf,
+    /// First rank of this node.
+    #[arg(long)]
+    pub start_rank: u16,
+    /// Number of ranks of this node.
+    #[arg(long)]
+    pub ranks: u16,
+    /// Slots of every engine for frontends.
+    #[arg(long)]
+    pub frontend_slots: u32,
+    /// How the ranks depend on each other.
+    #[arg(long)]
+    pub kind: ModelKind,
+}

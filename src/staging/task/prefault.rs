@@ -1,0 +1,128 @@
+//! `--prefault`: memory for two checkpoints is taken and touched before an update needs it, while nothing else wants
+//! the segments.
+
+use std::time::Instant;
+
+use tokio::task::{JoinError, JoinHandle, spawn_blocking};
+
+use super::*;
+
+/// How far it is.
+#[derive(Debug)]
+pub(super) enum Prefault {
+    /// Not wanted, done, or given up.
+    Done,
+    /// The size of the model is being read.
+    Measuring(JoinHandle<Result<u64>>),
+    /// So many bytes are to be taken twice, when nothing else wants the segments.
+    Wanted(u64),
+    /// A thread has the segments.
+    Running { size: u64, cancel: CancellationToken, thread: JoinHandle<(Vec<Spare>, Result<()>)> },
+}
+
+/// Something has ended.
+pub(super) enum Step {
+    Measured(std::result::Result<Result<u64>, JoinError>),
+    Taken(std::result::Result<(Vec<Spare>, Result<()>), JoinError>),
+}
+
+impl Prefault {
+    /// Begins with the size of the model.
+    pub(super) fn new(config: &StageConfig) -> Self {
+        let Some(path) = config.prefault.clone() else { return Self::Done };
+        let (node, chunk) = (config.node.clone(), config.chunk);
+        Self::Measuring(spawn_blocking(move || {
+            let manifest =
+                Manifest::read(&path).map_err(|error| StageError::Manifest { node: node.clone(), error })?;
+            let layout = Layout::of(&manifest, chunk);
+            layout.map(|layout| layout.segment_size()).map_err(|reason| StageError::Refused { node, reason })
+        }))
+    }
+
+    /// Waits for what runs.
+    pub(super) async fn step(&mut self) -> Step {
+        match self {
+            Self::Measuring(thread) => Step::Measured(thread.await),
+            Self::Running { thread, .. } => Step::Taken(thread.await),
+            Self::Done | Self::Wanted(_) => std::future::pending().await,
+        }
+    }
+}
+
+impl Task {
+    /// Begins if it is wanted and nothing else has the segments, or will be loaded out of them.
+    pub(super) async fn begin_prefault(&mut self) {
+        let Prefault::Wanted(size) = self.prefault else { return };
+        let staged = self.area.as_ref().is_none_or(|area| area.whole(Role::Staged).is_some());
+        if staged || self.running.is_some() || self.uploading.is_some() {
+            return;
+        }
+        let taken = self.with_area(move |area| {
+            let spares = area.take_idle()?;
+            Ok(spares.into_iter().map(|spare| (area.limits(&spare).beside(size), spare)).collect::<Vec<_>>())
+        });
+        let mut spares = match taken.await {
+            Ok(spares) => spares,
+            Err(error) => return self.give_up_prefault(&error),
+        };
+        let (cancel, node) = (CancellationToken::new(), self.config.node.clone());
+        let stop = cancel.clone();
+        let thread = spawn_blocking(move || {
+            let began = Instant::now();
+            let take = |(limits, spare): &mut (Limits, Spare)| {
+                if stop.is_cancelled() {
+                    return Ok(());
+                }
+                Area::allocate(limits, spare, size)?;
+                let what = || format!("taking {size} bytes in {}", spare.segment.path().display());
+                let what = what();
+                let touched = spare.segment.touch(&|| stop.is_cancelled());
+                touched.map_err(|error| StageError::Io { node: node.clone(), what, error })
+            };
+            let done = spares.iter_mut().try_for_each(take);
+            if done.is_ok() && !stop.is_cancelled() {
+                let segments = spares.len();
+                info!(size, segments, took = ?began.elapsed(), "shared memory for updates is taken");
+            }
+            (spares.into_iter().map(|(_, spare)| spare).collect(), done)
+        });
+        self.prefault = Prefault::Running { size, cancel, thread };
+    }
+
+    /// Something of it has ended by itself.
+    pub(super) async fn prefaulted(&mut self, step: Step) {
+        match (step, std::mem::replace(&mut self.prefault, Prefault::Done)) {
+            (Step::Measured(Ok(Ok(size))), _) => self.prefault = Prefault::Wanted(size),
+            (Step::Measured(Ok(Err(error))), _) => self.give_up_prefault(&error),
+            (Step::Taken(Ok((spares, done))), _) => {
+                if let Err(error) = self.give_back_all(spares).await.and(done) {
+                    self.give_up_prefault(&error);
+                }
+            }
+            (Step::Measured(Err(error)) | Step::Taken(Err(error)), _) => {
+                error!(%error, "taking shared memory for updates ended badly");
+            }
+        }
+    }
+
+    /// Something else wants the segments, now; it goes on later.
+    pub(super) async fn interrupt_prefault(&mut self) {
+        let Prefault::Running { size, cancel, thread } = &mut self.prefault else { return };
+        cancel.cancel();
+        // At most one allocation and one piece is waited for, which whoever comes would have to do as well.
+        let (size, ended) = (*size, thread.await);
+        self.prefaulted(Step::Taken(ended)).await;
+        self.prefault = Prefault::Wanted(size);
+    }
+
+    async fn give_back_all(&mut self, spares: Vec<Spare>) -> Result<()> {
+        self.with_area(move |area| spares.into_iter().try_for_each(|spare| area.give_back(spare, None, None)))
+            .await
+    }
+
+    fn give_up_prefault(&mut self, error: &StageError) {
+        // An update will ask for it again, and say what it lacks.
+        warn!(%error, "shared memory for updates cannot be taken ahead (--prefault)");
+        self.prefault = Prefault::Done;
+    }
+}
