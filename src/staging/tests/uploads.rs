@@ -152,6 +152,13 @@ async fn an_upload_of_a_predecessor_gives_way_and_is_forgotten_with_its_segment(
     let error = chain.nodes[0].uploads.write("up", &file.name, 0, &bytes).unwrap_err();
     assert!(matches!(error, UploadError::Gone { .. }), "{error}");
 
+    // Given up, it is not found again.
+    create(&chain.nodes[0], "up", dir.path()).await.unwrap();
+    chain.nodes[0].uploads.write("up", &file.name, 0, &bytes[..CHUNK as usize]).unwrap();
+    chain.nodes[0].uploads.discard("up").await.unwrap();
+    let chain = again(chain, |_| {}).await;
+    assert!(matches!(chain.nodes[0].uploads.status("up"), Err(UploadError::Unknown { .. })));
+
     create(&chain.nodes[0], "up", dir.path()).await.unwrap();
     let chain = again(chain, |place| {
         std::fs::remove_file(place.shm().join("dp-sidecar-run-b")).unwrap();
