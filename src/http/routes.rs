@@ -14,7 +14,7 @@ use super::answers::HttpError;
 use super::{Context, updates, uploads};
 use crate::peer::token::Token;
 
-/// Segments of hundreds of gigabytes are hashed within this time.
+/// So long a request waits until the segments are hashed; then the client is told to come again.
 const OPENING_LIMIT: Duration = Duration::from_secs(60);
 /// Longest JSON body, in bytes: an upload may have many files.
 const JSON_LIMIT: usize = 8 << 20;
@@ -54,7 +54,7 @@ async fn authorize(State(context): State<Context>, request: Request, next: Next)
 /// What a predecessor has taken of an upload is known before anybody is told of it.
 async fn opened(State(context): State<Context>, request: Request, next: Next) -> Response {
     if timeout(OPENING_LIMIT, context.uploads.opened()).await.is_err() {
-        let message = "the segments in shared memory are still being checked";
+        let message = "the segments in shared memory are still being checked; come again";
         return HttpError::new(StatusCode::SERVICE_UNAVAILABLE, message).into_response();
     }
     next.run(request).await

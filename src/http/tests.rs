@@ -15,7 +15,7 @@ const LIMIT: Duration = Duration::from_secs(20);
 const SECRET: &str = "0123456789abcdef0123";
 
 struct Server {
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
     address: SocketAddr,
     admin: mpsc::Receiver<AdminCommand>,
     _commands: mpsc::Sender<AdminCommand>,
@@ -25,27 +25,36 @@ struct Server {
 
 impl Server {
     async fn start(token: Option<&str>) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        let (server, requests) = Self::waiting(tempfile::tempdir().unwrap(), token).await;
+        server.open(requests);
+        server
+    }
+
+    /// The staging area begins when these requests are served, see [`Self::open`].
+    async fn waiting(dir: tempfile::TempDir, token: Option<&str>) -> (Self, upload::UploadRequests) {
         let (tracker, stop) = (TaskTracker::new(), CancellationToken::new());
         let (uploads, requests) = upload::channel();
-        let host = IpAddr::V4(Ipv4Addr::LOCALHOST);
-        let mut config = StageConfig::new("node", dir.path(), "run", host, Arc::new(NoAuth));
-        config.shm_dir = dir.path().to_owned();
-        config.chunk = 4096;
-        config.uploads = Some(requests);
-        let stage = staging::spawn(config, mpsc::channel(16).0, &tracker, stop.clone()).unwrap();
-        // The task lives as long as it has a handle.
-        let kept = stop.clone();
-        tracker.spawn(async move {
-            kept.cancelled().await;
-            drop(stage);
-        });
         let (commands, admin) = mpsc::channel(4);
         let server = HttpServer::bind((Ipv4Addr::LOCALHOST, 0).into()).await.unwrap();
         let address = server.address();
         let token = token.map(|secret| Token::new(secret.as_bytes()).unwrap());
         server.serve(token, uploads, commands.downgrade(), &tracker, stop.clone());
-        Self { _dir: dir, address, admin, _commands: commands, tracker, stop }
+        (Self { dir, address, admin, _commands: commands, tracker, stop }, requests)
+    }
+
+    fn open(&self, requests: upload::UploadRequests) {
+        let host = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        let mut config = StageConfig::new("node", self.dir.path(), "run", host, Arc::new(NoAuth));
+        config.shm_dir = self.dir.path().to_owned();
+        config.chunk = 4096;
+        config.uploads = Some(requests);
+        let stage = staging::spawn(config, mpsc::channel(16).0, &self.tracker, self.stop.clone()).unwrap();
+        // The task lives as long as it has a handle.
+        let kept = self.stop.clone();
+        self.tracker.spawn(async move {
+            kept.cancelled().await;
+            drop(stage);
+        });
     }
 
     /// Sends a request with these extra header lines; gives status, head and body.
@@ -81,10 +90,12 @@ impl Server {
         self.json("POST /v1/weights/uploads", "Content-Type: application/json\r\n", body.as_bytes()).await
     }
 
-    async fn end(self) {
+    /// Gives what is on disk and in memory.
+    async fn end(self) -> tempfile::TempDir {
         self.stop.cancel();
         self.tracker.close();
         timeout(LIMIT, self.tracker.wait()).await.unwrap();
+        self.dir
     }
 }
 
@@ -110,9 +121,25 @@ async fn an_upload_is_put_in_ranges_and_goes_on_where_it_was() {
     assert_eq!((status, &answer["ranges"]), (200, &json!([[0, 20000]])));
     let (_, status) = server.json("GET /v1/weights/uploads/t1", "", b"").await;
     assert_eq!(status["complete"], true);
-    let segment = std::fs::read(server._dir.path().join("dp-sidecar-run-a")).unwrap();
+    let segment = std::fs::read(server.dir.path().join("dp-sidecar-run-a")).unwrap();
     assert_eq!(&segment[..20_000], bytes);
     assert_eq!(server.ask("DELETE /v1/weights/uploads/t1", "", b"").await.0, 204);
+    server.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_is_told_of_an_upload_before_the_segments_are_checked() {
+    let server = Server::start(None).await;
+    assert_eq!(server.create("t1", 9000).await.0, 200);
+    let put = "PUT /v1/weights/uploads/t1/a.safetensors";
+    server.json(put, "Content-Range: bytes 0-4999/9000\r\n", &[1; 5000]).await;
+    let (server, requests) = Server::waiting(server.end().await, None).await;
+    let mut asked = Box::pin(server.json("GET /v1/weights/uploads/t1", "", b""));
+    let early = timeout(Duration::from_millis(300), &mut asked).await;
+    assert!(early.is_err(), "told that there is no such upload: {early:?}");
+    server.open(requests);
+    let (status, answer) = asked.await;
+    assert_eq!((status, &answer["received"]), (200, &json!(4096)), "the chunk that was complete");
     server.end().await;
 }
 

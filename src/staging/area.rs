@@ -78,6 +78,13 @@ pub(super) struct Spare {
     pub(super) old: Old,
 }
 
+impl Spare {
+    /// Name of the segment.
+    pub(super) const fn name(&self) -> &'static str {
+        NAMES[self.slot]
+    }
+}
+
 #[derive(Debug, Default)]
 enum Content {
     #[default]
@@ -235,16 +242,6 @@ impl Area {
         }
     }
 
-    /// An upload begins in this segment; a successor goes on with it. Blocks.
-    pub(super) fn journal(limits: &Limits, spare: &Spare, id: &str, layout: &Layout) -> Option<Journal> {
-        let begun = Journal::begin(&limits.state_dir, id, NAMES[spare.slot], layout);
-        begun
-            .inspect_err(|error| {
-                tracing::warn!(%error, "after a restart of the sidecar this upload begins again");
-            })
-            .ok()
-    }
-
     /// The upload that a predecessor took, if its segment is there. Its chunks are hashed. Blocks.
     pub(super) fn kept_upload(&mut self) -> Option<Kept> {
         let kept = self.find_upload();
@@ -386,8 +383,13 @@ impl Area {
         self.save()
     }
 
-    /// Makes a taken segment large enough, within the limits. Blocks.
-    pub(super) fn allocate(limits: &Limits, spare: &mut Spare, size: u64) -> Result<(), StageError> {
+    /// Makes a taken segment large enough, within the limits, unless `stop` says that nobody wants it any more. Blocks.
+    pub(super) fn allocate(
+        limits: &Limits,
+        spare: &mut Spare,
+        size: u64,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<(), StageError> {
         let node = || limits.node.clone();
         let before = spare.segment.size().unwrap_or(0);
         let needed = size.max(before).saturating_add(limits.besides);
@@ -396,15 +398,18 @@ impl Area {
         {
             return Err(StageError::Limit { node: node(), needed, limit });
         }
-        spare.segment.allocate(size, SLACK).map_err(|error| {
-            if matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
+        spare.segment.allocate(size, SLACK, stop).map_err(|error| match error.kind() {
+            io::ErrorKind::Interrupted => StageError::Cancelled { node: node() },
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                 let free = rustix::fs::statvfs(&limits.shm_dir)
                     .map_or(0, |stat| stat.f_bavail.saturating_mul(stat.f_frsize));
                 let dir = limits.shm_dir.clone();
-                return StageError::NoSpace { node: node(), dir, needed: size.saturating_sub(before), free };
+                StageError::NoSpace { node: node(), dir, needed: size.saturating_sub(before), free }
             }
-            let what = format!("allocating {size} bytes in {}", spare.segment.path().display());
-            StageError::Io { node: node(), what, error }
+            _ => {
+                let what = format!("allocating {size} bytes in {}", spare.segment.path().display());
+                StageError::Io { node: node(), what, error }
+            }
         })
     }
 
@@ -413,7 +418,6 @@ impl Area {
         Limits {
             node: self.node.clone(),
             shm_dir: self.shm_dir.clone(),
-            state_dir: self.state_dir.clone(),
             max_memory: self.max_memory,
             besides: self.besides(spare),
         }
@@ -466,7 +470,6 @@ impl Area {
 pub(super) struct Limits {
     node: String,
     shm_dir: PathBuf,
-    state_dir: PathBuf,
     max_memory: Option<u64>,
     besides: u64,
 }

@@ -281,7 +281,7 @@ impl Job {
 
     fn fill(&self, spare: &mut Spare, layout: Layout) -> Result<Fill, StageError> {
         if let Some(limits) = &self.limits {
-            Area::allocate(limits, spare, layout.segment_size())?;
+            Area::allocate(limits, spare, layout.segment_size(), &|| self.cancel.is_cancelled())?;
         }
         let mapping = spare.segment.map(Arc::new(layout), false);
         let mapping = mapping.map_err(|error| self.io("mapping the segment", error))?;

@@ -116,7 +116,7 @@ def check(deployment: Deployment, load: Load, old: int, new: int) -> None:
 
 
 @pytest.mark.parametrize("begin", BEGIN)
-@pytest.mark.parametrize("round_", range(2))
+@pytest.mark.parametrize("round_", range(3))
 def test_after_a_killed_trainer_the_next_one_sends_only_the_rest(deployment, round_, begin):
     dice = random.Random(f"{deployment.models.kind} {begin} {round_}")
     old, new = deployment.seed, deployment.seed + 1
@@ -156,7 +156,8 @@ def test_who_comes_to_a_running_update_is_told_where_it_stands(deployment):
     assert watcher.wait_exit(30) == 0, watcher.tail()
 
 
-@pytest.mark.parametrize(("begin", "upload"), zip(BEGIN, ["same", "other"], strict=True))
+@pytest.mark.parametrize("begin", BEGIN)
+@pytest.mark.parametrize("upload", ["same", "other"])
 def test_after_trainer_and_leader_were_killed_the_upload_goes_on(deployment, upload, begin):
     """By its name, or the next one has another name and begins anew."""
     dice = random.Random(f"{deployment.models.kind} {begin} {upload}")

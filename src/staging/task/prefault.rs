@@ -66,21 +66,19 @@ impl Task {
             Err(error) => return self.give_up_prefault(&error),
         };
         let (cancel, node) = (CancellationToken::new(), self.config.node.clone());
-        let stop = cancel.clone();
+        let stopped = cancel.clone();
         let thread = spawn_blocking(move || {
             let began = Instant::now();
+            let stop = || stopped.is_cancelled();
             let take = |(limits, spare): &mut (Limits, Spare)| {
-                if stop.is_cancelled() {
-                    return Ok(());
-                }
-                Area::allocate(limits, spare, size)?;
-                let what = || format!("taking {size} bytes in {}", spare.segment.path().display());
-                let what = what();
-                let touched = spare.segment.touch(&|| stop.is_cancelled());
-                touched.map_err(|error| StageError::Io { node: node.clone(), what, error })
+                Area::allocate(limits, spare, size, &stop)?;
+                spare.segment.touch(&stop).map_err(|error| {
+                    let what = format!("taking {size} bytes in {}", spare.segment.path().display());
+                    StageError::Io { node: node.clone(), what, error }
+                })
             };
             let done = spares.iter_mut().try_for_each(take);
-            if done.is_ok() && !stop.is_cancelled() {
+            if done.is_ok() && !stop() {
                 let segments = spares.len();
                 info!(size, segments, took = ?began.elapsed(), "shared memory for updates is taken");
             }
@@ -89,17 +87,17 @@ impl Task {
         self.prefault = Prefault::Running { size, cancel, thread };
     }
 
-    /// Something of it has ended by itself.
+    /// Something of it has ended.
     pub(super) async fn prefaulted(&mut self, step: Step) {
-        match (step, std::mem::replace(&mut self.prefault, Prefault::Done)) {
-            (Step::Measured(Ok(Ok(size))), _) => self.prefault = Prefault::Wanted(size),
-            (Step::Measured(Ok(Err(error))), _) => self.give_up_prefault(&error),
-            (Step::Taken(Ok((spares, done))), _) => {
-                if let Err(error) = self.give_back_all(spares).await.and(done) {
-                    self.give_up_prefault(&error);
-                }
-            }
-            (Step::Measured(Err(error)) | Step::Taken(Err(error)), _) => {
+        self.prefault = Prefault::Done;
+        match step {
+            Step::Measured(Ok(Ok(size))) => self.prefault = Prefault::Wanted(size),
+            Step::Measured(Ok(Err(error))) => self.give_up_prefault(&error),
+            Step::Taken(Ok((spares, done))) => match self.give_back_all(spares).await.and(done) {
+                Ok(()) | Err(StageError::Cancelled { .. }) => {}
+                Err(error) => self.give_up_prefault(&error),
+            },
+            Step::Measured(Err(error)) | Step::Taken(Err(error)) => {
                 error!(%error, "taking shared memory for updates ended badly");
             }
         }
@@ -109,8 +107,12 @@ impl Task {
     pub(super) async fn interrupt_prefault(&mut self) {
         let Prefault::Running { size, cancel, thread } = &mut self.prefault else { return };
         cancel.cancel();
-        // At most one allocation and one piece is waited for, which whoever comes would have to do as well.
-        let (size, ended) = (*size, thread.await);
+        let size = *size;
+        // It ends with its piece.
+        let Ok(ended) = timeout(STOP_LIMIT, thread).await else {
+            warn!(limit = ?STOP_LIMIT, "shared memory for updates is still being taken");
+            return;
+        };
         self.prefaulted(Step::Taken(ended)).await;
         self.prefault = Prefault::Wanted(size);
     }

@@ -114,13 +114,20 @@ impl Task {
         };
         self.uploading =
             Some(Uploading { id: id.clone(), files, spare: None, created: VecDeque::from([reply]) });
-        let (notes, node) = (self.notes.clone(), self.config.node.clone());
+        let (notes, config) = (self.notes.clone(), Arc::clone(&self.config));
         self.tracker.spawn_blocking(move || {
-            let fill = Area::allocate(&limits, &mut spare, layout.segment_size()).and_then(|()| {
+            let allocated = Area::allocate(&limits, &mut spare, layout.segment_size(), &|| false);
+            let fill = allocated.and_then(|()| {
                 let mapped = spare.segment.map(Arc::new(layout), false);
                 let what = "mapping the segment".to_owned();
-                let mapping = mapped.map_err(|error| StageError::Io { node, what, error })?;
-                let journal = Area::journal(&limits, &spare, &id, mapping.layout());
+                let node = || config.node.clone();
+                let mapping = mapped.map_err(|error| StageError::Io { node: node(), what, error })?;
+                let journal = Journal::begin(&config.state_dir, &id, spare.name(), mapping.layout());
+                let journal = journal
+                    .inspect_err(|error| {
+                        warn!(%error, upload = id, "after a restart of the sidecar this upload begins again");
+                    })
+                    .ok();
                 Ok((Arc::new(Fill::new(mapping)), journal))
             });
             let _ = notes.blocking_send(Note::UploadReady { id, spare: Box::new(spare), fill });
