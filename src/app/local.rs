@@ -12,12 +12,12 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, info};
 
 use crate::config::{Config, Engines};
+use crate::driver::handles::NodeState;
 use crate::driver::handles::{EdgeHandle, HandshakeHandle, ProcessHandle, RankHandle};
 use crate::driver::handshake::{HandshakeBindError, HandshakeConfig};
 use crate::driver::{frontend, handshake as handshake_driver, processes};
 use crate::exit_code::{self, RunEnd};
 use crate::link::client::NodeSinks;
-use crate::link::wire::NodeState;
 use crate::relay::Purpose;
 use crate::relay::host::{self, HostError, HostOptions, HostSinks};
 use crate::state_dir::StateDir;

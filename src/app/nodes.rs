@@ -14,12 +14,12 @@ use tracing::{debug, error, warn};
 use super::local::QUEUE;
 use crate::admin::types::NodeStatus;
 use crate::config::{Config, Engines, Nodes};
+use crate::driver::handles::NodeState;
 use crate::driver::handles::{NodeEvent, NodeId, ProcessEvent};
 use crate::driver::weight_update::UpdateNode;
 use crate::exit_code::{self, RunEnd};
 use crate::link::LinkStream;
 use crate::link::client::{self, ClientOptions, Link, LinkStatus, NodeHandles, NodeSinks, Tempo};
-use crate::link::wire::NodeState;
 use crate::peer::introduction::Introduction;
 use crate::peer::leader::{BindError, GatherError, Leader, RemoteNode};
 

@@ -22,6 +22,7 @@ use crate::admin::server::AdminCommand;
 use crate::config::{Config, Engines};
 use crate::driver::attachment::{self, AttachmentConfig};
 use crate::driver::frontend::{self, SupervisedSnapshot};
+use crate::driver::handles::NodeState;
 use crate::driver::handles::{
     AttachmentCommand, AttachmentHandle, CoordinatorCommand, CoordinatorHandle, Deployment, NodeId, Origin,
     ask,
@@ -33,7 +34,6 @@ use crate::exit_code::{self, RunEnd};
 use crate::gpu::{self, GpuMonitor};
 use crate::http::HttpServer;
 use crate::link::client::NodeSinks;
-use crate::link::wire::NodeState;
 use crate::peer::introduction::Introduction;
 use crate::peer::leader::{Leader, RemoteNode};
 use crate::staging::upload::{self, Uploads};

@@ -8,6 +8,7 @@
 mod attachments;
 mod coordinator;
 mod engines;
+mod node;
 mod rank;
 mod staging;
 
@@ -20,6 +21,7 @@ use tokio::sync::oneshot;
 pub use attachments::*;
 pub use coordinator::*;
 pub use engines::*;
+pub use node::*;
 pub use rank::*;
 pub use staging::*;
 

@@ -13,7 +13,7 @@ use tracing::{debug, error, info, warn};
 use super::handles::{HandleError, ProcessCommand, ProcessEvent, ProcessHandle};
 use super::init;
 use crate::config::Config;
-use crate::link::wire::NodeState;
+use crate::driver::handles::NodeState;
 use crate::supervisor::client::{Inherited, KeeperClient, KeeperError};
 use crate::supervisor::keeper::wire::{ExitReport, ExitStatus, KeeperEvent};
 

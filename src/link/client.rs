@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::codec::LinkStream;
-use super::wire::NodeState;
+use crate::driver::handles::NodeState;
 use crate::driver::handles::{
     EdgeEvent, EdgeHandle, HandleError, HandshakeEvent, HandshakeHandle, HeldCall, ProcessEvent,
     ProcessHandle, RankEvent, RankHandle, RankSnapshot, Reply, RouteLost, StageEvent, StageHandle, ask,

@@ -24,8 +24,8 @@ use tokio_util::task::TaskTracker;
 
 use super::client::{NodeSinks, Tempo};
 use super::codec::LinkStream;
-use super::wire::NodeState;
 use crate::driver::edge::EdgeState;
+use crate::driver::handles::NodeState;
 use crate::driver::handles::{
     EdgeEvent, EdgeHandle, HandshakeEvent, HandshakeHandle, HeldCall, Listen, ProcessEvent, ProcessHandle,
     RankEvent, RankHandle, RouteLost, StageEvent, StageHandle,

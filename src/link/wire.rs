@@ -4,7 +4,6 @@
 //! serving side knows is told by [`Request::State`] after each (re)connection; events that happened while nobody
 //! was connected are not repeated, the state says what came of them.
 
-use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use bytes::Bytes;
@@ -13,8 +12,8 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::driver::handles::{
-    EngineFacts, HandshakeEvent, HeldCall, ProcessEvent, RankEvent, RankSnapshot, RouteLost, SlotAddresses,
-    StageEvent, StageRequest, StageState, Verdict,
+    EngineFacts, HandshakeEvent, HeldCall, NodeState, ProcessEvent, RankEvent, RankSnapshot, RouteLost,
+    SlotAddresses, StageEvent, StageRequest, StageState, Verdict,
 };
 
 /// Version of the link. Another one is refused.
@@ -306,53 +305,4 @@ pub enum Event {
     Process(ProcessEvent),
     /// Of the staging area. Peer link only.
     Stage(StageEvent),
-}
-
-/// What the serving side knows.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct NodeState {
-    /// Its ranks.
-    pub ranks: BTreeMap<EngineIndex, RankState>,
-    /// What the serving process was started for; another purpose makes it useless. Relay link only.
-    pub about: Option<String>,
-    /// Newest wave known there: [`Request::EdgeNote`], or a later one that an engine reported.
-    pub wave: Option<(Wave, bool)>,
-    /// The staging area. Peer link only.
-    pub stage: Option<StageState>,
-}
-
-/// What the serving side knows about a rank.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct RankState {
-    /// Its numbers.
-    pub snapshot: RankSnapshot,
-    /// The incarnation whose sockets are open: none before the first [`Request::Prepare`], and after the engine
-    /// was lost or [`Request::EngineDown`].
-    pub prepared: Option<Incarnation>,
-    /// Its registration frame, see [`RankEvent::Registered`].
-    pub registered: Option<Bytes>,
-    /// The last incarnation that was lost, and why, see [`RankEvent::Lost`].
-    pub lost: Option<(Incarnation, String)>,
-    /// From [`Request::EngineReady`]; none while an engine starts, or is down.
-    pub facts: Option<EngineFacts>,
-    /// Its engine subscribed to the DP coordinator.
-    pub subscribed: bool,
-    /// The last report of its engine with a wave edge (wave complete, or start wave), since it was prepared.
-    pub wave_report: Option<Bytes>,
-    /// Open routes: attachment and API server.
-    pub routes: Vec<(FrontendId, u32)>,
-    /// The engine's process, if it is ours and runs. Peer link only.
-    pub pid: Option<u32>,
-    /// Which incarnation that process is. Peer link only.
-    pub process: Option<Incarnation>,
-    /// It was told to stop. Peer link only.
-    pub stopping: bool,
-    /// How the last process ended, if no sidecar was there to hear of it. Peer link only.
-    pub ended: Option<(Incarnation, String)>,
-    /// The incarnation that the handshake task of this process expects or carries on, see
-    /// [`Request::Expect`]; none after a restart of the sidecar: that handshake cannot be completed any more. Peer
-    /// link only.
-    pub expected: Option<Incarnation>,
-    /// What the handshake task has reported about that incarnation. Peer link only.
-    pub handshake: Vec<HandshakeEvent>,
 }

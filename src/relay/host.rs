@@ -15,10 +15,10 @@ use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
 use super::{CHILD, Purpose, socket};
+use crate::driver::handles::NodeState;
 use crate::driver::handles::{EdgeEvent, GroupKind, HeldCall, RankEvent, RouteLost};
 use crate::link::LinkStream;
 use crate::link::client::{self, ClientOptions, Link, LinkStatus, NodeHandles, NodeSinks, Tempo};
-use crate::link::wire::NodeState;
 use crate::supervisor::command::RELAY_STOP_ORDER;
 use crate::supervisor::{ExitStatus, KeeperClient, KeeperEvent, SpawnSpec, environment};
 

@@ -16,11 +16,11 @@ use tracing::{error, info, warn};
 
 use super::{IPC, Purpose, socket};
 use crate::driver::edge;
+use crate::driver::handles::NodeState;
 use crate::driver::handles::{RankCommand, RankHandle};
 use crate::driver::rank::{self, RankConfig, RankOutputs};
 use crate::link::LinkStream;
 use crate::link::server::{self, ServeEnd, ServerOptions, Services};
-use crate::link::wire::NodeState;
 use crate::transport::{self, PrivateDir, TransportError};
 
 /// Accepted connections waiting for the server.

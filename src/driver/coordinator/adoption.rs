@@ -5,7 +5,7 @@ use dp_sidecar_protocol::output::OutputsView;
 use dp_sidecar_protocol::{EngineIndex, Wave};
 
 use crate::driver::handles::CoordinatorCommand;
-use crate::link::wire::{NodeState, RankState};
+use crate::driver::handles::{NodeState, RankReport};
 
 /// [`CoordinatorCommand::Adopt`] for a node that was connected (again). Only those ranks are named that are to be adopted:
 /// engines that are given up are of no interest, and `EngineDown` tells of engines that were known before.
@@ -22,7 +22,7 @@ pub fn adoption(state: &NodeState, ranks: impl Fn(EngineIndex) -> bool) -> Coord
 }
 
 /// What the last wave edge of an engine says.
-fn reported(rank: &RankState) -> Option<(Wave, bool)> {
+fn reported(rank: &RankReport) -> Option<(Wave, bool)> {
     let view = OutputsView::parse(rank.wave_report.as_deref()?).ok()?;
     let ended = view.wave_complete.map(|wave| (Wave(wave.0.saturating_add(1)), false));
     ended.or_else(|| view.start_wave.map(|wave| (wave, true)))
@@ -40,12 +40,12 @@ mod tests {
     #[test]
     fn the_newest_wave_counts_whoever_spoke_of_it() {
         let layout = Layout::newest();
-        let mut rank = RankState { prepared: Some(Incarnation(4)), ..RankState::default() };
+        let mut rank = RankReport { prepared: Some(Incarnation(4)), ..RankReport::default() };
         rank.wave_report = Some(wave_complete_message(&layout, EngineIndex(0), Wave(8), 0.0));
-        let mut ready = RankState { facts: Some(EngineFacts::of(layout)), subscribed: true, ..rank.clone() };
+        let mut ready = RankReport { facts: Some(EngineFacts::of(layout)), subscribed: true, ..rank.clone() };
         ready.wave_report = Some(start_wave_message(&layout, EngineIndex(1), Wave(7), 0.0));
         ready.snapshot.admitted = true;
-        let waiting = RankState { subscribed: true, wave_report: None, ..rank.clone() };
+        let waiting = RankReport { subscribed: true, wave_report: None, ..rank.clone() };
         let ranks = [rank, ready.clone(), waiting, ready];
         let ranks = (0..).map(EngineIndex).zip(ranks).collect();
         let state = NodeState { ranks, wave: Some((Wave(6), true)), ..NodeState::default() };

@@ -147,7 +147,7 @@ pub enum NodeEvent {
     /// Of its engines' processes.
     Process(ProcessEvent),
     /// The link to it is there again; this is what it knows. What happened in between is not told otherwise.
-    Connected(Box<crate::link::wire::NodeState>),
+    Connected(Box<super::NodeState>),
     /// The link to it is lost. Its engines go on; commands wait in the link, under their deadlines.
     Disconnected {
         /// What was seen.

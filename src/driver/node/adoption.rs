@@ -10,10 +10,10 @@ use tracing::{error, info};
 use super::{Facts, Node, Outcome};
 use crate::driver::coordinator;
 use crate::driver::handles::{CoordinatorCommand, EngineFacts, GroupKind};
-use crate::link::wire::{NodeState, RankState};
+use crate::driver::handles::{NodeState, RankReport};
 
 /// What the lifecycle machine has to know of a node's report.
-pub(super) fn found(state: &RankState) -> Found {
+pub(super) fn found(state: &RankReport) -> Found {
     let lost = state.lost.as_ref().map(|(incarnation, _)| *incarnation);
     let ended = state.ended.as_ref().map(|(incarnation, _)| *incarnation);
     let seen = [Some(state.snapshot.incarnation), state.prepared, state.process, state.expected, lost, ended];
@@ -29,7 +29,7 @@ pub(super) fn found(state: &RankState) -> Found {
 }
 
 /// What the node task knows of an engine that it did not start.
-pub(super) fn facts(state: &RankState) -> Facts {
+pub(super) fn facts(state: &RankReport) -> Facts {
     let known = state.facts.as_ref();
     Facts {
         incarnation: state.process.or(state.prepared).unwrap_or_default(),

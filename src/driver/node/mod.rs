@@ -28,7 +28,7 @@ use super::handles::{
 use super::init;
 use super::weight_update::UpdateHandle;
 use crate::config::{Config, Engines};
-use crate::link::wire::NodeState;
+use crate::driver::handles::NodeState;
 
 /// Limit for answers of our own tasks, and of other nodes.
 const ANSWER: Duration = Duration::from_secs(10);

@@ -9,11 +9,12 @@ use futures::stream::{self, SelectAll, Stream, StreamExt};
 use tokio::sync::mpsc;
 
 use super::LinkCommand;
+use crate::driver::handles::NodeState;
 use crate::driver::handles::{
     EdgeCommand, HandleError, HandshakeCommand, ProcessCommand, RankCommand, Reply, RouteLost, SlotAddresses,
     StageCommand, StageRequest, StageState,
 };
-use crate::link::wire::{Answer, NodeState, Request};
+use crate::link::wire::{Answer, Request};
 
 /// Longest wait for the answer of another process' task, and for a connection to send it on. The asker's own
 /// limit is shorter as a rule.

@@ -7,10 +7,10 @@ use tokio::sync::mpsc::error::TrySendError;
 use tokio_util::task::TaskTracker;
 
 use super::NodeSinks;
+use crate::driver::handles::NodeState;
 use crate::driver::handles::{
     EdgeEvent, HandshakeEvent, HeldCall, ProcessEvent, RankEvent, RouteLost, StageEvent,
 };
-use crate::link::wire::NodeState;
 
 /// Events waiting for one reader.
 const QUEUE: usize = 1024;

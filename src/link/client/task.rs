@@ -16,9 +16,10 @@ use super::requests::{Asked, Command, Commands, RouteKey, Waiter, is_idempotent,
 use super::sinks::{Full, Sinks};
 use super::{ClientOptions, Link, LinkStatus};
 use crate::driver::handles::{EdgeEvent, HandleError, RankEvent, RankSnapshot, RouteLost};
+use crate::driver::handles::{NodeState, RankReport};
 use crate::link::codec::{LinkError, LinkStream, Wire, encode};
 use crate::link::is_wave_edge;
-use crate::link::wire::{Answer, Down, Event, LINK_VERSION, NodeState, RankState, Request, Up};
+use crate::link::wire::{Answer, Down, Event, LINK_VERSION, Request, Up};
 
 /// Requests without an answer. Askers wait when there are more.
 const MAX_PENDING: usize = 1024;

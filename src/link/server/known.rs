@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation};
 
 use crate::driver::handles::{EdgeEvent, HandshakeEvent, ProcessEvent, RankEvent, RouteLost};
+use crate::driver::handles::{NodeState, RankReport};
 use crate::link::is_wave_edge;
-use crate::link::wire::{NodeState, RankState, Request};
+use crate::link::wire::Request;
 
 /// See the [module](self).
 #[derive(Debug, Default)]
@@ -43,7 +44,7 @@ impl Known {
         self.state.clone()
     }
 
-    pub(super) fn rank(&mut self, rank: EngineIndex) -> &mut RankState {
+    pub(super) fn rank(&mut self, rank: EngineIndex) -> &mut RankReport {
         self.state.ranks.entry(rank).or_default()
     }
 
@@ -195,14 +196,14 @@ impl Known {
     }
 }
 
-fn no_process(known: &mut RankState) {
+fn no_process(known: &mut RankReport) {
     known.process = None;
     known.pid = None;
     known.stopping = false;
 }
 
 /// Nothing is there of an engine; the rank's routes stay.
-fn clear(known: &mut RankState) {
+fn clear(known: &mut RankReport) {
     known.prepared = None;
     known.registered = None;
     known.facts = None;

@@ -7,10 +7,10 @@ use futures::stream::{self, SelectAll, Stream, StreamExt};
 use tokio::sync::mpsc;
 
 use super::Sources;
+use crate::driver::handles::NodeState;
 use crate::driver::handles::{
     EdgeEvent, HandshakeEvent, HeldCall, ProcessEvent, RankEvent, RankHandle, RouteLost, StageEvent,
 };
-use crate::link::wire::NodeState;
 
 /// Something that happened behind the link.
 #[expect(clippy::large_enum_variant, reason = "the large ones are rare, and none is kept")]

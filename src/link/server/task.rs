@@ -18,13 +18,14 @@ use super::known::Known;
 use super::lanes::Lanes;
 use super::sources::{Happened, Happenings, merge};
 use super::{SNAPSHOT_INTERVAL, ServeEnd, ServerOptions, Services, Sources};
+use crate::driver::handles::NodeState;
 use crate::driver::handles::{
     EdgeCommand, EdgeEvent, Expectation, HandleError, HandshakeCommand, HeldCall, OpenRoute, ProcessCommand,
     RankCommand, RankSnapshot, RouteLost, StageCommand, StageEvent, StageRequest, StageState, Verdict,
 };
 use crate::link::codec::{LinkError, LinkStream, Wire, encode};
 use crate::link::is_wave_edge;
-use crate::link::wire::{Answer, Down, Event, LINK_VERSION, NodeState, Request, Up};
+use crate::link::wire::{Answer, Down, Event, LINK_VERSION, Request, Up};
 
 /// Requests that run at the same time.
 const MAX_RUNNING: usize = 2048;

@@ -42,7 +42,7 @@ impl Task {
     pub(super) fn rank_state(
         &mut self,
         rank: EngineIndex,
-        state: RankState,
+        state: RankReport,
         first: bool,
     ) -> Result<(), Full> {
         let Some(view) = self.views.get_mut(&rank) else {
