@@ -6,14 +6,12 @@
 //! `vllm/v1/engine/__init__.py` (`EngineCoreReadyResponse`) of 0.11.0 to 0.33.0. Unknown keys are
 //! ignored, as vLLM does.
 
-use std::collections::BTreeMap;
-
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::error::DecodeError;
 use crate::layout::Layout;
-use crate::positional::{self, Kind, ScanError, Scanner};
+use crate::positional::{Kind, ScanError, Scanner};
 use crate::write;
 
 /// First message of an engine.
@@ -353,133 +351,6 @@ fn read_config(scanner: &mut Scanner<'_>) -> Result<Vec<(String, ConfigValue)>, 
         config.push((key, value));
     }
     Ok(config)
-}
-
-/// What an engine says of itself on each input socket once it is started
-/// (vLLM: `EngineCoreReadyResponse`). Which keys there are depends on the version; up to 0.19 the
-/// frame is empty. Sizes are in tokens, counts without unit.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct EngineReadyResponse {
-    /// Longest sequence, after the KV cache was fitted.
-    pub max_model_len: Option<u64>,
-    /// KV cache blocks.
-    pub num_gpu_blocks: Option<u64>,
-    /// Tokens per block.
-    pub block_size: Option<u64>,
-    /// Stats address of the frontend this engine was started by.
-    pub dp_stats_address: Option<String>,
-    /// Model dtype, e.g. `bfloat16`.
-    pub dtype: Option<String>,
-    /// Version of vLLM, since 0.23.0.
-    pub vllm_version: Option<String>,
-    /// Workers of one DP rank.
-    pub world_size: Option<u64>,
-    /// 1 for dense engines, whatever the deployment's size.
-    pub data_parallel_size: Option<u64>,
-    /// TP.
-    pub tensor_parallel_size: Option<u64>,
-    /// PP.
-    pub pipeline_parallel_size: Option<u64>,
-    /// DCP.
-    pub decode_context_parallel_size: Option<u64>,
-    /// True global rank, since 0.27.0.
-    pub data_parallel_rank: Option<u64>,
-    /// Scheduler limit.
-    pub max_num_seqs: Option<u64>,
-    /// Scheduler limit.
-    pub max_num_batched_tokens: Option<u64>,
-    /// Random name of the instance.
-    pub instance_id: Option<String>,
-    /// KV cache capacity in tokens.
-    pub kv_cache_size_tokens: Option<u64>,
-    /// Whole sequences that fit the KV cache.
-    pub kv_cache_max_concurrency: Option<f64>,
-    /// `--weight-transfer-config` backend.
-    pub weight_transfer_backend: Option<String>,
-    /// `--enable-sleep-mode`.
-    pub enable_sleep_mode: Option<bool>,
-    /// `--enable-lora`.
-    pub supports_lora: Option<bool>,
-    /// Keys not named here, each with its raw value.
-    pub other: BTreeMap<String, Vec<u8>>,
-}
-
-impl EngineReadyResponse {
-    /// Reads a registration frame. An empty frame gives an empty response.
-    pub fn decode(frame: &[u8]) -> Result<Self, DecodeError> {
-        const NAME: &str = "EngineCoreReadyResponse";
-        let mut ready = Self::default();
-        if frame.is_empty() {
-            return Ok(ready);
-        }
-        read_map(frame, NAME, |key, scanner| {
-            let number = |s: &mut Scanner<'_>| s.optional(|s| s.integer("int of 64 bits"));
-            let text = |s: &mut Scanner<'_>| s.optional(|s| s.str().map(str::to_owned));
-            match key {
-                "max_model_len" => ready.max_model_len = number(scanner)?,
-                "num_gpu_blocks" => ready.num_gpu_blocks = number(scanner)?,
-                "block_size" => ready.block_size = number(scanner)?,
-                "dp_stats_address" => ready.dp_stats_address = text(scanner)?,
-                "dtype" => ready.dtype = text(scanner)?,
-                "vllm_version" => ready.vllm_version = text(scanner)?,
-                "world_size" => ready.world_size = number(scanner)?,
-                "data_parallel_size" => ready.data_parallel_size = number(scanner)?,
-                "tensor_parallel_size" => ready.tensor_parallel_size = number(scanner)?,
-                "pipeline_parallel_size" => ready.pipeline_parallel_size = number(scanner)?,
-                "decode_context_parallel_size" => {
-                    ready.decode_context_parallel_size = number(scanner)?;
-                }
-                "data_parallel_rank" => ready.data_parallel_rank = number(scanner)?,
-                "max_num_seqs" => ready.max_num_seqs = number(scanner)?,
-                "max_num_batched_tokens" => ready.max_num_batched_tokens = number(scanner)?,
-                "instance_id" => ready.instance_id = text(scanner)?,
-                "kv_cache_size_tokens" => ready.kv_cache_size_tokens = number(scanner)?,
-                "kv_cache_max_concurrency" => {
-                    ready.kv_cache_max_concurrency = scanner.optional(Scanner::float)?;
-                }
-                "weight_transfer_backend" => ready.weight_transfer_backend = text(scanner)?,
-                "enable_sleep_mode" => ready.enable_sleep_mode = scanner.optional(Scanner::bool)?,
-                "supports_lora" => ready.supports_lora = scanner.optional(Scanner::bool)?,
-                _ => {
-                    let value = scanner.raw()?.to_vec();
-                    ready.other.insert(key.to_owned(), value);
-                }
-            }
-            Ok(())
-        })?;
-        Ok(ready)
-    }
-
-    /// A key that has no field of its own.
-    pub fn other_value(&self, key: &str) -> Option<rmpv::Value> {
-        self.other.get(key).and_then(|raw| positional::value(raw).ok())
-    }
-}
-
-/// The registration frame with another `dp_stats_address`; everything else stays byte for byte.
-///
-/// A frontend insists on its own stats address (it asserts equality since 0.20). An empty frame
-/// (up to 0.19), or one without the key, is returned as it is.
-pub fn with_dp_stats_address(frame: &Bytes, address: Option<&str>) -> Result<Bytes, DecodeError> {
-    const NAME: &str = "EngineCoreReadyResponse";
-    if frame.is_empty() {
-        return Ok(frame.clone());
-    }
-    let mut found = None;
-    read_map(frame, NAME, |key, scanner| {
-        let start = scanner.position();
-        scanner.skip()?;
-        if key == "dp_stats_address" {
-            found = Some(start..scanner.position());
-        }
-        Ok(())
-    })?;
-    let Some(range) = found else {
-        return Ok(frame.clone());
-    };
-    let mut value = Vec::new();
-    write::opt_str(&mut value, address);
-    Ok(positional::splice(frame, range, &value))
 }
 
 fn missing(message: &'static str, at: &str) -> DecodeError {

@@ -10,8 +10,6 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::handshake::EngineReadyResponse;
-
 /// A vLLM release. Suffixes (`+cpu`, `rc2`, `.dev3`) are dropped: they do not change the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -238,46 +236,9 @@ impl Layout {
             && version.minor <= VllmVersion::NEWEST.minor
     }
 
-    fn build(version: VllmVersion) -> Self {
+    /// Of a version within the known range.
+    pub(crate) fn build(version: VllmVersion) -> Self {
         Self { version, add: add_positions(version), output: output_positions(version) }
-    }
-
-    /// Finds the layout from an engine's registration frame (its ready response).
-    ///
-    /// `expected` is what the operator or the installed package says, if known; it decides where
-    /// the frame alone cannot, and must agree where it can.
-    pub fn from_registration(frame: &[u8], expected: Option<VllmVersion>) -> Result<Detected, DetectError> {
-        let (first, last) = if frame.is_empty() {
-            (VllmVersion::OLDEST, VllmVersion::new(0, 19, u16::MAX))
-        } else {
-            let ready = EngineReadyResponse::decode(frame).map_err(DetectError::Registration)?;
-            if let Some(text) = &ready.vllm_version {
-                let version: VllmVersion = text.parse().map_err(DetectError::Version)?;
-                let layout = Self::for_version(version).map_err(DetectError::Unknown)?;
-                return Ok(Detected { layout, certain: true });
-            }
-            if ready.dtype.is_some() {
-                (VllmVersion::new(0, 22, 0), VllmVersion::new(0, 22, u16::MAX))
-            } else {
-                (VllmVersion::new(0, 20, 0), VllmVersion::new(0, 21, u16::MAX))
-            }
-        };
-        match expected {
-            Some(version) if (first..=last).contains(&version) => Ok(Detected {
-                layout: Self::for_version(version).map_err(DetectError::Unknown)?,
-                certain: true,
-            }),
-            Some(version) => Err(DetectError::Differs { expected: version, first, last: last.minor }),
-            None => {
-                // The releases that were run without a version on the wire.
-                let guess = match last.minor {
-                    19 => VllmVersion::new(0, 19, 1),
-                    21 => VllmVersion::new(0, 20, 2),
-                    _ => VllmVersion::new(0, 22, 1),
-                };
-                Ok(Detected { layout: Self::build(guess), certain: last.minor == 22 })
-            }
-        }
     }
 
     /// Length of an entry of `counts` in a publication: `[waiting, running]`, since 0.27 with
@@ -448,40 +409,6 @@ impl Layout {
             0
         }
     }
-}
-
-/// What [`Layout::from_registration`] found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Detected {
-    /// The layout to use.
-    pub layout: Layout,
-    /// False if the frame fits several layouts and no expected version was given: up to 0.19 and
-    /// 0.20 / 0.21 look the same on the wire.
-    pub certain: bool,
-}
-
-/// Why the layout of an engine could not be told.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub enum DetectError {
-    /// The frame is not a ready response.
-    #[error("registration: {0}")]
-    Registration(#[source] crate::DecodeError),
-    /// `vllm_version` is not a version.
-    #[error("registration: {0}")]
-    Version(#[source] BadVersion),
-    /// A version out of range.
-    #[error("registration: {0}")]
-    Unknown(#[source] UnknownVersion),
-    /// The expected version does not register like this.
-    #[error("registration: looks like vllm {first} to 0.{last}.x, expected {expected}")]
-    Differs {
-        /// What was expected.
-        expected: VllmVersion,
-        /// Oldest version that registers like this.
-        first: VllmVersion,
-        /// Minor number of the newest one.
-        last: u16,
-    },
 }
 
 fn add_positions(version: VllmVersion) -> AddPositions {

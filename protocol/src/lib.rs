@@ -17,6 +17,7 @@ pub mod layout;
 pub mod machine;
 pub mod output;
 pub mod positional;
+pub mod registration;
 pub mod request;
 pub mod stats;
 pub mod time;

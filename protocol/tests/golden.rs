@@ -9,13 +9,11 @@ mod golden_support;
 
 use bytes::Bytes;
 use dp_sidecar_protocol::frames::{COORDINATOR_READY, RequestType};
-use dp_sidecar_protocol::handshake::{
-    Addresses, ConfigValue, EngineMessage, EngineReadyResponse, GroupPorts, Hello, Init, Ready,
-    with_dp_stats_address,
-};
+use dp_sidecar_protocol::handshake::{Addresses, ConfigValue, EngineMessage, GroupPorts, Hello, Init, Ready};
 use dp_sidecar_protocol::layout::{Layout, VllmVersion};
 use dp_sidecar_protocol::output::{self, EngineOutput, FinishReason, OutputsView};
-use dp_sidecar_protocol::positional::{Scanner, element};
+use dp_sidecar_protocol::positional::{self, Scanner, element};
+use dp_sidecar_protocol::registration::{EngineReadyResponse, detect_layout, with_dp_stats_address};
 use dp_sidecar_protocol::request::{FrontendMessage, check_frontend_message, encode_abort};
 use dp_sidecar_protocol::stats::SchedulerStats;
 use dp_sidecar_protocol::utility::UtilityCall;
@@ -366,10 +364,10 @@ fn check_ready_response(layout: &Layout, label: &str, frame: &Bytes, expect: &Js
         assert_eq!(value.as_deref(), wanted, "{label} {key}");
     }
     for key in ready.other.keys() {
-        let value = ready.other_value(key).unwrap();
+        let value = positional::value(&ready.other[key]).unwrap();
         assert_eq!(json(&value), expected[key], "{label} {key}");
     }
-    let detected = Layout::from_registration(frame, Some(layout.version)).unwrap();
+    let detected = detect_layout(frame, Some(layout.version)).unwrap();
     assert_eq!(detected.layout, *layout, "{label}");
 
     let changed = with_dp_stats_address(frame, Some("tcp://elsewhere:1")).unwrap();

@@ -4,14 +4,13 @@
 
 use bytes::Bytes;
 use dp_sidecar_protocol::frames::RequestType;
-use dp_sidecar_protocol::handshake::{
-    Addresses, ConfigValue, EngineMessage, EngineReadyResponse, Init, Ready, with_dp_stats_address,
-};
+use dp_sidecar_protocol::handshake::{Addresses, ConfigValue, EngineMessage, Init, Ready};
 use dp_sidecar_protocol::layout::{Layout, VllmVersion};
 use dp_sidecar_protocol::output::{
     EngineOutput, FinishReason, NewOutput, NewOutputs, OutputsView, error_finish, error_reason,
 };
 use dp_sidecar_protocol::positional::{self, Scanner, element};
+use dp_sidecar_protocol::registration::{EngineReadyResponse, detect_layout, with_dp_stats_address};
 use dp_sidecar_protocol::request::{FrontendMessage, NewRequest, check_frontend_message, encode_abort};
 use dp_sidecar_protocol::stats::SchedulerStats;
 use dp_sidecar_protocol::utility::{UtilityCall, UtilityOutput};
@@ -89,7 +88,7 @@ fn decode_all(layout: &Layout, frames: &[Bytes]) {
         let _ = Init::decode(frame);
         let _ = EngineReadyResponse::decode(frame);
         let _ = with_dp_stats_address(frame, Some("x"));
-        let _ = Layout::from_registration(frame, None);
+        let _ = detect_layout(frame, None);
         let _ = UtilityOutput::decode(frame);
         let _ = SchedulerStats::decode(frame);
         let _ = StartDpWave::decode(frame);
@@ -433,25 +432,25 @@ fn calls_carry_as_many_arguments_as_the_version_takes() {
 #[test]
 fn the_version_of_an_engine_is_told_from_its_registration() {
     let known = |text: &str| text.parse::<VllmVersion>().unwrap();
-    let empty = Layout::from_registration(b"", None).unwrap();
+    let empty = detect_layout(b"", None).unwrap();
     assert_eq!(empty.layout.add.client_index, 10);
     assert!(!empty.certain);
-    let old = Layout::from_registration(b"", Some(known("0.14.1"))).unwrap();
+    let old = detect_layout(b"", Some(known("0.14.1"))).unwrap();
     assert_eq!(old.layout.add.client_index, 11);
     assert!(old.certain);
-    assert!(Layout::from_registration(b"", Some(known("0.32.0"))).is_err());
+    assert!(detect_layout(b"", Some(known("0.32.0"))).is_err());
     let named = |version: &str| {
         bytes_of(&rmpv::Value::Map(vec![
             ("vllm_version".into(), version.into()),
             ("dtype".into(), "bfloat16".into()),
         ]))
     };
-    let new = Layout::from_registration(&named("0.33.0+cu130"), None).unwrap();
+    let new = detect_layout(&named("0.33.0+cu130"), None).unwrap();
     assert_eq!(new.layout.version, known("0.33.0"));
     assert!(new.certain);
-    assert!(Layout::from_registration(&named("0.34.0"), None).is_err());
-    assert!(Layout::from_registration(&named("unknown"), None).is_err());
-    assert!(Layout::from_registration(b"\x00", None).is_err());
+    assert!(detect_layout(&named("0.34.0"), None).is_err());
+    assert!(detect_layout(&named("unknown"), None).is_err());
+    assert!(detect_layout(b"\x00", None).is_err());
 }
 
 #[test]

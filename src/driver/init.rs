@@ -4,9 +4,10 @@ use std::net::{Ipv4Addr, TcpListener};
 
 use bytes::Bytes;
 use dp_sidecar_protocol::EngineIndex;
-use dp_sidecar_protocol::handshake::{Addresses, EngineReadyResponse, GroupPorts, Init};
-use dp_sidecar_protocol::layout::{DetectError, Layout, UnknownVersion, VllmVersion};
+use dp_sidecar_protocol::handshake::{Addresses, GroupPorts, Init};
+use dp_sidecar_protocol::layout::{Layout, UnknownVersion, VllmVersion};
 use dp_sidecar_protocol::machine::restart::RestartPolicy;
+use dp_sidecar_protocol::registration::{DetectError, EngineReadyResponse, detect_layout};
 
 use super::handles::{GroupKind, SlotAddresses};
 use crate::config::Config;
@@ -34,7 +35,7 @@ pub(super) fn restart_policy(config: &Config) -> RestartPolicy {
 
 /// Field positions of the engine's version, or why it cannot be used.
 pub(super) fn layout_of(registration: &[u8], allow_untested: bool) -> Result<Layout, String> {
-    match Layout::from_registration(registration, None) {
+    match detect_layout(registration, None) {
         Ok(detected) => Ok(detected.layout),
         Err(DetectError::Unknown(UnknownVersion(version))) if allow_untested => Ok(Layout::closest(version)),
         Err(error) => Err(error.to_string()),

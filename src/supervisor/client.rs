@@ -1,6 +1,10 @@
 //! The sidecar's side of the keeper socket: a handle for the tasks, and one task that owns the
 //! connection and replaces a keeper that died.
 
+mod launch;
+mod leftovers;
+mod takeover;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -18,7 +22,6 @@ use super::keeper::wire::{
     self, Answer, ChildInfo, ExitReport, ExitStatus, FromKeeper, KeeperEvent, Request, SpawnSpec, ToKeeper,
     millis,
 };
-use super::{launch, leftovers, takeover};
 
 /// Commands waiting for the client task.
 const COMMANDS: usize = 64;

@@ -7,10 +7,7 @@ pub mod environment;
 pub mod flags;
 pub mod installed;
 pub mod keeper;
-mod launch;
-mod leftovers;
 pub mod procfs;
-mod takeover;
 
 pub use client::{Inherited, KeeperClient, KeeperError, KeeperOptions};
 pub use keeper::wire::{ChildInfo, ExitReport, ExitStatus, KeeperEvent, SpawnSpec};

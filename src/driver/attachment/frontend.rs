@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use dp_sidecar_protocol::handshake::{Hello, Ready, with_dp_stats_address};
+use dp_sidecar_protocol::handshake::{Hello, Ready};
 use dp_sidecar_protocol::machine::attachment::{
     Action, Attachment, Attempt, Engines, Event, Snapshot, State,
 };
+use dp_sidecar_protocol::registration::with_dp_stats_address;
 use dp_sidecar_protocol::{EngineIndex, Frames, FrontendId, Time};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep_until};

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use dp_sidecar_protocol::handshake::EngineReadyResponse;
 use dp_sidecar_protocol::machine::lifecycle::{Event, Found, Phase, RankLife};
+use dp_sidecar_protocol::registration::EngineReadyResponse;
 use dp_sidecar_protocol::{EngineIndex, Incarnation};
 use tracing::{error, info};
 

@@ -1,8 +1,8 @@
 //! What happened, told to the lifecycle machine.
 
 use bytes::Bytes;
-use dp_sidecar_protocol::handshake::EngineReadyResponse;
 use dp_sidecar_protocol::machine::lifecycle::Event;
+use dp_sidecar_protocol::registration::EngineReadyResponse;
 use dp_sidecar_protocol::{EngineIndex, Incarnation};
 use tracing::{error, info, warn};
 

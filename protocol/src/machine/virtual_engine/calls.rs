@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-use super::slots::Owner;
-use super::{Action, CallError, Engine, Verdict, VirtualEngine, slot_of};
+use super::{Action, CallError, Engine, Owner, Verdict, VirtualEngine, slot_of};
 use crate::frames::Frames;
 use crate::ids::{CallId, ClientIndex, Slot};
 use crate::time::Time;

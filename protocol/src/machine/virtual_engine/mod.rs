@@ -89,6 +89,13 @@ impl Config {
     }
 }
 
+/// One API server of one attachment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Owner {
+    pub(super) frontend: FrontendId,
+    pub(super) api_server: u32,
+}
+
 /// What happened.
 #[derive(Clone, Debug)]
 pub enum Event {

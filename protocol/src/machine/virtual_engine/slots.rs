@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::calls::{Pending, WaitingCall};
 use super::requests::AbortOutcome;
-use super::{Action, Engine, Event, Mutation, NoFreeSlot, VirtualEngine, slot_of};
+use super::{Action, Engine, Event, Mutation, NoFreeSlot, Owner, VirtualEngine, slot_of};
 use crate::ids::{CallId, ClientIndex, FrontendId, Slot};
 use crate::request;
 use crate::time::Time;
@@ -15,13 +15,6 @@ use crate::utility::UtilityCall;
 /// After the fence the engine still has to report the aborted requests as finished, which it does
 /// with its next step. A paused engine takes no step: the slot is not kept for it longer than this.
 const SETTLE_WITHIN: Duration = Duration::from_secs(5);
-
-/// One API server of one attachment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Owner {
-    pub(super) frontend: FrontendId,
-    pub(super) api_server: u32,
-}
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Use {

@@ -6,9 +6,9 @@ use std::path::Path;
 
 use tokio::time::timeout;
 
-use super::client::{ClientTask, INTRODUCTION_LIMIT, Inherited, KeeperOptions, Known, Link, SHUTDOWN_MARGIN};
-use super::keeper::wire::{Answer, FromKeeper, KeeperEvent, Request, ToKeeper, millis};
 use super::launch;
+use super::{ClientTask, INTRODUCTION_LIMIT, Inherited, KeeperOptions, Known, Link, SHUTDOWN_MARGIN};
+use crate::supervisor::keeper::wire::{Answer, FromKeeper, KeeperEvent, Request, ToKeeper, millis};
 
 /// File of the state directory that names the deployment its keeper works for.
 pub(super) const CONFIGURATION_FILE: &str = "configuration";

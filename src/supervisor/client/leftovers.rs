@@ -7,7 +7,7 @@ use std::time::Duration;
 use rustix::process::Signal;
 use tokio::time::{Instant, sleep};
 
-use super::procfs::{Process, Selector, roots};
+use crate::supervisor::procfs::{Process, Selector, roots};
 
 /// Pause between two looks.
 const PERIOD: Duration = Duration::from_millis(50);

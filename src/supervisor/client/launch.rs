@@ -13,10 +13,10 @@ use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::client::{KeeperError, KeeperOptions};
-use super::keeper::wire::{CHILD_MARKER, RUN_MARKER};
-use super::keeper::{LOG_FILE, PID_FILE, READY_LINE, SOCKET};
-use super::procfs::Process;
+use super::{KeeperError, KeeperOptions};
+use crate::supervisor::keeper::wire::{CHILD_MARKER, RUN_MARKER};
+use crate::supervisor::keeper::{LOG_FILE, PID_FILE, READY_LINE, SOCKET};
+use crate::supervisor::procfs::Process;
 
 /// How long a keeper may take from its start to its ready line.
 const START_LIMIT: Duration = Duration::from_secs(20);
