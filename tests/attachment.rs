@@ -1,10 +1,7 @@
 //! The attachment tasks against fake frontends over libzmq. The ranks and the coordinator are played
 //! by the test, so that only the attachment is looked at.
-#![allow(clippy::unwrap_used, reason = "test helpers")]
 
-#[path = "attachment/adoption.rs"]
 mod adoption;
-#[path = "attachment/fixture.rs"]
 mod fixture;
 
 use std::time::Duration;

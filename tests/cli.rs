@@ -1,9 +1,6 @@
 //! The `sidecar` program from outside: command lines, checks, exit codes, and the subcommands
 //! against an admin socket with scripted answers.
 
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
-
-#[path = "cli/scripted.rs"]
 mod scripted;
 
 use std::path::{Path, PathBuf};

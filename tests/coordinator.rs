@@ -1,5 +1,4 @@
 //! The coordinator task with engines' sockets over libzmq.
-#![allow(clippy::unwrap_used, reason = "test helpers")]
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;

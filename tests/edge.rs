@@ -1,5 +1,4 @@
 //! The edge task over libzmq: what engines report while nobody takes it.
-#![allow(clippy::unwrap_used, reason = "test helpers")]
 
 use std::time::Duration;
 

@@ -1,6 +1,5 @@
 //! The handshake port under garbage, and with real libzmq engines: the guarded socket and the
 //! handshake task.
-#![allow(clippy::unwrap_used, reason = "test helpers")]
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;

@@ -1,8 +1,6 @@
 //! The keeper, with real processes: scripts that ignore SIGTERM, hide in sessions of their own and
 //! clean their environment.
 
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -360,7 +358,7 @@ async fn owner_process() {
 
 fn start_owner(dir: &Path) -> std::process::Child {
     Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "owner_process", "--ignored"])
+        .args(["--exact", "keeper::owner_process", "--ignored"])
         .env("OWNER_STATE_DIR", dir)
         .stdout(Stdio::null())
         .stderr(Stdio::null())

@@ -1,7 +1,5 @@
 //! The whole `sidecar` program with fake vLLM processes: however it ends, nothing is left.
 
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;

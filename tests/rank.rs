@@ -1,4 +1,5 @@
 //! The rank task between an engine and frontends of libzmq, at the socket level.
+
 #![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 use std::time::{Duration, Instant};

@@ -1,7 +1,5 @@
 //! The sidecar's side of the relay process, with a real keeper and a real relay process.
 
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
-
 use std::collections::BTreeMap;
 use std::time::Duration;
 

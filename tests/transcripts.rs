@@ -3,11 +3,6 @@
 //!
 //! `tests/transcripts/vllm-0.32.0.json` was recorded with vLLM 0.32.0. With `DP_SIDECAR_PYTHON` set
 //! to a Python that has vLLM, it is recorded again and compared (`REWRITE=1`: written).
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
-
-#[allow(dead_code, reason = "written for the conformance tests; only a part is needed here")]
-#[path = "conformance/harness.rs"]
-mod harness;
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
@@ -16,10 +11,11 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::Instant;
 
 use dp_sidecar_testkit::{msg, sockets};
-use harness::{SOON, Setup};
 use rmpv::Value;
 use serde_json::json;
 use zmq::{Context, PollEvents, Socket, SocketType};
+
+use crate::conformance::harness::{SOON, Setup};
 
 const RANKS: u16 = 3;
 const RECORDED: &str = "tests/transcripts/vllm-0.32.0.json";

@@ -1,4 +1,5 @@
 //! The sockets against libzmq, which is what vLLM's peers speak.
+
 #![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 use std::time::Duration;

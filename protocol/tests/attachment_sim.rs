@@ -294,7 +294,7 @@ impl World {
             // Its connect was cancelled.
             return;
         }
-        let handshake_over = |process: &Process| process.readies.len() == process.size.into();
+        let handshake_over = |process: &Process| process.readies.len() == usize::from(process.size);
         let generation = match (&self.process, link) {
             (Some(process), Link::Probe | Link::Handshake(_)) if !handshake_over(process) => {
                 Some(process.generation)
@@ -390,7 +390,7 @@ impl World {
         if !process.accepts_ready {
             return self.stop("configuration mismatch");
         }
-        if process.readies.len() == process.size.into() {
+        if process.readies.len() == usize::from(process.size) {
             // Startup is over: the handshake socket is closed.
             for (attempt, link) in self.links(generation) {
                 if matches!(link, Link::Handshake(_)) {

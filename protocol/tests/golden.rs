@@ -5,8 +5,6 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-mod golden_support;
-
 use bytes::Bytes;
 use dp_sidecar_protocol::frames::{COORDINATOR_READY, RequestType};
 use dp_sidecar_protocol::handshake::{Addresses, ConfigValue, EngineMessage, GroupPorts, Hello, Init, Ready};
@@ -21,7 +19,7 @@ use dp_sidecar_protocol::wave::{EngineCounts, FrontendUpstream, Publication, Sta
 use dp_sidecar_protocol::{CallId, ClientIndex, EngineIndex, Wave};
 use serde_json::Value as Json;
 
-use golden_support::{captures, each, folder, json, read_json, rmpv_value, strings};
+use crate::golden_support::{captures, each, folder, json, read_json, rmpv_value, strings};
 
 #[test]
 fn layouts_agree_with_the_field_lists_of_every_version() {

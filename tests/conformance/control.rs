@@ -4,7 +4,7 @@
 use dp_sidecar_testkit::frontend::NewRequest;
 use rmpv::Value;
 
-use crate::harness::{SOON, Setup, complete_all, directory, engine, frontend, model};
+use super::harness::{SOON, Setup, complete_all, directory, engine, frontend, model};
 
 #[test]
 fn a_lockstep_group_paused_by_two_frontends_at_once_neither_hangs_nor_splits() {

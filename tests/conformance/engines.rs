@@ -4,7 +4,7 @@ use dp_sidecar_testkit::frontend::NewRequest;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::harness::{SOON, Setup, Sidecar, complete_all, directory, exited_with, frontend, model, states};
+use super::harness::{SOON, Setup, Sidecar, complete_all, directory, exited_with, frontend, model, states};
 
 /// Kills the engine core of a rank (the child of its launcher) with -9.
 fn kill_engine(sidecar: &Sidecar, rank: usize) -> u64 {

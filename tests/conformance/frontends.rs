@@ -6,7 +6,7 @@ use dp_sidecar_testkit::VllmVersion;
 use dp_sidecar_testkit::frontend::NewRequest;
 use rmpv::Value;
 
-use crate::harness::{PROMPT, SOON, Setup, complete_all, directory, engine, frontend, model, until};
+use super::harness::{PROMPT, SOON, Setup, complete_all, directory, engine, frontend, model, until};
 
 #[test]
 fn a_frontend_gets_its_answers_through_the_sidecar_from_both_ranks() {
@@ -265,7 +265,7 @@ fn a_frontend_of_another_dp_size_is_refused_by_name_and_the_others_go_on() {
     assert!(wrong.startup(Duration::from_millis(1500)).is_err());
     right.startup(SOON).unwrap();
     let status = sidecar.await_status("the wrong one refused", |status| {
-        crate::harness::frontend_state(status, wrong.host_port()).as_deref() != Some("attached")
+        super::harness::frontend_state(status, wrong.host_port()).as_deref() != Some("attached")
     });
     let detail = status["frontends"]
         .as_array()

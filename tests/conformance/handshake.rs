@@ -6,7 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use dp_sidecar_testkit::engine::EngineEnd;
 use dp_sidecar_testkit::{VllmVersion, msg, sockets};
 
-use crate::harness::{self, SOON, Setup, engine, exited_with, states};
+use super::harness::{self, SOON, Setup, engine, exited_with, states};
 
 #[test]
 fn engines_are_accepted_in_any_order() {

@@ -1,8 +1,5 @@
 //! Starts sidecars, asks them, and leaves nothing behind.
 
-#[path = "models.rs"]
-mod models;
-
 use std::fs::File;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -16,8 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-#[allow(unused_imports, reason = "the transcripts need less of it")]
-pub(crate) use models::{Model, fake_vllm, model};
+pub(crate) use super::models::{Model, fake_vllm, model};
 
 /// Patience for what should take well under a second; CI machines are small and shared.
 pub(crate) const SOON: Duration = Duration::from_secs(30);

@@ -4,7 +4,7 @@
 use dp_sidecar_testkit::msg;
 use rmpv::Value;
 
-use crate::harness::{SOON, Setup, complete_all, engine, frontend};
+use super::harness::{SOON, Setup, complete_all, engine, frontend};
 
 fn add(client_index: i64) -> Vec<u8> {
     let mut fields = vec![Value::Nil; 22];

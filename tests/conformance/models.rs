@@ -8,7 +8,7 @@ use std::time::SystemTime;
 use dp_sidecar_testkit::engine::weights;
 use serde_json::Value;
 
-use super::PROMPT;
+use super::harness::PROMPT;
 
 /// A checkpoint whose tensors are filled with `fill`; the same shapes for every `fill`.
 pub(crate) struct Model {

@@ -7,7 +7,7 @@ use dp_sidecar_testkit::frontend::{FakeFrontend, NewRequest};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::harness::{
+use super::harness::{
     Model, SOON, Setup, Sidecar, complete_all, directory, exited_with, free_port, frontend, model, states,
     until, weight_versions,
 };

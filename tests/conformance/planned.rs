@@ -6,7 +6,7 @@ use dp_sidecar_testkit::frontend::{FakeFrontend, NewRequest};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::harness::{
+use super::harness::{
     Model, SOON, Setup, Sidecar, complete_all, directory, exited_with, free_port, frontend, model, until,
 };
 
@@ -115,7 +115,7 @@ fn an_engine_that_dies_while_no_sidecar_is_there_is_started_again_and_the_other_
     until("the engine is gone", SOON, || (!sidecar.processes().contains(&victim.as_raw())).then_some(()));
     sidecar.start_again();
     let after = sidecar.await_status("two engines", |status| {
-        crate::harness::states(status) == ["admitted", "admitted"] && lives(status)[1] != before[1]
+        super::harness::states(status) == ["admitted", "admitted"] && lives(status)[1] != before[1]
     });
     let after = lives(&after);
     assert_eq!(after[0], before[0]);

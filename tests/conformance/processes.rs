@@ -5,7 +5,7 @@ use nix::unistd::Pid;
 
 use dp_sidecar_testkit::frontend::{FakeFrontend, FrontendError, NewRequest};
 
-use crate::harness::{SOON, Setup, complete_all, directory, exited_with, frontend, model, until};
+use super::harness::{SOON, Setup, complete_all, directory, exited_with, frontend, model, until};
 
 #[test]
 fn sigterm_stops_everything_that_was_started() {
@@ -81,7 +81,7 @@ fn after_a_kill_of_the_keeper_the_engines_are_stopped_and_started_again() {
 fn again(frontend: FakeFrontend) -> FakeFrontend {
     let address = frontend.address().to_owned();
     drop(frontend);
-    crate::harness::frontend(2, |options| options.address = address)
+    super::harness::frontend(2, |options| options.address = address)
 }
 
 #[test]
@@ -103,7 +103,7 @@ fn a_launcher_that_is_killed_takes_its_engine_core_with_it() {
 fn the_served_frontend_comes_up_and_answers() {
     let directory = directory();
     let model = model(directory.path(), "m", 1, false);
-    let port = crate::harness::free_port().to_string();
+    let port = super::harness::free_port().to_string();
     let mut sidecar =
         Setup::spawning(2, &model).args(&["--serve", "--port", &port, "--host", "127.0.0.1"]).start();
     sidecar.await_admitted();

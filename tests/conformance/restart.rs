@@ -7,7 +7,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use crate::harness::{
+use super::harness::{
     Model, SOON, Setup, Sidecar, complete_all, directory, engine, frontend, frontend_state, model, states,
 };
 

@@ -5,7 +5,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
-use crate::harness::{
+use super::harness::{
     Model, SOON, Setup, Sidecar, complete_all, directory, free_port, frontend, frontend_state, model, until,
 };
 
@@ -263,7 +263,7 @@ fn the_served_frontend_lives_on_with_the_engines() {
     now.sort_unstable();
     assert_eq!(now, processes, "something was started again");
     let answer = until("an answer", SOON, || {
-        crate::processes::http(&port, r#"{"prompt": [1, 2, 3], "max_tokens": 4}"#)
+        super::processes::http(&port, r#"{"prompt": [1, 2, 3], "max_tokens": 4}"#)
     });
     let body: Value = serde_json::from_str(answer.split("\r\n\r\n").nth(1).unwrap()).unwrap();
     assert_eq!(body["choices"][0]["token_ids"], serde_json::json!(model.tokens(4)));

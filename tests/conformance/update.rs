@@ -6,7 +6,7 @@ use std::path::Path;
 use dp_sidecar_testkit::engine::weights;
 use dp_sidecar_testkit::frontend::{FakeFrontend, NewRequest};
 
-use crate::harness::{
+use super::harness::{
     Model, SOON, Said, Setup, Sidecar, complete_all, directory, frontend, model, states, weight_versions,
 };
 
@@ -223,7 +223,7 @@ fn an_engine_that_dies_while_it_loads_ends_with_one_version_everywhere() {
         status["controller"]["holder"].as_str().is_some_and(|holder| holder.contains("loading"))
     });
     rig.sidecar.set_faults(1, "die:now");
-    crate::harness::until("end of the update", SOON, || update.try_wait().unwrap());
+    super::harness::until("end of the update", SOON, || update.try_wait().unwrap());
     rig.sidecar.set_faults(1, "");
     let status = rig.sidecar.await_status("both admitted, one version", |status| {
         let versions: BTreeSet<String> = weight_versions(status).into_iter().collect();
@@ -313,7 +313,7 @@ fn a_sidecar_killed_while_it_updates_leaves_one_version_when_it_is_back() {
     });
     rig.sidecar.signal(nix::sys::signal::Signal::SIGKILL);
     rig.sidecar.await_end();
-    let told = crate::harness::until("end of the command", SOON, || update.try_wait().unwrap());
+    let told = super::harness::until("end of the command", SOON, || update.try_wait().unwrap());
     assert!(!told.success());
     rig.sidecar.set_faults(1, "");
     rig.frontend = frontend(2, |_| {});

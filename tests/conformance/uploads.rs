@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::harness::{SOON, Setup, complete_all, directory, free_port, frontend, model, until};
+use super::harness::{SOON, Setup, complete_all, directory, free_port, frontend, model, until};
 
 /// One request on a connection of its own; the answer's status and body.
 fn ask(port: u16, request: &str, headers: &str, body: &[u8]) -> (u16, String) {

@@ -2,14 +2,14 @@
 //!
 //! Each test starts a sidecar of its own in a state directory of its own. Waiting is always for a
 //! condition, see [`harness::until`].
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod control;
 mod engines;
 mod frontends;
 mod handshake;
-mod harness;
+pub(crate) mod harness;
 mod hazards;
+mod models;
 mod nodes;
 mod planned;
 mod processes;
