@@ -1,7 +1,11 @@
 //! Habits of this repository that a reviewer should not have to look for.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::process::Command;
+
+use serde_json::Value;
 
 /// Text up to this column is readable beside a diff; `.editorconfig` says the same.
 const MARKDOWN_COLUMNS: usize = 119;
@@ -63,4 +67,117 @@ fn only_what_can_be_broken_counts_as_a_long_line() {
     assert_eq!(long_lines(&text), [(2, words.as_str())]);
     let umlauts = "ä ".repeat(59);
     assert!(long_lines(&umlauts).is_empty(), "columns are characters, not bytes");
+}
+
+/// What `cargo metadata` says about the workspace and everything it depends on.
+fn metadata() -> Value {
+    let output = Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version=1", "--locked", "--offline", "--all-features"])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "cargo metadata: {}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// Names of the packages that `root` is built of: its dependencies, theirs and so on, but nothing that
+/// only tests or build scripts of the workspace use.
+fn built_into(metadata: &Value, root: &str) -> BTreeSet<String> {
+    let names: BTreeMap<&str, &str> = metadata["packages"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|package| (package["id"].as_str().unwrap(), package["name"].as_str().unwrap()))
+        .collect();
+    let nodes: BTreeMap<&str, &Value> = metadata["resolve"]["nodes"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|node| (node["id"].as_str().unwrap(), node))
+        .collect();
+    let mut open: Vec<&str> = names.iter().filter(|(_, name)| **name == root).map(|(id, _)| *id).collect();
+    let mut seen = BTreeSet::new();
+    while let Some(id) = open.pop() {
+        if !seen.insert(id) {
+            continue;
+        }
+        for dependency in nodes[id]["deps"].as_array().unwrap() {
+            let kinds = dependency["dep_kinds"].as_array().unwrap();
+            if kinds.iter().any(|kind| kind["kind"].as_str() != Some("dev")) {
+                open.push(dependency["pkg"].as_str().unwrap());
+            }
+        }
+    }
+    seen.into_iter().map(|id| names[id].to_owned()).collect()
+}
+
+/// Is a licence expression satisfied by the `allowed` ones? `/` is how old packages wrote `OR`.
+fn is_allowed(expression: &str, allowed: &[String]) -> bool {
+    let expression = expression.replace('/', " OR ");
+    let any = |alternatives: &str| {
+        alternatives.split(" OR ").any(|one| allowed.iter().any(|allowed| allowed == one.trim()))
+    };
+    if any(&expression) {
+        return true;
+    }
+    expression.split(" AND ").all(|part| any(part.trim().trim_start_matches('(').trim_end_matches(')')))
+}
+
+#[test]
+fn the_sidecar_is_built_of_what_deny_toml_allows() {
+    let metadata = metadata();
+    let built = built_into(&metadata, "dp-sidecar");
+    assert!(built.len() > 100 && built.contains("zeromq"), "not the sidecar's dependencies: {built:?}");
+    // Tests speak libzmq, so that they do not share the mistakes of what they test.
+    for banned in ["zmq", "zmq-sys", "openssl-sys", "dp-sidecar-testkit"] {
+        assert!(!built.contains(banned), "{banned} is built into the sidecar");
+    }
+    let rules = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("deny.toml")).unwrap();
+    let list = rules.split("allow = [").nth(1).unwrap().split(']').next().unwrap();
+    let allowed: Vec<String> = list.split('"').skip(1).step_by(2).map(str::to_owned).collect();
+    assert!(allowed.iter().any(|license| license == "MIT"), "licences of deny.toml: {allowed:?}");
+    let mut wrong = Vec::new();
+    for package in metadata["packages"].as_array().unwrap() {
+        let name = package["name"].as_str().unwrap();
+        match package["license"].as_str() {
+            Some(license) if is_allowed(license, &allowed) => {}
+            license => wrong.push(format!("{name}: licence {license:?}")),
+        }
+        // Ours have no source.
+        if let Some(source) = package["source"].as_str()
+            && source != "registry+https://github.com/rust-lang/crates.io-index"
+        {
+            wrong.push(format!("{name}: from {source}"));
+        }
+    }
+    assert!(wrong.is_empty(), "deny.toml does not allow:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn one_alternative_of_a_licence_is_enough_and_every_part_of_it_counts() {
+    let allowed = ["MIT", "Apache-2.0", "Unicode-3.0"].map(str::to_owned);
+    for expression in ["MIT", "GPL-3.0 OR MIT", "MIT/GPL-3.0", "(MIT OR GPL-3.0) AND Unicode-3.0"] {
+        assert!(is_allowed(expression, &allowed), "{expression}");
+    }
+    for expression in ["GPL-3.0", "MIT AND GPL-3.0", "(MIT OR Apache-2.0) AND GPL-3.0", ""] {
+        assert!(!is_allowed(expression, &allowed), "{expression}");
+    }
+}
+
+#[test]
+fn one_release_of_the_compiler_is_named_everywhere() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let read = |name: &str| std::fs::read_to_string(root.join(name)).unwrap();
+    let value = |text: &str, key: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(&format!("{key} = \""))).unwrap();
+        line.trim_end_matches('"').to_owned()
+    };
+    let pinned = value(&read("rust-toolchain.toml"), "channel");
+    assert_eq!(pinned.split('.').count(), 3, "a release, not a channel: {pinned}");
+    let oldest = value(&read("Cargo.toml"), "rust-version");
+    assert!(pinned.starts_with(&format!("{oldest}.")), "pinned {pinned}, rust-version {oldest}");
+    assert!(
+        read("CONTRIBUTING.md").contains(&format!("Rust {pinned}")),
+        "CONTRIBUTING.md names another release"
+    );
 }
