@@ -10,7 +10,7 @@ the same on every run, publish times included.
     scripts/coordinator_reference.py --check    compare with the committed trace, write nothing
 
 Run it with an interpreter that has vLLM (`scripts/vllm_env.py` prepares one). The trace is replayed
-by `cargo test -p dp-sidecar-protocol --test integration coordinator_trace::`.
+by `cargo test -p dp-sidecar-protocol --test protocol coordinator_trace::`.
 """
 
 import argparse

@@ -57,7 +57,7 @@ PINS = [
 # vLLM's Rust frontend is a program inside the CUDA wheel; the CPU wheel does not have it.
 RUST_FRONTEND_VERSION = "0.33.0"
 # Run by scripts/test, not by vLLM.
-TOOLS = ["pytest==8.4.2", "ruff==0.14.5"]
+TOOLS = ["pytest==8.4.2", "pytest-xdist==3.8.0", "ruff==0.14.5"]
 
 
 def say(text: str) -> None:

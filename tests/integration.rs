@@ -17,14 +17,14 @@ mod transcripts;
 mod transport;
 
 /// Files that are programs of their own.
-const PROGRAMS: [&str; 3] = ["integration", "layering", "habits"];
+const PROGRAMS: [&str; 4] = ["integration", "layering", "habits", "protocol"];
 
-/// A file that no `integration.rs` names would not be compiled, and its tests not be missed.
+/// A file that neither `integration.rs` nor `protocol.rs` names would not be compiled, and its tests not be missed.
 #[test]
 fn every_file_of_a_tests_folder_is_a_module() {
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
-    for folder in ["tests", "protocol/tests"] {
-        let named = std::fs::read_to_string(root.join(folder).join("integration.rs")).unwrap();
+    for (folder, program) in [("tests", "integration.rs"), ("protocol/tests", "protocol.rs")] {
+        let named = std::fs::read_to_string(root.join(folder).join(program)).unwrap();
         for entry in std::fs::read_dir(root.join(folder)).unwrap() {
             let path = entry.unwrap().path();
             let stem = path.file_stem().unwrap().to_str().unwrap();

@@ -1,5 +1,5 @@
 //! Scripts in `src/machine/testdata`: events, `----`, the actions they must cause. A reviewer who
-//! reads no Rust can check them. `REWRITE=1 cargo test -p dp-sidecar-protocol --test integration datadriven::`
+//! reads no Rust can check them. `REWRITE=1 cargo test -p dp-sidecar-protocol --test protocol datadriven::`
 //! writes what the machines do now; look at the diff.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 

@@ -1,7 +1,7 @@
 //! Seeded simulation of the lifecycle machine over two nodes: engines die, keepers are killed, links are cut, the
 //! sidecars of leader and follower are killed and started again, at any step.
 //!
-//! `SIM_SEED=50 cargo test -p dp-sidecar-protocol --test integration -- --nocapture lifecycle_sim::one_seed` shows a run.
+//! `SIM_SEED=50 cargo test -p dp-sidecar-protocol --test protocol -- --nocapture lifecycle_sim::one_seed` shows a run.
 //! `SIM_SEEDS=1000000` runs more of them.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 

@@ -1,7 +1,7 @@
 //! Seeded simulation of the DP coordinator with lockstep engines, frontends and crashes.
 //!
 //! One `u64` decides everything: sizes, versions, delays, interleaving, faults. To see a run:
-//! `SIM_SEED=50 cargo test -p dp-sidecar-protocol --test integration -- --nocapture sim::one_seed`.
+//! `SIM_SEED=50 cargo test -p dp-sidecar-protocol --test protocol -- --nocapture sim::one_seed`.
 //! `SIM_SEEDS=1000000` runs more of them.
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 import uuid
@@ -15,26 +13,26 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import fakes
 from cluster import Cluster
 from deployment import Deployment
 from fakes import FakeModels
 from harness import World
-from processes import REPO
+from processes import REPO, built
+
+# Modules whose engines are fakes: they wait more than they compute. The others start real vLLM.
+FAKES = {
+    *("test_cluster_crashes", "test_cluster_fakes", "test_cluster_network", "test_cluster_planned"),
+    *("test_cluster_restarts", "test_cluster_trainer", "test_cluster_updates"),
+}
 
 
-def built_binary() -> Path:
-    """The sidecar of this checkout."""
-    given = os.environ.get("SIDECAR_BIN")
-    if given:
-        return Path(given).resolve()
-    command = ["cargo", "build", "--bin", "sidecar", "--message-format=json"]
-    output = subprocess.run(command, cwd=REPO, stdout=subprocess.PIPE, text=True, check=True).stdout
-    for line in output.splitlines():
-        message = json.loads(line)
-        if message.get("executable") and message["target"]["name"] == "sidecar":
-            return Path(message["executable"])
-    raise AssertionError("cargo built no binary `sidecar`")
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two lanes for `-n 2 --dist loadgroup`: real vLLM never runs twice at a time, and fakes fill
+    the gaps. Within a lane, tests keep their order."""
+    for item in items:
+        lane = "fakes" if item.path.stem in FAKES else "real"
+        item.add_marker(pytest.mark.xdist_group(lane))
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +45,7 @@ def tiny_models() -> Path:
 def ingredients(tiny_models: Path) -> dict[str, Path]:
     overlay = REPO / "target" / "e2e-site"
     assert (overlay / "dp_sidecar_shim").is_dir(), "run scripts/vllm_env.py first"
-    return {"binary": built_binary(), "overlay": overlay, "models": tiny_models}
+    return {"binary": built("sidecar"), "overlay": overlay, "models": tiny_models}
 
 
 @contextmanager
@@ -87,7 +85,7 @@ def make_world(
 
 @pytest.fixture(scope="session")
 def fake_vllm() -> Path:
-    return fakes.build()
+    return built("fake-vllm")
 
 
 @contextmanager

@@ -6,32 +6,13 @@ A fake engine's tokens are a function of the bytes that it loaded, so an answer 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import blake3
-from processes import REPO
 
 MASK = (1 << 64) - 1
 VOCABULARY = 320
-
-
-def build() -> Path:
-    """The `fake-vllm` of this checkout."""
-    given = os.environ.get("FAKE_VLLM_BIN")
-    if given:
-        return Path(given).resolve()
-    command = ["cargo", "build", "-p", "dp-sidecar-testkit", "--bin", "fake-vllm"]
-    output = subprocess.run(
-        [*command, "--message-format=json"], cwd=REPO, stdout=subprocess.PIPE, text=True, check=True
-    ).stdout
-    for line in output.splitlines():
-        message = json.loads(line)
-        if message.get("executable") and message["target"]["name"] == "fake-vllm":
-            return Path(message["executable"])
-    raise AssertionError("cargo built no binary `fake-vllm`")
 
 
 def _mix(value: int) -> int:

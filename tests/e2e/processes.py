@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import re
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from cluster import Node
 
 REPO = Path(__file__).resolve().parents[2]
+# Where a program of the checkout is that was built before.
+GIVEN = {"sidecar": "SIDECAR_BIN", "fake-vllm": "FAKE_VLLM_BIN"}
 LOOPBACK = "127.0.0.1"
 # In the environment of every process of a test run, handed down to all it starts.
 MARK = "E2E_RUN_MARK"
@@ -40,13 +43,40 @@ def wait_for(what: str, limit: float, check: Callable[[], Any], describe=lambda:
         time.sleep(0.05)
 
 
+def built(program: str) -> Path:
+    """A program of this checkout, as the Rust tests build it: features differ in other builds."""
+    given = os.environ.get(GIVEN[program])
+    if given:
+        return Path(given).resolve()
+    command = ["cargo", "test", "--workspace", "--no-run", "--message-format=json"]
+    output = subprocess.run(command, cwd=REPO, stdout=subprocess.PIPE, text=True, check=True).stdout
+    for line in output.splitlines():
+        message = json.loads(line)
+        target = message.get("target", {})
+        if (target.get("name"), target.get("kind")) != (program, ["bin"]):
+            continue
+        if message.get("executable") and not message["profile"]["test"]:
+            return Path(message["executable"])
+    raise AssertionError(f"cargo built no program `{program}`")
+
+
 _given: set[int] = set()
+
+
+def port_range(worker: str | None) -> tuple[int, int]:
+    """Each process of a test run (`gw0`, `gw1`, ... of pytest-xdist) has ports of its own, so that
+    none takes one which another has found free."""
+    first, last, count = 20000, 31999, 4
+    index = int(worker.removeprefix("gw")) if worker else 0
+    assert index < count, f"ports for {count} processes, this is {worker}"
+    share = (last + 1 - first) // count
+    return first + index * share, first + (index + 1) * share - 1
 
 
 def free_port() -> int:
     """A TCP port that is free now, below the ephemeral range, and not yet given to anybody."""
     while True:
-        port = random.randint(20000, 31999)
+        port = random.randint(*port_range(os.environ.get("PYTEST_XDIST_WORKER")))
         if port in _given:
             continue
         with socket.socket() as probe:

@@ -150,6 +150,7 @@ def test_what_a_killed_test_process_left_is_swept(tmp_path):
     os.kill(child.pid, signal.SIGKILL)
     child.wait(10)
     child.stdout.close()
-    assert sorted(sweep()) == [f"{mark}-0", f"{mark}-hub"]
+    # Another process that makes a cluster now may be faster.
+    sweep()
     assert not list(RUN.glob(f"{mark}*"))
     wait_for("the process in it is gone", 5, lambda: not Path(f"/proc/{sleeper}").exists())

@@ -1,5 +1,5 @@
 //! One program of all tests of the public interface: linked once. A file of this folder is a module
-//! here, `cargo test -p dp-sidecar-protocol --test integration golden::` runs those of `golden.rs`.
+//! here, `cargo test -p dp-sidecar-protocol --test protocol golden::` runs those of `golden.rs`.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
