@@ -14,6 +14,10 @@
 )]
 
 pub mod cli;
+mod msgpack;
+
+#[cfg(any(test, feature = "test-support"))]
+pub mod fuzz;
 
 #[cfg(not(feature = "test-support"))]
 mod admin;

@@ -385,10 +385,6 @@ fn list_files(dir: &Path) -> Result<BTreeSet<String>, ManifestError> {
 
 /// `weight_map` of the index file, tensor to file; `None` without an index.
 fn read_index(dir: &Path) -> Result<Option<BTreeMap<String, String>>, ManifestError> {
-    #[derive(Deserialize)]
-    struct Index {
-        weight_map: BTreeMap<String, String>,
-    }
     let path = dir.join(INDEX);
     let file = match File::open(&path) {
         Ok(file) => file,
@@ -397,8 +393,17 @@ fn read_index(dir: &Path) -> Result<Option<BTreeMap<String, String>>, ManifestEr
     };
     let mut text = Vec::new();
     file.take(MAX_INDEX).read_to_end(&mut text).map_err(|error| unreadable(&path, &error))?;
-    let fail = |reason: String| ManifestError::Index { path: path.clone(), reason };
-    let index: Index = serde_json::from_slice(&text).map_err(|error| fail(error.to_string()))?;
+    parse_index(&path, &text).map(Some)
+}
+
+/// `weight_map` of an index file's text. No file in it is outside of the directory.
+pub(crate) fn parse_index(path: &Path, text: &[u8]) -> Result<BTreeMap<String, String>, ManifestError> {
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let fail = |reason: String| ManifestError::Index { path: path.to_owned(), reason };
+    let index: Index = serde_json::from_slice(text).map_err(|error| fail(error.to_string()))?;
     if index.weight_map.is_empty() {
         return Err(fail("weight_map is empty".to_owned()));
     }
@@ -407,7 +412,7 @@ fn read_index(dir: &Path) -> Result<Option<BTreeMap<String, String>>, ManifestEr
             return Err(fail(format!("names {file:?}, expected a *.safetensors file in the same directory")));
         }
     }
-    Ok(Some(index.weight_map))
+    Ok(index.weight_map)
 }
 
 /// A header with its entries in file order, so that a name given twice is seen. (A map would silently

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
@@ -112,7 +113,7 @@ async fn accept(
     }
 }
 
-async fn connection(stream: TcpStream, router: axum::Router) {
+async fn connection(stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static, router: axum::Router) {
     let served = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_LIMIT)
@@ -120,4 +121,25 @@ async fn connection(stream: TcpStream, router: axum::Router) {
     if let Err(error) = served.await {
         tracing::debug!(%error, "a connection ended");
     }
+}
+
+/// For `crate::fuzz`: everything that a client sends on one connection, while nothing is open.
+#[cfg(any(test, feature = "test-support"))]
+pub(crate) fn fuzz(data: &[u8]) -> bool {
+    use crate::fuzz::{exchange, run};
+
+    // `Content-Range` alone as well: `size` by the length of the text.
+    let text = String::from_utf8_lossy(data);
+    let size = data.len() as u64;
+    if let Some((from, end)) = uploads::parse_range(&text, size) {
+        assert!(from < end && end <= size, "{text:?}: {from} to {end}");
+    }
+    run(async {
+        let (uploads, _) = crate::staging::upload::channel();
+        let (admin, _) = mpsc::channel(1);
+        let router = routes::router(Context { token: None, uploads, admin: admin.downgrade() });
+        drop(admin);
+        exchange(data, async |stream| connection(stream, router).await).await;
+    });
+    text.contains("HTTP/1.1")
 }

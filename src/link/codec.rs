@@ -18,9 +18,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_util::codec::{Framed, LengthDelimitedCodec};
 
 use super::wire::{LINK_VERSION, MAX_FRAME};
-
-/// Values may be nested so deep. vLLM's arguments and results are nested a few levels.
-const MAX_DEPTH: usize = 128;
+use crate::msgpack::decode;
 
 /// A link is over, and why. Names the peer.
 #[derive(Debug, Error)]
@@ -138,6 +136,23 @@ pub(super) fn encode(message: &impl Serialize) -> Result<Bytes, String> {
     Ok(Bytes::from(frame))
 }
 
+/// For `crate::fuzz`: a frame as each side reads it.
+#[cfg(any(test, feature = "test-support"))]
+pub(crate) fn fuzz(frame: &[u8]) -> bool {
+    fn read<T: Serialize + DeserializeOwned>(frame: &[u8]) -> bool {
+        let Ok(message) = decode::<T>(frame) else {
+            return false;
+        };
+        // Texts of the values of calls need not be UTF-8, and then grow.
+        if let Ok(first) = encode(&message) {
+            let second = encode(&decode::<T>(&first).expect("own encoding")).expect("as long as the first");
+            assert_eq!(first, second, "read otherwise than written");
+        }
+        true
+    }
+    read::<super::wire::Down>(frame) | read::<super::wire::Up>(frame)
+}
+
 /// A connection in use: a queue of frames to be written, and what comes in. Nothing of it blocks; all progress
 /// is made in [`Wire::next`].
 pub(super) struct Wire {
@@ -179,9 +194,7 @@ impl Wire {
             })
         })
         .await?;
-        let mut decoder = rmp_serde::Deserializer::from_read_ref(&frame);
-        decoder.set_max_depth(MAX_DEPTH);
-        T::deserialize(&mut decoder).map_err(|error| LinkError::Garbage {
+        decode(&frame).map_err(|error| LinkError::Garbage {
             peer: self.peer(),
             length: frame.len(),
             detail: error.to_string(),

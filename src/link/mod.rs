@@ -13,6 +13,8 @@ pub mod server;
 mod tests;
 pub mod wire;
 
+#[cfg(any(test, feature = "test-support"))]
+pub(crate) use codec::fuzz;
 pub use codec::{LinkError, LinkStream};
 
 use dp_sidecar_protocol::output::{OutputsView, reports_load};

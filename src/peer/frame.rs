@@ -8,6 +8,8 @@ use serde::de::DeserializeOwned;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 
+use crate::msgpack;
+
 /// Longest frame of an introduction, in bytes.
 const LONGEST: u32 = 256 * 1024;
 
@@ -47,12 +49,35 @@ where
         }
         let mut body = vec![0; length as usize];
         stream.read_exact(&mut body).await?;
-        rmp_serde::from_slice(&body).map_err(|error| invalid(error.to_string()))
+        msgpack::decode(&body).map_err(|error| invalid(error.to_string()))
     };
     match timeout(limit, frame).await {
         Ok(read) => read,
         Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("nothing for {limit:?}"))),
     }
+}
+
+/// For `crate::fuzz`: the first frame of a follower, and the words of a leader.
+#[cfg(any(test, feature = "test-support"))]
+pub(crate) fn fuzz(data: &[u8]) -> bool {
+    use super::introduction::{Introduction, Word};
+    use crate::fuzz::{exchange, run};
+
+    const SOON: Duration = Duration::from_secs(60);
+    async fn one<T>(data: &[u8]) -> bool
+    where
+        T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug,
+    {
+        let Ok(value) = exchange(data, async |mut stream| read::<_, T>(&mut stream, SOON).await).await else {
+            return false;
+        };
+        let mut frame = Vec::new();
+        write(&mut frame, &value, SOON).await.expect("it came in a frame");
+        let again = exchange(&frame, async |mut stream| read::<_, T>(&mut stream, SOON).await).await;
+        assert_eq!(again.expect("own encoding"), value);
+        true
+    }
+    run(async { one::<Introduction>(data).await | one::<Word>(data).await })
 }
 
 #[cfg(test)]

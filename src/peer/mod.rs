@@ -14,4 +14,6 @@ mod stream;
 mod tests;
 pub mod token;
 
+#[cfg(any(test, feature = "test-support"))]
+pub(crate) use frame::fuzz;
 pub use stream::PeerStream;

@@ -35,6 +35,10 @@ pub use adapters::remove_adapters;
 pub use config::{CHUNK, HopAuth, HopSide, NoAuth, SHM_DIR, StageConfig};
 pub use digest::Digest;
 pub use error::StageError;
+#[cfg(test)]
+pub(crate) use hop::wire::corpus as hop_corpus;
+#[cfg(any(test, feature = "test-support"))]
+pub(crate) use hop::wire::fuzz as fuzz_hop;
 
 /// Commands waiting for the task.
 const COMMANDS: usize = 16;

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::super::digest::Digest;
 use super::super::layout::FileSize;
+use crate::msgpack;
 
 /// Version of the hop. Another one is refused.
 pub(in super::super) const HOP_VERSION: u32 = 1;
@@ -128,9 +129,14 @@ impl Line {
         let length = u32::from_be_bytes(length);
         match kind {
             CONTROL if length <= MAX_CONTROL => {
-                let mut payload = vec![0; length as usize];
-                self.read(&mut payload, tick)?;
-                let value = rmp_serde::from_slice(&payload);
+                let (mut payload, length) = (Vec::new(), length as usize);
+                // The length is only declared: room is taken for what has come.
+                while payload.len() < length {
+                    let from = payload.len();
+                    payload.resize(length.min(from + PIECE), 0);
+                    self.read(&mut payload[from..], tick)?;
+                }
+                let value = msgpack::decode(&payload);
                 value.map(Incoming::Control).map_err(|error| LineError::Garbage(error.to_string()))
             }
             DATA if length >= 4 => {
@@ -279,6 +285,74 @@ pub(super) fn chunks(packed: &[u8]) -> Result<Vec<u32>, LineError> {
         return Err(LineError::Garbage(format!("{} bytes of chunk numbers", packed.len())));
     }
     Ok(chunks.iter().map(|chunk| u32::from_be_bytes(*chunk)).collect())
+}
+
+/// For `crate::fuzz`: a control frame of either side with what is packed in it, and the plan laid out.
+#[cfg(any(test, feature = "test-support"))]
+pub(crate) fn fuzz(data: &[u8]) -> bool {
+    use super::super::layout::Layout;
+
+    fn again<T: Serialize + DeserializeOwned>(value: &T) {
+        let first = rmp_serde::to_vec_named(value).expect("it was decoded");
+        let second: T = msgpack::decode(&first).expect("own encoding");
+        assert_eq!(first, rmp_serde::to_vec_named(&second).expect("it was decoded"));
+    }
+    let down = msgpack::decode::<Down>(data);
+    if let Ok(down) = &down {
+        again(down);
+        match down {
+            Down::Known(packed) => {
+                if let Ok(known) = entries(packed) {
+                    assert_eq!(pack_entries(&known), packed);
+                }
+            }
+            Down::Plan { chunk, files, .. } => {
+                if let Ok(layout) = Layout::new(*chunk, files.clone()) {
+                    assert!(layout.segment_size() >= layout.bytes());
+                    let last = layout.chunks() - 1;
+                    let (file, from) = layout.place(last);
+                    assert_eq!(from + u64::from(layout.length(last)), layout.files()[file].size);
+                }
+            }
+            _ => {}
+        }
+    }
+    let up = msgpack::decode::<Up>(data);
+    if let Ok(up) = &up {
+        again(up);
+        if let Up::Want(packed) = up
+            && let Ok(wanted) = chunks(packed)
+        {
+            assert_eq!(pack_chunks(&wanted), packed);
+        }
+    }
+    down.is_ok() || up.is_ok()
+}
+
+/// For `crate::fuzz`: control frames of both sides.
+#[cfg(test)]
+pub(crate) fn corpus() -> Vec<Vec<u8>> {
+    let down = |frame: &Down| rmp_serde::to_vec_named(frame).unwrap();
+    let up = |frame: &Up| rmp_serde::to_vec_named(frame).unwrap();
+    let files = vec![FileSize { name: "model.safetensors".to_owned(), size: 10 << 20 }];
+    let plan = |chunk, files| Down::Plan {
+        version: HOP_VERSION,
+        id: "u".to_owned(),
+        node: "n".to_owned(),
+        chunk,
+        files,
+    };
+    vec![
+        down(&plan(4 << 20, files.clone())),
+        down(&plan(0, files)),
+        down(&Down::Known(pack_entries(&[(0, Digest::of(b"a")), (7, Digest::of(b"b"))]))),
+        down(&Down::AllKnown("digest".to_owned())),
+        down(&Down::Ping),
+        up(&Up::Accept { node: "n".to_owned() }),
+        up(&Up::Want(pack_chunks(&[0, 1, 9]))),
+        up(&Up::Done),
+        up(&Up::Failed("no room".to_owned())),
+    ]
 }
 
 #[cfg(test)]

@@ -10,6 +10,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::msgpack;
+
 /// Version byte of every frame. A keeper of another version is stopped and replaced.
 pub const KEEPER_PROTOCOL: u8 = 2;
 
@@ -284,7 +286,7 @@ pub fn decode<T: DeserializeOwned>(buffer: &mut Vec<u8>) -> Result<Option<T>, Wi
     }
     let frame: Vec<u8> = buffer.drain(..4 + length).skip(4).collect();
     match frame.split_first() {
-        Some((&KEEPER_PROTOCOL, body)) => Ok(Some(rmp_serde::from_slice(body)?)),
+        Some((&KEEPER_PROTOCOL, body)) => Ok(Some(msgpack::decode(body)?)),
         Some((&version, _)) => Err(WireError::Version(version)),
         None => Err(WireError::Length(0)),
     }
