@@ -4,6 +4,7 @@
 //! `protocol/docs/weight-update.md`.
 
 mod digest;
+mod fit;
 #[cfg(test)]
 pub(crate) mod tests;
 
@@ -155,6 +156,14 @@ pub enum Fault {
         name: String,
         /// The file.
         file: String,
+    },
+    /// The matrices of an adapter do not fit each other or the module.
+    #[error("{module}: {reason}")]
+    Misfit {
+        /// The module's name in the model.
+        module: String,
+        /// Both shapes, or what is missing.
+        reason: String,
     },
 }
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from test_checkpoint import WHOLE, A, B, write
 
-from dp_sidecar_shim import reload, worker
-from dp_sidecar_shim.checkpoint import Checkpoint, CheckpointError, Consumption, tensors
-from dp_sidecar_shim.segment import ExtentError, HeldError, Segment
+from dp_sidecar_shim import PROTOCOL, reload, worker
+from dp_sidecar_shim.calls import ShimError
+from dp_sidecar_shim.checkpoint import Checkpoint, Consumption, tensors
+from dp_sidecar_shim.segment import Segment
 
 torch = pytest.importorskip("torch")
 
@@ -102,7 +103,7 @@ def test_a_tensor_that_is_kept_keeps_the_map_and_is_reported(two_files):
     segment, files, extents = two_files
     source = Segment(str(segment), files, extents)
     kept = [tensor for _, tensor in tensors(source, Consumption("none"))]
-    with pytest.raises(HeldError):
+    with pytest.raises(ShimError, match="still in use"):
         source.close()
     kept.clear()
     source.close()
@@ -111,26 +112,27 @@ def test_a_tensor_that_is_kept_keeps_the_map_and_is_reported(two_files):
 
 
 @pytest.mark.parametrize(
-    ("extents", "error", "says"),
+    ("extents", "kind", "says"),
     [
-        ([(0, 10)], ExtentError, "2 files and 1 extents"),
-        ([(0, 200), (199, 200)], ExtentError, "within another"),
-        ([(4096, 1 << 40), (0, 100)], CheckpointError, "should end at byte"),
-        ([(4096, 20), (0, 100)], CheckpointError, "no complete safetensors file"),
-        ([(4096, 4), (0, 100)], CheckpointError, "no safetensors file"),
+        ([(0, 10)], "request", "2 files and 1 extents"),
+        ([(0, 200), (199, 200)], "request", "within another"),
+        ([(4096, 1 << 40), (0, 100)], "files", "should end at byte"),
+        ([(4096, 20), (0, 100)], "files", "no complete safetensors file"),
+        ([(4096, 4), (0, 100)], "files", "no complete safetensors file"),
     ],
 )
-def test_extents_that_make_no_sense_are_refused(two_files, extents, error, says):
+def test_extents_that_make_no_sense_are_refused(two_files, extents, kind, says):
     segment, files, _ = two_files
-    with pytest.raises(error, match=says):
+    with pytest.raises(ShimError, match=says) as refused:
         Segment(str(segment), files, extents)
+    assert refused.value.error_kind == kind
     assert not mapped(segment)
 
 
 def test_a_tensor_must_not_reach_beyond_its_files_extent(two_files):
     segment, files, extents = two_files
     (first, (offset, length)) = extents
-    with pytest.raises(CheckpointError, match="truncated"):
+    with pytest.raises(ShimError, match="truncated"):
         Segment(str(segment), files, [first, (offset, length - 1)])
     assert not mapped(segment)
 
@@ -139,7 +141,7 @@ def test_a_tensor_must_not_reach_beyond_its_files_extent(two_files):
 def test_a_segment_that_is_missing_or_empty_is_named(tmp_path, content):
     if content is not None:
         (tmp_path / "segment").write_bytes(content)
-    with pytest.raises(CheckpointError, match="segment"):
+    with pytest.raises(ShimError, match="segment"):
         Segment(str(tmp_path / "segment"), ["a"], [(0, 8)])
 
 
@@ -166,7 +168,7 @@ def load(monkeypatch, two_files):
     def call(take, **changes):
         who = FakeWorker(take)
         request = {
-            "protocol": 2,
+            "protocol": PROTOCOL,
             "path": str(segment),
             "files": files,
             "extents": [list(extent) for extent in extents],
@@ -270,5 +272,5 @@ def test_a_segment_in_shared_memory_works_alike(two_files):
 def test_a_header_is_not_believed(tmp_path):
     for raw in (struct.pack("<Q", 1 << 63) + b"{}", struct.pack("<Q", 2) + b"[]"):
         (tmp_path / "segment").write_bytes(raw)
-        with pytest.raises(CheckpointError):
+        with pytest.raises(ShimError):
             Segment(str(tmp_path / "segment"), ["a"], [(0, len(raw))])

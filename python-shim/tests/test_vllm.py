@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from dp_sidecar_shim import PROTOCOL
 from dp_sidecar_shim.checkpoint import Checkpoint, Consumption, tensors
 
 REPO = Path(__file__).resolve().parents[2]
@@ -32,7 +33,7 @@ def request_for(directory: Path, **changes) -> dict:
         for _ in tensors(checkpoint, account):
             pass
     request = {
-        "protocol": 2,
+        "protocol": PROTOCOL,
         "update_id": "test",
         "path": str(directory),
         "files": ["model.safetensors"],
@@ -134,7 +135,7 @@ def test_info_says_who_the_worker_is(engine):
     assert info["model_path"] == os.path.realpath(engine.models / f"{engine.kind}-0")
     assert (info["dp_rank"], info["rank"], info["world_size"]) == (0, 0, 1)
     assert info["vllm_version"].startswith("0.")
-    assert info["protocol"] == 2
+    assert info["protocol"] == PROTOCOL
 
 
 def test_a_load_takes_over_exactly_the_new_weights(engine, references):

@@ -80,7 +80,7 @@ impl FakeRank {
         let engine = Arc::new(Mutex::new(Engine {
             log: Vec::new(),
             model_path: model_path.to_owned(),
-            shim_protocol: Some(2),
+            shim_protocol: Some(3),
             weights: model_path.to_owned(),
             version: "default".to_owned(),
             paused: false,

@@ -265,3 +265,53 @@ fn a_consolidated_copy_beside_other_files_does_not_count() {
     assert_eq!(manifest.files[0].name, "model.safetensors");
     assert_eq!(manifest.files.len(), 1);
 }
+
+#[test]
+fn an_adapter_that_does_not_fit_the_model_is_refused() {
+    let half = |module: &'static str, half: &'static str, shape: [usize; 2]| {
+        let name = format!("base_model.model.{module}.lora_{half}.weight");
+        let len = 2 * (shape[0] * shape[1]) as u64;
+        Tensor { file: 0, name, dtype: "BF16".to_owned(), shape: shape.to_vec(), start: 0, len }
+    };
+    let manifest = |tensors| Manifest { path: PathBuf::from("/m"), files: Vec::new(), tensors };
+    let weight = |name: &str, dtype: &str| Tensor {
+        file: 0,
+        name: name.to_owned(),
+        dtype: dtype.to_owned(),
+        shape: vec![16, 8],
+        start: 0,
+        len: 0,
+    };
+    // The shape of a packed weight is not that of the matrix.
+    let model = manifest(vec![weight("m.q.weight", "BF16"), weight("m.packed.weight", "U8")]);
+    let cases = [
+        (vec![half("m.q", "A", [4, 8]), half("m.q", "B", [16, 4])], None),
+        (vec![half("m.q", "A", [4, 8])], Some("m.q: has no lora_B")),
+        (vec![half("m.q", "B", [16, 4])], Some("m.q: has no lora_A")),
+        (
+            vec![half("m.q", "A", [4, 8]), half("m.q", "B", [16, 3])],
+            Some("m.q: lora_A has rank 4, lora_B has 3"),
+        ),
+        (
+            vec![half("m.q", "A", [4, 8]), half("m.q", "B", [15, 4])],
+            Some("m.q: 16 x 8 in the model, 15 x 8 in the adapter"),
+        ),
+        (
+            vec![half("m.q", "A", [4, 9]), half("m.q", "B", [16, 4])],
+            Some("m.q: 16 x 8 in the model, 16 x 9 in the adapter"),
+        ),
+        (vec![half("elsewhere", "A", [4, 9]), half("elsewhere", "B", [1, 4])], None),
+        (vec![half("m.packed", "A", [4, 9]), half("m.packed", "B", [1, 4])], None),
+    ];
+    for (tensors, expected) in cases {
+        let adapter = manifest(tensors);
+        let fault = adapter.check_adapter(Some(&model)).err().map(|error| error.to_string());
+        match expected {
+            None => assert_eq!(fault, None),
+            Some(text) => assert_eq!(fault, Some(format!("checkpoint /m: 1 tensor fault: {text}"))),
+        }
+        // Without the model the halves are still compared with each other.
+        let alone = adapter.check_adapter(None).is_err();
+        assert_eq!(alone, expected.is_some_and(|text| text.contains("lora_")), "{expected:?}");
+    }
+}

@@ -6,6 +6,7 @@ The engines are told through a frontend's `/collective_rpc`, which reaches all r
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ COUNT = 12
 
 def told(frontend: Frontend, op: str, folder: Path | None = None, **changes) -> None:
     """Send a request to the workers of all engines. vLLM hands back the first engine's answers."""
-    request = {"protocol": 2, "update_id": op, "op": op, "name": "style", "id": 1 << 30}
+    request = {"protocol": 3, "update_id": op, "op": op, "name": "style", "id": 1 << 30}
     if folder is not None:
         raw = (folder / FILE).read_bytes()
         header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
@@ -31,12 +32,25 @@ def told(frontend: Frontend, op: str, folder: Path | None = None, **changes) -> 
             if name != "__metadata__"
         ]
         request.update(path=str(folder), tensors=len(lengths), bytes=sum(lengths))
-        request.update(files=[FILE], digest_kind="none")
+        config = (folder / "adapter_config.json").read_text()
+        request.update(files=[FILE], digest_kind="none", config=config)
     body = {"method": "dp_sidecar_lora", "kwargs": {"request": {**request, **changes}}}
     status, text = http_post(frontend.http_port, "/collective_rpc", body, STEP_LIMIT)
     assert status == 200, text
     [answer] = json.loads(text)["results"]
     assert answer["ok"], answer
+
+
+def cut_short(source: Path, target: Path) -> Path:
+    """A copy of an adapter in which one matrix has half of its rows."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, target)
+    content = load_file(target / FILE)
+    name = "base_model.model.model.layers.0.self_attn.o_proj.lora_B.weight"
+    content[name] = content[name][: len(content[name]) // 2].clone()
+    save_file(content, target / FILE)
+    return target
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +107,14 @@ def test_adapters_reach_every_rank_and_every_frontend_by_name(
         beta.wait_ready()
         check(beta, adapters, "style", "lora-1")
         check(beta, adapters, "other", "lora-2")
+
+        # The engines would take half a matrix without an error. The sidecar does not.
+        bad = cut_short(world.models / "lora-2", tmp_path_factory.mktemp("bad") / "adapter")
+        refused = sidecar.cli("update", "--lora", f"style={bad}")
+        assert refused.returncode != 0
+        said = refused.stdout + refused.stderr
+        assert "128 x 128 in the model, 64 x 128 in the adapter" in said, said
+        check(alpha, adapters, "style", "lora-1")
 
         told(alpha, "replace", world.models / "lora-2")
         for frontend in (alpha, beta):

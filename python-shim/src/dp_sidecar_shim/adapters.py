@@ -1,9 +1,8 @@
 """Keeps LoRA adapters by name inside vLLM's LoRA manager.
 
-Frontends number adapters themselves, and vLLM's manager knows numbers only. So the method that
-reads an adapter is wrapped (`_load_adapter` of vllm/lora/worker_manager.py, 0.11.0 to 0.33.0):
-for a name that the sidecar brought it gives the sidecar's weights under whatever number is asked
-for, from memory; otherwise it does what it always did, and the name is noted.
+Frontends number adapters themselves, and vLLM's manager knows numbers only. The wrapped method
+(`_load_adapter` of vllm/lora/worker_manager.py, 0.11.0 to 0.33.0) gives the sidecar's weights, from
+memory, for a name that the sidecar brought, under any number; else it does what it always did.
 """
 
 from __future__ import annotations
@@ -30,12 +29,8 @@ REMEMBERED = 8
 class Adapter:
     """An adapter that the sidecar brought, complete in CPU memory."""
 
-    name: str
-    update_id: str
-    path: str
-    tensors: int
-    bytes: int
-    digest: str | None
+    # What `list` answers: name, update_id, path, tensors, bytes, digest.
+    facts: dict[str, Any]
     # Equal for equal tensors and configuration.
     fingerprint: str
     model: Any
@@ -47,29 +42,23 @@ class Adapter:
         return model
 
 
-@dataclass(frozen=True)
-class WayBack:
-    """What was there before an update touched a name."""
-
-    update_id: str
-    before: Adapter | None
-
-
 @dataclass
 class Adapters:
-    """The sidecar's adapters of one worker."""
+    """The sidecar's adapters of one worker, beside vLLM's manager of all its adapters."""
 
+    manager: Any
     managed: dict[str, Adapter] = field(default_factory=dict)
-    ways_back: dict[str, WayBack] = field(default_factory=dict)
+    # The update that touched a name last, and what it found.
+    ways_back: dict[str, tuple[str, Adapter | None]] = field(default_factory=dict)
     removed: OrderedDict[str, Adapter] = field(default_factory=OrderedDict)
     # Number -> the name that was last loaded under it, by whomever.
     names: dict[int, str] = field(default_factory=dict)
     # vLLM is preparing a step: what fails now ends the engine.
     stepping: bool = False
 
-    def numbers(self, manager: Any, name: str) -> list[int]:
+    def numbers(self, name: str) -> list[int]:
         """Numbers under which the manager holds the name now."""
-        return sorted(n for n in manager.list_adapters() if self.names.get(n) == name)
+        return sorted(n for n in self.manager.list_adapters() if self.names.get(n) == name)
 
     def keep(self, name: str, adapter: Adapter | None, remember: bool = False) -> None:
         """Make this the sidecar's adapter of the name, or forget the name.
@@ -89,9 +78,7 @@ class Adapters:
         """What vLLM gets for a request: ours, or what `read` gives."""
         name, number = request.lora_name, request.lora_int_id
         adapter = self.managed.get(name)
-        if adapter is not None:
-            model = adapter.numbered(number)
-        else:
+        if adapter is None:
             try:
                 if str(request.lora_path).startswith(SCHEME):
                     raise _not_found(request)
@@ -100,13 +87,10 @@ class Adapters:
                 adapter = self.removed.get(name) if self.stepping else None
                 if adapter is None:
                     raise
-                _logger.warning(
-                    "dp-sidecar: adapter %s was removed, and a request still names it (%s): "
-                    "serving its last weights",
-                    name,
-                    error,
-                )
-                model = adapter.numbered(number)
+                text = "dp-sidecar: adapter %s was removed, serving a late request with it (%s)"
+                _logger.warning(text, name, error)
+        if adapter is not None:
+            model = adapter.numbered(number)
         self.names[number] = name
         return model
 
@@ -121,15 +105,14 @@ def _not_found(request: Any) -> Exception:
 
 def of(manager: Any) -> Adapters:
     """The adapters of a worker's LoRA manager."""
-    found = getattr(manager, ATTRIBUTE, None)
-    if not isinstance(found, Adapters):
-        found = Adapters()
-        setattr(manager, ATTRIBUTE, found)
-    return found
+    if not hasattr(manager, ATTRIBUTE):
+        setattr(manager, ATTRIBUTE, Adapters(manager))
+    return getattr(manager, ATTRIBUTE)
 
 
-def wrap(manager_class: Any) -> None:
-    """Wrap the manager's methods, once. Without the methods nothing is done."""
+def wrap(module: Any) -> None:
+    """Wrap the methods of the module's manager, once. Without the methods nothing is done."""
+    manager_class = module.WorkerLoRAManager
     original = manager_class.__dict__.get("_load_adapter")
     if original is None or hasattr(original, ATTRIBUTE):
         return

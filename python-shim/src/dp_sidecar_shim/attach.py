@@ -13,6 +13,8 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from dp_sidecar_shim import adapters, resolver
+
 _logger = logging.getLogger("vllm.dp_sidecar")
 
 WORKER_MODULE = "vllm.v1.worker.worker_base"
@@ -34,8 +36,8 @@ def _attachments() -> dict[str, tuple[str, Any]]:
     # Module -> a name that is in it once it has run, and what to do with it then.
     return {
         WORKER_MODULE: ("WorkerBase", _give_methods),
-        MANAGER_MODULE: ("LRUCacheWorkerLoRAManager", _wrap_manager),
-        RESOLVER_MODULE: ("LoRAResolverRegistry", _register_resolver),
+        MANAGER_MODULE: ("LRUCacheWorkerLoRAManager", adapters.wrap),
+        RESOLVER_MODULE: ("LoRAResolverRegistry", resolver.register),
     }
 
 
@@ -51,21 +53,8 @@ def _attach_to(name: str) -> bool:
 def _give_methods(module: ModuleType) -> None:
     # On the base class, so that every platform's worker has them, and beside, not instead of, a
     # --worker-extension-cls.
-    module.WorkerBase.dp_sidecar_info = dp_sidecar_info
-    module.WorkerBase.dp_sidecar_load = dp_sidecar_load
-    module.WorkerBase.dp_sidecar_lora = dp_sidecar_lora
-
-
-def _wrap_manager(module: ModuleType) -> None:
-    from dp_sidecar_shim import adapters
-
-    adapters.wrap(module.WorkerLoRAManager)
-
-
-def _register_resolver(module: ModuleType) -> None:
-    from dp_sidecar_shim import resolver
-
-    resolver.register(module)
+    for method in (dp_sidecar_info, dp_sidecar_load, dp_sidecar_lora):
+        setattr(module.WorkerBase, method.__name__, method)
 
 
 class _WaitForModules(importlib.abc.MetaPathFinder):
@@ -97,22 +86,22 @@ class _WaitForModules(importlib.abc.MetaPathFinder):
         return spec
 
 
+# The methods, see protocol/docs/weight-update.md. None of them raises.
+
+
 def dp_sidecar_info(self: Any) -> dict[str, Any]:
-    """`dp_sidecar_info` of protocol/docs/weight-update.md; never raises."""
     from dp_sidecar_shim import worker
 
     return worker.info(self)
 
 
 def dp_sidecar_load(self: Any, request: Any = None) -> dict[str, Any]:
-    """`dp_sidecar_load` of protocol/docs/weight-update.md; never raises."""
     from dp_sidecar_shim import worker
 
     return worker.load(self, request)
 
 
 def dp_sidecar_lora(self: Any, request: Any = None) -> dict[str, Any]:
-    """`dp_sidecar_lora` of protocol/docs/weight-update.md; never raises."""
     from dp_sidecar_shim import lora
 
     return lora.lora(self, request)

@@ -1,22 +1,27 @@
 """Reads safetensors files tensor by tensor and hashes exactly the bytes it hands out.
 
 The tensors are copies of the file's bytes, not views of a mapping: what was hashed is what gets
-loaded even if somebody rewrites the file meanwhile, and a truncated file is an error, not SIGBUS.
+loaded even if the file is rewritten meanwhile, and a truncated file is an error, not SIGBUS.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from dp_sidecar_shim.header import DTYPES, CheckpointError, Entry, entries
+from dp_sidecar_shim.calls import ShimError, files_of
+from dp_sidecar_shim.header import DTYPES, Entry, entries
 
 if TYPE_CHECKING:
     import torch
 
+    from dp_sidecar_shim.segment import Segment
 
-class Checkpoint:
+
+class Checkpoint(contextlib.AbstractContextManager):
     """Open files of a checkpoint directory, in loading order. Use as a context manager."""
 
     def __init__(self, path: str, files: list[str]) -> None:
@@ -24,17 +29,18 @@ class Checkpoint:
         self._descriptors: dict[str, int] = {}
         try:
             for file in files:
-                if os.path.basename(file) != file or file in ("", ".", ".."):
-                    raise CheckpointError(f"{file!r} is not a file name")
-                if file in self._descriptors:
-                    raise CheckpointError(f"{file} is listed twice")
-                self._open(path, file)
+                with files_of(f"{file} in {path}"):
+                    if os.path.basename(file) != file or file in ("", ".", ".."):
+                        raise ValueError("not a file name")
+                    if file in self._descriptors:
+                        raise ValueError("listed twice")
+                    descriptor = os.open(os.path.join(path, file), os.O_RDONLY | os.O_CLOEXEC)
+                    self._descriptors[file] = descriptor
+                    size = os.fstat(descriptor).st_size
+                    self.entries += entries(file, partial(_read, descriptor), 0, size)
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Checkpoint:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -44,93 +50,44 @@ class Checkpoint:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
-    @property
-    def bytes(self) -> int:
-        """Sum of the tensors' byte lengths."""
-        return sum(entry.length for entry in self.entries)
-
-    def _open(self, path: str, file: str) -> None:
-        try:
-            descriptor = os.open(os.path.join(path, file), os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"cannot open {file} in {path}: {error.strerror}") from error
-        self._descriptors[file] = descriptor
-        try:
-            size = os.fstat(descriptor).st_size
-            self.entries.extend(entries(file, size, lambda at, n: _read(descriptor, at, n)))
-        except OSError as error:
-            raise CheckpointError(f"cannot read {file} in {path}: {error.strerror}") from error
-
-    def read(self, entry: Entry) -> tuple[torch.Tensor, Any]:
-        """One tensor, on the CPU, and its bytes as they lie in the file (a buffer)."""
+    def read(self, entry: Entry) -> torch.Tensor:
+        """The bytes of one tensor, in CPU memory."""
         import torch
 
         raw = torch.empty(entry.length, dtype=torch.uint8, device="cpu")
-        buffer = memoryview(raw.numpy())
-        done = 0
-        while done < entry.length:
-            try:
-                got = os.preadv(self._descriptors[entry.file], [buffer[done:]], entry.offset + done)
-            except OSError as error:
-                raise CheckpointError(f"cannot read {entry.file}: {error.strerror}") from error
-            if got == 0:
-                raise CheckpointError(
-                    f"{entry.file} ends inside tensor {entry.name}: "
-                    f"expected {entry.length} bytes, got {done}"
-                )
-            done += got
-        dtype = getattr(torch, DTYPES[entry.dtype])
-        return raw.view(dtype).reshape(entry.shape), buffer
+        with files_of(entry.file):
+            got = _fill(self._descriptors[entry.file], memoryview(raw.numpy()), entry.offset)
+            if got < entry.length:
+                raise ValueError(f"ends inside tensor {entry.name}: {got} of {entry.length} bytes")
+        return raw
+
+
+def _fill(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Read until the buffer is full or the file ends; gives the number of bytes."""
+    done = 0
+    while done < len(buffer) and (got := os.preadv(descriptor, [buffer[done:]], offset + done)):
+        done += got
+    return done
 
 
 def _read(descriptor: int, offset: int, length: int) -> bytes:
-    parts = []
-    while length > 0:
-        part = os.pread(descriptor, length, offset)
-        if not part:
-            break
-        parts.append(part)
-        length -= len(part)
-        offset += len(part)
-    return b"".join(parts)
-
-
-class Source(Protocol):
-    """Checked files that give their tensors one by one: a `Checkpoint` or a `Segment`."""
-
-    entries: list[Entry]
-
-    @property
-    def bytes(self) -> int:
-        """Sum of the tensors' byte lengths."""
-        ...
-
-    def read(self, entry: Entry) -> tuple[torch.Tensor, Any]:
-        """One tensor, on the CPU, and its bytes as they lie in the file (a buffer)."""
-        ...
-
-    def close(self) -> None:
-        """Give up files and maps."""
-        ...
+    buffer = bytearray(length)
+    return bytes(buffer[: _fill(descriptor, memoryview(buffer), offset)])
 
 
 class Consumption:
     """Counts and hashes the tensors that a loader takes."""
 
     def __init__(self, kind: str) -> None:
-        self.tensors = 0
-        self.bytes = 0
-        self.kind = "none"
+        self.tensors = self.bytes = 0
         self._lines: list[tuple[str, bytes]] = []
         self._blake3: Any = None
         if kind == "blake3":
-            try:
+            with contextlib.suppress(ImportError):
                 from blake3 import blake3
-            except ImportError:
-                pass
-            else:
+
                 self._blake3 = blake3
-                self.kind = "blake3"
+        self.kind = "blake3" if self._blake3 else "none"
 
     def take(self, entry: Entry, buffer: Any) -> None:
         """Account for one tensor."""
@@ -151,10 +108,33 @@ class Consumption:
             whole.update(line)
         return whole.hexdigest()
 
+    def compare(self, answer: dict[str, Any], request: dict[str, Any]) -> None:
+        """Write down what was taken. Raises unless it is what the request says."""
+        answer.update(tensors=self.tensors, bytes=self.bytes, digest=self.digest())
+        compare_counts(self.tensors, self.bytes, request)
+        if self._blake3 is not None and request.get("digest") not in (None, answer["digest"]):
+            expected = request["digest"]
+            raise ShimError("mismatch", f"digest is {answer['digest']}, expected {expected}")
 
-def tensors(checkpoint: Source, account: Consumption) -> Iterator[tuple[str, torch.Tensor]]:
+
+def compare_counts(tensors: int, size: int, request: dict[str, Any]) -> None:
+    """Raise unless the request is for so many tensors and bytes."""
+    if (tensors, size) != (request["tensors"], request["bytes"]):
+        expected = f"expected {request['tensors']} of {request['bytes']}"
+        raise ShimError("mismatch", f"{tensors} tensors of {size} bytes, {expected}")
+
+
+def tensors(
+    source: Checkpoint | Segment, account: Consumption
+) -> Iterator[tuple[str, torch.Tensor]]:
     """What vLLM's `reload_weights(weights_iterator=...)` wants, accounted for."""
-    for entry in checkpoint.entries:
-        tensor, buffer = checkpoint.read(entry)
-        account.take(entry, buffer)
-        yield entry.name, tensor
+    import torch
+
+    for entry in source.entries:
+        raw = source.read(entry)
+        account.take(entry, memoryview(raw.numpy()))
+        dtype = getattr(torch, DTYPES[entry.dtype])
+        if raw.data_ptr() % dtype.itemsize:
+            # Kernels may count on aligned elements.
+            raw = raw.clone()
+        yield entry.name, raw.view(dtype).reshape(entry.shape)

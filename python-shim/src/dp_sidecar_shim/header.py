@@ -3,44 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
+
+from dp_sidecar_shim.calls import is_count
 
 # Spelling in a safetensors header -> name in torch. Packed sub-byte types are not here: no vLLM
 # checkpoint has them as such (they are stored as U8 or I32).
-DTYPES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "U16": "uint16",
-    "I16": "int16",
-    "U32": "uint32",
-    "I32": "int32",
-    "U64": "uint64",
-    "I64": "int64",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-    "C64": "complex64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E8M0": "float8_e8m0fnu",
-}
+_DTYPES = """
+BOOL=bool U8=uint8 I8=int8 U16=uint16 I16=int16 U32=uint32 I32=int32 U64=uint64 I64=int64
+F16=float16 BF16=bfloat16 F32=float32 F64=float64 C64=complex64 F8_E4M3=float8_e4m3fn
+F8_E4M3FNUZ=float8_e4m3fnuz F8_E5M2=float8_e5m2 F8_E5M2FNUZ=float8_e5m2fnuz F8_E8M0=float8_e8m0fnu
+"""
+DTYPES = dict(pair.split("=") for pair in _DTYPES.split())
 # The format's own limit on the header.
 MAX_HEADER = 100_000_000
 
 
-class CheckpointError(Exception):
-    """A file is missing, unreadable or not what its header says."""
-
-    error_kind = "files"
-
-
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor: `length` bytes from `offset` on of what holds `file` (itself, or a segment)."""
 
     file: str
@@ -51,70 +32,38 @@ class Entry:
     length: int
 
 
-def entries(file: str, size: int, read: Callable[[int, int], bytes], base: int = 0) -> list[Entry]:
-    """Tensors of a file of `size` bytes by start offset, checked against its size and each other.
+def entries(file: str, read: Callable[[int, int], bytes], start: int, size: int) -> list[Entry]:
+    """Tensors of a file by offset, checked against its size and each other.
 
-    `read(offset, length)` gives bytes of the file, fewer at its end; `base` is added to the
-    tensors' offsets.
+    The file lies at `start` of what `read(offset, length)` reads. Raises many kinds of exceptions:
+    see `files_of`.
     """
     import torch
 
-    prefix = read(0, 8)
-    if len(prefix) != 8:
-        raise CheckpointError(f"{file} is no safetensors file: it has {size} bytes")
-    header_length = int.from_bytes(prefix, "little")
-    if header_length > min(MAX_HEADER, size - 8):
-        raise CheckpointError(
-            f"{file} is no complete safetensors file: "
-            f"its header should have {header_length} bytes, the file has {size}"
-        )
-    start = 8 + header_length
-    try:
-        found = []
-        for name, item in json.loads(read(8, header_length)).items():
-            if name == "__metadata__":
-                continue
-            begin, end = (_whole(number) for number in item["data_offsets"])
-            shape = tuple(_whole(dimension) for dimension in item["shape"])
-            dtype = str(item["dtype"])
-            found.append(Entry(file, name, dtype, shape, start + begin, end - begin))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file} has a malformed header: {error!r}") from error
-    for entry in found:
-        torch_dtype = getattr(torch, DTYPES.get(entry.dtype, ""), None)
-        if torch_dtype is None:
-            raise CheckpointError(f"{file}: tensor {entry.name} has unknown dtype {entry.dtype}")
-        elements = 1
-        for dimension in entry.shape:
-            elements *= dimension
-        expected = elements * torch_dtype.itemsize
-        if entry.length != expected:
-            raise CheckpointError(
-                f"{file}: tensor {entry.name} should have {expected} bytes, has {entry.length}"
-            )
-        if entry.offset + entry.length > size:
-            raise CheckpointError(
-                f"{file} is truncated: tensor {entry.name} ends at byte "
-                f"{entry.offset + entry.length}, the file at {size}"
-            )
+    header = int.from_bytes(read(start, 8), "little") if size >= 8 else size
+    if header > min(MAX_HEADER, size - 8):
+        raise ValueError(f"no complete safetensors file: it has {size} bytes")
+    found = []
+    at, end = start + 8 + header, start + size
+    for name, item in json.loads(read(start + 8, header)).items():
+        if name == "__metadata__":
+            continue
+        (begin, stop), shape = item["data_offsets"], tuple(item["shape"])
+        if not all(map(is_count, (begin, stop, *shape))):
+            raise ValueError(f"malformed header: tensor {name} is {item!r}")
+        dtype = getattr(torch, DTYPES.get(item["dtype"], ""), None)
+        if dtype is None:
+            raise ValueError(f"tensor {name} has unknown dtype {item['dtype']}")
+        expected = math.prod(shape) * dtype.itemsize
+        if stop - begin != expected:
+            raise ValueError(f"tensor {name} should have {expected} bytes, has {stop - begin}")
+        found.append(Entry(file, name, item["dtype"], shape, at + begin, expected))
     # By start; an empty tensor goes before what starts at the same byte, then by name.
     found.sort(key=lambda entry: (entry.offset, entry.length, entry.name))
-    end = start
     for entry in found:
-        if entry.offset < end:
-            raise CheckpointError(f"{file}: tensor {entry.name} overlaps the one before it")
-        end = entry.offset + entry.length
-    if base:
-        found = [
-            Entry(
-                entry.file, entry.name, entry.dtype, entry.shape, base + entry.offset, entry.length
-            )
-            for entry in found
-        ]
+        if entry.offset < at:
+            raise ValueError(f"tensor {entry.name} overlaps the one before it")
+        at = entry.offset + entry.length
+        if at > end:
+            raise ValueError(f"truncated: tensor {entry.name} ends {at - end} bytes after the file")
     return found
-
-
-def _whole(number: object) -> int:
-    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-        raise ValueError(f"{number!r} is no count")
-    return number

@@ -1,23 +1,20 @@
 """Runs vLLM's in-place reload and repairs what it leaves behind.
 
-Mirrors vllm/model_executor/model_loader/reload/layerwise.py of vLLM 0.32.0. Everything private
-there is looked up defensively: a name that is missing makes the cleanup "not possible", never an
-exception.
+Mirrors vllm/model_executor/model_loader/reload/layerwise.py of vLLM 0.32.0. A private name that is
+missing there makes the cleanup "not possible", never an exception.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 _logger = logging.getLogger("vllm.dp_sidecar")
-
-# The CPU platform packs expert weights on first load only from here on (unquantized MoE method,
-# `is_weight_update`). Below, it needs no help.
-FIRST_WITH_CPU_PACKING = (0, 28)
 
 
 def vllm_version() -> str:
@@ -27,21 +24,19 @@ def vllm_version() -> str:
     return str(getattr(vllm, "__version__", "unknown"))
 
 
-def version_tuple(text: str) -> tuple[int, ...]:
-    """Leading numbers of a version: 0.32.0+cpu -> (0, 32, 0)."""
-    numbers = []
-    for part in text.split("+")[0].split("."):
-        digits = "".join(c for c in part if c.isdigit()) if part[:1].isdigit() else ""
-        if not digits:
-            break
-        numbers.append(int(digits))
-    return tuple(numbers)
+def _at_least(*version: int) -> bool:
+    # 0.32.0+cpu -> (0, 32)
+    numbers = re.findall(r"\d+", vllm_version())[:2]
+    return tuple(map(int, numbers)) >= version
 
 
-def model_of(worker: Any) -> Any:
-    """The worker's model."""
-    get_model = getattr(worker, "get_model", None)
-    return get_model() if get_model is not None else worker.model_runner.get_model()
+def _model_of(worker: Any) -> Any:
+    return (worker if hasattr(worker, "get_model") else worker.model_runner).get_model()
+
+
+def _tensors_of(worker: Any) -> Iterator[Any]:
+    model = _model_of(worker)
+    return itertools.chain(model.parameters(), model.buffers())
 
 
 def reload_weights(worker: Any, weights: Iterable[tuple[str, Any]]) -> None:
@@ -49,21 +44,16 @@ def reload_weights(worker: Any, weights: Iterable[tuple[str, Any]]) -> None:
 
     On an exception the model is torn: call `clean_up`.
     """
-    with _context(worker), _packing(worker):
-        worker.reload_weights(weights_iterator=weights)
-
-
-@contextlib.contextmanager
-def _context(worker: Any) -> Iterator[None]:
-    # vLLM before 0.32 does not set its config for the loaders, before 0.25 not the device either.
     import torch
     from vllm.config import set_current_vllm_config
 
+    # vLLM before 0.32 does not set its config for the loaders, before 0.25 not the device either.
     with contextlib.ExitStack() as stack:
         stack.enter_context(set_current_vllm_config(worker.vllm_config))
-        if version_tuple(vllm_version()) < (0, 25):
+        if not _at_least(0, 25):
             stack.enter_context(torch.device(worker.device))
-        yield
+        stack.enter_context(_packing(worker))
+        worker.reload_weights(weights_iterator=weights)
 
 
 @contextlib.contextmanager
@@ -75,37 +65,37 @@ def _packing(worker: Any) -> Iterator[None]:
     """
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu() or version_tuple(vllm_version()) < FIRST_WITH_CPU_PACKING:
-        yield
-        return
-    watched: list[tuple[Any, Any, Any, list[bool]]] = []
-    for layer in model_of(worker).modules():
-        if not hasattr(layer, "w13_weight"):
-            continue
+    watched = []
+    # From 0.28 on vLLM packs at the first load only (unquantized MoE method, `is_weight_update`).
+    needed = current_platform.is_cpu() and _at_least(0, 28)
+    for layer in _model_of(worker).modules() if needed else ():
         kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
         experts = getattr(kernel, "fused_experts", None)
         pack = getattr(experts, "process_weights_after_loading", None)
-        if pack is None:
-            continue
-        called: list[bool] = []
-
-        def watch(
-            *args: Any, _pack: Any = pack, _called: list[bool] = called, **kwargs: Any
-        ) -> Any:
-            _called.append(True)
-            return _pack(*args, **kwargs)
-
-        experts.process_weights_after_loading = watch
-        watched.append((layer, experts, pack, called))
+        if pack is not None and hasattr(layer, "w13_weight"):
+            experts.process_weights_after_loading = watch = _Watched(pack)
+            watched.append((layer, experts, watch))
     try:
         yield
     finally:
-        for _, experts, _, _ in watched:
+        for _, experts, _ in watched:
             with contextlib.suppress(AttributeError):
                 del experts.process_weights_after_loading
-    for layer, _, pack, called in watched:
-        if not called:
-            pack(layer)
+    for layer, _, watch in watched:
+        if not watch.called:
+            watch.method(layer)
+
+
+class _Watched:
+    """A method, and whether it was called."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self.method = method
+        self.called = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.called = True
+        return self.method(*args, **kwargs)
 
 
 def clean_up(worker: Any) -> bool:
@@ -126,22 +116,23 @@ def clean_up(worker: Any) -> bool:
 
 def _restore_layers(worker: Any) -> None:
     layerwise = importlib.import_module("vllm.model_executor.model_loader.reload.layerwise")
-    infos = layerwise.LAYERWISE_INFO
-    place = layerwise._place_kernel_tensors
-    model = model_of(worker)
+    infos, place = layerwise.LAYERWISE_INFO, layerwise._place_kernel_tensors
+    model = _model_of(worker)
     if hasattr(model, "_original_do_torchao_reload"):
         model._do_torchao_reload = model._original_do_torchao_reload
     for layer in model.modules():
         # Not get_layerwise_info: that would create entries.
         info = infos.get(layer)
-        if info is None:
-            continue
-        if info.can_load() and info.kernel_tensors is not None:
-            place(layer, info)
-        info.reset()
-    loading = getattr(layerwise, "LOADING_LAYERS", None)
-    if loading is not None:
-        loading.clear()
+        if info is not None:
+            if info.can_load() and info.kernel_tensors is not None:
+                place(layer, info)
+            info.reset()
+    getattr(layerwise, "LOADING_LAYERS", set()).clear()
+
+
+def torn(worker: Any) -> bool:
+    """Whether any parameter or buffer of the model lies on the meta device."""
+    return any(getattr(tensor, "is_meta", False) for tensor in _tensors_of(worker))
 
 
 def let_go(worker: Any, source: Any) -> None:
@@ -149,38 +140,16 @@ def let_go(worker: Any, source: Any) -> None:
 
     Raises when something else keeps tensors that lie in a segment.
     """
-    holds = getattr(source, "holds", None)
-    if holds is not None:
-        _synchronize(worker)
-        _own(worker, holds)
-    source.close()
+    if hasattr(source, "holds"):
+        import torch
 
-
-def _synchronize(worker: Any) -> None:
-    """Wait until the device has read what it was told to copy."""
-    import torch
-
-    kind = getattr(getattr(worker, "device", None), "type", "cpu")
-    # Each device's own module: torch.accelerator raises on the CPU, and is not in older versions.
-    synchronize = getattr(getattr(torch, kind, None), "synchronize", None)
-    if synchronize is not None:
-        synchronize()
-
-
-def _own(worker: Any, holds: Callable[[Any], bool]) -> None:
-    # A loader may keep a tensor instead of copying it, where model and checkpoint are on the CPU.
-    model = model_of(worker)
-    for tensors in (model.parameters(), model.buffers()):
-        for tensor in tensors:
-            if tensor.device.type == "cpu" and holds(tensor):
+        # The device may still be copying. Each device's own module: torch.accelerator raises on the
+        # CPU, and is not in older versions.
+        device = getattr(torch, getattr(getattr(worker, "device", None), "type", "cpu"), None)
+        getattr(device, "synchronize", lambda: None)()
+        # A loader may keep a tensor instead of copying it, where model and checkpoint are on the
+        # CPU.
+        for tensor in _tensors_of(worker):
+            if tensor.device.type == "cpu" and source.holds(tensor):
                 tensor.data = tensor.data.clone()
-
-
-def torn(worker: Any) -> bool:
-    """Whether any parameter or buffer of the model lies on the meta device."""
-    model = model_of(worker)
-    return any(
-        getattr(tensor, "is_meta", False)
-        for tensors in (model.parameters(), model.buffers())
-        for tensor in tensors
-    )
+    source.close()

@@ -1,9 +1,4 @@
-"""Lets a frontend accept every model name that the engines know as an adapter of the sidecar.
-
-vLLM asks resolvers about a name it does not know when VLLM_ALLOW_RUNTIME_LORA_UPDATING is set
-(vllm/entrypoints/openai/models/serving.py, 0.32.0). The answer is only a place to look at: the
-engines decide, since the frontend's next step is to have them load it.
-"""
+"""Lets a frontend accept every model name that the engines know as an adapter of the sidecar."""
 
 from __future__ import annotations
 
@@ -16,7 +11,7 @@ NAME = "dp-sidecar"
 
 
 def register(module: Any) -> None:
-    """Register with vLLM's module of resolvers."""
+    """Register with vLLM's module of resolvers, which it asks about names that it does not know."""
     if os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").strip().lower() not in ("1", "true"):
         return
     registry = module.LoRAResolverRegistry
@@ -24,12 +19,11 @@ def register(module: Any) -> None:
         return
 
     class Resolver(module.LoRAResolver):  # type: ignore[misc]
-        """Answers with the name itself."""
-
         async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
             from vllm.lora.request import LoRARequest
 
-            # The number is replaced by the caller.
+            # Only a place to look at: the frontend's next step is to have the engines load it, and
+            # they decide. The number is replaced by the caller.
             return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=SCHEME + lora_name)
 
     registry.register_resolver(NAME, Resolver())

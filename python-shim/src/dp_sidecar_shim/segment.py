@@ -1,8 +1,7 @@
 """Gives the tensors of safetensors files that lie in a shared memory segment, without a copy.
 
-The map is private and the file open for reading only. So a loader that changes a tensor in place
-gets a page of its own: it neither writes to the segment nor ends the engine, as it would on a map
-without the right to write.
+The map is private: a loader that changes a tensor in place gets a page of its own. It neither
+writes to the segment nor ends the engine, as it would on a map that is only for reading.
 """
 
 from __future__ import annotations
@@ -12,127 +11,79 @@ import mmap
 import os
 from typing import TYPE_CHECKING, Any
 
-from dp_sidecar_shim.header import DTYPES, CheckpointError, Entry, entries
+from dp_sidecar_shim.calls import ShimError, files_of, is_count
+from dp_sidecar_shim.header import Entry, entries
 
 if TYPE_CHECKING:
     import torch
 
 
-class ExtentError(Exception):
-    """The extents make no sense, whatever the segment holds."""
-
-    error_kind = "request"
-
-
-class HeldError(Exception):
-    """Somebody keeps tensors that lie in the map."""
-
-    error_kind = "load"
-
-
 class Segment:
     """A mapped segment, its files' headers checked. Must be closed."""
 
-    def __init__(self, path: str, files: list[str], extents: list[tuple[int, int]]) -> None:
+    def __init__(self, path: str, files: list[str], extents: list[Any]) -> None:
+        import torch
+
         self.entries: list[Entry] = []
         self._path = path
         self._map: mmap.mmap | None = None
-        self._view: memoryview | None = None
-        # Address of the map, and its length.
-        self._start = self._size = 0
-        _check(files, extents)
+        self._view = memoryview(b"")
+        # Address of the map.
+        self._start = 0
+        check_extents(files, extents)
         try:
-            size = self._open()
-            view = self._view
-            if view is None:
-                raise CheckpointError(f"segment {path} is empty")
-            for file, (offset, length) in zip(files, extents, strict=True):
-                if offset + length > size:
-                    raise CheckpointError(
-                        f"{file} should end at byte {offset + length} of segment {path}, "
-                        f"which has {size}"
-                    )
-                part = view[offset : offset + length]
-                with part:
-                    self.entries.extend(
-                        entries(
-                            file, length, lambda at, n, part=part: bytes(part[at : at + n]), offset
-                        )
-                    )
+            with files_of(f"segment {path}"), open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+                self._view = memoryview(self._map)
+                self._start = torch.frombuffer(self._view, dtype=torch.uint8).data_ptr()
+            for file_name, (offset, length) in zip(files, extents, strict=True):
+                with files_of(f"{file_name} in segment {path}"):
+                    if offset + length > size:
+                        raise ValueError(f"should end at byte {offset + length} of {size}")
+                    self.entries += entries(file_name, self._bytes, offset, length)
         except BaseException:
             self.close()
             raise
 
-    def _open(self) -> int:
+    def _bytes(self, offset: int, length: int) -> bytes:
+        return bytes(self._view[offset : offset + length])
+
+    def read(self, entry: Entry) -> torch.Tensor:
+        """The bytes of one tensor, a view of the map."""
         import torch
 
-        try:
-            descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"cannot open segment {self._path}: {error.strerror}") from error
-        try:
-            size = os.fstat(descriptor).st_size
-            if size > 0:
-                self._map = mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)
-                self._view = memoryview(self._map)
-                self._size = size
-                self._start = torch.frombuffer(self._view, dtype=torch.uint8).data_ptr()
-        except OSError as error:
-            raise CheckpointError(f"cannot map segment {self._path}: {error.strerror}") from error
-        finally:
-            os.close(descriptor)
-        return size
-
-    @property
-    def bytes(self) -> int:
-        """Sum of the tensors' byte lengths."""
-        return sum(entry.length for entry in self.entries)
-
-    def read(self, entry: Entry) -> tuple[torch.Tensor, Any]:
-        """One tensor, a view of the map, and its bytes."""
-        import torch
-
-        dtype = getattr(torch, DTYPES[entry.dtype])
-        if self._view is None:
-            raise CheckpointError(f"segment {self._path} is closed")
-        part = self._view[entry.offset : entry.offset + entry.length]
         if not entry.length:
-            return torch.empty(entry.shape, dtype=dtype, device="cpu"), part
-        raw = torch.frombuffer(part, dtype=torch.uint8)
-        if raw.data_ptr() % dtype.itemsize:
-            # Kernels may count on aligned elements.
-            raw = raw.clone()
-        return raw.view(dtype).reshape(entry.shape), part
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
+        part = self._view[entry.offset : entry.offset + entry.length]
+        return torch.frombuffer(part, dtype=torch.uint8)
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether this tensor lies in the map."""
-        return self._start <= tensor.data_ptr() < self._start + self._size
+        return self._start <= tensor.data_ptr() < self._start + len(self._view)
 
     def close(self) -> None:
-        """Unmap. Raises `HeldError` while tensors are left that lie in the map."""
-        if self._map is None:
-            return
-        for attempt in range(2):
+        """Unmap. Raises while tensors are left that lie in the map."""
+        for _ in range(2):
             try:
-                if self._view is not None:
-                    self._view.release()
-                    self._view = None
-                self._map.close()
-                self._map = None
+                self._view.release()
+                if self._map is not None:
+                    self._map.close()
                 return
             except BufferError:
-                if attempt == 0:
-                    gc.collect()
-        raise HeldError(f"tensors of segment {self._path} are still in use after the load")
+                gc.collect()
+        raise ShimError("load", f"tensors of segment {self._path} are still in use after the load")
 
 
-def _check(files: list[str], extents: list[tuple[int, int]]) -> None:
-    if len(files) != len(extents):
-        raise ExtentError(f"{len(files)} files and {len(extents)} extents")
-    if len(set(files)) != len(files):
-        raise ExtentError("a file is listed twice")
+def check_extents(files: list[str], extents: list[Any]) -> None:
+    """Raise unless these are the places of the files, each its own, whatever the segment holds."""
+    for pair in extents:
+        if type(pair) not in (list, tuple) or len(pair) != 2 or not all(map(is_count, pair)):
+            raise ShimError("request", f"an extent is {pair!r}, expected offset and length")
+    if len(files) != len(extents) or len(set(files)) != len(files):
+        raise ShimError("request", f"{len(set(files))} files and {len(extents)} extents")
     end = 0
-    for (offset, length), file in sorted(zip(extents, files, strict=True)):
+    for offset, length in sorted(map(tuple, extents)):
         if offset < end:
-            raise ExtentError(f"the extent of {file} begins at byte {offset}, within another one")
+            raise ShimError("request", f"an extent begins at byte {offset}, within another one")
         end = offset + length

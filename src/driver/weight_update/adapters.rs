@@ -36,6 +36,8 @@ pub(super) struct Preparation<'a> {
     pub(super) nodes: &'a [NodeId],
     pub(super) engines: &'a [(RankHandle, NodeId)],
     pub(super) known: &'a Known,
+    /// Directory of the checkpoint that the engines were started from.
+    pub(super) model_path: &'a Path,
     pub(super) cancel: &'a Arc<std::sync::atomic::AtomicBool>,
     pub(super) notes: &'a mpsc::Sender<UpdateEvent>,
     pub(super) limit: Duration,
@@ -50,7 +52,7 @@ impl Preparation<'_> {
         for change in changes {
             let adapter = match &change.path {
                 Some(path) => {
-                    let read = read(self.id, path, self.known, self.cancel).await;
+                    let read = self.read(path).await;
                     Some(read.map_err(|error| (leader, error))?)
                 }
                 None => None,
@@ -78,6 +80,14 @@ impl Preparation<'_> {
         });
         futures::future::try_join_all(checks).await?;
         Ok(Prepared { changes: all, on_nodes })
+    }
+
+    async fn read(&self, path: &Path) -> Result<Adapter, String> {
+        let (known, cancel) = (self.known.clone(), self.cancel.clone());
+        let (path, model) = (path.to_owned(), self.model_path.to_owned());
+        let read = tokio::task::spawn_blocking(move || known.adapter(&path, &model, &cancel)).await;
+        let (checkpoint, config) = read.map_err(|error| error.to_string())??;
+        Ok(Adapter { update: self.id.clone(), checkpoint, config })
     }
 
     async fn place(&self, node: NodeId, changes: &Changes) -> Result<Changes, String> {
@@ -185,18 +195,6 @@ async fn pass_on(
 /// Digests of these adapters.
 pub(super) fn digests(adapters: &BTreeMap<String, Adapter>) -> BTreeSet<String> {
     adapters.values().filter_map(|adapter| adapter.checkpoint.digest.clone()).collect()
-}
-
-async fn read(
-    id: &UpdateId,
-    path: &Path,
-    known: &Known,
-    cancel: &Arc<std::sync::atomic::AtomicBool>,
-) -> Result<Adapter, String> {
-    let (known, cancel, path) = (known.clone(), cancel.clone(), path.to_owned());
-    let read = tokio::task::spawn_blocking(move || known.adapter(&path, &cancel)).await;
-    let (checkpoint, config) = read.map_err(|error| error.to_string())??;
-    Ok(Adapter { update: id.clone(), checkpoint, config })
 }
 
 /// Makes the changes on a paused engine. The report stands for all its workers.

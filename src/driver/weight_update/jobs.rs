@@ -1,6 +1,8 @@
 //! Work in the background that takes more than one call: staging, and bringing engines to the committed
 //! weights.
 
+use std::path::Path;
+
 use super::adapters::Preparation;
 use super::nodes::NodesJob;
 use super::*;
@@ -37,6 +39,7 @@ impl StageJob {
         }
         let leader = self.nodes.nodes.first().copied().unwrap_or_default();
         let model_path = self.nodes.model_paths.get(&leader).cloned().unwrap_or_default();
+        let any_path = self.nodes.model_paths.values().next().cloned().unwrap_or_default();
         let infos = answers.into_iter().map(|(rank, _, info)| (rank, info)).collect();
         let request = &self.nodes.request;
         let on_leader = |error| (leader, error);
@@ -46,6 +49,7 @@ impl StageJob {
             nodes: &self.nodes.nodes,
             engines: &handles,
             known: &self.nodes.known,
+            model_path: Path::new(if model_path.is_empty() { &any_path } else { &model_path }),
             cancel: &self.nodes.cancel,
             notes: &self.nodes.notes,
             limit: self.nodes.limit,

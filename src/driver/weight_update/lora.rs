@@ -60,7 +60,7 @@ pub struct LoraRequest {
     pub name: String,
     /// `adapter_model.safetensors`, in a directory or in a segment; only where [`LoraOp::loads`].
     pub source: Option<Checkpoint>,
-    /// Text of `adapter_config.json`. `None`: the file of that name in the source's directory.
+    /// Text of `adapter_config.json`; only where [`LoraOp::loads`].
     pub config: Option<String>,
 }
 

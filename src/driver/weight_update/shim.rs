@@ -9,8 +9,9 @@ use rmpv::Value;
 use super::super::engine_calls::worker_call;
 use super::super::handles::{HandleError, RankHandle};
 
-/// Version of the contract. 2: segments and adapters.
-pub(super) const PROTOCOL: u64 = 2;
+/// Version of the contract. 2: segments and adapters. 3: the sidecar compares an adapter's shapes and sends its
+/// configuration.
+pub(super) const PROTOCOL: u64 = 3;
 
 /// What an engine says about itself.
 #[derive(Clone, Debug, PartialEq, Eq)]

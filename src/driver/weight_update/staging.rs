@@ -1,6 +1,7 @@
 //! The check of the directories, before any engine is touched.
 
 use std::collections::BTreeMap;
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,6 +11,9 @@ use parking_lot::Mutex;
 
 use super::super::handles::ADAPTER_FILE;
 use crate::manifest::{Manifest, ManifestError, ManifestFile, Progress};
+
+/// Longest `adapter_config.json`, in bytes. It travels with each request that loads the adapter.
+const MAX_CONFIG: u64 = 1 << 20;
 
 /// What is known about directories, so that nothing is hashed twice.
 #[derive(Clone, Debug, Default)]
@@ -76,16 +80,26 @@ impl Known {
         Ok(new.checkpoint(Some(digest)))
     }
 
-    /// Reads and hashes an adapter. Blocks.
-    pub(super) fn adapter(&self, path: &Path, cancel: &AtomicBool) -> Result<(Checkpoint, String), String> {
+    /// Reads an adapter, compares its shapes with the checkpoint that the engines were started from, and hashes it.
+    /// Blocks.
+    pub(super) fn adapter(
+        &self,
+        path: &Path,
+        model: &Path,
+        cancel: &AtomicBool,
+    ) -> Result<(Checkpoint, String), String> {
         let failed = |error: &dyn std::fmt::Display| format!("adapter in {}: {error}", path.display());
         if !path.is_absolute() {
             return Err(failed(&"expected an absolute path"));
         }
         let path = path.canonicalize().map_err(|error| failed(&error))?;
-        let config = std::fs::read_to_string(path.join("adapter_config.json"))
+        let config = adapter_config(&path.join("adapter_config.json"))
             .map_err(|error| failed(&format!("adapter_config.json: {error}")))?;
         let manifest = Manifest::read(&path).map_err(|error| failed(&error))?;
+        let model = self.model(model).inspect_err(|error| {
+            tracing::warn!("the shapes of an adapter are not compared with the model's: {error}");
+        });
+        manifest.check_adapter(model.ok().as_ref()).map_err(|error| failed(&error))?;
         let digest = self.digest(&manifest, &|_| {}, cancel).map_err(|error| failed(&error))?;
         let checkpoint = manifest.checkpoint(Some(digest));
         if checkpoint.files != [ADAPTER_FILE] {
@@ -149,5 +163,21 @@ impl Known {
             inner.digests.pop_first();
         }
         Ok(digests.whole)
+    }
+}
+
+/// Text of an adapter's configuration.
+fn adapter_config(path: &Path) -> Result<String, String> {
+    let mut text = String::new();
+    let file = std::fs::File::open(path).map_err(|error| error.to_string())?;
+    file.take(MAX_CONFIG + 1).read_to_string(&mut text).map_err(|error| error.to_string())?;
+    if text.len() as u64 > MAX_CONFIG {
+        return Err(format!("more than {MAX_CONFIG} bytes"));
+    }
+    let config: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_str(&text).map_err(|error| error.to_string())?;
+    match config.get("peft_type").map(|kind| kind.as_str()) {
+        None | Some(Some("LORA")) => Ok(text),
+        Some(_) => Err("describes no LoRA adapter".to_owned()),
     }
 }

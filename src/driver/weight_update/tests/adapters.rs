@@ -150,3 +150,31 @@ async fn after_a_crash_engines_have_the_committed_adapters() {
     nodes.all_have(&[("style", &one)]);
     nodes.end().await;
 }
+
+#[tokio::test(start_paused = true)]
+async fn an_adapter_that_does_not_fit_reaches_no_engine() {
+    let nodes = nodes(GroupKind::Independent).await;
+    let path = adapter(nodes.dir.path(), "bad", 1);
+    let config = path.join("adapter_config.json");
+    let file = "adapter_model.safetensors";
+    let half = ("base_model.model.a.lora_A.weight", "U8", &[1, 1][..], &[1][..]);
+    for (text, tensors, reason) in [
+        ("{}", vec![half], "a: has no lora_B"),
+        ("no json", Vec::new(), "adapter_config.json: expected"),
+        ("[]", Vec::new(), "adapter_config.json: invalid type"),
+        (r#"{"peft_type": "IA3"}"#, Vec::new(), "describes no LoRA adapter"),
+        (r#"{"peft_type": 7}"#, Vec::new(), "describes no LoRA adapter"),
+        (&" ".repeat((1 << 20) + 1), Vec::new(), "more than 1048576 bytes"),
+    ] {
+        std::fs::write(&config, text).unwrap();
+        write(&path, file, &tensors);
+        let record = nodes.adapters("u1", vec![change("style", Some(&path))]).await;
+        assert_eq!(record.outcome, UpdateOutcome::RefusedInvalid, "{}", record.message);
+        assert!(record.message.contains(reason), "{}", record.message);
+    }
+    for rank in &nodes.ranks {
+        let log = rank.take_log();
+        assert!(!log.iter().any(|line| line.starts_with("lora") || line.starts_with("pause")), "{log:?}");
+    }
+    nodes.end().await;
+}

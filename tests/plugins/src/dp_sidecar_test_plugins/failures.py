@@ -60,7 +60,7 @@ def instruction() -> str:
 
 
 def _failing(worker: Any, weights: Any) -> Iterator[tuple[str, Any]]:
-    from dp_sidecar_shim.worker import ranks
+    from dp_sidecar_shim.calls import ranks
 
     text = instruction()
     order = dict(item.split("=", 1) for item in text.split(";") if item)

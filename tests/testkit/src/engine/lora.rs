@@ -156,11 +156,7 @@ impl Engine {
         }
         let path = msg::text(request, "path").unwrap_or_default();
         let files = msg::texts(request, "files").unwrap_or_default();
-        let config = match msg::text(request, "config") {
-            Some(config) => config,
-            None => std::fs::read_to_string(Path::new(&path).join("adapter_config.json"))
-                .map_err(|error| ("files", format!("{path}: {error}")))?,
-        };
+        let config = msg::text(request, "config").ok_or_else(|| ("request", format!("request {request}")))?;
         let parts = weights::parts(Path::new(&path), &files, extents(request).as_deref());
         let loaded = parts
             .and_then(|parts| self.loader.load(&parts, Hashing::Whole))

@@ -13,7 +13,7 @@ use super::weights::{self, Hashing};
 use crate::msg;
 
 /// Version of the worker RPC between sidecar and shim. Requests of version 1 are understood as well.
-pub(super) const SHIM_PROTOCOL: u64 = 2;
+pub(super) const SHIM_PROTOCOL: u64 = 3;
 
 /// What a method does with its call.
 enum Outcome {
