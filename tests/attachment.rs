@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use dp_sidecar::driver::handles::{AttachmentCommand, ForFrontendCoordinator, GroupKind, Origin};
 use dp_sidecar_protocol::{EngineIndex, FrontendId};
+use dp_sidecar_testkit::free_port;
 use dp_sidecar_testkit::frontend::{FrontendError, FrontendOptions};
 use rmpv::Value;
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
@@ -234,12 +235,9 @@ struct Reference {
 }
 
 impl Reference {
-    /// `None` without an interpreter that has vLLM.
-    fn start(port: u16, arguments: &[&str]) -> Option<Self> {
-        let Some(python) = std::env::var_os("DP_SIDECAR_PYTHON") else {
-            eprintln!("skipped: DP_SIDECAR_PYTHON is not set, see scripts/vllm_env.py");
-            return None;
-        };
+    fn start(port: u16, arguments: &[&str]) -> Self {
+        let python =
+            std::env::var_os("DP_SIDECAR_PYTHON").expect("DP_SIDECAR_PYTHON, see scripts/vllm_env.py");
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/frontend_reference.py");
         let mut child = Command::new(python)
             .arg(script)
@@ -252,7 +250,7 @@ impl Reference {
             .spawn()
             .unwrap();
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        Some(Self { child, lines })
+        Self { child, lines }
     }
 
     /// The next event of this name; those before it are dropped.
@@ -285,18 +283,12 @@ impl Drop for Reference {
     }
 }
 
-fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs vLLM: scripts/test runs it"]
 async fn the_startup_code_of_vllm_accepts_the_virtual_engines_again_and_again() {
     let port = free_port();
     let arguments = ["--api-servers", "2"];
-    let Some(mut vllm) = Reference::start(port, &arguments) else {
-        return;
-    };
+    let mut vllm = Reference::start(port, &arguments);
     let fixture = fixture(2, GroupKind::Independent, 2);
     let address = format!("127.0.0.1:{port}");
     fixture.add(&address).await;
@@ -312,7 +304,7 @@ async fn the_startup_code_of_vllm_accepts_the_virtual_engines_again_and_again() 
         if life == 1 {
             drop(vllm);
             fixture.until(&address, "waiting", &["nobody accepts"]).await;
-            vllm = Reference::start(port, &arguments).unwrap();
+            vllm = Reference::start(port, &arguments);
         }
     }
     fixture.remove(&address).await.unwrap();
@@ -321,11 +313,10 @@ async fn the_startup_code_of_vllm_accepts_the_virtual_engines_again_and_again() 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs vLLM: scripts/test runs it"]
 async fn vllm_checks_the_config_hash_of_moe_engines_and_the_sidecar_says_which() {
     let port = free_port();
-    let Some(mut vllm) = Reference::start(port, &["--moe"]) else {
-        return;
-    };
+    let mut vllm = Reference::start(port, &["--moe"]);
     let fixture = fixture(2, GroupKind::Lockstep, 2);
     let address = format!("127.0.0.1:{port}");
     fixture.add(&address).await;
@@ -345,7 +336,7 @@ async fn vllm_checks_the_config_hash_of_moe_engines_and_the_sidecar_says_which()
     // As if the engines had been started with the frontend's flags.
     let fits = with_hash(2, GroupKind::Lockstep, 2, hash);
     fixture.deployment.send_replace(fits);
-    let mut vllm = Reference::start(port, &["--moe"]).unwrap();
+    let mut vllm = Reference::start(port, &["--moe"]);
     vllm.event("started").await;
     fixture.until(&address, "attached", &[]).await;
     fixture.shut_down().await;

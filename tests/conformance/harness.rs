@@ -1,6 +1,7 @@
 //! Starts sidecars, asks them, and leaves nothing behind.
 
 use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -8,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use dp_sidecar_testkit::Reporter;
 use dp_sidecar_testkit::engine::{EngineOptions, FakeEngine};
+pub(crate) use dp_sidecar_testkit::free_port;
 use dp_sidecar_testkit::frontend::{Completion, FakeFrontend, FrontendOptions, NewRequest};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -53,12 +55,6 @@ fn pause(time: Duration) {
 /// A directory with room for unix sockets in it (their paths are short).
 pub(crate) fn directory() -> tempfile::TempDir {
     tempfile::Builder::new().prefix("dps-").tempdir_in("/tmp").unwrap()
-}
-
-/// A loopback port that is free now.
-pub(crate) fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
 }
 
 /// How to start a sidecar.
@@ -252,6 +248,36 @@ impl Said {
     }
 }
 
+/// A `sidecar update` beside the test. It is ended with the test if it has not ended by itself.
+pub(crate) struct Updating {
+    child: Child,
+    log: File,
+}
+
+impl Updating {
+    /// Its exit code, once it has ended.
+    pub(crate) fn ended(&mut self) -> Option<i32> {
+        self.child.try_wait().unwrap().map(|status| status.code().unwrap_or(-1))
+    }
+
+    /// Waits for its end; its exit code, and all that it said.
+    #[track_caller]
+    pub(crate) fn wait(&mut self) -> Said {
+        let code = until("end of the update command", SOON, || self.ended());
+        let mut stdout = String::new();
+        self.log.seek(SeekFrom::Start(0)).unwrap();
+        self.log.read_to_string(&mut stdout).unwrap();
+        Said { code, stdout, stderr: String::new() }
+    }
+}
+
+impl Drop for Updating {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 impl Sidecar {
     /// Its pid.
     pub(crate) fn pid(&self) -> Pid {
@@ -282,6 +308,31 @@ impl Sidecar {
             stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
             stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
         }
+    }
+
+    /// An update that runs while the test goes on.
+    pub(crate) fn begin_update(&self, checkpoint: &Path, args: &[&str]) -> Updating {
+        let log = tempfile::tempfile().unwrap();
+        let child = Command::new(env!("CARGO_BIN_EXE_sidecar"))
+            .args(["update", "--path"])
+            .arg(checkpoint)
+            .args(args)
+            .arg("--state-dir")
+            .arg(&self.state)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log.try_clone().unwrap())
+            .spawn()
+            .unwrap();
+        Updating { child, log }
+    }
+
+    /// Waits until an update is at work whose holder's name has `part`: its id, or its phase.
+    #[track_caller]
+    pub(crate) fn await_update(&self, part: &str) -> Value {
+        self.await_status(&format!("update {part}"), |status| {
+            status["controller"]["holder"].as_str().is_some_and(|holder| holder.contains(part))
+        })
     }
 
     /// `sidecar status --json`, if it answers.

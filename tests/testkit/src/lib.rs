@@ -16,9 +16,11 @@ pub mod engine;
 pub mod frontend;
 pub mod launcher;
 pub mod msg;
+pub mod ports;
 pub mod report;
 pub mod sockets;
 pub mod version;
 
+pub use ports::free_port;
 pub use report::Reporter;
 pub use version::VllmVersion;

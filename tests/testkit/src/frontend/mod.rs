@@ -20,7 +20,7 @@ pub use client::{ApiServer, Completion, NewRequest};
 pub use coordinator::{Coordinator, CoordinatorState};
 pub use handshake::EngineSeen;
 
-use crate::{Reporter, VllmVersion, sockets};
+use crate::{Reporter, VllmVersion, free_port, sockets};
 
 /// What ends a real frontend.
 #[derive(Debug, Error)]
@@ -167,7 +167,8 @@ impl FakeFrontend {
             options,
             handshake: Some(handshake),
             address,
-            group_ports: free_ports(),
+            // As in vLLM nobody holds them until the engines bind them.
+            group_ports: [(); 4].map(|()| free_port()),
             seen: Vec::new(),
             coordinator,
             servers,
@@ -213,12 +214,4 @@ impl FakeFrontend {
     pub fn server(&mut self) -> &mut ApiServer {
         &mut self.servers[0]
     }
-}
-
-/// Ports that are free now. As in vLLM nobody holds them until the engines bind them.
-fn free_ports() -> [u16; 4] {
-    let held = [(); 4].map(|()| std::net::TcpListener::bind(("127.0.0.1", 0)).ok());
-    held.map(|listener| {
-        listener.and_then(|listener| listener.local_addr().ok()).map_or(0, |address| address.port())
-    })
 }
