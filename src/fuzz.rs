@@ -21,8 +21,8 @@ use dp_sidecar_protocol::wave::{FrontendUpstream, Publication, StartDpWave};
 
 use crate::manifest::{Manifest, parse_index};
 use crate::peer::auth::{Side, authenticate};
-use crate::peer::token::Token;
 use crate::supervisor::keeper::wire;
+use crate::token::Token;
 use crate::transport::zmtp;
 
 #[cfg(test)]

@@ -44,6 +44,8 @@ mod peer;
 #[cfg(not(feature = "test-support"))]
 mod relay;
 #[cfg(not(feature = "test-support"))]
+mod shared_memory;
+#[cfg(not(feature = "test-support"))]
 mod shutdown;
 #[cfg(not(feature = "test-support"))]
 mod staging;
@@ -53,6 +55,8 @@ mod state_dir;
 mod supervisor;
 #[cfg(not(feature = "test-support"))]
 mod telemetry;
+#[cfg(not(feature = "test-support"))]
+mod token;
 #[cfg(not(feature = "test-support"))]
 mod transport;
 
@@ -81,6 +85,8 @@ pub mod peer;
 #[cfg(feature = "test-support")]
 pub mod relay;
 #[cfg(feature = "test-support")]
+pub mod shared_memory;
+#[cfg(feature = "test-support")]
 pub mod shutdown;
 #[cfg(feature = "test-support")]
 pub mod staging;
@@ -90,5 +96,7 @@ pub mod state_dir;
 pub mod supervisor;
 #[cfg(feature = "test-support")]
 pub mod telemetry;
+#[cfg(feature = "test-support")]
+pub mod token;
 #[cfg(feature = "test-support")]
 pub mod transport;

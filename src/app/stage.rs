@@ -15,8 +15,9 @@ use crate::driver::handles::{StageEvent, StageHandle};
 use crate::exit_code::RunEnd;
 use crate::peer::hop::TokenAuth;
 use crate::peer::introduction::ranks_text;
+use crate::shared_memory::{self, SHM_DIR};
 use crate::staging::upload::UploadRequests;
-use crate::staging::{self, HopAuth, NoAuth, SHM_DIR, StageConfig};
+use crate::staging::{self, HopAuth, NoAuth, StageConfig};
 use crate::state_dir::StateDir;
 
 /// Starts the staging area. Weights of other nodes are taken at the address that those reach.
@@ -47,7 +48,7 @@ pub(super) fn start(
 /// Frees the shared memory, when all engines of this node have ended with the sidecar. Adapters are kept for the
 /// successor, unless this was the end as `planned`: then nothing that was committed counts any more.
 pub(super) fn free(state: &StateDir, planned: bool) {
-    match staging::remove_segments(Path::new(SHM_DIR), state.run_id()) {
+    match shared_memory::remove_segments(Path::new(SHM_DIR), state.run_id()) {
         Ok(0) => {}
         Ok(count) => info!(count, "shared memory segments removed"),
         Err(error) => error!(%error, "shared memory segments not removed"),

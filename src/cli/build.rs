@@ -11,11 +11,11 @@ use crate::config::devices::{self, DeviceError, Visible};
 use crate::config::model::{self, ModelError};
 use crate::config::{Config, Engines, Http, Nodes, Serve, check_host_port};
 use crate::driver::handles::GroupKind;
-use crate::peer::token::Token;
 use crate::state_dir::StateDir;
 use crate::supervisor::command::VllmLaunch;
 use crate::supervisor::environment;
 use crate::supervisor::flags::{FlagError, Managed, VllmFlags};
+use crate::token::Token;
 
 /// vLLM's default HTTP port.
 const HTTP_PORT: u16 = 8000;

@@ -1,5 +1,6 @@
 //! What a run of the sidecar was asked to do, checked.
 
+mod commands;
 pub mod devices;
 pub mod model;
 
@@ -10,10 +11,10 @@ use std::time::Duration;
 use tokio_util::task::TaskTracker;
 
 use crate::driver::handles::GroupKind;
-use crate::peer::token::Token;
 use crate::state_dir::StateDir;
 use crate::supervisor::KeeperOptions;
 use crate::supervisor::command::VllmLaunch;
+use crate::token::Token;
 
 /// Everything `sidecar run` needs to know. Built by the command line, checked, immutable.
 #[derive(Clone, Debug)]

@@ -22,8 +22,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::admin::server::AdminCommand;
-use crate::peer::token::Token;
 use crate::staging::upload::Uploads;
+use crate::token::Token;
 
 /// Connections at the same time; more wait.
 const CONNECTIONS: usize = 64;

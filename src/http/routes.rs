@@ -12,7 +12,7 @@ use tokio::time::timeout;
 
 use super::answers::HttpError;
 use super::{Context, updates, uploads};
-use crate::peer::token::Token;
+use crate::token::Token;
 
 /// So long a request waits until the segments are hashed; then the client is told to come again.
 const OPENING_LIMIT: Duration = Duration::from_secs(60);

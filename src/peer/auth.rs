@@ -18,8 +18,8 @@ use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 
-use super::token::Token;
 use crate::link::wire::LINK_VERSION;
+use crate::token::Token;
 
 /// What every peer link begins with.
 pub const MAGIC: [u8; 8] = *b"DPSCPEER";

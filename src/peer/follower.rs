@@ -15,8 +15,8 @@ use super::introduction::{Introduction, Word};
 use super::leader::{WORD_PERIOD, resolve};
 use super::registry::missing_text;
 use super::stream::{PeerStream, set_options};
-use super::token::Token;
 use crate::exit_code;
+use crate::token::Token;
 
 /// Limit for a connection to be made.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);

@@ -7,8 +7,8 @@ use futures::future::BoxFuture;
 use tokio::net::TcpStream;
 
 use super::auth::{AuthError, Side, authenticate};
-use super::token::Token;
 use crate::staging::{HopAuth, HopSide};
+use crate::token::Token;
 
 /// Lets in who knows the secret of the deployment.
 #[derive(Clone, Debug)]

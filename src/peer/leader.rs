@@ -23,10 +23,10 @@ use super::auth::{self, Side};
 use super::introduction::{Introduction, Word};
 use super::registry::{Refusal, Registry, missing_text};
 use super::stream::{PeerStream, set_options};
-use super::token::Token;
 use super::{frame, introduction};
 use crate::config::Nodes;
 use crate::exit_code;
+use crate::token::Token;
 
 /// Connections that have not proven who they are, at the same time. More are closed at once.
 const STRANGERS: usize = 32;

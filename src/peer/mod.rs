@@ -12,7 +12,6 @@ pub mod registry;
 mod stream;
 #[cfg(test)]
 mod tests;
-pub mod token;
 
 #[cfg(any(test, feature = "test-support"))]
 pub(crate) use frame::fuzz;

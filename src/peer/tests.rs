@@ -12,9 +12,9 @@ use tokio_util::task::TaskTracker;
 use super::follower::{FindError, Finder, Found, LeaderView};
 use super::introduction::Introduction;
 use super::leader::{GatherError, Leader, RemoteNode};
-use super::token::Token;
 use crate::config::Nodes;
 use crate::exit_code;
+use crate::token::Token;
 
 const LIMIT: Duration = Duration::from_secs(20);
 

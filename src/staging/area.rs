@@ -15,9 +15,8 @@ use super::layout::Layout;
 use super::mapping::{Mapping, Segment};
 use super::records::{Records, Role, SegmentRecord};
 use crate::driver::handles::{Retain, StageState, StagedVersion};
+use crate::shared_memory::{SEGMENTS, segment_path};
 
-/// Names of the segments.
-pub(super) const NAMES: [&str; 2] = ["a", "b"];
 /// A segment may be longer than its content by this much, in bytes.
 const SLACK: u64 = 16 << 20;
 
@@ -81,7 +80,7 @@ pub(super) struct Spare {
 impl Spare {
     /// Name of the segment.
     pub(super) const fn name(&self) -> &'static str {
-        NAMES[self.slot]
+        SEGMENTS[self.slot]
     }
 }
 
@@ -131,11 +130,6 @@ pub(super) struct Area {
     slots: [Slot; 2],
 }
 
-/// Path of a segment.
-pub(super) fn segment_path(shm_dir: &Path, run_id: &str, name: &str) -> PathBuf {
-    shm_dir.join(format!("dp-sidecar-{run_id}-{name}"))
-}
-
 impl Area {
     /// Finds what a predecessor left, and hashes what it said is complete. Blocks.
     ///
@@ -151,7 +145,7 @@ impl Area {
             slots: Default::default(),
         };
         let mut records = Records::read(&config.state_dir)?;
-        for (at, name) in NAMES.iter().enumerate() {
+        for (at, name) in SEGMENTS.iter().enumerate() {
             let path = segment_path(&area.shm_dir, &area.run_id, name);
             if !path.exists() {
                 continue;
@@ -228,7 +222,7 @@ impl Area {
         let segment = match slot.segment.take() {
             Some(segment) => Ok(segment),
             None => {
-                let path = segment_path(&self.shm_dir, &self.run_id, NAMES[at]);
+                let path = segment_path(&self.shm_dir, &self.run_id, SEGMENTS[at]);
                 Segment::open(&path).map_err(|error| self.io(format!("opening {}", path.display()), error))
             }
         };
@@ -259,7 +253,7 @@ impl Area {
             None
         })?;
         let Noted { id, segment, layout, digests, journal } = noted;
-        let at = NAMES.iter().position(|name| *name == segment)?;
+        let at = SEGMENTS.iter().position(|name| *name == segment)?;
         let slot = &mut self.slots[at];
         if slot.role().is_some() {
             // It ended, and what came of it has been noted.
@@ -293,7 +287,7 @@ impl Area {
     /// Takes the segments that have no version, to be made ready before they are needed. Blocks.
     pub(super) fn take_idle(&mut self) -> Result<Vec<Spare>, StageError> {
         let mut taken = Vec::new();
-        for at in 0..NAMES.len() {
+        for at in 0..SEGMENTS.len() {
             if !matches!(self.slots[at].content, Content::Nothing | Content::Left(_)) {
                 continue;
             }
@@ -437,7 +431,7 @@ impl Area {
 
     fn save(&self) -> Result<(), StageError> {
         let mut records = Records::default();
-        for (name, slot) in NAMES.iter().zip(&self.slots) {
+        for (name, slot) in SEGMENTS.iter().zip(&self.slots) {
             let record = match &slot.content {
                 Content::Nothing | Content::Away => continue,
                 Content::Left(old) => match &old.known {

@@ -11,9 +11,8 @@ use futures::future::BoxFuture;
 use tokio::net::TcpStream;
 
 use super::upload::UploadRequests;
+use crate::shared_memory::SHM_DIR;
 
-/// Where segments are by default.
-pub const SHM_DIR: &str = "/dev/shm";
 /// Bytes of a chunk by default.
 pub const CHUNK: u32 = 4 << 20;
 

@@ -5,10 +5,9 @@
     reason = "slices of a shared mapping are made here, under rules that this module keeps"
 )]
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::File;
 use std::io;
 use std::ops::{Deref, DerefMut};
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Weak};
@@ -16,6 +15,7 @@ use std::sync::{Arc, Weak};
 use memmap2::{Advice, MmapRaw};
 
 use super::layout::Layout;
+use crate::shared_memory;
 
 /// Memory is taken and touched in pieces of this many bytes.
 pub(super) const PIECE: u64 = 32 << 20;
@@ -41,20 +41,7 @@ impl Segment {
     /// # Errors
     /// It cannot be opened, or somebody else has it ([`io::ErrorKind::WouldBlock`]).
     pub(super) fn open(path: &Path) -> io::Result<Self> {
-        let file = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .read(true)
-            .write(true)
-            .mode(0o600)
-            .custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed())
-            .open(path)?;
-        // The lock keeps a second sidecar, and a second `Segment` of this process, away.
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(io::ErrorKind::WouldBlock.into()),
-            Err(TryLockError::Error(error)) => return Err(error),
-        }
+        let file = shared_memory::open_segment(path)?;
         Ok(Self { path: path.to_owned(), file, raw: None, live: Weak::new() })
     }
 

@@ -32,7 +32,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::driver::handles::{StageEvent, StageHandle};
 pub use adapters::remove_adapters;
-pub use config::{CHUNK, HopAuth, HopSide, NoAuth, SHM_DIR, StageConfig};
+pub use config::{CHUNK, HopAuth, HopSide, NoAuth, StageConfig};
 pub use digest::Digest;
 pub use error::StageError;
 #[cfg(test)]
@@ -44,7 +44,7 @@ pub(crate) use hop::wire::fuzz as fuzz_hop;
 const COMMANDS: usize = 16;
 
 /// Starts the staging task. It ends when `stop` is cancelled or all handles are gone; segments stay for a
-/// successor with the same state directory, see [`remove_segments`]. What a predecessor left is hashed before the
+/// successor with the same state directory, see [`crate::shared_memory::remove_segments`]. What a predecessor left is hashed before the
 /// first command is answered.
 ///
 /// # Errors
@@ -68,21 +68,4 @@ pub fn spawn(
 /// A file is there and cannot be removed.
 pub fn forget_upload(state_dir: &Path) -> io::Result<()> {
     journal::Journal::remove(state_dir)
-}
-
-/// Removes the shared memory segments of a state directory's run id, after a planned end or when nobody is
-/// left to use them. Gives the number of files removed.
-///
-/// # Errors
-/// A file is there and cannot be removed, or a sidecar has it ([`io::ErrorKind::WouldBlock`]).
-pub fn remove_segments(shm_dir: &Path, run_id: &str) -> io::Result<usize> {
-    let mut removed = 0;
-    for name in area::NAMES {
-        let path = area::segment_path(shm_dir, run_id, name);
-        if path.exists() {
-            mapping::Segment::open(&path)?.remove()?;
-            removed += 1;
-        }
-    }
-    Ok(removed)
 }

@@ -1,20 +1,17 @@
-//! Command lines of the vLLM processes.
+//! How vLLM is started, and what its processes are called.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-
-use super::keeper::wire::SpawnSpec;
-use crate::config::{Config, Engines};
 
 /// Name of the supervised frontend among the keeper's children.
 pub const FRONTEND: &str = "frontend";
 /// Name of the relay process among the keeper's children.
 pub const RELAY: &str = "relay";
 /// The frontend is stopped before the engines, so that it can drain.
-const FRONTEND_STOP_ORDER: u32 = 0;
-const ENGINE_STOP_ORDER: u32 = 1;
+pub(crate) const FRONTEND_STOP_ORDER: u32 = 0;
+/// Engines are stopped after the frontend.
+pub(crate) const ENGINE_STOP_ORDER: u32 = 1;
 /// The relay process is stopped after the engines, which are connected to it.
 pub const RELAY_STOP_ORDER: u32 = 2;
 
@@ -56,124 +53,6 @@ pub fn engine_rank(name: &str) -> Option<u16> {
     name.strip_prefix("engine-")?.parse().ok()
 }
 
-impl Config {
-    /// Children of the keeper that a new sidecar of the same deployment goes on with.
-    pub(crate) fn children_to_keep(&self) -> BTreeSet<String> {
-        let spawned = matches!(self.engines, Engines::Spawn(_));
-        let engines = self.local_ranks().filter(|_| spawned).map(engine_name);
-        let frontend = self.serve.iter().map(|_| FRONTEND.to_owned());
-        engines.chain(frontend).chain([RELAY.to_owned()]).collect()
-    }
-
-    /// Names what runs here: engines that were started under another digest are not those that this
-    /// configuration asks for.
-    pub(crate) fn digest(&self) -> String {
-        let launch = match &self.engines {
-            Engines::Spawn(launch) => serde_json::json!({
-                "bin": launch.bin,
-                "model": launch.model,
-                "flags": launch.common_flags,
-                "frontend_flags": launch.frontend_flags,
-                "env": launch.env.iter().filter(|(name, _)| matters(name)).collect::<Vec<_>>(),
-                "devices": launch.devices,
-                "cwd": launch.cwd,
-            }),
-            Engines::Attach => serde_json::json!({ "address": self.address, "port": self.rpc_port }),
-        };
-        let all = serde_json::json!({
-            "launch": launch,
-            "ranks": [self.start_rank, self.size_local, self.size],
-            "kind": self.kind,
-            "slots": self.frontend_slots,
-            "serve": self.serve.as_ref().map(|s| (&s.host, s.port, s.api_server_count)),
-        });
-        blake3::hash(all.to_string().as_bytes()).to_hex().to_string()
-    }
-
-    /// The engine of `rank` (global), doing its handshake at `handshake`: a launcher of its own for
-    /// each rank, because `vllm serve --headless` ends with the first of its engines that dies.
-    /// `None` in attach mode, or if the rank is not of this node.
-    pub fn engine_spawn(&self, rank: u16, incarnation: u64, handshake: SocketAddr) -> Option<SpawnSpec> {
-        let Engines::Spawn(launch) = &self.engines else {
-            return None;
-        };
-        let local = self.local_ranks().position(|own| own == rank)?;
-        let mut argv = launch.serve();
-        argv.push("--headless".to_owned());
-        push_flags(
-            &mut argv,
-            &[
-                ("--data-parallel-size", self.size.to_string()),
-                ("--data-parallel-size-local", "1".to_owned()),
-                ("--data-parallel-start-rank", rank.to_string()),
-                ("--data-parallel-address", handshake.ip().to_string()),
-                ("--data-parallel-rpc-port", handshake.port().to_string()),
-            ],
-        );
-        // No --shutdown-timeout: the sidecar has drained when it stops an engine. With one, vLLM waits
-        // that long for workers that hang in their teardown (seen on 0.32.0: 25 s instead of 5).
-        argv.extend_from_slice(&launch.common_flags);
-        let mut env = launch.env.clone();
-        if let Some(slice) = launch.devices.get(local) {
-            env.insert(slice.variable.clone(), slice.value.clone());
-        }
-        Some(SpawnSpec {
-            name: engine_name(rank),
-            incarnation,
-            argv,
-            env,
-            cwd: launch.cwd.clone(),
-            stop_order: ENGINE_STOP_ORDER,
-        })
-    }
-
-    /// The supervised frontend, which listens for its engines' handshake at `handshake`. `None`
-    /// without `--serve`.
-    pub fn frontend_spawn(&self, incarnation: u64, handshake: SocketAddr) -> Option<SpawnSpec> {
-        let Engines::Spawn(launch) = &self.engines else {
-            return None;
-        };
-        let serve = self.serve.as_ref()?;
-        let mut argv = launch.serve();
-        push_flags(
-            &mut argv,
-            &[
-                ("--data-parallel-size", self.size.to_string()),
-                ("--data-parallel-size-local", "0".to_owned()),
-                ("--data-parallel-address", handshake.ip().to_string()),
-                ("--data-parallel-rpc-port", handshake.port().to_string()),
-                ("--port", serve.port.to_string()),
-            ],
-        );
-        if let Some(host) = &serve.host {
-            push_flags(&mut argv, &[("--host", host.clone())]);
-        }
-        // vLLM's default is one API server per rank; the sidecar must know how many slots it takes.
-        let count = serve.api_server_count.unwrap_or(1);
-        push_flags(&mut argv, &[("--api-server-count", count.to_string())]);
-        self.push_shutdown_timeout(&mut argv);
-        argv.extend_from_slice(&launch.common_flags);
-        argv.extend_from_slice(&launch.frontend_flags);
-        Some(SpawnSpec {
-            name: FRONTEND.to_owned(),
-            incarnation,
-            argv,
-            env: launch.env.clone(),
-            cwd: launch.cwd.clone(),
-            stop_order: FRONTEND_STOP_ORDER,
-        })
-    }
-
-    /// API servers get as long to end as the sidecar waits, unless the user chose otherwise: a flag
-    /// that comes later on the command line wins.
-    fn push_shutdown_timeout(&self, argv: &mut Vec<String>) {
-        let seconds = self.shutdown_timeout.as_secs();
-        if seconds > 0 {
-            push_flags(argv, &[("--shutdown-timeout", seconds.to_string())]);
-        }
-    }
-}
-
 impl VllmLaunch {
     /// Whether the program is there, as the keeper will look for it.
     pub fn finds_bin(&self) -> bool {
@@ -191,24 +70,11 @@ impl VllmLaunch {
         path.split(':').any(|entry| in_directory(Path::new(entry)))
     }
 
-    fn serve(&self) -> Vec<String> {
+    /// `vllm serve MODEL`, to be followed by flags.
+    pub(crate) fn serve(&self) -> Vec<String> {
         let mut argv = vec![self.bin.display().to_string(), "serve".to_owned()];
         argv.extend(self.model.clone());
         argv
-    }
-}
-
-/// Whether a variable of vLLM's environment decides what vLLM does. Shells and launchers change others from one
-/// start to the next.
-fn matters(variable: &str) -> bool {
-    // The address of this node is found out anew by each sidecar.
-    variable != "VLLM_HOST_IP" && (variable.starts_with("VLLM_") || variable.ends_with("_VISIBLE_DEVICES"))
-}
-
-fn push_flags(argv: &mut Vec<String>, flags: &[(&str, String)]) {
-    for (flag, value) in flags {
-        argv.push((*flag).to_owned());
-        argv.push(value.clone());
     }
 }
 

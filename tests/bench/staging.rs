@@ -16,7 +16,8 @@ use dp_sidecar::driver::handles::{
     Retain, StageCommand, StageEvent, StageHandle, StageProgress, StageRequest, StageSource, StageSpec,
     StageState, ask,
 };
-use dp_sidecar::staging::{self, NoAuth, SHM_DIR, StageConfig};
+use dp_sidecar::shared_memory::{self, SHM_DIR};
+use dp_sidecar::staging::{self, NoAuth, StageConfig};
 use dp_sidecar_protocol::{UpdateId, WeightVersion};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -183,7 +184,7 @@ impl Chain {
         self.tracker.wait().await;
         for run in self.runs {
             // What is left is told by the file system.
-            let _ = staging::remove_segments(Path::new(SHM_DIR), &run);
+            let _ = shared_memory::remove_segments(Path::new(SHM_DIR), &run);
         }
     }
 }

@@ -1,5 +1,5 @@
 use super::*;
-use crate::staging::remove_segments;
+use crate::shared_memory::remove_segments;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restarted_sidecar_finds_its_segments() {

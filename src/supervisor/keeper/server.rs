@@ -18,7 +18,7 @@ use super::KeeperConfig;
 use super::child::{Child, is_valid_name};
 use super::connection::Connection;
 use super::wire::{Answer, ExitReport, FromKeeper, KeeperEvent, Request, SpawnSpec, ToKeeper};
-use crate::staging::{SHM_DIR, remove_segments};
+use crate::shared_memory::{SHM_DIR, remove_segments};
 use crate::supervisor::procfs;
 
 /// More connections than this at a time are a mistake.
