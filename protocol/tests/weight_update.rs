@@ -121,7 +121,8 @@ fn reset(machine: &mut WeightUpdate, now: Time, rank: u16, attempt: u32, done: b
 }
 
 fn stamped(machine: &mut WeightUpdate, now: Time, rank: u16) {
-    let event = Event::VersionSet { rank: EngineIndex(rank), incarnation: LIFE, result: Ok(()) };
+    let (rank, attempt) = (EngineIndex(rank), 1);
+    let event = Event::VersionSet { rank, incarnation: LIFE, attempt, result: Ok(true) };
     machine.handle_event(now, event);
 }
 

@@ -10,7 +10,7 @@ use super::handles::{CallResult, HandleError, RankHandle};
 
 /// vLLM's answer to a method it does not have: `AttributeError` of `getattr(engine_core, method)`
 /// (`vllm/v1/engine/core.py` 0.32.0, `_handle_client_request`).
-fn is_unknown_method(error: &HandleError) -> bool {
+pub(crate) fn is_unknown_method(error: &HandleError) -> bool {
     matches!(error, HandleError::Failed(text) if text.contains("has no attribute"))
 }
 

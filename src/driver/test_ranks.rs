@@ -54,6 +54,8 @@ pub(crate) struct Engine {
     pub(crate) no_resume: bool,
     /// `set_weight_version` is not known.
     pub(crate) no_version_stamp: bool,
+    /// What the shim says.
+    pub(crate) vllm_version: &'static str,
 }
 
 /// A fake rank and its engine.
@@ -92,6 +94,7 @@ impl FakeRank {
             lora_fails: false,
             no_resume: false,
             no_version_stamp: false,
+            vllm_version: "0.32.0",
         }));
         let changed = Arc::new(Notify::new());
         // Ends with its queue, which ends with the handle.
@@ -278,7 +281,7 @@ fn info(engine: &Engine) -> Result<Value, HandleError> {
         ("protocol", Value::from(protocol)),
         ("shim_version", Value::from("0.1.0")),
         ("model_path", Value::from(engine.model_path.as_str())),
-        ("vllm_version", Value::from("0.32.0")),
+        ("vllm_version", Value::from(engine.vllm_version)),
         ("is_moe", Value::Boolean(false)),
         ("rank", Value::from(0)),
         ("world_size", Value::from(1)),

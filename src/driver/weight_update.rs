@@ -4,14 +4,11 @@
 
 mod actions;
 mod adapters;
-mod adopt;
-mod begin;
 mod handle;
 mod jobs;
 mod journal;
 mod lora;
 mod nodes;
-mod restore;
 mod shim;
 mod stages;
 mod staging;
@@ -19,33 +16,34 @@ mod staging;
 mod tests;
 mod types;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
+use dp_sidecar_protocol::machine::weight_update::updates::{
+    Action, Ask, Conclusion, Engines, Event, Found, Grant, RunId, Seen, Staging, Ticket, Updates,
+};
 use dp_sidecar_protocol::machine::weight_update::{
-    Action, Begin, Begun, Checkpoint, Commit, Event, Ledger, NodeId, Participant, Pause, PauseMode, Phase,
-    RankState, Record, Recover, Refusal, Target, WeightUpdate,
+    Action as Step, Checkpoint, Commit, Committed, Event as Answer, Ledger, NodeId, Pause, PauseMode, Phase,
+    RankState, Refusal,
 };
 use dp_sidecar_protocol::{EngineIndex, Incarnation, Time, UpdateId, WeightVersion};
 use futures::future::join_all;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
-use super::control::{ControlError, ControlGuard, ControlHandle};
+use super::control::{ControlGuard, ControlHandle};
 use super::engine_calls;
-use super::handles::{GroupKind, HandleError, RankCommand, RankHandle, Retain, StageProgress};
-use adapters::Prepared;
+use super::handles::{HandleError, RankCommand, RankHandle, Retain, StageProgress};
 use handle::{Command, Follower, RestoreReply};
 pub use handle::{UpdateHandle, UpdateRun};
-use jobs::RestoreJob;
-use journal::{Committed, Journal};
+use journal::Journal;
 pub use lora::{LoraAdapter, LoraOp, LoraReport, LoraRequest, LoraState, adapter_id};
 use shim::EngineInfo;
 use stages::Stages;
@@ -63,6 +61,8 @@ const EVENTS: usize = 64;
 const SLACK: Duration = Duration::from_secs(5);
 /// Limit for telling a rank task or the node task something.
 const TELL_LIMIT: Duration = Duration::from_secs(10);
+/// How long to wait for a control round that is under way before a pause is handed on.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Starts the task. It ends when told to, when `stop` is cancelled, or when all handles are gone.
 ///
@@ -90,106 +90,85 @@ pub fn spawn(
     let (commands, inbox) = mpsc::channel(COMMANDS);
     let (notes, noted) = mpsc::channel(EVENTS);
     let (publish, status) = watch::channel(UpdateStatus::default());
+    let places: BTreeMap<EngineIndex, NodeId> =
+        nodes.iter().flat_map(|node| node.ranks.iter().map(|rank| (*rank, node.id))).collect();
+    let all = ranks.iter().map(|rank| (rank.rank, places.get(&rank.rank).copied().unwrap_or_default()));
+    let cancel = Cancel::default();
     let task = Task {
-        machine: machine(&config, committed.as_ref()),
-        ranks: ranks.into_iter().map(|rank| (rank.rank, rank)).collect(),
-        places: places(&nodes),
-        stages: Stages::new(nodes, tracker, &stop),
-        to_stage: BTreeSet::new(),
-        open_admission: false,
-        ledger,
+        machine: Updates::new(config.machine.clone(), all.collect(), committed, ledger),
+        tools: Arc::new(Tools {
+            ranks: ranks.into_iter().map(|rank| (rank.rank, rank)).collect(),
+            places,
+            stages: Stages::new(nodes, tracker, &stop),
+            config,
+            control,
+            fences,
+            journal,
+            known: Known::default(),
+            cancel: cancel.flag(),
+            notes,
+        }),
+        cancel,
         ledger_number: 0,
+        seen: BTreeMap::new(),
         control_seen: (None, false),
-        adopts: VecDeque::new(),
         staging: BTreeMap::new(),
-        config,
-        control,
-        fences,
-        journal,
-        committed,
         started: Instant::now(),
         jobs: JoinSet::new(),
+        work: HashMap::new(),
+        watches: JoinSet::new(),
+        incoming: None,
         active: None,
-        run: 0,
-        lives: BTreeMap::new(),
-        any_restored: false,
-        restoring: 0,
-        restores: VecDeque::new(),
-        known: Known::default(),
-        cancel: Cancel::default(),
+        infos: Infos::new(),
+        answers: BTreeMap::new(),
+        tickets: 0,
         last,
-        notes,
         publish,
+        #[cfg(test)]
+        faults: tests::jobs::faults(),
     };
     tracker.spawn(task.run(inbox, noted, stop));
     Ok(UpdateHandle { commands, status })
 }
 
-/// Which node each rank is on.
-fn places(nodes: &[UpdateNode]) -> BTreeMap<EngineIndex, NodeId> {
-    nodes.iter().flat_map(|node| node.ranks.iter().map(|rank| (*rank, node.id))).collect()
-}
+/// What engines say about themselves; `None`: the shim does not answer.
+type Infos = BTreeMap<EngineIndex, Option<EngineInfo>>;
 
-fn machine(config: &UpdateConfig, committed: Option<&Committed>) -> WeightUpdate {
-    let version = committed.map(|committed| committed.commit.version.clone());
-    let last = committed.map(|committed| {
-        let record = committed.record.clone();
-        record.unwrap_or_else(|| Record::of_commit(&committed.commit))
-    });
-    WeightUpdate::new(config.machine.clone(), version.unwrap_or_default(), last)
-}
-
-/// An engine that holds the committed weights.
-#[derive(Clone, Debug)]
-struct Life {
-    incarnation: Incarnation,
-    /// It was seen admitted; when it is not any more, it is lost.
-    admitted: bool,
-    info: Option<EngineInfo>,
-}
-
-/// The update that is asked for or runs.
+/// An update that is asked for or runs, or engines that are taken over.
 #[derive(Debug)]
 struct Active {
     id: UpdateId,
     request: UpdateRequest,
     version: WeightVersion,
-    /// Which update of this task; answers of another one are ignored.
-    run: u64,
+    /// It is no update, but engines are taken over.
+    recovery: bool,
     followers: Vec<Follower>,
     guard: Option<ControlGuard>,
-    begun: bool,
     started_unix_ms: u64,
-    infos: BTreeMap<EngineIndex, EngineInfo>,
-    model_path: Option<String>,
     /// Nodes whose staging areas are in use for it.
     staged: Vec<NodeId>,
-    stage_job: Option<tokio::task::AbortHandle>,
-    /// What becomes of adapters.
-    adapters: Prepared,
-    /// The start-up checkpoint, where only adapters change and nothing was committed before.
-    startup: Option<Checkpoint>,
-    /// It is no update, but engines are taken over.
-    recovery: Option<Recovery>,
-}
-
-/// Engines that are taken over, and whoever waits for that.
-#[derive(Debug)]
-struct Recovery {
-    recover: Recover,
-    /// What the engines were told to load on the way back.
-    begun: Option<Begun>,
-    ranks: Vec<(EngineIndex, Incarnation)>,
-    reply: RestoreReply,
+    stage_job: Option<AbortHandle>,
+    /// What becomes of adapters on each node.
+    adapters: BTreeMap<NodeId, adapters::Changes>,
+    /// How it has ended.
+    record: Option<UpdateRecord>,
 }
 
 impl Active {
-    /// Asked for again, in other words: it runs already.
-    fn is_the_same(&self, request: &UpdateRequest) -> bool {
-        let version = request.version.as_ref().is_none_or(|version| *version == self.version);
-        version
-            && request.source_name() == self.request.source_name()
-            && request.adapters == self.request.adapters
+    fn new(id: UpdateId, request: UpdateRequest, followers: Vec<Follower>) -> Self {
+        Self {
+            id,
+            request,
+            version: WeightVersion::default(),
+            recovery: false,
+            followers,
+            guard: None,
+            started_unix_ms: unix_ms(),
+            staged: Vec::new(),
+            stage_job: None,
+            adapters: BTreeMap::new(),
+            record: None,
+        }
     }
 
     /// Tells everybody who follows. Whoever does not read loses steps, never the end.
@@ -200,82 +179,59 @@ impl Active {
     }
 }
 
-/// What a piece of work in the background came to.
-enum Done {
-    /// For the machine, if this update still runs.
-    Event(u64, Event),
-    Acquired(u64, Result<ControlGuard, ControlError>),
-    Staged(u64, Result<Staged, (NodeId, String)>),
-    Committed(u64, Box<Committed>, Result<(), String>),
-    Restored {
-        ranks: Vec<(EngineIndex, Incarnation)>,
-        result: Result<Restored, UpdateError>,
-        reply: RestoreReply,
-    },
-    Looked {
-        ranks: Vec<(EngineIndex, Incarnation)>,
-        found: adopt::Found,
-        reply: RestoreReply,
-    },
-    Finished(Box<UpdateRecord>, Vec<Follower>, Option<Recovery>),
-    Rank(EngineIndex),
-    Control,
+/// What a piece of work leaves with the driver.
+enum Extra {
     Nothing,
+    Guard(ControlGuard),
+    Infos(Infos),
+    Staged(jobs::Staged),
 }
 
-struct Staged {
-    nodes: BTreeMap<NodeId, Checked>,
-    adapters: Prepared,
-    startup: Option<Checkpoint>,
-    infos: BTreeMap<EngineIndex, EngineInfo>,
-    model_path: String,
-}
-
-struct Restored {
-    infos: BTreeMap<EngineIndex, EngineInfo>,
-    /// The journal is about another model, or about a directory that is gone: forgotten.
-    forget: Option<String>,
-}
-
-struct Task {
+/// What work needs.
+struct Tools {
     config: UpdateConfig,
     ranks: BTreeMap<EngineIndex, RankHandle>,
     /// Ranks that are not named belong to node 0.
     places: BTreeMap<EngineIndex, NodeId>,
     stages: Stages,
-    /// Nodes that the machine wants staged; gathered, since they depend on each other.
-    to_stage: BTreeSet<NodeId>,
-    /// To be done at the end of the update.
-    open_admission: bool,
-    ledger: Ledger,
-    /// Of the last write.
-    ledger_number: u64,
-    /// The operator's pause and weights of frontends, as the control task last said.
-    control_seen: (Option<Pause>, bool),
-    adopts: VecDeque<(Vec<(EngineIndex, Incarnation)>, RestoreReply)>,
-    /// Of the running update.
-    staging: BTreeMap<NodeId, StageProgress>,
     control: ControlHandle,
     fences: mpsc::Sender<FenceRequest>,
-    machine: WeightUpdate,
     journal: Journal,
-    committed: Option<Committed>,
-    started: Instant,
-    jobs: JoinSet<Done>,
-    active: Option<Active>,
-    run: u64,
-    lives: BTreeMap<EngineIndex, Life>,
-    /// Some engine was brought up by this process.
-    any_restored: bool,
-    restoring: usize,
-    restores: VecDeque<(Vec<(EngineIndex, Incarnation)>, RestoreReply)>,
     known: Known,
     /// Ends blocking work when the task ends.
-    cancel: Cancel,
-    last: Option<UpdateRecord>,
+    cancel: Arc<AtomicBool>,
     /// Progress of staging.
     notes: mpsc::Sender<UpdateEvent>,
+}
+
+struct Task {
+    tools: Arc<Tools>,
+    machine: Updates,
+    /// Sets the flag of the tools when it is dropped.
+    cancel: Cancel,
+    started: Instant,
+    jobs: JoinSet<(Option<Event>, Extra)>,
+    /// What each job is for.
+    work: HashMap<tokio::task::Id, Action>,
+    /// Of a rank, or of the control task: it has changed.
+    watches: JoinSet<Option<EngineIndex>>,
+    /// What the machine was told of the two.
+    seen: BTreeMap<EngineIndex, Seen>,
+    control_seen: (Option<Pause>, bool),
+    /// It is asked for, and the machine has not said yet what becomes of it.
+    incoming: Option<Active>,
+    active: Option<Active>,
+    infos: Infos,
+    answers: BTreeMap<Ticket, RestoreReply>,
+    tickets: u64,
+    /// Number of the last ledger written.
+    ledger_number: u64,
+    /// Of the running update.
+    staging: BTreeMap<NodeId, StageProgress>,
+    last: Option<UpdateRecord>,
     publish: watch::Sender<UpdateStatus>,
+    #[cfg(test)]
+    faults: tests::jobs::Faults,
 }
 
 impl Task {
@@ -285,14 +241,14 @@ impl Task {
         mut noted: mpsc::Receiver<UpdateEvent>,
         stop: CancellationToken,
     ) {
-        self.watch_control();
-        let ranks: Vec<EngineIndex> = self.ranks.keys().copied().collect();
+        self.look();
+        self.watch(None);
+        let ranks: Vec<EngineIndex> = self.tools.ranks.keys().copied().collect();
         for rank in ranks {
-            self.watch_rank(rank);
+            self.watch(Some(rank));
         }
         let farewell = loop {
-            self.start_waiting();
-            self.perform().await;
+            self.perform();
             self.publish();
             let due = self.machine.poll_timeout();
             let due = due.map(|due| self.started + due.since_start());
@@ -304,11 +260,11 @@ impl Task {
                     Some(command) => self.command(command),
                 },
                 Some(event) = noted.recv() => self.note(event),
-                Some(done) = self.jobs.join_next() => match done {
-                    Ok(done) => self.done(done),
-                    Err(error) if error.is_cancelled() => {}
-                    Err(error) => error!(%error, "work of the update task failed"),
-                },
+                Some(ended) = self.jobs.join_next_with_id() => self.ended(ended),
+                Some(Ok(changed)) = self.watches.join_next() => {
+                    self.look();
+                    self.watch(changed);
+                }
                 () = super::sleep_until(due) => {
                     let now = self.now();
                     self.machine.handle_timeout(now);
@@ -318,13 +274,9 @@ impl Task {
         drop(self.cancel);
         self.jobs.shutdown().await;
         if let Some((forget, reply)) = farewell {
-            if forget {
-                let journal = self.journal.clone();
-                match tokio::task::spawn_blocking(move || journal.clear()).await {
-                    Ok(Ok(())) => {}
-                    Ok(Err(error)) => warn!(%error, "the committed record was not forgotten"),
-                    Err(error) => warn!(%error, "the committed record was not forgotten"),
-                }
+            let journal = self.tools.journal.clone();
+            if forget && let Err(error) = actions::blocking(move || journal.clear()).await {
+                warn!(%error, "the committed record was not forgotten");
             }
             ignore_gone(reply.send(()));
         }
@@ -335,8 +287,16 @@ impl Task {
     }
 
     fn event(&mut self, event: Event) {
+        self.look();
         let now = self.now();
         self.machine.handle_event(now, event);
+        self.perform();
+    }
+
+    fn perform(&mut self) {
+        while let Some(action) = self.machine.poll_action() {
+            self.act(action);
+        }
     }
 
     fn command(&mut self, command: Command) {
@@ -345,99 +305,137 @@ impl Task {
             Command::Follow { id, reply } => ignore_gone(reply.send(self.follow(id))),
             Command::Abort => self.event(Event::Abort),
             Command::History { limit, reply } => {
-                let journal = self.journal.clone();
+                let journal = self.tools.journal.clone();
                 self.jobs.spawn(async move {
-                    let read = tokio::task::spawn_blocking(move || journal.history(limit)).await;
-                    let records = read.map_err(std::io::Error::other).and_then(|records| records);
+                    let records = actions::blocking(move || journal.history(limit)).await;
                     let told = |error: std::io::Error| warn!(%error, "the history cannot be read");
                     ignore_gone(reply.send(records.map_err(told).unwrap_or_default()));
-                    Done::Nothing
+                    (None, Extra::Nothing)
                 });
             }
-            Command::Restore { ranks, reply } => self.restores.push_back((ranks, reply)),
-            Command::Adopt { ranks, reply } => self.adopts.push_back((ranks, reply)),
+            Command::Restore { ranks, reply } => {
+                let (ticket, engines) = (self.ticket(reply), ranks.into_iter().collect());
+                self.event(Event::RestoreAsked { ticket, engines });
+            }
+            Command::Adopt { ranks, reply } => {
+                let (ticket, engines) = (self.ticket(reply), ranks.into_iter().collect());
+                self.event(Event::AdoptAsked { ticket, engines });
+            }
             Command::Shutdown { .. } => {}
         }
     }
 
-    // --- what comes back ---
+    fn ticket(&mut self, reply: RestoreReply) -> Ticket {
+        self.tickets += 1;
+        let ticket = Ticket(self.tickets);
+        self.answers.insert(ticket, reply);
+        ticket
+    }
 
-    fn done(&mut self, done: Done) {
-        let current = self.active.as_ref().map(|active| active.run);
-        match done {
-            Done::Event(run, event) => {
-                if current == Some(run) {
-                    self.event(event);
-                }
+    fn ask(&mut self, request: UpdateRequest, follower: Follower) {
+        let id = request.id.clone().unwrap_or_else(|| UpdateId(uuid::Uuid::new_v4().to_string()));
+        let directory = |path: &PathBuf| path.to_string_lossy().into_owned();
+        let adapters = request.adapters.iter();
+        let ask = Ask {
+            version: request.version.clone(),
+            made_up_version: made_up_version(&request, &id),
+            from_version: request.from_version.clone(),
+            source: request.source_name(),
+            weights: request.has_weights(),
+            adapters: adapters.map(|c| (c.name.clone(), c.path.as_ref().map(directory))).collect(),
+            mode: request.mode,
+            pause_deadline: request.pause_deadline,
+            forward_only: request.retain == Retain::None,
+            patience: request.patience,
+            id: id.clone(),
+        };
+        self.incoming = Some(Active::new(id, request, vec![follower]));
+        self.event(Event::Asked(ask));
+    }
+
+    fn follow(&mut self, id: Option<UpdateId>) -> Result<UpdateRun, UpdateError> {
+        match &self.active {
+            Some(active) if id.as_ref().is_none_or(|id| *id == active.id) => {
+                let (follower, run) = UpdateRun::new();
+                self.join(follower);
+                Ok(run)
             }
-            Done::Acquired(run, result) => {
-                if current != Some(run) {
-                    return;
-                }
-                match (result, self.active.take()) {
-                    (guard, Some(active)) if active.recovery.is_some() => {
-                        self.start_recovery(active, guard.ok());
-                    }
-                    // A load into discarded memory kills the worker.
-                    (Ok(guard), Some(active)) if guard.asleep => {
-                        let reason = "the engines are asleep: wake them up first".to_owned();
-                        self.refuse(active, UpdateOutcome::RefusedInvalid, reason);
-                    }
-                    (Ok(guard), Some(mut active)) => {
-                        active.guard = Some(guard);
-                        self.active = Some(active);
-                    }
-                    (Err(error), Some(active)) => {
-                        self.refuse(active, UpdateOutcome::RefusedBusy, error.to_string());
-                    }
-                    (_, None) => {}
-                }
-            }
-            Done::Staged(run, result) => {
-                if current == Some(run) {
-                    self.staged(result);
-                }
-            }
-            Done::Committed(run, committed, result) => {
-                if result.is_ok() {
-                    self.committed = Some(*committed);
-                }
-                if current == Some(run) {
-                    self.event(Event::CommitWritten { result });
-                }
-            }
-            Done::Restored { ranks, result, reply } => self.restored(ranks, result, reply),
-            Done::Looked { ranks, found, reply } => self.looked(ranks, found, reply),
-            Done::Control => self.control_changed(),
-            Done::Finished(record, followers, recovery) => {
-                self.active = None;
-                self.staging.clear();
-                if let Some(recovery) = recovery {
-                    self.recovered(&record, recovery);
-                }
-                self.last = Some((*record).clone());
-                self.publish();
-                tell_end(followers, &record);
-            }
-            Done::Rank(rank) => self.rank_changed(rank),
-            Done::Nothing => {}
+            _ => Err(UpdateError::NotRunning { id }),
         }
     }
 
-    fn staged(&mut self, result: Result<Staged, (NodeId, String)>) {
-        match result {
-            Err((node, error)) => self.event(Event::StageFailed { node, error }),
-            Ok(staged) => {
-                if let Some(active) = &mut self.active {
-                    active.infos = staged.infos;
-                    active.model_path = Some(staged.model_path);
-                    active.adapters = staged.adapters;
-                    active.startup = staged.startup;
-                }
-                for (node, Checked { new, previous }) in staged.nodes {
-                    self.event(Event::Staged { node, new, previous });
+    /// Somebody follows the update that runs, and is told at once where it is: the next step may be far.
+    fn join(&mut self, follower: Follower) {
+        let snapshot = self.machine.snapshot();
+        if snapshot.phase != Phase::Idle {
+            let phase = snapshot.phase;
+            follower.events.try_send(UpdateEvent::Progress { phase, ranks: snapshot.ranks }).ok();
+            let staging = self.staging.iter().filter(|_| phase == Phase::Staging);
+            for (&node, &progress) in staging {
+                let name = self.tools.stages.name(node);
+                follower.events.try_send(UpdateEvent::Staging { node, name, progress, rate: 0 }).ok();
+            }
+        }
+        if let Some(active) = &mut self.active {
+            active.followers.push(follower);
+        }
+    }
+
+    // --- work ---
+
+    /// Does work in the background. Should it be lost, the machine hears what it was for.
+    fn spawn<F>(&mut self, action: Action, work: F) -> AbortHandle
+    where
+        F: Future<Output = (Option<Event>, Extra)> + Send + 'static,
+    {
+        #[cfg(test)]
+        let work = tests::jobs::faulty(&self.faults, &action, work);
+        let job = self.jobs.spawn(work);
+        self.work.insert(job.id(), action);
+        job
+    }
+
+    fn spawn_plain(&mut self, action: Action, work: impl Future<Output = Option<Event>> + Send + 'static) {
+        self.spawn(action, async move { (work.await, Extra::Nothing) });
+    }
+
+    fn ended(&mut self, ended: Result<(tokio::task::Id, (Option<Event>, Extra)), tokio::task::JoinError>) {
+        match ended {
+            Ok((id, (event, extra))) => {
+                self.work.remove(&id);
+                self.keep(event.as_ref(), extra);
+                if let Some(event) = event {
+                    self.event(event);
                 }
             }
+            Err(error) => {
+                if error.is_panic() {
+                    error!(%error, "work of the update task was lost");
+                }
+                if let Some(action) = self.work.remove(&error.id()) {
+                    let (action, error) = (Box::new(action), error.to_string());
+                    self.event(Event::JobLost { action, error });
+                }
+            }
+        }
+    }
+
+    fn keep(&mut self, event: Option<&Event>, extra: Extra) {
+        let running = self.machine.run();
+        match (event, extra) {
+            (_, Extra::Infos(infos)) => self.infos.extend(infos),
+            (Some(Event::Acquired { run, .. }), Extra::Guard(guard)) if running == Some(*run) => {
+                if let Some(active) = &mut self.active {
+                    active.guard = Some(guard);
+                }
+            }
+            (Some(Event::Staged { run, .. }), Extra::Staged(staged)) if running == Some(*run) => {
+                self.infos.extend(staged.infos);
+                if let Some(active) = &mut self.active {
+                    active.adapters = staged.adapters;
+                }
+            }
+            _ => {}
         }
     }
 
@@ -452,44 +450,53 @@ impl Task {
 
     // --- engines come and go ---
 
-    fn watch_rank(&mut self, rank: EngineIndex) {
-        let Some(handle) = self.ranks.get(&rank) else {
+    /// Waits until a rank, or what the control task knows, is not what the machine was told.
+    fn watch(&mut self, of: Option<EngineIndex>) {
+        let Some(rank) = of else {
+            let (mut control, told) = (self.tools.control.watch(), self.control_seen.clone());
+            self.watches.spawn(async move {
+                if control.wait_for(|now| control_seen(now) != told).await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+                None
+            });
+            return;
+        };
+        let Some(handle) = self.tools.ranks.get(&rank) else {
             return;
         };
         let mut snapshot = handle.snapshot.clone();
-        snapshot.borrow_and_update();
-        self.jobs.spawn(async move {
-            match snapshot.changed().await {
-                Ok(()) => Done::Rank(rank),
-                Err(_) => Done::Nothing,
+        let told = self.seen.get(&rank).cloned().unwrap_or_default();
+        self.watches.spawn(async move {
+            let differs = |now: &super::handles::RankSnapshot| {
+                (now.incarnation, now.admitted) != (told.incarnation, told.admitted)
+            };
+            if snapshot.wait_for(differs).await.is_err() {
+                std::future::pending::<()>().await;
             }
+            Some(rank)
         });
     }
 
-    fn rank_changed(&mut self, rank: EngineIndex) {
-        self.watch_rank(rank);
-        let Some(handle) = self.ranks.get(&rank) else {
-            return;
-        };
-        let (incarnation, admitted) = {
-            let snapshot = handle.snapshot.borrow();
-            (snapshot.incarnation, snapshot.admitted)
-        };
-        let Some(life) = self.lives.get_mut(&rank) else {
-            return;
-        };
-        if life.incarnation == incarnation && admitted {
-            life.admitted = true;
+    /// Tells the machine what it has not seen yet.
+    fn look(&mut self) {
+        let now = self.now();
+        for (rank, handle) in &self.tools.ranks {
+            let seen = {
+                let snapshot = handle.snapshot.borrow();
+                let stamp = snapshot.weight_version.clone();
+                Seen { incarnation: snapshot.incarnation, admitted: snapshot.admitted, stamp }
+            };
+            if self.seen.get(rank) != Some(&seen) {
+                self.seen.insert(*rank, seen.clone());
+                self.machine.handle_event(now, Event::RankSeen { rank: *rank, seen });
+            }
         }
-        // The snapshot lags behind: that it still shows the life before this one means nothing.
-        if life.incarnation < incarnation || (life.incarnation == incarnation && life.admitted && !admitted) {
-            let incarnation = life.incarnation;
-            self.lives.remove(&rank);
-            self.event(Event::EngineLost {
-                rank,
-                incarnation,
-                reason: "its rank task reports it down".to_owned(),
-            });
+        let seen = control_seen(&self.tools.control.snapshot());
+        if self.control_seen != seen {
+            self.control_seen = seen.clone();
+            let (pause, external_weights) = seen;
+            self.machine.handle_event(now, Event::ControlSeen { pause, external_weights });
         }
     }
 
@@ -501,12 +508,13 @@ impl Task {
                 Some(RankState::Loading | RankState::LoadFailed | RankState::RollingBack)
             ) || (snapshot.ranks.get(rank) == Some(&RankState::Loaded) && !snapshot.past_commit_point)
         };
-        let held = self.lives.keys().filter(|rank| !between(rank));
+        let held = self.machine.lives().map(|(rank, _)| rank).filter(|rank| !between(rank));
+        let committed = self.machine.committed().map(|committed| &committed.commit);
         let status = UpdateStatus {
-            held: held.map(|rank| (*rank, snapshot.version.clone())).collect(),
+            held: held.map(|rank| (rank, snapshot.version.clone())).collect(),
             version: snapshot.version,
-            committed: self.committed.as_ref().map(|c| c.commit.checkpoint.clone()),
-            source: self.committed.as_ref().map(|c| c.commit.source.clone()),
+            committed: committed.map(|commit| commit.checkpoint.clone()),
+            source: committed.map(|commit| commit.source.clone()),
             staging: self.staging.clone(),
             running: self.active.as_ref().map(|active| active.id.clone()),
             phase: snapshot.phase,
@@ -519,6 +527,12 @@ impl Task {
             changed
         });
     }
+}
+
+/// The pause of the operator or of a frontend, and whether a frontend has loaded weights.
+fn control_seen(now: &dp_sidecar_protocol::machine::control::Snapshot) -> (Option<Pause>, bool) {
+    let asleep = now.asleep;
+    (now.paused_by.clone().map(|by| Pause { by, asleep }), now.external_weights)
 }
 
 /// Gives everybody who follows an update its record.

@@ -1,6 +1,6 @@
 //! The machine's actions, performed.
 
-use dp_sidecar_protocol::machine::weight_update::{Adapter, WorkerReport, WorkerState};
+use dp_sidecar_protocol::machine::weight_update::{Adapter, Target, WorkerReport, WorkerState};
 
 use super::jobs::StageJob;
 use super::nodes::NodesJob;
@@ -10,158 +10,290 @@ use super::*;
 const SETTLE_ATTEMPTS: u32 = 3;
 
 impl Task {
-    pub(super) async fn perform(&mut self) {
-        while let Some(action) = self.machine.poll_action() {
-            self.act(action).await;
-        }
-        let nodes = std::mem::take(&mut self.to_stage);
-        if !nodes.is_empty() {
-            self.stage(nodes.into_iter().collect());
+    pub(super) fn act(&mut self, action: Action) {
+        let tools = self.tools.clone();
+        match action.clone() {
+            Action::Accept { version, .. } => {
+                self.active = self.incoming.take().map(|active| Active { version, ..active });
+            }
+            Action::Join => {
+                for follower in self.incoming.take().into_iter().flat_map(|incoming| incoming.followers) {
+                    self.join(follower);
+                }
+            }
+            Action::Repeat(record) => {
+                if let Some(incoming) = self.incoming.take() {
+                    let version = self.machine.snapshot().version;
+                    let record = UpdateRecord::ended(*record, version, incoming.started_unix_ms);
+                    tell_end(incoming.followers, &record);
+                }
+            }
+            Action::Refuse { run, refusal } => {
+                let refused = if run.is_some() { self.active.take() } else { self.incoming.take() };
+                if let Some(refused) = refused {
+                    self.refuse(refused, &refusal);
+                }
+            }
+            Action::Acquire { run, owner, patience } => {
+                if self.active.is_none() {
+                    let id = self.machine.snapshot().running.unwrap_or_default();
+                    warn!(%id, "engines are brought to the committed weights after a restart of the sidecar");
+                    self.active = Some(Active {
+                        recovery: true,
+                        ..Active::new(id, UpdateRequest::new(""), Vec::new())
+                    });
+                }
+                self.spawn(action, async move {
+                    match tools.control.acquire(owner, patience).await {
+                        Ok(guard) => {
+                            let (external_weights, asleep) = (guard.external_weights, guard.asleep);
+                            let grant = Grant { paused: guard.paused_by.is_some(), external_weights, asleep };
+                            (Some(Event::Acquired { run, result: Ok(grant) }), Extra::Guard(guard))
+                        }
+                        Err(error) => {
+                            (Some(Event::Acquired { run, result: Err(error.to_string()) }), Extra::Nothing)
+                        }
+                    }
+                });
+            }
+            Action::Inspect { ticket, engines, adopted, directory } => {
+                self.spawn(action, async move {
+                    let (found, infos) = tools.inspect(&engines, adopted, directory.as_deref()).await;
+                    (Some(Event::Inspected { ticket, found }), Extra::Infos(infos))
+                });
+            }
+            Action::Forget { ticket, why } => {
+                warn!("{why}: engines stay at the command line's checkpoint");
+                self.spawn_plain(action, async move {
+                    let journal = tools.journal.clone();
+                    let result = blocking(move || journal.forget()).await.map_err(|error| error.to_string());
+                    Some(Event::Forgotten { ticket, result })
+                });
+            }
+            Action::Restore { ticket, engines, committed } => {
+                let infos = self.infos.clone();
+                self.spawn_plain(action, async move {
+                    let result = tools.restore(&engines, &committed, &infos).await;
+                    Some(Event::Restored { ticket, result })
+                });
+            }
+            Action::TakeOver { ticket, engines, inherit } => {
+                info!(ranks = engines.len(), "engines live on with the committed weights");
+                self.spawn_plain(action, async move {
+                    // The sidecar before may have ended in a drain, or just before a pause.
+                    if let Err(error) = tools.open_gates(engines.keys(), false).await {
+                        warn!("gates of engines that live on: {error}");
+                    }
+                    if let Some(Pause { by, asleep }) = inherit
+                        && let Ok(guard) = tools.control.acquire("recovery after a restart", PATIENCE).await
+                    {
+                        guard.inherit(by, asleep).await;
+                        guard.release().await;
+                    }
+                    Some(Event::TakenOver { ticket })
+                });
+            }
+            Action::Answer { ticket, result } => {
+                if let Err(error) = &result {
+                    error!("{error}");
+                }
+                if let Some(reply) = self.answers.remove(&ticket) {
+                    ignore_gone(reply.send(result.map_err(UpdateError::from)));
+                }
+            }
+            Action::OpenGates { engines, .. } => self.spawn_plain(action, async move {
+                if let Err(error) = tools.open_gates(engines.keys(), true).await {
+                    warn!("admission could not be opened: {error}");
+                }
+                None
+            }),
+            Action::CloseGates { run, ranks } => self.spawn_plain(action, async move {
+                let limit = tools.config.machine.admission_timeout;
+                let event = match admission(&tools.handles(&ranks), false, limit).await {
+                    Ok(()) => Answer::AdmissionClosed,
+                    Err(error) => Answer::AdmissionFailed { error },
+                };
+                Some(Event::Reported { run, event })
+            }),
+            Action::Stage { run, nodes, committed } => self.stage(action, run, nodes, committed),
+            Action::StageCommitted { run, node, committed, before } => {
+                let infos = self.infos.clone();
+                self.spawn_plain(action, async move {
+                    let event = match tools.committed_on(node, committed.as_deref(), before, &infos).await {
+                        Ok(new) => Answer::Staged { node, new, previous: None },
+                        Err(error) => Answer::StageFailed { node, error },
+                    };
+                    Some(Event::Reported { run, event })
+                });
+            }
+            Action::WriteCommit { run, committed, .. } => {
+                self.spawn_plain(action, async move {
+                    let (journal, written) = (tools.journal.clone(), committed.clone());
+                    let result = blocking(move || journal.write(&written)).await;
+                    let result = result.map_err(|error| error.to_string());
+                    Some(Event::CommitWritten { run, committed, result })
+                });
+            }
+            Action::SaveLedger { ledger, begun } => {
+                let write = self.write_ledger(*ledger);
+                self.spawn_plain(action, async move {
+                    let result = write.await;
+                    if let Err(error) = &result {
+                        warn!(%error, "the ledger was not written");
+                    }
+                    let result = result.map_err(|error| error.to_string());
+                    begun.map(|run| Event::Reported { run, event: Answer::BegunWritten { result } })
+                });
+            }
+            Action::Step { run, action: step, .. } => self.step(action, run, step),
+            Action::Conclude { run, conclusion, .. } => self.conclude(action, run, *conclusion),
+            Action::Ended { .. } => {
+                self.staging.clear();
+                if let Some(Active { record: Some(record), followers, .. }) = self.active.take() {
+                    self.last = Some(record.clone());
+                    self.publish();
+                    tell_end(followers, &record);
+                }
+            }
         }
     }
 
-    pub(super) async fn act(&mut self, action: Action) {
-        let run = self.run;
-        let machine = &self.config.machine;
-        match action {
-            Action::Stage { node, .. } => {
-                self.to_stage.insert(node);
-            }
-            Action::WriteBegun { begun } => self.write_begun(*begun),
-            Action::CloseAdmission => {
-                let limit = machine.admission_timeout;
-                // Ranks that start again are not admitted before the update has ended.
-                let taking_part = self.machine.running_ranks();
-                let handles: Vec<RankHandle> =
-                    taking_part.keys().filter_map(|rank| self.ranks.get(rank).cloned()).collect();
-                self.jobs.spawn(async move {
-                    let event = match admission(&handles, false, limit).await {
-                        Ok(()) => Event::AdmissionClosed,
-                        Err(error) => Event::AdmissionFailed { error },
-                    };
-                    Done::Event(run, event)
-                });
-            }
-            Action::Pause { rank, incarnation, attempt, mode, clear_cache } => {
-                let deadline = self.active.as_ref().map(|a| a.request.pause_deadline);
+    fn step(&mut self, action: Action, run: RunId, step: Step) {
+        let machine = &self.tools.config.machine;
+        match step {
+            Step::Pause { rank, incarnation, attempt, mode, clear_cache } => {
+                let deadline = self.active.as_ref().map(|active| active.request.pause_deadline);
                 let wait =
                     if mode == PauseMode::Abort { Duration::ZERO } else { deadline.unwrap_or_default() };
                 let limit = wait + machine.abort_pause_timeout + SLACK;
-                self.call(rank, async move |handle| Event::Paused {
+                self.call(action, run, rank, async move |handle| Answer::Paused {
                     rank,
                     incarnation,
                     attempt,
                     result: nothing(engine_calls::pause(&handle, mode, clear_cache, limit).await),
                 });
             }
-            Action::Load { rank, incarnation, target, checkpoint } => {
+            Step::Load { rank, incarnation, target, checkpoint } => {
                 let limit = machine.load_timeout + SLACK;
                 if target == Target::Previous {
                     warn!(rank = rank.0, path = checkpoint.path, "loading the previous weights");
                 }
                 let load = self.load_on(rank, target, checkpoint, limit);
-                self.call(rank, async move |handle| Event::Loaded {
+                self.call(action, run, rank, async move |handle| Answer::Loaded {
                     rank,
                     incarnation,
                     target,
                     result: load.run(&handle).await,
                 });
             }
-            Action::WriteCommit { commit } => self.write_commit(commit),
-            Action::SetVersion { rank, incarnation, version } => {
+            Step::SetVersion { rank, incarnation, attempt, version } => {
                 let limit = machine.commit_timeout + SLACK;
-                self.call(rank, async move |handle| {
-                    let args = vec![version.0.as_str().into()];
-                    let answer = handle.call("set_weight_version", args, limit).await;
-                    Event::VersionSet { rank, incarnation, result: nothing(answer) }
+                let info = self.infos.get(&rank).cloned().flatten();
+                self.call(action, run, rank, async move |handle| {
+                    let result = shim::stamp(&handle, info.as_ref(), &version, limit).await;
+                    Answer::VersionSet { rank, incarnation, attempt, result }
                 });
             }
-            Action::ResetCaches { rank, incarnation, attempt, reset_running_requests } => {
+            Step::ResetCaches { rank, incarnation, attempt, reset_running_requests } => {
                 let limit = machine.commit_timeout + SLACK;
-                let connector_answers = self
-                    .active
-                    .as_ref()
-                    .and_then(|active| active.infos.get(&rank))
-                    .is_some_and(EngineInfo::connector_answers);
-                self.call(rank, async move |handle| {
+                let connector_answers = self.info(rank).is_some_and(EngineInfo::connector_answers);
+                self.call(action, run, rank, async move |handle| {
                     let answer =
                         engine_calls::reset_caches(&handle, reset_running_requests, connector_answers, limit);
-                    Event::CachesReset {
-                        rank,
-                        incarnation,
-                        attempt,
-                        result: answer.await.map_err(|error| error.to_string()),
-                    }
+                    let result = answer.await.map_err(|error| error.to_string());
+                    Answer::CachesReset { rank, incarnation, attempt, result }
                 });
             }
-            Action::Resume { rank, incarnation, attempt } => {
+            Step::Resume { rank, incarnation, attempt } => {
                 let limit = machine.resume_timeout + SLACK;
-                self.call(rank, async move |handle| Event::Resumed {
+                self.call(action, run, rank, async move |handle| Answer::Resumed {
                     rank,
                     incarnation,
                     attempt,
                     result: nothing(engine_calls::resume(&handle, limit).await),
                 });
             }
-            Action::OpenAdmission => self.open_admission = true,
-            Action::Fence { rank, incarnation, why } => self.fence(rank, incarnation, why).await,
-            Action::Progress => self.progress(),
-            Action::Refuse { refusal, .. } => {
-                if let Some(active) = self.active.take() {
-                    let outcome = types::outcome_of(&refusal);
-                    self.refuse(active, outcome, refusal.to_string());
-                }
+            Step::Fence { rank, incarnation, why } => {
+                error!(rank = rank.0, "engine is fenced: {why}");
+                let tools = self.tools.clone();
+                self.spawn_plain(action, async move {
+                    let fenced = tools.fence(rank, incarnation, why).await;
+                    let event = Answer::Fenced { rank, incarnation };
+                    fenced.then_some(Event::Reported { run, event })
+                });
             }
-            Action::Done(record) => self.finish(*record),
+            Step::Progress => self.progress(),
+            // Relayed by the machine in another form.
+            _ => {}
         }
+    }
+
+    fn info(&self, rank: EngineIndex) -> Option<&EngineInfo> {
+        self.infos.get(&rank)?.as_ref()
     }
 
     /// Calls a rank in the background; all ranks of a step are called at the same time.
-    pub(super) fn call<F>(&mut self, rank: EngineIndex, call: impl FnOnce(RankHandle) -> F + Send + 'static)
-    where
-        F: Future<Output = Event> + Send + 'static,
+    fn call<F>(
+        &mut self,
+        action: Action,
+        run: RunId,
+        rank: EngineIndex,
+        call: impl FnOnce(RankHandle) -> F + Send + 'static,
+    ) where
+        F: Future<Output = Answer> + Send + 'static,
     {
-        let run = self.run;
-        let Some(handle) = self.ranks.get(&rank).cloned() else {
+        let Some(handle) = self.tools.ranks.get(&rank).cloned() else {
             return;
         };
         let answer = call(handle);
-        self.jobs.spawn(async move { Done::Event(run, answer.await) });
+        self.spawn_plain(action, async move { Some(Event::Reported { run, event: answer.await }) });
     }
 
-    pub(super) fn stage(&mut self, nodes: Vec<NodeId>) {
+    fn stage(
+        &mut self,
+        action: Action,
+        run: RunId,
+        nodes: BTreeSet<NodeId>,
+        committed: Option<Box<Committed>>,
+    ) {
         let Some(active) = &self.active else {
             return;
         };
-        let run = active.run;
-        if active.recovery.is_some() {
-            for node in nodes {
-                self.stage_committed(node);
-            }
-            return;
-        }
-        let nodes = self.stages.in_order(nodes);
-        let engine = |rank: &EngineIndex, life: &Life| {
-            Some((self.ranks.get(rank)?.clone(), self.place(*rank), life.info.clone()))
+        let tools = &self.tools;
+        info!(
+            id = %active.id, version = %active.version, path = %active.request.path.display(),
+            mode = %active.request.mode, ranks = self.machine.lives().count(), "update begins"
+        );
+        let nodes = tools.stages.in_order(nodes.into_iter().collect());
+        let engine = |(rank, _): (EngineIndex, Incarnation)| {
+            let handle = tools.ranks.get(&rank)?.clone();
+            Some((handle, tools.node_of(rank), self.info(rank).cloned()))
         };
         let job = StageJob {
-            engines: self.lives.iter().filter_map(|(rank, life)| engine(rank, life)).collect(),
-            call_timeout: self.config.call_timeout,
+            engines: self.machine.lives().filter_map(engine).collect(),
+            call_timeout: tools.config.call_timeout,
             nodes: NodesJob {
                 id: active.id.clone(),
                 version: active.version.clone(),
                 request: active.request.clone(),
-                committed: self.committed.as_ref().map(|c| c.commit.clone()),
+                committed: committed.map(|committed| committed.commit),
                 nodes: nodes.clone(),
                 model_paths: BTreeMap::new(),
-                stages: self.stages.clone(),
-                known: self.known.clone(),
-                cancel: self.cancel.flag(),
-                limit: self.config.machine.stage_timeout + SLACK,
-                notes: self.notes.clone(),
+                stages: tools.stages.clone(),
+                known: tools.known.clone(),
+                cancel: tools.cancel.clone(),
+                limit: tools.config.machine.stage_timeout + SLACK,
+                notes: tools.notes.clone(),
             },
         };
-        let job = self.jobs.spawn(async move { Done::Staged(run, job.run().await) });
+        let job = self.spawn(action, async move {
+            match job.run().await {
+                Ok((staging, staged)) => {
+                    (Some(Event::Staged { run, result: Ok(Box::new(staging)) }), Extra::Staged(staged))
+                }
+                Err(failed) => (Some(Event::Staged { run, result: Err(failed) }), Extra::Nothing),
+            }
+        });
         if let Some(active) = &mut self.active {
             active.staged = nodes;
             active.stage_job = Some(job);
@@ -170,122 +302,30 @@ impl Task {
 
     fn load_on(&self, rank: EngineIndex, target: Target, checkpoint: Checkpoint, limit: Duration) -> Load {
         let active = self.active.as_ref();
-        let takes_adapters = active
-            .and_then(|active| active.infos.get(&rank))
-            .is_some_and(|info| info.max_lora_rank.is_some());
-        let recovery = active.is_some_and(|active| active.recovery.is_some());
-        let node = self.place(rank);
-        let committed = self.committed.as_ref().map(|c| c.commit.adapters.clone()).unwrap_or_default();
+        let takes_adapters = self.info(rank).is_some_and(|info| info.max_lora_rank.is_some());
+        let recovery = active.is_some_and(|active| active.recovery);
+        let node = self.tools.node_of(rank);
+        let committed = self.machine.committed().map(|c| c.commit.adapters.clone()).unwrap_or_default();
         Load {
             id: active.map(|active| active.id.clone()).unwrap_or_default(),
             target,
             checkpoint: active
                 .is_none_or(|active| active.request.has_weights() || recovery)
                 .then_some(checkpoint),
-            changes: active
-                .and_then(|active| active.adapters.on_nodes.get(&node).cloned())
-                .unwrap_or_default(),
+            changes: active.and_then(|active| active.adapters.get(&node).cloned()).unwrap_or_default(),
             bring: (recovery && takes_adapters).then_some(committed),
-            place: (self.stages.clone(), node),
+            place: (self.tools.stages.clone(), node),
             limit,
         }
     }
 
-    fn write_begun(&mut self, begun: Begun) {
-        let run = self.run;
-        self.ledger.begun = Some(begun);
-        let write = self.write_ledger();
-        self.jobs.spawn(async move {
-            Done::Event(run, Event::BegunWritten { result: write.await.map_err(|error| error.to_string()) })
-        });
-    }
-
-    /// Writes the ledger as it is now.
-    pub(super) fn write_ledger(&mut self) -> impl Future<Output = std::io::Result<()>> + Send + 'static {
+    fn write_ledger(&mut self, ledger: Ledger) -> impl Future<Output = std::io::Result<()>> + Send + 'static {
         self.ledger_number += 1;
-        let (journal, number, ledger) = (self.journal.clone(), self.ledger_number, self.ledger.clone());
-        let write = tokio::task::spawn_blocking(move || journal.write_ledger(number, &ledger));
-        async move { write.await.map_err(std::io::Error::other)? }
+        let (journal, number) = (self.tools.journal.clone(), self.ledger_number);
+        blocking(move || journal.write_ledger(number, &ledger))
     }
 
-    pub(super) fn write_commit(&mut self, commit: Commit) {
-        let run = self.run;
-        let commit = self.with_adapters(commit);
-        let journal = self.journal.clone();
-        let model_path = self.active.as_ref().and_then(|a| a.model_path.clone());
-        let committed = Committed::new(model_path.unwrap_or_default(), commit, None);
-        self.jobs.spawn(async move {
-            let written = {
-                let committed = committed.clone();
-                tokio::task::spawn_blocking(move || journal.write(&committed)).await
-            };
-            let result = match written {
-                Ok(result) => result.map_err(|error| error.to_string()),
-                Err(error) => Err(error.to_string()),
-            };
-            Done::Committed(run, Box::new(committed), result)
-        });
-    }
-
-    /// Adapters stay over an update of the weights, and the weights over one of adapters.
-    fn with_adapters(&self, mut commit: Commit) -> Commit {
-        let before = self.committed.as_ref().map(|committed| committed.commit.clone());
-        let Some(active) = &self.active else {
-            return commit;
-        };
-        if !active.request.has_weights() {
-            let base = before.clone().unwrap_or_else(|| Commit {
-                checkpoint: active.startup.clone().unwrap_or_default(),
-                source: active.model_path.clone().unwrap_or_default(),
-                ..Commit::default()
-            });
-            commit.weights = before.as_ref().map(|before| before.weights_id().clone());
-            commit = Commit { checkpoint: base.checkpoint, nodes: base.nodes, source: base.source, ..commit };
-        }
-        commit.adapters = before.map(|before| before.adapters).unwrap_or_default();
-        for (name, adapter) in &active.adapters.changes {
-            match adapter {
-                Some(adapter) => commit.adapters.insert(name.clone(), adapter.clone()),
-                None => commit.adapters.remove(name),
-            };
-        }
-        commit
-    }
-
-    pub(super) async fn fence(&mut self, rank: EngineIndex, incarnation: Incarnation, why: String) {
-        error!(rank = rank.0, "engine is fenced: {why}");
-        self.lives.remove(&rank);
-        let down = RankCommand::EngineDown { incarnation, reason: format!("fenced: {why}") };
-        let request = FenceRequest { rank, incarnation, reason: why };
-        let fences = self.fences.clone();
-        let handle = self.ranks.get(&rank).cloned();
-        let told = handle.clone();
-        let tell = async move {
-            if let Some(handle) = told
-                && let Err(error) = handle.tell(down).await
-            {
-                error!(rank = rank.0, %error, "fenced engine");
-            }
-            if fences.send(request).await.is_err() {
-                error!(rank = rank.0, "nobody starts the fenced engine again");
-            }
-        };
-        if tokio::time::timeout(TELL_LIMIT, tell).await.is_err() {
-            error!(rank = rank.0, limit = ?TELL_LIMIT, "fencing took too long");
-        }
-        let (run, limit) = (self.run, self.config.machine.admission_timeout * 2);
-        if let Some(mut snapshot) = handle.map(|handle| handle.snapshot) {
-            self.jobs.spawn(async move {
-                let down = snapshot.wait_for(|now| now.incarnation > incarnation || !now.admitted);
-                match tokio::time::timeout(limit, down).await {
-                    Ok(_) => Done::Event(run, Event::Fenced { rank, incarnation }),
-                    Err(_) => Done::Nothing,
-                }
-            });
-        }
-    }
-
-    pub(super) fn progress(&self) {
+    fn progress(&self) {
         let Some(active) = &self.active else {
             return;
         };
@@ -300,13 +340,27 @@ impl Task {
         active.tell(&UpdateEvent::Progress { phase: snapshot.phase, ranks: snapshot.ranks });
     }
 
-    pub(super) fn finish(&mut self, record: Record) {
-        let Some(mut active) = self.active.take() else {
+    fn refuse(&self, refused: Active, refusal: &Refusal) {
+        let record = UpdateRecord::refused(
+            refused.id,
+            &refused.request,
+            types::outcome_of(refusal),
+            refusal.to_string(),
+            self.machine.snapshot().version,
+            refused.started_unix_ms,
+        );
+        info!("{}", record.message);
+        tell_end(refused.followers, &record);
+    }
+
+    fn conclude(&mut self, action: Action, run: RunId, conclusion: Conclusion) {
+        let ledger = self.write_ledger(conclusion.ledger.clone());
+        let tools = self.tools.clone();
+        let Some(active) = &mut self.active else {
             return;
         };
-        let version = self.machine.snapshot().version;
-        let known = record.committed || record.ranks.values().any(|rank| rank.rollback_ms.is_some());
-        let ended = UpdateRecord::ended(record.clone(), version, active.started_unix_ms);
+        let Conclusion { record, version, .. } = &conclusion;
+        let ended = UpdateRecord::ended(record.clone(), version.clone(), active.started_unix_ms);
         match ended.outcome {
             UpdateOutcome::Committed => info!("{}", ended.message),
             _ => warn!("{}", ended.message),
@@ -314,76 +368,69 @@ impl Task {
         for warning in &record.warnings {
             warn!(id = %record.id, "{warning}");
         }
-        self.ledger.end(&record);
-        self.ledger.external_weights &= !known;
-        let ledger = self.write_ledger();
-        let mut write = None;
-        if let Some(committed) = &mut self.committed
-            && committed.commit.id == record.id
-        {
-            committed.record = Some(record.clone());
-            write = Some(committed.clone());
-        }
         if let Some(job) = active.stage_job.take() {
             job.abort();
         }
-        let recovery = active.recovery.take();
+        active.record = Some(ended.clone());
+        let unused = conclusion.recovery || !active.request.has_weights();
         let areas = Areas {
-            stages: self.stages.clone(),
-            nodes: if recovery.is_some() || !active.request.has_weights() {
-                Vec::new()
-            } else {
-                std::mem::take(&mut active.staged)
-            },
+            stages: tools.stages.clone(),
+            nodes: if unused { Vec::new() } else { active.staged.clone() },
             id: active.id.clone(),
             commit: record.committed,
-            // What a failed update has brought is left for its next try.
-            adapters: (recovery.is_some() || record.committed && !active.request.adapters.is_empty()).then(
-                || {
-                    let committed = self.committed.as_ref().map(|committed| &committed.commit.adapters);
-                    committed.map(adapters::digests).unwrap_or_default()
-                },
-            ),
+            adapters: conclusion.adapters.clone(),
         };
-        let gates: Vec<RankHandle> = match std::mem::take(&mut self.open_admission) {
-            true => record.ranks.keys().filter_map(|rank| self.ranks.get(rank).cloned()).collect(),
-            false => Vec::new(),
-        };
-        let stay_paused = recovery.as_ref().is_some_and(|recovery| recovery.recover.stay_paused);
-        let pause = self.ledger.pause.clone().filter(|_| stay_paused);
-        let journal = self.journal.clone();
-        let (followers, guard) = (std::mem::take(&mut active.followers), active.guard.take());
-        // Until this is done the update counts as running.
-        self.active = Some(active);
-        self.jobs.spawn(async move {
-            if let Err(error) = admission(&gates, true, TELL_LIMIT).await {
+        let guard = active.guard.take();
+        self.spawn_plain(action, async move {
+            if let Err(error) = admission(&tools.handles(&conclusion.gates), true, TELL_LIMIT).await {
                 error!("admission could not be opened: {error}");
             }
-            let remembered = ended.clone();
-            let written = tokio::task::spawn_blocking(move || {
-                if let Some(committed) = write {
-                    journal.write(&committed)?;
+            let journal = tools.journal.clone();
+            let written = blocking(move || {
+                if let Some(committed) = &conclusion.committed {
+                    journal.write(committed)?;
                 }
-                journal.remember(&remembered)
+                journal.remember(&ended)
             });
-            for written in [written.await.map_err(std::io::Error::other).and_then(|w| w), ledger.await] {
+            for written in [written.await, ledger.await] {
                 if let Err(error) = written {
                     // The commit record itself is there; only details are lost, or an end is recovered again.
                     warn!(%error, "the update's record was not written");
                 }
             }
             areas.settle().await;
+            let guard = match guard {
+                Some(guard) => Some(guard),
+                // Lost with the work that was lost, or never had.
+                None => tools.control.acquire("end of an update", TELL_LIMIT).await.ok(),
+            };
             if let Some(guard) = guard {
-                if known {
+                if conclusion.weights_known {
                     guard.weights_known().await;
                 }
-                if let Some(Pause { by, asleep }) = pause {
+                if let Some(Pause { by, asleep }) = conclusion.inherit {
                     guard.inherit(by, asleep).await;
                 }
                 guard.release().await;
             }
-            Done::Finished(Box::new(ended), followers, recovery)
+            Some(Event::Concluded { run })
         });
+    }
+}
+
+/// Blocking work; that it panics is a panic of whoever waits for it.
+pub(super) fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> std::io::Result<T> + Send + 'static,
+) -> impl Future<Output = std::io::Result<T>> + Send + 'static {
+    let work = tokio::task::spawn_blocking(work);
+    async move {
+        match work.await {
+            Ok(result) => result,
+            Err(error) => match error.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                Err(error) => Err(std::io::Error::other(error)),
+            },
+        }
     }
 }
 

@@ -192,11 +192,6 @@ async fn pass_on(
     }
 }
 
-/// Digests of these adapters.
-pub(super) fn digests(adapters: &BTreeMap<String, Adapter>) -> BTreeSet<String> {
-    adapters.values().filter_map(|adapter| adapter.checkpoint.digest.clone()).collect()
-}
-
 /// Makes the changes on a paused engine. The report stands for all its workers.
 pub(super) async fn apply(
     engine: &RankHandle,

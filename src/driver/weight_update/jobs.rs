@@ -1,11 +1,18 @@
-//! Work in the background that takes more than one call: staging, and bringing engines to the committed
-//! weights.
+//! Work in the background that takes more than one call: looking at engines, staging, and bringing engines to the
+//! committed weights.
 
 use std::path::Path;
 
 use super::adapters::Preparation;
 use super::nodes::NodesJob;
 use super::*;
+
+/// What the driver keeps of the staging: how engines are to be called.
+pub(super) struct Staged {
+    pub(super) infos: Infos,
+    /// With the directories that engines of each node load from.
+    pub(super) adapters: BTreeMap<NodeId, adapters::Changes>,
+}
 
 /// Asks the engines' shims who they are, then stages on all nodes.
 pub(super) struct StageJob {
@@ -16,7 +23,7 @@ pub(super) struct StageJob {
 }
 
 impl StageJob {
-    pub(super) async fn run(mut self) -> Result<Staged, (NodeId, String)> {
+    pub(super) async fn run(mut self) -> Result<(Staging, Staged), (NodeId, String)> {
         let limit = self.call_timeout;
         let handles: Vec<(RankHandle, NodeId)> =
             self.engines.iter().map(|(handle, node, _)| (handle.clone(), *node)).collect();
@@ -40,7 +47,7 @@ impl StageJob {
         let leader = self.nodes.nodes.first().copied().unwrap_or_default();
         let model_path = self.nodes.model_paths.get(&leader).cloned().unwrap_or_default();
         let any_path = self.nodes.model_paths.values().next().cloned().unwrap_or_default();
-        let infos = answers.into_iter().map(|(rank, _, info)| (rank, info)).collect();
+        let infos = answers.into_iter().map(|(rank, _, info)| (rank, Some(info))).collect();
         let request = &self.nodes.request;
         let on_leader = |error| (leader, error);
         let preparation = Preparation {
@@ -62,113 +69,136 @@ impl StageJob {
                 nodes::startup(&self.nodes.stages, &self.nodes.known, &self.nodes.cancel, at, at).await;
             startup = Some(found.map_err(on_leader)?);
         }
-        Ok(Staged { nodes: self.nodes.run().await?, adapters, startup, infos, model_path })
+        let nodes = self.nodes.run().await?;
+        let nodes = nodes.into_iter().map(|(node, found)| (node, (found.new, found.previous))).collect();
+        let staging = Staging { nodes, adapters: adapters.changes, startup, model_path };
+        Ok((staging, Staged { infos, adapters: adapters.on_nodes }))
     }
 }
 
-/// Brings engines to the committed weights.
-pub(super) struct RestoreJob {
-    pub(super) stages: Stages,
-    pub(super) stage_timeout: Duration,
-    pub(super) committed: Option<Committed>,
-    /// No engine of this process holds the committed weights yet, so a journal that cannot be followed is
-    /// better forgotten.
-    pub(super) may_forget: bool,
-    pub(super) call_timeout: Duration,
-    pub(super) load_timeout: Duration,
-    pub(super) known: Known,
-    pub(super) cancel: Arc<std::sync::atomic::AtomicBool>,
-}
+impl Tools {
+    pub(super) fn node_of(&self, rank: EngineIndex) -> NodeId {
+        self.places.get(&rank).copied().unwrap_or_default()
+    }
 
-impl RestoreJob {
-    pub(super) async fn run(self, handles: Vec<(RankHandle, NodeId)>) -> Result<Restored, UpdateError> {
-        let asked = handles
-            .iter()
-            .map(async |(handle, _)| (handle.rank, shim::info(handle, self.call_timeout).await));
-        let answers = join_all(asked).await;
-        let mut infos = BTreeMap::new();
-        for (rank, answer) in answers {
-            match (answer, &self.committed) {
-                (Ok(info), _) => {
-                    info!(
-                        rank = rank.0,
-                        shim = info.shim_version,
-                        vllm = info.vllm_version,
-                        "the shim answers"
-                    );
-                    infos.insert(rank, info);
+    pub(super) fn handles<'a>(&self, ranks: impl IntoIterator<Item = &'a EngineIndex>) -> Vec<RankHandle> {
+        ranks.into_iter().filter_map(|rank| self.ranks.get(rank).cloned()).collect()
+    }
+
+    /// Opens the gates of ranks; `closed`: only of those that are known to be closed.
+    pub(super) async fn open_gates(
+        &self,
+        ranks: impl Iterator<Item = &EngineIndex> + Send,
+        closed: bool,
+    ) -> Result<(), String> {
+        let mut gates = self.handles(ranks);
+        gates.retain(|handle| !closed || !handle.snapshot.borrow().admission_open);
+        actions::admission(&gates, true, TELL_LIMIT).await
+    }
+
+    /// Asks engines, and their nodes, what can be known of them.
+    pub(super) async fn inspect(
+        &self,
+        engines: &Engines,
+        adopted: bool,
+        directory: Option<&str>,
+    ) -> (Found, Infos) {
+        let limit = self.config.call_timeout;
+        let handles = self.handles(engines.keys());
+        let asked = handles.iter().map(async |handle| {
+            let paused = async {
+                if !adopted {
+                    return false;
                 }
-                (Err(error), None) => {
-                    warn!(rank = rank.0, "weights of this engine cannot be updated: {error}");
+                match handle.call("is_scheduler_paused", Vec::new(), limit).await {
+                    Ok(answer) => answer.as_bool() == Some(true),
+                    // It cannot be paused either.
+                    Err(error) if engine_calls::is_unknown_method(&error) => false,
+                    Err(error) => {
+                        warn!(rank = handle.rank.0, %error, "it is not known whether the engine is paused");
+                        true
+                    }
                 }
-                (Err(reason), Some(committed)) => {
-                    return Err(failed(rank, &committed.commit, reason));
-                }
+            };
+            let (info, paused) = futures::join!(shim::info(handle, limit), paused);
+            (handle.rank, info, paused)
+        });
+        let nodes: BTreeSet<NodeId> = engines.keys().map(|rank| self.node_of(*rank)).collect();
+        let looked = nodes.iter().map(async |node| match directory {
+            Some(directory) => self.lacks(*node, directory).await,
+            None => false,
+        });
+        let (answers, missing) = futures::join!(join_all(asked), join_all(looked));
+        let mut found = Found { missing: missing.contains(&true), ..Found::default() };
+        let mut infos = Infos::new();
+        for (rank, info, paused) in answers {
+            if paused {
+                found.paused.insert(rank);
             }
+            let model = match info {
+                Ok(info) => {
+                    let (shim, vllm) = (&info.shim_version, &info.vllm_version);
+                    info!(rank = rank.0, shim, vllm, "the shim answers");
+                    let model = info.model_path.clone();
+                    infos.insert(rank, Some(info));
+                    Ok(model)
+                }
+                Err(error) => {
+                    warn!(rank = rank.0, "weights of this engine cannot be updated: {error}");
+                    infos.insert(rank, None);
+                    Err(error)
+                }
+            };
+            found.models.insert(rank, model);
         }
-        let Some(committed) = &self.committed else {
-            return Ok(Restored { infos, forget: None });
-        };
-        let commit = &committed.commit;
-        if let Some(why) = self.not_to_be_followed(committed, &infos) {
-            return Ok(Restored { infos, forget: Some(why) });
+        (found, infos)
+    }
+
+    /// A node has said that it cannot find a directory. A node that does not answer has not.
+    async fn lacks(&self, node: NodeId, directory: &str) -> bool {
+        if self.stages.has_stage(node) {
+            return matches!(self.stages.probe(node, directory).await, Ok(None));
         }
-        let model_path = |rank| infos.get(&rank).map(|info| info.model_path.as_str()).unwrap_or_default();
+        matches!(tokio::fs::try_exists(directory).await, Ok(false))
+    }
+
+    /// Brings engines to the committed weights. The error names the rank.
+    pub(super) async fn restore(
+        &self,
+        engines: &Engines,
+        committed: &Committed,
+        infos: &Infos,
+    ) -> Result<(), (EngineIndex, String)> {
+        let info = |rank: &EngineIndex| infos.get(rank).and_then(Option::as_ref);
         let mut checkpoints: BTreeMap<NodeId, Checkpoint> = BTreeMap::new();
-        for (handle, node) in &handles {
-            if checkpoints.contains_key(node) {
+        for rank in engines.keys() {
+            let node = self.node_of(*rank);
+            if checkpoints.contains_key(&node) {
                 continue;
             }
-            let path = model_path(handle.rank);
-            let found = on_node(&self.stages, *node, commit, path, self.stage_timeout).await;
-            match found {
-                Ok(checkpoint) => checkpoints.insert(*node, checkpoint),
-                Err(why) if self.may_forget => return Ok(Restored { infos, forget: Some(why) }),
-                Err(reason) => return Err(failed(handle.rank, commit, reason)),
-            };
+            let path = info(rank).map(|info| info.model_path.as_str()).unwrap_or_default();
+            let found = self.committed_in(node, &committed.commit, path).await;
+            checkpoints.insert(node, found.map_err(|reason| (*rank, reason))?);
         }
-        let loads = handles.iter().map(async |(handle, node)| {
-            let checkpoint = checkpoints.get(node).unwrap_or(&commit.checkpoint);
-            self.bring((handle, *node), commit, checkpoint, model_path(handle.rank))
-                .await
-                .map_err(|reason| failed(handle.rank, commit, reason))
+        let loads = self.handles(engines.keys()).into_iter().map(async |handle| {
+            let node = self.node_of(handle.rank);
+            let checkpoint = checkpoints.get(&node).unwrap_or(&committed.commit.checkpoint);
+            let loaded =
+                self.load_committed(&handle, &committed.commit, checkpoint, info(&handle.rank)).await;
+            loaded.map_err(|reason| (handle.rank, reason))
         });
-        for result in join_all(loads).await {
-            result?;
-        }
-        Ok(Restored { infos, forget: None })
+        join_all(loads).await.into_iter().collect()
     }
 
-    fn not_to_be_followed(
+    async fn load_committed(
         &self,
-        committed: &Committed,
-        infos: &BTreeMap<EngineIndex, EngineInfo>,
-    ) -> Option<String> {
-        if !self.may_forget {
-            return None;
-        }
-        let other = infos.values().find(|info| info.model_path != committed.model_path);
-        if let Some(info) = other {
-            return Some(format!(
-                "the state directory has weights committed for {}, but the engines run {}",
-                committed.model_path, info.model_path
-            ));
-        }
-        let path = &committed.commit.checkpoint.path;
-        if !committed.commit.checkpoint.extents.is_empty() {
-            return None;
-        }
-        (!std::path::Path::new(path).is_dir()).then(|| format!("the committed weights in {path} are gone"))
-    }
-
-    async fn bring(
-        &self,
-        (handle, node): (&RankHandle, NodeId),
+        handle: &RankHandle,
         commit: &Commit,
         checkpoint: &Checkpoint,
-        model_path: &str,
+        info: Option<&EngineInfo>,
     ) -> Result<(), String> {
-        if checkpoint.path == model_path {
+        let limit = self.config.machine.load_timeout;
+        if info.is_some_and(|info| checkpoint.path == info.model_path) {
             // The engine has read that directory itself; it must still be what was committed.
             let (known, cancel) = (self.known.clone(), self.cancel.clone());
             let checkpoint = checkpoint.clone();
@@ -179,7 +209,6 @@ impl RestoreJob {
                 rank = handle.rank.0, version = %commit.version, path = checkpoint.path,
                 "loading the committed weights"
             );
-            let limit = self.load_timeout;
             let workers = shim::load(handle, &commit.id, checkpoint, limit).await?;
             if workers.is_empty() {
                 return Err("no worker answered to the load".to_owned());
@@ -189,32 +218,71 @@ impl RestoreJob {
             }
         }
         if !commit.adapters.is_empty() {
-            let place = (&self.stages, node);
-            adapters::bring(handle, &commit.id, &commit.adapters, place, self.load_timeout).await?;
+            let place = (&self.stages, self.node_of(handle.rank));
+            adapters::bring(handle, &commit.id, &commit.adapters, place, limit).await?;
         }
-        let version = vec![commit.version.0.as_str().into()];
-        if let Err(error) = handle.call("set_weight_version", version, self.call_timeout).await {
-            // vLLM has the method since 0.27.1.
-            warn!(rank = handle.rank.0, %error, "outputs do not carry the weight version");
+        if !shim::stamp(handle, info, &commit.version, self.config.call_timeout).await? {
+            warn!(rank = handle.rank.0, "outputs do not carry the weight version: its vllm is too old");
         }
         Ok(())
     }
-}
 
-fn failed(rank: EngineIndex, commit: &Commit, reason: String) -> UpdateError {
-    UpdateError::Restore { rank, version: commit.version.clone(), reason }
-}
-
-/// What engines of a node load to hold the committed weights.
-pub(super) async fn on_node(
-    stages: &Stages,
-    node: NodeId,
-    commit: &Commit,
-    model_path: &str,
-    limit: Duration,
-) -> Result<Checkpoint, String> {
-    if commit.checkpoint.extents.is_empty() {
-        return Ok(commit.checkpoint.clone());
+    /// What engines of a node load to hold the committed weights.
+    async fn committed_in(&self, node: NodeId, commit: &Commit, model: &str) -> Result<Checkpoint, String> {
+        if commit.checkpoint.extents.is_empty() {
+            return Ok(commit.checkpoint.clone());
+        }
+        self.stages.ensure(node, commit, model, self.config.machine.stage_timeout).await
     }
-    stages.ensure(node, commit, model_path, limit).await
+
+    /// The same for engines that are taken over, which may have to go back to the start-up checkpoint.
+    pub(super) async fn committed_on(
+        &self,
+        node: NodeId,
+        committed: Option<&Committed>,
+        before: Option<Checkpoint>,
+        infos: &Infos,
+    ) -> Result<Checkpoint, String> {
+        let path = |node| {
+            let mut there = infos.iter().filter(|(rank, _)| self.node_of(**rank) == node);
+            let info = there.find_map(|(_, info)| info.as_ref());
+            info.map(|info| info.model_path.clone()).unwrap_or_default()
+        };
+        match (committed, before) {
+            (Some(committed), _) => self.committed_in(node, &committed.commit, &path(node)).await,
+            (None, Some(before)) => Ok(before),
+            (None, None) => {
+                let leader = self.stages.in_order(self.places.values().copied().collect());
+                let leader = leader.first().copied().unwrap_or(node);
+                let (own, leaders) = (path(node), path(leader));
+                let (own, leaders) = ((node, own.as_str()), (leader, leaders.as_str()));
+                nodes::startup(&self.stages, &self.known, &self.cancel, leaders, own).await
+            }
+        }
+    }
+
+    /// Keeps an engine from serving, and has it started again. False: it is not certain that it does not serve.
+    pub(super) async fn fence(&self, rank: EngineIndex, incarnation: Incarnation, why: String) -> bool {
+        let handle = self.ranks.get(&rank).cloned();
+        let down = RankCommand::EngineDown { incarnation, reason: format!("fenced: {why}") };
+        let request = FenceRequest { rank, incarnation, reason: why };
+        let tell = async {
+            if let Some(handle) = &handle
+                && let Err(error) = handle.tell(down).await
+            {
+                error!(rank = rank.0, %error, "fenced engine");
+            }
+            if self.fences.send(request).await.is_err() {
+                error!(rank = rank.0, "nobody starts the fenced engine again");
+            }
+        };
+        if tokio::time::timeout(TELL_LIMIT, tell).await.is_err() {
+            error!(rank = rank.0, limit = ?TELL_LIMIT, "fencing took too long");
+        }
+        let Some(mut snapshot) = handle.map(|handle| handle.snapshot) else {
+            return false;
+        };
+        let down = snapshot.wait_for(|now| now.incarnation > incarnation || !now.admitted);
+        tokio::time::timeout(self.config.machine.admission_timeout * 2, down).await.is_ok()
+    }
 }

@@ -13,9 +13,8 @@ use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use dp_sidecar_protocol::machine::weight_update::{Commit, Ledger, Record};
+use dp_sidecar_protocol::machine::weight_update::{Committed, Ledger};
 use parking_lot::Mutex;
-use serde::{Deserialize, Serialize};
 
 use super::types::UpdateRecord;
 
@@ -23,29 +22,10 @@ use super::types::UpdateRecord;
 const FILE: &str = "committed.json";
 const LEDGER: &str = "ledger.json";
 const HISTORY: &str = "updates.jsonl";
-const FORMAT: u32 = 1;
 /// The history is cut when it is longer, in bytes.
 const HISTORY_LIMIT: u64 = 4 << 20;
 /// So many records are kept then.
 const HISTORY_KEPT: usize = 100;
-
-/// What the file holds.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(super) struct Committed {
-    format: u32,
-    /// Checkpoint directory of the command line. For another model the record means nothing.
-    pub(super) model_path: String,
-    /// The commit record proper.
-    pub(super) commit: Commit,
-    /// Written when the update has ended; missing if the sidecar ended in between.
-    pub(super) record: Option<Record>,
-}
-
-impl Committed {
-    pub(super) const fn new(model_path: String, commit: Commit, record: Option<Record>) -> Self {
-        Self { format: FORMAT, model_path, commit, record }
-    }
-}
 
 /// Where it is.
 #[derive(Clone, Debug)]
@@ -66,10 +46,10 @@ impl Journal {
             return Ok(None);
         };
         let committed: Committed = serde_json::from_slice(&bytes)?;
-        if committed.format != FORMAT {
+        if committed.format != Committed::FORMAT {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,
-                format!("format {}, expected {FORMAT}", committed.format),
+                format!("format {}, expected {}", committed.format, Committed::FORMAT),
             ));
         }
         Ok(Some(committed))
@@ -166,6 +146,11 @@ impl Journal {
         Ok(records)
     }
 
+    /// Puts what is committed aside, for people: nothing reads it again. Blocks.
+    pub(super) fn forget(&self) -> io::Result<()> {
+        fs::rename(self.dir.join(FILE), self.dir.join(format!("{FILE}.forgotten")))
+    }
+
     /// Forgets what is committed, and all distrust: the engines have ended. Blocks.
     pub(super) fn clear(&self) -> io::Result<()> {
         for name in [FILE, LEDGER] {
@@ -182,7 +167,7 @@ impl Journal {
 mod tests {
     use super::*;
     use dp_sidecar_protocol::machine::control::PausedBy;
-    use dp_sidecar_protocol::machine::weight_update::Pause;
+    use dp_sidecar_protocol::machine::weight_update::{Commit, Pause, Record};
     use dp_sidecar_protocol::{UpdateId, WeightVersion};
 
     fn committed(version: &str) -> Committed {
@@ -191,7 +176,7 @@ mod tests {
             version: WeightVersion(version.to_owned()),
             ..Commit::default()
         };
-        Committed::new("/model".to_owned(), commit, None)
+        Committed::new("/model".to_owned(), commit)
     }
 
     #[test]

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use dp_sidecar_protocol::UpdateId;
+use dp_sidecar_protocol::layout::{Layout, VllmVersion};
 use dp_sidecar_protocol::machine::weight_update::{Checkpoint, Extent, WorkerReport, WorkerState};
+use dp_sidecar_protocol::{UpdateId, WeightVersion};
 use rmpv::Value;
 
 use super::super::engine_calls::worker_call;
@@ -27,9 +28,13 @@ pub(super) struct EngineInfo {
 impl EngineInfo {
     /// `reset_prefix_cache` tells a connector that is not there from one that failed, since 0.32.0.
     pub(super) fn connector_answers(&self) -> bool {
-        let mut parts = self.vllm_version.split(['.', '+']);
-        let mut number = || parts.next().and_then(|part| part.parse::<u32>().ok());
-        matches!((number(), number()), (Some(major), Some(minor)) if (major, minor) >= (0, 32))
+        self.vllm_version.parse().is_ok_and(|version: VllmVersion| version >= VllmVersion::new(0, 32, 0))
+    }
+
+    /// `set_weight_version` exists. Of a version that cannot be read that is assumed.
+    pub(super) fn has_weight_version(&self) -> bool {
+        let version: Result<VllmVersion, _> = self.vllm_version.parse();
+        version.map_or(true, |version| Layout::closest(version).has_weight_version())
     }
 }
 
@@ -136,6 +141,20 @@ fn report((at, worker): (usize, &Value)) -> WorkerReport {
         error: text("error"),
         error_kind: text("error_kind"),
     }
+}
+
+/// Has an engine put a version on its outputs. False: its vLLM cannot.
+pub(super) async fn stamp(
+    rank: &RankHandle,
+    info: Option<&EngineInfo>,
+    version: &WeightVersion,
+    limit: Duration,
+) -> Result<bool, String> {
+    if info.is_some_and(|info| !info.has_weight_version()) {
+        return Ok(false);
+    }
+    let answer = rank.call("set_weight_version", vec![version.0.as_str().into()], limit).await;
+    answer.map(|_| true).map_err(|error| error.to_string())
 }
 
 pub(super) fn map(entries: Vec<(&str, Value)>) -> Value {

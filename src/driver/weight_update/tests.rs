@@ -1,8 +1,10 @@
 mod adapters;
+pub(super) mod jobs;
 mod nodes;
 mod recovery;
 mod stage;
 
+use std::collections::VecDeque;
 use std::path::Path;
 
 use dp_sidecar_protocol::FrontendId;
@@ -10,7 +12,7 @@ use dp_sidecar_protocol::machine::control::PausedBy;
 use dp_sidecar_protocol::machine::weight_update::{Phase, WorkerState};
 
 use super::super::control::{self, ControlConfig};
-use super::super::handles::HeldCall;
+use super::super::handles::{GroupKind, HeldCall};
 use super::super::test_ranks::{FakeRank, LoadScript, held};
 use super::*;
 use crate::manifest::tests::write;
@@ -457,9 +459,32 @@ async fn a_lockstep_group_that_is_not_complete_is_not_updated() {
 async fn an_engine_without_version_stamps_is_updated_with_a_warning() {
     let world = world(GroupKind::Independent).await;
     world.engine(0).no_version_stamp = true;
+    world.ranks[0].restart();
+    world.engine(0).vllm_version = "0.26.1";
+    world.updates.restore(vec![world.life(0)]).await.unwrap();
+    world.ranks[0].admit();
     let record = world.update(world.request("u1")).await;
     assert_eq!(record.outcome, UpdateOutcome::Committed);
     assert!(record.record.warnings[0].contains("rank 0: outputs do not carry the version"));
+    world.end().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_engine_that_should_stamp_its_outputs_and_fails_does_not_serve() {
+    let mut world = world(GroupKind::Independent).await;
+    world.engine(0).no_version_stamp = true;
+    let record = world.update(world.request("u1")).await;
+    assert_eq!(
+        record.outcome,
+        UpdateOutcome::Degraded { fenced: vec![EngineIndex(0)] },
+        "{}",
+        record.message
+    );
+    assert!(record.message.contains("the version could not be stamped"), "{}", record.message);
+    assert_eq!(world.fences.recv().await.unwrap().rank, EngineIndex(0));
+    world.ranks[0].restart();
+    let error = world.updates.restore(vec![world.life(0)]).await.unwrap_err();
+    assert!(error.to_string().contains("has no attribute"), "{error}");
     world.end().await;
 }
 

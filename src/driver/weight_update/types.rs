@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use dp_sidecar_protocol::machine::weight_update::updates::Failure;
 use dp_sidecar_protocol::machine::weight_update::{
     Checkpoint, Config, NodeId, Outcome, PauseMode, Phase, RankState, Record, Refusal,
 };
@@ -289,9 +290,13 @@ impl UpdateRecord {
 
 pub(super) fn outcome_of(refusal: &Refusal) -> UpdateOutcome {
     match refusal {
-        Refusal::Busy { .. } => UpdateOutcome::RefusedBusy,
+        Refusal::Busy { .. } | Refusal::Controlled { .. } | Refusal::TakenOver => UpdateOutcome::RefusedBusy,
         Refusal::WrongVersion { .. } => UpdateOutcome::RefusedVersion,
-        Refusal::NoEngines | Refusal::IdUsed { .. } => UpdateOutcome::RefusedInvalid,
+        Refusal::NoEngines
+        | Refusal::IdUsed { .. }
+        | Refusal::Asleep
+        | Refusal::Unreached { .. }
+        | Refusal::Incomplete { .. } => UpdateOutcome::RefusedInvalid,
     }
 }
 
@@ -378,22 +383,9 @@ pub enum UpdateError {
         /// The one that was asked for; none: any.
         id: Option<UpdateId>,
     },
-    /// Engines that live on cannot be taken over as they are.
-    #[error("engines cannot be taken over: {reason}")]
-    Adopt {
-        /// Why.
-        reason: String,
-    },
-    /// An engine could not be brought to the committed weights.
-    #[error("rank {rank}: cannot be brought to weight version {version}: {reason}")]
-    Restore {
-        /// Which.
-        rank: EngineIndex,
-        /// The committed version.
-        version: WeightVersion,
-        /// Names the worker.
-        reason: String,
-    },
+    /// Engines are to be started again.
+    #[error(transparent)]
+    Engines(#[from] Failure),
 }
 
 /// A rank's state for people.

@@ -22,6 +22,7 @@ mod run;
 #[cfg(test)]
 mod simulation;
 mod types;
+pub mod updates;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -29,7 +30,7 @@ use std::time::Duration;
 use crate::{EngineIndex, Incarnation, Time, UpdateId, WeightVersion};
 
 pub use ledger::{Begun, Ledger, Pause};
-pub use record::{Adapter, Commit, Outcome, RankRecord, Record, Snapshot};
+pub use record::{Adapter, Commit, Committed, Outcome, RankRecord, Record, Snapshot};
 use run::Run;
 pub use types::{
     Action, Begin, Checkpoint, Event, Extent, NodeId, Participant, PauseMode, Phase, RankState, Recover,
@@ -91,6 +92,12 @@ pub(crate) enum Mutation {
     SkipBegunRecord,
     /// Resumes what it takes over without loading the committed weights.
     RecoverWithoutReload,
+    /// Work that was lost is not noticed.
+    DropJobLost,
+    /// A restore that failed counts as under way for ever.
+    KeepFailedRestores,
+    /// Each restore decides for itself whether the committed weights are followed.
+    ForgetPerJob,
 }
 
 /// The machine.
@@ -229,6 +236,22 @@ impl WeightUpdate {
         Ok(None)
     }
 
+    /// A commit record is durable; `running`: of the run that waits for it, and not of one that has given up.
+    fn is_committed(&mut self, running: bool, commit: &Commit) {
+        self.current = commit.version.clone();
+        if !running {
+            self.remember(Record::of_commit(commit));
+        }
+    }
+
+    fn remember(&mut self, record: Record) {
+        self.committed.retain(|earlier| earlier.id != record.id);
+        if self.committed.len() == REMEMBERED {
+            self.committed.pop_front();
+        }
+        self.committed.push_back(record);
+    }
+
     fn remembered(&self, id: &UpdateId) -> Option<&Record> {
         self.committed.iter().find(|record| record.id == *id)
     }
@@ -244,11 +267,7 @@ impl WeightUpdate {
         }
         if let Some(record) = run.take_record(now) {
             if record.committed {
-                self.committed.retain(|earlier| earlier.id != record.id);
-                if self.committed.len() == REMEMBERED {
-                    self.committed.pop_front();
-                }
-                self.committed.push_back(record.clone());
+                self.remember(record.clone());
             }
             self.run = None;
             self.actions.push_back(Action::Done(Box::new(record)));

@@ -38,6 +38,29 @@ impl Commit {
     }
 }
 
+/// The commit record as it is on the disk.
+#[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
+pub struct Committed {
+    /// [`Self::FORMAT`]; another one is not read.
+    pub format: u32,
+    /// Checkpoint directory of the command line. For another model the record means nothing.
+    pub model_path: String,
+    /// The commit record proper.
+    pub commit: Commit,
+    /// Written when the update has ended; missing if the sidecar ended in between.
+    pub record: Option<Record>,
+}
+
+impl Committed {
+    /// What this crate reads and writes.
+    pub const FORMAT: u32 = 1;
+
+    /// As it is at the commit point.
+    pub const fn new(model_path: String, commit: Commit) -> Self {
+        Self { format: Self::FORMAT, model_path, commit, record: None }
+    }
+}
+
 /// A LoRA adapter.
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Adapter {

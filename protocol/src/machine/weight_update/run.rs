@@ -17,6 +17,8 @@ use super::types::{Action, Begin, Checkpoint, Event, NodeId, Participant, PauseM
 
 /// How often a load is tried when there is nothing to go back to.
 const LOAD_ATTEMPTS: u32 = 2;
+/// How often an engine is told its version.
+const STAMP_ATTEMPTS: u32 = 2;
 /// How often a cache reset is tried.
 const RESET_ATTEMPTS: u32 = 2;
 /// How often a resume that fails is sent again to that rank. In a lockstep group its peers are inside a
@@ -47,8 +49,8 @@ struct Rank {
     fencing: bool,
     /// An answer is awaited in this step.
     waiting: bool,
-    /// The answer to the version stamp is awaited as well.
-    stamping: bool,
+    /// The answer to the version stamp is awaited as well: to this attempt.
+    stamping: Option<u32>,
     /// Of the load, the cache reset or the resume that was sent last.
     attempt: u32,
     pause_failed: bool,
@@ -261,8 +263,22 @@ impl Run {
                 self.loaded(cx, rank, incarnation, target, result)
             }
             Event::CommitWritten { result } => self.commit_written(cx, result),
-            Event::VersionSet { rank, incarnation, result } => {
-                self.version_set(cx, rank, incarnation, result)
+            Event::CommitUnknown { error } => {
+                if self.step == Step::WritingCommit {
+                    self.commit_unknown(
+                        cx,
+                        format!("it is unknown whether the commit record was written: {error}"),
+                    );
+                }
+            }
+            Event::CallLost { rank, incarnation, error } => {
+                if self.awaited(rank, incarnation).is_some() {
+                    self.fence(cx, rank, &error);
+                    self.advance(cx);
+                }
+            }
+            Event::VersionSet { rank, incarnation, attempt, result } => {
+                self.version_set(cx, rank, incarnation, attempt, result)
             }
             Event::CachesReset { rank, incarnation, attempt, result } => {
                 self.caches_reset(cx, rank, incarnation, attempt, result)
@@ -327,13 +343,8 @@ impl Run {
                 self.fence_silent(cx, "load of the new weights", config.load_timeout);
             }
             Step::WritingCommit => {
-                // Whether the record is, or will be, on the disk is unknown. What the engines hold must
-                // follow the record, so they start again by it.
-                self.fail(format!("commit record was not written within {:?}", config.commit_timeout));
-                for rank in self.active() {
-                    self.fence(cx, rank, "it is unknown whether the update is committed");
-                }
-                self.finish(cx);
+                let limit = config.commit_timeout;
+                self.commit_unknown(cx, format!("commit record was not written within {limit:?}"));
             }
             Step::Finishing | Step::ResettingAfterRollback => {
                 self.fence_silent(cx, "cache reset", config.commit_timeout);
@@ -397,10 +408,9 @@ impl Run {
         let pausing = matches!(self.step, Step::Pausing { .. });
         #[cfg(test)]
         let pausing = pausing && self.mutation != Some(super::Mutation::TrustFences);
-        !self
-            .ranks
-            .values()
-            .any(|state| (state.active && (state.waiting || state.stamping)) || (pausing && state.fencing))
+        !self.ranks.values().any(|state| {
+            (state.active && (state.waiting || state.stamping.is_some())) || (pausing && state.fencing)
+        })
     }
 
     // --- small things ---
@@ -443,7 +453,7 @@ fn ranks_of(now: Time, participants: &BTreeMap<EngineIndex, Participant>) -> BTr
         active: true,
         fencing: false,
         waiting: false,
-        stamping: false,
+        stamping: None,
         attempt: 0,
         pause_failed: false,
         touched: false,

@@ -281,14 +281,30 @@ pub enum Event {
         /// The outcome.
         result: Result<(), String>,
     },
-    /// A rank answered to [`Action::SetVersion`]. A failure is noted, no more: vLLM has the method since 0.27.1.
+    /// Whether the commit record is, or will be, durable cannot be found out.
+    CommitUnknown {
+        /// Why.
+        error: String,
+    },
+    /// Whether a pause or a resume of a rank is, or will be, in force cannot be found out.
+    CallLost {
+        /// Which rank.
+        rank: EngineIndex,
+        /// Which life of it.
+        incarnation: Incarnation,
+        /// Why.
+        error: String,
+    },
+    /// A rank answered to [`Action::SetVersion`].
     VersionSet {
         /// Which rank.
         rank: EngineIndex,
         /// Which life of it.
         incarnation: Incarnation,
-        /// The engine's answer.
-        result: Result<(), String>,
+        /// `attempt` of the action.
+        attempt: u32,
+        /// `Ok(false)`: its vLLM is too old to stamp outputs.
+        result: Result<bool, String>,
     },
     /// A rank answered to [`Action::ResetCaches`].
     CachesReset {
@@ -386,6 +402,8 @@ pub enum Action {
         rank: EngineIndex,
         /// Which life of it.
         incarnation: Incarnation,
+        /// Counts from 1.
+        attempt: u32,
         /// The label.
         version: WeightVersion,
     },
@@ -469,6 +487,34 @@ pub enum Refusal {
         /// The directory it was committed from.
         source_dir: String,
     },
+    /// Another controller has the lock.
+    #[error("{holder}")]
+    Controlled {
+        /// Which, and what it does.
+        holder: String,
+    },
+    /// Their weights are not in place.
+    #[error("the engines are asleep: wake them up first")]
+    Asleep,
+    /// These ranks would go on with the old weights.
+    #[error("rank {} may be serving the current weights, but is not reached", list(ranks))]
+    Unreached {
+        /// Which.
+        ranks: Vec<EngineIndex>,
+    },
+    /// Lockstep engines are updated together.
+    #[error("the lockstep group is not complete: rank {} is not serving", list(ranks))]
+    Incomplete {
+        /// Which are missing.
+        ranks: Vec<EngineIndex>,
+    },
+    /// A recovery goes first.
+    #[error("engines are taken over after a restart of the sidecar")]
+    TakenOver,
+}
+
+fn list(ranks: &[EngineIndex]) -> String {
+    ranks.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
 /// Where an update is.

@@ -3,7 +3,7 @@
 use crate::{EngineIndex, Incarnation};
 
 use super::super::types::{Action, Phase, RankState as State, Target};
-use super::{Cx, RESET_ATTEMPTS, RESUME_ATTEMPTS, Rank, Run, Step};
+use super::{Cx, RESET_ATTEMPTS, RESUME_ATTEMPTS, Rank, Run, STAMP_ATTEMPTS, Step};
 
 impl Run {
     pub(super) fn commit_written(&mut self, cx: &mut Cx<'_>, result: Result<(), String>) {
@@ -20,15 +20,25 @@ impl Run {
         self.stamp_and_reset(cx);
     }
 
+    /// What the engines hold must follow the record, so they start again by it.
+    pub(super) fn commit_unknown(&mut self, cx: &mut Cx<'_>, error: String) {
+        self.fail(error);
+        for rank in self.active() {
+            self.fence(cx, rank, "it is unknown whether the update is committed");
+        }
+        self.finish(cx);
+    }
+
     /// All ranks hold the version that is, or already was, committed.
     pub(super) fn stamp_and_reset(&mut self, cx: &mut Cx<'_>) {
         self.enter(cx, Step::Finishing, Phase::Committing);
         self.deadline = Some(cx.now + cx.config.commit_timeout);
         for (rank, state) in self.ranks.iter_mut().filter(|(_, state)| state.active) {
-            state.stamping = true;
+            state.stamping = Some(1);
             cx.actions.push_back(Action::SetVersion {
                 rank: *rank,
                 incarnation: state.record.incarnation,
+                attempt: 1,
                 version: self.stamp.clone(),
             });
         }
@@ -60,7 +70,8 @@ impl Run {
         cx: &mut Cx<'_>,
         rank: EngineIndex,
         incarnation: Incarnation,
-        result: Result<(), String>,
+        attempt: u32,
+        result: Result<bool, String>,
     ) {
         if self.step != Step::Finishing {
             return;
@@ -68,12 +79,23 @@ impl Run {
         let Some(state) = self.ranks.get_mut(&rank) else {
             return;
         };
-        if !state.active || !state.stamping || state.record.incarnation != incarnation {
+        if !state.active || state.stamping != Some(attempt) || state.record.incarnation != incarnation {
             return;
         }
-        state.stamping = false;
-        if let Err(error) = result {
-            self.warn(format!("rank {rank}: outputs do not carry the version: {error}"));
+        state.stamping = None;
+        match result {
+            Ok(true) => {}
+            Ok(false) => {
+                self.warn(format!("rank {rank}: outputs do not carry the version: its vllm is too old"));
+            }
+            Err(_) if attempt < STAMP_ATTEMPTS => {
+                let attempt = attempt + 1;
+                state.stamping = Some(attempt);
+                let version = self.stamp.clone();
+                cx.actions.push_back(Action::SetVersion { rank, incarnation, attempt, version });
+            }
+            // A successor would not trust it, and clients would be told the wrong version.
+            Err(error) => self.fence(cx, rank, &format!("the version could not be stamped: {error}")),
         }
         self.advance(cx);
     }

@@ -89,7 +89,7 @@ impl Run {
         let silent: Vec<EngineIndex> = self
             .ranks
             .iter()
-            .filter(|(_, state)| state.active && (state.waiting || state.stamping))
+            .filter(|(_, state)| state.active && (state.waiting || state.stamping.is_some()))
             .map(|(rank, _)| *rank)
             .collect();
         for rank in silent {
@@ -141,7 +141,7 @@ impl Run {
         if let Some(state) = self.ranks.get_mut(&rank) {
             state.active = false;
             state.waiting = false;
-            state.stamping = false;
+            state.stamping = None;
             state.record.state = last;
             state.record.errors.push(why);
         }

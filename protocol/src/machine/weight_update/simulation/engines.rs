@@ -11,7 +11,6 @@ impl World {
         engine.pausing.clear();
         engine.resuming = None;
         engine.inbox.clear();
-        self.lives.remove(&rank);
         self.schedule_restart(rank);
     }
 
@@ -22,60 +21,29 @@ impl World {
         }
     }
 
-    /// The node brings a new engine up: with the committed weights, and not while an update runs.
+    /// The node brings a new engine up, and has it brought to the committed weights.
     pub(super) fn restart(&mut self, rank: usize) {
         self.engines[rank].restarting = false;
-        if self.engines[rank].admitted {
-            return;
-        }
-        if !self.leader || self.machine.snapshot().running.is_some() {
-            return; // `ended`, or the next leader, schedules it again
+        if self.engines[rank].alive || !self.leader {
+            return; // the next leader schedules it again
         }
         if self.is_away(rank) || (self.lockstep && !self.away.is_empty()) {
             self.schedule_restart(rank);
             return;
         }
-        self.gate_open = true;
         let group: Vec<usize> = if self.lockstep { (0..self.engines.len()).collect() } else { vec![rank] };
-        for member in group {
-            let weights = Weights::Whole(self.journal.checkpoint.path.clone());
-            let engine = &mut self.engines[member];
-            *engine = Engine {
-                incarnation: engine.incarnation + 1,
-                alive: true,
-                admitted: true,
-                weights,
-                // The pause of a frontend still holds.
-                paused: self.paused_before,
-                pausing: Vec::new(),
-                resuming: None,
-                inbox: VecDeque::new(),
-                stamp: self.journal.version.0.clone(),
-                request: None,
-                cache: None,
-                hung: false,
-                restarting: false,
-            };
-            let life = Incarnation(engine.incarnation);
-            self.ledger.restored(EngineIndex(u16::try_from(member).unwrap()), life);
-            self.lives.insert(member);
+        for &member in &group {
+            let restarting = self.engines[member].restarting;
+            self.engines[member] = Engine { restarting, ..Engine::new(self.engines[member].incarnation + 1) };
         }
-        if self.lockstep {
-            self.external = false;
-        }
+        self.ask_for(&group, false);
     }
 
     pub(super) fn dies(&mut self, rank: usize, incarnation: u64) {
         if !self.engines[rank].alive || self.engines[rank].incarnation != incarnation {
             return;
         }
-        let away = self.is_away(rank);
         self.stop(rank);
-        let lost = |rank: usize, incarnation: u64| Event::EngineLost {
-            rank: EngineIndex(u16::try_from(rank).unwrap()),
-            incarnation: Incarnation(incarnation),
-            reason: "killed".to_owned(),
-        };
         if self.lockstep {
             for peer in 0..self.engines.len() {
                 let life = self.engines[peer].incarnation;
@@ -87,62 +55,67 @@ impl World {
                 }
             }
         }
-        if !away {
-            self.tell(lost(rank, incarnation));
-        }
+        self.look();
     }
 
     /// Sends a call to an engine; calls reach it in order.
-    pub(super) fn call(&mut self, rank: usize, action: Action) {
-        let epoch = self.epoch;
+    pub(super) fn call(&mut self, rank: usize, caller: Caller, action: Step) {
         if self.is_away(rank) {
             // Either the link says so, or nobody says anything.
             if self.chance(0.5) {
-                let failed = "the node is not reached".to_owned();
-                self.answer(None, epoch, 100, failure(&action, failed));
+                let error = "the node is not reached".to_owned();
+                if let Some(event) = super::super::updates::lost::failure(action, error) {
+                    self.answer(None, caller, 100, event);
+                }
             }
             return;
         }
-        self.send(rank, Happening::Arrives(rank, epoch, action));
+        self.send(rank, Happening::Arrives(rank, caller, action));
     }
 
-    pub(super) fn arrives(&mut self, rank: usize, epoch: u64, action: Action) {
+    pub(super) fn arrives(&mut self, rank: usize, caller: Caller, action: Step) {
         let life = match &action {
-            Action::Pause { incarnation, .. }
-            | Action::Load { incarnation, .. }
-            | Action::SetVersion { incarnation, .. }
-            | Action::ResetCaches { incarnation, .. }
-            | Action::Resume { incarnation, .. } => incarnation.0,
+            Step::Pause { incarnation, .. }
+            | Step::Load { incarnation, .. }
+            | Step::SetVersion { incarnation, .. }
+            | Step::ResetCaches { incarnation, .. }
+            | Step::Resume { incarnation, .. } => incarnation.0,
             _ => return,
         };
         if !self.living(rank, life) {
             return;
         }
+        if self.now < self.engines[rank].loads_until {
+            self.at(self.engines[rank].loads_until, Happening::Arrives(rank, caller, action));
+            return;
+        }
         if self.engines[rank].resuming.is_some() {
-            self.engines[rank].inbox.push_back((epoch, action));
+            self.engines[rank].inbox.push_back((caller, action));
             return;
         }
         match action {
-            Action::Pause { attempt, mode, clear_cache, .. } => {
-                self.law(!clear_cache, || "pause asked to clear caches".to_owned());
-                self.pause_arrives(rank, epoch, life, attempt, mode);
+            Step::Pause { attempt, mode, clear_cache, .. } => {
+                self.law(Law::CachesAreResetExplicitly, !clear_cache, || {
+                    "pause asked to clear caches".to_owned()
+                });
+                self.pause_arrives(rank, caller, life, attempt, mode);
             }
-            Action::Load { .. } => self.load_arrives(rank, epoch, action),
-            Action::SetVersion { rank: index, incarnation, version } => {
+            Step::Load { .. } => self.load_arrives(rank, caller, action),
+            Step::SetVersion { rank: index, incarnation, attempt, version } => {
                 if self.fault(0.01) {
                     self.engines[rank].hung = true;
                     return;
                 }
                 let result = if self.fault(0.1) {
-                    Err("no such method".to_owned())
+                    Err("broken".to_owned())
                 } else {
                     self.engines[rank].stamp = version.0;
-                    Ok(())
+                    Ok(true)
                 };
-                let event = Event::VersionSet { rank: index, incarnation, result };
-                self.answer(Some(rank), epoch, 50, event);
+                let event = Answer::VersionSet { rank: index, incarnation, attempt, result };
+                self.answer(Some(rank), caller, 50, event);
             }
-            Action::ResetCaches { rank: index, incarnation, attempt, reset_running_requests } => {
+            Step::ResetCaches { rank: index, incarnation, attempt, reset_running_requests } => {
                 let result = if self.fault(0.03) {
                     Err("broken".to_owned())
                 } else if self.fault(0.03)
@@ -153,31 +126,38 @@ impl World {
                     self.engines[rank].cache = None;
                     Ok(true)
                 };
-                let event = Event::CachesReset { rank: index, incarnation, attempt, result };
-                self.answer(Some(rank), epoch, 50, event);
+                let event = Answer::CachesReset { rank: index, incarnation, attempt, result };
+                self.answer(Some(rank), caller, 50, event);
             }
-            Action::Resume { attempt, .. } => self.resume_arrives(rank, epoch, life, attempt),
+            Step::Resume { attempt, .. } => self.resume_arrives(rank, caller, life, attempt),
             _ => {}
         }
     }
 
-    fn pause_arrives(&mut self, rank: usize, epoch: u64, incarnation: u64, attempt: u32, mode: PauseMode) {
+    fn pause_arrives(
+        &mut self,
+        rank: usize,
+        caller: Caller,
+        incarnation: u64,
+        attempt: u32,
+        mode: PauseMode,
+    ) {
         if self.fault(0.01) {
             self.engines[rank].hung = true;
             return;
         }
         if self.fault(0.02) {
-            let event = Event::Paused {
-                rank: EngineIndex(u16::try_from(rank).unwrap()),
+            let event = Answer::Paused {
+                rank: index(rank),
                 incarnation: Incarnation(incarnation),
                 attempt,
                 result: Err("no".to_owned()),
             };
-            self.answer(Some(rank), epoch, 50, event);
+            self.answer(Some(rank), caller, 50, event);
             return;
         }
         let engine = &mut self.engines[rank];
-        engine.pausing.push((epoch, attempt, mode));
+        engine.pausing.push((caller, attempt, mode));
         match mode {
             PauseMode::Abort => engine.request = None,
             PauseMode::Keep => {
@@ -209,30 +189,31 @@ impl World {
         }
         let engine = &mut self.engines[rank];
         engine.paused = true;
-        for (epoch, attempt, _) in std::mem::take(&mut engine.pausing) {
-            let event = Event::Paused {
-                rank: EngineIndex(u16::try_from(rank).unwrap()),
+        for (caller, attempt, _) in std::mem::take(&mut engine.pausing) {
+            let event = Answer::Paused {
+                rank: index(rank),
                 incarnation: Incarnation(incarnation),
                 attempt,
                 result: Ok(()),
             };
-            self.answer(Some(rank), epoch, 20, event);
+            self.answer(Some(rank), caller, 20, event);
         }
     }
 
     /// The engine does nothing else meanwhile.
-    fn load_arrives(&mut self, rank: usize, epoch: u64, action: Action) {
+    fn load_arrives(&mut self, rank: usize, caller: Caller, action: Step) {
         let paused = self.engines[rank].paused;
-        self.law(paused, || format!("rank {rank} is loaded while it is not paused"));
+        self.law(Law::LoadedWhilePaused, paused, || format!("rank {rank} is loaded while it is not paused"));
         let before = std::mem::replace(&mut self.engines[rank].weights, Weights::Torn);
         let end = self.now + Duration::from_millis(self.rng.random_range(0..4_000));
         self.links[rank] = self.links[rank].max(end);
+        self.engines[rank].loads_until = end;
         self.seq += 1;
-        self.queue.insert((end, self.seq), Happening::LoadEnds(rank, epoch, action, before));
+        self.queue.insert((end, self.seq), Happening::LoadEnds(rank, caller, action, before));
     }
 
-    pub(super) fn load_ends(&mut self, rank: usize, epoch: u64, action: Action, before: Weights) {
-        let Action::Load { rank: index, incarnation, target, checkpoint: wanted } = action else {
+    pub(super) fn load_ends(&mut self, rank: usize, caller: Caller, action: Step, before: Weights) {
+        let Step::Load { rank: index, incarnation, target, checkpoint: wanted } = action else {
             return;
         };
         if !self.living(rank, incarnation.0) {
@@ -278,45 +259,47 @@ impl World {
             Ok(vec![good])
         };
         self.engines[rank].weights = weights;
-        let event = Event::Loaded { rank: index, incarnation, target, result };
-        self.answer(Some(rank), epoch, 20, event);
+        let event = Answer::Loaded { rank: index, incarnation, target, result };
+        self.answer(Some(rank), caller, 20, event);
     }
 
-    fn resume_arrives(&mut self, rank: usize, epoch: u64, incarnation: u64, attempt: u32) {
-        let resumed = |rank: usize, incarnation: u64, attempt, result| Event::Resumed {
-            rank: EngineIndex(u16::try_from(rank).unwrap()),
+    fn resume_arrives(&mut self, rank: usize, caller: Caller, incarnation: u64, attempt: u32) {
+        let resumed = |rank: usize, incarnation: u64, attempt, result| Answer::Resumed {
+            rank: index(rank),
             incarnation: Incarnation(incarnation),
             attempt,
             result,
         };
         let torn = self.engines[rank].weights == Weights::Torn;
-        self.law(!torn, || format!("rank {rank} is resumed while torn"));
+        self.law(Law::NothingTornServes, !torn, || format!("rank {rank} is resumed while torn"));
         let fails = self.fault(0.02) || (self.lockstep && !self.engines[rank].pausing.is_empty());
         if fails {
             let event = resumed(rank, incarnation, attempt, Err("in flight".to_owned()));
-            self.answer(Some(rank), epoch, 20, event);
+            self.answer(Some(rank), caller, 20, event);
             return;
         }
         if !self.lockstep {
             self.engines[rank].paused = false;
             self.engines[rank].pausing.clear();
-            self.answer(Some(rank), epoch, 20, resumed(rank, incarnation, attempt, Ok(())));
+            self.answer(Some(rank), caller, 20, resumed(rank, incarnation, attempt, Ok(())));
             return;
         }
         let paused = self.engines[rank].paused;
-        self.law(paused, || format!("lockstep rank {rank} is resumed, but was not paused"));
-        self.engines[rank].resuming = Some((epoch, attempt));
+        self.law(Law::LockstepInStep, paused, || {
+            format!("lockstep rank {rank} is resumed, but was not paused")
+        });
+        self.engines[rank].resuming = Some((caller, attempt));
         if self.engines.iter().all(|engine| engine.resuming.is_some()) {
             for at in 0..self.engines.len() {
                 let engine = &mut self.engines[at];
                 engine.paused = false;
-                let (epoch, attempt) = engine.resuming.take().unwrap();
+                let (caller, attempt) = engine.resuming.take().unwrap();
                 let life = engine.incarnation;
-                self.answer(Some(at), epoch, 20, resumed(at, life, attempt, Ok(())));
+                self.answer(Some(at), caller, 20, resumed(at, life, attempt, Ok(())));
             }
             for at in 0..self.engines.len() {
-                for (epoch, action) in std::mem::take(&mut self.engines[at].inbox) {
-                    self.arrives(at, epoch, action);
+                for (caller, action) in std::mem::take(&mut self.engines[at].inbox) {
+                    self.arrives(at, caller, action);
                 }
             }
         }
@@ -329,15 +312,17 @@ impl World {
             return;
         }
         let Weights::Whole(weights) = engine.weights.clone() else {
-            self.law(false, || format!("rank {rank} steps with torn weights"));
+            self.law(Law::NothingTornServes, false, || format!("rank {rank} steps with torn weights"));
             return;
         };
-        let begins = self.gate_open && engine.pausing.is_empty();
+        let begins = self.gates[rank] && engine.pausing.is_empty();
         if let Some(cache) = engine.cache.clone()
             && cache != weights
             && !self.external
         {
-            self.law(false, || format!("rank {rank} serves {weights} with the cache of {cache}"));
+            self.law(Law::CachesMatchWeights, false, || {
+                format!("rank {rank} serves {weights} with the cache of {cache}")
+            });
         }
         let ends = self.chance(0.3);
         let engine = &mut self.engines[rank];
@@ -356,7 +341,15 @@ impl World {
 
     pub(super) fn response(&mut self, versions: Option<BTreeSet<String>>) {
         let mixed = versions.is_some_and(|versions| versions.len() > 1);
-        self.law(!mixed, || "a response mixes weights without keep".to_owned());
+        self.law(Law::ResponsesAreNotMixed, !mixed, || "a response mixes weights without keep".to_owned());
+    }
+
+    /// The leader sees what has become of engines.
+    pub(super) fn look(&mut self) {
+        if self.leader {
+            self.show();
+            self.perform();
+        }
     }
 
     /// What holds at every moment.
@@ -364,7 +357,7 @@ impl World {
         if self.external {
             return;
         }
-        let committed = self.journal.checkpoint.path.clone();
+        let committed = self.committed().path;
         let wrong = self.engines.iter().position(|engine| {
             engine.alive
                 && engine.admitted
@@ -374,29 +367,9 @@ impl World {
         });
         if let Some(rank) = wrong {
             let holds = self.engines[rank].weights.clone();
-            self.law(false, || format!("rank {rank} serves {holds:?}, committed is {committed}"));
+            self.law(Law::OneVersion, false, || {
+                format!("rank {rank} serves {holds:?}, committed is {committed}")
+            });
         }
-    }
-}
-
-/// The answer when a call could not be made.
-fn failure(action: &Action, error: String) -> Event {
-    match action.clone() {
-        Action::Pause { rank, incarnation, attempt, .. } => {
-            Event::Paused { rank, incarnation, attempt, result: Err(error) }
-        }
-        Action::Load { rank, incarnation, target, .. } => {
-            Event::Loaded { rank, incarnation, target, result: Err(error) }
-        }
-        Action::SetVersion { rank, incarnation, .. } => {
-            Event::VersionSet { rank, incarnation, result: Err(error) }
-        }
-        Action::ResetCaches { rank, incarnation, attempt, .. } => {
-            Event::CachesReset { rank, incarnation, attempt, result: Err(error) }
-        }
-        Action::Resume { rank, incarnation, attempt } => {
-            Event::Resumed { rank, incarnation, attempt, result: Err(error) }
-        }
-        _ => Event::Abort,
     }
 }

@@ -7,7 +7,6 @@ impl World {
     pub(super) fn controller_dies(&mut self) {
         self.leader_dies();
         self.external = false;
-        self.ledger.external_weights = false;
         for rank in 0..self.engines.len() {
             self.stop(rank);
         }
@@ -20,50 +19,50 @@ impl World {
         }
         self.log.push(format!("{:?} the leader dies", self.now));
         self.leader = false;
-        self.epoch += 1;
         self.paused_before = false;
-        self.waiting.clear();
-        let writes: Vec<(Time, u64)> = self
-            .queue
-            .iter()
-            .filter(|(_, happening)| {
-                matches!(happening, Happening::BegunLands(..) | Happening::CommitLands(..))
-            })
-            .map(|(key, _)| *key)
-            .collect();
-        for key in writes {
-            let lands = self.chance(0.5);
-            match self.queue.remove(&key) {
-                Some(Happening::BegunLands(begun, true)) if lands => self.ledger.begun = Some(*begun),
-                Some(Happening::CommitLands(commit, true)) if lands => self.journal = commit,
-                _ => {}
+        self.tickets.clear();
+        self.open.clear();
+        self.concluding = None;
+        let work = |happening: &Happening| matches!(happening, Happening::Work(..));
+        let keys: Vec<(Time, u64)> =
+            self.queue.iter().filter(|(_, happening)| work(happening)).map(|(key, _)| *key).collect();
+        for key in keys {
+            if let Some(Happening::Work(_, action)) = self.queue.remove(&key)
+                && self.chance(0.5)
+            {
+                self.work(0, *action);
             }
         }
-        // A client that was told nothing asks again, or not.
         self.after(5_000, Happening::LeaderStarts);
     }
 
     pub(super) fn leader_starts(&mut self) {
+        let committed = self.journal.as_ref().map(|committed| committed.commit.id.clone());
+        let open = self.ledger.begun.as_ref().map(|begun| begun.id.clone());
+        let suspects = &self.ledger.suspects;
         self.log.push(format!(
-            "{:?} the leader starts: {} committed, {:?} open, suspects {:?}",
-            self.now,
-            self.journal.id,
-            self.ledger.begun.as_ref().map(|begun| &begun.id),
-            self.ledger.suspects
+            "{:?} the leader starts: {committed:?} committed, {open:?} open, suspects {suspects:?}",
+            self.now
         ));
         self.leader = true;
-        let last = self
-            .journal_record
-            .clone()
-            .filter(|record| record.id == self.journal.id)
-            .unwrap_or_else(|| Record::of_commit(&self.journal));
-        self.machine = WeightUpdate::new(config(self.lockstep), self.journal.version.clone(), Some(last));
+        self.epoch += 1;
+        let nodes = (0..self.engines.len()).map(|rank| (index(rank), self.node_of(rank))).collect();
+        let (journal, ledger) = (self.journal.clone(), self.ledger.clone());
+        self.machine = Updates::new(config(self.lockstep), nodes, journal, ledger);
         self.machine.mutation = self.mutation;
-        self.lives.clear();
+        self.control_seen = (false, false);
+        self.seen.fill(Seen::default());
+        self.blind.clear();
+        for node in 0..self.nodes {
+            if self.fault(0.15) {
+                self.blind.insert(node);
+                self.after(60_000, Happening::Mounted(node));
+            }
+        }
         let (there, gone): (Vec<usize>, Vec<usize>) = (0..self.engines.len())
             .partition(|rank| self.engines[*rank].alive && self.engines[*rank].admitted);
         for rank in gone {
-            self.schedule_restart(rank);
+            self.stop(rank);
         }
         if self.lockstep {
             if self.away.is_empty() {
@@ -73,9 +72,8 @@ impl World {
         }
         for node in 0..self.nodes {
             if !self.away.contains(&node) {
-                let ranks: Vec<usize> =
-                    there.iter().copied().filter(|rank| self.node_of(*rank).0 == node).collect();
-                self.take_over(ranks);
+                let ranks = there.iter().copied().filter(|rank| self.node_of(*rank).0 == node);
+                self.take_over(ranks.collect());
             }
         }
     }
@@ -85,81 +83,87 @@ impl World {
             for rank in ranks {
                 self.stop(rank);
             }
-            return;
+        } else if !ranks.is_empty() {
+            self.after(2_000, Happening::Adopt(ranks));
         }
-        let lives = ranks.into_iter().map(|rank| (rank, self.engines[rank].incarnation)).collect();
-        self.after(2_000, Happening::Adopt(lives));
     }
 
-    /// What the driver does in `UpdateHandle::adopt`.
-    pub(super) fn adopt(&mut self, ranks: Vec<(usize, u64)>) {
+    /// As the lifecycle does, with those that still live.
+    pub(super) fn adopt(&mut self, ranks: &[usize]) {
         if !self.leader {
             return;
         }
-        if self.machine.snapshot().running.is_some() {
-            self.waiting.extend(ranks);
-            return;
-        }
-        let known = ranks.len();
-        let ranks: Vec<(usize, u64)> = ranks
-            .into_iter()
-            .filter(|(rank, life)| {
-                let engine = &self.engines[*rank];
-                engine.alive && engine.incarnation == *life && engine.admitted && !self.is_away(*rank)
-            })
-            .collect();
-        if self.lockstep && ranks.len() < known {
-            for (rank, _) in ranks {
-                self.stop(rank);
-            }
-            return;
-        }
-        let index = |rank: usize| EngineIndex(u16::try_from(rank).unwrap());
-        let suspect = |(rank, life): &(usize, u64)| {
-            let stale = self.engines[*rank].stamp != self.journal.version.0;
-            stale || self.ledger.suspects(index(*rank), Incarnation(*life))
-        };
-        let paused = |(rank, _): &(usize, u64)| {
+        let unknown = |rank: &usize| {
             let engine = &self.engines[*rank];
-            engine.paused || !engine.pausing.is_empty()
+            engine.alive && engine.admitted && !self.is_away(*rank) && !self.is_known(*rank)
         };
-        let reload = ranks.iter().any(suspect);
-        let treat: Vec<(usize, u64)> = if self.lockstep {
-            let any = reload || ranks.iter().any(paused);
-            ranks.iter().copied().filter(|_| any).collect()
-        } else {
-            ranks.iter().copied().filter(|rank| suspect(rank) || paused(rank)).collect()
-        };
-        self.lives.extend(ranks.iter().map(|(rank, _)| *rank));
-        if treat.is_empty() {
-            self.gate_open = true;
-            return;
+        let there: Vec<usize> = ranks.iter().copied().filter(unknown).collect();
+        if self.lockstep && there.len() < self.engines.len() {
+            if self.away.is_empty() && there.iter().any(|rank| !self.is_known(*rank)) {
+                for rank in there {
+                    self.stop(rank);
+                }
+            }
+        } else if !there.is_empty() {
+            self.ask_for(&there, true);
         }
-        let begun = self.ledger.begun.clone();
-        let committed = begun.as_ref().is_some_and(|begun| begun.id == self.journal.id);
-        let participants = treat.iter().map(|(rank, life)| {
-            let participant = Participant { incarnation: Incarnation(*life), node: self.node_of(*rank) };
-            (index(*rank), participant)
+    }
+
+    /// The leader counts it as in service.
+    pub(super) fn is_in_service(&self, rank: usize) -> bool {
+        let life = Incarnation(self.engines[rank].incarnation);
+        self.machine.lives().any(|known| known == (index(rank), life))
+    }
+
+    /// It is in service, or the leader is just asked about it.
+    fn is_known(&self, rank: usize) -> bool {
+        let life = Incarnation(self.engines[rank].incarnation);
+        let asked = self.tickets.values().any(|(engines, _)| engines.get(&index(rank)) == Some(&life));
+        asked || self.is_in_service(rank)
+    }
+
+    pub(super) fn ask_for(&mut self, ranks: &[usize], adopt: bool) {
+        let life = |rank: &usize| (index(*rank), Incarnation(self.engines[*rank].incarnation));
+        let engines: Engines = ranks.iter().map(life).collect();
+        self.next_ticket += 1;
+        let ticket = Ticket(self.next_ticket);
+        self.tickets.insert(ticket, (engines.clone(), adopt));
+        self.tell(match adopt {
+            true => Event::AdoptAsked { ticket, engines },
+            false => Event::RestoreAsked { ticket, engines },
         });
-        let recover = Recover {
-            id: begun.as_ref().map_or_else(|| UpdateId("adoption".to_owned()), |begun| begun.id.clone()),
-            committed,
-            to_version: begun.as_ref().map(|begun| begun.to_version.clone()).unwrap_or_default(),
-            source: self.journal.checkpoint.path.clone(),
-            version: self.journal.version.clone(),
-            digest: self.journal.checkpoint.digest.clone(),
-            mode: begun.as_ref().map(|begun| begun.mode).unwrap_or_default(),
-            pause_deadline: Duration::from_secs(3),
-            participants: participants.collect(),
-            stay_paused: false,
-            reload,
+    }
+
+    /// Engines that hold the committed weights are admitted, others start again.
+    pub(super) fn answered(&mut self, ticket: Ticket, good: bool) {
+        let Some((engines, adopted)) = self.tickets.remove(&ticket) else {
+            self.law(Law::EveryEngineIsAnswered, false, || format!("{ticket:?} is answered twice"));
+            return;
         };
-        self.tell(Event::Recover(recover));
+        for (rank, life) in &engines {
+            let at = usize::from(rank.0);
+            if !self.living(at, life.0) {
+                continue;
+            }
+            if !good {
+                self.stop(at);
+            } else if !adopted {
+                self.engines[at].admitted = true;
+                // The pause of a frontend still holds.
+                self.engines[at].paused = self.paused_before;
+            }
+        }
+        if self.lockstep && good && !adopted {
+            self.external = false;
+        }
     }
 
     pub(super) fn heal(&mut self, node: u16) {
         if !self.away.remove(&node) {
             return;
+        }
+        for rank in std::mem::take(&mut self.gates_due) {
+            self.open_gates(std::iter::once(index(rank)));
         }
         for (rank, life) in std::mem::take(&mut self.fences_due) {
             if self.is_away(rank) {
@@ -171,34 +175,26 @@ impl World {
         if !self.leader {
             return;
         }
-        let there: Vec<usize> =
-            (0..self.engines.len()).filter(|rank| self.node_of(*rank).0 == node).collect();
-        let mut unknown = Vec::new();
-        for rank in there {
-            let engine = &self.engines[rank];
-            let life = engine.incarnation;
-            let serving = engine.alive && engine.admitted;
-            if self.lives.contains(&rank) && !serving {
-                self.lives.remove(&rank);
-                self.tell(Event::EngineLost {
-                    rank: EngineIndex(u16::try_from(rank).unwrap()),
-                    incarnation: Incarnation(life),
-                    reason: "killed".to_owned(),
-                });
+        let serves = |rank: &usize| self.engines[*rank].alive && self.engines[*rank].admitted;
+        let unknown: Vec<usize> = if self.lockstep {
+            let all: Vec<usize> = (0..self.engines.len()).collect();
+            if !self.away.is_empty() || all.iter().all(|rank| self.is_known(*rank)) {
+                Vec::new()
+            } else {
+                all
             }
-            if !serving {
+        } else {
+            (0..self.engines.len()).filter(|rank| self.node_of(*rank).0 == node).collect()
+        };
+        let unknown: Vec<usize> =
+            unknown.into_iter().filter(serves).filter(|rank| !self.is_known(*rank)).collect();
+        self.look();
+        for rank in 0..self.engines.len() {
+            if !self.engines[rank].alive && self.node_of(rank).0 == node {
                 self.schedule_restart(rank);
-            } else if !self.lives.contains(&rank) {
-                unknown.push(rank);
             }
         }
-        if self.lockstep && self.away.is_empty() {
-            unknown = (0..self.engines.len())
-                .filter(|rank| self.engines[*rank].alive && self.engines[*rank].admitted)
-                .filter(|rank| !self.lives.contains(rank))
-                .collect();
-        }
-        if !unknown.is_empty() && (!self.lockstep || self.away.is_empty()) {
+        if !unknown.is_empty() {
             self.take_over(unknown);
         }
     }

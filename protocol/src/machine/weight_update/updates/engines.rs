@@ -1,0 +1,269 @@
+//! Engines that become ready, and engines that live on from before a restart.
+
+use std::time::Duration;
+
+use super::super::{Outcome, Participant};
+use super::*;
+
+/// How long a recovery waits for a control round that is under way; then it goes on without the lock.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Pause deadline where no update says another one.
+const PAUSE_DEADLINE: Duration = Duration::from_secs(30);
+
+impl Updates {
+    pub(super) fn adopt(&mut self, job: Job) {
+        if self.config.lockstep && job.engines.len() < self.nodes.len() {
+            let (known, all) = (job.engines.len(), self.nodes.len());
+            let reason = format!("{known} of the {all} ranks of the lockstep group");
+            let result = Err(Failure::Adopt { reason });
+            self.actions.push_back(Action::Answer { ticket: job.ticket, result });
+            return;
+        }
+        self.waiting.push_back(job);
+    }
+
+    pub(super) fn inspect(&mut self, job: Job) {
+        let undecided = !job.adopted && (!self.decided || self.decides_per_job());
+        let commit = self.committed.as_ref().map(|committed| &committed.commit);
+        let directory = commit.filter(|commit| undecided && commit.checkpoint.extents.is_empty());
+        self.actions.push_back(Action::Inspect {
+            ticket: job.ticket,
+            engines: job.engines.clone(),
+            adopted: job.adopted,
+            directory: directory.map(|commit| commit.checkpoint.path.clone()),
+        });
+        self.jobs.insert(job.ticket, job);
+    }
+
+    pub(super) fn inspected(&mut self, ticket: Ticket, found: &Found) {
+        let Some(job) = self.jobs.get(&ticket) else {
+            return;
+        };
+        if job.adopted {
+            self.look(ticket, found);
+            return;
+        }
+        let Some(committed) = self.committed.clone() else {
+            self.restored(ticket);
+            return;
+        };
+        let engines = job.engines.clone();
+        let silent = found.models.iter().find_map(|(rank, model)| Some((*rank, model.as_ref().err()?)));
+        if let Some((rank, reason)) = silent {
+            self.failed(ticket, Some(rank), reason.clone());
+            return;
+        }
+        if !self.decided || self.decides_per_job() {
+            // Those that serve are yet to be adopted: they hold the committed weights.
+            let others_serve =
+                self.seen.iter().any(|(rank, seen)| seen.admitted && !engines.contains_key(rank));
+            if !others_serve && let Some(why) = not_to_be_followed(&committed, found) {
+                self.actions.push_back(Action::Forget { ticket, why });
+                return;
+            }
+            self.decided = true;
+        }
+        if let Some(job) = self.jobs.get_mut(&ticket) {
+            job.commit = Some(committed.commit.id.clone());
+        }
+        self.actions.push_back(Action::Restore { ticket, engines, committed: Box::new(committed) });
+    }
+
+    pub(super) fn forgotten(&mut self, ticket: Ticket, result: Result<(), String>) {
+        if !self.jobs.contains_key(&ticket) {
+            return;
+        }
+        if let Err(error) = result {
+            self.failed(ticket, None, format!("the commit record cannot be removed: {error}"));
+            return;
+        }
+        (self.decided, self.forgotten) = (true, true);
+        self.committed = None;
+        self.machine = transaction(&self.config, None);
+        self.restored(ticket);
+    }
+
+    pub(super) fn restored(&mut self, ticket: Ticket) {
+        let committed = self.committed.as_ref().map(|committed| &committed.commit.id);
+        if self.jobs.get(&ticket).is_some_and(|job| job.commit.as_ref() != committed)
+            && !self.decides_per_job()
+        {
+            self.failed(ticket, None, "other weights were committed meanwhile".to_owned());
+            return;
+        }
+        let Some(job) = self.jobs.remove(&ticket) else {
+            return;
+        };
+        self.trust(&job.engines);
+        for (rank, incarnation) in job.engines {
+            let seen = self.seen.get(&rank).cloned().unwrap_or_default();
+            let admitted = seen.incarnation == incarnation && seen.admitted;
+            if seen.incarnation <= incarnation {
+                self.lives.insert(rank, Life { incarnation, admitted });
+            }
+        }
+        self.actions.push_back(Action::Answer { ticket, result: Ok(()) });
+    }
+
+    /// A restore or an adoption has failed; `rank`: on this one.
+    pub(super) fn failed(&mut self, ticket: Ticket, rank: Option<EngineIndex>, reason: String) {
+        let job = self.jobs.get(&ticket).cloned();
+        #[cfg(test)]
+        let kept = self.mutation == Some(super::super::Mutation::KeepFailedRestores);
+        #[cfg(not(test))]
+        let kept = false;
+        if !kept {
+            self.jobs.remove(&ticket);
+        }
+        let adopted = self.taken_over.remove(&ticket);
+        let failure = match job {
+            Some(Job { adopted: false, engines, .. }) => Failure::Restore {
+                rank: rank.or_else(|| engines.keys().next().copied()).unwrap_or_default(),
+                version: self.machine.snapshot().version,
+                reason,
+            },
+            None if !adopted => return,
+            _ => Failure::Adopt { reason },
+        };
+        self.actions.push_back(Action::Answer { ticket, result: Err(failure) });
+    }
+
+    /// Decides which of the engines that live on need a recovery.
+    fn look(&mut self, ticket: Ticket, found: &Found) {
+        let Some(mut job) = self.jobs.remove(&ticket) else {
+            return;
+        };
+        // It may have waited for long: those that were started again meanwhile are restored instead.
+        let all = job.engines.len();
+        job.engines.retain(|rank, life| self.seen.get(rank).is_none_or(|seen| seen.incarnation <= *life));
+        if job.engines.len() < all && (self.config.lockstep || job.engines.is_empty()) {
+            let reason = "they were started again".to_owned();
+            self.actions.push_back(Action::Answer { ticket, result: Err(Failure::Adopt { reason }) });
+            return;
+        }
+        if found.paused.is_empty()
+            && job.engines.len() == self.nodes.len()
+            && self.ledger.pause.take().is_some()
+        {
+            // Resumed, and the sidecar before ended in the moment between.
+            self.save_ledger(None);
+        }
+        let committed = self.committed.as_ref().map(|committed| &committed.commit);
+        let version = committed.map(|commit| commit.version.0.clone());
+        let suspect = |rank: &EngineIndex, life: &Incarnation| {
+            let seen = self.seen.get(rank).cloned().unwrap_or_default();
+            self.ledger.suspects(*rank, *life)
+                || self.forgotten
+                || !seen.admitted
+                || (version.is_some() && seen.stamp != version)
+        };
+        let stay_paused = self.ledger.pause.is_some();
+        let paused = |rank: &EngineIndex| !stay_paused && found.paused.contains(rank);
+        let reload = job.engines.iter().any(|(rank, life)| suspect(rank, life));
+        let any = reload || job.engines.keys().any(paused);
+        let treated = job
+            .engines
+            .iter()
+            .filter(|(rank, life)| any && (self.config.lockstep || suspect(rank, life) || paused(rank)));
+        let participants: BTreeMap<EngineIndex, Participant> = treated
+            .map(|(rank, life)| (*rank, Participant { incarnation: *life, node: self.node_of(*rank) }))
+            .collect();
+        let digest = committed.and_then(|commit| commit.checkpoint.digest.clone()).filter(|_| reload);
+        let committed = committed.map(|commit| commit.id.clone());
+        self.decided = true;
+        for (rank, incarnation) in &job.engines {
+            self.lives.insert(*rank, Life { incarnation: *incarnation, admitted: true });
+        }
+        if participants.is_empty() {
+            // They hold what they held.
+            self.trust(&job.engines);
+            let inherit = self.ledger.pause.clone().filter(|_| !found.paused.is_empty());
+            self.taken_over.insert(ticket);
+            self.actions.push_back(Action::TakeOver { ticket, engines: job.engines, inherit });
+            return;
+        }
+        if reload && self.ledger.pause.as_ref().is_some_and(|pause| pause.asleep) {
+            let reason = "engines sleep whose weights are not trusted".to_owned();
+            self.actions.push_back(Action::Answer { ticket, result: Err(Failure::Adopt { reason }) });
+            return;
+        }
+        // An update that waits has not begun, or these engines would not have been looked at.
+        self.refuse_asked(Refusal::TakenOver);
+        let begun = self.ledger.begun.clone();
+        let id = begun.as_ref().map_or_else(|| UpdateId("adoption".to_owned()), |begun| begun.id.clone());
+        let open = begun.clone().unwrap_or_default();
+        let recover = Recover {
+            id: id.clone(),
+            committed: begun.is_some() && committed.as_ref() == Some(&open.id),
+            to_version: open.to_version,
+            source: open.source,
+            version: self.machine.snapshot().version,
+            digest,
+            mode: open.mode,
+            pause_deadline: PAUSE_DEADLINE,
+            participants,
+            stay_paused,
+            reload,
+        };
+        let version = recover.to_version.clone();
+        let kind = Kind::Recovery(Box::new(Recovery { recover, begun, job }));
+        let run = self.take_up(id, version, kind);
+        let owner = "recovery after a restart".to_owned();
+        self.actions.push_back(Action::Acquire { run, owner, patience: PATIENCE });
+    }
+
+    /// These engines hold the committed weights: nothing that was on record about them counts, and requests may
+    /// pass.
+    fn trust(&mut self, engines: &Engines) {
+        let mut changed = false;
+        if !self.asked.as_ref().is_some_and(Asked::has_begun) {
+            for (rank, incarnation) in engines {
+                changed |= self.ledger.restored(*rank, *incarnation);
+            }
+        }
+        if changed {
+            self.save_ledger(None);
+        }
+        self.actions.push_back(Action::OpenGates { engines: engines.clone(), attempt: 1 });
+    }
+
+    pub(super) fn recovered(&mut self, recovery: Recovery, record: &Record) {
+        let Job { ticket, mut engines, .. } = recovery.job;
+        let fenced = matches!(record.outcome, Outcome::Degraded { .. });
+        let reason = record.error.clone().unwrap_or_else(|| "engines were fenced".to_owned());
+        let result = if fenced && self.config.lockstep { Err(Failure::Adopt { reason }) } else { Ok(()) };
+        engines.retain(|rank, _| self.lives.contains_key(rank));
+        self.trust(&engines);
+        self.actions.push_back(Action::Answer { ticket, result });
+    }
+
+    pub(super) fn rank_seen(&mut self, now: Time, rank: EngineIndex, seen: Seen) {
+        let Seen { incarnation, admitted, .. } = seen;
+        self.seen.insert(rank, seen);
+        let Some(life) = self.lives.get_mut(&rank) else {
+            return;
+        };
+        if life.incarnation == incarnation && admitted {
+            life.admitted = true;
+        }
+        // What is seen lags behind: that it still is the life before this one means nothing.
+        if life.incarnation < incarnation || (life.incarnation == incarnation && life.admitted && !admitted) {
+            let incarnation = life.incarnation;
+            self.lives.remove(&rank);
+            let reason = "its rank task reports it down".to_owned();
+            self.machine.handle_event(now, Answer::EngineLost { rank, incarnation, reason });
+        }
+    }
+}
+
+/// Why this deployment cannot go on with the committed weights.
+fn not_to_be_followed(committed: &Committed, found: &Found) -> Option<String> {
+    let known = &committed.model_path;
+    let other = found.models.values().flatten().find(|model| *model != known);
+    if let Some(other) = other {
+        return Some(format!(
+            "the state directory has weights committed for {known}, but the engines run {other}"
+        ));
+    }
+    found.missing.then(|| format!("the committed weights in {} are gone", committed.commit.checkpoint.path))
+}
