@@ -49,13 +49,8 @@ async fn run_coordinator(listen_dir: PathBuf, engines: u16) -> Result<(), String
     let handle = spawn(config, vec![(ranks.clone(), edge.handle)], events, &tracker);
     let mut addresses = Vec::new();
     for rank in ranks {
-        let what = format!("sockets of rank {rank}");
-        let asked = ask(&handle.commands, "coordinator", what, LIMIT, |reply| CoordinatorCommand::Prepare {
-            rank,
-            incarnation: Incarnation(1),
-            reply,
-        });
-        addresses.push(asked.await.map_err(|e| text(&e))?);
+        let prepared = handle.prepare(rank, Incarnation(1), LIMIT).await;
+        addresses.push(prepared.map_err(|e| text(&e))?);
     }
     let line = serde_json::json!({"front": front, "engines": addresses});
     {

@@ -218,7 +218,7 @@ async fn a_frontend_without_free_slots_waits_for_them_without_a_second_hello() {
     let started = tokio::spawn(start(many));
     fixture.until(&address, "refused", &["3 API servers", "2 slots are free", "--frontend-slots"]).await;
     assert!(fixture.seen.lock().opened.is_empty());
-    fixture.slots[0].send_modify(|snapshot| snapshot.slots = (0, 0, 3));
+    fixture.slots[0].send_modify(|snapshot| snapshot.slots.all = 3);
     let (many, started) = started.await.unwrap();
     started.unwrap();
     fixture.until(&address, "attached", &[]).await;

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use dp_sidecar::driver::coordinator::{CoordinatorConfig, EVENTS, spawn};
 use dp_sidecar::driver::edge::{self, EdgeState};
 use dp_sidecar::driver::handles::{
-    CoordinatorCommand, CoordinatorHandle, CoordinatorSnapshot, EdgeCommand, ForFrontendCoordinator,
+    CoordinatorCommand, CoordinatorHandle, CoordinatorSnapshot, EdgePrepare, ForFrontendCoordinator,
     GroupKind, ask,
 };
 use dp_sidecar::transport::PrivateDir;
@@ -55,11 +55,7 @@ impl Setup {
 
     async fn prepare(&self, rank: u16, life: u64) -> (String, String) {
         let (rank, incarnation) = (EngineIndex(rank), Incarnation(life));
-        let asked =
-            ask(&self.handle.commands, "coordinator", format!("sockets of rank {rank}"), PATIENCE, |reply| {
-                CoordinatorCommand::Prepare { rank, incarnation, reply }
-            });
-        asked.await.unwrap()
+        self.handle.prepare(rank, incarnation, PATIENCE).await.unwrap()
     }
 
     async fn engine(&self, rank: u16, life: u64) -> Engine {
@@ -272,10 +268,9 @@ async fn a_successor_goes_on_with_the_wave_and_wakes_the_group() {
     let mut edge = edge::spawn(private, reports, &setup.tracker);
     let mut engines = Vec::new();
     for rank in [EngineIndex(0), EngineIndex(1)] {
-        let asked = ask(&edge.handle.commands, "edge", "sockets".to_owned(), PATIENCE, |reply| {
-            EdgeCommand::Prepare { rank, incarnation: Incarnation(1), reply }
-        });
-        engines.push(setup.connect(&asked.await.unwrap()));
+        let prepare = EdgePrepare { rank, incarnation: Incarnation(1) };
+        let addresses = edge.handle.ask_within(PATIENCE, prepare).await.unwrap();
+        engines.push(setup.connect(&addresses));
     }
     engines[0].report(&wave_complete_message(&layout(), EngineIndex(0), Wave(41), 0.0));
     let heard = |state: &EdgeState| state.subscribed.len() == 2 && state.wave == Some((Wave(42), false));

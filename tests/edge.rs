@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use dp_sidecar::driver::edge::{self, Edge};
-use dp_sidecar::driver::handles::{EdgeCommand, EdgeEvent, ask};
+use dp_sidecar::driver::handles::{EdgeEvent, EdgeNote, EdgePrepare, EdgePublish, NodeEvent};
 use dp_sidecar::transport::PrivateDir;
 use dp_sidecar_protocol::layout::{Layout, VllmVersion};
 use dp_sidecar_protocol::output::{OutputsView, start_wave_message, stats_message, wave_complete_message};
@@ -21,10 +21,8 @@ fn layout() -> Layout {
 }
 
 async fn prepare(edge: &Edge, life: u64) -> (String, String) {
-    let asked = ask(&edge.handle.commands, "edge", "sockets".to_owned(), PATIENCE, |reply| {
-        EdgeCommand::Prepare { rank: RANK, incarnation: Incarnation(life), reply }
-    });
-    asked.await.unwrap()
+    let prepare = EdgePrepare { rank: RANK, incarnation: Incarnation(life) };
+    edge.handle.ask_within(PATIENCE, prepare).await.unwrap()
 }
 
 /// Connects to both sockets as an engine does.
@@ -42,14 +40,17 @@ fn connect(context: &zmq::Context, (input, output): &(String, String)) -> (zmq::
 }
 
 /// In words.
-async fn next(events: &mut mpsc::Receiver<EdgeEvent>) -> String {
+async fn next(events: &mut mpsc::Receiver<NodeEvent>) -> String {
     match timeout(PATIENCE, events.recv()).await.unwrap().unwrap() {
-        EdgeEvent::Subscribed { rank, incarnation } => format!("{rank}/{incarnation} subscribed"),
-        EdgeEvent::Report { frame, .. } => {
+        NodeEvent::Edge(EdgeEvent::Subscribed { rank, incarnation }) => {
+            format!("{rank}/{incarnation} subscribed")
+        }
+        NodeEvent::Edge(EdgeEvent::Report { frame, .. }) => {
             let view = OutputsView::parse(&frame).unwrap();
             let step = view.stats().map(|stats| stats.unwrap().step_counter);
             format!("load {step:?} end {:?} start {:?}", view.wave_complete, view.start_wave)
         }
+        other => panic!("not of an edge: {other:?}"),
     }
 }
 
@@ -82,7 +83,7 @@ async fn nothing_that_matters_is_lost_while_nobody_takes_events() {
 
     // Meanwhile the engine can be reached.
     let (ranks, frames) = (vec![RANK], vec!["READY".into()]);
-    edge.handle.commands.send(EdgeCommand::Publish { ranks, frames }).await.unwrap();
+    edge.handle.tell(EdgePublish { ranks, frames }).await.unwrap();
     let got = tokio::task::block_in_place(|| subscriber.recv_multipart(0));
     assert_eq!(got.unwrap(), [b"READY"]);
 
@@ -99,7 +100,7 @@ async fn nothing_that_matters_is_lost_while_nobody_takes_events() {
 
     // An older word on waves changes nothing, a newer one does.
     for (wave, running) in [(40, true), (101, true)] {
-        edge.handle.commands.send(EdgeCommand::Note { wave: Wave(wave), running }).await.unwrap();
+        edge.handle.tell(EdgeNote { wave: Wave(wave), running }).await.unwrap();
     }
     let newer = |state: &edge::EdgeState| state.wave.is_some_and(|(wave, _)| wave != Wave(100));
     let seen = timeout(PATIENCE, state.wait_for(newer)).await.unwrap().unwrap().wave;

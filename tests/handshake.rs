@@ -5,9 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use bytes::Bytes;
-use dp_sidecar::driver::handles::{
-    Expectation, HandshakeCommand, HandshakeEvent, HandshakeHandle, Listen, ask,
-};
+use dp_sidecar::driver::handles::{Expect, HandshakeEvent, HandshakeHandle, Listen, NodeEvent};
 use dp_sidecar::driver::handshake::{HandshakeConfig, spawn};
 use dp_sidecar::transport::{GuardEvent, GuardLimits, GuardedRouter, Numbers};
 use dp_sidecar_protocol::handshake::Hello;
@@ -178,7 +176,7 @@ async fn connections_are_bounded_and_slow_ones_do_not_stay() {
 
 struct Fixture {
     handle: HandshakeHandle,
-    events: mpsc::Receiver<HandshakeEvent>,
+    events: mpsc::Receiver<NodeEvent>,
     tracker: TaskTracker,
 }
 
@@ -193,29 +191,24 @@ async fn task(shared: bool) -> Fixture {
 
 impl Fixture {
     async fn expect(&self, rank: u16, incarnation: u64, listen: Listen) -> SocketAddr {
-        let expectation = Expectation {
+        let expect = Expect {
             rank: EngineIndex(rank),
             incarnation: Incarnation(incarnation),
             listen,
             init: Bytes::from(format!("INIT {rank} {incarnation}")),
         };
-        ask(&self.handle.commands, "handshake", "expect".to_owned(), PATIENCE, |reply| {
-            HandshakeCommand::Expect { expectation, reply }
-        })
-        .await
-        .unwrap()
+        self.handle.ask_within(PATIENCE, expect).await.unwrap()
     }
 
     async fn event(&mut self) -> HandshakeEvent {
-        timeout(PATIENCE, self.events.recv()).await.expect("no event").unwrap()
+        match timeout(PATIENCE, self.events.recv()).await.expect("no event").unwrap() {
+            NodeEvent::Handshake(event) => event,
+            other => panic!("not of a handshake: {other:?}"),
+        }
     }
 
     async fn shut_down(self) {
-        ask(&self.handle.commands, "handshake", "shutdown".to_owned(), PATIENCE, |reply| {
-            HandshakeCommand::Shutdown { reply }
-        })
-        .await
-        .unwrap();
+        drop(self.handle);
         self.tracker.close();
         timeout(PATIENCE, self.tracker.wait()).await.unwrap();
     }

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use dp_sidecar::driver::handles::{
-    EngineFacts, GroupKind, HeldCall, OpenRoute, RankCommand, RankEvent, RankHandle, RouteLost,
-    SlotAddresses, Verdict,
+    Admission, Admit, AdoptRoute, Call, EngineFacts, EngineReady, GroupKind, HeldCall, NodeEvent, OpenRoute,
+    Prepare, RankEvent, RankHandle, Release, RouteLost, SlotAddresses, Verdict,
 };
-use dp_sidecar::driver::rank::{self, RankConfig, RankOutputs};
+use dp_sidecar::driver::rank::{self, RankConfig};
 use dp_sidecar::transport::PrivateDir;
 use dp_sidecar_protocol::layout::Layout;
 use dp_sidecar_protocol::output::{EngineOutput, FinishReason, NewOutput, NewOutputs};
@@ -17,6 +17,7 @@ use dp_sidecar_protocol::request::{FrontendMessage, NewRequest, check_frontend_m
 use dp_sidecar_protocol::utility::{UtilityCall, UtilityOutput};
 use dp_sidecar_protocol::{CallId, ClientIndex, EngineIndex, Frames, FrontendId, Incarnation, Slot, Wave};
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 const LIMIT: Duration = Duration::from_secs(5);
@@ -28,8 +29,9 @@ struct Bed {
     events: mpsc::Receiver<RankEvent>,
     held: mpsc::Receiver<HeldCall>,
     wake: mpsc::Receiver<EngineIndex>,
-    lost: (mpsc::Sender<RouteLost>, mpsc::Receiver<RouteLost>),
+    lost: mpsc::Receiver<RouteLost>,
     tracker: TaskTracker,
+    stop: CancellationToken,
     context: zmq::Context,
     incarnation: u64,
     _base: tempfile::TempDir,
@@ -49,14 +51,28 @@ impl Bed {
         let (wake_in, wake) = mpsc::channel(8);
         let mut config = RankConfig::new(RANK, SLOTS, GroupKind::Lockstep, dir);
         change(&mut config);
-        let outputs = RankOutputs { events: events_in, held: held_in, wake: wake_in };
+        let (lost_in, lost) = mpsc::channel(8);
+        let (reports, mut reported) = mpsc::channel(8);
+        let stop = config.stop.clone();
+        tokio::spawn(async move {
+            while let Some(event) = reported.recv().await {
+                match event {
+                    NodeEvent::Rank(event) => drop(events_in.send(event).await),
+                    NodeEvent::Held(call) => drop(held_in.send(call).await),
+                    NodeEvent::RouteLost(loss) => drop(lost_in.send(loss).await),
+                    NodeEvent::Wake(rank) => drop(wake_in.try_send(rank)),
+                    other => panic!("not of a rank: {other:?}"),
+                }
+            }
+        });
         Self {
-            handle: rank::spawn(config, &tracker, outputs),
+            handle: rank::spawn(config, &tracker, reports),
             events,
             held,
             wake,
-            lost: mpsc::channel(8),
+            lost,
             tracker,
+            stop,
             context: zmq::Context::new(),
             incarnation: 0,
             _base: base,
@@ -71,20 +87,15 @@ impl Bed {
     async fn start_engine(&mut self) -> Engine {
         self.incarnation += 1;
         let incarnation = Incarnation(self.incarnation);
-        let addresses: SlotAddresses = self
-            .handle
-            .ask("prepare", LIMIT, |reply| RankCommand::Prepare { incarnation, reply })
-            .await
-            .unwrap();
+        let addresses: SlotAddresses = self.handle.ask_within(LIMIT, Prepare { incarnation }).await.unwrap();
         let engine = Engine::connect(&self.context, &addresses);
         let RankEvent::Registered { frame, .. } = self.event().await else {
             panic!("no registration");
         };
         assert_eq!(frame, Bytes::from_static(b"\x80"));
         let facts = Box::new(EngineFacts::of(Layout::newest()));
-        for command in [RankCommand::EngineReady { incarnation, facts }, RankCommand::Admit { incarnation }] {
-            self.handle.tell(command).await.unwrap();
-        }
+        self.handle.tell(EngineReady { incarnation, facts }).await.unwrap();
+        self.handle.tell(Admit { incarnation }).await.unwrap();
         engine
     }
 
@@ -107,13 +118,12 @@ impl Bed {
             output_address: frontend.output_address.clone(),
             registration: Bytes::from_static(b"ready"),
             connect_timeout: LIMIT,
-            lost: self.lost.0.clone(),
         };
-        self.handle.ask("open", LIMIT, |reply| RankCommand::OpenRoute { route, reply }).await
+        self.handle.ask_within(LIMIT, route).await
     }
 
     async fn admission(&self, open: bool) {
-        self.handle.ask("gate", LIMIT, |reply| RankCommand::Admission { open, reply }).await.unwrap();
+        self.handle.ask_within(LIMIT, Admission { open }).await.unwrap();
     }
 
     async fn until(&mut self, what: impl Fn(&dp_sidecar::driver::handles::RankSnapshot) -> bool) {
@@ -122,7 +132,7 @@ impl Bed {
     }
 
     async fn stop(self) {
-        self.handle.ask("shutdown", LIMIT, |reply| RankCommand::Shutdown { reply }).await.unwrap();
+        self.stop.cancel();
         self.tracker.close();
         tokio::time::timeout(LIMIT, self.tracker.wait()).await.unwrap();
     }
@@ -371,7 +381,7 @@ async fn a_frontend_that_dies_has_its_requests_aborted_and_its_slot_comes_back_a
     engine.expect_add(a.slot, "orphan");
     let slot = a.slot;
     drop(a);
-    let lost = tokio::time::timeout(LIMIT, bed.lost.1.recv()).await.unwrap().unwrap();
+    let lost = tokio::time::timeout(LIMIT, bed.lost.recv()).await.unwrap().unwrap();
     assert_eq!((lost.frontend, lost.rank), (FrontendId(1), RANK));
     let frames = engine.recv(slot);
     assert_eq!(frames, encode_abort(["orphan"].into_iter()));
@@ -384,7 +394,7 @@ async fn a_frontend_that_dies_has_its_requests_aborted_and_its_slot_comes_back_a
         slot,
         NewOutputs { finished_requests: Some(vec!["orphan".to_owned()]), ..NewOutputs::default() },
     );
-    bed.until(|s| s.slots == (1, 0, SLOTS)).await;
+    bed.until(|s| (s.slots.occupied, s.slots.draining, s.slots.all) == (1, 0, SLOTS)).await;
     assert_eq!(bed.open(&c, 3).await.unwrap(), slot);
     b.add("unharmed");
     engine.expect_add(b.slot, "unharmed");
@@ -405,7 +415,7 @@ async fn control_calls_of_frontends_wait_for_a_verdict_and_ours_are_answered() {
     let released = tokio::spawn(async move {
         let ticket = held.ticket;
         let verdict = Verdict::Forward;
-        handle.ask("release", LIMIT, |reply| RankCommand::Release { ticket, verdict, reply }).await
+        handle.ask_within(LIMIT, Release { ticket, verdict }).await
     });
     let call = engine.expect_call(a.slot, "pause_scheduler");
     assert_eq!(call, CallId(77));
@@ -416,7 +426,7 @@ async fn control_calls_of_frontends_wait_for_a_verdict_and_ours_are_answered() {
     a.call(78, "sleep");
     let ticket = bed.held.recv().await.unwrap().ticket;
     let verdict = Verdict::Refuse("update v7 is running".to_owned());
-    bed.handle.ask("release", LIMIT, |reply| RankCommand::Release { ticket, verdict, reply }).await.unwrap();
+    bed.handle.ask_within(LIMIT, Release { ticket, verdict }).await.unwrap();
     assert_eq!(a.expect_answer(78), Err("update v7 is running".to_owned()));
 
     let handle = bed.handle.clone();
@@ -434,24 +444,16 @@ async fn a_call_that_is_asked_for_again_is_made_once() {
     let mut bed = Bed::new();
     let engine = bed.start_engine().await;
     let key = uuid::Uuid::new_v4();
-    let ask = move |reply| RankCommand::Call {
-        key,
-        method: "pause_scheduler".to_owned(),
-        args: Vec::new(),
-        timeout: LIMIT,
-        reply,
-    };
+    let ask = move || Call { key, method: "pause_scheduler".to_owned(), args: Vec::new(), timeout: LIMIT };
     // The first one who asks is gone before the answer.
-    let (first, first_answer) = tokio::sync::oneshot::channel();
-    bed.handle.tell(ask(first)).await.unwrap();
+    bed.handle.tell(ask()).await.unwrap();
     let call = engine.expect_call(Slot::CONTROL, "pause_scheduler");
-    drop(first_answer);
     let handle = bed.handle.clone();
-    let second = tokio::spawn(async move { handle.ask("call", LIMIT, ask).await });
+    let second = tokio::spawn(async move { handle.ask(ask()).await });
     assert!(engine.is_silent(Slot::CONTROL), "the engine was called twice");
     engine.answer(Slot::CONTROL, call, 9);
     assert_eq!(second.await.unwrap().unwrap().as_i64(), Some(9));
-    let third = bed.handle.ask("call", LIMIT, ask).await;
+    let third = bed.handle.ask(ask()).await;
     assert_eq!(third.unwrap().as_i64(), Some(9));
     assert!(engine.is_silent(Slot::CONTROL), "the engine was called twice");
     bed.stop().await;
@@ -491,7 +493,7 @@ async fn a_frontend_that_stops_reading_loses_its_route_and_slows_nobody() {
             },
         );
     }
-    let lost = tokio::time::timeout(LIMIT, bed.lost.1.recv()).await.unwrap().unwrap();
+    let lost = tokio::time::timeout(LIMIT, bed.lost.recv()).await.unwrap().unwrap();
     assert!(lost.reason.contains("does not read"), "{}", lost.reason);
     b.add("quick");
     engine.expect_add(b.slot, "quick");
@@ -542,8 +544,7 @@ async fn preparing_the_same_incarnation_again_keeps_its_sockets() {
     let mut bed = Bed::new();
     let engine = bed.start_engine().await;
     let incarnation = Incarnation(bed.incarnation);
-    let prepare = |reply| RankCommand::Prepare { incarnation, reply };
-    bed.handle.ask("prepare again", LIMIT, prepare).await.unwrap();
+    bed.handle.ask_within(LIMIT, Prepare { incarnation }).await.unwrap();
     let frontend = bed.attach(1).await;
     frontend.add("still-here");
     engine.expect_add(frontend.slot, "still-here");
@@ -551,25 +552,19 @@ async fn preparing_the_same_incarnation_again_keeps_its_sockets() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_loss_of_a_route_is_told_to_who_adopted_it() {
+async fn only_an_open_route_can_be_adopted() {
     let mut bed = Bed::new();
     let _engine = bed.start_engine().await;
     let frontend = bed.attach(1).await;
-    let (lost, mut losses) = mpsc::channel(1);
-    let adopt = |frontend: u64, lost| {
-        let handle = bed.handle.clone();
-        let frontend = FrontendId(frontend);
-        async move {
-            let adopt = |reply| RankCommand::AdoptRoute { frontend, api_server: 0, lost, reply };
-            handle.ask("adopt", LIMIT, adopt).await
-        }
+    let adopt = |frontend: u64| {
+        bed.handle.ask_within(LIMIT, AdoptRoute { frontend: FrontendId(frontend), api_server: 0 })
     };
-    assert_eq!(adopt(1, lost.clone()).await.unwrap(), frontend.slot);
-    let error = adopt(2, lost).await.unwrap_err().to_string();
+    assert_eq!(adopt(1).await.unwrap(), frontend.slot);
+    let error = adopt(2).await.unwrap_err().to_string();
     assert!(error.contains("no route to API server 0"), "{error}");
     drop(frontend);
-    let loss = tokio::time::timeout(LIMIT, losses.recv()).await.unwrap().unwrap();
+    let loss = tokio::time::timeout(LIMIT, bed.lost.recv()).await.unwrap().unwrap();
     assert_eq!((loss.frontend, loss.rank, loss.api_server), (FrontendId(1), RANK, 0));
-    assert!(bed.lost.1.try_recv().is_err(), "the one who opened it is not told any more");
+    assert!(adopt(1).await.is_err(), "it is lost");
     bed.stop().await;
 }

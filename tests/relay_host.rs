@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use dp_sidecar::driver::handles::GroupKind;
-use dp_sidecar::relay::host::{self, HostOptions, HostSinks};
+use dp_sidecar::relay::host::{self, HostOptions};
 use dp_sidecar::relay::{CHILD, Purpose};
 use dp_sidecar::state_dir::StateDir;
 use dp_sidecar::supervisor::{KeeperClient, KeeperOptions, SpawnSpec};
@@ -57,11 +57,7 @@ async fn the_end_of_an_old_relay_process_that_is_heard_of_late_is_not_taken_for_
     };
     timeout(PATIENCE, gone).await.unwrap();
     // Its end is in `events` now, which nobody has read.
-    let (ranks, _ranks) = mpsc::channel(64);
-    let (held, _held) = mpsc::channel(64);
-    let (wakes, _wakes) = mpsc::channel(64);
-    let (edge, _edge) = mpsc::channel(64);
-    let (routes, _routes) = mpsc::channel(64);
+    let (reports, _reported) = mpsc::channel(64);
     let stop = CancellationToken::new();
     let purpose = Purpose { ranks: 0..1, frontend_slots: 1, kind: GroupKind::Independent };
     let options = HostOptions {
@@ -73,8 +69,7 @@ async fn the_end_of_an_old_relay_process_that_is_heard_of_late_is_not_taken_for_
         tracker: tasks.clone(),
         stop: stop.clone(),
     };
-    let mut relay =
-        host::start(options, events, HostSinks { ranks, held, wakes, edge, routes }).await.unwrap();
+    let mut relay = host::start(options, events, reports).await.unwrap();
     assert!(relay.failed.try_recv().is_err());
     let children = keeper.list().await.unwrap();
     assert_eq!(children.len(), 1, "{children:?}");

@@ -16,8 +16,7 @@ use crate::admin::types::{AdminError, ErrorKind, PauseMode};
 use crate::config::Config;
 use crate::driver::control::{ControlError, ControlHandle};
 use crate::driver::handles::{
-    AttachmentCommand, AttachmentHandle, CoordinatorHandle, HandleError, HandshakeHandle, Origin, RankHandle,
-    ask,
+    AttachmentCommand, AttachmentHandle, CoordinatorHandle, HandleError, Origin, RankHandle, ask,
 };
 use crate::driver::weight_update::UpdateHandle;
 
@@ -31,7 +30,6 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub(crate) struct Handles {
     pub(crate) ranks: Vec<RankHandle>,
     pub(crate) coordinator: CoordinatorHandle,
-    pub(crate) handshake: HandshakeHandle,
     pub(crate) attachments: AttachmentHandle,
     pub(crate) control: ControlHandle,
     pub(crate) updates: UpdateHandle,

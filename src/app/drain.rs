@@ -7,7 +7,7 @@ use parking_lot::Mutex;
 use tracing::{info, warn};
 
 use crate::driver::control::{ControlError, ControlGuard, ControlHandle};
-use crate::driver::handles::{HandleError, RankCommand, RankHandle};
+use crate::driver::handles::{Admission, HandleError, RankHandle};
 use crate::driver::rank::SNAPSHOT_LAG;
 use crate::link::server::SNAPSHOT_INTERVAL;
 
@@ -77,7 +77,6 @@ pub(super) enum DrainError {
 
 /// Opens or closes the gates for new requests.
 pub(super) async fn gates(ranks: &[RankHandle], open: bool) -> Result<(), HandleError> {
-    let told =
-        ranks.iter().map(|rank| rank.ask("admission", GATE, |reply| RankCommand::Admission { open, reply }));
+    let told = ranks.iter().map(|rank| rank.ask_within(GATE, Admission { open }));
     futures::future::join_all(told).await.into_iter().collect()
 }

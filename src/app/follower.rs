@@ -16,7 +16,7 @@ use super::{Begun, TASK_END, answer, asked, ended_by, gone, nodes, stage, stop_k
 use crate::admin::server::AdminCommand;
 use crate::admin::types::{AdminError, EngineStatus, ErrorKind, LeaderStatus, NodeStatus, Status};
 use crate::config::{Config, Nodes};
-use crate::driver::handles::{HandshakeCommand, ProcessEvent, RankCommand, RankHandle, ask};
+use crate::driver::handles::{Admission, NodeEvent, ProcessEvent, RankHandle};
 use crate::exit_code::{self, RunEnd};
 use crate::gpu::{self, GpuMonitor};
 use crate::link::LinkStream;
@@ -81,16 +81,16 @@ async fn follow(mut begun: Begun, nodes: Nodes) -> RunEnd {
     };
     nodes::set_address(&mut begun.config, found.own);
     let config = Arc::new(begun.config);
-    let (sinks, sources) = server::channels();
-    let (processes, stage_events) = (sinks.processes.clone(), sinks.stage.clone());
+    let (events, reported) = mpsc::channel(server::EVENTS);
     let (tracker, stop) = (begun.tracker, begun.stop);
-    let local = match local::start(&config, &begun.state, keeper, sinks, &tracker, &stop).await {
+    let local = match local::start(&config, &begun.state, keeper, events.clone(), &tracker, &stop).await {
         Ok(local) => local,
         Err(end) => {
             stop_keeper(&client, grace).await;
             return end;
         }
     };
+    let stage_events = stage::events_of_node(events.clone(), &tracker);
     let stage = stage::start(&config, &begun.state, None, stage_events, &tracker, &stop);
     let stage = match stage {
         Ok(stage) => stage,
@@ -112,7 +112,7 @@ async fn follow(mut begun: Begun, nodes: Nodes) -> RunEnd {
         initial: local.state.clone(),
         ..ServerOptions::new(introduction.name(), tracker.clone(), stop.clone())
     };
-    let serving = tokio::spawn(server::serve(options, stream_inbox, services, sources));
+    let serving = tokio::spawn(server::serve(options, stream_inbox, services, reported));
     let finder = Finder { strict: false, ..finder };
     let linking = tokio::spawn(keep_linked(finder, found, streams, nodes.leader_timeout));
     let file = config.accel_file.clone();
@@ -130,7 +130,7 @@ async fn follow(mut begun: Begun, nodes: Nodes) -> RunEnd {
             began: begun.began,
         },
         local,
-        processes,
+        events,
         tracker,
         stop,
     };
@@ -254,8 +254,8 @@ impl View {
 struct Follower {
     view: View,
     local: Local,
-    /// What the leader hears of this node's processes.
-    processes: mpsc::Sender<ProcessEvent>,
+    /// What the leader hears of this node.
+    events: mpsc::Sender<NodeEvent>,
     tracker: TaskTracker,
     stop: CancellationToken,
 }
@@ -307,8 +307,8 @@ impl Follower {
         let hurry = CancellationToken::new();
         let (view, tracker) = (self.view.clone(), self.tracker.clone());
         if drain {
-            let stops = ProcessEvent::NodeStops { reason: end.reason.clone() };
-            if timeout(TASK_END, self.processes.send(stops)).await.is_err() {
+            let stops = NodeEvent::Process(ProcessEvent::NodeStops { reason: end.reason.clone() });
+            if timeout(TASK_END, self.events.send(stops)).await.is_err() {
                 warn!("the leader could not be told that this node stops");
             }
         }
@@ -360,12 +360,9 @@ impl Follower {
         let grace = if hurry.is_cancelled() { Duration::ZERO } else { self.view.config.kill_grace };
         self.local.relay.retire.cancel();
         stop_keeper(&self.local.keeper, grace).await;
-        let handshake = &self.local.handshake.commands;
-        let shutdown = |reply| HandshakeCommand::Shutdown { reply };
-        gone(ask(handshake, "handshake", "shutdown".into(), TASK_END, shutdown).await);
         linking.abort();
         self.stop.cancel();
-        let Self { view, local, processes: told, tracker, stop: _ } = self;
+        let Self { view, local, events: told, tracker, stop: _ } = self;
         drop((view, told, local));
         tracker.close();
         // The watcher of signals is in there, too: it ends when its last receiver is dropped. And whoever asks for
@@ -379,9 +376,7 @@ impl Follower {
     /// Lets requests in flight on this node's ranks finish, at most for the shutdown timeout.
     async fn drain(&self) {
         let limit = self.view.config.shutdown_timeout;
-        let closed = self.local.ranks.iter().map(|rank| {
-            rank.ask("admission", TASK_END, |reply| RankCommand::Admission { open: false, reply })
-        });
+        let closed = self.local.ranks.iter().map(|rank| rank.ask_within(TASK_END, Admission { open: false }));
         futures::future::join_all(closed).await.into_iter().for_each(gone);
         let idle = async {
             let mut tick = tokio::time::interval(crate::driver::rank::SNAPSHOT_LAG * 2);

@@ -12,14 +12,12 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, info};
 
 use crate::config::{Config, Engines};
-use crate::driver::handles::NodeState;
-use crate::driver::handles::{EdgeHandle, HandshakeHandle, ProcessHandle, RankHandle};
+use crate::driver::handles::{EdgeHandle, HandshakeHandle, NodeEvent, NodeState, ProcessHandle, RankHandle};
 use crate::driver::handshake::{HandshakeBindError, HandshakeConfig};
 use crate::driver::{frontend, handshake as handshake_driver, processes};
 use crate::exit_code::{self, RunEnd};
-use crate::link::client::NodeSinks;
 use crate::relay::Purpose;
-use crate::relay::host::{self, HostError, HostOptions, HostSinks};
+use crate::relay::host::{self, HostError, HostOptions};
 use crate::state_dir::StateDir;
 use crate::supervisor::client::KeeperClient;
 use crate::supervisor::keeper::wire::KeeperEvent;
@@ -80,18 +78,18 @@ pub(super) struct Supervised {
     pub(super) retire: CancellationToken,
 }
 
-/// Starts the tasks of this node; what happens goes to `sinks`.
+/// Starts the tasks of this node; what they report goes to `events`.
 pub(super) async fn start(
     config: &Arc<Config>,
     state: &StateDir,
     keeper: Keeper,
-    sinks: NodeSinks,
+    events: mpsc::Sender<NodeEvent>,
     tracker: &TaskTracker,
     stop: &CancellationToken,
 ) -> Result<Local, RunEnd> {
-    let Keeper { client: keeper, events } = keeper;
-    let [engine_events, frontend_events, relay_events] = distribute(events, tracker, stop.clone());
-    let handshake = handshake(config, &sinks, tracker).await?;
+    let Keeper { client: keeper, events: of_keeper } = keeper;
+    let [engine_events, frontend_events, relay_events] = distribute(of_keeper, tracker, stop.clone());
+    let handshake = handshake(config, events.clone(), tracker).await?;
     let options = HostOptions {
         state_dir: state.path().to_owned(),
         exe: config.exe.clone(),
@@ -105,22 +103,15 @@ pub(super) async fn start(
         tracker: tracker.clone(),
         stop: stop.clone(),
     };
-    let relay_sinks = HostSinks {
-        ranks: sinks.ranks,
-        held: sinks.held,
-        wakes: sinks.wakes,
-        edge: sinks.edge,
-        routes: sinks.routes,
-    };
-    let relay =
-        host::start(options, relay_events, relay_sinks).await.map_err(|error| internal("start", &error))?;
-    pass_states(relay.states, sinks.states, tracker);
+    let relay = host::start(options, relay_events, events.clone())
+        .await
+        .map_err(|error| internal("start", &error))?;
     let mut state = relay.found;
     let processes = match &config.engines {
         Engines::Spawn(_) => {
             processes::report(keeper.inherited(), config.local_ranks().map(EngineIndex), &mut state);
             let (config, keeper) = (config.clone(), keeper.clone());
-            Some(processes::spawn(config, keeper, engine_events, sinks.processes, tracker, stop.clone()))
+            Some(processes::spawn(config, keeper, engine_events, events, tracker, stop.clone()))
         }
         Engines::Attach => None,
     };
@@ -136,21 +127,9 @@ pub(super) async fn start(
     })
 }
 
-/// Tells a follower's server what its relay process knows after each later connection. A leader does not want to
-/// know: the link has told it what it missed.
-fn pass_states(mut later: mpsc::Receiver<NodeState>, states: mpsc::Sender<NodeState>, tracker: &TaskTracker) {
-    tracker.spawn(async move {
-        while let Some(state) = later.recv().await {
-            if states.send(state).await.is_err() {
-                return;
-            }
-        }
-    });
-}
-
 async fn handshake(
     config: &Config,
-    sinks: &NodeSinks,
+    events: mpsc::Sender<NodeEvent>,
     tracker: &TaskTracker,
 ) -> Result<HandshakeHandle, RunEnd> {
     let shared = match config.engines {
@@ -165,12 +144,11 @@ async fn handshake(
         shared,
         limits: GuardLimits::default(),
     };
-    let handle = handshake_driver::spawn(handshake_config, tracker, sinks.handshake.clone()).await.map_err(
-        |error| match error {
+    let handle =
+        handshake_driver::spawn(handshake_config, tracker, events).await.map_err(|error| match error {
             HandshakeBindError::InUse { .. } => RunEnd::new(exit_code::IN_USE, error.to_string()),
             HandshakeBindError::Other { .. } => internal("handshake", &error),
-        },
-    )?;
+        })?;
     if let Some(address) = shared {
         info!(%address, "waiting for engines");
     }

@@ -29,9 +29,7 @@ use crate::admin::server::{AdminCommand, AdminServer};
 use crate::admin::types::Status;
 use crate::config::{Config, Nodes, Role};
 use crate::driver::frontend::FrontendExit;
-use crate::driver::handles::{
-    AttachmentCommand, CoordinatorCommand, HandleError, HandshakeCommand, RankCommand, ask,
-};
+use crate::driver::handles::{AttachmentCommand, CoordinatorCommand, HandleError, ask};
 use crate::driver::node::{NodeCommand, NodeExit};
 use crate::exit_code::{self, RunEnd};
 use crate::peer::facts;
@@ -342,15 +340,9 @@ impl App {
             Ok(Err(error)) => debug!(%error, "shutdown"),
             Err(_) => error!("the update task did not end in time"),
         }
-        for rank in &self.handles.ranks {
-            gone(rank.ask("shutdown", TASK_END, |reply| RankCommand::Shutdown { reply }).await);
-        }
         let coordinator = &self.handles.coordinator.commands;
         let shutdown = |reply| CoordinatorCommand::Shutdown { reply };
         gone(ask(coordinator, "coordinator", "shutdown".into(), TASK_END, shutdown).await);
-        let handshake = &self.handles.handshake.commands;
-        let shutdown = |reply| HandshakeCommand::Shutdown { reply };
-        gone(ask(handshake, "handshake", "shutdown".into(), TASK_END, shutdown).await);
         self.stop.cancel();
         drop((self.handles, self.admin, self.keeper, self.relay, self.node_commands, self.nodes));
         self.tracker.close();

@@ -11,15 +11,15 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, error, warn};
 
-use super::local::QUEUE;
 use crate::admin::types::NodeStatus;
 use crate::config::{Config, Engines, Nodes};
-use crate::driver::handles::NodeState;
-use crate::driver::handles::{NodeEvent, NodeId, ProcessEvent};
+use crate::driver::handles::{
+    AttachmentCommand, AttachmentHandle, HeldCall, NodeEvent, NodeId, NodeState, Shutdown, StageEvent,
+};
 use crate::driver::weight_update::UpdateNode;
 use crate::exit_code::{self, RunEnd};
 use crate::link::LinkStream;
-use crate::link::client::{self, ClientOptions, Link, LinkStatus, NodeHandles, NodeSinks, Tempo};
+use crate::link::client::{self, ClientOptions, Link, LinkStatus, NodeHandles};
 use crate::peer::introduction::Introduction;
 use crate::peer::leader::{BindError, GatherError, Leader, RemoteNode};
 
@@ -87,33 +87,25 @@ impl Remote {
 
     /// Tells the follower that the deployment stops.
     pub(super) async fn shutdown(&self) {
-        if let Err(error) = self.handles.link.shutdown(SHUTDOWN).await {
+        if let Err(error) = self.handles.link.ask_within(SHUTDOWN, Shutdown {}).await {
             warn!(node = %self.introduction.name(), %error, "the node was not told that the deployment stops");
         }
     }
 }
 
-/// Makes handles for a follower. `sinks` are those of the leader's tasks; what concerns the node as a whole goes to
-/// `events`.
+/// Makes handles for a follower. What it reports goes to `events`.
 pub(super) fn connect(
     id: NodeId,
     node: RemoteNode,
-    sinks: NodeSinks,
-    events: &mpsc::Sender<(NodeId, NodeEvent)>,
+    events: mpsc::Sender<NodeEvent>,
+    stage_events: mpsc::Receiver<StageEvent>,
     tracker: &TaskTracker,
     stop: &CancellationToken,
 ) -> (Remote, UpdateNode) {
     let RemoteNode { introduction, mut connections, .. } = node;
-    let (states, state_inbox) = mpsc::channel(QUEUE);
-    let (stage, stage_events) = mpsc::channel(QUEUE);
-    let sinks = NodeSinks { processes: of_node(id, events.clone(), tracker), stage, states, ..sinks };
     let name = introduction.name();
-    let options = ClientOptions {
-        name: name.clone(),
-        ranks: (introduction.start_rank..introduction.end_rank()).map(EngineIndex).collect(),
-        tempo: Tempo::default(),
-        stop: stop.clone(),
-    };
+    let ranks = (introduction.start_rank..introduction.end_rank()).map(EngineIndex).collect();
+    let options = ClientOptions::new(&*name, ranks, stop.clone());
     let (links, link_inbox) = mpsc::channel(1);
     let peer = name.clone();
     tracker.spawn(stop.clone().run_until_cancelled_owned(async move {
@@ -123,13 +115,7 @@ pub(super) fn connect(
             }
         }
     }));
-    let (handles, status) = client::spawn(options, link_inbox, sinks, tracker);
-    tracker.spawn(stop.clone().run_until_cancelled_owned(watch_link(
-        id,
-        status.clone(),
-        state_inbox,
-        events.clone(),
-    )));
+    let (handles, status) = client::spawn(options, link_inbox, events, tracker);
     let remote = Remote { id, introduction, handles, status };
     let update = UpdateNode {
         id,
@@ -141,38 +127,51 @@ pub(super) fn connect(
     (remote, update)
 }
 
-/// Tells the node task when a node's link comes and goes.
-async fn watch_link(
-    id: NodeId,
-    mut status: watch::Receiver<LinkStatus>,
-    mut states: mpsc::Receiver<NodeState>,
-    events: mpsc::Sender<(NodeId, NodeEvent)>,
-) {
-    let mut connected = false;
-    loop {
-        let event = tokio::select! {
-            biased;
-            changed = status.changed() => {
-                if changed.is_err() {
-                    return;
+/// Who reads what the nodes report.
+#[derive(Clone, Debug)]
+pub(super) struct Readers {
+    /// The node task: engines, and nodes as a whole.
+    pub(super) nodes: mpsc::Sender<(NodeId, NodeEvent)>,
+    /// The control task.
+    pub(super) held: mpsc::Sender<HeldCall>,
+    /// The coordinator task: reports of engines, and wakes.
+    pub(super) coordinator: mpsc::Sender<NodeEvent>,
+    /// Lost routes.
+    pub(super) attachments: AttachmentHandle,
+}
+
+impl Readers {
+    /// Hands on what one node reports, until it ends. No reader waits for another one.
+    pub(super) fn read(
+        self,
+        node: NodeId,
+        mut events: mpsc::Receiver<NodeEvent>,
+        stage: mpsc::Sender<StageEvent>,
+        tracker: &TaskTracker,
+    ) {
+        tracker.spawn(async move {
+            while let Some(event) = events.recv().await {
+                let gone = match event {
+                    NodeEvent::Held(call) => self.held.send(call).await.is_err(),
+                    NodeEvent::Edge(_) | NodeEvent::Wake(_) => self.coordinator.send(event).await.is_err(),
+                    NodeEvent::RouteLost(loss) => {
+                        self.attachments.commands.send(AttachmentCommand::RouteLost(loss)).await.is_err()
+                    }
+                    NodeEvent::Stage(event) => stage.send(event).await.is_err(),
+                    // Of its relay process, whose state was told at the start; what was missed came as events.
+                    NodeEvent::Connected(_) | NodeEvent::Disconnected { .. } if node == THIS_NODE => false,
+                    event => {
+                        if let NodeEvent::Disconnected { reason } = &event {
+                            error!(node = node.0, %reason, "link lost");
+                        }
+                        self.nodes.send((node, event)).await.is_err()
+                    }
+                };
+                if gone {
+                    debug!(node = node.0, "a task has ended before what it should hear of");
                 }
-                let now = status.borrow_and_update().clone();
-                let was = std::mem::replace(&mut connected, now.connected);
-                if !was || now.connected {
-                    continue;
-                }
-                let reason = now.detail.unwrap_or_else(|| "the link to it is down".to_owned());
-                error!(node = id.0, %reason, "link lost");
-                NodeEvent::Disconnected { reason }
             }
-            state = states.recv() => match state {
-                Some(state) => NodeEvent::Connected(Box::new(state)),
-                None => return,
-            },
-        };
-        if events.send((id, event)).await.is_err() {
-            return;
-        }
+        });
     }
 }
 
@@ -203,23 +202,6 @@ pub(super) async fn first_states(
     let silent: Vec<String> = silent.map(|remote| remote.introduction.name()).collect();
     let reason = format!("{}: did not tell within {FIRST_STATE:?} what it has", silent.join(", "));
     Err(RunEnd::new(exit_code::TIMEOUT, reason))
-}
-
-/// Hands the events of a node's process task to the node task.
-pub(super) fn of_node(
-    node: NodeId,
-    events: mpsc::Sender<(NodeId, NodeEvent)>,
-    tracker: &TaskTracker,
-) -> mpsc::Sender<ProcessEvent> {
-    let (sender, mut inbox) = mpsc::channel(QUEUE);
-    tracker.spawn(async move {
-        while let Some(event) = inbox.recv().await {
-            if events.send((node, NodeEvent::Process(event))).await.is_err() {
-                return;
-            }
-        }
-    });
-    sender
 }
 
 /// What status says about the nodes.

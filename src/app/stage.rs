@@ -9,9 +9,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{error, info};
 
-use super::local::internal;
+use super::local::{QUEUE, internal};
 use crate::config::Config;
-use crate::driver::handles::{StageEvent, StageHandle};
+use crate::driver::handles::{NodeEvent, StageEvent, StageHandle};
 use crate::exit_code::RunEnd;
 use crate::peer::hop::TokenAuth;
 use crate::peer::introduction::ranks_text;
@@ -43,6 +43,22 @@ pub(super) fn start(
         ..StageConfig::new(name, state.path().to_owned(), state.run_id().to_owned(), host, auth)
     };
     staging::spawn(stage, events, tracker, stop.clone()).map_err(|e| internal("staging area", &e))
+}
+
+/// Where the staging area of a follower reports.
+pub(super) fn events_of_node(
+    node: mpsc::Sender<NodeEvent>,
+    tracker: &TaskTracker,
+) -> mpsc::Sender<StageEvent> {
+    let (sender, mut events) = mpsc::channel(QUEUE);
+    tracker.spawn(async move {
+        while let Some(event) = events.recv().await {
+            if node.send(NodeEvent::Stage(event)).await.is_err() {
+                return;
+            }
+        }
+    });
+    sender
 }
 
 /// Frees the shared memory, when all engines of this node have ended with the sidecar. Adapters are kept for the

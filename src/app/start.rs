@@ -14,7 +14,7 @@ use super::App;
 use super::commands::Handles;
 use super::drain::Drained;
 use super::local::{self, Keeper, QUEUE, internal};
-use super::nodes::{self, Gathered, Remote, THIS_NODE, of_node};
+use super::nodes::{self, Gathered, Readers, Remote, THIS_NODE};
 use super::pauses;
 use super::stage;
 use super::status::Sources;
@@ -22,10 +22,8 @@ use crate::admin::server::AdminCommand;
 use crate::config::{Config, Engines};
 use crate::driver::attachment::{self, AttachmentConfig};
 use crate::driver::frontend::{self, SupervisedSnapshot};
-use crate::driver::handles::NodeState;
 use crate::driver::handles::{
-    AttachmentCommand, AttachmentHandle, CoordinatorCommand, CoordinatorHandle, Deployment, NodeId, Origin,
-    ask,
+    AttachmentCommand, AttachmentHandle, Deployment, NodeId, NodeState, Origin, ask,
 };
 use crate::driver::node::{Inputs, Node, NodeCommand, NodePeers, Outputs, Peers};
 use crate::driver::weight_update::{FenceRequest, UpdateConfig, UpdateNode};
@@ -33,7 +31,7 @@ use crate::driver::{control, coordinator, weight_update};
 use crate::exit_code::{self, RunEnd};
 use crate::gpu::{self, GpuMonitor};
 use crate::http::HttpServer;
-use crate::link::client::NodeSinks;
+use crate::link::server;
 use crate::peer::introduction::Introduction;
 use crate::peer::leader::{Leader, RemoteNode};
 use crate::staging::upload::{self, Uploads};
@@ -70,41 +68,25 @@ pub(super) async fn start(
     let (stopping, is_stopping) = watch::channel(false);
 
     let (node_events, mut events_of_nodes) = mpsc::channel(QUEUE);
-    let (handshake_sender, handshake_events) = mpsc::channel(QUEUE);
-    let (edge_reports, edge_events) = mpsc::channel(coordinator::EVENTS);
-    let (rank_sender, rank_events) = mpsc::channel(QUEUE);
     let (held, held_calls) = mpsc::channel(QUEUE);
-    let (wakes, woken) = mpsc::channel(QUEUE);
-    // Each node has its own queues for what concerns it as a whole.
-    let (stage, stage_events) = mpsc::channel(QUEUE);
-    let (routes, _) = mpsc::channel(1);
-    let (states, _) = mpsc::channel(1);
-    let sinks = NodeSinks {
-        ranks: rank_sender,
-        held,
-        wakes,
-        edge: edge_reports,
-        handshake: handshake_sender,
-        processes: of_node(THIS_NODE, node_events.clone(), &tracker),
-        stage,
-        routes,
-        states,
+    let (engine_reports, edge_events) = mpsc::channel(coordinator::EVENTS);
+    // What each node reports is read when its readers are there.
+    let mut reports = Vec::new();
+    let mut reporter = |node| {
+        let (events, reported) = mpsc::channel(server::EVENTS);
+        let (stage, stage_events) = mpsc::channel(QUEUE);
+        reports.push((node, reported, stage.clone()));
+        (events, stage, stage_events)
     };
-    let local = local::start(&config, state, keeper, sinks.clone(), &tracker, &stop).await?;
+    let (events, stage, stage_events) = reporter(THIS_NODE);
+    let local = local::start(&config, state, keeper, events, &tracker, &stop).await?;
     let (uploads, upload_requests) = upload::channel();
     let own_ranks: Vec<EngineIndex> = config.local_ranks().map(EngineIndex).collect();
     let this_node = UpdateNode {
         id: THIS_NODE,
         name: "this node".to_owned(),
         ranks: own_ranks.clone(),
-        stage: Some(stage::start(
-            &config,
-            state,
-            Some(upload_requests),
-            sinks.stage.clone(),
-            &tracker,
-            &stop,
-        )?),
+        stage: Some(stage::start(&config, state, Some(upload_requests), stage, &tracker, &stop)?),
         events: stage_events,
     };
     let mut update_nodes = vec![this_node];
@@ -112,14 +94,13 @@ pub(super) async fn start(
         leader.welcome();
         let mut remotes = Vec::new();
         for (id, node) in (1..).zip(nodes) {
-            let (remote, update) =
-                nodes::connect(NodeId(id), node, sinks.clone(), &node_events, &tracker, &stop);
+            let (events, _, stage_events) = reporter(NodeId(id));
+            let (remote, update) = nodes::connect(NodeId(id), node, events, stage_events, &tracker, &stop);
             remotes.push(remote);
             update_nodes.push(update);
         }
         Gathered { own, leader, remotes: Arc::new(remotes) }
     });
-    drop(sinks);
     let remotes: &[Remote] = gathered.as_ref().map_or(&[], |gathered| &gathered.remotes);
 
     let mut edges = vec![(own_ranks.clone(), local.edge)];
@@ -130,7 +111,6 @@ pub(super) async fn start(
         edge_events,
         &tracker,
     );
-    pass_wakes(woken, &coordinator, &tracker);
     let mut ranks = local.ranks.clone();
     ranks.extend(remotes.iter().flat_map(|remote| remote.handles.ranks.clone()));
 
@@ -158,6 +138,12 @@ pub(super) async fn start(
         stop.clone(),
     );
     pauses::frontends_gone(&attachments, &control, &tracker, stop.clone());
+    let readers =
+        Readers { nodes: node_events, held, coordinator: engine_reports, attachments: attachments.clone() };
+    for (node, reported, stage) in reports {
+        readers.clone().read(node, reported, stage, &tracker);
+    }
+    drop(readers);
     let (node_commands, commands) = mpsc::channel(QUEUE);
     let updates = weight_update::spawn(
         UpdateConfig::new(config.kind, state.path()).with_load_timeout(config.load_timeout),
@@ -200,7 +186,7 @@ pub(super) async fn start(
         &states,
         early,
     );
-    let inputs = Inputs { ranks: rank_events, handshake: handshake_events, nodes: events_of_nodes, commands };
+    let inputs = Inputs { nodes: events_of_nodes, commands };
     let node = tokio::spawn(node.run(inputs));
 
     for address in &config.frontends {
@@ -253,7 +239,6 @@ pub(super) async fn start(
         handles: Handles {
             ranks,
             coordinator,
-            handshake: local.handshake,
             attachments,
             control,
             updates,
@@ -266,22 +251,6 @@ pub(super) async fn start(
         relay: local.relay,
         nodes: gathered,
     })
-}
-
-/// Tells the coordinator task of every request that goes to a lockstep engine.
-fn pass_wakes(
-    mut ranks: mpsc::Receiver<EngineIndex>,
-    coordinator: &CoordinatorHandle,
-    tracker: &TaskTracker,
-) {
-    let commands = coordinator.commands.clone();
-    tracker.spawn(async move {
-        while let Some(rank) = ranks.recv().await {
-            if commands.send(CoordinatorCommand::Wake { rank }).await.is_err() {
-                return;
-            }
-        }
-    });
 }
 
 /// Has routes closed that an earlier sidecar has left and nobody knows.

@@ -22,7 +22,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
 
 use super::engine_calls;
-use super::handles::{GroupKind, HandleError, HeldCall, RankCommand, RankHandle, RankSnapshot, Verdict};
+use super::handles::{GroupKind, HandleError, HeldCall, RankHandle, RankSnapshot, Release, Verdict};
 
 /// Commands waiting for the task.
 const COMMANDS: usize = 64;
@@ -547,9 +547,7 @@ impl Task {
         };
         let limit = if forward { self.round_timeout + SLACK } else { DECISION_LIMIT };
         self.jobs.spawn(async move {
-            let answer = handle
-                .ask("control call", limit, |reply| RankCommand::Release { ticket, verdict, reply })
-                .await;
+            let answer = handle.ask_within(limit, Release { ticket, verdict }).await;
             if forward {
                 return Done::Event(Event::Answered {
                     rank,

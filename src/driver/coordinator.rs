@@ -26,7 +26,7 @@ use tracing::{debug, info, trace, warn};
 
 use super::handles::{
     CoordinatorCommand, CoordinatorHandle, CoordinatorSnapshot, EdgeEvent, EdgeHandle,
-    ForFrontendCoordinator, GroupKind, Load as LoadSnapshot,
+    ForFrontendCoordinator, GroupKind, Load as LoadSnapshot, NodeEvent,
 };
 use crate::transport::XpubListener;
 
@@ -75,7 +75,7 @@ impl CoordinatorConfig {
 pub fn spawn(
     config: CoordinatorConfig,
     edges: Vec<(Vec<EngineIndex>, EdgeHandle)>,
-    events: mpsc::Receiver<EdgeEvent>,
+    events: mpsc::Receiver<NodeEvent>,
     tracker: &TaskTracker,
 ) -> CoordinatorHandle {
     let (commands, receiver) = mpsc::channel(COMMANDS);
@@ -127,7 +127,7 @@ impl Task {
     async fn run(
         mut self,
         mut commands: mpsc::Receiver<CoordinatorCommand>,
-        mut events: mpsc::Receiver<EdgeEvent>,
+        mut events: mpsc::Receiver<NodeEvent>,
         mut requests: mpsc::Receiver<Bytes>,
     ) {
         let mut batch = Vec::with_capacity(BATCH);
@@ -147,7 +147,11 @@ impl Task {
                 received = events.recv_many(&mut batch, BATCH), if !events.is_closed() || !events.is_empty() => {
                     trace!(received, "reports");
                     for event in batch.drain(..) {
-                        self.edge_event(event);
+                        match event {
+                            NodeEvent::Edge(event) => self.edge_event(event),
+                            NodeEvent::Wake(rank) => self.event(Event::Wake { rank }),
+                            other => debug!(?other, "an event that is not for the coordinator"),
+                        }
                     }
                 }
                 Some(frame) = requests.recv() => self.front_request(&frame),

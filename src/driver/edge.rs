@@ -14,19 +14,18 @@ use std::collections::BTreeMap;
 use dp_sidecar_protocol::{EngineIndex, Incarnation, Wave};
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::TaskTracker;
-use tracing::debug;
 
-use super::handles::{EdgeCommand, EdgeEvent, EdgeHandle, HandleError};
+use super::handles::{
+    EdgeAsk, EdgeClose, EdgeHandle, EdgeNote, EdgePrepare, EdgePublish, Envelope, HandleError, NodeEvent,
+    queue,
+};
 use crate::transport::PrivateDir;
 use sockets::EngineSockets;
-
-/// Commands waiting for the task. It never waits for an engine, only for binding a socket file.
-const COMMANDS: usize = 256;
 
 /// What a successor of the DP coordinator has to know about the engines behind an edge.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct EdgeState {
-    /// Newest wave, and whether it runs: by [`EdgeCommand::Note`], or reported by an engine here.
+    /// Newest wave, and whether it runs: by [`EdgeNote`], or reported by an engine here.
     pub wave: Option<(Wave, bool)>,
     /// Engines that have subscribed in their current life.
     pub subscribed: BTreeMap<EngineIndex, Incarnation>,
@@ -55,47 +54,48 @@ pub struct Edge {
 
 /// Starts the edge task of a node. `dir` is where its sockets are made, `events` is read by the DP coordinator's side;
 /// nothing waits when it is full.
-pub fn spawn(dir: PrivateDir, events: mpsc::Sender<EdgeEvent>, tracker: &TaskTracker) -> Edge {
-    let (commands, receiver) = mpsc::channel(COMMANDS);
+pub fn spawn(dir: PrivateDir, events: mpsc::Sender<NodeEvent>, tracker: &TaskTracker) -> Edge {
+    let (handle, inbox) = queue("edge");
     let (publish, state) = watch::channel(EdgeState::default());
     let task = Task { dir, events, tracker: tracker.clone(), engines: BTreeMap::new(), state: publish };
-    tracker.spawn(task.run(receiver));
-    Edge { handle: EdgeHandle { commands }, state }
+    tracker.spawn(task.run(inbox));
+    Edge { handle, state }
 }
 
 struct Task {
     dir: PrivateDir,
-    events: mpsc::Sender<EdgeEvent>,
+    events: mpsc::Sender<NodeEvent>,
     tracker: TaskTracker,
     engines: BTreeMap<EngineIndex, EngineSockets>,
     state: watch::Sender<EdgeState>,
 }
 
 impl Task {
-    async fn run(mut self, mut commands: mpsc::Receiver<EdgeCommand>) {
-        while let Some(command) = commands.recv().await {
-            match command {
-                EdgeCommand::Prepare { rank, incarnation, reply } => {
-                    let bound = self.prepare(rank, incarnation).await;
-                    if reply.send(bound).is_err() {
-                        debug!(rank = rank.0, "nobody waits for the coordinator sockets any more");
-                    }
+    async fn run(mut self, mut inbox: mpsc::Receiver<Envelope<EdgeAsk>>) {
+        // It never waits for an engine, only for binding a socket file.
+        while let Some(Envelope { ask, reply, .. }) = inbox.recv().await {
+            match ask {
+                EdgeAsk::EdgePrepare(EdgePrepare { rank, incarnation }) => {
+                    reply.send::<EdgePrepare>(self.prepare(rank, incarnation).await);
                 }
-                EdgeCommand::Publish { ranks, frames } => {
+                EdgeAsk::EdgePublish(EdgePublish { ranks, frames }) => {
                     for rank in ranks {
                         if let Some(sockets) = self.engines.get_mut(&rank) {
                             sockets.publish(rank, frames.clone());
                         }
                     }
+                    reply.send::<EdgePublish>(Ok(()));
                 }
-                EdgeCommand::Note { wave, running } => {
+                EdgeAsk::EdgeNote(EdgeNote { wave, running }) => {
                     self.state.send_if_modified(|state| state.note(wave, running));
+                    reply.send::<EdgeNote>(Ok(()));
                 }
-                EdgeCommand::Close { rank, incarnation } => {
+                EdgeAsk::EdgeClose(EdgeClose { rank, incarnation }) => {
                     let current = self.engines.get(&rank);
                     if current.is_some_and(|sockets| sockets.incarnation == incarnation) {
                         self.close(rank);
                     }
+                    reply.send::<EdgeClose>(Ok(()));
                 }
             }
         }

@@ -2,9 +2,10 @@
 //! them. All queues are bounded. A handle is cheap to clone.
 //!
 //! [`RankHandle`], [`EdgeHandle`], [`HandshakeHandle`], [`ProcessHandle`] and [`StageHandle`] are the borders that
-//! a link carries: for ranks of other nodes (and, the first two, for the relay process of this node)
-//! `crate::link` implements the same commands.
+//! a link carries: their commands are [`Ask`]s, and for ranks of other nodes (and, the first two, for the relay
+//! process of this node) `crate::link` gives the same handles.
 
+mod ask;
 mod attachments;
 mod coordinator;
 mod engines;
@@ -16,8 +17,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
+pub use self::ask::*;
 pub use attachments::*;
 pub use coordinator::*;
 pub use engines::*;
@@ -64,8 +66,27 @@ impl HandleError {
     }
 }
 
-/// Answer to a command.
+/// Answer to a command of a task that only this process has.
 pub type Reply<T> = oneshot::Sender<Result<T, HandleError>>;
 
 /// Outcome of a utility call: the decoded result, or the engine's failure message.
 pub type CallResult = Result<rmpv::Value, HandleError>;
+
+/// Sends a command with a reply channel and waits for the answer under a deadline.
+pub async fn ask<C, T>(
+    commands: &mpsc::Sender<C>,
+    task: &'static str,
+    what: String,
+    limit: Duration,
+    command: impl FnOnce(Reply<T>) -> C,
+) -> Result<T, HandleError> {
+    let (reply, answer) = oneshot::channel();
+    let exchange = async {
+        commands.send(command(reply)).await.map_err(|_| HandleError::Gone { task })?;
+        answer.await.map_err(|_| HandleError::Gone { task })?
+    };
+    match tokio::time::timeout(limit, exchange).await {
+        Ok(result) => result,
+        Err(_) => Err(HandleError::Deadline { what, limit }),
+    }
+}

@@ -13,11 +13,12 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::task::TaskTracker;
 
-use super::handles::{Expectation, HandleError, HandshakeCommand, HandshakeEvent, HandshakeHandle, Listen};
+use super::handles::{
+    Envelope, Expect, Forget, HandleError, HandshakeAsk, HandshakeEvent, HandshakeHandle, Listen, NodeEvent,
+    queue,
+};
 use crate::transport::{GuardEvent, GuardLimits, GuardedRouter, GuardedSender, Numbers, TransportError};
 
-/// Commands waiting for the task.
-const COMMANDS: usize = 64;
 /// Refusals of strangers that are reported within [`REPEAT_INTERVAL`].
 const REFUSALS: usize = 32;
 /// The same refusal is not repeated for so long.
@@ -67,7 +68,7 @@ pub enum HandshakeBindError {
 pub async fn spawn(
     config: HandshakeConfig,
     tracker: &TaskTracker,
-    events: mpsc::Sender<HandshakeEvent>,
+    events: mpsc::Sender<NodeEvent>,
 ) -> Result<HandshakeHandle, HandshakeBindError> {
     let numbers = Numbers::default();
     let mut listeners = BTreeMap::new();
@@ -82,7 +83,7 @@ pub async fn spawn(
         tracing::info!(listen.addr = %router.address(), "engines may say HELLO");
         listeners.insert(Via::Shared, router);
     }
-    let (commands, inbox) = mpsc::channel(COMMANDS);
+    let (handle, inbox) = queue("handshake");
     let task = Task {
         machine: Handshake::new(config.machine),
         limits: config.limits,
@@ -94,7 +95,7 @@ pub async fn spawn(
         start: Instant::now(),
     };
     tracker.spawn(task.run(inbox, events));
-    Ok(HandshakeHandle { commands })
+    Ok(handle)
 }
 
 struct Task {
@@ -115,8 +116,8 @@ struct Task {
 impl Task {
     async fn run(
         mut self,
-        mut inbox: mpsc::Receiver<HandshakeCommand>,
-        events: mpsc::Sender<HandshakeEvent>,
+        mut inbox: mpsc::Receiver<Envelope<HandshakeAsk>>,
+        events: mpsc::Sender<NodeEvent>,
     ) {
         loop {
             let due = self.machine.poll_timeout().map(|at| self.start + at.since_start());
@@ -128,11 +129,6 @@ impl Task {
             };
             tokio::select! {
                 command = inbox.recv() => match command {
-                    Some(HandshakeCommand::Shutdown { reply }) => {
-                        self.close().await;
-                        let _ = reply.send(Ok(()));
-                        return;
-                    }
                     Some(command) => self.command(command).await,
                     None => return self.close().await,
                 },
@@ -140,7 +136,7 @@ impl Task {
                 permit = events.reserve(), if !self.outbox.is_empty() => match permit {
                     Ok(permit) => {
                         if let Some(event) = self.outbox.pop_front() {
-                            permit.send(event);
+                            permit.send(NodeEvent::Handshake(event));
                         }
                     }
                     Err(_) => return self.close().await,
@@ -158,23 +154,20 @@ impl Task {
         Time::from_start(self.start.elapsed())
     }
 
-    async fn command(&mut self, command: HandshakeCommand) {
-        match command {
-            HandshakeCommand::Expect { expectation, reply } => {
-                let result = self.expect(expectation).await;
-                let _ = reply.send(result);
-            }
-            HandshakeCommand::Forget { rank, incarnation } => {
+    async fn command(&mut self, Envelope { ask, reply, .. }: Envelope<HandshakeAsk>) {
+        match ask {
+            HandshakeAsk::Expect(expect) => reply.send::<Expect>(self.expect(expect).await),
+            HandshakeAsk::Forget(Forget { rank, incarnation }) => {
                 let now = self.now();
                 self.machine.handle_event(now, Event::Forget { rank, incarnation });
                 self.close_own(rank, |own| own == incarnation);
+                reply.send::<Forget>(Ok(()));
             }
-            HandshakeCommand::Shutdown { .. } => {}
         }
     }
 
-    async fn expect(&mut self, expectation: Expectation) -> Result<SocketAddr, HandleError> {
-        let Expectation { rank, incarnation, listen, init } = expectation;
+    async fn expect(&mut self, expect: Expect) -> Result<SocketAddr, HandleError> {
+        let Expect { rank, incarnation, listen, init } = expect;
         self.close_own(rank, |_| true);
         let address = match listen {
             Listen::Shared => {

@@ -10,15 +10,14 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, error, info, warn};
 
-use super::handles::{HandleError, ProcessCommand, ProcessEvent, ProcessHandle};
+use super::handles::{
+    Envelope, HandleError, NodeEvent, ProcessAsk, ProcessEvent, ProcessHandle, Spawn, StopEngine, queue,
+};
 use super::init;
 use crate::config::Config;
 use crate::driver::handles::NodeState;
 use crate::supervisor::client::{Inherited, KeeperClient, KeeperError};
 use crate::supervisor::keeper::wire::{ExitReport, ExitStatus, KeeperEvent};
-
-/// Commands waiting for the task.
-const COMMANDS: usize = 256;
 
 /// Starts the task. `keeper_events` are those about engines and about the keeper itself; what becomes of them
 /// goes to `events`. It ends with its last handle, or when `stop` is cancelled.
@@ -26,14 +25,14 @@ pub fn spawn(
     config: Arc<Config>,
     keeper: KeeperClient,
     keeper_events: mpsc::Receiver<KeeperEvent>,
-    events: mpsc::Sender<ProcessEvent>,
+    events: mpsc::Sender<NodeEvent>,
     tracker: &TaskTracker,
     stop: CancellationToken,
 ) -> ProcessHandle {
-    let (commands, inbox) = mpsc::channel(COMMANDS);
+    let (handle, inbox) = queue("process");
     let task = Task { config, keeper, events, work: JoinSet::new() };
     tracker.spawn(task.run(inbox, keeper_events, stop));
-    ProcessHandle { commands }
+    handle
 }
 
 /// Adds what the keeper has left of earlier lives to what a node reports about its ranks.
@@ -56,7 +55,7 @@ pub fn report(inherited: &Inherited, ranks: impl IntoIterator<Item = EngineIndex
 struct Task {
     config: Arc<Config>,
     keeper: KeeperClient,
-    events: mpsc::Sender<ProcessEvent>,
+    events: mpsc::Sender<NodeEvent>,
     /// Exchanges with the keeper. Each of them has a deadline there.
     work: JoinSet<()>,
 }
@@ -64,7 +63,7 @@ struct Task {
 impl Task {
     async fn run(
         mut self,
-        mut inbox: mpsc::Receiver<ProcessCommand>,
+        mut inbox: mpsc::Receiver<Envelope<ProcessAsk>>,
         mut keeper_events: mpsc::Receiver<KeeperEvent>,
         stop: CancellationToken,
     ) {
@@ -77,7 +76,7 @@ impl Task {
                 },
                 Some(event) = keeper_events.recv() => {
                     if let Some(event) = translate(event)
-                        && self.events.send(event).await.is_err()
+                        && self.events.send(NodeEvent::Process(event)).await.is_err()
                     {
                         break;
                     }
@@ -92,29 +91,29 @@ impl Task {
         self.work.shutdown().await;
     }
 
-    fn command(&mut self, command: ProcessCommand) {
+    fn command(&mut self, Envelope { ask, reply, .. }: Envelope<ProcessAsk>) {
         let keeper = self.keeper.clone();
-        match command {
-            ProcessCommand::Spawn { rank, incarnation, handshake, reply } => {
+        match ask {
+            ProcessAsk::Spawn(Spawn { rank, incarnation, handshake }) => {
                 let Some(spec) = self.config.engine_spawn(rank.0, incarnation.0, handshake) else {
                     let error =
                         format!("engine {rank} cannot be started here: another node's rank, or no MODEL");
-                    let _ = reply.send(Err(HandleError::failed(error)));
+                    reply.send::<Spawn>(Err(HandleError::failed(error)));
                     return;
                 };
                 info!(rank = rank.0, incarnation = incarnation.0, command = %spec.argv.join(" "), "starting engine");
                 self.work.spawn(async move {
                     let spawned = keeper.spawn(spec).await;
                     // Whoever asked may have given up; the process is then told to stop by what follows.
-                    let _ = reply.send(spawned.map_err(failed));
+                    reply.send::<Spawn>(spawned.map_err(failed));
                 });
             }
-            ProcessCommand::Stop { rank, reply } => {
+            ProcessAsk::StopEngine(StopEngine { rank }) => {
                 // Nothing is left to drain: the app has waited for requests, or the engine is lost.
                 let grace = self.config.kill_grace;
                 self.work.spawn(async move {
                     let stopped = keeper.stop(&init::child_name(rank), grace).await;
-                    let _ = reply.send(stopped.map_err(failed));
+                    reply.send::<StopEngine>(stopped.map_err(failed));
                 });
             }
         }

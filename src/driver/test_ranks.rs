@@ -9,7 +9,10 @@ use parking_lot::Mutex;
 use rmpv::Value;
 use tokio::sync::{Notify, mpsc, watch};
 
-use super::handles::{HandleError, HeldCall, RankCommand, RankHandle, RankSnapshot, Reply, Verdict};
+use super::handles::{
+    Admission, Call, EngineDown, Envelope, HandleError, HeldCall, RankAsk, RankHandle, RankSnapshot, Release,
+    ReplyTo, Verdict, queue,
+};
 
 /// What the engine does with a load.
 #[derive(Clone, Debug)]
@@ -70,7 +73,7 @@ pub(crate) struct FakeRank {
 impl FakeRank {
     /// A rank whose engine is admitted, with the weights of `model_path`.
     pub(crate) fn start(rank: u16, model_path: &str) -> Self {
-        let (commands, inbox) = mpsc::channel(64);
+        let (commands, inbox) = queue("rank");
         let (snapshot, receiver) = watch::channel(RankSnapshot {
             rank: EngineIndex(rank),
             incarnation: Incarnation(1),
@@ -168,33 +171,31 @@ pub(crate) fn held(rank: u16, ticket: u64, method: &str) -> HeldCall {
 }
 
 async fn run(
-    mut inbox: mpsc::Receiver<RankCommand>,
+    mut inbox: mpsc::Receiver<Envelope<RankAsk>>,
     engine: Arc<Mutex<Engine>>,
     snapshot: Arc<watch::Sender<RankSnapshot>>,
     changed: Arc<Notify>,
 ) {
-    let mut waiting: Vec<Reply<Value>> = Vec::new();
-    while let Some(command) = inbox.recv().await {
+    let mut waiting: Vec<ReplyTo> = Vec::new();
+    while let Some(Envelope { ask, reply, .. }) = inbox.recv().await {
         let mut engine = engine.lock();
-        match command {
-            RankCommand::Call { method, args, reply, .. } => {
-                call(&mut engine, &method, &args, reply, &mut waiting)
-            }
-            RankCommand::Admission { open, reply } => {
+        match ask {
+            RankAsk::Call(asked) => call(&mut engine, &asked.method, &asked.args, reply, &mut waiting),
+            RankAsk::Admission(Admission { open }) => {
                 engine.log.push(format!("admission {open}"));
                 snapshot.send_modify(|state| state.admission_open = open);
-                reply.send(Ok(())).ok();
+                reply.send::<Admission>(Ok(()));
             }
-            RankCommand::Release { ticket, verdict, reply } => {
+            RankAsk::Release(Release { ticket, verdict }) => {
                 let text = match verdict {
                     Verdict::Forward => format!("forward {ticket}"),
                     Verdict::Answer(value) => format!("answer {ticket} {value}"),
                     Verdict::Refuse(text) => format!("refuse {ticket} {text}"),
                 };
                 engine.log.push(text);
-                reply.send(Ok(Value::Nil)).ok();
+                reply.send::<Release>(Ok(Value::Nil));
             }
-            RankCommand::EngineDown { reason, .. } => {
+            RankAsk::EngineDown(EngineDown { reason, .. }) => {
                 engine.log.push(format!("down {reason}"));
                 snapshot.send_modify(|state| state.admitted = false);
             }
@@ -204,13 +205,7 @@ async fn run(
     }
 }
 
-fn call(
-    engine: &mut Engine,
-    method: &str,
-    args: &[Value],
-    reply: Reply<Value>,
-    waiting: &mut Vec<Reply<Value>>,
-) {
+fn call(engine: &mut Engine, method: &str, args: &[Value], reply: ReplyTo, waiting: &mut Vec<ReplyTo>) {
     let answer = match method {
         "pause_scheduler" => {
             let mode = args[0].as_str().unwrap_or_default().to_owned();
@@ -221,7 +216,7 @@ fn call(
             }
             engine.paused = true;
             for earlier in waiting.drain(..) {
-                earlier.send(Ok(Value::Nil)).ok();
+                earlier.send::<Call>(Ok(Value::Nil));
             }
             Ok(Value::Nil)
         }
@@ -262,7 +257,7 @@ fn call(
         },
         other => panic!("unexpected method {other}"),
     };
-    reply.send(answer).ok();
+    reply.send::<Call>(answer);
 }
 
 fn map(entries: Vec<(&str, Value)>) -> Value {

@@ -40,7 +40,7 @@ use tracing::{error, info, warn};
 
 use super::control::{ControlGuard, ControlHandle};
 use super::engine_calls;
-use super::handles::{HandleError, RankCommand, RankHandle, Retain, StageProgress};
+use super::handles::{Admission, EngineDown, HandleError, RankHandle, Retain, StageProgress};
 use handle::{Command, Follower, RestoreReply};
 pub use handle::{UpdateHandle, UpdateRun};
 use journal::Journal;

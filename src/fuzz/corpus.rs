@@ -8,7 +8,8 @@ use dp_sidecar_protocol::EngineIndex;
 use dp_sidecar_protocol::positional::Scanner;
 
 use super::tests::folder;
-use crate::link::wire::{Answer, Down, LINK_VERSION, Request, Up};
+use crate::driver::handles::{Call, NodeAsk, NodeEvent, encode};
+use crate::link::wire::{FromNode, LINK_VERSION, ToNode};
 use crate::peer::introduction::{Introduction, Word};
 use crate::supervisor::keeper::wire as keeper;
 use crate::transport::zmtp;
@@ -61,25 +62,25 @@ fn from_vllm(corpus: &mut Corpus) {
 }
 
 fn of_the_link(corpus: &mut Corpus) {
-    let down = |message: &Down| rmp_serde::to_vec_named(message).unwrap();
-    let up = |message: &Up| rmp_serde::to_vec_named(message).unwrap();
+    let to = |message: &ToNode| rmp_serde::to_vec_named(message).unwrap();
+    let from = |message: &FromNode| rmp_serde::to_vec_named(message).unwrap();
     let value =
         rmpv::Value::Array(vec![rmpv::Value::Nil, rmpv::Value::from(3), rmpv::Value::Binary(vec![1])]);
-    let call = Request::Call {
-        rank: EngineIndex(1),
+    let call = Call {
         key: uuid::Uuid::from_u128(7),
         method: "pause_scheduler".to_owned(),
         args: vec![value.clone()],
-        timeout_ms: 500,
+        timeout: std::time::Duration::from_millis(500),
     };
     corpus.entry("link").or_default().extend([
-        down(&Down::Hello { version: LINK_VERSION, session: uuid::Uuid::from_u128(9) }),
-        down(&Down::Ping),
-        down(&Down::Request { id: 1, request: call }),
-        up(&Up::Hello { version: LINK_VERSION }),
-        up(&Up::Pong),
-        up(&Up::Answer { id: 1, result: Ok(Answer::Value(value)) }),
-        up(&Up::Answer { id: 2, result: Err("no such rank".to_owned()) }),
+        to(&ToNode::Hello { version: LINK_VERSION, session: uuid::Uuid::from_u128(9) }),
+        to(&ToNode::Ping),
+        to(&ToNode::Ask { id: 1, ask: NodeAsk::Rank(EngineIndex(1), call.into()) }),
+        from(&FromNode::Hello { version: LINK_VERSION }),
+        from(&FromNode::Pong),
+        from(&FromNode::Answer { id: 1, result: encode(&value) }),
+        from(&FromNode::Answer { id: 2, result: Err("no such rank".to_owned()) }),
+        from(&FromNode::Event(NodeEvent::Wake(EngineIndex(1)))),
     ]);
 }
 

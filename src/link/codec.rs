@@ -18,7 +18,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_util::codec::{Framed, LengthDelimitedCodec};
 
 use super::wire::{LINK_VERSION, MAX_FRAME};
-use crate::msgpack::decode;
+use crate::driver::handles::{decode, encode};
 
 /// A link is over, and why. Names the peer.
 #[derive(Debug, Error)]
@@ -79,6 +79,16 @@ pub enum LinkError {
         /// What came.
         got: &'static str,
     },
+    /// The process at the other end is not the one that is wanted.
+    #[error("{peer}: it was started for {about}, wanted is {wanted}")]
+    Stranger {
+        /// Whose connection.
+        peer: String,
+        /// What it was started for.
+        about: String,
+        /// What it should have been started for.
+        wanted: String,
+    },
     /// One side does not take what the other one sends.
     #[error("{peer}: {what} are not taken")]
     Overflow {
@@ -128,12 +138,12 @@ impl LinkStream {
 ///
 /// # Errors
 /// It is longer than a frame may be, or cannot be encoded.
-pub(super) fn encode(message: &impl Serialize) -> Result<Bytes, String> {
-    let frame = rmp_serde::to_vec_named(message).map_err(|error| error.to_string())?;
+pub(super) fn frame(message: &impl Serialize) -> Result<Bytes, String> {
+    let frame = encode(message)?;
     if frame.len() > MAX_FRAME {
         return Err(format!("message of {} bytes, a link takes {MAX_FRAME}", frame.len()));
     }
-    Ok(Bytes::from(frame))
+    Ok(frame)
 }
 
 /// For `crate::fuzz`: a frame as each side reads it.
@@ -144,13 +154,14 @@ pub(crate) fn fuzz(frame: &[u8]) -> bool {
             return false;
         };
         // Texts of the values of calls need not be UTF-8, and then grow.
-        if let Ok(first) = encode(&message) {
-            let second = encode(&decode::<T>(&first).expect("own encoding")).expect("as long as the first");
+        if let Ok(first) = self::frame(&message) {
+            let second =
+                self::frame(&decode::<T>(&first).expect("own encoding")).expect("as long as the first");
             assert_eq!(first, second, "read otherwise than written");
         }
         true
     }
-    read::<super::wire::Down>(frame) | read::<super::wire::Up>(frame)
+    read::<super::wire::ToNode>(frame) | read::<super::wire::FromNode>(frame)
 }
 
 /// A connection in use: a queue of frames to be written, and what comes in. Nothing of it blocks; all progress
@@ -170,7 +181,7 @@ impl Wire {
         self.stream.peer.clone()
     }
 
-    /// Queues a frame made by [`encode`].
+    /// Queues a frame made by [`frame`].
     pub(super) fn push(&mut self, frame: Bytes) {
         self.outgoing.push_back(frame);
     }
@@ -194,11 +205,7 @@ impl Wire {
             })
         })
         .await?;
-        decode(&frame).map_err(|error| LinkError::Garbage {
-            peer: self.peer(),
-            length: frame.len(),
-            detail: error.to_string(),
-        })
+        decode(&frame).map_err(|detail| LinkError::Garbage { peer: self.peer(), length: frame.len(), detail })
     }
 
     /// Writes what is queued, within a time limit.
@@ -246,14 +253,15 @@ mod tests {
     use tokio::io::AsyncWriteExt;
 
     use super::*;
-    use crate::link::wire::{Answer, Down, Request, Up};
+    use crate::driver::handles::{Call, NodeAsk, RankAsk};
+    use crate::link::wire::{FromNode, ToNode};
 
     async fn receive(bytes: &[u8]) -> LinkError {
         let (ours, mut theirs) = tokio::io::duplex(1 << 20);
         theirs.write_all(bytes).await.unwrap();
         drop(theirs);
         let mut wire = Wire::new(LinkStream::new(ours, "peer 7"));
-        wire.next::<Down>().await.unwrap_err()
+        wire.next::<ToNode>().await.unwrap_err()
     }
 
     #[tokio::test]
@@ -272,16 +280,16 @@ mod tests {
 
     #[tokio::test]
     async fn deep_nesting_and_false_lengths_do_not_exhaust_the_process() {
-        let mut deep = rmp_serde::to_vec_named(&Down::Ping).unwrap();
+        let mut deep = rmp_serde::to_vec_named(&ToNode::Ping).unwrap();
         deep.clear();
-        // {"Request": {"id": [[[[ ...
-        deep.extend(b"\x81\xa7Request\x81\xa2id");
+        // {"Ask": {"id": [[[[ ...
+        deep.extend(b"\x81\xa3Ask\x81\xa2id");
         deep.extend(std::iter::repeat_n(0x91_u8, 500_000));
         let mut frame = u32::try_from(deep.len()).unwrap().to_be_bytes().to_vec();
         frame.extend(&deep);
         assert!(matches!(receive(&frame).await, LinkError::Garbage { .. }));
         // A call whose arguments claim to be four billion.
-        let body = b"\x81\xa7Request\x82\xa2id\x01\xa7request\x81\xa4Call\x84\xa4rank\0\xa6method\xa1m\xa4args\xdd\xff\xff\xff\xff";
+        let body = b"\x81\xa3Ask\x82\xa2id\x01\xa3ask\x81\xa4Rank\x92\0\x81\xa4Call\x84\xa6method\xa1m\xa4args\xdd\xff\xff\xff\xff";
         let mut frame = u32::try_from(body.len()).unwrap().to_be_bytes().to_vec();
         frame.extend(body);
         assert!(matches!(receive(&frame).await, LinkError::Garbage { .. }));
@@ -299,27 +307,27 @@ mod tests {
         let (ours, theirs) = tokio::io::duplex(64);
         let (mut ours, mut theirs) =
             (Wire::new(LinkStream::new(ours, "a")), Wire::new(LinkStream::new(theirs, "b")));
-        let up = Up::Answer { id: 3, result: Ok(Answer::Value(value.clone())) };
-        ours.push(encode(&up).unwrap());
+        let answer = FromNode::Answer { id: 3, result: encode(&value) };
+        ours.push(frame(&answer).unwrap());
         let finish = ours.finish(Duration::from_secs(5));
-        let (sent, got) = tokio::join!(finish, theirs.next::<Up>());
+        let (sent, got) = tokio::join!(finish, theirs.next::<FromNode>());
         sent.unwrap();
-        let Up::Answer { id: 3, result: Ok(Answer::Value(got)) } = got.unwrap() else {
+        let FromNode::Answer { id: 3, result: Ok(got) } = got.unwrap() else {
             panic!("another message");
         };
-        assert_eq!(got, value);
+        assert_eq!(decode::<rmpv::Value>(&got).unwrap(), value);
     }
 
     #[test]
     fn a_message_that_fits_no_frame_is_refused_before_it_is_sent() {
-        let request = Request::Call {
-            rank: dp_sidecar_protocol::EngineIndex(0),
+        let call = Call {
             key: uuid::Uuid::nil(),
             method: "m".to_owned(),
             args: vec![rmpv::Value::Binary(vec![0; MAX_FRAME])],
-            timeout_ms: 1,
+            timeout: Duration::from_secs(1),
         };
-        let error = encode(&Down::Request { id: 1, request }).unwrap_err();
+        let ask = NodeAsk::Rank(dp_sidecar_protocol::EngineIndex(0), RankAsk::Call(call));
+        let error = frame(&ToNode::Ask { id: 1, ask }).unwrap_err();
         assert!(error.contains("a link takes"), "{error}");
     }
 }

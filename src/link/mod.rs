@@ -8,7 +8,10 @@
 
 pub mod client;
 pub mod codec;
+mod mutation;
 pub mod server;
+#[cfg(test)]
+mod simulation;
 #[cfg(test)]
 mod tests;
 pub mod wire;
@@ -16,12 +19,3 @@ pub mod wire;
 #[cfg(any(test, feature = "test-support"))]
 pub(crate) use codec::fuzz;
 pub use codec::{LinkError, LinkStream};
-
-use dp_sidecar_protocol::output::{OutputsView, reports_load};
-
-/// Whether a report of an engine ends or begins a wave: what a sidecar must not miss.
-fn is_wave_edge(frame: &[u8]) -> bool {
-    !reports_load(frame)
-        && OutputsView::parse(frame)
-            .is_ok_and(|view| view.wave_complete.is_some() || view.start_wave.is_some())
-}

@@ -13,12 +13,13 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::client::{self, ClientOptions, Link, LinkStatus, NodeHandles, NodeSinks, Tempo};
+use super::client::{self, ClientOptions, Link, LinkStatus, NodeHandles};
 use super::codec::LinkStream;
-use super::server::{self, ServeEnd, ServerOptions, Services, Sources};
+use super::server::{self, ServeEnd, ServerOptions, Services};
 use crate::driver::handles::{
-    HandleError, HeldCall, OpenRoute, RankCommand, RankEvent, RankHandle, RankSnapshot, Reply, RouteLost,
-    SlotAddresses, Verdict,
+    Admit, AdoptRoute, Call, CloseRoutes, EdgePrepare, EngineDown, Envelope, HandleError, HeldCall,
+    NodeEvent, NodeState, OpenRoute, Prepare, RankAsk, RankEvent, RankHandle, RankSnapshot, Release, ReplyTo,
+    RouteLost, Shutdown, SlotAddresses, Verdict, queue,
 };
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -27,59 +28,58 @@ const RANK: EngineIndex = EngineIndex(3);
 /// A rank task that writes down what it is told, and answers calls when it is told to.
 struct FakeRank {
     log: Arc<Mutex<Vec<String>>>,
-    calls: mpsc::UnboundedReceiver<Reply<Value>>,
-    losses: mpsc::UnboundedReceiver<mpsc::Sender<RouteLost>>,
+    calls: mpsc::UnboundedReceiver<ReplyTo>,
     snapshot: watch::Sender<RankSnapshot>,
 }
 
 fn fake_rank() -> (FakeRank, RankHandle) {
-    let (commands, mut inbox) = mpsc::channel(4);
+    let (commands, mut inbox) = queue("rank");
     let (calls_in, calls) = mpsc::unbounded_channel();
-    let (losses_in, losses) = mpsc::unbounded_channel();
     let (snapshot, receiver) = watch::channel(RankSnapshot { rank: RANK, ..RankSnapshot::default() });
     let log = Arc::new(Mutex::new(Vec::new()));
     let told = log.clone();
     tokio::spawn(async move {
-        while let Some(command) = inbox.recv().await {
-            let line = match command {
-                RankCommand::Prepare { incarnation, reply } => {
+        while let Some(Envelope { ask, reply, .. }) = inbox.recv().await {
+            let line = match ask {
+                RankAsk::Prepare(Prepare { incarnation }) => {
                     let inputs = vec![format!("ipc://{incarnation}")];
-                    reply.send(Ok(SlotAddresses { inputs, outputs: Vec::new() })).ok();
+                    reply.send::<Prepare>(Ok(SlotAddresses { inputs, outputs: Vec::new() }));
                     format!("prepare {incarnation}")
                 }
-                RankCommand::Call { method, reply, .. } => {
+                RankAsk::Call(Call { method, .. }) => {
                     calls_in.send(reply).unwrap();
                     format!("call {method}")
                 }
-                RankCommand::OpenRoute { route, reply } => {
-                    losses_in.send(route.lost).unwrap();
-                    reply.send(Ok(Slot(1))).ok();
+                RankAsk::OpenRoute(route) => {
+                    reply.send::<OpenRoute>(Ok(Slot(1)));
                     format!("open {}", route.frontend)
                 }
-                RankCommand::AdoptRoute { frontend, lost, reply, .. } => {
-                    losses_in.send(lost).unwrap();
-                    reply.send(Ok(Slot(1))).ok();
+                RankAsk::AdoptRoute(AdoptRoute { frontend, .. }) => {
+                    reply.send::<AdoptRoute>(Ok(Slot(1)));
                     format!("adopt {frontend}")
                 }
-                RankCommand::Release { ticket, verdict, reply } => {
-                    reply.send(Ok(Value::Nil)).ok();
+                RankAsk::Release(Release { ticket, verdict }) => {
+                    reply.send::<Release>(Ok(Value::Nil));
                     match verdict {
                         Verdict::Refuse(text) => format!("refuse {ticket} {text}"),
                         other => format!("release {ticket} {other:?}"),
                     }
                 }
-                RankCommand::CloseRoutes { frontend, reply } => {
-                    reply.send(Ok(())).ok();
+                RankAsk::CloseRoutes(CloseRoutes { frontend }) => {
+                    reply.send::<CloseRoutes>(Ok(()));
                     format!("close {frontend}")
                 }
-                RankCommand::Admit { incarnation } => format!("admit {incarnation}"),
-                RankCommand::EngineDown { incarnation, .. } => format!("down {incarnation}"),
+                RankAsk::Admit(Admit { incarnation }) => {
+                    reply.send::<Admit>(Ok(()));
+                    format!("admit {incarnation}")
+                }
+                RankAsk::EngineDown(EngineDown { incarnation, .. }) => format!("down {incarnation}"),
                 other => format!("{other:?}"),
             };
             told.lock().push(line);
         }
     });
-    (FakeRank { log, calls, losses, snapshot }, RankHandle { rank: RANK, commands, snapshot: receiver })
+    (FakeRank { log, calls, snapshot }, RankHandle { rank: RANK, commands, snapshot: receiver })
 }
 
 struct Bed {
@@ -89,9 +89,9 @@ struct Bed {
     links: mpsc::Sender<Link>,
     streams: mpsc::Sender<LinkStream>,
     /// Towards the server, as the tasks behind it have it.
-    below: NodeSinks,
+    below: mpsc::Sender<NodeEvent>,
     /// From the client, as the tasks before it have it.
-    above: Sources,
+    above: mpsc::Receiver<NodeEvent>,
     server: JoinHandle<ServeEnd>,
     stop: CancellationToken,
     wire: Option<JoinHandle<()>>,
@@ -102,27 +102,15 @@ impl Bed {
         let (rank, handle) = fake_rank();
         let tracker = TaskTracker::new();
         let stop = CancellationToken::new();
-        let (below, sources) = server::channels();
-        let services = Services {
-            ranks: vec![handle],
-            edge: None,
-            edge_state: None,
-            handshake: None,
-            processes: None,
-            stage: None,
-        };
+        let (below, events) = mpsc::channel(server::EVENTS);
+        let services = Services { ranks: vec![handle], ..Services::default() };
         let (streams, streams_out) = mpsc::channel(1);
         let options = ServerOptions::new("the far side", tracker.clone(), stop.clone());
-        let server = tokio::spawn(server::serve(options, streams_out, services, sources));
-        let (sinks, above) = server::channels();
+        let server = tokio::spawn(server::serve(options, streams_out, services, events));
+        let (events_in, above) = mpsc::channel(server::EVENTS);
         let (links, links_out) = mpsc::channel(1);
-        let options = ClientOptions {
-            name: "node 1".to_owned(),
-            ranks: vec![RANK],
-            tempo: Tempo::default(),
-            stop: stop.clone(),
-        };
-        let (handles, status) = client::spawn(options, links_out, sinks, &tracker);
+        let options = ClientOptions::new("node 1", vec![RANK], stop.clone());
+        let (handles, status) = client::spawn(options, links_out, events_in, &tracker);
         Self { rank, handles, status, links, streams, below, above, server, stop, wire: None }
     }
 
@@ -153,12 +141,11 @@ impl Bed {
     }
 
     async fn prepare(&self, incarnation: u64) -> SlotAddresses {
-        let incarnation = Incarnation(incarnation);
-        let prepare = |reply| RankCommand::Prepare { incarnation, reply };
-        self.handle().ask("prepare", LIMIT, prepare).await.unwrap()
+        let prepare = Prepare { incarnation: Incarnation(incarnation) };
+        self.handle().ask_within(LIMIT, prepare).await.unwrap()
     }
 
-    async fn open(&self, frontend: u64, lost: mpsc::Sender<RouteLost>) -> Result<Slot, HandleError> {
+    async fn open(&self, frontend: u64) -> Result<Slot, HandleError> {
         let route = OpenRoute {
             frontend: FrontendId(frontend),
             api_server: 0,
@@ -166,9 +153,8 @@ impl Bed {
             output_address: String::new(),
             registration: Bytes::new(),
             connect_timeout: LIMIT,
-            lost,
         };
-        self.handle().ask("open", LIMIT, |reply| RankCommand::OpenRoute { route, reply }).await
+        self.handle().ask_within(LIMIT, route).await
     }
 
     fn call(&self, method: &str, timeout: Duration) -> JoinHandle<Result<Value, HandleError>> {
@@ -194,14 +180,48 @@ impl Bed {
     fn lose(&self, incarnation: u64) {
         let reason = "it died".to_owned();
         let event = RankEvent::Lost { rank: RANK, incarnation: Incarnation(incarnation), reason };
-        self.below.ranks.try_send(event).unwrap();
+        self.below.try_send(NodeEvent::Rank(event)).unwrap();
     }
 
     async fn lost(&mut self) -> (u64, String) {
-        match tokio::time::timeout(LIMIT, self.above.ranks.recv()).await.unwrap().unwrap() {
-            RankEvent::Lost { incarnation, reason, .. } => (incarnation.0, reason),
+        match self.event().await {
+            NodeEvent::Rank(RankEvent::Lost { incarnation, reason, .. }) => (incarnation.0, reason),
             other => panic!("not a loss: {other:?}"),
         }
+    }
+
+    /// The next event that is not about the link itself.
+    async fn event(&mut self) -> NodeEvent {
+        loop {
+            match tokio::time::timeout(LIMIT, self.above.recv()).await.unwrap().unwrap() {
+                NodeEvent::Connected(_) | NodeEvent::Disconnected { .. } => {}
+                event => return event,
+            }
+        }
+    }
+
+    async fn route_lost(&mut self) -> RouteLost {
+        match self.event().await {
+            NodeEvent::RouteLost(loss) => loss,
+            other => panic!("not the loss of a route: {other:?}"),
+        }
+    }
+
+    async fn held(&mut self) -> HeldCall {
+        match self.event().await {
+            NodeEvent::Held(call) => call,
+            other => panic!("not a held call: {other:?}"),
+        }
+    }
+
+    fn lose_route(&self, frontend: u64) {
+        let reason = "closed".to_owned();
+        let loss = RouteLost { frontend: FrontendId(frontend), rank: RANK, api_server: 0, reason };
+        self.below.try_send(NodeEvent::RouteLost(loss)).unwrap();
+    }
+
+    fn state(&self) -> Arc<NodeState> {
+        self.status.borrow().state.clone().unwrap()
     }
 }
 
@@ -223,10 +243,10 @@ async fn commands_answers_events_and_snapshots_travel() {
     assert_eq!(bed.prepare(1).await.inputs, ["ipc://1"]);
     let call = bed.call("echo", LIMIT);
     let reply = bed.rank.calls.recv().await.unwrap();
-    reply.send(Ok(Value::from(7))).unwrap();
+    reply.send::<Call>(Ok(Value::from(7)));
     assert_eq!(call.await.unwrap().unwrap(), Value::from(7));
     let call = bed.call("fail", LIMIT);
-    bed.rank.calls.recv().await.unwrap().send(Err(HandleError::failed("no such method"))).unwrap();
+    bed.rank.calls.recv().await.unwrap().send::<Call>(Err(HandleError::failed("no such method")));
     assert_eq!(call.await.unwrap().unwrap_err().to_string(), "no such method");
     bed.rank.snapshot.send_modify(|snapshot| {
         snapshot.admitted = true;
@@ -234,8 +254,8 @@ async fn commands_answers_events_and_snapshots_travel() {
     });
     let mut snapshot = bed.handle().snapshot;
     tokio::time::timeout(LIMIT, snapshot.wait_for(|s| s.admitted)).await.unwrap().unwrap();
-    bed.below.wakes.send(RANK).await.unwrap();
-    assert_eq!(bed.above.wakes.recv().await, Some(RANK));
+    bed.below.send(NodeEvent::Wake(RANK)).await.unwrap();
+    assert!(matches!(bed.event().await, NodeEvent::Wake(RANK)));
     bed.lose(1);
     assert_eq!(bed.lost().await, (1, "it died".to_owned()));
 }
@@ -250,8 +270,8 @@ async fn a_call_that_runs_during_a_reconnect_is_answered_and_was_made_once() {
     let waiting = bed.call("second", LIMIT);
     bed.connect().await;
     let second = bed.rank.calls.recv().await.unwrap();
-    reply.send(Ok(Value::from("loaded"))).unwrap();
-    second.send(Ok(Value::Nil)).unwrap();
+    reply.send::<Call>(Ok(Value::from("loaded")));
+    second.send::<Call>(Ok(Value::Nil));
     assert_eq!(call.await.unwrap().unwrap(), Value::from("loaded"));
     waiting.await.unwrap().unwrap();
     assert_eq!((bed.count("call load"), bed.count("call second")), (1, 1));
@@ -264,7 +284,7 @@ async fn an_answer_that_was_given_while_nobody_was_connected_is_not_lost() {
     let call = bed.call("load", LIMIT);
     let reply = bed.rank.calls.recv().await.unwrap();
     bed.cut().await;
-    reply.send(Ok(Value::from(1))).unwrap();
+    reply.send::<Call>(Ok(Value::from(1)));
     bed.connect().await;
     assert_eq!(call.await.unwrap().unwrap(), Value::from(1));
     assert_eq!(bed.count("call load"), 1);
@@ -273,11 +293,10 @@ async fn an_answer_that_was_given_while_nobody_was_connected_is_not_lost() {
 #[tokio::test]
 async fn what_must_not_happen_twice_fails_while_nobody_is_connected() {
     let mut bed = Bed::new();
-    let (lost, _losses) = mpsc::channel(1);
-    let error = bed.open(1, lost.clone()).await.unwrap_err().to_string();
+    let error = bed.open(1).await.unwrap_err().to_string();
     assert_eq!(error, "node 1: not connected");
     bed.connect().await;
-    assert_eq!(bed.open(1, lost).await.unwrap(), Slot(1));
+    assert_eq!(bed.open(1).await.unwrap(), Slot(1));
 }
 
 #[tokio::test(start_paused = true)]
@@ -295,11 +314,11 @@ async fn requests_to_one_rank_keep_their_order_over_a_reconnect() {
     let mut bed = Bed::new();
     let handle = bed.handle();
     for incarnation in 1..=30 {
-        handle.tell(RankCommand::Admit { incarnation: Incarnation(incarnation) }).await.unwrap();
+        handle.tell(Admit { incarnation: Incarnation(incarnation) }).await.unwrap();
     }
     bed.connect().await;
     for incarnation in 31..=60 {
-        handle.tell(RankCommand::Admit { incarnation: Incarnation(incarnation) }).await.unwrap();
+        handle.tell(Admit { incarnation: Incarnation(incarnation) }).await.unwrap();
     }
     bed.logged("admit 60").await;
     let expected: Vec<String> = (1..=60).map(|incarnation| format!("admit {incarnation}")).collect();
@@ -324,40 +343,40 @@ async fn garbage_closes_the_link_and_the_next_connection_works() {
 
 #[tokio::test]
 async fn another_version_is_refused_and_told_ours() {
-    use super::codec::{Wire, encode};
-    use super::wire::{Down, LINK_VERSION, Up};
+    use super::codec::{Wire, frame};
+    use super::wire::{FromNode, LINK_VERSION, ToNode};
     let bed = Bed::new();
     let (ours, theirs) = duplex(1024);
     bed.streams.send(LinkStream::new(theirs, "old one")).await.unwrap();
     let mut wire = Wire::new(LinkStream::new(ours, "server"));
-    wire.push(encode(&Down::Hello { version: LINK_VERSION + 1, session: uuid::Uuid::new_v4() }).unwrap());
-    let answer = tokio::time::timeout(LIMIT, wire.next::<Up>()).await.unwrap().unwrap();
-    assert!(matches!(answer, Up::Hello { version: LINK_VERSION }), "{answer:?}");
-    let end = tokio::time::timeout(LIMIT, wire.next::<Up>()).await.unwrap();
+    wire.push(frame(&ToNode::Hello { version: LINK_VERSION + 1, session: uuid::Uuid::new_v4() }).unwrap());
+    let answer = tokio::time::timeout(LIMIT, wire.next::<FromNode>()).await.unwrap().unwrap();
+    assert!(matches!(answer, FromNode::Hello { version: LINK_VERSION }), "{answer:?}");
+    let end = tokio::time::timeout(LIMIT, wire.next::<FromNode>()).await.unwrap();
     assert!(matches!(end, Err(super::LinkError::Closed { .. })), "{end:?}");
 }
 
 #[tokio::test]
 async fn a_reader_that_is_stuck_keeps_nobody_behind_the_link_waiting() {
-    use super::codec::{Wire, encode};
-    use super::wire::{Down, LINK_VERSION, Up};
+    use super::codec::{Wire, frame};
+    use super::wire::{FromNode, LINK_VERSION, ToNode};
     let bed = Bed::new();
     let (ours, theirs) = duplex(256);
     bed.streams.send(LinkStream::new(theirs, "stuck")).await.unwrap();
     let mut wire = Wire::new(LinkStream::new(ours, "server"));
-    wire.push(encode(&Down::Hello { version: LINK_VERSION, session: uuid::Uuid::new_v4() }).unwrap());
-    wire.next::<Up>().await.unwrap();
+    wire.push(frame(&ToNode::Hello { version: LINK_VERSION, session: uuid::Uuid::new_v4() }).unwrap());
+    wire.next::<FromNode>().await.unwrap();
     // From here on it reads nothing.
     let flood = async {
         for _ in 0..20_000 {
-            bed.below.wakes.send(RANK).await.unwrap();
+            bed.below.send(NodeEvent::Wake(RANK)).await.unwrap();
             let event =
                 RankEvent::Lost { rank: RANK, incarnation: Incarnation(1), reason: "again".to_owned() };
-            bed.below.ranks.send(event).await.unwrap();
+            bed.below.send(NodeEvent::Rank(event)).await.unwrap();
         }
     };
     tokio::time::timeout(LIMIT, flood).await.expect("the tasks behind the link do not wait");
-    let end = async { while wire.next::<Up>().await.is_ok() {} };
+    let end = async { while wire.next::<FromNode>().await.is_ok() {} };
     tokio::time::timeout(LIMIT, end).await.expect("its connection was given up");
 }
 
@@ -379,29 +398,23 @@ async fn what_was_lost_while_nobody_was_connected_is_reported_after_it() {
     let mut bed = Bed::new();
     bed.connect().await;
     bed.prepare(4).await;
-    let (lost, mut losses) = mpsc::channel(1);
-    bed.open(1, lost.clone()).await.unwrap();
-    bed.open(2, lost).await.unwrap();
-    let (first, _second) = (bed.rank.losses.recv().await.unwrap(), bed.rank.losses.recv().await.unwrap());
+    bed.open(1).await.unwrap();
+    bed.open(2).await.unwrap();
     let frame = Bytes::from_static(b"\x80");
     let registered = RankEvent::Registered { rank: RANK, incarnation: Incarnation(4), frame };
     bed.cut().await;
-    bed.below.ranks.send(registered).await.unwrap();
-    let reason = "closed".to_owned();
-    let loss = RouteLost { frontend: FrontendId(1), rank: RANK, api_server: 0, reason };
-    first.send(loss).await.unwrap();
+    bed.below.send(NodeEvent::Rank(registered)).await.unwrap();
+    bed.lose_route(1);
     bed.connect().await;
+    assert_eq!(bed.route_lost().await.frontend, FrontendId(1));
     assert!(matches!(
-        bed.above.ranks.recv().await,
-        Some(RankEvent::Registered { incarnation: Incarnation(4), .. })
+        bed.event().await,
+        NodeEvent::Rank(RankEvent::Registered { incarnation: Incarnation(4), .. })
     ));
-    let loss = tokio::time::timeout(LIMIT, losses.recv()).await.unwrap().unwrap();
-    assert_eq!(loss.frontend, FrontendId(1));
     bed.cut().await;
     bed.lose(4);
     bed.connect().await;
-    assert_eq!(bed.lost().await, (4, "it died".to_owned()));
-    assert!(losses.try_recv().is_err(), "the other route is open still");
+    assert_eq!(bed.lost().await, (4, "it died".to_owned()), "the other route is open still");
 }
 
 #[tokio::test]
@@ -409,46 +422,51 @@ async fn a_restarted_asker_finds_everything_in_the_state() {
     let mut bed = Bed::new();
     bed.connect().await;
     bed.prepare(4).await;
-    let (lost, _losses) = mpsc::channel(1);
-    bed.open(1, lost).await.unwrap();
-    let first = bed.above.states.recv().await.unwrap();
-    assert_eq!(first.ranks[&RANK].prepared, None);
+    bed.open(1).await.unwrap();
+    assert_eq!(bed.state().ranks[&RANK].prepared, None);
     bed.cut().await;
     bed.connect().await;
-    let state = bed.above.states.recv().await.unwrap();
-    assert_eq!(state.ranks[&RANK].prepared, Some(Incarnation(4)));
-    assert_eq!(state.ranks[&RANK].routes, [(FrontendId(1), 0)]);
-    // Another process takes over; the loss of the route is told to it when it has adopted it.
+    assert_eq!(bed.state().ranks[&RANK].prepared, Some(Incarnation(4)));
+    assert_eq!(bed.state().ranks[&RANK].routes, [(FrontendId(1), 0)]);
+    // Another process takes over, and hears of the loss of the route that it has adopted.
     let tracker = TaskTracker::new();
-    let (sinks, _above) = server::channels();
+    let (events_in, above) = mpsc::channel(server::EVENTS);
     let (links, links_out) = mpsc::channel(1);
-    let options = ClientOptions {
-        name: "node 1".to_owned(),
-        ranks: vec![RANK],
-        tempo: Tempo::default(),
-        stop: bed.stop.clone(),
-    };
-    let (handles, _status) = client::spawn(options, links_out, sinks, &tracker);
+    let options = ClientOptions::new("node 1", vec![RANK], bed.stop.clone());
+    let (handles, _status) = client::spawn(options, links_out, events_in, &tracker);
     let (ours, theirs) = duplex(1 << 16);
     bed.streams.send(LinkStream::new(theirs, "asker 2")).await.unwrap();
     links.send(Link::Stream(LinkStream::new(ours, "server"))).await.unwrap();
-    let (lost, mut losses) = mpsc::channel(1);
-    let adopt = |reply| RankCommand::AdoptRoute { frontend: FrontendId(1), api_server: 0, lost, reply };
-    assert_eq!(handles.ranks[0].ask("adopt", LIMIT, adopt).await.unwrap(), Slot(1));
-    let (_old, new) = (bed.rank.losses.recv().await.unwrap(), bed.rank.losses.recv().await.unwrap());
-    let reason = "closed".to_owned();
-    new.send(RouteLost { frontend: FrontendId(1), rank: RANK, api_server: 0, reason }).await.unwrap();
-    assert_eq!(tokio::time::timeout(LIMIT, losses.recv()).await.unwrap().unwrap().frontend, FrontendId(1));
+    let adopt = AdoptRoute { frontend: FrontendId(1), api_server: 0 };
+    assert_eq!(handles.ranks[0].ask_within(LIMIT, adopt).await.unwrap(), Slot(1));
+    bed.above = above;
+    bed.lose_route(1);
+    let loss = loop {
+        if let NodeEvent::RouteLost(loss) = bed.event().await {
+            break loss;
+        }
+    };
+    assert_eq!(loss.frontend, FrontendId(1));
 }
 
 #[tokio::test]
-async fn the_loss_of_a_route_that_nobody_here_opened_is_passed_on() {
-    let mut bed = Bed::new();
-    bed.connect().await;
-    let loss = RouteLost { frontend: FrontendId(5), rank: RANK, api_server: 1, reason: "closed".to_owned() };
-    bed.below.routes.send(loss).await.unwrap();
-    let told = tokio::time::timeout(LIMIT, bed.above.routes.recv()).await.unwrap().unwrap();
-    assert_eq!((told.frontend, told.api_server), (FrontendId(5), 1));
+async fn a_process_that_was_started_for_something_else_is_not_talked_to() {
+    let bed = Bed::new();
+    let (events_in, _above) = mpsc::channel(server::EVENTS);
+    let (links, links_out) = mpsc::channel(1);
+    let options = ClientOptions {
+        about: Some("ranks 0..2".to_owned()),
+        ..ClientOptions::new("the relay process", vec![RANK], bed.stop.clone())
+    };
+    let (_handles, mut status) = client::spawn(options, links_out, events_in, &TaskTracker::new());
+    let (ours, theirs) = duplex(1 << 16);
+    bed.streams.send(LinkStream::new(theirs, "asker")).await.unwrap();
+    links.send(Link::Stream(LinkStream::new(ours, "server"))).await.unwrap();
+    let lost = tokio::time::timeout(LIMIT, status.wait_for(|status| status.lost == 1));
+    let status = lost.await.unwrap().unwrap();
+    assert!(status.stranger && !status.connected, "{status:?}");
+    let detail = "the relay process: it was started for something unknown, wanted is ranks 0..2";
+    assert_eq!(status.detail.as_deref(), Some(detail));
 }
 
 #[tokio::test]
@@ -456,20 +474,17 @@ async fn the_death_of_the_other_process_loses_its_engines_and_routes_and_keeps_p
     let mut bed = Bed::new();
     bed.connect().await;
     bed.prepare(4).await;
-    let (lost, mut losses) = mpsc::channel(1);
-    bed.open(1, lost).await.unwrap();
+    bed.open(1).await.unwrap();
     let call = bed.call("load", LIMIT);
     let _reply = bed.rank.calls.recv().await.unwrap();
     bed.cut().await;
     bed.links.send(Link::Gone("the relay process died".to_owned())).await.unwrap();
+    assert_eq!(bed.route_lost().await.reason, "the relay process died");
     assert_eq!(bed.lost().await, (4, "the relay process died".to_owned()));
-    assert_eq!(losses.recv().await.unwrap().reason, "the relay process died");
     assert_eq!(call.await.unwrap().unwrap_err().to_string(), "the relay process died");
     let handle = bed.handle();
-    let prepare = tokio::spawn(async move {
-        let incarnation = Incarnation(5);
-        handle.ask("prepare", LIMIT, |reply| RankCommand::Prepare { incarnation, reply }).await
-    });
+    let prepare = Prepare { incarnation: Incarnation(5) };
+    let prepare = tokio::spawn(async move { handle.ask_within(LIMIT, prepare).await });
     bed.connect().await;
     prepare.await.unwrap().unwrap();
     assert_eq!(bed.count("prepare 5"), 1);
@@ -479,29 +494,27 @@ async fn the_death_of_the_other_process_loses_its_engines_and_routes_and_keeps_p
 async fn control_calls_are_refused_when_nobody_is_there_to_decide() {
     let mut bed = Bed::new();
     bed.connect().await;
-    bed.below.held.send(held(1)).await.unwrap();
-    assert_eq!(bed.above.held.recv().await.unwrap().ticket, 1);
+    bed.below.send(NodeEvent::Held(held(1))).await.unwrap();
+    assert_eq!(bed.held().await.ticket, 1);
     bed.cut().await;
-    bed.below.held.send(held(2)).await.unwrap();
+    bed.below.send(NodeEvent::Held(held(2))).await.unwrap();
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert!(bed.rank.log.lock().is_empty(), "the one who was told may come back");
     bed.connect().await;
-    assert_eq!(bed.above.held.recv().await.unwrap().ticket, 2, "the first one is known already");
+    assert_eq!(bed.held().await.ticket, 2, "the first one is known already");
     bed.cut().await;
     bed.logged("refuse 1 pause_scheduler: the sidecar").await;
     bed.logged("refuse 2 pause_scheduler: the sidecar").await;
-    bed.below.held.send(held(3)).await.unwrap();
+    bed.below.send(NodeEvent::Held(held(3))).await.unwrap();
     bed.logged("refuse 3 ").await;
 }
 
 #[tokio::test]
-async fn a_request_for_what_is_not_served_is_answered_with_an_error() {
-    use crate::driver::handles::{EdgeCommand, ask};
+async fn a_command_for_what_is_not_served_is_answered_with_an_error() {
     let mut bed = Bed::new();
     bed.connect().await;
-    let edge = |reply| EdgeCommand::Prepare { rank: RANK, incarnation: Incarnation(1), reply };
-    let answer = ask(&bed.handles.edge.commands, "edge", "prepare".to_owned(), LIMIT, edge).await;
-    let error = answer.unwrap_err().to_string();
+    let prepare = EdgePrepare { rank: RANK, incarnation: Incarnation(1) };
+    let error = bed.handles.edge.ask_within(LIMIT, prepare).await.unwrap_err().to_string();
     assert_eq!(error, "the far side: coordinator sockets: coordinator sockets are not served here");
 }
 
@@ -509,6 +522,6 @@ async fn a_request_for_what_is_not_served_is_answered_with_an_error() {
 async fn a_shutdown_is_answered_and_ends_the_server() {
     let mut bed = Bed::new();
     bed.connect().await;
-    bed.handles.link.shutdown(LIMIT).await.unwrap();
+    bed.handles.link.ask_within(LIMIT, Shutdown {}).await.unwrap();
     assert_eq!(tokio::time::timeout(LIMIT, bed.server).await.unwrap().unwrap(), ServeEnd::Shutdown);
 }

@@ -15,10 +15,9 @@ use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
 use super::{CHILD, Purpose, socket};
-use crate::driver::handles::NodeState;
-use crate::driver::handles::{EdgeEvent, GroupKind, HeldCall, RankEvent, RouteLost};
+use crate::driver::handles::{GroupKind, NodeEvent, NodeState};
 use crate::link::LinkStream;
-use crate::link::client::{self, ClientOptions, Link, LinkStatus, NodeHandles, NodeSinks, Tempo};
+use crate::link::client::{self, ClientOptions, Link, LinkStatus, NodeHandles};
 use crate::supervisor::command::RELAY_STOP_ORDER;
 use crate::supervisor::{ExitStatus, KeeperClient, KeeperEvent, SpawnSpec, environment};
 
@@ -36,8 +35,6 @@ const DEATHS_WITHIN: Duration = Duration::from_secs(60);
 /// Between two tries to have one started, and how long it is tried.
 const SPAWN_RETRY: Duration = Duration::from_millis(100);
 const SPAWN_LIMIT: Duration = Duration::from_secs(15);
-/// States waiting for their reader.
-const STATES: usize = 8;
 /// Links waiting for the client.
 const LINKS: usize = 4;
 
@@ -60,21 +57,6 @@ pub struct HostOptions {
     pub stop: CancellationToken,
 }
 
-/// Who reads what the relay process reports.
-#[derive(Clone, Debug)]
-pub struct HostSinks {
-    /// Events of ranks.
-    pub ranks: mpsc::Sender<RankEvent>,
-    /// Control calls of frontends.
-    pub held: mpsc::Sender<HeldCall>,
-    /// Requests to lockstep engines.
-    pub wakes: mpsc::Sender<EngineIndex>,
-    /// Events of the engine-facing sockets of the DP coordinator.
-    pub edge: mpsc::Sender<EdgeEvent>,
-    /// Losses of routes that an earlier sidecar has opened, and nobody has adopted.
-    pub routes: mpsc::Sender<RouteLost>,
-}
-
 /// There is no relay process, and none can be started.
 #[derive(Clone, Debug, Error)]
 #[error("relay process: {0}")]
@@ -89,8 +71,6 @@ pub struct Relay {
     pub status: watch::Receiver<LinkStatus>,
     /// What it knew when it was found: of one that was just started, nothing.
     pub found: NodeState,
-    /// What it knows after each later connection.
-    pub states: mpsc::Receiver<NodeState>,
     /// Tells once that it died and cannot be replaced.
     pub failed: mpsc::Receiver<HostError>,
     /// Its pid; none while there is none.
@@ -99,38 +79,29 @@ pub struct Relay {
     pub retire: CancellationToken,
 }
 
-/// Finds or starts the relay process, and waits until it has told its state. `events` are the keeper's events.
+/// Finds or starts the relay process, and waits until it has told its state. `keeper` are the keeper's events; what the
+/// relay process reports goes to `events`.
 ///
 /// # Errors
 /// It cannot be started, or does not answer.
 pub async fn start(
     options: HostOptions,
-    events: mpsc::Receiver<KeeperEvent>,
-    sinks: HostSinks,
+    keeper: mpsc::Receiver<KeeperEvent>,
+    events: mpsc::Sender<NodeEvent>,
 ) -> Result<Relay, HostError> {
     let (links, links_out) = mpsc::channel(LINKS);
-    let (told, told_out) = mpsc::channel(STATES);
-    // A relay process has no handshake, no processes and no staging area.
-    let (handshake, _) = mpsc::channel(1);
-    let (processes, _) = mpsc::channel(1);
-    let (stage, _) = mpsc::channel(1);
-    let HostSinks { ranks, held, wakes, edge, routes } = sinks;
-    let sinks = NodeSinks { ranks, held, wakes, edge, handshake, processes, stage, routes, states: told };
+    let ranks = options.purpose.ranks.clone().map(EngineIndex).collect();
     let client_options = ClientOptions {
-        name: "the relay process".to_owned(),
-        ranks: options.purpose.ranks.clone().map(EngineIndex).collect(),
-        tempo: Tempo::default(),
-        stop: options.stop.clone(),
+        about: Some(options.purpose.to_string()),
+        ..ClientOptions::new("the relay process", ranks, options.stop.clone())
     };
-    let (handles, status) = client::spawn(client_options, links_out, sinks, &options.tracker);
-    let (states_in, mut states) = mpsc::channel(STATES);
+    let (handles, mut status) = client::spawn(client_options, links_out, events, &options.tracker);
     let (failed_in, mut failed) = mpsc::channel(1);
     let (pid_in, pid) = watch::channel(None);
     let retire = CancellationToken::new();
     let host = Host {
         links,
         status: status.clone(),
-        states: states_in,
         pid: pid_in,
         running: None,
         keeper_away: false,
@@ -143,11 +114,14 @@ pub async fn start(
         options: options.clone(),
     };
     let limit = START_LIMIT + SPAWN_LIMIT;
-    let run = host.run(events, told_out, failed_in);
+    let run = host.run(keeper, failed_in);
     options.tracker.spawn(retire.clone().run_until_cancelled_owned(run));
     let found = async {
         tokio::select! {
-            state = states.recv() => state.ok_or_else(|| HostError("its supervision has ended".to_owned())),
+            status = status.wait_for(|status| status.connected) => match status {
+                Ok(status) => Ok(status.state.as_deref().cloned().unwrap_or_default()),
+                Err(_) => Err(HostError("its supervision has ended".to_owned())),
+            },
             Some(error) = failed.recv() => Err(error),
         }
     };
@@ -155,14 +129,13 @@ pub async fn start(
         Ok(found) => found?,
         Err(_) => return Err(HostError(format!("no answer within {limit:?}"))),
     };
-    Ok(Relay { handles, status, found, states, failed, pid, retire })
+    Ok(Relay { handles, status, found, failed, pid, retire })
 }
 
 struct Host {
     options: HostOptions,
     links: mpsc::Sender<Link>,
     status: watch::Receiver<LinkStatus>,
-    states: mpsc::Sender<NodeState>,
     pid: watch::Sender<Option<u32>>,
     /// Life of the relay process that runs.
     running: Option<u64>,
@@ -180,23 +153,14 @@ struct Host {
 }
 
 impl Host {
-    async fn run(
-        mut self,
-        mut events: mpsc::Receiver<KeeperEvent>,
-        mut told: mpsc::Receiver<NodeState>,
-        failed: mpsc::Sender<HostError>,
-    ) {
-        if let Err(error) = self.supervise(&mut events, &mut told).await {
+    async fn run(mut self, mut events: mpsc::Receiver<KeeperEvent>, failed: mpsc::Sender<HostError>) {
+        if let Err(error) = self.supervise(&mut events).await {
             error!(%error, "cannot go on without a relay process");
             let _ = failed.send(error).await;
         }
     }
 
-    async fn supervise(
-        &mut self,
-        events: &mut mpsc::Receiver<KeeperEvent>,
-        told: &mut mpsc::Receiver<NodeState>,
-    ) -> Result<(), HostError> {
+    async fn supervise(&mut self, events: &mut mpsc::Receiver<KeeperEvent>) -> Result<(), HostError> {
         self.find().await?;
         loop {
             if self.running.is_none() && !self.keeper_away {
@@ -206,10 +170,6 @@ impl Host {
             tokio::select! {
                 event = events.recv() => match event {
                     Some(event) => self.keeper_event(event).await?,
-                    None => return Ok(()),
-                },
-                state = told.recv() => match state {
-                    Some(state) => self.state(state).await,
                     None => return Ok(()),
                 },
                 changed = self.status.changed() => match changed {
@@ -373,23 +333,15 @@ impl Host {
             self.since = Instant::now();
             self.next_try = Instant::now() + RECONNECT;
             self.hopeless += 1;
+            if status.stranger {
+                let detail = status.detail.unwrap_or_default();
+                return self.stop(&detail, self.options.kill_grace).await;
+            }
             if self.hopeless >= HOPELESS {
                 let detail = status.detail.unwrap_or_default();
                 self.stop(&format!("it does not answer: {detail}"), Duration::ZERO).await;
             }
         }
-    }
-
-    async fn state(&mut self, state: NodeState) {
-        let wanted = self.options.purpose.to_string();
-        let about = state.about.as_deref().unwrap_or("something unknown");
-        if about != wanted {
-            let reason = format!("it was started for {about}, wanted is {wanted}");
-            self.stop(&reason, self.options.kill_grace).await;
-            return;
-        }
-        // Its reader may have ended.
-        let _ = self.states.try_send(state);
     }
 
     /// Ends the relay process; its exit leads to a new one.

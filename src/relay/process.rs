@@ -16,9 +16,8 @@ use tracing::{error, info, warn};
 
 use super::{IPC, Purpose, socket};
 use crate::driver::edge;
-use crate::driver::handles::NodeState;
-use crate::driver::handles::{RankCommand, RankHandle};
-use crate::driver::rank::{self, RankConfig, RankOutputs};
+use crate::driver::handles::{NodeState, RankHandle};
+use crate::driver::rank::{self, RankConfig};
 use crate::link::LinkStream;
 use crate::link::server::{self, ServeEnd, ServerOptions, Services};
 use crate::transport::{self, PrivateDir, TransportError};
@@ -84,35 +83,30 @@ async fn serve(config: RelayConfig) -> Result<(), RelayError> {
     }
     let dir = PrivateDir::create(ipc)?;
     let tracker = TaskTracker::new();
-    let (sinks, sources) = server::channels();
-    let outputs =
-        RankOutputs { events: sinks.ranks.clone(), held: sinks.held.clone(), wake: sinks.wakes.clone() };
+    let (events, reported) = mpsc::channel(server::EVENTS);
+    let (ranks_end, rank_tasks) = (CancellationToken::new(), TaskTracker::new());
     let Purpose { ranks, frontend_slots, kind } = config.purpose.clone();
     let ranks: Vec<RankHandle> = ranks
         .map(|r| {
-            let rank_config = RankConfig::new(EngineIndex(r), frontend_slots, kind, dir.clone());
-            rank::spawn(rank_config, &tracker, outputs.clone())
+            let rank_config = RankConfig {
+                stop: ranks_end.clone(),
+                ..RankConfig::new(EngineIndex(r), frontend_slots, kind, dir.clone())
+            };
+            rank::spawn(rank_config, &rank_tasks, events.clone())
         })
         .collect();
-    let edge = edge::spawn(dir, sinks.edge.clone(), &tracker);
-    drop((outputs, sinks));
+    let edge = edge::spawn(dir, events, &tracker);
     let stop = CancellationToken::new();
     let (streams_in, streams) = mpsc::channel(STREAMS);
     tracker.spawn(accept(listener, streams_in, stop.clone()));
-    let services = Services {
-        ranks: ranks.clone(),
-        edge: Some(edge.handle),
-        edge_state: Some(edge.state),
-        handshake: None,
-        processes: None,
-        stage: None,
-    };
+    let services =
+        Services { ranks, edge: Some(edge.handle), edge_state: Some(edge.state), ..Services::default() };
     let options = ServerOptions {
         initial: NodeState { about: Some(config.purpose.to_string()), ..NodeState::default() },
         ..ServerOptions::new("the relay process", tracker.clone(), stop.clone())
     };
     info!(pid = std::process::id(), purpose = %config.purpose, "relay process listens");
-    let server = server::serve(options, streams, services, sources);
+    let server = server::serve(options, streams, services, reported);
     let mut server = tokio::spawn(server);
     let why = tokio::select! {
         _ = terminate.recv() => "SIGTERM",
@@ -128,14 +122,11 @@ async fn serve(config: RelayConfig) -> Result<(), RelayError> {
     };
     info!(why, "relay process ends");
     // What is in flight is answered while somebody may still listen.
-    let ends = ranks.iter().map(|rank| async move {
-        let end = rank.ask("shutdown", RANK_END, |reply| RankCommand::Shutdown { reply });
-        if let Err(error) = end.await {
-            warn!(rank = %rank.rank, %error, "rank task");
-        }
-    });
-    futures::future::join_all(ends).await;
-    drop(ranks);
+    ranks_end.cancel();
+    rank_tasks.close();
+    if tokio::time::timeout(RANK_END, rank_tasks.wait()).await.is_err() {
+        warn!(tasks = rank_tasks.len(), "rank tasks did not end in time");
+    }
     stop.cancel();
     if !server.is_finished()
         && let Ok(Err(error)) = tokio::time::timeout(TASKS_END, server).await

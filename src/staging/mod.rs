@@ -30,7 +30,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::driver::handles::{StageEvent, StageHandle};
+use crate::driver::handles::{StageEvent, StageHandle, queue};
 pub use adapters::remove_adapters;
 pub use config::{CHUNK, HopAuth, HopSide, NoAuth, StageConfig};
 pub use digest::Digest;
@@ -39,9 +39,6 @@ pub use error::StageError;
 pub(crate) use hop::wire::corpus as hop_corpus;
 #[cfg(any(test, feature = "test-support"))]
 pub(crate) use hop::wire::fuzz as fuzz_hop;
-
-/// Commands waiting for the task.
-const COMMANDS: usize = 16;
 
 /// Starts the staging task. It ends when `stop` is cancelled or all handles are gone; segments stay for a
 /// successor with the same state directory, see [`crate::shared_memory::remove_segments`]. What a predecessor left is hashed before the
@@ -56,10 +53,10 @@ pub fn spawn(
     stop: CancellationToken,
 ) -> io::Result<StageHandle> {
     records::Records::read(&config.state_dir)?;
-    let (commands, requests) = mpsc::channel(COMMANDS);
+    let (handle, requests) = queue("staging");
     let tasks = tracker.clone();
     tracker.spawn(async move { task::run(config, requests, events, tasks, stop).await });
-    Ok(StageHandle { commands })
+    Ok(handle)
 }
 
 /// Forgets the upload that was taken with this state directory, after the end of its segment.

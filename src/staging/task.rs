@@ -31,7 +31,7 @@ use super::probe::probe;
 use super::records::Role;
 use super::upload::{Ask, Session, UploadError, UploadFile, UploadRequests, UploadStatus};
 use crate::driver::handles::{
-    AdapterPlace, HandleError, Reply, Retain, StageCommand, StageEvent, StageProgress, StageRequest,
+    AdapterPlace, Envelope, HandleError, ReplyTo, Retain, StageEvent, StageProgress, StageRequest,
     StageSource, StageSpec, StageState,
 };
 use crate::manifest::Manifest;
@@ -60,7 +60,7 @@ struct Running {
     address: Option<SocketAddr>,
     progress: Arc<Mutex<StageProgress>>,
     cancel: CancellationToken,
-    discards: Vec<Reply<StageState>>,
+    discards: Vec<ReplyTo>,
 }
 
 /// An upload that has the spare segment.
@@ -90,7 +90,7 @@ struct Task {
 /// Runs the task.
 pub(super) async fn run(
     mut config: StageConfig,
-    mut commands: mpsc::Receiver<StageCommand>,
+    mut commands: mpsc::Receiver<Envelope<StageRequest>>,
     events: mpsc::Sender<StageEvent>,
     tracker: TaskTracker,
     stop: CancellationToken,
@@ -164,16 +164,15 @@ async fn next_ask(uploads: &mut Option<UploadRequests>) -> Option<Ask> {
 }
 
 impl Task {
-    async fn command(&mut self, command: StageCommand) {
-        let StageCommand { request, reply } = command;
-        let result = match request {
+    async fn command(&mut self, Envelope { ask, reply, .. }: Envelope<StageRequest>) {
+        let result = match ask {
             StageRequest::State => Ok(()),
             StageRequest::Probe { path } => {
                 let probed = tokio::task::spawn_blocking(move || probe(Path::new(&path)));
                 let probed = timeout(HEADERS_LIMIT, probed).await.ok().and_then(std::result::Result::ok);
                 let mut state = self.state();
                 state.probed = probed.flatten();
-                let _ = reply.send(Ok(state));
+                reply.send::<StageRequest>(Ok(state));
                 return;
             }
             StageRequest::Begin(spec) => self.begin(spec).await,
@@ -214,7 +213,7 @@ impl Task {
             }
         };
         let answer = result.map(|()| self.state()).map_err(|error| HandleError::failed(error.to_string()));
-        let _ = reply.send(answer);
+        reply.send::<StageRequest>(answer);
     }
 
     fn state(&self) -> StageState {
@@ -407,7 +406,7 @@ impl Task {
             }
         }
         for reply in running.discards {
-            let _ = reply.send(Ok(self.state()));
+            reply.send::<StageRequest>(Ok(self.state()));
         }
     }
 
@@ -455,13 +454,13 @@ impl Task {
     /// Does something with the adapters on a thread that may block, while other commands go on.
     fn with_adapters(
         &self,
-        reply: Reply<StageState>,
+        reply: ReplyTo,
         work: impl FnOnce(&mut Adapters) -> Result<Option<AdapterPlace>> + Send + 'static,
     ) {
         let (mut state, adapters) = (self.state(), Arc::clone(&self.adapters));
         self.tracker.spawn_blocking(move || {
             let done = work(&mut adapters.lock());
-            let _ = reply.send(match done {
+            reply.send::<StageRequest>(match done {
                 Ok(place) => {
                     state.adapter = place;
                     Ok(state)

@@ -25,8 +25,8 @@ use tokio_util::task::TaskTracker;
 use super::config::{NoAuth, StageConfig};
 use super::upload::{Uploads, channel};
 use crate::driver::handles::{
-    HandleError, Retain, StageCommand, StageEvent, StageHandle, StageProgress, StageRequest, StageSource,
-    StageSpec, StageState, ask,
+    HandleError, Retain, StageEvent, StageHandle, StageProgress, StageRequest, StageSource, StageSpec,
+    StageState,
 };
 use crate::manifest::tests::write;
 
@@ -96,8 +96,7 @@ impl Node {
     }
 
     async fn ask(&self, request: StageRequest) -> Result<StageState, HandleError> {
-        let what = format!("{request:?}");
-        ask(&self.handle.commands, "staging", what, LIMIT, |reply| StageCommand { request, reply }).await
+        self.handle.ask_within(LIMIT, request).await
     }
 
     async fn state(&self) -> StageState {

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use dp_sidecar::driver::handles::{
-    AttachmentCommand, ForFrontendCoordinator, GroupKind, Origin, RankCommand,
+    AttachmentCommand, CloseRoutes, ForFrontendCoordinator, GroupKind, Origin,
 };
 use dp_sidecar_protocol::layout::Layout;
 use dp_sidecar_protocol::output::wave_complete_message;
@@ -72,8 +72,7 @@ async fn a_frontend_that_lost_a_route_meanwhile_is_told_and_attached_anew() {
     let mut fixture = fixture(2, GroupKind::Independent, 2);
     let (first, address, id) = attached(&fixture).await;
     let zmq = first.address().to_owned();
-    let closed =
-        fixture.handles[1].ask("close", PATIENCE, |reply| RankCommand::CloseRoutes { frontend: id, reply });
+    let closed = fixture.handles[1].ask_within(PATIENCE, CloseRoutes { frontend: id });
     closed.await.unwrap();
 
     fixture.restart().await;

@@ -1,15 +1,16 @@
 //! A manager of attachments over ranks and a coordinator that are played here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use dp_sidecar::driver::attachment::{AttachmentConfig, spawn};
 use dp_sidecar::driver::handles::{
-    AttachmentCommand, AttachmentHandle, CoordinatorCommand, CoordinatorHandle, CoordinatorSnapshot,
-    Deployment, EngineFacts, ForFrontendCoordinator, FrontendSnapshot, GroupKind, HandleError, Origin,
-    RankCommand, RankHandle, RankSnapshot, RouteLost, ask,
+    AdoptRoute, AttachmentCommand, AttachmentHandle, CloseRoutes, CoordinatorCommand, CoordinatorHandle,
+    CoordinatorSnapshot, Deployment, EngineFacts, Envelope, ForFrontendCoordinator, FrontendSnapshot,
+    GroupKind, HandleError, OpenRoute, Origin, RankAsk, RankHandle, RankSnapshot, RouteLost, Slots, ask,
+    queue,
 };
 use dp_sidecar::transport::{Dealer, Push};
 use dp_sidecar_protocol::layout::Layout;
@@ -35,6 +36,8 @@ pub(crate) struct Seen {
     pub(crate) waves: Vec<u64>,
     pub(crate) sinks: BTreeMap<FrontendId, mpsc::Sender<ForFrontendCoordinator>>,
     pub(crate) removed: Vec<FrontendId>,
+    /// Who hears of lost routes.
+    pub(crate) attachments: Option<mpsc::Sender<AttachmentCommand>>,
 }
 
 pub(crate) struct Fixture {
@@ -87,36 +90,36 @@ pub(crate) fn with_hash(size: u16, kind: GroupKind, known: u16, hash: &str) -> D
     Deployment { kind, size, engines: engines.collect() }
 }
 
-/// Who is to hear of the loss of a route.
-type Watchers = Arc<Mutex<BTreeMap<(FrontendId, u32), mpsc::Sender<RouteLost>>>>;
+/// Routes that are open.
+type Open = Arc<Mutex<BTreeSet<(FrontendId, u32)>>>;
 
 /// Plays a rank task: connects the routes with its identity and notices when they are lost.
 pub(crate) async fn rank(
     index: u16,
-    mut commands: mpsc::Receiver<RankCommand>,
+    mut commands: mpsc::Receiver<Envelope<RankAsk>>,
     seen: Arc<Mutex<Seen>>,
     tasks: TaskTracker,
 ) {
     let mut routes: BTreeMap<FrontendId, CancellationToken> = BTreeMap::new();
-    let watchers: Watchers = Arc::default();
-    while let Some(command) = commands.recv().await {
-        match command {
-            RankCommand::OpenRoute { route, reply } => {
+    let open = Open::default();
+    while let Some(Envelope { ask, reply, .. }) = commands.recv().await {
+        match ask {
+            RankAsk::OpenRoute(route) => {
                 seen.lock().opened.push((index, route.api_server, route.frontend));
                 let stop = routes.entry(route.frontend).or_default().clone();
-                let (key, watchers) = ((route.frontend, route.api_server), watchers.clone());
+                let (key, open, seen) = ((route.frontend, route.api_server), open.clone(), seen.clone());
                 let serve = async move {
                     let identity = EngineIndex(index).identity().0;
                     let limit = route.connect_timeout;
                     let dealer = Dealer::connect(&route.input_address, &identity, limit).await;
                     let push = Push::connect(&route.output_address, limit).await;
                     let (Ok(mut dealer), Ok(_push)) = (dealer, push) else {
-                        let _ = reply.send(Err(HandleError::failed("no connection")));
+                        reply.send::<OpenRoute>(Err(HandleError::failed("no connection")));
                         return;
                     };
                     dealer.send(vec![route.registration.clone()]).await.unwrap();
-                    watchers.lock().insert(key, route.lost);
-                    let _ = reply.send(Ok(Slot(1)));
+                    open.lock().insert(key);
+                    reply.send::<OpenRoute>(Ok(Slot(1)));
                     while dealer.recv().await.is_ok() {}
                     let lost = RouteLost {
                         frontend: route.frontend,
@@ -124,25 +127,27 @@ pub(crate) async fn rank(
                         api_server: route.api_server,
                         reason: "closed".to_owned(),
                     };
-                    let watcher = watchers.lock().remove(&key);
-                    if let Some(watcher) = watcher {
-                        let _ = watcher.send(lost).await;
+                    let attachments = seen.lock().attachments.clone();
+                    if open.lock().remove(&key)
+                        && let Some(attachments) = attachments
+                    {
+                        let _ = attachments.send(AttachmentCommand::RouteLost(lost)).await;
                     }
                 };
                 tasks.spawn(stop.run_until_cancelled_owned(serve));
             }
-            RankCommand::AdoptRoute { frontend, api_server, lost, reply } => {
-                let found = watchers.lock().get_mut(&(frontend, api_server)).map(|watcher| *watcher = lost);
-                let found = found.map(|()| Slot(1));
-                let _ = reply.send(found.ok_or_else(|| HandleError::failed("there is no such route")));
+            RankAsk::AdoptRoute(AdoptRoute { frontend, api_server }) => {
+                let found = open.lock().contains(&(frontend, api_server)).then_some(Slot(1));
+                let found = found.ok_or_else(|| HandleError::failed("there is no such route"));
+                reply.send::<AdoptRoute>(found);
             }
-            RankCommand::CloseRoutes { frontend, reply } => {
-                watchers.lock().retain(|(of, _), _| *of != frontend);
+            RankAsk::CloseRoutes(CloseRoutes { frontend }) => {
+                open.lock().retain(|(of, _)| *of != frontend);
                 if let Some(stop) = routes.remove(&frontend) {
                     stop.cancel();
                 }
                 seen.lock().closed.push((index, frontend));
-                let _ = reply.send(Ok(()));
+                reply.send::<CloseRoutes>(Ok(()));
             }
             other => panic!("unexpected {other:?}"),
         }
@@ -174,9 +179,9 @@ pub(crate) fn fixture(size: u16, kind: GroupKind, slots: u32) -> Fixture {
     let mut handles = Vec::new();
     let mut snapshots = Vec::new();
     for index in 0..size {
-        let (commands, inbox) = mpsc::channel(64);
-        let (sender, snapshot) =
-            watch::channel(RankSnapshot { slots: (0, 0, slots), ..RankSnapshot::default() });
+        let (commands, inbox) = queue("rank");
+        let slots = Slots { all: slots, ..Slots::default() };
+        let (sender, snapshot) = watch::channel(RankSnapshot { slots, ..RankSnapshot::default() });
         ranks.spawn(rank(index, inbox, seen.clone(), ranks.clone()));
         snapshots.push(sender);
         handles.push(RankHandle { rank: EngineIndex(index), commands, snapshot });
@@ -189,6 +194,7 @@ pub(crate) fn fixture(size: u16, kind: GroupKind, slots: u32) -> Fixture {
     let coordinator = CoordinatorHandle { commands, snapshot };
     let config = settings(&state_dir);
     let handle = spawn(config, &tracker, handles.clone(), coordinator.clone(), known);
+    seen.lock().attachments = Some(handle.commands.clone());
     Fixture { handle, seen, deployment, slots: snapshots, state_dir, handles, coordinator, tracker, ranks }
 }
 
@@ -249,6 +255,7 @@ impl Fixture {
         let config = settings(&self.state_dir);
         let (handles, coordinator) = (self.handles.clone(), self.coordinator.clone());
         self.handle = spawn(config, &self.tracker, handles, coordinator, known);
+        self.seen.lock().attachments = Some(self.handle.commands.clone());
     }
 
     pub(crate) async fn shut_down(self) {

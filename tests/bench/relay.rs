@@ -10,9 +10,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use dp_sidecar::driver::handles::{
-    EngineFacts, GroupKind, OpenRoute, RankCommand, RankEvent, RankHandle, SlotAddresses,
+    Admit, EngineFacts, EngineReady, GroupKind, NodeEvent, OpenRoute, Prepare, RankEvent, RankHandle,
+    SlotAddresses,
 };
-use dp_sidecar::driver::rank::{self, RankConfig, RankOutputs};
+use dp_sidecar::driver::rank::{self, RankConfig};
 use dp_sidecar::transport::PrivateDir;
 use dp_sidecar_protocol::layout::Layout;
 use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation};
@@ -39,17 +40,13 @@ fn main() -> Result<(), Failure> {
 
 async fn serve(ranks: u16, slots: u32, dir: PrivateDir) -> Result<(), Failure> {
     let tracker = TaskTracker::new();
-    let (events_in, mut events) = mpsc::channel(1024);
-    let (held, _held) = mpsc::channel(16);
-    let (wake, _wake) = mpsc::channel(16);
-    let outputs = RankOutputs { events: events_in, held, wake };
+    let (reports, mut events) = mpsc::channel(1024);
     let mut handles = Vec::new();
     let mut addresses = Vec::new();
     for rank in 0..ranks {
         let config = RankConfig::new(EngineIndex(rank), slots, GroupKind::Independent, dir.clone());
-        let handle = rank::spawn(config, &tracker, outputs.clone());
-        let bound: SlotAddresses =
-            handle.ask("prepare", LIMIT, |reply| RankCommand::Prepare { incarnation: FIRST, reply }).await?;
+        let handle = rank::spawn(config, &tracker, reports.clone());
+        let bound: SlotAddresses = handle.ask_within(LIMIT, Prepare { incarnation: FIRST }).await?;
         addresses.push(json!({"inputs": bound.inputs, "outputs": bound.outputs}));
         handles.push(handle);
     }
@@ -71,19 +68,19 @@ async fn serve(ranks: u16, slots: u32, dir: PrivateDir) -> Result<(), Failure> {
 
 async fn admit(
     handles: &[RankHandle],
-    events: &mut mpsc::Receiver<RankEvent>,
+    events: &mut mpsc::Receiver<NodeEvent>,
 ) -> Result<serde_json::Value, Failure> {
     for _ in handles {
         match tokio::time::timeout(LIMIT, events.recv()).await? {
-            Some(RankEvent::Registered { .. }) => {}
+            Some(NodeEvent::Rank(RankEvent::Registered { .. })) => {}
             other => return Err(format!("expected a registration, got {other:?}").into()),
         }
     }
     for handle in handles {
         let facts = Box::new(EngineFacts::of(Layout::newest()));
-        let ready = RankCommand::EngineReady { incarnation: FIRST, facts };
+        let ready = EngineReady { incarnation: FIRST, facts };
         handle.tell(ready).await?;
-        handle.tell(RankCommand::Admit { incarnation: FIRST }).await?;
+        handle.tell(Admit { incarnation: FIRST }).await?;
     }
     Ok(json!({ "admitted": handles.len() }))
 }
@@ -94,8 +91,6 @@ async fn attach(
     input: &str,
     output: &str,
 ) -> Result<serde_json::Value, Failure> {
-    // Nobody reads it: a lost route ends the bench by its missing messages.
-    let (lost, _lost) = mpsc::channel(1);
     for handle in handles {
         let route = OpenRoute {
             frontend: FrontendId(id),
@@ -104,9 +99,8 @@ async fn attach(
             output_address: output.to_owned(),
             registration: Bytes::from_static(b"\x80"),
             connect_timeout: LIMIT,
-            lost: lost.clone(),
         };
-        handle.ask("open", LIMIT, |reply| RankCommand::OpenRoute { route, reply }).await?;
+        handle.ask_within(LIMIT, route).await?;
     }
     Ok(json!({ "attached": id }))
 }

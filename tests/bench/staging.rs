@@ -13,8 +13,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use dp_sidecar::driver::handles::{
-    Retain, StageCommand, StageEvent, StageHandle, StageProgress, StageRequest, StageSource, StageSpec,
-    StageState, ask,
+    Retain, StageEvent, StageHandle, StageProgress, StageRequest, StageSource, StageSpec, StageState,
 };
 use dp_sidecar::shared_memory::{self, SHM_DIR};
 use dp_sidecar::staging::{self, NoAuth, StageConfig};
@@ -129,9 +128,7 @@ impl Chain {
     }
 
     async fn ask(&self, node: usize, request: StageRequest) -> Result<StageState, Failure> {
-        let commands = &self.nodes[node].0.commands;
-        let command = |reply| StageCommand { request, reply };
-        Ok(ask(commands, "staging", "a request".to_owned(), LIMIT, command).await?)
+        Ok(self.nodes[node].0.ask_within(LIMIT, request).await?)
     }
 
     async fn stage(&mut self, id: &str, source: &Path) -> Result<Vec<StageProgress>, Failure> {

@@ -17,8 +17,8 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 use super::super::handles::{
-    CoordinatorCommand, Deployment, EngineFacts, ForFrontendCoordinator, FrontendSnapshot, GroupKind,
-    OpenRoute, RankCommand, Reply, RouteLost,
+    AdoptRoute, CloseRoutes, CoordinatorCommand, Deployment, EngineFacts, ForFrontendCoordinator,
+    FrontendSnapshot, GroupKind, OpenRoute, Reply,
 };
 use super::{Attached, Shared, sockets};
 
@@ -67,7 +67,6 @@ struct Running {
     tasks: TaskTracker,
     handshakes: BTreeMap<EngineIndex, mpsc::Sender<Frames>>,
     coordinator: BTreeMap<EngineIndex, mpsc::Sender<Bytes>>,
-    lost: mpsc::Sender<RouteLost>,
     joined: bool,
     routed: bool,
 }
@@ -166,6 +165,7 @@ impl Task {
             }
         }
         if let Some(running) = self.attempt.take() {
+            self.shared.losses.lock().remove(&running.id);
             running.stop.cancel();
             running.tasks.close();
             running.tasks.wait().await;
@@ -321,25 +321,11 @@ impl Task {
         if self.attempt.as_ref().is_none_or(|running| running.attempt != attempt) {
             if let Some(old) = self.attempt.take() {
                 old.stop.cancel();
+                self.shared.losses.lock().remove(&old.id);
             }
             let stop = CancellationToken::new();
             let tasks = TaskTracker::new();
-            let (lost, mut losses) = mpsc::channel::<RouteLost>(16);
-            let events = self.events.clone();
-            let forward = async move {
-                while let Some(loss) = losses.recv().await {
-                    let event = Event::RouteLost {
-                        attempt,
-                        rank: loss.rank,
-                        api_server: loss.api_server,
-                        reason: loss.reason,
-                    };
-                    if events.send(event).await.is_err() {
-                        return;
-                    }
-                }
-            };
-            tasks.spawn(stop.clone().run_until_cancelled_owned(forward));
+            self.shared.losses.lock().insert(id, (attempt, self.events.clone()));
             self.attempt = Some(Running {
                 attempt,
                 id,
@@ -348,7 +334,6 @@ impl Task {
                 tasks,
                 handshakes: BTreeMap::new(),
                 coordinator: BTreeMap::new(),
-                lost,
                 joined: false,
                 routed: false,
             });
@@ -436,7 +421,7 @@ impl Task {
             let attached = Attached::new(running.id, engines, addresses);
             self.shared.records.lock().attached(&self.address, Some(attached));
         }
-        let (attempt, frontend, lost) = (running.attempt, running.id, running.lost.clone());
+        let (attempt, frontend) = (running.attempt, running.id);
         let facts = running.engines.get(&rank);
         let registration = facts.map(|facts| with_dp_stats_address(&facts.registration, stats_address));
         let open = async move {
@@ -449,13 +434,8 @@ impl Task {
                         output_address: output,
                         registration,
                         connect_timeout: limit,
-                        lost,
                     };
-                    let what = format!("opening the route to API server {api_server}");
-                    handle
-                        .ask(&what, limit + CLOSE_LIMIT, |reply| RankCommand::OpenRoute { route, reply })
-                        .await
-                        .map_err(|error| error.to_string())
+                    handle.ask_within(limit + CLOSE_LIMIT, route).await.map_err(|error| error.to_string())
                 }
                 (None, _) => Err(format!("there is no rank {rank} in this sidecar")),
                 (_, None) => Err(format!("nothing is known about rank {rank}")),
@@ -476,13 +456,12 @@ impl Task {
         let Some(running) = &mut self.attempt else {
             return;
         };
-        let (attempt, frontend, lost) = (running.attempt, running.id, running.lost.clone());
+        let (attempt, frontend) = (running.attempt, running.id);
         let adopt = async move {
             let result = match handle {
                 Some(handle) => {
-                    let what = format!("adopting the route to API server {api_server}");
-                    let adopt = |reply| RankCommand::AdoptRoute { frontend, api_server, lost, reply };
-                    handle.ask(&what, ADOPT_LIMIT, adopt).await.map_err(|error| error.to_string())
+                    let adopt = AdoptRoute { frontend, api_server };
+                    handle.ask_within(ADOPT_LIMIT, adopt).await.map_err(|error| error.to_string())
                 }
                 None => Err(format!("there is no rank {rank} in this deployment")),
             };
@@ -533,6 +512,7 @@ impl Task {
         // the machine waits for its report.
         let close = async move {
             if let Some(running) = running {
+                shared.losses.lock().remove(&running.id);
                 running.stop.cancel();
                 running.tasks.close();
                 running.tasks.wait().await;
@@ -565,8 +545,7 @@ pub(super) async fn close_routes_of(shared: &Shared, rank: EngineIndex, frontend
     let Some(handle) = shared.ranks.iter().find(|handle| handle.rank == rank) else {
         return;
     };
-    let close = |reply| RankCommand::CloseRoutes { frontend, reply };
-    if let Err(error) = handle.ask("closing the routes", CLOSE_LIMIT, close).await {
+    if let Err(error) = handle.ask_within(CLOSE_LIMIT, CloseRoutes { frontend }).await {
         tracing::warn!(%rank, %frontend, %error, "routes are not closed");
     }
 }

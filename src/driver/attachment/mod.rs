@@ -20,7 +20,7 @@ use tokio_util::task::TaskTracker;
 
 use super::handles::{
     AttachmentCommand, AttachmentHandle, CoordinatorHandle, Deployment, FrontendSnapshot, HandleError,
-    Origin, RankHandle, Reply,
+    Origin, RankHandle, Reply, RouteLost,
 };
 
 pub use peer::{ListeningProcess, listening_process};
@@ -77,6 +77,8 @@ struct Shared {
     snapshots: watch::Sender<Vec<FrontendSnapshot>>,
     /// Slots taken by each task. Two frontends that come at once must not both take the last one.
     claims: Mutex<BTreeMap<u64, u32>>,
+    /// Who hears of lost routes: the current attempt of each attachment.
+    losses: Mutex<BTreeMap<FrontendId, (machine::Attempt, mpsc::Sender<machine::Event>)>>,
     /// Only locked for as long as it takes to replace a small file.
     records: Mutex<Records>,
     /// Ends all tasks, and leaves what they have made as it is.
@@ -95,8 +97,8 @@ impl Shared {
             .ranks
             .iter()
             .map(|rank| {
-                let (_, draining, all) = rank.snapshot.borrow().slots;
-                all.saturating_sub(draining)
+                let slots = rank.snapshot.borrow().slots;
+                slots.all.saturating_sub(slots.draining)
             })
             .min();
         fewest.unwrap_or(0).saturating_sub(others)
@@ -125,6 +127,7 @@ pub fn spawn(
             deployment,
             snapshots,
             claims: Mutex::default(),
+            losses: Mutex::default(),
             records: Mutex::new(records),
             leave: CancellationToken::new(),
         }),
@@ -170,6 +173,7 @@ impl Manager {
                 }
                 Some(AttachmentCommand::Remove { address, reply }) => self.remove(&address, reply),
                 Some(AttachmentCommand::Routes { rank, routes }) => self.close_strangers(rank, routes),
+                Some(AttachmentCommand::RouteLost(loss)) => self.route_lost(loss),
                 Some(AttachmentCommand::Leave { reply }) => {
                     self.shared.leave.cancel();
                     break Some(reply);
@@ -271,6 +275,19 @@ impl Manager {
             let _ = reply.send(Ok(()));
         }
         self.ending.insert(address.to_owned(), entry.ended);
+    }
+
+    /// Of an attachment that has ended, nobody wants to know.
+    fn route_lost(&self, loss: RouteLost) {
+        let Some((attempt, events)) = self.shared.losses.lock().get(&loss.frontend).cloned() else {
+            return;
+        };
+        let RouteLost { rank, api_server, reason, .. } = loss;
+        let event = machine::Event::RouteLost { attempt, rank, api_server, reason };
+        if let Err(mpsc::error::TrySendError::Full(event)) = events.try_send(event) {
+            // Its task takes it soon: it waits for nobody but its own sockets.
+            self.tasks.spawn(async move { timeout(SHUTDOWN_LIMIT, events.send(event)).await });
+        }
     }
 
     /// Closes routes that a predecessor opened and did not write down.

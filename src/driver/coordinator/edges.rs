@@ -9,13 +9,15 @@ use dp_sidecar_protocol::wave::StartDpWave;
 use dp_sidecar_protocol::{EngineIndex, Frames, Incarnation, Wave};
 use tokio::sync::mpsc;
 
-use crate::driver::handles::{EdgeCommand, EdgeHandle, HandleError, Reply};
+use crate::driver::handles::{
+    EdgeAsk, EdgeClose, EdgeHandle, EdgeNote, EdgePrepare, EdgePublish, Envelope, HandleError, ReplyTo,
+};
 
 /// The engines of one node.
 #[derive(Debug)]
 struct Node {
     ranks: Vec<EngineIndex>,
-    commands: mpsc::Sender<EdgeCommand>,
+    handle: EdgeHandle,
     pending: Pending,
 }
 
@@ -35,11 +37,7 @@ pub(super) struct Edges {
 
 impl Edges {
     pub(super) fn new(edges: Vec<(Vec<EngineIndex>, EdgeHandle)>) -> Self {
-        let node = |(ranks, handle): (_, EdgeHandle)| Node {
-            ranks,
-            commands: handle.commands,
-            pending: Pending::default(),
-        };
+        let node = |(ranks, handle): (_, EdgeHandle)| Node { ranks, handle, pending: Pending::default() };
         Self { nodes: edges.into_iter().map(node).collect() }
     }
 
@@ -48,27 +46,15 @@ impl Edges {
     }
 
     /// Has the rank's edge bind sockets and answer.
-    pub(super) fn prepare(
-        &mut self,
-        rank: EngineIndex,
-        incarnation: Incarnation,
-        reply: Reply<(String, String)>,
-    ) {
+    pub(super) fn prepare(&mut self, rank: EngineIndex, incarnation: Incarnation, reply: ReplyTo) {
         let Some(node) = self.of(rank) else {
-            let _ = reply.send(Err(HandleError::failed(format!("no node has rank {rank}"))));
-            return;
+            return reply.forward(Err(HandleError::failed(format!("no node has rank {rank}"))));
         };
         node.pending.close.remove(&rank);
-        if let Err(refused) = node.commands.try_send(EdgeCommand::Prepare { rank, incarnation, reply }) {
-            let full = matches!(refused, mpsc::error::TrySendError::Full(_));
-            if let EdgeCommand::Prepare { reply, .. } = refused.into_inner() {
-                let error = if full {
-                    HandleError::failed(format!("the node of rank {rank} does not answer"))
-                } else {
-                    HandleError::Gone { task: "edge" }
-                };
-                let _ = reply.send(Err(error));
-            }
+        let prepare = EdgeAsk::from(EdgePrepare { rank, incarnation });
+        let limit = prepare.about().limit;
+        if let Err((envelope, error)) = node.handle.offer(Envelope { ask: prepare, limit, reply }) {
+            envelope.reply.forward(Err(error));
         }
     }
 
@@ -125,10 +111,11 @@ impl Edges {
 impl Node {
     fn flush(&mut self) {
         while !self.pending.is_empty() {
-            match self.commands.try_reserve() {
+            match self.handle.reserve() {
                 Ok(permit) => {
-                    if let Some(command) = self.pending.take(&self.ranks) {
-                        permit.send(command);
+                    if let Some(ask) = self.pending.take(&self.ranks) {
+                        let limit = ask.about().limit;
+                        permit.send(Envelope { ask, limit, reply: ReplyTo::NOWHERE });
                     }
                 }
                 Err(mpsc::error::TrySendError::Full(())) => return,
@@ -145,46 +132,49 @@ impl Pending {
     }
 
     /// The next command. READY comes before START_DP_WAVE, which an engine may not see before.
-    fn take(&mut self, ranks: &[EngineIndex]) -> Option<EdgeCommand> {
+    fn take(&mut self, ranks: &[EngineIndex]) -> Option<EdgeAsk> {
         if let Some((rank, incarnation)) = self.close.pop_first() {
-            return Some(EdgeCommand::Close { rank, incarnation });
+            return Some(EdgeClose { rank, incarnation }.into());
         }
         if let Some((wave, running)) = self.note.take() {
-            return Some(EdgeCommand::Note { wave, running });
+            return Some(EdgeNote { wave, running }.into());
         }
         if !self.ready.is_empty() {
             let ranks = std::mem::take(&mut self.ready).into_iter().collect();
             let frames: Frames = vec![Bytes::from_static(COORDINATOR_READY)];
-            return Some(EdgeCommand::Publish { ranks, frames });
+            return Some(EdgePublish { ranks, frames }.into());
         }
         let frames = self.start.take()?.encode();
-        Some(EdgeCommand::Publish { ranks: ranks.to_vec(), frames })
+        Some(EdgePublish { ranks: ranks.to_vec(), frames }.into())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::driver::handles::queue_of;
 
-    fn words(commands: &mut mpsc::Receiver<EdgeCommand>) -> Vec<String> {
+    fn words(commands: &mut mpsc::Receiver<Envelope<EdgeAsk>>) -> Vec<String> {
         let mut all = Vec::new();
-        while let Ok(command) = commands.try_recv() {
-            all.push(match command {
-                EdgeCommand::Publish { ranks, frames } => {
+        while let Ok(Envelope { ask, .. }) = commands.try_recv() {
+            all.push(match ask {
+                EdgeAsk::EdgePublish(EdgePublish { ranks, frames }) => {
                     let ranks: Vec<u16> = ranks.iter().map(|rank| rank.0).collect();
                     format!("{ranks:?} {:?}", frames.last().map(|frame| frame.to_vec()))
                 }
-                EdgeCommand::Note { wave, running } => format!("note {wave} {running}"),
-                EdgeCommand::Close { rank, .. } => format!("close {rank}"),
-                EdgeCommand::Prepare { rank, .. } => format!("prepare {rank}"),
+                EdgeAsk::EdgeNote(EdgeNote { wave, running }) => format!("note {wave} {running}"),
+                EdgeAsk::EdgeClose(EdgeClose { rank, .. }) => format!("close {rank}"),
+                EdgeAsk::EdgePrepare(EdgePrepare { rank, .. }) => format!("prepare {rank}"),
             });
         }
         all
     }
 
-    fn edge(ranks: &[u16], queue: usize) -> ((Vec<EngineIndex>, EdgeHandle), mpsc::Receiver<EdgeCommand>) {
-        let (commands, receiver) = mpsc::channel(queue);
-        ((ranks.iter().copied().map(EngineIndex).collect(), EdgeHandle { commands }), receiver)
+    type Edge = ((Vec<EngineIndex>, EdgeHandle), mpsc::Receiver<Envelope<EdgeAsk>>);
+
+    fn edge(ranks: &[u16], size: usize) -> Edge {
+        let (handle, receiver) = queue_of("edge", size);
+        ((ranks.iter().copied().map(EngineIndex).collect(), handle), receiver)
     }
 
     #[test]

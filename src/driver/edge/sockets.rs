@@ -13,7 +13,7 @@ use tracing::{debug, warn};
 
 use super::EdgeState;
 use super::backlog::{Backlog, Told};
-use crate::driver::handles::EdgeEvent;
+use crate::driver::handles::{EdgeEvent, NodeEvent};
 use crate::transport::{PrivateDir, PullEvent, PullListener, TransportError, XpubListener, XpubPublisher};
 
 /// An engine that takes no message for this long has no input thread any more.
@@ -38,7 +38,7 @@ impl EngineSockets {
         directory: &PrivateDir,
         rank: EngineIndex,
         incarnation: Incarnation,
-        events: mpsc::Sender<EdgeEvent>,
+        events: mpsc::Sender<NodeEvent>,
         state: watch::Sender<EdgeState>,
         tracker: &TaskTracker,
     ) -> Result<Self, TransportError> {
@@ -73,7 +73,7 @@ impl EngineSockets {
 struct Reader {
     rank: EngineIndex,
     incarnation: Incarnation,
-    events: mpsc::Sender<EdgeEvent>,
+    events: mpsc::Sender<NodeEvent>,
     state: watch::Sender<EdgeState>,
     backlog: Backlog,
 }
@@ -158,11 +158,11 @@ impl Reader {
     }
 }
 
-fn event(rank: EngineIndex, incarnation: Incarnation, told: Told) -> EdgeEvent {
-    match told {
+fn event(rank: EngineIndex, incarnation: Incarnation, told: Told) -> NodeEvent {
+    NodeEvent::Edge(match told {
         Told::Subscribed => EdgeEvent::Subscribed { rank, incarnation },
         Told::Edge(frame) | Told::Load(frame) => EdgeEvent::Report { rank, incarnation, frame },
-    }
+    })
 }
 
 fn is_subscription(frames: &Frames) -> bool {

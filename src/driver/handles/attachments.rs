@@ -7,7 +7,7 @@ use dp_sidecar_protocol::layout::Layout;
 use dp_sidecar_protocol::{EngineIndex, FrontendId};
 use tokio::sync::{mpsc, watch};
 
-use super::{GroupKind, Reply};
+use super::{GroupKind, Reply, RouteLost};
 
 /// What a frontend is told about an engine when it attaches.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
@@ -96,6 +96,8 @@ pub enum AttachmentCommand {
         /// Attachment and API server.
         routes: Vec<(FrontendId, u32)>,
     },
+    /// A route of one of its frontends ended without being closed.
+    RouteLost(RouteLost),
     /// End, and leave all frontends attached: a successor goes on with them.
     Leave {
         /// Done.

@@ -1,14 +1,17 @@
 //! Handles of the DP coordinator, and of the edge task with its engine-facing sockets.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use bytes::Bytes;
 use dp_sidecar_protocol::layout::Layout;
 use dp_sidecar_protocol::machine::coordinator::Adopted;
 use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Wave};
+use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 
-use super::Reply;
+use super::ask::asks;
+use super::{Handle, HandleError, Reply, ReplyTo, answer};
 
 /// A message of a rank for a frontend's own DP coordinator, to be pushed as it is.
 #[derive(Clone, Debug)]
@@ -29,8 +32,8 @@ pub enum CoordinatorCommand {
         rank: EngineIndex,
         /// Its new incarnation.
         incarnation: Incarnation,
-        /// `(coordinator_input, coordinator_output)` addresses for INIT.
-        reply: Reply<(String, String)>,
+        /// Answered by the rank's edge, as [`EdgePrepare`].
+        reply: ReplyTo,
     },
     /// The rank registered; from here its version is known.
     EngineVersion {
@@ -134,40 +137,57 @@ pub struct CoordinatorHandle {
     pub snapshot: watch::Receiver<CoordinatorSnapshot>,
 }
 
-/// Commands of the edge task: it owns, per engine incarnation, the XPUB and PULL that the engine takes for its
-/// DP coordinator, on the engine's own node. The coordinator machine, on the leader, decides what goes through.
-#[derive(Debug)]
-pub enum EdgeCommand {
-    /// Bind fresh sockets for a rank's new incarnation; those of the life before are dropped.
-    Prepare {
-        /// Which rank.
-        rank: EngineIndex,
-        /// Its new incarnation. The same one again gives the same sockets.
-        incarnation: Incarnation,
-        /// `(coordinator_input, coordinator_output)` addresses for INIT.
-        reply: Reply<(String, String)>,
-    },
-    /// Publish a message to the engines of these ranks.
-    Publish {
-        /// To whom.
-        ranks: Vec<EngineIndex>,
-        /// READY, or START_DP_WAVE.
-        frames: Vec<Bytes>,
-    },
-    /// The wave as the coordinator machine has it. Kept for a successor, which starts from it.
-    Note {
-        /// Current wave.
-        wave: Wave,
-        /// Is it running?
-        running: bool,
-    },
-    /// Drop the sockets of an incarnation.
-    Close {
-        /// Which rank.
-        rank: EngineIndex,
-        /// Which incarnation.
-        incarnation: Incarnation,
-    },
+asks! {
+    /// What the edge task can be asked for: it owns, per engine incarnation, the XPUB and PULL that the engine takes for
+    /// its DP coordinator, on the engine's own node. The coordinator machine, on the leader, decides what goes through.
+    #[cfg_attr(
+        not(any(test, feature = "test-support")),
+        expect(clippy::enum_variant_names, reason = "named as its commands are")
+    )]
+    EdgeAsk {
+        EdgePrepare -> (String, String), "coordinator sockets", Repeat;
+        // An engine acts on it at once, or never.
+        EdgePublish -> (), "publication", Life, |_| Duration::from_secs(10);
+        EdgeNote -> (), "note of the wave", Latest;
+        EdgeClose -> (), "closing of coordinator sockets", End;
+    }
+}
+
+/// Bind fresh sockets for a rank's new incarnation; those of the life before are dropped. Answered with
+/// `(coordinator_input, coordinator_output)` for INIT.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct EdgePrepare {
+    /// Which rank.
+    pub rank: EngineIndex,
+    /// Its new incarnation. The same one again gives the same sockets.
+    pub incarnation: Incarnation,
+}
+
+/// Publish a message to the engines of these ranks.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct EdgePublish {
+    /// To whom.
+    pub ranks: Vec<EngineIndex>,
+    /// READY, or START_DP_WAVE.
+    pub frames: Vec<Bytes>,
+}
+
+/// The wave as the coordinator machine has it. Kept for a successor, which starts from it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct EdgeNote {
+    /// Current wave.
+    pub wave: Wave,
+    /// Is it running?
+    pub running: bool,
+}
+
+/// Drop the sockets of an incarnation.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct EdgeClose {
+    /// Which rank.
+    pub rank: EngineIndex,
+    /// Which incarnation.
+    pub incarnation: Incarnation,
 }
 
 /// What the edge task reports.
@@ -192,8 +212,31 @@ pub enum EdgeEvent {
 }
 
 /// Handle of the edge task of a node.
-#[derive(Clone, Debug)]
-pub struct EdgeHandle {
-    /// Commands.
-    pub commands: mpsc::Sender<EdgeCommand>,
+pub type EdgeHandle = Handle<EdgeAsk>;
+
+impl CoordinatorHandle {
+    /// Has a rank's edge bind fresh sockets for a new incarnation, see [`EdgePrepare`].
+    ///
+    /// # Errors
+    /// The task or the edge has ended, or does not answer within `limit`.
+    pub async fn prepare(
+        &self,
+        rank: EngineIndex,
+        incarnation: Incarnation,
+        limit: Duration,
+    ) -> Result<(String, String), HandleError> {
+        let (reply, answered) = ReplyTo::channel();
+        let prepare = CoordinatorCommand::Prepare { rank, incarnation, reply };
+        let exchange = async {
+            let gone = HandleError::Gone { task: "coordinator" };
+            self.commands.send(prepare).await.map_err(|_| gone)?;
+            answer::<EdgePrepare>("edge", answered).await
+        };
+        match tokio::time::timeout(limit, exchange).await {
+            Ok(addresses) => addresses,
+            Err(_) => {
+                Err(HandleError::Deadline { what: format!("coordinator sockets of rank {rank}"), limit })
+            }
+        }
+    }
 }

@@ -1,13 +1,16 @@
 //! Handles of the handshake task, and of whoever starts vLLM on a node.
 
+use std::net::SocketAddr;
+
 use bytes::Bytes;
 use dp_sidecar_protocol::{EngineIndex, Incarnation};
-use tokio::sync::mpsc;
+use serde::{Deserialize, Serialize};
 
-use super::Reply;
+use super::Handle;
+use super::ask::asks;
 
 /// Where an engine's handshake comes in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Listen {
     /// The one address given by `--data-parallel-address` and `--data-parallel-rpc-port`, for engines
     /// that somebody else starts.
@@ -16,45 +19,38 @@ pub enum Listen {
     Own,
 }
 
-/// What INIT tells an engine, see `protocol::handshake::Init`.
-#[derive(Clone, Debug)]
-pub struct Expectation {
+asks! {
+    /// What the handshake task can be asked for.
+    HandshakeAsk {
+        Expect -> SocketAddr, "handshake listener", Repeat;
+        Forget -> (), "end of a handshake", End;
+    }
+}
+
+/// Expect an engine; replaces an earlier expectation of the rank. Answered with the `host:port` to pass to the engine.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Expect {
     /// Which rank.
     pub rank: EngineIndex,
     /// Which incarnation.
     pub incarnation: Incarnation,
     /// Where it will say HELLO.
     pub listen: Listen,
-    /// The INIT payload, encoded.
+    /// The INIT payload, encoded, see `protocol::handshake::Init`.
     pub init: Bytes,
 }
 
-/// Commands of the handshake task.
-#[derive(Debug)]
-pub enum HandshakeCommand {
-    /// Expect an engine; replaces an earlier expectation of the rank.
-    Expect {
-        /// Whom, and what to tell it.
-        expectation: Expectation,
-        /// `host:port` to pass to the engine.
-        reply: Reply<std::net::SocketAddr>,
-    },
-    /// The rank's engine is gone or given up: a READY of that incarnation is refused from now on.
-    Forget {
-        /// Which rank.
-        rank: EngineIndex,
-        /// Which incarnation.
-        incarnation: Incarnation,
-    },
-    /// End.
-    Shutdown {
-        /// Done.
-        reply: Reply<()>,
-    },
+/// The rank's engine is gone or given up: a READY of that incarnation is refused from now on.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Forget {
+    /// Which rank.
+    pub rank: EngineIndex,
+    /// Which incarnation.
+    pub incarnation: Incarnation,
 }
 
 /// What the handshake task reports.
-#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum HandshakeEvent {
     /// HELLO came and INIT went out.
     Connected {
@@ -85,37 +81,39 @@ pub enum HandshakeEvent {
 }
 
 /// Handle of the handshake task.
-#[derive(Clone, Debug)]
-pub struct HandshakeHandle {
-    /// Commands.
-    pub commands: mpsc::Sender<HandshakeCommand>,
+pub type HandshakeHandle = Handle<HandshakeAsk>;
+
+asks! {
+    /// What can be asked of who starts vLLM on a node.
+    ProcessAsk {
+        Spawn -> u32, "start of an engine", Once;
+        StopEngine -> (), "stop of an engine", End;
+    }
 }
 
-/// Commands for whoever starts vLLM on a node.
-#[derive(Debug)]
-pub enum ProcessCommand {
-    /// Start the engine of a rank; the node builds the command line from its own configuration.
-    Spawn {
-        /// Which rank.
-        rank: EngineIndex,
-        /// Which incarnation.
-        incarnation: Incarnation,
-        /// Where the engine says HELLO.
-        handshake: std::net::SocketAddr,
-        /// Its pid.
-        reply: Reply<u32>,
-    },
-    /// Stop it: SIGTERM, after the kill grace SIGKILL. Its exit comes as an event.
-    Stop {
-        /// Which rank.
-        rank: EngineIndex,
-        /// Told (the process may live on for the grace).
-        reply: Reply<()>,
-    },
+/// Start the engine of a rank; the node builds the command line from its own configuration. Answered with its pid.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Spawn {
+    /// Which rank.
+    pub rank: EngineIndex,
+    /// Which incarnation.
+    pub incarnation: Incarnation,
+    /// Where the engine says HELLO.
+    pub handshake: SocketAddr,
 }
+
+/// Stop it: SIGTERM, after the kill grace SIGKILL. Its exit comes as an event; the process may live on for the grace.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StopEngine {
+    /// Which rank.
+    pub rank: EngineIndex,
+}
+
+/// Handle of who starts vLLM on a node.
+pub type ProcessHandle = Handle<ProcessAsk>;
 
 /// What happened to processes of engines.
-#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum ProcessEvent {
     /// An engine's process has ended, with all its children.
     Exited {
@@ -137,27 +135,4 @@ pub enum ProcessEvent {
         /// Who told it.
         reason: String,
     },
-}
-
-pub use dp_sidecar_protocol::machine::weight_update::NodeId;
-
-/// What the leader hears about a node of the deployment: its own, or one at the other end of a peer link.
-#[derive(Clone, Debug)]
-pub enum NodeEvent {
-    /// Of its engines' processes.
-    Process(ProcessEvent),
-    /// The link to it is there again; this is what it knows. What happened in between is not told otherwise.
-    Connected(Box<super::NodeState>),
-    /// The link to it is lost. Its engines go on; commands wait in the link, under their deadlines.
-    Disconnected {
-        /// What was seen.
-        reason: String,
-    },
-}
-
-/// Handle of whoever starts vLLM on a node.
-#[derive(Clone, Debug)]
-pub struct ProcessHandle {
-    /// Commands.
-    pub commands: mpsc::Sender<ProcessCommand>,
 }

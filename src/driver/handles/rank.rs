@@ -5,13 +5,18 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Slot};
-use tokio::sync::{mpsc, oneshot, watch};
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 use uuid::Uuid;
 
-use super::{CallResult, EngineFacts, HandleError, Reply};
+use super::ask::asks;
+use super::{Ask, CallResult, EngineFacts, Handle, HandleError};
+
+/// Between the deadline of what a command does and the end of the wait for its answer.
+const MARGIN: Duration = Duration::from_secs(2);
 
 /// Address pairs of one engine incarnation: position = slot, see [`Slot`].
-#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SlotAddresses {
     /// `ipc://` address of the input ROUTER of each slot.
     pub inputs: Vec<String>,
@@ -19,8 +24,80 @@ pub struct SlotAddresses {
     pub outputs: Vec<String>,
 }
 
-/// What a rank needs to open the data path to one API server of a frontend.
-#[derive(Debug)]
+asks! {
+    /// What a rank task can be asked for.
+    RankAsk {
+        Prepare -> SlotAddresses, "sockets for an engine", Repeat;
+        EngineReady -> (), "engine ready", Life;
+        Admit -> (), "admit", Life;
+        EngineDown -> (), "engine down", End;
+        Admission -> (), "admission", Repeat;
+        Call -> rmpv::Value, "call", Life, |call| call.timeout.saturating_add(MARGIN);
+        OpenRoute -> Slot, "route", Once, |route| route.connect_timeout.saturating_add(MARGIN);
+        AdoptRoute -> Slot, "adoption of a route", Life;
+        CloseRoutes -> (), "closing of routes", End;
+        // A forwarded call is answered by the engine; whoever asks has the deadline.
+        Release -> rmpv::Value, "release of a control call", Once, |_| Duration::from_secs(24 * 3600);
+    }
+}
+
+/// Bind fresh sockets for a new incarnation; those of the old one are dropped, and what was in flight there is
+/// answered. Asked for the incarnation whose sockets are open already, they stay as they are.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Prepare {
+    /// The new incarnation.
+    pub incarnation: Incarnation,
+}
+
+/// The engine's handshake is complete: control calls may be sent.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct EngineReady {
+    /// Which incarnation.
+    pub incarnation: Incarnation,
+    /// Field positions of its vLLM version, and what frontends are told about it: a link's serving side
+    /// keeps it for a restarted sidecar.
+    pub facts: Box<EngineFacts>,
+}
+
+/// Let the frontends' traffic through (what was held is sent).
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Admit {
+    /// Which incarnation.
+    pub incarnation: Incarnation,
+}
+
+/// The engine is gone: answer what is in flight, hold what comes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct EngineDown {
+    /// Which incarnation.
+    pub incarnation: Incarnation,
+    /// Why, for logs and failure messages.
+    pub reason: String,
+}
+
+/// Open or close the gate for new requests of frontends. Closed: ADDs are held up to the bound. Answered when it is
+/// in force.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Admission {
+    /// Open?
+    pub open: bool,
+}
+
+/// Call a method of the engine core on the control slot.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Call {
+    /// Names the call, over all links that it crosses. Asked for again under the same key, it is not made again.
+    pub key: Uuid,
+    /// vLLM's method name.
+    pub method: String,
+    /// Positional arguments.
+    pub args: Vec<rmpv::Value>,
+    /// Answer with a deadline error after this long.
+    pub timeout: Duration,
+}
+
+/// Open the data path to one API server of a frontend. Its loss is a [`RouteLost`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct OpenRoute {
     /// The attachment that asks.
     pub frontend: FrontendId,
@@ -34,12 +111,37 @@ pub struct OpenRoute {
     pub registration: Bytes,
     /// Give up connecting after this long.
     pub connect_timeout: Duration,
-    /// Told once when the route is lost after it was opened (peer gone, peer does not read).
-    pub lost: mpsc::Sender<RouteLost>,
 }
 
-/// A route ended without being closed.
-#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+/// Tells the slot of a route that a restarted sidecar has found open. Fails if there is no such route (any more).
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct AdoptRoute {
+    /// Whose.
+    pub frontend: FrontendId,
+    /// Which of its API servers.
+    pub api_server: u32,
+}
+
+/// Close all routes of a frontend; its requests in flight are aborted on the engine, and slots are freed when the
+/// engine has confirmed that.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CloseRoutes {
+    /// Whose.
+    pub frontend: FrontendId,
+}
+
+/// What to do with a [`HeldCall`]. Answered when the engine has answered a forwarded call (its result also went to
+/// the frontend); at once for the other verdicts.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Release {
+    /// Of the held call.
+    pub ticket: u64,
+    /// What to do.
+    pub verdict: Verdict,
+}
+
+/// A route ended without being closed: its peer has gone, or does not read.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RouteLost {
     /// Whose.
     pub frontend: FrontendId,
@@ -51,104 +153,9 @@ pub struct RouteLost {
     pub reason: String,
 }
 
-/// Commands of a rank task.
-#[derive(Debug)]
-pub enum RankCommand {
-    /// Bind fresh sockets for a new incarnation; those of the old one are dropped, and what was in
-    /// flight there is answered.
-    Prepare {
-        /// The new incarnation. The one whose sockets are open already: they stay as they are.
-        incarnation: Incarnation,
-        /// Where it must connect.
-        reply: Reply<SlotAddresses>,
-    },
-    /// The engine's handshake is complete: control calls may be sent.
-    EngineReady {
-        /// Which incarnation.
-        incarnation: Incarnation,
-        /// Field positions of its vLLM version, and what frontends are told about it: a link's serving side
-        /// keeps it for a restarted sidecar.
-        facts: Box<EngineFacts>,
-    },
-    /// Let the frontends' traffic through (what was held is sent).
-    Admit {
-        /// Which incarnation.
-        incarnation: Incarnation,
-    },
-    /// The engine is gone: answer what is in flight, hold what comes.
-    EngineDown {
-        /// Which incarnation.
-        incarnation: Incarnation,
-        /// Why, for logs and failure messages.
-        reason: String,
-    },
-    /// Open or close the gate for new requests of frontends. Closed: ADDs are held up to the bound.
-    /// Answered when it is in force.
-    Admission {
-        /// Open?
-        open: bool,
-        /// Done.
-        reply: Reply<()>,
-    },
-    /// Call a method of the engine core on the control slot.
-    Call {
-        /// Names the call. Asked for again under the same key, it is not made again.
-        key: Uuid,
-        /// vLLM's method name.
-        method: String,
-        /// Positional arguments.
-        args: Vec<rmpv::Value>,
-        /// Answer with a deadline error after this long.
-        timeout: Duration,
-        /// The result.
-        reply: Reply<rmpv::Value>,
-    },
-    /// Open a route to a frontend's API server.
-    OpenRoute {
-        /// What to open.
-        route: OpenRoute,
-        /// The slot that was taken.
-        reply: Reply<Slot>,
-    },
-    /// Report the loss of a route that is open already to somebody else from now on: a restarted sidecar has
-    /// found it. Fails if there is no such route (any more).
-    AdoptRoute {
-        /// Whose.
-        frontend: FrontendId,
-        /// Which of its API servers.
-        api_server: u32,
-        /// Told once when the route is lost.
-        lost: mpsc::Sender<RouteLost>,
-        /// The slot it has.
-        reply: Reply<Slot>,
-    },
-    /// Close all routes of a frontend; its requests in flight are aborted on the engine.
-    CloseRoutes {
-        /// Whose.
-        frontend: FrontendId,
-        /// Done (requests aborted; slots are freed later, when the engine has confirmed).
-        reply: Reply<()>,
-    },
-    /// What to do with a held control call, see [`HeldCall`].
-    Release {
-        /// Ticket of the held call.
-        ticket: u64,
-        /// What to do.
-        verdict: Verdict,
-        /// Told when the engine has answered the forwarded call (its result also went to the
-        /// frontend); at once for the other verdicts.
-        reply: Reply<rmpv::Value>,
-    },
-    /// Stop: answer what is in flight, close everything, end.
-    Shutdown {
-        /// Done.
-        reply: Reply<()>,
-    },
-}
-
 /// A control call of a frontend (pause, resume, sleep, weight methods ...), held at one rank until
 /// the control task has decided.
-#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct HeldCall {
     /// At which rank.
     pub rank: EngineIndex,
@@ -165,7 +172,7 @@ pub struct HeldCall {
 }
 
 /// Decision on a [`HeldCall`].
-#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum Verdict {
     /// Send it to the engine; the answer goes to the frontend.
     Forward,
@@ -176,7 +183,7 @@ pub enum Verdict {
 }
 
 /// What a rank task reports.
-#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum RankEvent {
     /// The first registration frame of an incarnation came in on the control slot.
     Registered {
@@ -199,7 +206,7 @@ pub enum RankEvent {
 }
 
 /// Plain data about a rank for status and metrics.
-#[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct RankSnapshot {
     /// The rank.
     pub rank: EngineIndex,
@@ -213,12 +220,23 @@ pub struct RankSnapshot {
     pub in_flight: BTreeMap<u64, u64>,
     /// Requests held in front of the engine.
     pub held: u64,
-    /// Slots: occupied, being drained, all.
-    pub slots: (u32, u32, u32),
+    /// Slots for frontends.
+    pub slots: Slots,
     /// Messages of frontends refused since start.
     pub refused: u64,
     /// Weight version stamped on the last step output (vLLM 0.32.0 and later).
     pub weight_version: Option<String>,
+}
+
+/// Slots of an engine for API servers of frontends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Slots {
+    /// Taken.
+    pub occupied: u32,
+    /// Given up, and not free before the engine has nothing more for the last owner.
+    pub draining: u32,
+    /// All there are.
+    pub all: u32,
 }
 
 /// Handle of a rank task.
@@ -227,57 +245,44 @@ pub struct RankHandle {
     /// The rank.
     pub rank: EngineIndex,
     /// Commands.
-    pub commands: mpsc::Sender<RankCommand>,
+    pub commands: Handle<RankAsk>,
     /// Latest state.
     pub snapshot: watch::Receiver<RankSnapshot>,
 }
 
 impl RankHandle {
-    /// Sends a command and waits for its answer, at most `limit`.
-    pub async fn ask<T>(
-        &self,
-        what: &str,
-        limit: Duration,
-        command: impl FnOnce(Reply<T>) -> RankCommand,
-    ) -> Result<T, HandleError> {
-        ask(&self.commands, "rank", format!("{what} of rank {}", self.rank), limit, command).await
+    /// See [`Handle::ask`].
+    pub async fn ask<A: Ask>(&self, ask: A) -> Result<A::Answer, HandleError>
+    where
+        RankAsk: From<A>,
+    {
+        self.ask_within(ask.limit(), ask).await
     }
 
-    /// Sends a command that has no answer.
-    pub async fn tell(&self, command: RankCommand) -> Result<(), HandleError> {
-        self.commands.send(command).await.map_err(|_| HandleError::Gone { task: "rank" })
+    /// See [`Handle::ask_within`].
+    pub async fn ask_within<A: Ask>(&self, limit: Duration, ask: A) -> Result<A::Answer, HandleError>
+    where
+        RankAsk: From<A>,
+    {
+        self.commands.ask_within(limit, ask).await.map_err(|error| match error {
+            HandleError::Deadline { what, limit } => {
+                HandleError::Deadline { what: format!("{what} of rank {}", self.rank), limit }
+            }
+            error => error,
+        })
+    }
+
+    /// See [`Handle::tell`].
+    pub async fn tell<A: Ask>(&self, ask: A) -> Result<(), HandleError>
+    where
+        RankAsk: From<A>,
+    {
+        self.commands.tell(ask).await
     }
 
     /// Calls a method of the engine core on the control slot.
     pub async fn call(&self, method: &str, args: Vec<rmpv::Value>, timeout: Duration) -> CallResult {
-        let method = method.to_owned();
-        let what = method.clone();
-        self.ask(&what, timeout + Duration::from_secs(1), |reply| RankCommand::Call {
-            key: Uuid::new_v4(),
-            method,
-            args,
-            timeout,
-            reply,
-        })
-        .await
-    }
-}
-
-/// Sends a command with a reply channel and waits for the answer under a deadline.
-pub async fn ask<C, T>(
-    commands: &mpsc::Sender<C>,
-    task: &'static str,
-    what: String,
-    limit: Duration,
-    command: impl FnOnce(Reply<T>) -> C,
-) -> Result<T, HandleError> {
-    let (reply, answer) = oneshot::channel();
-    let exchange = async {
-        commands.send(command(reply)).await.map_err(|_| HandleError::Gone { task })?;
-        answer.await.map_err(|_| HandleError::Gone { task })?
-    };
-    match tokio::time::timeout(limit, exchange).await {
-        Ok(result) => result,
-        Err(_) => Err(HandleError::Deadline { what, limit }),
+        let call = Call { key: Uuid::new_v4(), method: method.to_owned(), args, timeout };
+        self.ask(call).await
     }
 }

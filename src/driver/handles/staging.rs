@@ -1,13 +1,13 @@
 //! Handle of a node's staging area.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use bytes::Bytes;
 use dp_sidecar_protocol::machine::weight_update::Checkpoint;
 use dp_sidecar_protocol::{UpdateId, WeightVersion};
-use tokio::sync::mpsc;
 
-use super::Reply;
+use super::{Ask, Delivery, Handle};
 
 /// Where a node takes the bytes of a new checkpoint from.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -200,18 +200,30 @@ pub enum StageEvent {
     },
 }
 
-/// Commands of the staging task.
-#[derive(Debug)]
-pub struct StageCommand {
-    /// What.
-    pub request: StageRequest,
+/// A node may have to look through a directory.
+const STAGE_LIMIT: Duration = Duration::from_secs(300);
+
+impl Ask for StageRequest {
     /// State after it.
-    pub reply: Reply<StageState>,
+    type Answer = StageState;
+    const NAME: &'static str = "staging";
+
+    /// An update that lacks a node fails now, and may be tried again; the node must only hear what was committed.
+    /// Adapters may be told again and again.
+    fn delivery(&self) -> Delivery {
+        match self {
+            Self::Commit { .. }
+            | Self::TakeAdapter { .. }
+            | Self::AdapterPiece { .. }
+            | Self::KeepAdapters { .. } => Delivery::Repeat,
+            Self::State | Self::Probe { .. } | Self::Begin(_) | Self::Discard { .. } => Delivery::Once,
+        }
+    }
+
+    fn limit(&self) -> Duration {
+        STAGE_LIMIT
+    }
 }
 
 /// Handle of a node's staging task.
-#[derive(Clone, Debug)]
-pub struct StageHandle {
-    /// Commands.
-    pub commands: mpsc::Sender<StageCommand>,
-}
+pub type StageHandle = Handle<StageRequest>;

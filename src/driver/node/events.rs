@@ -35,6 +35,8 @@ impl Node {
 
     pub(super) async fn node_event(&mut self, node: NodeId, event: NodeEvent) {
         match event {
+            NodeEvent::Rank(event) => self.rank_event(event).await,
+            NodeEvent::Handshake(event) => self.handshake_event(event),
             NodeEvent::Process(event) => self.process_event(node, event),
             NodeEvent::Connected(state) => {
                 info!(%node, "node is there again");
@@ -51,6 +53,13 @@ impl Node {
                 self.away.insert(node);
                 self.event(Event::NodeAway { ranks });
             }
+            // For others.
+            NodeEvent::Snapshot(_)
+            | NodeEvent::Held(_)
+            | NodeEvent::Wake(_)
+            | NodeEvent::RouteLost(_)
+            | NodeEvent::Edge(_)
+            | NodeEvent::Stage(_) => {}
         }
     }
 

@@ -22,13 +22,12 @@ use tokio::time::Instant;
 use tracing::debug;
 
 use super::handles::{
-    CoordinatorHandle, Deployment, GroupKind, HandshakeEvent, HandshakeHandle, NodeEvent, NodeId,
-    ProcessHandle, RankEvent, RankHandle,
+    CoordinatorHandle, Deployment, GroupKind, HandshakeHandle, NodeEvent, NodeId, NodeState, ProcessHandle,
+    RankHandle,
 };
 use super::init;
 use super::weight_update::UpdateHandle;
 use crate::config::{Config, Engines};
-use crate::driver::handles::NodeState;
 
 /// Limit for answers of our own tasks, and of other nodes.
 const ANSWER: Duration = Duration::from_secs(10);
@@ -110,11 +109,7 @@ impl Peers {
 /// What comes in.
 #[derive(Debug)]
 pub struct Inputs {
-    /// From the rank tasks.
-    pub ranks: mpsc::Receiver<RankEvent>,
-    /// From the handshake tasks of all nodes.
-    pub handshake: mpsc::Receiver<HandshakeEvent>,
-    /// About processes and nodes.
+    /// What the nodes report about their engines and themselves.
     pub nodes: mpsc::Receiver<(NodeId, NodeEvent)>,
     /// From everybody else.
     pub commands: mpsc::Receiver<NodeCommand>,
@@ -246,8 +241,6 @@ impl Node {
                     Some(NodeCommand::Stop) | None => self.event(Event::Stop),
                 },
                 Some((node, event)) = inputs.nodes.recv() => self.node_event(node, event).await,
-                Some(event) = inputs.handshake.recv() => self.handshake_event(event),
-                Some(event) = inputs.ranks.recv() => self.rank_event(event).await,
                 Some(done) = self.work.join_next() => self.work_done(done),
                 () = super::sleep_until(due) => {
                     let now = self.now();

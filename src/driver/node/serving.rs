@@ -5,13 +5,13 @@ use dp_sidecar_protocol::{EngineIndex, Incarnation};
 use tracing::{debug, info};
 
 use super::{Facts, Node, Outcome};
-use crate::driver::handles::{CoordinatorCommand, HandshakeCommand, RankCommand};
+use crate::driver::handles::{Admit, CoordinatorCommand, EngineDown, EngineReady, Forget};
 
 impl Node {
     pub(super) async fn down(&mut self, rank: EngineIndex, incarnation: Incarnation, reason: String) {
-        let forget = HandshakeCommand::Forget { rank, incarnation };
+        let forget = Forget { rank, incarnation };
         let lost = match self.peers.node_of(rank) {
-            Some((_, node)) => node.handshake.commands.send(forget).await.is_err(),
+            Some((_, node)) => node.handshake.tell(forget).await.is_err(),
             None => false,
         };
         let down = CoordinatorCommand::EngineDown { rank, incarnation };
@@ -20,7 +20,7 @@ impl Node {
             debug!("a task has ended before the engine");
         }
         if let Some(handle) = self.peers.ranks.get(&rank)
-            && let Err(error) = handle.tell(RankCommand::EngineDown { incarnation, reason }).await
+            && let Err(error) = handle.tell(EngineDown { incarnation, reason }).await
         {
             debug!(rank = rank.0, %error, "engine down");
         }
@@ -31,7 +31,7 @@ impl Node {
             let Some(engine) = self.facts.get(&rank).and_then(Facts::known) else {
                 continue;
             };
-            let ready = RankCommand::EngineReady { incarnation, facts: Box::new(engine.clone()) };
+            let ready = EngineReady { incarnation, facts: Box::new(engine.clone()) };
             self.outputs.deployment.send_modify(|d| {
                 d.engines.insert(rank, engine);
             });
@@ -57,7 +57,7 @@ impl Node {
 
     pub(super) async fn admit(&mut self, rank: EngineIndex, incarnation: Incarnation) {
         if let Some(handle) = self.peers.ranks.get(&rank)
-            && let Err(error) = handle.tell(RankCommand::Admit { incarnation }).await
+            && let Err(error) = handle.tell(Admit { incarnation }).await
         {
             debug!(rank = rank.0, %error, "admit");
         }

@@ -9,8 +9,7 @@ use tracing::debug;
 use super::{ANSWER, Facts, Node, Outcome};
 use crate::config::Engines;
 use crate::driver::handles::{
-    CoordinatorCommand, Expectation, GroupKind, HandleError, HandshakeCommand, Listen, ProcessCommand,
-    ProcessHandle, RankCommand, ask,
+    Expect, GroupKind, HandleError, Listen, Prepare, ProcessHandle, Spawn, StopEngine,
 };
 use crate::driver::init;
 
@@ -30,31 +29,19 @@ impl Node {
         else {
             return;
         };
-        let coordinator = self.peers.coordinator.commands.clone();
-        let handshake = node.handshake.commands.clone();
+        let coordinator = self.peers.coordinator.clone();
+        let handshake = node.handshake.clone();
         let config = self.config.clone();
         self.work.spawn(async move {
             let prepared: Result<SocketAddr, HandleError> = async {
-                let slots = handle
-                    .ask("sockets", ANSWER, |reply| RankCommand::Prepare { incarnation, reply })
-                    .await?;
-                let what = format!("coordinator sockets of rank {rank}");
-                let coordinator = ask(&coordinator, "coordinator", what, ANSWER, |reply| {
-                    CoordinatorCommand::Prepare { rank, incarnation, reply }
-                })
-                .await?;
+                let slots = handle.ask_within(ANSWER, Prepare { incarnation }).await?;
+                let coordinator = coordinator.prepare(rank, incarnation, ANSWER).await?;
                 let listen = match config.engines {
                     Engines::Spawn(_) => Listen::Own,
                     Engines::Attach => Listen::Shared,
                 };
                 let init = init::encode(&config, slots, coordinator, &ports);
-                let expectation = Expectation { rank, incarnation, listen, init };
-                let what = format!("handshake listener of rank {rank}");
-                ask(&handshake, "handshake", what, ANSWER, |reply| HandshakeCommand::Expect {
-                    expectation,
-                    reply,
-                })
-                .await
+                handshake.ask_within(ANSWER, Expect { rank, incarnation, listen, init }).await
             }
             .await;
             match prepared {
@@ -92,11 +79,8 @@ impl Node {
             let Some(processes) = processes else {
                 return failed("nobody starts processes on its node");
             };
-            let what = format!("start of engine {rank}");
-            let spawned = ask(&processes.commands, "process", what, ANSWER + ANSWER, |reply| {
-                ProcessCommand::Spawn { rank, incarnation, handshake, reply }
-            });
-            match spawned.await {
+            let spawn = Spawn { rank, incarnation, handshake };
+            match processes.ask_within(ANSWER + ANSWER, spawn).await {
                 Ok(pid) => Outcome::Spawned { rank, incarnation, pid },
                 // No answer does not mean no process: if there is one it must not stay.
                 Err(error @ HandleError::Deadline { .. }) if stop_child(&processes, rank).await => {
@@ -127,13 +111,8 @@ impl Node {
 
 /// Has the process of a rank stopped. False if there is none, or if nobody answers.
 async fn stop_child(processes: &ProcessHandle, rank: EngineIndex) -> bool {
-    let what = format!("stop of engine {rank}");
-    let stopped = ask(&processes.commands, "process", what, ANSWER + ANSWER, |reply| ProcessCommand::Stop {
-        rank,
-        reply,
-    });
     // It may have exited by itself a moment ago: then its exit is on the way.
-    let stopped = stopped.await;
+    let stopped = processes.ask_within(ANSWER + ANSWER, StopEngine { rank }).await;
     if let Err(error) = &stopped {
         debug!(rank = rank.0, %error, "stop of the engine");
     }

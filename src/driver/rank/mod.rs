@@ -16,16 +16,14 @@ use std::time::Duration;
 use dp_sidecar_protocol::machine::virtual_engine;
 use dp_sidecar_protocol::{EngineIndex, Frames};
 use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::handles::{GroupKind, HeldCall, RankEvent, RankHandle, RankSnapshot};
+use super::handles::{GroupKind, NodeEvent, RankHandle, RankSnapshot, queue};
 use crate::transport::PrivateDir;
 
 /// By how much the numbers in a rank's snapshot may lag behind.
 pub const SNAPSHOT_LAG: Duration = task::SNAPSHOT_INTERVAL;
-
-/// Commands waiting for a rank task.
-const COMMANDS: usize = 64;
 
 /// What a rank task needs to know.
 #[derive(Clone, Debug)]
@@ -38,38 +36,29 @@ pub struct RankConfig {
     pub dir: PrivateDir,
     /// Bytes waiting for one API server. A frontend that lets them grow beyond loses its route.
     pub max_queued_bytes: usize,
+    /// Ends the task: what is in flight is answered, and everything closed.
+    pub stop: CancellationToken,
 }
 
 impl RankConfig {
     /// The defaults for a rank.
-    pub const fn new(rank: EngineIndex, frontend_slots: u32, kind: GroupKind, dir: PrivateDir) -> Self {
+    pub fn new(rank: EngineIndex, frontend_slots: u32, kind: GroupKind, dir: PrivateDir) -> Self {
         Self {
             machine: virtual_engine::Config::new(rank, frontend_slots),
             kind,
             dir,
             max_queued_bytes: 32 << 20,
+            stop: CancellationToken::new(),
         }
     }
 }
 
-/// Where a rank task reports.
-#[derive(Clone, Debug)]
-pub struct RankOutputs {
-    /// To the node task.
-    pub events: mpsc::Sender<RankEvent>,
-    /// To the control task.
-    pub held: mpsc::Sender<HeldCall>,
-    /// To the coordinator task, lockstep groups only: a request went to this rank's engine. When
-    /// full, wakes are dropped: those in the queue come later than the request, which is enough.
-    pub wake: mpsc::Sender<EngineIndex>,
-}
-
-/// Starts the task of a rank.
-pub fn spawn(config: RankConfig, tracker: &TaskTracker, outputs: RankOutputs) -> RankHandle {
+/// Starts the task of a rank, which reports to `events`. It never waits for their reader.
+pub fn spawn(config: RankConfig, tracker: &TaskTracker, events: mpsc::Sender<NodeEvent>) -> RankHandle {
     let rank = config.machine.rank;
-    let (commands, receiver) = mpsc::channel(COMMANDS);
+    let (commands, inbox) = queue("rank");
     let (publish, snapshot) = watch::channel(RankSnapshot { rank, ..RankSnapshot::default() });
-    tracker.spawn(task::RankTask::new(config, outputs, publish).run(receiver));
+    tracker.spawn(task::RankTask::new(config, events, publish).run(inbox));
     RankHandle { rank, commands, snapshot }
 }
 

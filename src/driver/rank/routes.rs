@@ -1,13 +1,10 @@
 //! Routes: the connections to one API server of a frontend.
 
-use std::time::Duration;
-
 use dp_sidecar_protocol::{EngineIdentity, FrontendId};
 use futures::stream::{self, AbortHandle, abortable};
-use tokio::sync::mpsc;
 
 use super::{BATCH, Input, Source};
-use crate::driver::handles::{OpenRoute, RouteLost};
+use crate::driver::handles::OpenRoute;
 use crate::transport::{Dealer, PeerReceiver, PeerSender, Push, TransportError};
 
 /// An open route. Dropping it closes the connections.
@@ -15,7 +12,6 @@ pub(super) struct Route {
     pub(super) epoch: u64,
     pub(super) frontend: FrontendId,
     pub(super) api_server: u32,
-    pub(super) lost: mpsc::Sender<RouteLost>,
     /// To the API server's output socket.
     pub(super) outputs: PeerSender,
     /// Something was queued since the last flush.
@@ -51,7 +47,6 @@ impl Route {
             epoch,
             frontend: request.frontend,
             api_server: request.api_server,
-            lost: request.lost.clone(),
             outputs,
             dirty: false,
             blocked: false,
@@ -136,12 +131,4 @@ pub(super) fn writable_source(route: &Route, slot: u32) -> Source {
         writable.await;
         Input::Writable { epoch, slot }
     }))
-}
-
-/// Tells an attachment that a route is lost, without making the rank task wait for it.
-pub(super) async fn report_lost(lost: mpsc::Sender<RouteLost>, report: RouteLost) {
-    const LIMIT: Duration = Duration::from_secs(10);
-    if tokio::time::timeout(LIMIT, lost.send(report.clone())).await.is_err() {
-        tracing::error!(?report, "the attachment does not take the loss of a route");
-    }
 }

@@ -18,10 +18,11 @@ use tokio::time::{Instant, Sleep, sleep_until, timeout};
 use super::calls::Calls;
 use super::engine::EngineSockets;
 use super::routes::{self, Route};
-use super::{Input, LAST_FLUSH, RankConfig, RankOutputs, Source};
+use super::{Input, LAST_FLUSH, RankConfig, Source};
 use crate::driver::handles::{
-    GroupKind, HandleError, HeldCall, OpenRoute, RankCommand, RankEvent, RankSnapshot, Reply, RouteLost,
-    SlotAddresses, Verdict,
+    Admission, Admit, AdoptRoute, CloseRoutes, EngineDown, EngineReady, Envelope, GroupKind, HandleError,
+    HeldCall, NodeEvent, OpenRoute, Prepare, RankAsk, RankEvent, RankSnapshot, Release, ReplyTo, RouteLost,
+    SlotAddresses, Slots, Verdict,
 };
 use crate::transport::{Dealer, Push, TransportError};
 
@@ -43,13 +44,13 @@ struct Opened {
     epoch: u64,
     slot: u32,
     request: OpenRoute,
-    reply: Reply<Slot>,
+    reply: ReplyTo,
     result: Result<(Dealer, Push), TransportError>,
 }
 
 pub(super) struct RankTask {
     config: RankConfig,
-    outputs: RankOutputs,
+    outputs: mpsc::Sender<NodeEvent>,
     publish: watch::Sender<RankSnapshot>,
     machine: VirtualEngine,
     start: Instant,
@@ -61,11 +62,9 @@ pub(super) struct RankTask {
     dirty: Vec<u32>,
     opening: BTreeMap<u32, Opening>,
     connecting: JoinSet<Opened>,
-    reports: JoinSet<()>,
     calls: Calls,
-    releases: BTreeMap<u64, Reply<rmpv::Value>>,
-    events: VecDeque<RankEvent>,
-    held: VecDeque<HeldCall>,
+    releases: BTreeMap<u64, ReplyTo>,
+    events: VecDeque<NodeEvent>,
     wake: bool,
     published: Instant,
     /// The engine of this rank is another one, or its admission changed: others act on that, so the
@@ -80,7 +79,7 @@ pub(super) struct RankTask {
 impl RankTask {
     pub(super) fn new(
         config: RankConfig,
-        outputs: RankOutputs,
+        outputs: mpsc::Sender<NodeEvent>,
         publish: watch::Sender<RankSnapshot>,
     ) -> Self {
         let now = Instant::now();
@@ -97,11 +96,9 @@ impl RankTask {
             dirty: Vec::new(),
             opening: BTreeMap::new(),
             connecting: JoinSet::new(),
-            reports: JoinSet::new(),
             calls: Calls::default(),
             releases: BTreeMap::new(),
             events: VecDeque::new(),
-            held: VecDeque::new(),
             wake: false,
             published: now,
             urgent: false,
@@ -124,15 +121,16 @@ impl RankTask {
         self.next_epoch
     }
 
-    pub(super) async fn run(mut self, mut commands: mpsc::Receiver<RankCommand>) {
+    pub(super) async fn run(mut self, mut commands: mpsc::Receiver<Envelope<RankAsk>>) {
         let mut timer = Box::pin(sleep_until(self.start));
-        let mut done: Option<Reply<()>> = None;
-        let (events, held) = (self.outputs.events.clone(), self.outputs.held.clone());
-        while done.is_none() {
+        let events = self.outputs.clone();
+        let stop = self.config.stop.clone();
+        let mut stopped = Box::pin(stop.cancelled());
+        loop {
             let armed = self.arm(&mut timer);
             tokio::select! {
+                () = &mut stopped => break,
                 command = commands.recv() => match command {
-                    Some(RankCommand::Shutdown { reply }) => done = Some(reply),
                     Some(command) => self.handle_command(command).await,
                     None => break,
                 },
@@ -142,7 +140,6 @@ impl RankTask {
                         self.handle_opened(opened);
                     }
                 }
-                Some(_) = self.reports.join_next() => {}
                 () = &mut timer, if armed => {
                     let now = self.now();
                     self.machine.handle_timeout(now);
@@ -150,11 +147,6 @@ impl RankTask {
                 Ok(permit) = events.reserve(), if !self.events.is_empty() => {
                     if let Some(event) = self.events.pop_front() {
                         permit.send(event);
-                    }
-                }
-                Ok(permit) = held.reserve(), if !self.held.is_empty() => {
-                    if let Some(call) = self.held.pop_front() {
-                        permit.send(call);
                     }
                 }
             }
@@ -171,7 +163,7 @@ impl RankTask {
             self.perform().await;
             self.publish();
         }
-        self.stop(done).await;
+        self.stop().await;
     }
 
     /// Sets the timer to what is due next.
@@ -259,7 +251,8 @@ impl RankTask {
         match engine.registered(slot).await {
             Ok(true) if slot == Slot::CONTROL.0 => {
                 let frame = frames.into_iter().next().unwrap_or_default();
-                self.events.push_back(RankEvent::Registered { rank: self.rank(), incarnation, frame });
+                let registered = RankEvent::Registered { rank: self.rank(), incarnation, frame };
+                self.events.push_back(NodeEvent::Rank(registered));
             }
             Ok(_) => {}
             Err(error) => self.engine_lost(error.to_string()),
@@ -279,10 +272,7 @@ impl RankTask {
             reason = report.reason,
             "route lost"
         );
-        if let Err(mpsc::error::TrySendError::Full(report)) = route.lost.try_send(report) {
-            let lost = route.lost.clone();
-            self.reports.spawn(routes::report_lost(lost, report));
-        }
+        self.events.push_back(NodeEvent::RouteLost(report));
         let now = self.now();
         let event = Event::CloseSlot { slot: Slot(slot) };
         self.machine.handle_event(now, event);
@@ -311,18 +301,13 @@ impl RankTask {
                     }
                 }
                 Action::HeldCall { ticket, frontend, api_server, method, args } => {
-                    self.held.push_back(HeldCall {
-                        rank: self.config.machine.rank,
-                        ticket,
-                        frontend,
-                        api_server,
-                        method,
-                        args,
-                    })
+                    let rank = self.config.machine.rank;
+                    let call = HeldCall { rank, ticket, frontend, api_server, method, args };
+                    self.events.push_back(NodeEvent::Held(call));
                 }
                 Action::Released { ticket, result } => {
                     if let Some(reply) = self.releases.remove(&ticket) {
-                        let _ = reply.send(result.map_err(HandleError::failed));
+                        reply.send::<Release>(result.map_err(HandleError::failed));
                     }
                 }
                 Action::CallAnswered { token, result } => {
@@ -339,7 +324,7 @@ impl RankTask {
         }
         if std::mem::take(&mut self.wake) && self.config.kind == GroupKind::Lockstep {
             // Full: the wakes in the queue are handled after this request was sent.
-            let _ = self.outputs.wake.try_send(self.rank());
+            let _ = self.outputs.try_send(NodeEvent::Wake(self.rank()));
         }
     }
 
@@ -413,7 +398,11 @@ impl RankTask {
             admission_open: machine.gate_open,
             in_flight: machine.in_flight.iter().map(|(id, n)| (id.0, *n)).collect(),
             held: machine.held,
-            slots: (machine.occupied, machine.draining, self.config.machine.frontend_slots),
+            slots: Slots {
+                occupied: machine.occupied,
+                draining: machine.draining,
+                all: self.config.machine.frontend_slots,
+            },
             refused: machine.refused,
             weight_version: machine.weight_version,
         };
@@ -421,7 +410,7 @@ impl RankTask {
     }
 
     /// Answers what is in flight, gives the answers a moment to get out, and ends.
-    async fn stop(mut self, done: Option<Reply<()>>) {
+    async fn stop(mut self) {
         if let Some(engine) = self.engine.take() {
             let now = self.now();
             let event =
@@ -436,11 +425,6 @@ impl RankTask {
         };
         let _ = timeout(LAST_FLUSH, flush).await;
         self.connecting.shutdown().await;
-        self.reports.shutdown().await;
-        drop(self);
-        if let Some(done) = done {
-            let _ = done.send(Ok(()));
-        }
     }
 }
 

@@ -538,8 +538,7 @@ impl Areas {
 
 /// Opens or closes the gate of all ranks.
 pub(super) async fn admission(ranks: &[RankHandle], open: bool, limit: Duration) -> Result<(), String> {
-    let answers =
-        ranks.iter().map(|rank| rank.ask("admission", limit, |reply| RankCommand::Admission { open, reply }));
+    let answers = ranks.iter().map(|rank| rank.ask_within(limit, Admission { open }));
     let failures: Vec<String> =
         join_all(answers).await.into_iter().filter_map(|answer| Some(answer.err()?.to_string())).collect();
     if failures.is_empty() {

@@ -264,7 +264,7 @@ impl Tools {
     /// Keeps an engine from serving, and has it started again. False: it is not certain that it does not serve.
     pub(super) async fn fence(&self, rank: EngineIndex, incarnation: Incarnation, why: String) -> bool {
         let handle = self.ranks.get(&rank).cloned();
-        let down = RankCommand::EngineDown { incarnation, reason: format!("fenced: {why}") };
+        let down = EngineDown { incarnation, reason: format!("fenced: {why}") };
         let request = FenceRequest { rank, incarnation, reason: why };
         let tell = async {
             if let Some(handle) = &handle

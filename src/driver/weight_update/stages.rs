@@ -4,8 +4,7 @@ use bytes::Bytes;
 use tokio::sync::Semaphore;
 
 use super::super::handles::{
-    AdapterPlace, StageCommand, StageEvent, StageHandle, StageProgress, StageRequest, StageSource, StageSpec,
-    StageState, ask,
+    AdapterPlace, StageEvent, StageHandle, StageProgress, StageRequest, StageSource, StageSpec, StageState,
 };
 use super::*;
 
@@ -93,9 +92,7 @@ impl Stages {
         let name = self.name(node);
         let known = self.nodes.get(&node).and_then(|node| node.handle.as_ref());
         let handle = known.ok_or_else(|| format!("{name} has no staging area"))?;
-        let what = format!("staging of {name}");
-        let asked = ask(&handle.commands, "staging", what, limit, |reply| StageCommand { request, reply });
-        asked.await.map_err(|error| format!("{name}: {error}"))
+        handle.ask_within(limit, request).await.map_err(|error| format!("{name}: {error}"))
     }
 
     pub(super) async fn state(&self, node: NodeId) -> Result<StageState, String> {

@@ -1,77 +1,44 @@
 //! The loop of a link's client.
 
-mod state;
-
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use dp_sidecar_protocol::{EngineIndex, Incarnation, Wave};
+use dp_sidecar_protocol::{EngineIndex, Wave};
+use futures::stream::StreamExt;
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 use uuid::Uuid;
 
-use super::requests::{Asked, Command, Commands, RouteKey, Waiter, is_idempotent, translate};
-use super::sinks::{Full, Sinks};
-use super::{ClientOptions, Link, LinkStatus};
-use crate::driver::handles::{EdgeEvent, HandleError, RankEvent, RankSnapshot, RouteLost};
-use crate::driver::handles::{NodeState, RankReport};
-use crate::link::codec::{LinkError, LinkStream, Wire, encode};
-use crate::link::is_wave_edge;
-use crate::link::wire::{Answer, Down, Event, LINK_VERSION, Request, Up};
+use super::{ClientOptions, Commands, Link, LinkStatus};
+use crate::driver::handles::{
+    About, Delivery, EdgeAsk, EdgeNote, Envelope, GetState, HandleError, LinkAsk, NodeAsk, NodeEvent,
+    NodeState, RankAsk, RankEvent, RankSnapshot, ReplyTo, Slots, decode, encode,
+};
+use crate::link::codec::{LinkError, LinkStream, Wire, frame};
+use crate::link::mutation::{self, Mutation};
+use crate::link::wire::{FromNode, LINK_VERSION, ToNode};
 
-/// Requests without an answer. Askers wait when there are more.
+/// Commands without an answer. Askers wait when there are more.
 const MAX_PENDING: usize = 1024;
 /// Held calls that may be waiting for a decision.
 const MAX_HELD: usize = 4096;
+/// Events that wait for their reader. One that is further behind costs the connection: the state of the next one
+/// makes up for what is lost.
+const MAX_EVENTS: usize = 1024;
 /// For the last frames to get out when the client ends.
 const LAST_FLUSH: Duration = Duration::from_millis(500);
-/// For somebody to take the loss of a route.
-const LOSS_LIMIT: Duration = Duration::from_secs(10);
 
-/// What becomes of a request when the process that should answer it is dead.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fate {
-    /// It fails: what it is about is gone.
-    Fail,
-    /// It is done: what it should end has ended.
-    Done,
-    /// Its successor is asked.
-    Keep,
-}
-
-const fn fate(request: &Request) -> Fate {
-    match request {
-        Request::Prepare { .. }
-        | Request::EdgePrepare { .. }
-        | Request::Admission { .. }
-        | Request::Expect { .. }
-        | Request::Stage(_)
-        | Request::State => Fate::Keep,
-        Request::CloseRoutes { .. }
-        | Request::EngineDown { .. }
-        | Request::EdgeClose { .. }
-        | Request::Forget { .. }
-        | Request::StopEngine { .. }
-        | Request::EdgeNote { .. }
-        | Request::Shutdown => Fate::Done,
-        _ => Fate::Fail,
-    }
-}
-
+/// A command without an answer.
 struct Pending {
-    frame: Bytes,
-    waiter: Waiter,
-    what: &'static str,
-    idempotent: bool,
-    fate: Fate,
+    ask: NodeAsk,
+    about: About,
+    reply: ReplyTo,
     limit: Duration,
     until: Instant,
-    /// The rank and the incarnation it prepares.
-    prepares: Option<(EngineIndex, Incarnation)>,
-    route: Option<RouteKey>,
-    is_note: bool,
+    /// The client's own, about this connection.
+    own: bool,
 }
 
 struct Connection {
@@ -81,83 +48,57 @@ struct Connection {
     /// When the unanswered ping was sent.
     pinged: Option<Instant>,
     greeted: bool,
-    /// The request whose answer makes this connection complete.
+    /// The command whose answer makes this connection complete.
     state: u64,
-}
-
-/// What was told about a rank.
-struct View {
-    publish: watch::Sender<RankSnapshot>,
-    /// The incarnation whose sockets are open over there.
-    known: Option<Incarnation>,
-    registered: bool,
-    subscribed: bool,
-    wave_report: Option<Bytes>,
-}
-
-impl View {
-    fn forget(&mut self) {
-        self.known = None;
-        self.registered = false;
-        self.subscribed = false;
-        self.wave_report = None;
-    }
-}
-
-struct Route {
-    lost: mpsc::Sender<RouteLost>,
-    /// The other side has said that it is open.
-    open: bool,
 }
 
 pub(super) struct Task {
     options: ClientOptions,
     session: Uuid,
-    sinks: Sinks,
-    views: BTreeMap<EngineIndex, View>,
+    events: mpsc::Sender<NodeEvent>,
+    /// Events that the reader had no room for: it may itself be waiting for an answer of this task.
+    outbox: VecDeque<NodeEvent>,
+    /// What the other side has told, as [`NodeState`].
+    view: NodeState,
+    snapshots: BTreeMap<EngineIndex, watch::Sender<RankSnapshot>>,
     publish: watch::Sender<LinkStatus>,
     connection: Option<Connection>,
     ever_connected: bool,
     pending: BTreeMap<u64, Pending>,
     next_id: u64,
-    routes: BTreeMap<RouteKey, Route>,
     held: BTreeSet<(EngineIndex, u64)>,
     /// The wave as it was last noted: a new relay process is told.
     note: Option<(Wave, bool)>,
-    reports: JoinSet<()>,
 }
 
 impl Task {
     pub(super) fn new(
         options: ClientOptions,
-        sinks: Sinks,
-        views: Vec<(EngineIndex, watch::Sender<RankSnapshot>)>,
+        events: mpsc::Sender<NodeEvent>,
+        snapshots: Vec<(EngineIndex, watch::Sender<RankSnapshot>)>,
         publish: watch::Sender<LinkStatus>,
     ) -> Self {
-        let views = views.into_iter().map(|(rank, publish)| {
-            let view = View { publish, known: None, registered: false, subscribed: false, wave_report: None };
-            (rank, view)
-        });
         Self {
             options,
             session: Uuid::new_v4(),
-            sinks,
-            views: views.collect(),
+            events,
+            outbox: VecDeque::new(),
+            view: NodeState::default(),
+            snapshots: snapshots.into_iter().collect(),
             publish,
             connection: None,
             ever_connected: false,
             pending: BTreeMap::new(),
             next_id: 0,
-            routes: BTreeMap::new(),
             held: BTreeSet::new(),
             note: None,
-            reports: JoinSet::new(),
         }
     }
 
     pub(super) async fn run(mut self, mut links: mpsc::Receiver<Link>, mut commands: Commands) {
         let stop = self.options.stop.clone();
-        let mut tick = interval((self.options.tempo.ping / 4).max(Duration::from_millis(1)));
+        let events = self.events.clone();
+        let mut tick = interval((self.options.keepalive.ping / 4).max(Duration::from_millis(1)));
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut links_open = true;
         loop {
@@ -179,10 +120,14 @@ impl Task {
                     }
                 }
                 command = commands.next(), if room => match command {
-                    Some(command) => self.command(command),
+                    Some(envelope) => self.command(envelope),
                     None => break,
                 },
-                Some(_) = self.reports.join_next() => {}
+                permit = events.reserve(), if !self.outbox.is_empty() => match (permit, self.outbox.pop_front()) {
+                    (Ok(permit), Some(event)) => permit.send(event),
+                    // Nobody wants to know.
+                    _ => self.outbox.clear(),
+                },
                 _ = tick.tick() => self.tick(),
             }
         }
@@ -191,9 +136,8 @@ impl Task {
         {
             tracing::debug!(%error, "the last messages of a link");
         }
-        self.reports.shutdown().await;
         for pending in std::mem::take(&mut self.pending).into_values() {
-            pending.waiter.fail(HandleError::Gone { task: "link" });
+            pending.reply.forward(Err(HandleError::Gone { task: "link" }));
         }
     }
 
@@ -206,21 +150,26 @@ impl Task {
         }
         let now = Instant::now();
         let mut wire = Wire::new(stream);
-        let hello = Down::Hello { version: LINK_VERSION, session: self.session };
-        match encode(&hello) {
+        let hello = ToNode::Hello { version: LINK_VERSION, session: self.session };
+        match frame(&hello) {
             Ok(frame) => wire.push(frame),
             Err(error) => return tracing::error!(error, "greeting of a link"),
         }
         self.connection =
             Some(Connection { wire, heard: now, said: now, pinged: None, greeted: false, state: 0 });
         // First of all: events are worth something only to who knows the state. Then what was asked before.
-        let earlier: Vec<Bytes> = self.pending.values().map(|pending| pending.frame.clone()).collect();
-        let state = self.ask(Asked::client(Request::State));
+        let mut earlier: Vec<u64> = self.pending.keys().copied().collect();
+        if mutation::is(Mutation::SendBackwards) {
+            earlier.reverse();
+        } else if mutation::is(Mutation::LoseAnswers) {
+            earlier.clear();
+        }
+        let state = self.own(NodeAsk::Link(LinkAsk::GetState(GetState {})));
         if let Some(connection) = &mut self.connection {
-            connection.state = state.unwrap_or_default();
-            for frame in earlier {
-                connection.wire.push(frame);
-            }
+            connection.state = state;
+        }
+        for id in earlier {
+            self.send(id);
         }
     }
 
@@ -231,14 +180,17 @@ impl Task {
         let was_connected = self.publish.borrow().connected;
         if was_connected {
             tracing::warn!(%error, "link lost");
+            self.outbox.push_back(NodeEvent::Disconnected { reason: error.to_string() });
         } else {
             tracing::debug!(%error, "link not made");
         }
         let name = self.options.name.clone();
-        let failed = self.take_pending(|pending| !pending.idempotent || is_client(&pending.waiter));
-        for pending in failed {
-            let what = pending.what;
-            self.fail(pending, HandleError::failed(format!("{name}: {what}: the connection was lost")));
+        let keep = mutation::is(Mutation::AskSuccessor);
+        for pending in
+            self.take_pending(|pending| pending.about.delivery == Delivery::Once && !keep || pending.own)
+        {
+            let error = format!("{name}: {}: the connection was lost", pending.about.name);
+            self.fail(pending, HandleError::failed(error));
         }
         self.publish.send_modify(|status| {
             status.connected = false;
@@ -251,183 +203,155 @@ impl Task {
     fn gone(&mut self, reason: &str) {
         let peer = self.options.name.clone();
         self.disconnected(&LinkError::Closed { peer });
-        let ranks: Vec<EngineIndex> = self.views.keys().copied().collect();
-        for rank in ranks {
-            self.rank_gone(rank, reason);
-        }
         self.held.clear();
-        for (key, route) in std::mem::take(&mut self.routes) {
-            if route.open {
-                self.report_loss(key, route, reason);
+        let lost = self.view.gone(reason);
+        for publish in self.snapshots.values() {
+            publish.send_modify(|snapshot| {
+                snapshot.admitted = false;
+                snapshot.in_flight.clear();
+                snapshot.held = 0;
+                snapshot.slots = Slots { all: snapshot.slots.all, ..Slots::default() };
+            });
+        }
+        let failed = |delivery| matches!(delivery, Delivery::Life | Delivery::Once);
+        let keep = mutation::is(Mutation::AskSuccessor);
+        for pending in self.take_pending(|pending| pending.about.delivery != Delivery::Repeat && !keep) {
+            if failed(pending.about.delivery) {
+                self.fail(pending, HandleError::failed(reason));
+            } else {
+                pending.reply.forward(encode(&()).map_err(HandleError::failed));
             }
         }
-        for pending in self.take_pending(|pending| pending.fate != Fate::Keep) {
-            match pending.fate {
-                Fate::Done => pending.waiter.answer(&self.options.name, Ok(Answer::Done)),
-                Fate::Keep | Fate::Fail => self.fail(pending, HandleError::failed(reason)),
-            }
+        // What the successor is asked for is not lost.
+        for pending in self.pending.values() {
+            self.view.apply_ask(&pending.ask);
         }
-    }
-
-    fn rank_gone(&mut self, rank: EngineIndex, reason: &str) {
-        let Some(view) = self.views.get_mut(&rank) else {
-            return;
-        };
-        let known = view.known;
-        view.forget();
-        view.publish.send_modify(|snapshot| {
-            snapshot.admitted = false;
-            snapshot.in_flight.clear();
-            snapshot.held = 0;
-            snapshot.slots = (0, 0, snapshot.slots.2);
-        });
-        if let Some(incarnation) = known {
-            let lost = RankEvent::Lost { rank, incarnation, reason: reason.to_owned() };
-            if let Err(Full(what)) = self.sinks.rank(lost) {
-                tracing::error!(%rank, what, "nobody takes the loss of an engine");
+        let view = &self.view;
+        self.outbox.extend(lost.into_iter().filter(|event| match event {
+            NodeEvent::Rank(RankEvent::Lost { rank, incarnation, .. }) => {
+                view.ranks.get(rank).is_none_or(|known| known.prepared != Some(*incarnation))
             }
-        }
+            _ => true,
+        }));
     }
 
     fn take_pending(&mut self, wanted: impl Fn(&Pending) -> bool) -> Vec<Pending> {
-        let all = std::mem::take(&mut self.pending);
-        let (taken, left) = all.into_iter().partition(|(_, pending)| wanted(pending));
-        self.pending = left;
-        let taken: BTreeMap<u64, Pending> = taken;
-        taken.into_values().collect()
+        self.pending.extract_if(.., |_, pending| wanted(pending)).map(|(_, pending)| pending).collect()
     }
 
     fn tick(&mut self) {
         let now = Instant::now();
-        let tempo = self.options.tempo;
+        let keepalive = self.options.keepalive;
         if let Some(connection) = &mut self.connection {
-            if now - connection.heard >= tempo.dead {
-                let error = LinkError::Silent { peer: connection.wire.peer(), limit: tempo.dead };
+            if now - connection.heard >= keepalive.dead {
+                let error = LinkError::Silent { peer: connection.wire.peer(), limit: keepalive.dead };
                 self.disconnected(&error);
-            } else if now - connection.said >= tempo.ping
+            } else if now - connection.said >= keepalive.ping
                 && connection.wire.waiting() == 0
-                && let Ok(frame) = encode(&Down::Ping)
+                && let Ok(frame) = frame(&ToNode::Ping)
             {
                 connection.said = now;
                 connection.pinged.get_or_insert(now);
                 connection.wire.push(frame);
             }
         }
-        for pending in self.take_pending(|pending| pending.waiter.is_gone() || pending.until <= now) {
-            let what = format!("{} of {}", pending.what, self.options.name);
+        for pending in self.take_pending(|pending| {
+            (pending.reply.is_closed() || pending.until <= now) && !mutation::is(Mutation::NeverExpire)
+        }) {
+            let what = format!("{} of {}", pending.about.name, self.options.name);
             let limit = pending.limit;
             self.fail(pending, HandleError::Deadline { what, limit });
         }
     }
 
-    // === requests ===
+    // === commands ===
 
-    fn command(&mut self, command: Command) {
-        let Some(asked) = translate(command) else {
-            return;
-        };
+    fn command(&mut self, envelope: Envelope<NodeAsk>) {
+        let about = envelope.ask.about();
         let name = &self.options.name;
         if self.connection.is_none() {
-            let refused = if !is_idempotent(&asked.request) {
-                Some(HandleError::failed(format!("{name}: not connected")))
+            let refused = if about.delivery == Delivery::Once {
+                Some(format!("{name}: not connected"))
             } else if self.pending.len() >= MAX_PENDING {
-                Some(HandleError::failed(format!("{name}: not connected, and {MAX_PENDING} requests wait")))
+                Some(format!("{name}: not connected, and {MAX_PENDING} commands wait"))
             } else {
                 None
             };
             if let Some(error) = refused {
-                return asked.waiter.fail(error);
+                return envelope.reply.forward(Err(HandleError::failed(error)));
+            }
+            if about.delivery == Delivery::Latest {
+                let kind = std::mem::discriminant(&envelope.ask);
+                self.pending.retain(|_, pending| {
+                    pending.about.delivery != Delivery::Latest || std::mem::discriminant(&pending.ask) != kind
+                });
             }
         }
-        self.ask(asked);
-    }
-
-    /// Keeps a request until it is answered, and sends it if there is a connection. Its number.
-    fn ask(&mut self, asked: Asked) -> Option<u64> {
-        self.next_id += 1;
-        let id = self.next_id;
-        let Asked { request, waiter, limit, route } = asked;
-        self.requested(&request);
-        let what = request.name();
-        let (idempotent, fate) = (is_idempotent(&request), fate(&request));
-        let prepares = match request {
-            Request::Prepare { rank, incarnation } => Some((rank, incarnation)),
-            _ => None,
-        };
-        let is_note = matches!(request, Request::EdgeNote { .. });
-        let frame = match encode(&Down::Request { id, request }) {
-            Ok(frame) => frame,
-            Err(error) => {
-                waiter.fail(HandleError::failed(format!("{}: {what}: {error}", self.options.name)));
-                return None;
+        match &envelope.ask {
+            NodeAsk::Rank(rank, RankAsk::Release(release)) => {
+                self.held.remove(&(*rank, release.ticket));
             }
-        };
-        let route = route.map(|(key, lost)| {
-            self.routes.insert(key, Route { lost, open: false });
-            key
-        });
-        if let Some(connection) = &mut self.connection {
-            connection.said = Instant::now();
-            connection.wire.push(frame.clone());
-        } else if is_note {
-            // Only the newest one counts.
-            self.pending.retain(|_, earlier| !earlier.is_note);
-        }
-        let until = Instant::now() + limit;
-        let pending =
-            Pending { frame, waiter, what, idempotent, fate, limit, until, prepares, route, is_note };
-        self.pending.insert(id, pending);
-        Some(id)
-    }
-
-    /// Keeps in mind what a request changes over there.
-    fn requested(&mut self, request: &Request) {
-        match request {
-            Request::Prepare { rank, incarnation } => {
-                if let Some(view) = self.views.get_mut(rank)
-                    && view.known != Some(*incarnation)
-                {
-                    view.forget();
-                }
-            }
-            Request::EngineDown { rank, incarnation, .. } => {
-                if let Some(view) = self.views.get_mut(rank)
-                    && view.known == Some(*incarnation)
-                {
-                    view.forget();
-                }
-            }
-            Request::CloseRoutes { rank, frontend } => {
-                self.routes.retain(|(on, of, _), _| on != rank || of != frontend);
-            }
-            Request::Release { rank, ticket, .. } => {
-                self.held.remove(&(*rank, *ticket));
-            }
-            Request::EdgeNote { wave, running } => self.note = Some((*wave, *running)),
+            NodeAsk::Edge(EdgeAsk::EdgeNote(note)) => self.note = Some((note.wave, note.running)),
             _ => {}
+        }
+        self.view.apply_ask(&envelope.ask);
+        let Envelope { ask, limit, reply } = envelope;
+        let until = Instant::now() + limit;
+        self.ask(Pending { ask, about, reply, limit, until, own: false });
+    }
+
+    /// Asks for something itself. Its number.
+    fn own(&mut self, ask: NodeAsk) -> u64 {
+        let about = ask.about();
+        let until = Instant::now() + about.limit;
+        self.ask(Pending { ask, about, reply: ReplyTo::NOWHERE, limit: about.limit, until, own: true })
+    }
+
+    /// Keeps a command until it is answered, and sends it if there is a connection. Its number.
+    fn ask(&mut self, pending: Pending) -> u64 {
+        self.next_id += 1;
+        self.pending.insert(self.next_id, pending);
+        self.send(self.next_id);
+        self.next_id
+    }
+
+    fn send(&mut self, id: u64) {
+        let (Some(connection), Some(pending)) = (&mut self.connection, self.pending.get(&id)) else {
+            return;
+        };
+        match frame(&ToNode::Ask { id, ask: pending.ask.clone() }) {
+            Ok(frame) => {
+                connection.said = Instant::now();
+                connection.wire.push(frame);
+            }
+            Err(error) => {
+                let error = format!("{}: {}: {error}", self.options.name, pending.about.name);
+                if let Some(pending) = self.pending.remove(&id) {
+                    self.fail(pending, HandleError::failed(error));
+                }
+            }
         }
     }
 
     fn fail(&mut self, pending: Pending, error: HandleError) {
-        if let Some(key) = pending.route {
-            self.routes.remove(&key);
-        }
-        pending.waiter.fail(error);
+        tracing::debug!(%error, "a command of the link failed");
+        self.view.apply_answer(&pending.ask, Err(&error));
+        pending.reply.forward(Err(error));
     }
 
     // === messages ===
 
-    fn message(&mut self, message: Up) -> Result<(), LinkError> {
+    fn message(&mut self, message: FromNode) -> Result<(), LinkError> {
         let Some(connection) = &mut self.connection else {
             return Ok(());
         };
         connection.heard = Instant::now();
         match message {
-            Up::Hello { version: LINK_VERSION } => {
+            FromNode::Hello { version: LINK_VERSION } => {
                 connection.greeted = true;
                 Ok(())
             }
-            Up::Hello { version } => {
+            FromNode::Hello { version } => {
                 Err(LinkError::Version { peer: connection.wire.peer(), theirs: version })
             }
             _ if !connection.greeted => Err(LinkError::Unexpected {
@@ -435,144 +359,119 @@ impl Task {
                 expected: "a greeting",
                 got: "another message",
             }),
-            Up::Pong => {
+            FromNode::Pong => {
                 if let Some(sent) = connection.pinged.take() {
                     self.publish.send_modify(|status| status.rtt = Some(sent.elapsed()));
                 }
                 Ok(())
             }
-            Up::Answer { id, result } => {
-                let is_state = connection.state == id;
-                match result {
-                    Ok(Answer::State(state)) if is_state => {
-                        self.pending.remove(&id);
-                        let applied = self.state(*state);
-                        self.taken(applied)
-                    }
-                    Err(error) if is_state => {
-                        tracing::warn!(error, "the state behind a link");
-                        Err(LinkError::Unexpected {
-                            peer: self.options.name.clone(),
-                            expected: "its state",
-                            got: "an error",
-                        })
-                    }
-                    result => {
-                        self.answered(id, result);
-                        Ok(())
-                    }
-                }
+            FromNode::Answer { id, result } if id == connection.state => {
+                self.pending.remove(&id);
+                self.state(result)
             }
-            Up::Event(event) => {
-                let taken = self.event(event);
-                self.taken(taken)
+            FromNode::Answer { id, result } => {
+                self.answered(id, result);
+                Ok(())
             }
+            FromNode::Event(event) => self.event(event),
         }
     }
 
-    fn taken(&self, taken: Result<(), Full>) -> Result<(), LinkError> {
-        taken.map_err(|Full(what)| LinkError::Overflow { peer: self.options.name.clone(), what })
+    /// The first answer on a connection: what was missed is reported.
+    fn state(&mut self, result: Result<Bytes, String>) -> Result<(), LinkError> {
+        let peer = self.options.name.clone();
+        let state = result.and_then(|state| decode::<NodeState>(&state));
+        let mut state = state.map_err(|error| {
+            tracing::warn!(error, "the state behind a link");
+            LinkError::Unexpected { peer: peer.clone(), expected: "its state", got: "an error" }
+        })?;
+        if let Some(wanted) = &self.options.about
+            && state.about.as_ref() != Some(wanted)
+        {
+            let about = state.about.unwrap_or_else(|| "something unknown".to_owned());
+            self.publish.send_modify(|status| status.stranger = true);
+            return Err(LinkError::Stranger { peer, about, wanted: wanted.clone() });
+        }
+        for (rank, publish) in &self.snapshots {
+            let snapshot = state.ranks.get(rank).map(|known| known.snapshot.clone()).unwrap_or_default();
+            publish.send_replace(RankSnapshot { rank: *rank, ..snapshot });
+        }
+        if let Some((wave, running)) = self.note
+            && state.wave != self.note
+        {
+            self.own(NodeAsk::Edge(EdgeAsk::EdgeNote(EdgeNote { wave, running })));
+        }
+        let told = Arc::new(state.clone());
+        // What was asked before is on its way to the other side, which will do it after it has told its state.
+        for pending in self.pending.values() {
+            state.apply_ask(&pending.ask);
+        }
+        if std::mem::replace(&mut self.ever_connected, true) && !mutation::is(Mutation::MissNothing) {
+            for event in self.view.missed(&state, &self.options.name) {
+                self.report(event)?;
+            }
+        }
+        self.view = state;
+        self.report(NodeEvent::Connected(Box::new((*told).clone())))?;
+        tracing::debug!(peer, "link made");
+        self.publish.send_modify(|status| {
+            status.connected = true;
+            status.stranger = false;
+            status.state = Some(told);
+            status.detail = None;
+        });
+        Ok(())
     }
 
-    fn answered(&mut self, id: u64, result: Result<Answer, String>) {
+    fn answered(&mut self, id: u64, result: Result<Bytes, String>) {
         // It may have run out of time.
         let Some(pending) = self.pending.remove(&id) else {
             return;
         };
-        match (&result, pending.route) {
-            (Ok(_), Some(key)) => {
-                if let Some(route) = self.routes.get_mut(&key) {
-                    route.open = true;
-                }
-            }
-            (Err(_), Some(key)) => {
-                self.routes.remove(&key);
-            }
-            (_, None) => {}
-        }
-        if let (Ok(_), Some((rank, incarnation))) = (&result, pending.prepares)
-            && let Some(view) = self.views.get_mut(&rank)
-        {
-            view.known = Some(incarnation);
-        }
-        pending.waiter.answer(&self.options.name, result);
+        let result = result.map_err(HandleError::failed);
+        self.view.apply_answer(&pending.ask, result.as_ref());
+        pending.reply.forward(result);
     }
 
-    fn event(&mut self, event: Event) -> Result<(), Full> {
+    fn event(&mut self, event: NodeEvent) -> Result<(), LinkError> {
+        if self.outbox.len() >= MAX_EVENTS && !event.can_be_spared() {
+            // Not applied: it is reported with the state of the next connection.
+            return Err(LinkError::Overflow { peer: self.options.name.clone(), what: "events" });
+        }
+        self.view.apply_event(&event);
         match event {
-            Event::Rank(event) => {
-                match &event {
-                    RankEvent::Registered { rank, incarnation, .. } => {
-                        if let Some(view) = self.views.get_mut(rank) {
-                            view.known = Some(*incarnation);
-                            view.registered = true;
-                        }
-                    }
-                    RankEvent::Lost { rank, incarnation, .. } => {
-                        if let Some(view) = self.views.get_mut(rank)
-                            && view.known == Some(*incarnation)
-                        {
-                            view.forget();
-                        }
-                    }
-                }
-                self.sinks.rank(event)
-            }
-            Event::Snapshot(snapshot) => {
-                if let Some(view) = self.views.get(&snapshot.rank) {
-                    view.publish.send_replace(snapshot);
+            NodeEvent::Snapshot(snapshot) => {
+                if let Some(publish) = self.snapshots.get(&snapshot.rank) {
+                    publish.send_replace(snapshot);
                 }
                 Ok(())
             }
-            Event::Held(call) => {
-                // A call that was told before a reconnect is told again.
-                if self.held.len() < MAX_HELD && self.held.insert((call.rank, call.ticket)) {
-                    return self.sinks.held(call);
-                }
+            // One that was told before a reconnect is told again.
+            NodeEvent::Held(call)
+                if self.held.len() >= MAX_HELD || !self.held.insert((call.rank, call.ticket)) =>
+            {
                 Ok(())
             }
-            Event::Wake(rank) => {
-                self.sinks.wake(rank);
-                Ok(())
-            }
-            Event::RouteLost(loss) => {
-                let key = (loss.rank, loss.frontend, loss.api_server);
-                match self.routes.remove(&key) {
-                    Some(route) => self.report_loss(key, route, &loss.reason),
-                    None => return self.sinks.route_lost(loss),
-                }
-                Ok(())
-            }
-            Event::Edge(event) => {
-                match &event {
-                    EdgeEvent::Subscribed { rank, .. } => {
-                        if let Some(view) = self.views.get_mut(rank) {
-                            view.subscribed = true;
-                        }
-                    }
-                    EdgeEvent::Report { rank, frame, .. } => {
-                        if let Some(view) = self.views.get_mut(rank)
-                            && is_wave_edge(frame)
-                        {
-                            view.wave_report = Some(frame.clone());
-                        }
-                    }
-                }
-                self.sinks.edge(event)
-            }
-            Event::Handshake(event) => self.sinks.handshake(event),
-            Event::Process(event) => self.sinks.process(event),
-            Event::Stage(event) => self.sinks.stage(event),
+            // Of the other side's own links: what it means for engines and routes comes as their events.
+            NodeEvent::Connected(_) | NodeEvent::Disconnected { .. } => Ok(()),
+            event => self.report(event),
         }
     }
-}
 
-const fn is_client(waiter: &Waiter) -> bool {
-    matches!(waiter, Waiter::Client)
+    fn report(&mut self, event: NodeEvent) -> Result<(), LinkError> {
+        if self.outbox.len() < MAX_EVENTS {
+            self.outbox.push_back(event);
+            return Ok(());
+        }
+        if event.can_be_spared() {
+            return Ok(());
+        }
+        Err(LinkError::Overflow { peer: self.options.name.clone(), what: "events" })
+    }
 }
 
 /// The next message; waits for ever while there is no connection.
-async fn receive(connection: &mut Option<Connection>) -> Result<Up, LinkError> {
+async fn receive(connection: &mut Option<Connection>) -> Result<FromNode, LinkError> {
     match connection {
         Some(connection) => connection.wire.next().await,
         None => std::future::pending().await,

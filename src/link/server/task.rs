@@ -1,71 +1,47 @@
 //! The loop of a link's serving side.
 
-mod requests;
-
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::pin::Pin;
 use std::time::Duration;
 
 use bytes::Bytes;
-use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Slot};
-use futures::stream::{FuturesUnordered, StreamExt};
-use tokio::sync::{mpsc, oneshot};
+use dp_sidecar_protocol::{EngineIndex, Incarnation};
+use futures::stream::{self, FuturesUnordered, SelectAll, Stream, StreamExt};
+use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until, timeout};
 use uuid::Uuid;
 
 use super::held::Held;
-use super::known::Known;
-use super::lanes::Lanes;
-use super::sources::{Happened, Happenings, merge};
-use super::{SNAPSHOT_INTERVAL, ServeEnd, ServerOptions, Services, Sources};
-use crate::driver::handles::NodeState;
+use super::{SNAPSHOT_INTERVAL, ServeEnd, ServerOptions, Services};
 use crate::driver::handles::{
-    EdgeCommand, EdgeEvent, Expectation, HandleError, HandshakeCommand, HeldCall, OpenRoute, ProcessCommand,
-    RankCommand, RankSnapshot, RouteLost, StageCommand, StageEvent, StageRequest, StageState, Verdict,
+    CloseRoutes, Envelope, HandleError, HeldCall, LinkAsk, NodeAsk, NodeEvent, NodeState, RankAsk,
+    RankSnapshot, Release, ReplyTo, StageState, Verdict, decode, encode,
 };
-use crate::link::codec::{LinkError, LinkStream, Wire, encode};
-use crate::link::is_wave_edge;
-use crate::link::wire::{Answer, Down, Event, LINK_VERSION, Request, Up};
+use crate::link::codec::{LinkError, LinkStream, Wire, frame};
+use crate::link::mutation::{self, Mutation};
+use crate::link::wire::{FromNode, LINK_VERSION, ToNode};
 
-/// Requests that run at the same time.
+/// Commands that run at the same time.
 const MAX_RUNNING: usize = 2048;
 /// Frames waiting to be written before what can be spared is dropped.
 const SPARE: usize = 256;
 /// Frames waiting to be written before the connection is given up.
 const FULL: usize = 4096;
-/// Losses of routes waiting.
-const LOSSES: usize = 256;
 /// Answers that are kept for an asker that reconnects: so many, of so many bytes together.
 const RECENT: usize = 256;
 const RECENT_BYTES: usize = 4 << 20;
-/// For a task behind the link to answer. The asker's own limit is shorter as a rule.
-const ANSWER_LIMIT: Duration = Duration::from_secs(60);
-/// For the staging area, which may have to look through a directory.
-const STAGE_LIMIT: Duration = Duration::from_secs(300);
 /// For the staging area to tell its state.
 const STATE_LIMIT: Duration = Duration::from_secs(2);
-/// A released control call is answered by the engine; whoever asks has the deadline.
-const RELEASE_LIMIT: Duration = Duration::from_secs(24 * 3600);
-/// On top of the limits that a request carries.
+/// On top of the limit that a command has.
 const MARGIN: Duration = Duration::from_secs(2);
 /// For the last frames of a connection to get out.
 const LAST_FLUSH: Duration = Duration::from_secs(1);
 
-/// What else is to be done when a request was answered.
-enum After {
-    Nothing,
-    Prepared(EngineIndex, Incarnation),
-    Route(EngineIndex, FrontendId, u32),
-    Spawned(EngineIndex, Incarnation),
-    /// The staging area's part of the whole state is the answer.
-    State,
-}
-
 struct Finished {
     session: Uuid,
     id: u64,
-    after: After,
-    result: Result<Answer, String>,
+    ask: NodeAsk,
+    result: Result<Bytes, HandleError>,
 }
 
 type Running = FuturesUnordered<Pin<Box<dyn Future<Output = Finished> + Send>>>;
@@ -79,13 +55,13 @@ struct Connection {
 
 /// The last snapshot of a rank that was told.
 #[derive(Clone, Copy, PartialEq, Eq)]
-struct Told {
+struct Reported {
     incarnation: Incarnation,
     admitted: bool,
     admission_open: bool,
 }
 
-impl Told {
+impl Reported {
     const fn of(snapshot: &RankSnapshot) -> Self {
         Self {
             incarnation: snapshot.incarnation,
@@ -98,11 +74,8 @@ impl Told {
 pub(super) struct Task {
     options: ServerOptions,
     services: Services,
-    lanes: Lanes,
-    known: Known,
+    known: NodeState,
     held: Held,
-    losses: mpsc::Sender<RouteLost>,
-    inbox: Option<mpsc::Receiver<RouteLost>>,
     connection: Option<Connection>,
     /// Since when nobody has been connected.
     alone_since: Instant,
@@ -112,22 +85,18 @@ pub(super) struct Task {
     running_ids: BTreeSet<(Uuid, u64)>,
     recent: VecDeque<(u64, Bytes)>,
     recent_bytes: usize,
-    told: BTreeMap<EngineIndex, (Told, Instant)>,
+    reported: BTreeMap<EngineIndex, (Reported, Instant)>,
     changed: BTreeSet<EngineIndex>,
     ending: bool,
 }
 
 impl Task {
     pub(super) fn new(options: ServerOptions, services: Services) -> Self {
-        let (losses, inbox) = mpsc::channel(LOSSES);
         Self {
-            lanes: Lanes::start(&services, &options.tracker),
-            known: Known::new(options.initial.clone()),
+            known: options.initial.clone(),
             options,
             services,
             held: Held::default(),
-            losses,
-            inbox: Some(inbox),
             connection: None,
             alone_since: Instant::now(),
             session: None,
@@ -135,17 +104,18 @@ impl Task {
             running_ids: BTreeSet::new(),
             recent: VecDeque::new(),
             recent_bytes: 0,
-            told: BTreeMap::new(),
+            reported: BTreeMap::new(),
             changed: BTreeSet::new(),
             ending: false,
         }
     }
 
-    pub(super) async fn run(mut self, mut streams: mpsc::Receiver<LinkStream>, sources: Sources) -> ServeEnd {
-        let Some(losses) = self.inbox.take() else {
-            return ServeEnd::Stopped;
-        };
-        let mut happenings: Happenings = merge(sources, losses, &self.services.ranks);
+    pub(super) async fn run(
+        mut self,
+        mut streams: mpsc::Receiver<LinkStream>,
+        mut events: mpsc::Receiver<NodeEvent>,
+    ) -> ServeEnd {
+        let mut snapshots = self.snapshots();
         let stop = self.options.stop.clone();
         let mut streams_open = true;
         let end = loop {
@@ -172,7 +142,8 @@ impl Task {
                         self.disconnected(&error);
                     }
                 }
-                Some(happened) = happenings.next() => self.happened(happened),
+                Some(event) = events.recv() => self.happened(event),
+                Some(rank) = snapshots.next() => self.snapshot(rank),
             }
         };
         if let Some(connection) = &mut self.connection
@@ -211,10 +182,10 @@ impl Task {
 
     fn due(&self) -> Option<Instant> {
         let connection = self.connection.as_ref();
-        let dead = connection.map(|connection| connection.heard + self.options.tempo.dead);
+        let dead = connection.map(|connection| connection.heard + self.options.keepalive.dead);
         let listening = connection.is_some_and(|connection| connection.session.is_some());
         let held = (!listening && !self.held.is_empty()).then(|| self.alone_since + self.options.held_grace);
-        let snapshot = self.changed.iter().filter(|_| listening).map(|rank| match self.told.get(rank) {
+        let snapshot = self.changed.iter().filter(|_| listening).map(|rank| match self.reported.get(rank) {
             Some((_, at)) => *at + SNAPSHOT_INTERVAL,
             None => Instant::now(),
         });
@@ -224,9 +195,10 @@ impl Task {
     fn timeout(&mut self) {
         let now = Instant::now();
         if let Some(connection) = &self.connection
-            && now - connection.heard >= self.options.tempo.dead
+            && now - connection.heard >= self.options.keepalive.dead
         {
-            let error = LinkError::Silent { peer: connection.wire.peer(), limit: self.options.tempo.dead };
+            let error =
+                LinkError::Silent { peer: connection.wire.peer(), limit: self.options.keepalive.dead };
             self.disconnected(&error);
         }
         if self.listener().is_none() {
@@ -238,27 +210,27 @@ impl Task {
             return;
         }
         for rank in self.changed.clone() {
-            if self.told.get(&rank).is_none_or(|(_, at)| now - *at >= SNAPSHOT_INTERVAL) {
+            if self.reported.get(&rank).is_none_or(|(_, at)| now - *at >= SNAPSHOT_INTERVAL) {
                 self.tell_snapshot(rank);
             }
         }
     }
 
-    fn message(&mut self, message: Down) -> Result<(), LinkError> {
+    fn message(&mut self, message: ToNode) -> Result<(), LinkError> {
         let Some(connection) = &mut self.connection else {
             return Ok(());
         };
         connection.heard = Instant::now();
         match (connection.session, message) {
-            (None, Down::Hello { version: LINK_VERSION, session }) => {
+            (None, ToNode::Hello { version: LINK_VERSION, session }) => {
                 connection.session = Some(session);
                 self.greeted(session);
                 Ok(())
             }
-            (_, Down::Hello { version, .. }) => {
+            (_, ToNode::Hello { version, .. }) => {
                 let peer = connection.wire.peer();
                 // It learns our version, which is the last that it hears.
-                self.push(&Up::Hello { version: LINK_VERSION });
+                self.push(&FromNode::Hello { version: LINK_VERSION });
                 if let Some(mut refused) = self.connection.take() {
                     self.alone_since = Instant::now();
                     self.options.tracker.spawn(async move { refused.wire.finish(LAST_FLUSH).await });
@@ -270,19 +242,19 @@ impl Task {
                 expected: "a greeting",
                 got: "another message",
             }),
-            (Some(_), Down::Ping) => {
-                self.push(&Up::Pong);
+            (Some(_), ToNode::Ping) => {
+                self.push(&FromNode::Pong);
                 Ok(())
             }
-            (Some(session), Down::Request { id, request }) => {
-                self.request(session, id, request);
+            (Some(session), ToNode::Ask { id, ask }) => {
+                self.asked(session, id, ask);
                 Ok(())
             }
         }
     }
 
     fn greeted(&mut self, session: Uuid) {
-        self.push(&Up::Hello { version: LINK_VERSION });
+        self.push(&FromNode::Hello { version: LINK_VERSION });
         for call in self.held.connected(session) {
             self.refuse(call);
         }
@@ -291,14 +263,14 @@ impl Task {
             self.recent_bytes = 0;
         }
         for call in self.held.tell(session) {
-            self.event(Event::Held(call));
+            self.event(NodeEvent::Held(call));
         }
-        self.told.clear();
+        self.reported.clear();
         self.changed = self.services.ranks.iter().map(|handle| handle.rank).collect();
     }
 
-    fn push(&mut self, message: &Up) {
-        match encode(message) {
+    fn push(&mut self, message: &FromNode) {
+        match frame(message) {
             Ok(frame) => {
                 if let Some(connection) = &mut self.connection {
                     connection.wire.push(frame);
@@ -311,53 +283,49 @@ impl Task {
     // === events ===
 
     /// Tells whoever listens. What the state does not make up for costs a slow reader its connection.
-    fn event(&mut self, event: Event) {
+    fn event(&mut self, event: NodeEvent) {
         let Some((connection, _)) = self.listener() else {
             return;
         };
         let waiting = connection.wire.waiting();
-        if waiting >= SPARE && can_be_spared(&event) {
+        if waiting >= SPARE && event.can_be_spared() {
             return;
         }
         if waiting >= FULL {
             let error = LinkError::Overflow { peer: connection.wire.peer(), what: "events" };
             return self.disconnected(&error);
         }
-        match encode(&Up::Event(event)) {
+        match frame(&FromNode::Event(event)) {
             Ok(frame) => connection.wire.push(frame),
             Err(error) => tracing::error!(error, "an event of the link"),
         }
     }
 
-    fn happened(&mut self, happened: Happened) {
-        match happened {
-            Happened::Rank(event) => {
-                self.known.rank_event(&event);
-                self.event(Event::Rank(event));
-            }
-            Happened::Held(call) => self.hold(call),
-            Happened::Wake(rank) => self.event(Event::Wake(rank)),
-            Happened::Edge(event) => {
-                self.known.edge_event(&event);
-                self.event(Event::Edge(event));
-            }
-            Happened::Handshake(event) => {
-                self.known.handshake_event(&event);
-                self.event(Event::Handshake(event));
-            }
-            Happened::Process(event) => {
-                self.known.process_event(&event);
-                self.event(Event::Process(event));
-            }
-            Happened::Stage(event) => self.event(Event::Stage(event)),
-            Happened::State(state) => self.known.replace(state),
-            Happened::RouteLost(loss) => {
-                self.known.route_lost(&loss);
-                self.held.frontend_gone(loss.rank, loss.frontend);
-                self.event(Event::RouteLost(loss));
-            }
-            Happened::Snapshot(rank) => self.snapshot(rank),
+    fn happened(&mut self, event: NodeEvent) {
+        if !(mutation::is(Mutation::KeepRoutes) && matches!(event, NodeEvent::RouteLost(_))) {
+            self.known.apply_event(&event);
         }
+        match event {
+            NodeEvent::Held(call) => return self.hold(call),
+            // What a link that is passed on has missed comes as events, its state is in ours.
+            NodeEvent::Connected(_) | NodeEvent::Disconnected { .. } => return,
+            NodeEvent::RouteLost(ref loss) => self.held.frontend_gone(loss.rank, loss.frontend),
+            _ => {}
+        }
+        self.event(event);
+    }
+
+    /// Ranks whose snapshots change.
+    fn snapshots(&self) -> SelectAll<Pin<Box<dyn Stream<Item = EngineIndex> + Send>>> {
+        let changes = self.services.ranks.iter().map(|handle| {
+            let changes =
+                stream::unfold((handle.rank, handle.snapshot.clone()), |(rank, mut snapshot)| async move {
+                    snapshot.changed().await.ok()?;
+                    Some((rank, (rank, snapshot)))
+                });
+            Box::pin(changes) as Pin<Box<dyn Stream<Item = EngineIndex> + Send>>
+        });
+        changes.collect()
     }
 
     fn hold(&mut self, call: HeldCall) {
@@ -366,27 +334,23 @@ impl Task {
         if too_late || !self.held.add(call.clone(), listener) {
             return self.refuse(call);
         }
-        self.event(Event::Held(call));
+        self.event(NodeEvent::Held(call));
     }
 
     fn refuse(&mut self, call: HeldCall) {
         let HeldCall { rank, ticket, method, .. } = call;
         let text = format!("{method}: the sidecar that decides about it is not there; try again");
         tracing::info!(%rank, ticket, "{text}");
-        let (reply, _) = oneshot::channel();
-        let release = RankCommand::Release { ticket, verdict: Verdict::Refuse(text), reply };
-        if let Err(error) = self.lanes.rank(rank, release) {
-            tracing::warn!(error, "a control call could not be refused");
-        }
+        self.tell(rank, Release { ticket, verdict: Verdict::Refuse(text) }.into());
     }
 
     fn snapshot(&mut self, rank: EngineIndex) {
         let Some(handle) = self.services.ranks.iter().find(|handle| handle.rank == rank) else {
             return;
         };
-        let now = Told::of(&handle.snapshot.borrow());
+        let now = Reported::of(&handle.snapshot.borrow());
         self.changed.insert(rank);
-        if self.told.get(&rank).is_none_or(|(told, _)| *told != now) {
+        if self.reported.get(&rank).is_none_or(|(told, _)| *told != now) {
             self.tell_snapshot(rank);
         }
     }
@@ -400,57 +364,151 @@ impl Task {
         let Some(snapshot) = handle.map(|handle| handle.snapshot.borrow().clone()) else {
             return;
         };
-        let told = Told::of(&snapshot);
-        let urgent = self.told.get(&rank).is_none_or(|(last, _)| *last != told);
+        let told = Reported::of(&snapshot);
+        let urgent = self.reported.get(&rank).is_none_or(|(last, _)| *last != told);
         if full && !urgent {
             // Later, in a newer version.
-            if let Some((_, at)) = self.told.get_mut(&rank) {
+            if let Some((_, at)) = self.reported.get_mut(&rank) {
                 *at = Instant::now();
             }
             return;
         }
         self.changed.remove(&rank);
-        self.told.insert(rank, (told, Instant::now()));
-        self.event(Event::Snapshot(RankSnapshot { rank, ..snapshot }));
+        self.reported.insert(rank, (told, Instant::now()));
+        self.event(NodeEvent::Snapshot(RankSnapshot { rank, ..snapshot }));
     }
 
-    // === requests ===
-}
+    // === commands ===
 
-/// How to ask a task behind the link.
-struct Ask {
-    session: Uuid,
-    id: u64,
-    limit: Duration,
-    after: After,
-}
+    /// Asks a rank for something on our own account.
+    fn tell(&self, rank: EngineIndex, ask: RankAsk) {
+        let limit = ask.about().limit;
+        let envelope = Envelope { ask: NodeAsk::Rank(rank, ask), limit, reply: ReplyTo::NOWHERE };
+        if let Err(error) = self.services.submit(envelope) {
+            tracing::warn!(%rank, %error, "a rank was not told");
+        }
+    }
 
-enum Begun {
-    /// Answered at once.
-    Done(Answer),
-    /// Answered later.
-    Runs,
-}
+    fn asked(&mut self, session: Uuid, id: u64, ask: NodeAsk) {
+        // Asked again after a reconnect.
+        if self.running_ids.contains(&(session, id)) && !mutation::is(Mutation::ForgetRunning) {
+            return;
+        }
+        if let Some((_, frame)) = self.recent.iter().find(|(of, _)| *of == id) {
+            let frame = frame.clone();
+            if let Some(connection) = &mut self.connection {
+                connection.wire.push(frame);
+            }
+            return;
+        }
+        let about = ask.about();
+        tracing::trace!(id, what = about.name, "command");
+        let limit = match &ask {
+            NodeAsk::Link(LinkAsk::GetState(_)) => STATE_LIMIT,
+            _ => about.limit.saturating_add(MARGIN),
+        };
+        let (reply, answered) = ReplyTo::channel();
+        let submitted = if self.running.len() < MAX_RUNNING {
+            self.services.submit(Envelope { ask: ask.clone(), limit, reply })
+        } else {
+            Err(HandleError::failed(format!("{MAX_RUNNING} commands run already")))
+        };
+        if let Err(error) = submitted {
+            let error = HandleError::failed(format!("{}: {}: {error}", self.options.name, about.name));
+            return self.respond(session, id, &ask, Err(error));
+        }
+        self.known.apply_ask(&ask);
+        match &ask {
+            NodeAsk::Rank(rank, RankAsk::CloseRoutes(close)) => {
+                self.held.frontend_gone(*rank, close.frontend)
+            }
+            NodeAsk::Rank(rank, RankAsk::Release(release)) => self.held.released(*rank, release.ticket),
+            _ => {}
+        }
+        self.running_ids.insert((session, id));
+        self.running.push(Box::pin(async move {
+            let result = match timeout(limit, answered).await {
+                Ok(Ok(result)) => result,
+                Ok(Err(_)) => Err(HandleError::failed("the task that should do it has ended")),
+                Err(_) => Err(HandleError::failed(format!("no answer within {limit:?}"))),
+            };
+            Finished { session, id, ask, result }
+        }));
+    }
 
-fn done((): ()) -> Answer {
-    Answer::Done
-}
+    fn finished(&mut self, finished: Finished) {
+        let Finished { session, id, ask, result } = finished;
+        self.running_ids.remove(&(session, id));
+        if let (NodeAsk::Rank(rank, RankAsk::OpenRoute(route)), Ok(_)) = (&ask, &result)
+            && self.session != Some(session)
+        {
+            // Who asked for it is dead: nobody would ever use it.
+            return self.tell(*rank, CloseRoutes { frontend: route.frontend }.into());
+        }
+        self.known.apply_answer(&ask, result.as_ref());
+        let result = match ask {
+            NodeAsk::Link(LinkAsk::GetState(_)) => {
+                let stage = result.ok().filter(|_| self.services.stage.is_some());
+                let stage = stage.and_then(|stage| decode::<StageState>(&stage).ok());
+                encode(&self.state(stage)).map_err(HandleError::failed)
+            }
+            _ => result,
+        };
+        self.ending |= matches!(ask, NodeAsk::Link(LinkAsk::Shutdown(_)));
+        self.respond(session, id, &ask, result);
+    }
 
-fn slot(slot: Slot) -> Answer {
-    Answer::Slot(slot.0)
-}
+    /// Answers the asker, if it is still the one who is connected, and keeps the answer for it if it may have to
+    /// ask again.
+    fn respond(&mut self, session: Uuid, id: u64, ask: &NodeAsk, result: Result<Bytes, HandleError>) {
+        if self.session != Some(session) {
+            return;
+        }
+        let result = result.map_err(|error| error.to_string());
+        let answer = frame(&FromNode::Answer { id, result }).or_else(|error| {
+            frame(&FromNode::Answer { id, result: Err(format!("{}: {error}", self.options.name)) })
+        });
+        let answer = match answer {
+            Ok(answer) => answer,
+            Err(error) => return tracing::error!(error, "an answer of the link"),
+        };
+        let forget = mutation::is(Mutation::ForgetAnswers);
+        if !forget && !matches!(ask, NodeAsk::Link(LinkAsk::GetState(_))) {
+            self.recent_bytes += answer.len();
+            self.recent.push_back((id, answer.clone()));
+            while self.recent.len() > RECENT || self.recent_bytes > RECENT_BYTES {
+                let Some((_, dropped)) = self.recent.pop_front() else {
+                    break;
+                };
+                self.recent_bytes -= dropped.len();
+            }
+        }
+        if let Some((connection, _)) = self.listener() {
+            connection.wire.push(answer);
+        }
+    }
 
-/// What is soon told again, or matters only at once.
-fn can_be_spared(event: &Event) -> bool {
-    match event {
-        Event::Wake(_) | Event::Snapshot(_) | Event::Stage(StageEvent::Progress { .. }) => true,
-        Event::Edge(EdgeEvent::Report { frame, .. }) => !is_wave_edge(frame),
-        _ => false,
+    fn state(&self, stage: Option<StageState>) -> NodeState {
+        let mut state = self.known.clone();
+        for handle in &self.services.ranks {
+            let known = state.ranks.entry(handle.rank).or_default();
+            known.snapshot = RankSnapshot { rank: handle.rank, ..handle.snapshot.borrow().clone() };
+        }
+        if let Some(edge) = &self.services.edge_state {
+            let edge = edge.borrow();
+            state.wave = edge.wave.or(state.wave);
+            for (rank, known) in &mut state.ranks {
+                known.subscribed =
+                    known.prepared.is_some() && edge.subscribed.get(rank).copied() == known.prepared;
+            }
+        }
+        state.stage = stage;
+        state
     }
 }
 
 /// The next message; waits for ever while there is no connection.
-async fn receive(connection: &mut Option<Connection>) -> Result<Down, LinkError> {
+async fn receive(connection: &mut Option<Connection>) -> Result<ToNode, LinkError> {
     match connection {
         Some(connection) => connection.wire.next().await,
         None => std::future::pending().await,

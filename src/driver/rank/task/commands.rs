@@ -3,47 +3,51 @@
 use super::*;
 
 impl RankTask {
-    pub(super) async fn handle_command(&mut self, command: RankCommand) {
+    pub(super) async fn handle_command(&mut self, Envelope { ask, reply, .. }: Envelope<RankAsk>) {
         self.changed = true;
         let now = self.now();
-        match command {
-            RankCommand::Prepare { incarnation, reply } => {
+        match ask {
+            RankAsk::Prepare(Prepare { incarnation }) => {
                 let result = self.prepare(now, incarnation).await;
                 self.urgent = true;
                 self.publish();
-                let _ = reply.send(result);
+                reply.send::<Prepare>(result);
             }
-            RankCommand::EngineReady { incarnation, facts } => {
+            RankAsk::EngineReady(EngineReady { incarnation, facts }) => {
                 let layout = Box::new(facts.layout);
-                let event = Event::Ready { incarnation, layout };
-                self.machine.handle_event(now, event);
+                self.machine.handle_event(now, Event::Ready { incarnation, layout });
+                reply.send::<EngineReady>(Ok(()));
             }
-            RankCommand::Admit { incarnation } => {
+            RankAsk::Admit(Admit { incarnation }) => {
                 self.machine.handle_event(now, Event::Admitted(incarnation));
                 self.urgent = true;
+                reply.send::<Admit>(Ok(()));
             }
-            RankCommand::EngineDown { incarnation, reason } => self.engine_down(now, incarnation, reason),
-            RankCommand::Admission { open, reply } => {
+            RankAsk::EngineDown(EngineDown { incarnation, reason }) => {
+                self.engine_down(now, incarnation, reason);
+                reply.send::<EngineDown>(Ok(()));
+            }
+            RankAsk::Admission(Admission { open }) => {
                 self.machine.handle_event(now, Event::Gate { open });
                 self.perform().await;
-                let _ = reply.send(Ok(()));
+                reply.send::<Admission>(Ok(()));
             }
-            RankCommand::Call { key, method, args, timeout, reply } => {
-                if let Some(token) = self.calls.take(key, reply) {
-                    let event = Event::Call { token, method, args, timeout };
-                    self.machine.handle_event(now, event);
+            RankAsk::Call(call) => {
+                if let Some(token) = self.calls.take(call.key, reply) {
+                    let (method, args, timeout) = (call.method, call.args, call.timeout);
+                    self.machine.handle_event(now, Event::Call { token, method, args, timeout });
                 }
             }
-            RankCommand::OpenRoute { route, reply } => self.open_route(route, reply),
-            RankCommand::AdoptRoute { frontend, api_server, lost, reply } => {
-                let _ = reply.send(self.adopt_route(frontend, api_server, lost));
+            RankAsk::OpenRoute(route) => self.open_route(route, reply),
+            RankAsk::AdoptRoute(AdoptRoute { frontend, api_server }) => {
+                reply.send::<AdoptRoute>(self.adopt_route(frontend, api_server));
             }
-            RankCommand::CloseRoutes { frontend, reply } => {
+            RankAsk::CloseRoutes(CloseRoutes { frontend }) => {
                 self.close_routes(now, frontend);
                 self.perform().await;
-                let _ = reply.send(Ok(()));
+                reply.send::<CloseRoutes>(Ok(()));
             }
-            RankCommand::Release { ticket, verdict, reply } => {
+            RankAsk::Release(Release { ticket, verdict }) => {
                 self.releases.insert(ticket, reply);
                 let verdict = match verdict {
                     Verdict::Forward => virtual_engine::Verdict::Forward,
@@ -52,8 +56,6 @@ impl RankTask {
                 };
                 self.machine.release(ticket, verdict);
             }
-            // Ends the loop.
-            RankCommand::Shutdown { .. } => {}
         }
     }
 
@@ -97,17 +99,18 @@ impl RankTask {
         self.urgent = true;
         let incarnation = engine.incarnation;
         tracing::warn!(rank = %self.rank(), %incarnation, reason, "engine lost");
-        self.events.push_back(RankEvent::Lost { rank: self.rank(), incarnation, reason: reason.clone() });
+        let lost = RankEvent::Lost { rank: self.rank(), incarnation, reason: reason.clone() };
+        self.events.push_back(NodeEvent::Rank(lost));
         let now = self.now();
         let event = Event::Down { incarnation, reason };
         self.machine.handle_event(now, event);
     }
 
-    pub(super) fn open_route(&mut self, request: OpenRoute, reply: Reply<Slot>) {
+    pub(super) fn open_route(&mut self, request: OpenRoute, reply: ReplyTo) {
         let slot = match self.machine.open_slot(request.frontend, request.api_server) {
             Ok(slot) => slot,
             Err(error) => {
-                let _ = reply.send(Err(HandleError::failed(error.to_string())));
+                reply.send::<OpenRoute>(Err(HandleError::failed(error.to_string())));
                 return;
             }
         };
@@ -127,7 +130,7 @@ impl RankTask {
         let wanted = self.opening.get(&slot).is_some_and(|opening| opening.epoch == epoch);
         if !wanted {
             let error = HandleError::failed("the route was closed while it was being opened");
-            let _ = reply.send(Err(error));
+            reply.send::<OpenRoute>(Err(error));
             return;
         }
         self.opening.remove(&slot);
@@ -136,7 +139,7 @@ impl RankTask {
                 let (route, sources) = Route::new(&request, connections, epoch, slot);
                 self.sources.extend(sources);
                 self.routes.insert(slot, route);
-                let _ = reply.send(Ok(Slot(slot)));
+                reply.send::<OpenRoute>(Ok(Slot(slot)));
             }
             Err(error) => {
                 let now = self.now();
@@ -144,28 +147,20 @@ impl RankTask {
                 self.machine.handle_event(now, event);
                 let error =
                     format!("route of DP rank {} to API server {}: {error}", self.rank(), request.api_server);
-                let _ = reply.send(Err(HandleError::failed(error)));
+                reply.send::<OpenRoute>(Err(HandleError::failed(error)));
             }
         }
     }
 
-    pub(super) fn adopt_route(
-        &mut self,
-        frontend: FrontendId,
-        api_server: u32,
-        lost: mpsc::Sender<RouteLost>,
-    ) -> Result<Slot, HandleError> {
-        let rank = self.rank();
-        let found = self
-            .routes
-            .iter_mut()
-            .find(|(_, route)| route.frontend == frontend && route.api_server == api_server);
-        let (slot, route) = found.ok_or_else(|| {
+    pub(super) fn adopt_route(&self, frontend: FrontendId, api_server: u32) -> Result<Slot, HandleError> {
+        let mut routes = self.routes.iter();
+        let found = routes.find(|(_, route)| route.frontend == frontend && route.api_server == api_server);
+        let (slot, _) = found.ok_or_else(|| {
             HandleError::failed(format!(
-                "DP rank {rank} has no route to API server {api_server} of frontend {frontend}"
+                "DP rank {} has no route to API server {api_server} of frontend {frontend}",
+                self.rank()
             ))
         })?;
-        route.lost = lost;
         Ok(Slot(*slot))
     }
 

@@ -6,8 +6,8 @@ use dp_sidecar_protocol::machine::weight_update::Extent;
 use parking_lot::Mutex;
 
 use super::super::super::handles::{
-    AdapterPlace, HandleError, StageCommand, StageEvent, StageHandle, StageProgress, StageRequest,
-    StageSource, StageSpec, StageState, StagedVersion,
+    AdapterPlace, Envelope, HandleError, StageEvent, StageHandle, StageProgress, StageRequest, StageSource,
+    StageSpec, StageState, StagedVersion, queue,
 };
 use super::*;
 
@@ -46,17 +46,17 @@ pub(super) struct FakeStage {
 
 impl FakeStage {
     pub(super) fn start(node: u16, network: &Network) -> (Self, StageHandle, mpsc::Receiver<StageEvent>) {
-        let (commands, mut inbox) = mpsc::channel::<StageCommand>(16);
+        let (handle, mut inbox) = queue("staging");
         let (events, reports) = mpsc::channel(64);
         let this = Self { node, area: Arc::default(), events };
         let (served, network) = (this.clone(), network.clone());
         tokio::spawn(async move {
-            while let Some(StageCommand { request, reply }) = inbox.recv().await {
-                let answer = served.answer(request, &network).await;
-                reply.send(answer.map_err(HandleError::failed)).ok();
+            while let Some(Envelope { ask, reply, .. }) = inbox.recv().await {
+                let answer = served.answer(ask, &network).await;
+                reply.send::<StageRequest>(answer.map_err(HandleError::failed));
             }
         });
-        (this, StageHandle { commands }, reports)
+        (this, handle, reports)
     }
 
     pub(super) fn take_log(&self) -> Vec<String> {
