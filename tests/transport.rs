@@ -3,12 +3,13 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
 use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use bytes::Bytes;
 use dp_sidecar::transport::{
-    Dealer, PrivateDir, PullEvent, PullListener, Push, RouterEvent, RouterListener, TransportError,
-    XpubListener, Xsub,
+    Dealer, Encoded, PrivateDir, PullEvent, PullListener, Push, RouterEvent, RouterListener, TransportError,
+    XpubListener, Xsub, zmtp,
 };
 use tempfile::TempDir;
 use tokio::time::timeout;
@@ -118,7 +119,7 @@ async fn an_xpub_reports_each_subscription_and_reaches_each_subscriber() {
         let upstream = timeout(LIMIT, xpub.recv()).await.unwrap().unwrap();
         assert_eq!(upstream, bytes(&[b"\x01"]));
     }
-    xpub.publisher().send(bytes(&[b"\x02", b"wave"])).unwrap();
+    xpub.publisher().send(&Encoded::from(bytes(&[b"\x02", b"wave"]))).unwrap();
     for engine in &engines {
         assert_eq!(engine.recv_multipart(0).unwrap(), vec![b"\x02".to_vec(), b"wave".to_vec()]);
     }
@@ -139,16 +140,114 @@ async fn a_subscriber_that_does_not_read_ends_the_xpub_and_blocks_nobody() {
     stuck.subscribe().await.unwrap();
     timeout(LIMIT, xpub.recv()).await.unwrap().unwrap();
     let publisher = xpub.publisher();
-    let filler = Bytes::from(vec![2; 1 << 20]);
+    let filler = Encoded::from(vec![Bytes::from(vec![2; 1 << 20])]);
     let mut refused = None;
     for _ in 0..1000 {
-        refused = publisher.send(vec![filler.clone()]).err();
+        refused = publisher.send(&filler).err();
         if refused.is_some() {
             break;
         }
     }
     assert!(refused.is_some());
     assert!(timeout(LIMIT, xpub.recv()).await.unwrap().is_err());
+}
+
+/// Speaks ZMTP by hand.
+fn raw_subscriber(address: &str) -> UnixStream {
+    let mut stream = UnixStream::connect(address.strip_prefix("ipc://").unwrap()).unwrap();
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
+    stream.write_all(&zmtp::greeting()).unwrap();
+    stream.write_all(&zmtp::ready("XSUB", None)).unwrap();
+    let mut hello = vec![0; zmtp::GREETING_LENGTH + zmtp::ready("XPUB", None).len()];
+    stream.read_exact(&mut hello).unwrap();
+    stream
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_xpub_sends_what_is_subscribed_to_and_no_longer_after_the_end_of_it() {
+    let (_base, dir) = private();
+    let mut xpub = XpubListener::bind(&dir.ipc_address("x").unwrap(), LIMIT).await.unwrap();
+    let context = zmq::Context::new();
+    let subscriber = peer(&context, zmq::SUB);
+    subscriber.connect(xpub.address()).unwrap();
+    for topic in ["a", "ab"] {
+        subscriber.set_subscribe(topic.as_bytes()).unwrap();
+        let upstream = timeout(LIMIT, xpub.recv()).await.unwrap().unwrap();
+        assert_eq!(upstream, bytes(&[&[b"\x01", topic.as_bytes()].concat()]));
+    }
+    subscriber.set_unsubscribe(b"a").unwrap();
+    assert_eq!(timeout(LIMIT, xpub.recv()).await.unwrap().unwrap(), bytes(&[b"\x00a"]));
+    let publisher = xpub.publisher();
+    for message in [&[&b"ax"[..], b"no"], &[b"b", b"no"], &[b"abx", b"yes"]] {
+        publisher.send(&Encoded::from(bytes(message))).unwrap();
+    }
+    assert_eq!(subscriber.recv_multipart(0).unwrap(), vec![b"abx".to_vec(), b"yes".to_vec()]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hostile_subscriber_is_closed_and_the_others_are_served() {
+    let (_base, dir) = private();
+    let mut xpub = XpubListener::bind(&dir.ipc_address("x").unwrap(), LIMIT).await.unwrap();
+    let context = zmq::Context::new();
+    let engine = peer(&context, zmq::XSUB);
+    engine.connect(xpub.address()).unwrap();
+    engine.send(&b"\x01"[..], 0).unwrap();
+    timeout(LIMIT, xpub.recv()).await.unwrap().unwrap();
+
+    let mut topics = Vec::new();
+    for number in 0..2000u16 {
+        topics.extend([0, 3, 1]);
+        topics.extend(number.to_be_bytes());
+    }
+    let hostile: [(&str, &[u8]); 5] = [
+        ("a frame of 2^62 bytes", &[2, 0x40, 0, 0, 0, 0, 0, 0, 0]),
+        ("a command of 2^62 bytes", &[6, 0x40, 0, 0, 0, 0, 0, 0, 0]),
+        ("reserved flags", &[0x80, 0]),
+        ("frames without an end", &[1, 0].repeat(100)),
+        ("subscriptions without an end", &topics),
+    ];
+    for (what, sent) in hostile {
+        let mut stream = raw_subscriber(xpub.address());
+        // It may be closed before all is written.
+        let _ = stream.write_all(sent);
+        let reader = tokio::task::spawn_blocking(move || stream.read(&mut [0]));
+        // What it subscribed to before it went too far is reported.
+        let drained = async { while xpub.recv().await.is_ok() {} };
+        let read = tokio::select! {
+            read = reader => read.unwrap(),
+            () = drained => panic!("{what} ended the socket"),
+        };
+        // A reset is an end, too; a time limit is none.
+        let closed = match read {
+            Ok(count) => count == 0,
+            Err(error) => error.kind() == std::io::ErrorKind::ConnectionReset,
+        };
+        assert!(closed, "{what} is taken");
+    }
+    xpub.publisher().send(&Encoded::from(bytes(&[b"READY"]))).unwrap();
+    assert_eq!(engine.recv_multipart(0).unwrap(), vec![b"READY".to_vec()]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_stopped_subscriber_could_not_take_comes_whole_and_in_order_when_it_reads_again() {
+    let (_base, dir) = private();
+    let mut xpub = XpubListener::bind(&dir.ipc_address("x").unwrap(), LIMIT).await.unwrap();
+    let mut ours = Xsub::connect(xpub.address(), LIMIT).await.unwrap();
+    ours.subscribe().await.unwrap();
+    timeout(LIMIT, xpub.recv()).await.unwrap().unwrap();
+    let publisher = xpub.publisher();
+    let mut sent = 0u32;
+    while publisher.send(&Encoded::from(bytes(&[b"\x02", &sent.to_be_bytes()]))).is_ok() {
+        sent += 1;
+        assert!(sent < 1_000_000, "the backlog has no bound");
+    }
+    for number in 0..sent {
+        let frames = timeout(LIMIT, ours.recv()).await.unwrap().unwrap();
+        assert_eq!(frames, bytes(&[b"\x02", &number.to_be_bytes()]));
+    }
+    // Now it takes messages again.
+    publisher.send(&Encoded::from(bytes(&[b"later"]))).unwrap();
+    assert_eq!(timeout(LIMIT, ours.recv()).await.unwrap().unwrap(), bytes(&[b"later"]));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -19,7 +19,7 @@ use super::handles::{
     EdgeAsk, EdgeClose, EdgeHandle, EdgeNote, EdgePrepare, EdgePublish, Envelope, HandleError, NodeEvent,
     queue,
 };
-use crate::transport::PrivateDir;
+use crate::transport::{Encoded, PrivateDir};
 use sockets::EngineSockets;
 
 /// What a successor of the DP coordinator has to know about the engines behind an edge.
@@ -72,16 +72,17 @@ struct Task {
 
 impl Task {
     async fn run(mut self, mut inbox: mpsc::Receiver<Envelope<EdgeAsk>>) {
-        // It never waits for an engine, only for binding a socket file.
+        // It never waits for an engine, only for binding a socket file: each gets what it takes at once.
         while let Some(Envelope { ask, reply, .. }) = inbox.recv().await {
             match ask {
                 EdgeAsk::EdgePrepare(EdgePrepare { rank, incarnation }) => {
                     reply.send::<EdgePrepare>(self.prepare(rank, incarnation).await);
                 }
                 EdgeAsk::EdgePublish(EdgePublish { ranks, frames }) => {
+                    let message = Encoded::from(frames);
                     for rank in ranks {
                         if let Some(sockets) = self.engines.get_mut(&rank) {
-                            sockets.publish(rank, frames.clone());
+                            sockets.publish(rank, &message);
                         }
                     }
                     reply.send::<EdgePublish>(Ok(()));

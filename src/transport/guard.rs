@@ -373,13 +373,7 @@ async fn exchange(
                 Err(error) => return Err(format!("the connection broke inside a message: {error}")),
             },
             Some(frames) = answers.recv() => {
-                let mut bytes = BytesMut::new();
-                let last = frames.len().saturating_sub(1);
-                for (at, frame) in frames.iter().enumerate() {
-                    zmtp::encode_header(frame.len(), at < last, &mut bytes);
-                    bytes.extend_from_slice(frame);
-                }
-                match timeout(limits.message, writer.write_all(&bytes)).await {
+                match timeout(limits.message, writer.write_all(&zmtp::encode(&frames))).await {
                     Ok(Ok(())) => {}
                     Ok(Err(error)) => return Err(format!("sending to it: {error}")),
                     Err(_) => return Err(format!("it does not read for {:?}", limits.message)),

@@ -1,11 +1,13 @@
 //! The sockets. Nothing else in the sidecar names a ZMQ library.
 //!
-//! Three kinds, for three kinds of peers:
+//! Four kinds:
 //!
-//! * **Listening sockets** ([`RouterListener`], [`PullListener`], [`XpubListener`]) serve the engines
+//! * **Listening sockets** ([`RouterListener`], [`PullListener`]) serve the engines
 //!   of this node over `ipc://` in a [`PrivateDir`] or over loopback. They wrap the `zeromq` crate and
 //!   keep the rules that make it safe: a fresh set per engine incarnation, one peer per socket,
 //!   bounded work in flight (so its queue of 100,000 messages never fills), `send` never cancelled.
+//! * The DP coordinator's **publishing socket** ([`XpubListener`]) is of our own: waking all engines of a node is
+//!   one write to each connection ([`XpubPublisher::send`]), by the task that publishes.
 //! * **Connecting sockets** ([`Dealer`], [`Push`], [`Xsub`]) go to frontends, which may be on other
 //!   hosts and may be stopped, slow or hostile. There the rules cannot be kept with that crate: it
 //!   queues up to 100,000 messages of any size in front of a peer that does not read, aborts the
@@ -35,7 +37,7 @@ pub use guard::{GuardEvent, GuardLimits, GuardedRouter, GuardedSender, Numbers};
 pub use listen::{PullEvent, PullListener, RouterEvent, RouterListener, RouterSender};
 pub use paths::{PrivateDir, SUN_PATH_LIMIT, check_socket_path, unlink_stale_socket};
 pub use peer::{PeerReceiver, PeerSender};
-pub use xpub::{XpubListener, XpubPublisher};
+pub use xpub::{Encoded, XpubListener, XpubPublisher};
 
 /// How long the runtime has to live after the last socket is dropped, so that what was sent gets
 /// out (measured with the crate: without it a single last message arrives in 6 of 20 runs).

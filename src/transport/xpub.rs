@@ -1,76 +1,129 @@
 //! XPUB that listens for engines.
+//!
+//! Publishing writes straight to the connections, from the task that publishes: a wake of many engines costs one system
+//! call each, and no task switch. What the kernel does not take now waits in front of its connection, bounded, and is
+//! written by that connection's task.
 
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use bytes::{Buf, Bytes, BytesMut};
 use dp_sidecar_protocol::Frames;
-use futures::StreamExt;
-use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
-use zeromq::util::PeerIdentity;
-use zeromq::{MultiPeerBackend, Socket, SocketEvent, SocketRecv, SocketSend, XPubSocket, ZmqMessage};
+use parking_lot::Mutex;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Notify, Semaphore, mpsc};
+use tokio::time::{Instant, timeout, timeout_at};
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::task::TaskTracker;
 
-use super::TransportError;
-use super::listen::{bind, unlink};
+use super::listen::unlink;
+use super::zmtp::{self, Decoder, GREETING_LENGTH, Item};
+use super::{TransportError, unlink_stale_socket};
 
-/// Messages waiting to be published, and upstream messages waiting to be read.
+/// Upstream messages waiting to be read. When it is full, connections are read no further.
 const QUEUE: usize = 256;
+/// While more than this waits for a subscriber, further messages are refused. They have some ten bytes each.
+const BACKLOG_BYTES: usize = 64 * 1024;
+/// Connections at a time; an engine has one, and may have a second while the first one's end is not seen yet.
+const CONNECTIONS: usize = 16;
+/// Until a connection's greeting and READY command are in.
+const HANDSHAKE: Duration = Duration::from_secs(5);
+/// Bytes of an upstream message, and frames: subscriptions, and what frontends send.
+const UPSTREAM_BYTES: usize = 64 * 1024;
+const UPSTREAM_FRAMES: usize = 8;
+/// Bytes of all subscriptions of a connection, each with [`TOPIC_OVERHEAD`].
+const TOPICS_BYTES: usize = 64 * 1024;
+const TOPIC_OVERHEAD: usize = 64;
+/// Room made for a read.
+const READ: usize = 512;
+/// After a failed `accept`.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// XPUB with a task of its own, because the crate's `send` waits for the slowest subscriber. Meant
-/// for one engine (one socket per rank and incarnation). Closes when this and all publishers are
-/// dropped.
+/// XPUB on a unix socket, meant for one engine (one socket per rank and incarnation). Closes when it is dropped.
 ///
-/// Like `XPUB_VERBOSE` it reports every subscription. It cannot report that a subscriber left.
+/// Like `XPUB_VERBOSER` it reports every subscription and its end; not that a subscriber left.
 #[derive(Debug)]
 pub struct XpubListener {
-    address: String,
-    publisher: mpsc::Sender<Frames>,
+    shared: Arc<Shared>,
     upstream: mpsc::Receiver<Frames>,
-    task: JoinHandle<()>,
+    _stop: DropGuard,
 }
 
 /// Publishes on an [`XpubListener`].
 #[derive(Clone, Debug)]
 pub struct XpubPublisher {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    /// `ipc://` and the path.
     address: String,
-    publisher: mpsc::Sender<Frames>,
+    send_timeout: Duration,
+    /// Set once: no connection is added any more.
+    closed: AtomicBool,
+    connections: Mutex<Vec<Arc<Connection>>>,
+    stop: CancellationToken,
+}
+
+#[derive(Debug)]
+struct Connection {
+    stream: UnixStream,
+    outgoing: Mutex<Outgoing>,
+    /// Something waits in [`Outgoing::backlog`].
+    behind: Notify,
+}
+
+/// What a connection gets. Written to by publishers and by the connection's task, never across a wait.
+#[derive(Debug, Default)]
+struct Outgoing {
+    topics: Vec<Bytes>,
+    topic_bytes: usize,
+    /// Encoded messages that the kernel has not taken; it may begin inside of one.
+    backlog: BytesMut,
 }
 
 impl XpubListener {
-    /// Binds; see [`super::RouterListener::bind`]. A subscriber that takes nothing for `send_timeout`
-    /// ends the socket: `recv` and `send` then report the disconnection.
+    /// Binds to `ipc:///path`; see [`super::RouterListener::bind`]. A subscriber that takes nothing for `send_timeout`
+    /// while something waits for it ends the socket: `recv` and `send` then report the disconnection.
     ///
     /// # Errors
     /// As [`super::RouterListener::bind`].
     pub async fn bind(address: &str, send_timeout: Duration) -> Result<Self, TransportError> {
-        let mut socket = XPubSocket::new();
-        let monitor = socket.monitor();
-        let address = bind(&mut socket, address).await?;
-        let (publisher, commands) = mpsc::channel(QUEUE);
-        let (events, upstream) = mpsc::channel(QUEUE);
-        let owned = Owned { socket, peers: Vec::new() };
-        let name = address.clone();
-        let task = tokio::spawn(async move {
-            run(owned, monitor, commands, events, &name, send_timeout).await;
+        let path = address.strip_prefix("ipc://").filter(|path| path.starts_with('/'));
+        let path = Path::new(path.ok_or_else(|| TransportError::Address {
+            address: address.to_owned(),
+            reason: "expected ipc:///path".to_owned(),
+        })?);
+        unlink_stale_socket(path)?;
+        let listener = UnixListener::bind(path).map_err(|error| TransportError::Bind {
+            address: address.to_owned(),
+            reason: error.to_string(),
+        })?;
+        let stop = CancellationToken::new();
+        let shared = Arc::new(Shared {
+            address: address.to_owned(),
+            send_timeout,
+            closed: AtomicBool::new(false),
+            connections: Mutex::default(),
+            stop: stop.clone(),
         });
-        Ok(Self { address, publisher, upstream, task })
+        let (events, upstream) = mpsc::channel(QUEUE);
+        tokio::spawn(stop.clone().run_until_cancelled_owned(accept(listener, shared.clone(), events)));
+        Ok(Self { shared, upstream, _stop: stop.drop_guard() })
     }
 
-    /// The address, with the port that was taken.
+    /// The address.
     pub fn address(&self) -> &str {
-        &self.address
+        &self.shared.address
     }
 
     /// A publisher.
     pub fn publisher(&self) -> XpubPublisher {
-        XpubPublisher { address: self.address.clone(), publisher: self.publisher.clone() }
-    }
-
-    /// Publishes; see [`XpubPublisher::send`].
-    ///
-    /// # Errors
-    /// As [`XpubPublisher::send`].
-    pub fn send(&self, frames: Frames) -> Result<(), TransportError> {
-        send(&self.address, &self.publisher, frames)
+        XpubPublisher { shared: self.shared.clone() }
     }
 
     /// The next subscription (`01...`, `00...`) or upstream message. Cancel-safe.
@@ -78,95 +131,307 @@ impl XpubListener {
     /// # Errors
     /// [`TransportError::Disconnected`] when a subscriber was stuck; the socket is over.
     pub async fn recv(&mut self) -> Result<Frames, TransportError> {
-        self.upstream.recv().await.ok_or_else(|| stuck(&self.address))
+        self.upstream.recv().await.ok_or_else(|| self.shared.stuck())
     }
 }
 
 impl Drop for XpubListener {
     fn drop(&mut self) {
-        unlink(&self.address);
-        self.task.abort();
+        unlink(&self.shared.address);
+        self.shared.close();
     }
 }
 
 impl XpubPublisher {
-    /// Queues a message for all subscribers. Never blocks.
+    /// Sends a message to all subscribers of its topic. Never blocks: what the kernel does not take at once is kept.
     ///
     /// # Errors
-    /// [`TransportError::Disconnected`] when a subscriber is stuck; the socket is over.
-    pub fn send(&self, frames: Frames) -> Result<(), TransportError> {
-        send(&self.address, &self.publisher, frames)
+    /// [`TransportError::Disconnected`] when a subscriber does not read, and too much waits for it already (the others
+    /// have the message), or the socket is over.
+    pub fn send(&self, message: &Encoded) -> Result<(), TransportError> {
+        if self.shared.closed.load(Ordering::Acquire) {
+            return Err(self.shared.stuck());
+        }
+        let mut taken = true;
+        for connection in self.shared.connections.lock().iter() {
+            taken &= connection.send(message);
+        }
+        if taken { Ok(()) } else { Err(self.shared.stuck()) }
     }
 }
 
-fn send(address: &str, publisher: &mpsc::Sender<Frames>, frames: Frames) -> Result<(), TransportError> {
-    publisher.try_send(frames).map_err(|_| stuck(address))
+/// A message as it goes over the wire: encoded once for all subscribers.
+#[derive(Clone, Debug)]
+pub struct Encoded {
+    topic: Bytes,
+    wire: Bytes,
 }
 
-fn stuck(address: &str) -> TransportError {
-    TransportError::Disconnected {
-        address: address.to_owned(),
-        reason: "the subscriber does not read".to_owned(),
+impl From<Frames> for Encoded {
+    fn from(frames: Frames) -> Self {
+        Self { wire: zmtp::encode(&frames), topic: frames.into_iter().next().unwrap_or_default() }
     }
 }
 
-/// The socket and the peers it accepted, so that dropping it closes their connections: the crate's
-/// XPUB leaves them open.
-struct Owned {
-    socket: XPubSocket,
-    peers: Vec<PeerIdentity>,
-}
-
-impl Drop for Owned {
-    fn drop(&mut self) {
-        let backend = self.socket.backend();
-        for peer in &self.peers {
-            MultiPeerBackend::peer_disconnected(&*backend, peer);
+impl Shared {
+    fn stuck(&self) -> TransportError {
+        TransportError::Disconnected {
+            address: self.address.clone(),
+            reason: "the subscriber does not read".to_owned(),
         }
     }
+
+    fn close(&self) {
+        let mut connections = self.connections.lock();
+        self.closed.store(true, Ordering::Release);
+        connections.clear();
+        self.stop.cancel();
+    }
+
+    /// False if the socket is closed.
+    fn add(&self, connection: Arc<Connection>) -> bool {
+        let mut connections = self.connections.lock();
+        let open = !self.closed.load(Ordering::Acquire);
+        if open {
+            connections.push(connection);
+        }
+        open
+    }
+
+    fn remove(&self, connection: &Arc<Connection>) {
+        self.connections.lock().retain(|other| !Arc::ptr_eq(other, connection));
+    }
 }
 
-async fn run(
-    mut owned: Owned,
-    mut monitor: futures::channel::mpsc::Receiver<SocketEvent>,
-    mut commands: mpsc::Receiver<Frames>,
-    events: mpsc::Sender<Frames>,
-    address: &str,
-    send_timeout: Duration,
-) {
+impl Connection {
+    /// False if the message could not be kept for a subscriber that does not read.
+    fn send(&self, message: &Encoded) -> bool {
+        let mut outgoing = self.outgoing.lock();
+        if !outgoing.topics.iter().any(|topic| message.topic.starts_with(topic)) {
+            return true;
+        }
+        if !outgoing.backlog.is_empty() {
+            let room = outgoing.backlog.len() < BACKLOG_BYTES;
+            if room {
+                outgoing.backlog.extend_from_slice(&message.wire);
+            }
+            return room;
+        }
+        // An error shows again to the connection's task, which reads.
+        let written = self.stream.try_write(&message.wire).unwrap_or(0);
+        if written < message.wire.len() {
+            outgoing.backlog.extend_from_slice(&message.wire[written..]);
+            self.behind.notify_one();
+        }
+        true
+    }
+
+    /// Writes what waits, as far as the kernel takes it; whether it took something, and whether all is written.
+    fn flush(&self) -> io::Result<(bool, bool)> {
+        let mut outgoing = self.outgoing.lock();
+        let mut progress = false;
+        while !outgoing.backlog.is_empty() {
+            match self.stream.try_write(&outgoing.backlog) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => {
+                    outgoing.backlog.advance(written);
+                    progress = true;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok((progress, false)),
+                Err(error) => return Err(error),
+            }
+        }
+        outgoing.backlog = BytesMut::new();
+        Ok((progress, true))
+    }
+
+    /// Notes what an upstream message says about topics.
+    fn note(&self, message: &Frames) -> Result<(), String> {
+        let [only] = message.as_slice() else { return Ok(()) };
+        let mut outgoing = self.outgoing.lock();
+        match only.first() {
+            Some(1) => {
+                let topic = only.slice(1..);
+                if !outgoing.topics.contains(&topic) {
+                    outgoing.topic_bytes += topic.len() + TOPIC_OVERHEAD;
+                    if outgoing.topic_bytes > TOPICS_BYTES {
+                        return Err(format!("subscriptions of more than {TOPICS_BYTES} bytes"));
+                    }
+                    // Not as a part of what was read with it.
+                    outgoing.topics.push(Bytes::copy_from_slice(&topic));
+                }
+            }
+            Some(0) => {
+                if let Some(at) = outgoing.topics.iter().position(|topic| *topic == only[1..]) {
+                    let topic = outgoing.topics.swap_remove(at);
+                    outgoing.topic_bytes -= topic.len() + TOPIC_OVERHEAD;
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// Why a connection is over.
+enum End {
+    /// The peer closed it, or the socket is dropped.
+    Closed,
+    Broken(String),
+    Stuck,
+}
+
+async fn accept(listener: UnixListener, shared: Arc<Shared>, events: mpsc::Sender<Frames>) {
+    let slots = Arc::new(Semaphore::new(CONNECTIONS));
+    let tasks = TaskTracker::new();
     loop {
-        tokio::select! {
-            biased;
-            Some(event) = monitor.next() => {
-                if let SocketEvent::Accepted(_, peer) = event {
-                    owned.peers.push(peer);
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(address = shared.address, %error, "cannot accept a subscriber");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let Ok(slot) = slots.clone().try_acquire_owned() else {
+            tracing::warn!(address = shared.address, "more than {CONNECTIONS} subscribers, this one is closed");
+            continue;
+        };
+        let (shared, events) = (shared.clone(), events.clone());
+        let stop = shared.stop.clone();
+        let serve = async move {
+            match serve(&shared, stream, events).await {
+                End::Closed => {}
+                End::Broken(reason) => {
+                    tracing::debug!(address = shared.address, "subscriber's connection closed: {reason}");
+                }
+                End::Stuck => {
+                    let send_timeout = shared.send_timeout;
+                    tracing::warn!(address = shared.address, ?send_timeout, "a subscriber does not read");
+                    shared.close();
                 }
             }
-            received = owned.socket.recv() => match received {
-                Ok(message) => {
-                    // A reader that does not keep up loses upstream data, never a subscription's effect.
-                    if events.try_send(message.into_vec()).is_err() {
-                        tracing::warn!(address, "upstream message dropped: its reader is behind");
-                    }
+            drop(slot);
+        };
+        tasks.spawn(stop.run_until_cancelled_owned(serve));
+    }
+}
+
+async fn serve(shared: &Shared, stream: UnixStream, events: mpsc::Sender<Frames>) -> End {
+    let mut buffer = BytesMut::new();
+    let mut decoder = Decoder::with_limits(UPSTREAM_BYTES, UPSTREAM_FRAMES);
+    match timeout(HANDSHAKE, open(&stream, &mut buffer, &mut decoder)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(end)) => return end,
+        Err(_) => return End::Broken(format!("no ZMTP greeting and READY within {HANDSHAKE:?}")),
+    }
+    let connection = Arc::new(Connection { stream, outgoing: Mutex::default(), behind: Notify::new() });
+    if !shared.add(connection.clone()) {
+        return End::Closed;
+    }
+    let end = tokio::select! {
+        end = read(&connection, buffer, decoder, &events) => end,
+        end = write(&connection, shared.send_timeout) => end,
+    };
+    shared.remove(&connection);
+    end
+}
+
+/// Greeting and READY in both directions.
+async fn open(stream: &UnixStream, buffer: &mut BytesMut, decoder: &mut Decoder) -> Result<(), End> {
+    write_all(stream, &zmtp::greeting()).await?;
+    while buffer.len() < GREETING_LENGTH {
+        fill(stream, buffer).await?;
+    }
+    let start = buffer.split_to(GREETING_LENGTH);
+    let greeting = <&[u8; GREETING_LENGTH]>::try_from(&start[..]);
+    zmtp::check_greeting(greeting.map_err(|error| End::Broken(error.to_string()))?).map_err(End::Broken)?;
+    write_all(stream, &zmtp::ready("XPUB", None)).await?;
+    loop {
+        match decoder.decode(buffer) {
+            Ok(Some(Item::Command(command))) => {
+                let checked = zmtp::check_ready(&command, "SUB");
+                return checked.or_else(|_| zmtp::check_ready(&command, "XSUB")).map_err(End::Broken);
+            }
+            Ok(Some(Item::Message(_))) => return Err(End::Broken("a message before READY".to_owned())),
+            Ok(None) => fill(stream, buffer).await?,
+            Err(error) => return Err(End::Broken(error.to_string())),
+        }
+    }
+}
+
+async fn read(
+    connection: &Connection,
+    mut buffer: BytesMut,
+    mut decoder: Decoder,
+    events: &mpsc::Sender<Frames>,
+) -> End {
+    loop {
+        match decoder.decode(&mut buffer) {
+            Ok(Some(Item::Message(frames))) => {
+                if let Err(reason) = connection.note(&frames) {
+                    return End::Broken(reason);
                 }
-                Err(error) => {
-                    tracing::debug!(address, %error, "connection error");
-                    tokio::time::sleep(Duration::from_millis(5)).await;
+                if events.send(frames).await.is_err() {
+                    return End::Closed;
                 }
-            },
-            command = commands.recv() => {
-                let Some(frames) = command else { return };
-                let Ok(message) = ZmqMessage::try_from(frames) else { continue };
-                // Cancelling a send leaves half a message: after the timeout the socket is dropped.
-                match tokio::time::timeout(send_timeout, owned.socket.send(message)).await {
-                    Ok(Ok(())) => {}
-                    Ok(Err(error)) => tracing::debug!(address, %error, "publishing failed"),
-                    Err(_) => {
-                        tracing::warn!(address, ?send_timeout, "a subscriber does not read");
-                        return;
-                    }
+            }
+            Ok(Some(Item::Command(_))) => {}
+            Ok(None) => {
+                if let Err(end) = fill(&connection.stream, &mut buffer).await {
+                    return end;
                 }
+            }
+            Err(error) => return End::Broken(error.to_string()),
+        }
+    }
+}
+
+/// Writes what publishers left, whenever they left something.
+async fn write(connection: &Connection, send_timeout: Duration) -> End {
+    loop {
+        connection.behind.notified().await;
+        let mut due = Instant::now() + send_timeout;
+        loop {
+            match timeout_at(due, connection.stream.writable()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => return End::Broken(error.to_string()),
+                Err(_) => return End::Stuck,
+            }
+            match connection.flush() {
+                Ok((_, true)) => break,
+                Ok((true, false)) => due = Instant::now() + send_timeout,
+                Ok((false, false)) => {}
+                Err(error) => return End::Broken(error.to_string()),
             }
         }
     }
+}
+
+async fn fill(stream: &UnixStream, buffer: &mut BytesMut) -> Result<(), End> {
+    let broken = |error: io::Error| End::Broken(error.to_string());
+    loop {
+        stream.readable().await.map_err(broken)?;
+        buffer.reserve(READ);
+        match stream.try_read_buf(buffer) {
+            Ok(0) => return Err(End::Closed),
+            Ok(_) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(broken(error)),
+        }
+    }
+}
+
+async fn write_all(stream: &UnixStream, mut bytes: &[u8]) -> Result<(), End> {
+    let broken = |error: io::Error| End::Broken(error.to_string());
+    while !bytes.is_empty() {
+        stream.writable().await.map_err(broken)?;
+        match stream.try_write(bytes) {
+            Ok(0) => return Err(broken(io::ErrorKind::WriteZero.into())),
+            Ok(written) => bytes = &bytes[written..],
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(broken(error)),
+        }
+    }
+    Ok(())
 }

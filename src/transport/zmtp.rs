@@ -1,4 +1,4 @@
-//! ZMTP 3.0 with the NULL mechanism, the connecting side (<https://rfc.zeromq.org/spec/23/>).
+//! ZMTP 3.0 with the NULL mechanism (<https://rfc.zeromq.org/spec/23/>).
 
 use std::io;
 
@@ -224,23 +224,25 @@ pub fn encode_header(length: usize, more: bool, out: &mut BytesMut) {
     }
 }
 
+/// A whole message.
+pub fn encode(frames: &[Bytes]) -> Bytes {
+    let mut out = BytesMut::new();
+    let last = frames.len().saturating_sub(1);
+    for (at, frame) in frames.iter().enumerate() {
+        encode_header(frame.len(), at < last, &mut out);
+        out.extend_from_slice(frame);
+    }
+    out.freeze()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn encode(frames: &[&[u8]]) -> BytesMut {
-        let mut out = BytesMut::new();
-        for (at, frame) in frames.iter().enumerate() {
-            encode_header(frame.len(), at + 1 < frames.len(), &mut out);
-            out.extend_from_slice(frame);
-        }
-        out
-    }
-
     #[test]
     fn messages_survive_being_cut_at_any_byte() {
         let long = vec![7; 300];
-        let whole = encode(&[b"", b"ab", &long, b""]);
+        let whole = encode(&[&b""[..], b"ab", &long, b""].map(Bytes::copy_from_slice));
         for cut in 0..=whole.len() {
             let mut decoder = Decoder::default();
             let mut buffer = BytesMut::from(&whole[..cut]);

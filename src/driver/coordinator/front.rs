@@ -6,7 +6,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 use tracing::warn;
 
-use crate::transport::{XpubListener, XpubPublisher};
+use crate::transport::{Encoded, XpubListener, XpubPublisher};
 
 /// The XPUB of directly connected frontends.
 #[derive(Debug)]
@@ -39,7 +39,7 @@ impl Front {
     }
 
     pub(super) fn publish(&self, frame: Bytes) {
-        if let Err(error) = self.publisher.send(vec![frame]) {
+        if let Err(error) = self.publisher.send(&Encoded::from(vec![frame])) {
             warn!(%error, "frontends cannot be reached by the DP coordinator");
         }
     }

@@ -14,7 +14,9 @@ use tracing::{debug, warn};
 use super::EdgeState;
 use super::backlog::{Backlog, Told};
 use crate::driver::handles::{EdgeEvent, NodeEvent};
-use crate::transport::{PrivateDir, PullEvent, PullListener, TransportError, XpubListener, XpubPublisher};
+use crate::transport::{
+    Encoded, PrivateDir, PullEvent, PullListener, TransportError, XpubListener, XpubPublisher,
+};
 
 /// An engine that takes no message for this long has no input thread any more.
 const SEND_TIMEOUT: Duration = Duration::from_secs(30);
@@ -27,8 +29,7 @@ pub(super) struct EngineSockets {
     /// `coordinator_input` and `coordinator_output` of INIT.
     pub(super) addresses: (String, String),
     publisher: XpubPublisher,
-    /// The last message could not be queued. Later ones may be: the engine may have been stopped for
-    /// a while only.
+    /// The last message was refused. Later ones may not be: the engine may have been stopped for a while only.
     unreachable: bool,
     _reader: DropGuard,
 }
@@ -59,8 +60,8 @@ impl EngineSockets {
         })
     }
 
-    pub(super) fn publish(&mut self, rank: EngineIndex, frames: Frames) {
-        let sent = self.publisher.send(frames);
+    pub(super) fn publish(&mut self, rank: EngineIndex, message: &Encoded) {
+        let sent = self.publisher.send(message);
         let was_unreachable = std::mem::replace(&mut self.unreachable, sent.is_err());
         if let Err(error) = sent
             && !was_unreachable
