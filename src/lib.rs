@@ -24,8 +24,6 @@ mod admin;
 #[cfg(not(feature = "test-support"))]
 mod app;
 #[cfg(not(feature = "test-support"))]
-mod bench;
-#[cfg(not(feature = "test-support"))]
 mod config;
 #[cfg(not(feature = "test-support"))]
 mod driver;
@@ -64,8 +62,6 @@ mod transport;
 pub mod admin;
 #[cfg(feature = "test-support")]
 pub mod app;
-#[cfg(feature = "test-support")]
-pub mod bench;
 #[cfg(feature = "test-support")]
 pub mod config;
 #[cfg(feature = "test-support")]

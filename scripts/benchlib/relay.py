@@ -6,25 +6,17 @@ and CPU per message (1 KiB and 16 KiB), resident memory with 256 engines and 4 f
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from programs import build, fail
+
 LIMIT_S = 600
 # 256 engines have 9 slots of two sockets each, and a connection each, on both sides.
 FILES_NEEDED = 14_000
-
-
-def build():
-    for what in (["--example", "relay"], ["-p", "dp-sidecar-testkit", "--bin", "load-relay"]):
-        command = ["cargo", "build", "--release", "--quiet", *what]
-        subprocess.run(command, cwd=ROOT, check=True)
-    target = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release"
-    return target / "examples" / "relay", target / "load-relay"
 
 
 def missed(figures):
@@ -42,13 +34,15 @@ def main():
     parser = argparse.ArgumentParser(prog="scripts/bench relay", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
     parser.add_argument("--quick", action="store_true", help="a tenth of the messages, 32 engines")
+    parser.add_argument("--no-build", action="store_true", help="the programs are there")
     args = parser.parse_args()
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if not args.quick and hard != resource.RLIM_INFINITY and hard < FILES_NEEDED:
-        raise SystemExit(f"{FILES_NEEDED} open files are needed, the hard limit is {hard}")
-    relay, load = build()
+        raise fail(f"{FILES_NEEDED} open files are needed, the hard limit is {hard}")
+    programs = build(skip=args.no_build)
+    relay, load = programs / "bench-relay", programs / "load-relay"
     with tempfile.TemporaryDirectory(prefix="dpsb") as base:
         command = [load, "--relay", relay, "--dir", Path(base) / "z"]
         command += [flag for flag in ("--json", "--quick") if getattr(args, flag[2:])]

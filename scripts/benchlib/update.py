@@ -30,28 +30,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "e2e"))
 
-from cluster import Cluster, Node  # noqa: E402
+from cluster import Cluster, Node, missing  # noqa: E402
 from deployment import Deployment  # noqa: E402
 from harness import World  # noqa: E402
 from processes import Process, processes_with  # noqa: E402
+from programs import build, fail  # noqa: E402
 
 MIB = 1 << 20
 TENSORS = 291
 PROMPT = "benchmark"
-
-
-def build() -> dict[str, Path]:
-    for what in (
-        ["--bin", "sidecar", "--example", "bare_copy"],
-        ["-p", "dp-sidecar-testkit", "--bin", "fake-vllm"],
-    ):
-        subprocess.run(["cargo", "build", "--release", "--quiet", *what], cwd=ROOT, check=True)
-    target = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release"
-    return {
-        "sidecar": target / "sidecar",
-        "fake-vllm": target / "fake-vllm",
-        "bare_copy": target / "examples" / "bare_copy",
-    }
 
 
 # --- checkpoints ---
@@ -344,12 +331,11 @@ def main() -> None:
     args = parser.parse_args()
     say = (lambda text: None) if args.json else print
 
-    if args.no_build:
-        target = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release"
-        programs = {"sidecar": target / "sidecar", "fake-vllm": target / "fake-vllm"}
-        programs["bare_copy"] = target / "examples" / "bare_copy"
-    else:
-        programs = build()
+    if reason := missing():
+        raise fail(reason)
+    target = build(skip=args.no_build)
+    programs = {name: target / name for name in ("sidecar", "fake-vllm")}
+    programs["bare_copy"] = target / "bench-bare-copy"
     result: dict = {"bench": "update", "runs": []}
     with tempfile.TemporaryDirectory(prefix="dpsu", dir="/var/tmp") as base:
         say(f"writing checkpoints of {args.mib} MiB and {TENSORS} tensors")

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use super::children::{CoordinatorArgs, KeeperArgs, RelayArgs};
+use super::children::{KeeperArgs, RelayArgs};
 use super::update::UpdateArgs;
 use crate::admin::types::PauseMode;
 use crate::config::{Lifeline, LogFormat};
@@ -101,9 +101,6 @@ pub enum Command {
     /// The process that owns the data path of a node. Started by the keeper.
     #[command(hide = true)]
     Relay(RelayArgs),
-    /// The DP coordinator alone, for `scripts/bench coordinator`.
-    #[command(hide = true)]
-    Coordinator(CoordinatorArgs),
 }
 
 /// How the model's ranks depend on each other.

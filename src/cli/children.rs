@@ -1,4 +1,4 @@
-//! Commands that the sidecar, and its benchmarks, start themselves.
+//! Commands that the sidecar starts itself.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -6,18 +6,6 @@ use std::time::Duration;
 use clap::Args;
 
 use super::args::{ModelKind, parse_duration};
-
-/// `sidecar coordinator`.
-#[derive(Debug, Args)]
-pub struct CoordinatorArgs {
-    /// Directory of its sockets.
-    #[arg(long, value_name = "DIR")]
-    pub listen_dir: PathBuf,
-
-    /// Number of lockstep engines.
-    #[arg(long, value_name = "N")]
-    pub engines: u16,
-}
 
 /// `sidecar keeper`.
 #[derive(Debug, Args)]

@@ -17,7 +17,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, FromArgMatches};
 
 use self::args::{Cli, Command, ModelKind};
-use self::children::{CoordinatorArgs, KeeperArgs, RelayArgs};
+use self::children::{KeeperArgs, RelayArgs};
 use crate::config::LogFormat;
 use crate::driver::handles::GroupKind;
 use crate::exit_code;
@@ -57,7 +57,6 @@ fn dispatch(args: impl Iterator<Item = OsString>) -> u8 {
         // No runtime and no other thread may exist in the keeper.
         Command::Keeper(args) => keeper(args),
         Command::Relay(args) => relay(args),
-        Command::Coordinator(args) => coordinator(args),
         Command::Run(args) => run::run(&args, &run::origins(&matches)),
         Command::Update(args) => update::update(&args),
         Command::Status(args) => status::status(&args),
@@ -73,17 +72,6 @@ fn dispatch(args: impl Iterator<Item = OsString>) -> u8 {
 fn usage(problem: &str) -> u8 {
     eprintln!("error: {problem}\n\nFor more information, try '--help'.");
     exit_code::USAGE
-}
-
-fn coordinator(args: CoordinatorArgs) -> u8 {
-    telemetry::init(LogFormat::Text);
-    match crate::bench::coordinator(args.listen_dir, args.engines) {
-        Ok(()) => exit_code::OK,
-        Err(error) => {
-            tracing::error!(%error, "the DP coordinator failed");
-            exit_code::INTERNAL
-        }
-    }
 }
 
 fn relay(args: RelayArgs) -> u8 {

@@ -4,7 +4,6 @@
 
 mod adoption;
 mod edges;
-mod front;
 mod sinks;
 
 use std::time::Duration;
@@ -17,7 +16,6 @@ use dp_sidecar_protocol::machine::coordinator::{
 };
 use dp_sidecar_protocol::output::{OutputsView, start_wave_message, stats_message, wave_complete_message};
 use dp_sidecar_protocol::stats::SchedulerStats;
-use dp_sidecar_protocol::wave::{EngineCounts, FrontendUpstream, Publication};
 use dp_sidecar_protocol::{DecodeError, EngineIndex, FrontendId, Incarnation, Time, Wave};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, Sleep};
@@ -28,11 +26,9 @@ use super::handles::{
     CoordinatorCommand, CoordinatorHandle, CoordinatorSnapshot, EdgeEvent, EdgeHandle,
     ForFrontendCoordinator, GroupKind, Load as LoadSnapshot, NodeEvent,
 };
-use crate::transport::XpubListener;
 
 pub use adoption::adoption;
 use edges::Edges;
-use front::Front;
 use sinks::{Kind, Sinks};
 
 /// Commands waiting for the task.
@@ -40,8 +36,6 @@ const COMMANDS: usize = 256;
 /// Messages of engines that should find room in the channel given to [`spawn`]. When it is full, the edge keeps the
 /// newest.
 pub const EVENTS: usize = 1024;
-/// Messages of directly connected frontends waiting for the task.
-const REQUESTS: usize = 256;
 /// Messages of engines handled before the task looks at something else.
 const BATCH: usize = 64;
 /// Loads in the snapshot are at most this old.
@@ -54,9 +48,6 @@ const FLUSH_INTERVAL: Duration = Duration::from_millis(10);
 pub struct CoordinatorConfig {
     /// Set-up of the machine.
     pub machine: Config,
-    /// For frontends without a handshake with the sidecar: they subscribe here and send FIRST_REQ,
-    /// as to vLLM's DP coordinator. Wants `machine.publish`.
-    pub front: Option<XpubListener>,
 }
 
 impl CoordinatorConfig {
@@ -66,7 +57,7 @@ impl CoordinatorConfig {
             GroupKind::Independent => MachineKind::Independent,
             GroupKind::Lockstep => MachineKind::Lockstep,
         };
-        Self { machine: Config::hosted(kind, size), front: None }
+        Self { machine: Config::hosted(kind, size) }
     }
 }
 
@@ -79,15 +70,12 @@ pub fn spawn(
     tracker: &TaskTracker,
 ) -> CoordinatorHandle {
     let (commands, receiver) = mpsc::channel(COMMANDS);
-    let (requests, from_front) = mpsc::channel(REQUESTS);
     let (publish, snapshot) = watch::channel(CoordinatorSnapshot::default());
-    let front = config.front.map(|socket| Front::read(socket, requests, tracker));
     let mut task = Task {
         machine: Coordinator::new(config.machine),
         edges: Edges::new(edges),
         noted: Some((Wave(0), false)),
         layout: Layout::newest(),
-        front,
         sinks: Sinks::default(),
         publish,
         loads_due: None,
@@ -96,7 +84,7 @@ pub fn spawn(
         handled: None,
     };
     task.publish_snapshot();
-    tracker.spawn(task.run(receiver, events, from_front));
+    tracker.spawn(task.run(receiver, events));
     CoordinatorHandle { commands, snapshot }
 }
 
@@ -107,7 +95,6 @@ struct Task {
     noted: Option<(Wave, bool)>,
     /// Of the engines, which are all of one version.
     layout: Layout,
-    front: Option<Front>,
     sinks: Sinks,
     publish: watch::Sender<CoordinatorSnapshot>,
     /// Loads have changed; the snapshot follows at this time.
@@ -128,7 +115,6 @@ impl Task {
         mut self,
         mut commands: mpsc::Receiver<CoordinatorCommand>,
         mut events: mpsc::Receiver<NodeEvent>,
-        mut requests: mpsc::Receiver<Bytes>,
     ) {
         let mut batch = Vec::with_capacity(BATCH);
         let timer = tokio::time::sleep(Duration::ZERO);
@@ -154,7 +140,6 @@ impl Task {
                         }
                     }
                 }
-                Some(frame) = requests.recv() => self.front_request(&frame),
                 () = timer.as_mut(), if timed => self.timeout(),
             }
         }
@@ -255,20 +240,6 @@ impl Task {
         }
     }
 
-    fn front_request(&mut self, frame: &[u8]) {
-        match FrontendUpstream::decode(frame) {
-            Ok(FrontendUpstream::FirstReq { target, wave }) => {
-                // Frontends write the identity.
-                let target = Some(Exclude::Identity(target.identity()));
-                self.event(Event::FirstRequest { target, wave });
-            }
-            Ok(FrontendUpstream::ScaleElasticEp { engines }) => {
-                warn!(engines, "elastic EP is not supported; scaling ignored");
-            }
-            Err(error) => warn!(%error, "message of a frontend is not readable"),
-        }
-    }
-
     fn engine_report(&mut self, rank: EngineIndex, incarnation: Incarnation, frame: Bytes) {
         let report = match read_report(&frame) {
             Ok(report) => report,
@@ -304,13 +275,8 @@ impl Task {
                     };
                     self.edges.start(wave, exclude);
                 }
-                Action::Publish { counts, wave, running } => {
-                    let counts = counts.map(|counts| counts.iter().map(engine_counts).collect());
-                    let publication = Publication { counts, wave, running };
-                    if let Some(front) = &self.front {
-                        front.publish(publication.encode(&self.layout));
-                    }
-                }
+                // For frontends that are connected to vLLM's own DP coordinator; hosted groups have none.
+                Action::Publish { .. } => {}
                 Action::Forward { rank } => {
                     if let Some((frame, kind)) = self.handled.clone() {
                         let message = ForFrontendCoordinator { rank, frame };
@@ -412,8 +378,4 @@ fn read_report(frame: &[u8]) -> Result<Report, DecodeError> {
 
 fn kind(report: &Report) -> Kind {
     if report.wave_complete.is_some() || report.start_wave.is_some() { Kind::Wave } else { Kind::Load }
-}
-
-fn engine_counts(load: &Load) -> EngineCounts {
-    EngineCounts { waiting: load.waiting, running: load.running, kv_cache_usage: load.kv_cache_usage }
 }

@@ -294,7 +294,10 @@ async fn accept(listener: UnixListener, shared: Arc<Shared>, events: mpsc::Sende
             }
         };
         let Ok(slot) = slots.clone().try_acquire_owned() else {
-            tracing::warn!(address = shared.address, "more than {CONNECTIONS} subscribers, this one is closed");
+            tracing::warn!(
+                address = shared.address,
+                "more than {CONNECTIONS} subscribers, this one is closed"
+            );
             continue;
         };
         let (shared, events) = (shared.clone(), events.clone());

@@ -2,9 +2,9 @@
 //! down the same chain of nodes, without hashes, checks or protocol; and copied within memory.
 //!
 //! ```text
-//! bare_copy receive --listen IP [--next HOST:PORT] --bytes N    a node of the chain, forwards while it receives
-//! bare_copy send --to HOST:PORT --bytes N                       its beginning; prints the seconds
-//! bare_copy memcpy --bytes N --threads T                        prints the seconds
+//! bench-bare-copy receive --listen IP [--next HOST:PORT] --bytes N    a node of the chain, forwards while it receives
+//! bench-bare-copy send --to HOST:PORT --bytes N                       its beginning; prints the seconds
+//! bench-bare-copy memcpy --bytes N --threads T                        prints the seconds
 //! ```
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "its interface")]
 

@@ -28,9 +28,9 @@ type Failure = Box<dyn Error + Send + Sync>;
 
 fn main() -> Result<(), Failure> {
     let mut args = std::env::args().skip(1);
-    let ranks: u16 = args.next().ok_or("usage: relay RANKS SLOTS DIR")?.parse()?;
-    let slots: u32 = args.next().ok_or("usage: relay RANKS SLOTS DIR")?.parse()?;
-    let dir = args.next().ok_or("usage: relay RANKS SLOTS DIR")?;
+    let ranks: u16 = args.next().ok_or("usage: bench-relay RANKS SLOTS DIR")?.parse()?;
+    let slots: u32 = args.next().ok_or("usage: bench-relay RANKS SLOTS DIR")?.parse()?;
+    let dir = args.next().ok_or("usage: bench-relay RANKS SLOTS DIR")?;
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(serve(
         ranks,
         slots,

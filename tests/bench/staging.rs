@@ -1,6 +1,6 @@
 //! Staging alone: chains of nodes in this process, over loopback, against a bare TCP copy down the same chain.
 //!
-//! `staging [NODES [MIB [ROUNDS]]]` prints one JSON line per round, and the ratio of the best ones. The first
+//! `bench-staging [NODES [MIB [ROUNDS]]]` prints one JSON line per round, and the ratio of the best ones. The first
 //! round of a chain takes fresh memory, the later ones reuse it.
 #![expect(clippy::print_stdout, reason = "standard output is its interface")]
 
