@@ -26,6 +26,16 @@ const STORM: u64 = 60_000;
 /// All must be settled by then.
 const END: u64 = 240_000;
 
+/// The laws, by name.
+mod law {
+    pub(super) const READY_SECOND: &str = "READY follows the READY of the frontend's DP coordinator";
+    pub(super) const ONE_HELLO: &str = "no frontend gets the HELLO of a rank twice";
+    pub(super) const ONE_ATTEMPT: &str = "an attempt begins when the last one is torn down";
+    pub(super) const ENDS_ATTACHED: &str = "in the end the frontend is attached over its own routes";
+    pub(super) const ENDS_REMOVED: &str = "what is removed leaves no connection";
+    pub(super) const WAVE_ONCE: &str = "a wave is passed on once at most";
+}
+
 /// A connection, named by what it is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Link {
@@ -186,14 +196,14 @@ impl World {
             self.perform(action);
         }
         let live: BTreeSet<Attempt> = self.open.keys().map(|(attempt, _)| *attempt).collect();
-        assert!(live.len() <= 1, "sockets of several attempts: {live:?}");
+        assert!(live.len() <= 1, "{}: {live:?}", law::ONE_ATTEMPT);
     }
 
     fn perform(&mut self, action: Action) {
         match action {
             Action::Probe { attempt } => self.connect(attempt, Link::Probe),
             Action::ConnectHandshake { attempt, rank } => {
-                assert_eq!(self.tearing_down, None, "connects while tearing down");
+                assert_eq!(self.tearing_down, None, "{}", law::ONE_ATTEMPT);
                 self.connect(attempt, Link::Handshake(rank));
             }
             Action::SendHello { attempt, rank } => {
@@ -225,7 +235,8 @@ impl World {
                 if self.has_coordinator[&attempt] {
                     assert!(
                         self.coordinator_ready_seen.contains(&(attempt, rank)),
-                        "READY of rank {rank} before the coordinator's READY"
+                        "{}: rank {rank}",
+                        law::READY_SECOND
                     );
                 }
                 if let Some(generation) = self.generation(attempt, Link::Handshake(rank)) {
@@ -237,7 +248,7 @@ impl World {
                 self.open.retain(|(a, link), _| *a != attempt || !matches!(link, Link::Handshake(_)));
             }
             Action::Teardown { attempt, farewell, .. } => {
-                assert_eq!(self.tearing_down, None);
+                assert_eq!(self.tearing_down, None, "{}", law::ONE_ATTEMPT);
                 self.attached = false;
                 self.tearing_down = Some(attempt);
                 self.torn = attempt;
@@ -259,7 +270,12 @@ impl World {
             Action::JoinCoordinator { .. } | Action::Refused { .. } => {}
             Action::Done => {
                 assert!(!self.done);
-                assert!(self.open.keys().all(|(_, link)| *link == Link::Probe), "{:?}", self.open);
+                assert!(
+                    self.open.keys().all(|(_, link)| *link == Link::Probe),
+                    "{}: {:?}",
+                    law::ENDS_REMOVED,
+                    self.open
+                );
                 self.done = true;
             }
         }
@@ -340,7 +356,7 @@ impl World {
         }
         if !process.hellos.insert(rank) {
             // One that lost a connection in the middle of its life cannot go on anyway.
-            assert!(process.broken, "frontend {generation} got a second HELLO of rank {rank}");
+            assert!(process.broken, "{}: frontend {generation}, rank {rank}", law::ONE_HELLO);
             return self.stop("second HELLO");
         }
         let addresses = Addresses {

@@ -6,10 +6,13 @@ use std::time::Duration;
 use dp_sidecar_protocol::machine::control::{
     Action, Config, Control, Decision, Event, Held, OwnerId, PausedBy,
 };
+use dp_sidecar_protocol::machine::mutation::Mutation;
 use dp_sidecar_protocol::{EngineIndex, FrontendId, Time};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rmpv::Value;
+
+use super::laws;
 
 fn control(ranks: u16, lockstep: bool) -> Control {
     let mut control = Control::new(Config::new((0..ranks).map(EngineIndex), lockstep));
@@ -322,189 +325,188 @@ fn a_worker_call_that_changes_nothing_leaves_the_version_known() {
     assert!(!control.snapshot().external_weights);
 }
 
+/// The laws, by name.
+mod law {
+    pub(super) const ONCE: &str = "a call is decided once";
+    pub(super) const DECIDED: &str = "every call and every owner is answered within the deadlines";
+    pub(super) const ONE_HOLDER: &str = "nothing goes past the lock";
+    pub(super) const TO_THE_LIVING: &str = "no call goes to an engine that is down";
+    pub(super) const WHOLE: &str = "a call reaches all ranks, a lockstep group in one piece";
+    pub(super) const ONE_ORDER: &str = "all ranks see the calls in one order";
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    forwarded_rounds: u64,
+    refused_calls: u64,
+    grants: u64,
+    compared: usize,
+}
+
 /// Frontends call, come and go, engines die, owners come and go, in an order that a seed decides.
-#[test]
-fn every_call_is_decided_once_and_all_ranks_see_one_order_whatever_happens() {
+fn simulate(seed: u64, counts: &mut Counts) {
     let methods = ["pause_scheduler", "resume_scheduler", "sleep", "wake_up", "list_loras"];
-    let (mut forwarded_rounds, mut refused_calls, mut grants, mut compared) = (0, 0, 0, 0);
-    for seed in 0..20_000u64 {
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        let ranks = rng.random_range(1..=3u16);
-        let lockstep = rng.random_bool(0.5);
-        // Calm: nothing is lost, late or down, so that all ranks must see all calls.
-        let calm = rng.random_bool(0.4);
-        let lossy = !calm && rng.random_bool(0.3);
-        let mut control = control(ranks, lockstep);
-        let mut now = Time::ZERO;
-        let mut ticket = 0u64;
-        // Messages on their way: the calls of one frontend reach one rank in order.
-        let mut links: BTreeMap<(u16, u64), Vec<(u64, &str)>> = BTreeMap::new();
-        let mut open: BTreeSet<(u16, u64)> = BTreeSet::new();
-        let mut of_call: BTreeMap<(u16, u64), u64> = BTreeMap::new();
-        let mut in_engine: BTreeMap<(u16, u64), &str> = BTreeMap::new();
-        let mut order: Vec<Vec<u64>> = vec![Vec::new(); usize::from(ranks)];
-        let mut calls: BTreeSet<(u16, u64)> = BTreeSet::new();
-        let mut owner: Option<OwnerId> = None;
-        let mut asked: BTreeSet<OwnerId> = BTreeSet::new();
-        let mut call_number = 0;
-        let mut next_owner = 0;
-        let mut down: BTreeSet<u16> = BTreeSet::new();
-        let refused_before = refused_calls;
-        for step in 0..60 {
-            now = now + Duration::from_millis(rng.random_range(0..if calm { 50 } else { 2_000 }));
-            let quiet = step >= 40; // let everything come to an end
-            let choice = rng.random_range(0..10);
-            let event = match choice {
-                0 | 1 if !quiet => {
-                    call_number += 1;
-                    let frontend = rng.random_range(1..=2);
-                    let method = methods[rng.random_range(0..methods.len())];
-                    for rank in 0..ranks {
-                        if !(lossy && rng.random_bool(0.1)) {
-                            links.entry((rank, frontend)).or_default().push((call_number, method));
-                        }
-                    }
-                    None
-                }
-                2..=5 => {
-                    let waiting: Vec<_> = links.iter_mut().filter(|(_, queue)| !queue.is_empty()).collect();
-                    let at = rng.random_range(0..waiting.len().max(1));
-                    waiting.into_iter().nth(at).map(|((rank, frontend), queue)| {
-                        let (call, method) = queue.remove(0);
-                        ticket += 1;
-                        open.insert((*rank, ticket));
-                        of_call.insert((*rank, ticket), call);
-                        in_engine.insert((*rank, ticket), method);
-                        held(*rank, ticket, *frontend, method)
-                    })
-                }
-                6 if !quiet && !calm => {
-                    next_owner += 1;
-                    asked.insert(OwnerId(next_owner));
-                    Some(acquire(next_owner, "update", rng.random_range(0..3_000)))
-                }
-                7 => owner.take().map(|owner| Event::Release { owner }),
-                8 if !quiet && !calm && rng.random_bool(0.3) => {
-                    let rank = rng.random_range(0..ranks);
-                    if down.remove(&rank) {
-                        Some(Event::EngineUp { rank: EngineIndex(rank) })
-                    } else {
-                        down.insert(rank);
-                        calls.retain(|(at, _)| *at != rank);
-                        Some(Event::EngineDown { rank: EngineIndex(rank), reason: "killed".to_owned() })
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let ranks = rng.random_range(1..=3u16);
+    let lockstep = rng.random_bool(0.5);
+    // Calm: nothing is lost, late or down, so that all ranks must see all calls.
+    let calm = rng.random_bool(0.4);
+    let lossy = !calm && rng.random_bool(0.3);
+    let mut control = control(ranks, lockstep);
+    let mut now = Time::ZERO;
+    let mut ticket = 0u64;
+    // Messages on their way: the calls of one frontend reach one rank in order.
+    let mut links: BTreeMap<(u16, u64), Vec<(u64, &str)>> = BTreeMap::new();
+    let mut open: BTreeSet<(u16, u64)> = BTreeSet::new();
+    let mut of_call: BTreeMap<(u16, u64), u64> = BTreeMap::new();
+    let mut in_engine: BTreeMap<(u16, u64), &str> = BTreeMap::new();
+    let mut order: Vec<Vec<u64>> = vec![Vec::new(); usize::from(ranks)];
+    let mut calls: BTreeSet<(u16, u64)> = BTreeSet::new();
+    let mut owner: Option<OwnerId> = None;
+    let mut asked: BTreeSet<OwnerId> = BTreeSet::new();
+    let mut call_number = 0;
+    let mut next_owner = 0;
+    let mut down: BTreeSet<u16> = BTreeSet::new();
+    let refused_before = counts.refused_calls;
+    for step in 0..60 {
+        now = now + Duration::from_millis(rng.random_range(0..if calm { 50 } else { 2_000 }));
+        let quiet = step >= 40; // let everything come to an end
+        let choice = rng.random_range(0..10);
+        let event = match choice {
+            0 | 1 if !quiet => {
+                call_number += 1;
+                let frontend = rng.random_range(1..=2);
+                let method = methods[rng.random_range(0..methods.len())];
+                for rank in 0..ranks {
+                    if !(lossy && rng.random_bool(0.1)) {
+                        links.entry((rank, frontend)).or_default().push((call_number, method));
                     }
                 }
-                9 if !quiet && !calm && rng.random_bool(0.1) => {
-                    Some(Event::FrontendGone { frontend: FrontendId(rng.random_range(1..=2)) })
-                }
-                _ => calls.pop_first().map(|(rank, ticket)| {
-                    if ticket >= 1 << 32 {
-                        Event::CallAnswered {
-                            rank: EngineIndex(rank),
-                            operation: ticket - (1 << 32),
-                            result: Ok(Value::Nil),
-                        }
-                    } else {
-                        answered(rank, ticket)
-                    }
-                }),
-            };
-            if let Some(event) = event {
-                control.handle_event(now, event);
+                None
             }
-            if control.poll_timeout().is_some_and(|due| due <= now) {
-                control.handle_timeout(now);
+            2..=5 => {
+                let waiting: Vec<_> = links.iter_mut().filter(|(_, queue)| !queue.is_empty()).collect();
+                let at = rng.random_range(0..waiting.len().max(1));
+                waiting.into_iter().nth(at).map(|((rank, frontend), queue)| {
+                    let (call, method) = queue.remove(0);
+                    ticket += 1;
+                    open.insert((*rank, ticket));
+                    of_call.insert((*rank, ticket), call);
+                    in_engine.insert((*rank, ticket), method);
+                    held(*rank, ticket, *frontend, method)
+                })
             }
-            let mut forwards: BTreeSet<u16> = BTreeSet::new();
-            let mut answers: BTreeSet<u16> = BTreeSet::new();
-            let mut last_call = None;
-            for action in actions(&mut control) {
-                match action {
-                    Action::Decide { rank, ticket, decision } => {
-                        let key = (rank.0, ticket);
-                        assert!(open.remove(&key), "seed {seed}: {key:?} decided twice");
-                        match decision {
-                            Decision::Forward => {
-                                assert_eq!(owner, None, "seed {seed}: forwarded past the lock");
-                                assert!(!down.contains(&rank.0), "seed {seed}");
-                                forwards.insert(rank.0);
-                                calls.insert(key);
-                                order[usize::from(rank.0)].push(of_call[&key]);
-                                last_call = in_engine.get(&key).copied();
-                            }
-                            Decision::Answer(_) => {
-                                answers.insert(rank.0);
-                            }
-                            Decision::Refuse(text) => {
-                                assert!(text.starts_with("refused by the sidecar"));
-                                refused_calls += 1;
-                            }
-                        }
-                    }
-                    Action::Call { rank, operation, .. } => {
-                        assert_eq!(owner, None, "seed {seed}: errand past the lock");
-                        calls.insert((rank.0, operation + (1 << 32)));
-                    }
-                    Action::Granted { owner: new, .. } => {
-                        assert_eq!(owner, None, "seed {seed}: two owners");
-                        assert!(asked.remove(&new), "seed {seed}");
-                        owner = Some(new);
-                        grants += 1;
-                    }
-                    Action::Denied { owner: late, .. } => {
-                        assert!(asked.remove(&late), "seed {seed}");
-                    }
-                    Action::Note { .. } => {}
+            6 if !quiet && !calm => {
+                next_owner += 1;
+                asked.insert(OwnerId(next_owner));
+                Some(acquire(next_owner, "update", rng.random_range(0..3_000)))
+            }
+            7 => owner.take().map(|owner| Event::Release { owner }),
+            8 if !quiet && !calm && rng.random_bool(0.3) => {
+                let rank = rng.random_range(0..ranks);
+                if down.remove(&rank) {
+                    Some(Event::EngineUp { rank: EngineIndex(rank) })
+                } else {
+                    down.insert(rank);
+                    calls.retain(|(at, _)| *at != rank);
+                    Some(Event::EngineDown { rank: EngineIndex(rank), reason: "killed".to_owned() })
                 }
             }
-            if !forwards.is_empty() {
-                forwarded_rounds += 1;
-                let all = forwards.len() + answers.len();
-                assert!(all >= usize::from(ranks), "seed {seed}: {last_call:?} reached {forwards:?} only");
-                if lockstep {
-                    assert_eq!(forwards.len() % usize::from(ranks), 0, "seed {seed}: in part");
-                }
+            9 if !quiet && !calm && rng.random_bool(0.1) => {
+                Some(Event::FrontendGone { frontend: FrontendId(rng.random_range(1..=2)) })
             }
+            _ => calls.pop_first().map(|(rank, ticket)| {
+                if ticket >= 1 << 32 {
+                    Event::CallAnswered {
+                        rank: EngineIndex(rank),
+                        operation: ticket - (1 << 32),
+                        result: Ok(Value::Nil),
+                    }
+                } else {
+                    answered(rank, ticket)
+                }
+            }),
+        };
+        if let Some(event) = event {
+            control.handle_event(now, event);
         }
-        // Where no message was lost, the ranks saw the same calls in the same order. (When one was, or the
-        // gathering took too long, equal calls pair up differently.)
-        let timed_out = refused_calls > refused_before;
-        for (a, b) in order.iter().zip(order.iter().skip(1)) {
-            let both = |calls: &[u64], other: &[u64]| -> Vec<u64> {
-                let kept = calls.iter().filter(|call| other.contains(call));
-                kept.copied().collect()
-            };
-            if calm && !timed_out {
-                assert_eq!(both(a, b), both(b, a), "seed {seed}");
-                compared += both(a, b).len();
-            }
-        }
-        // Nothing stays open for longer than the deadlines.
-        if let Some(owner) = owner.take() {
-            control.handle_event(now, Event::Release { owner });
-        }
-        for _ in 0..50 {
-            let Some(due) = control.poll_timeout() else {
-                break;
-            };
-            now = now.max(due);
+        if control.poll_timeout().is_some_and(|due| due <= now) {
             control.handle_timeout(now);
-            for action in actions(&mut control) {
-                match action {
-                    Action::Decide { rank, ticket, .. } => {
-                        open.remove(&(rank.0, ticket));
+        }
+        let mut forwards: BTreeSet<u16> = BTreeSet::new();
+        let mut answers: BTreeSet<u16> = BTreeSet::new();
+        let mut last_call = None;
+        for action in actions(&mut control) {
+            match action {
+                Action::Decide { rank, ticket, decision } => {
+                    let key = (rank.0, ticket);
+                    assert!(open.remove(&key), "{}: seed {seed}: {key:?}", law::ONCE);
+                    match decision {
+                        Decision::Forward => {
+                            assert_eq!(owner, None, "{}: seed {seed}: a call", law::ONE_HOLDER);
+                            assert!(!down.contains(&rank.0), "{}: seed {seed}", law::TO_THE_LIVING);
+                            forwards.insert(rank.0);
+                            calls.insert(key);
+                            order[usize::from(rank.0)].push(of_call[&key]);
+                            last_call = in_engine.get(&key).copied();
+                        }
+                        Decision::Answer(_) => {
+                            answers.insert(rank.0);
+                        }
+                        Decision::Refuse(text) => {
+                            assert!(text.starts_with("refused by the sidecar"));
+                            counts.refused_calls += 1;
+                        }
                     }
-                    Action::Granted { owner, .. } => {
-                        asked.remove(&owner);
-                        control.handle_event(now, Event::Release { owner });
-                    }
-                    Action::Denied { owner, .. } => {
-                        asked.remove(&owner);
-                    }
-                    _ => {}
                 }
+                Action::Call { rank, operation, .. } => {
+                    assert_eq!(owner, None, "{}: seed {seed}: an errand", law::ONE_HOLDER);
+                    calls.insert((rank.0, operation + (1 << 32)));
+                }
+                Action::Granted { owner: new, .. } => {
+                    assert_eq!(owner, None, "{}: seed {seed}: two owners", law::ONE_HOLDER);
+                    assert!(asked.remove(&new), "seed {seed}");
+                    owner = Some(new);
+                    counts.grants += 1;
+                }
+                Action::Denied { owner: late, .. } => {
+                    assert!(asked.remove(&late), "seed {seed}");
+                }
+                Action::Note { .. } => {}
             }
         }
+        if !forwards.is_empty() {
+            counts.forwarded_rounds += 1;
+            let all = forwards.len() + answers.len();
+            assert!(all >= usize::from(ranks), "{}: seed {seed}: {last_call:?} to {forwards:?}", law::WHOLE);
+            if lockstep {
+                assert_eq!(forwards.len() % usize::from(ranks), 0, "{}: seed {seed}", law::WHOLE);
+            }
+        }
+    }
+    // Where no message was lost, the ranks saw the same calls in the same order. (When one was, or the
+    // gathering took too long, equal calls pair up differently.)
+    let timed_out = counts.refused_calls > refused_before;
+    for (a, b) in order.iter().zip(order.iter().skip(1)) {
+        let both = |calls: &[u64], other: &[u64]| -> Vec<u64> {
+            let kept = calls.iter().filter(|call| other.contains(call));
+            kept.copied().collect()
+        };
+        if calm && !timed_out {
+            assert_eq!(both(a, b), both(b, a), "{}: seed {seed}", law::ONE_ORDER);
+            counts.compared += both(a, b).len();
+        }
+    }
+    // Nothing stays open for longer than the deadlines.
+    if let Some(owner) = owner.take() {
+        control.handle_event(now, Event::Release { owner });
+    }
+    for _ in 0..50 {
+        let Some(due) = control.poll_timeout() else {
+            break;
+        };
+        now = now.max(due);
+        control.handle_timeout(now);
         for action in actions(&mut control) {
             match action {
                 Action::Decide { rank, ticket, .. } => {
@@ -512,14 +514,63 @@ fn every_call_is_decided_once_and_all_ranks_see_one_order_whatever_happens() {
                 }
                 Action::Granted { owner, .. } => {
                     asked.remove(&owner);
+                    control.handle_event(now, Event::Release { owner });
+                }
+                Action::Denied { owner, .. } => {
+                    asked.remove(&owner);
                 }
                 _ => {}
             }
         }
-        assert!(open.is_empty(), "seed {seed}: never decided: {open:?}");
-        assert!(asked.is_empty(), "seed {seed}: never answered: {asked:?}");
     }
-    let counts = (forwarded_rounds, refused_calls, grants, compared);
-    assert!(forwarded_rounds > 10_000 && refused_calls > 10_000, "{counts:?}");
-    assert!(grants > 10_000 && compared > 1_000, "{counts:?}");
+    for action in actions(&mut control) {
+        match action {
+            Action::Decide { rank, ticket, .. } => {
+                open.remove(&(rank.0, ticket));
+            }
+            Action::Granted { owner, .. } => {
+                asked.remove(&owner);
+            }
+            _ => {}
+        }
+    }
+    assert!(open.is_empty(), "{}: seed {seed}: {open:?}", law::DECIDED);
+    assert!(asked.is_empty(), "{}: seed {seed}: {asked:?}", law::DECIDED);
+}
+
+#[test]
+fn every_call_is_decided_once_and_all_ranks_see_one_order_whatever_happens() {
+    let mut counts = Counts::default();
+    for seed in 0..20_000 {
+        simulate(seed, &mut counts);
+    }
+    assert!(counts.forwarded_rounds > 10_000 && counts.refused_calls > 10_000, "{counts:?}");
+    assert!(counts.grants > 10_000 && counts.compared > 1_000, "{counts:?}");
+}
+
+fn caught(mutation: Mutation, law: &str) {
+    laws::caught(mutation, law, 5_000, |seed| {
+        simulate(seed, &mut Counts::default());
+        Ok(())
+    });
+}
+
+#[test]
+fn a_lock_that_is_free_after_the_death_of_an_engine_is_caught() {
+    caught(Mutation::DeathFreesLock, law::ONE_HOLDER);
+}
+
+#[test]
+fn a_call_that_reaches_a_part_of_a_lockstep_group_is_caught() {
+    caught(Mutation::RunInPart, law::WHOLE);
+}
+
+#[test]
+fn a_call_that_is_late_and_forgotten_is_caught() {
+    caught(Mutation::DropLateRounds, law::DECIDED);
+}
+
+#[test]
+fn equal_calls_that_are_paired_crosswise_are_caught() {
+    caught(Mutation::GatherNewestFirst, law::ONE_ORDER);
 }

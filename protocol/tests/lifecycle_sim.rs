@@ -11,7 +11,10 @@ mod world;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use world::World;
+use dp_sidecar_protocol::machine::mutation::Mutation;
+
+use super::laws;
+use world::{World, law};
 
 #[test]
 fn every_law_holds_on_every_seed() {
@@ -48,6 +51,30 @@ fn every_law_holds_on_every_seed() {
     );
     // The laws are about these.
     assert!(restarts > seeds && flaps > seeds && adopted > seeds / 2, "the worlds are too quiet");
+}
+
+fn caught(mutation: Mutation, law: &str) {
+    laws::caught(mutation, law, 2_000, |seed| World::new(seed, false).run());
+}
+
+#[test]
+fn a_successor_that_counts_lives_from_0_is_caught() {
+    caught(Mutation::ForgetNewest, law::NEW_NUMBER);
+}
+
+#[test]
+fn a_successor_that_admits_engines_that_were_not_restored_is_caught() {
+    caught(Mutation::AdoptUnrestored, law::RESTORED);
+}
+
+#[test]
+fn a_successor_that_takes_over_a_part_of_a_lockstep_group_is_caught() {
+    caught(Mutation::AdoptPartOfGroup, law::WHOLE_GROUP);
+}
+
+#[test]
+fn an_adoption_that_fails_with_its_link_and_is_held_against_the_engines_is_caught() {
+    caught(Mutation::BlameLostLink, law::HEALTHY);
 }
 
 #[test]

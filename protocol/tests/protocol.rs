@@ -12,6 +12,7 @@ mod datadriven;
 mod golden;
 mod golden_support;
 mod handshake;
+mod laws;
 mod lifecycle;
 mod lifecycle_sim;
 mod properties;

@@ -43,6 +43,7 @@ const WAKE_RETRY: Duration = Duration::from_millis(500);
 /// A bug, for the test that shows that the simulation finds it: three that were once in a DP
 /// coordinator, and what happens without the rules that only this one has.
 #[doc(hidden)]
+#[cfg_attr(not(feature = "mutations"), allow(dead_code, reason = "only tests switch them on"))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mutation {
     /// A FIRST_REQ with an old wave sets the wave back (vllm #46833).
@@ -77,11 +78,22 @@ pub struct Config {
     /// A number no frontend's or engine's wave is above.
     pub wave: Wave,
     /// For tests.
+    #[cfg(feature = "mutations")]
     #[doc(hidden)]
     pub mutation: Option<Mutation>,
 }
 
 impl Config {
+    #[cfg(feature = "mutations")]
+    fn mutated(&self, mutation: Mutation) -> bool {
+        self.mutation == Some(mutation)
+    }
+
+    #[cfg(not(feature = "mutations"))]
+    const fn mutated(&self, _: Mutation) -> bool {
+        false
+    }
+
     /// Hosted engines, attached frontends.
     pub fn hosted(kind: GroupKind, size: u16) -> Self {
         Self {
@@ -91,6 +103,7 @@ impl Config {
             rules: CoordinatorRules::default(),
             publish: false,
             wave: Wave(0),
+            #[cfg(feature = "mutations")]
             mutation: None,
         }
     }
@@ -327,10 +340,8 @@ impl Coordinator {
     /// All engines of a new group are idle, at wave 0, and have read nothing but READY.
     fn form(&mut self, now: Time) {
         let fresh = self.wave == Wave(0) && !std::mem::take(&mut self.hinted);
-        self.in_step = !self.lockstep()
-            || !self.hosted()
-            || fresh
-            || self.config.mutation == Some(Mutation::NoWaveForFreshGroup);
+        self.in_step =
+            !self.lockstep() || !self.hosted() || fresh || self.config.mutated(Mutation::NoWaveForFreshGroup);
         if !self.in_step {
             self.send_wake(now);
         }
@@ -518,12 +529,12 @@ impl Coordinator {
             return;
         }
         let stale = wave < self.wave;
-        let mutation = self.config.mutation;
-        if stale && mutation == Some(Mutation::StaleHintRewindsWave) {
+        if stale && self.config.mutated(Mutation::StaleHintRewindsWave) {
             self.wave = wave;
         }
         // A request with an old wave number does not start its engine in the current wave.
-        let exclude = if stale && mutation != Some(Mutation::StaleHintKeepsExclude) { None } else { target };
+        let exclude =
+            if stale && !self.config.mutated(Mutation::StaleHintKeepsExclude) { None } else { target };
         if self.hosted() {
             self.waking = Some(Waking { wave: self.wave, sent: now, again: false });
         }
@@ -556,7 +567,7 @@ impl Coordinator {
 
     fn send_start(&mut self, exclude: Option<Exclude>) {
         self.push(Action::SendStartWave { wave: self.wave, exclude });
-        if self.config.mutation == Some(Mutation::ForwardedWakeSetsRunning) {
+        if self.config.mutated(Mutation::ForwardedWakeSetsRunning) {
             self.running = true;
             self.waking = None;
             self.publish(None);
@@ -567,9 +578,7 @@ impl Coordinator {
         let waking = self.waking?;
         if waking.again {
             Some(waking.sent + WAKE_INTERVAL)
-        } else if self.config.rules.paused_ignores_start
-            && self.config.mutation != Some(Mutation::NoSecondStart)
-        {
+        } else if self.config.rules.paused_ignores_start && !self.config.mutated(Mutation::NoSecondStart) {
             Some(waking.sent + WAKE_RETRY)
         } else {
             // It would set paused engines in motion.

@@ -16,6 +16,9 @@ pub mod control;
 pub mod coordinator;
 pub mod handshake;
 pub mod lifecycle;
+#[cfg_attr(not(feature = "mutations"), allow(dead_code, reason = "only tests switch them on"))]
+#[doc(hidden)]
+pub mod mutation;
 pub mod restart;
 pub mod virtual_engine;
 pub mod weight_update;

@@ -1,6 +1,8 @@
 //! The seeds, and single cases.
 
+use super::super::laws;
 use super::*;
+use dp_sidecar_protocol::machine::mutation::Mutation;
 
 fn simulate(seed: u64) -> World {
     let mut world = World::new(seed);
@@ -50,14 +52,23 @@ fn check(world: &mut World) {
     world.run(END);
     let snapshot = world.machine.snapshot();
     if removed {
-        assert!(world.done && snapshot.state == State::Removed, "{snapshot:?}");
-        assert!(world.open.is_empty(), "{:?}", world.open);
+        assert!(world.done && snapshot.state == State::Removed, "{}: {snapshot:?}", law::ENDS_REMOVED);
+        assert!(world.open.is_empty(), "{}: {:?}", law::ENDS_REMOVED, world.open);
     } else {
-        assert_eq!(snapshot.state, State::Attached, "{snapshot:?}");
+        assert_eq!(snapshot.state, State::Attached, "{}: {snapshot:?}", law::ENDS_ATTACHED);
         assert_eq!(snapshot.detail, None);
-        assert!(world.attached);
+        assert!(world.attached, "{}", law::ENDS_ATTACHED);
+        let current = world.process.as_ref().map(|process| process.generation);
+        let routes: Vec<u64> = world
+            .open
+            .iter()
+            .filter(|((_, link), _)| matches!(link, Link::Route(..)))
+            .map(|(_, generation)| *generation)
+            .collect();
+        let own = !routes.is_empty() && routes.iter().all(|generation| Some(*generation) == current);
+        assert!(own, "{}: {routes:?} of {current:?}", law::ENDS_ATTACHED);
     }
-    assert!(world.waves_passed <= world.waves_expected);
+    assert!(world.waves_passed <= world.waves_expected, "{}", law::WAVE_ONCE);
 }
 
 #[test]
@@ -76,6 +87,33 @@ fn in_any_order_of_events_it_ends_attached_and_no_frontend_gets_hello_twice() {
             std::panic::resume_unwind(panic);
         }
     }
+}
+
+fn caught(mutation: Mutation, law: &str) {
+    laws::caught(mutation, law, 2_000, |seed| {
+        check(&mut simulate(seed));
+        Ok(())
+    });
+}
+
+#[test]
+fn ready_before_the_frontends_coordinator_is_there_is_caught() {
+    caught(Mutation::ReadyBeforeCoordinator, law::READY_SECOND);
+}
+
+#[test]
+fn a_wave_that_is_passed_on_for_each_rank_is_caught() {
+    caught(Mutation::WaveForEachRank, law::WAVE_ONCE);
+}
+
+#[test]
+fn an_attempt_that_does_not_wait_for_the_end_of_the_last_is_caught() {
+    caught(Mutation::RetryBeforeTornDown, law::ONE_ATTEMPT);
+}
+
+#[test]
+fn a_route_whose_loss_is_ignored_is_caught() {
+    caught(Mutation::IgnoreLostRoutes, law::ENDS_ATTACHED);
 }
 
 #[test]

@@ -6,6 +6,7 @@ use dp_sidecar_protocol::machine::lifecycle::{Event, Found};
 use dp_sidecar_protocol::{EngineIndex, Incarnation};
 use rand::Rng;
 
+use super::law;
 use super::{RANKS, World, node_of};
 
 /// How far a process has come.
@@ -119,10 +120,14 @@ impl World {
                     return Ok(());
                 }
                 if !state.started.insert(incarnation) {
-                    return Err(format!("rank {rank}: incarnation {incarnation} is started twice"));
+                    return Err(format!("{}: {incarnation} of rank {rank} twice", law::NEW_NUMBER));
                 }
                 if state.started.last() != Some(&incarnation) {
-                    return Err(format!("rank {rank}: incarnation {incarnation} after {:?}", state.started));
+                    return Err(format!(
+                        "{}: rank {rank}: {incarnation} after {:?}",
+                        law::NEW_NUMBER,
+                        state.started
+                    ));
                 }
                 state.process = Some(Process { incarnation, stage: Stage::Launched, stopping: false });
                 state.ended = None;
@@ -134,7 +139,7 @@ impl World {
                 let admitted = state.admitted;
                 if let Some(process) = &mut state.process {
                     if admitted && !process.stopping && !blamed.contains(&process.incarnation) {
-                        return Err(format!("rank {rank}: a healthy engine is stopped: {state:?}"));
+                        return Err(format!("{}: rank {rank}: {state:?}", law::HEALTHY));
                     }
                     process.stopping = true;
                 }
@@ -143,7 +148,7 @@ impl World {
                 let state = self.ranks.get_mut(&rank).unwrap();
                 if state.sockets == Some(incarnation) {
                     if state.admitted && !self.blamed.contains(&incarnation) {
-                        return Err(format!("rank {rank}: a healthy engine is taken down: {state:?}"));
+                        return Err(format!("{}, nor taken down: rank {rank}: {state:?}", law::HEALTHY));
                     }
                     state.sockets = None;
                     state.facts = false;
@@ -161,10 +166,10 @@ impl World {
                 }
                 let alive = state.process.as_ref().filter(|p| p.incarnation == incarnation);
                 if alive.is_some_and(|process| process.stage < Stage::Ready) {
-                    return Err(format!("rank {rank}: a half-started engine is admitted: {state:?}"));
+                    return Err(format!("{}: rank {rank}: {state:?}", law::COMPLETE));
                 }
                 if alive.is_some() && state.restored != Some(incarnation) {
-                    return Err(format!("rank {rank}: admitted without the committed weights: {state:?}"));
+                    return Err(format!("{}: rank {rank}: {state:?}", law::RESTORED));
                 }
                 state.admitted = true;
                 self.check_generation()?;
@@ -178,7 +183,7 @@ impl World {
         let admitted = self.ranks.values().filter(|r| r.admitted);
         let lives: BTreeSet<_> = admitted.filter_map(|r| r.process.as_ref().map(|p| p.incarnation)).collect();
         if self.lockstep && lives.iter().filter(|life| !self.blamed.contains(life)).count() > 1 {
-            return Err(format!("two generations serve: {lives:?}"));
+            return Err(format!("{}: {lives:?}", law::ONE_GENERATION));
         }
         Ok(())
     }

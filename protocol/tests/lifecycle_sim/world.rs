@@ -37,6 +37,17 @@ pub(crate) struct World {
 
 const RANKS: u16 = 4;
 
+/// The laws, by name.
+pub(crate) mod law {
+    pub(crate) const ALL_SERVE: &str = "when faults end, all ranks serve";
+    pub(crate) const WHOLE_GROUP: &str = "a lockstep group is called together and of one generation";
+    pub(crate) const RESTORED: &str = "no engine serves without the committed weights";
+    pub(crate) const NEW_NUMBER: &str = "each life has a new and higher number";
+    pub(crate) const HEALTHY: &str = "a healthy engine is not stopped";
+    pub(crate) const COMPLETE: &str = "no engine serves before its start is complete";
+    pub(crate) const ONE_GENERATION: &str = "one generation serves";
+}
+
 fn node_of(rank: EngineIndex) -> usize {
     usize::from(rank.0 / 2)
 }
@@ -105,7 +116,7 @@ impl World {
                 && world.admitted
                 && world.sockets == Some(life.incarnation);
             if !whole {
-                return Err(format!("rank {rank} does not serve in the end: {life:?}, {world:?}"));
+                return Err(format!("{}: rank {rank}: {life:?}, {world:?}", law::ALL_SERVE));
             }
         }
         Ok(())
@@ -167,7 +178,7 @@ impl World {
     fn check_group(&self, ranks: &Lives) -> Result<(), String> {
         let one = ranks.iter().all(|(_, incarnation)| *incarnation == ranks[0].1);
         if self.lockstep && !(one && ranks.len() == usize::from(RANKS)) {
-            return Err(format!("not a whole lockstep group: {ranks:?}"));
+            return Err(format!("{}: {ranks:?}", law::WHOLE_GROUP));
         }
         Ok(())
     }
@@ -207,7 +218,7 @@ impl World {
             for (rank, incarnation) in &ranks {
                 let state = self.ranks.get_mut(rank).unwrap();
                 if adoption && state.restored != Some(*incarnation) {
-                    return Err(format!("rank {rank}: adopted without the committed weights"));
+                    return Err(format!("{}: rank {rank} is adopted", law::RESTORED));
                 }
                 state.restored = Some(*incarnation);
             }

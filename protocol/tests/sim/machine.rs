@@ -4,6 +4,7 @@ use dp_sidecar_protocol::machine::coordinator::{Action, Event, Exclude, Report};
 use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation};
 
 use super::super::engine_model::{Input, RequestId};
+use super::checks::law;
 use super::{Happening, Link, Topology, World};
 
 impl World {
@@ -40,7 +41,7 @@ impl World {
     pub(super) fn drain_machine(&mut self) {
         let (wave, before) = (self.machine.wave(), self.wave_seen);
         if wave < before {
-            self.fail(format!("the wave went back from {before} to {wave}"));
+            self.fail(format!("{}: from {before} to {wave}", law::FORWARD));
         }
         if wave > before && self.topology == Topology::Hosted {
             for rank in 0..self.size {

@@ -11,6 +11,7 @@ use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Time, Wave};
 
 use super::engine_model::{Engine, Input, Output, Phase, RequestId, Version};
 use super::frontend_model::{Frontend, rules};
+pub(crate) use checks::law;
 
 #[path = "checks.rs"]
 mod checks;
@@ -417,7 +418,7 @@ impl World {
         }
         let counters: BTreeSet<u64> = self.engines.iter().map(|e| e.step_counter).collect();
         if counters.len() != 1 {
-            self.fail(format!("step counters differ: {counters:?}"));
+            self.fail(format!("{}: {counters:?}", checks::law::IN_STEP));
             return;
         }
         let verdict = self.engines[0].syncs().then(|| {

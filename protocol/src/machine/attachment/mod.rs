@@ -27,6 +27,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use crate::handshake::{Addresses, Init};
+use crate::machine::mutation::{Mutation, mutated};
 use crate::{EngineIndex, Time};
 
 pub use types::{Action, Attempt, Config, Engines, Event, Snapshot, State};
@@ -182,7 +183,7 @@ impl Attachment {
             }
             Event::StartWave { attempt, rank, wave, exclude } if self.is(attempt) => {
                 // Each rank's socket receives the same broadcast.
-                if rank.0 == 0 && self.serves() {
+                if (rank.0 == 0 || mutated(Mutation::WaveForEachRank)) && self.serves() {
                     self.actions.push_back(Action::StartWave { wave, exclude });
                 }
             }
@@ -200,7 +201,7 @@ impl Attachment {
                 }
             }
             Event::RouteLost { attempt, rank, api_server, reason } if self.is(attempt) => {
-                if self.serves() {
+                if self.serves() && !mutated(Mutation::IgnoreLostRoutes) {
                     self.lost(now, format!("route of rank {rank} to API server {api_server}: {reason}"));
                 }
             }
@@ -472,7 +473,11 @@ impl Attachment {
         let Phase::Registering(state) = &mut self.phase else {
             return;
         };
-        if !state.ready_sent && (!has_coordinator || state.coordinator_ready.len() == size) {
+        if !state.ready_sent
+            && (!has_coordinator
+                || state.coordinator_ready.len() == size
+                || mutated(Mutation::ReadyBeforeCoordinator))
+        {
             state.ready_sent = true;
             self.ready_at = Some(now);
             self.stall_at = Some(now + self.config.confirm);

@@ -2,6 +2,7 @@
 
 use super::{Action, After, Attachment, Phase, api_servers, has_coordinator};
 use crate::handshake::Init;
+use crate::machine::mutation::{Mutation, mutated};
 use crate::{EngineIndex, Time};
 
 impl Attachment {
@@ -148,6 +149,9 @@ impl Attachment {
         };
         self.enter(now, Phase::TearingDown(after));
         self.actions.push_back(Action::Teardown { attempt: self.attempt, farewell, reason });
+        if after == After::Retry && mutated(Mutation::RetryBeforeTornDown) {
+            self.back_off(now);
+        }
     }
 
     pub(super) fn back_off(&mut self, now: Time) {

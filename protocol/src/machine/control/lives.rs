@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, VecDeque};
 
 use rmpv::Value;
 
+use crate::machine::mutation::{Mutation, mutated};
 use crate::{EngineIndex, FrontendId, Time};
 
 use super::{Action, Control, Errand, Holder, PausedBy, Severity, list};
@@ -29,6 +30,7 @@ impl Control {
                 waiting.remove(&rank);
                 self.finish_errand_if_done();
             }
+            _ if mutated(Mutation::DeathFreesLock) => self.holder = None,
             _ => {}
         }
     }

@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use rmpv::Value;
 
+use crate::machine::mutation::{Mutation, mutated};
 use crate::{EngineIndex, FrontendId, Time};
 
 pub use types::{Action, Decision, Event, Held, OwnerId, PausedBy, Severity, Snapshot};
@@ -273,6 +274,9 @@ impl Control {
             std::mem::take(&mut self.gathering).into_iter().partition(|round| round.deadline <= now);
         self.gathering = gathering;
         for round in late {
+            if mutated(Mutation::DropLateRounds) {
+                continue;
+            }
             let has = list(round.tickets.keys());
             let missing = list(self.config.ranks.iter().filter(|rank| !round.tickets.contains_key(rank)));
             let text = format!(
@@ -346,7 +350,13 @@ impl Control {
             self.refuse(single, &text);
             return;
         }
-        if let Some(at) = self.gathering.iter().position(|round| round.fits(&held)) {
+        let mut gathering = self.gathering.iter();
+        let fitting = if mutated(Mutation::GatherNewestFirst) {
+            gathering.rposition(|round| round.fits(&held))
+        } else {
+            gathering.position(|round| round.fits(&held))
+        };
+        if let Some(at) = fitting {
             let round = &mut self.gathering[at];
             round.tickets.insert(held.rank, held.ticket);
             if round.tickets.len() < self.config.ranks.len() {

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use rmpv::Value;
 
+use crate::machine::mutation::{Mutation, mutated};
 use crate::{EngineIndex, Time};
 
 use super::{Action, Control, Decision, Holder, Kind, PausedBy, Round, Severity, kind_of, list};
@@ -38,7 +39,7 @@ impl Control {
                 return;
             }
             Kind::Pause | Kind::Resume if !self.config.lockstep => {}
-            _ if !down.is_empty() => {
+            _ if !down.is_empty() && !mutated(Mutation::RunInPart) => {
                 let text = format!("engine of rank {} is down", list(&down));
                 self.refuse(round, &text);
                 return;

@@ -9,7 +9,7 @@ use crate::{Time, Wave};
 
 impl Coordinator {
     pub(super) fn adopted(&mut self, now: Time, wave: Wave, engines: &[Adopted]) {
-        if self.lockstep() && self.config.mutation != Some(Mutation::AdoptFromZero) {
+        if self.lockstep() && !self.config.mutated(Mutation::AdoptFromZero) {
             self.raise(wave);
         }
         for engine in engines {
@@ -104,7 +104,7 @@ impl Coordinator {
     /// runs, and costs one that does not a single step.
     fn wake_unknown(&mut self, now: Time) {
         self.running = false;
-        if self.config.mutation != Some(Mutation::AdoptWithoutWake) {
+        if !self.config.mutated(Mutation::AdoptWithoutWake) {
             self.send_wake(now);
         }
     }

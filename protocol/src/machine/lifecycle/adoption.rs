@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 
 use super::{Action, Found, Lifecycle, LifecycleConfig, Phase};
+use crate::machine::mutation::{Mutation, mutated};
 use crate::{EngineIndex, Time};
 
 impl Lifecycle {
@@ -22,6 +23,7 @@ impl Lifecycle {
         // Of a lockstep group all ranks go on, or none: the collectives of the others are gone for ever.
         let generation = ranks.first().and_then(life);
         let whole = generation.is_some() && ranks.iter().all(|rank| life(rank) == generation);
+        let whole = whole || mutated(Mutation::AdoptPartOfGroup);
         let had_served = found.values().any(|f| f.admitted);
         let mut to_adopt = Vec::new();
         let mut to_restore = Vec::new();
@@ -42,6 +44,7 @@ impl Lifecycle {
                     state.until = None;
                     // Whoever is admitted holds the committed weights, and so does its whole group.
                     let adopt = if machine.config.lockstep { had_served } else { report.admitted };
+                    let adopt = adopt || mutated(Mutation::AdoptUnrestored);
                     if adopt {
                         state.phase = Phase::Adopting;
                         to_adopt.push((rank, incarnation));
@@ -69,6 +72,9 @@ impl Lifecycle {
 
     /// No new life may have a number that any process has seen.
     fn remember<'a>(&mut self, found: impl Iterator<Item = &'a Found>) {
+        if mutated(Mutation::ForgetNewest) {
+            return;
+        }
         for report in found {
             let seen = [report.newest].into_iter().chain(report.sockets).chain(report.process);
             self.newest = seen.map(|i| i.0).fold(self.newest, u64::max);

@@ -18,6 +18,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use crate::machine::mutation::{Mutation, mutated};
 use crate::machine::restart::{self, Restart};
 use crate::{EngineIndex, Incarnation, Time};
 
@@ -302,7 +303,8 @@ impl Lifecycle {
             }
             Event::RestoreFailed { ranks, reason } => {
                 // Over a link that is lost nothing can be said about them: asked again when it is back.
-                let unknown = ranks.iter().any(|(rank, _)| self.away.contains(rank));
+                let unknown = ranks.iter().any(|(rank, _)| self.away.contains(rank))
+                    && !mutated(Mutation::BlameLostLink);
                 for (rank, incarnation) in ranks {
                     let text =
                         format!("engine {rank}: the committed weights could not be restored: {reason}");
