@@ -91,7 +91,7 @@ fn a_fresh_group_that_keeps_its_own_wave_numbers_is_caught() {
 
 #[test]
 fn a_wake_that_is_lost_in_a_pause_and_not_repeated_is_caught() {
-    caught(Mutation::NoSecondStart, law::ANSWERED);
+    caught(Mutation::NoSecondStart, law::AT_REST);
 }
 
 #[test]
