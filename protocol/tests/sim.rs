@@ -86,7 +86,7 @@ fn a_forwarded_wake_that_counts_as_running_is_caught() {
 
 #[test]
 fn a_fresh_group_that_keeps_its_own_wave_numbers_is_caught() {
-    caught(Mutation::NoWaveForFreshGroup, law::ANSWERED);
+    caught(Mutation::NoWaveForFreshGroup, law::AT_REST);
 }
 
 #[test]
@@ -96,12 +96,12 @@ fn a_wake_that_is_lost_in_a_pause_and_not_repeated_is_caught() {
 
 #[test]
 fn a_successor_that_counts_from_zero_is_caught() {
-    caught(Mutation::AdoptFromZero, law::FORWARD);
+    caught(Mutation::AdoptFromZero, law::INFORMED);
 }
 
 #[test]
 fn a_successor_that_does_not_wake_the_group_is_caught() {
-    caught(Mutation::AdoptWithoutWake, law::ANSWERED);
+    caught(Mutation::AdoptWithoutWake, law::AT_REST);
 }
 
 fn caught(mutation: Mutation, law: &str) {
