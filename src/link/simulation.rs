@@ -36,7 +36,7 @@ use crate::driver::handles::{
 };
 
 const RANK: EngineIndex = EngineIndex(3);
-const SEEDS: u64 = 8;
+const SEEDS: u64 = 2000;
 /// Seeds in which a fault must show.
 const SEARCHED: u64 = 2000;
 /// Virtual seconds after which everything must have come to rest.
@@ -281,8 +281,9 @@ struct Near {
     events: mpsc::Receiver<NodeEvent>,
     known: NodeState,
     waiting: Vec<(u64, NodeAsk, Answered)>,
-    /// Routes of which it is not known whether they are open: they are closed, as attachments do it.
-    doubtful: Vec<FrontendId>,
+    /// Routes and engines of which it is not known whether they were made: routes are closed, as attachments do it, and
+    /// engines are given up, as the node task does it.
+    doubtful: Vec<RankAsk>,
     next: u64,
     seen: Arc<Mutex<Seen>>,
 }
@@ -352,9 +353,12 @@ impl Near {
                 self.known.apply_event(&event);
             }
         }
-        for frontend in std::mem::take(&mut self.doubtful) {
+        for mut ask in std::mem::take(&mut self.doubtful) {
             self.next += 1;
-            self.send(self.next, NodeAsk::Rank(RANK, CloseRoutes { frontend }.into()));
+            if let RankAsk::EngineDown(down) = &mut ask {
+                down.reason = self.next.to_string();
+            }
+            self.send(self.next, NodeAsk::Rank(RANK, ask));
         }
     }
 
@@ -363,8 +367,15 @@ impl Near {
             match answered.try_recv() {
                 Ok(result) => {
                     self.known.apply_answer(&ask, result.as_ref());
-                    if let (NodeAsk::Rank(_, RankAsk::OpenRoute(route)), Err(_)) = (&ask, &result) {
-                        self.doubtful.push(route.frontend);
+                    match (&ask, &result) {
+                        (NodeAsk::Rank(_, RankAsk::OpenRoute(route)), Err(_)) => {
+                            self.doubtful.push(CloseRoutes { frontend: route.frontend }.into());
+                        }
+                        (NodeAsk::Rank(_, RankAsk::Prepare(Prepare { incarnation })), Err(_)) => {
+                            let (incarnation, reason) = (*incarnation, String::new());
+                            self.doubtful.push(EngineDown { incarnation, reason }.into());
+                        }
+                        _ => {}
                     }
                 }
                 Err(tokio::sync::oneshot::error::TryRecvError::Empty) => {

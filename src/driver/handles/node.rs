@@ -46,6 +46,28 @@ impl NodeAsk {
             Self::Link(ask) => ask.about(),
         }
     }
+
+    /// What `earlier` asked for is over once this is done: who repeats the one must not leave out the other.
+    pub fn ends(&self, earlier: &Self) -> bool {
+        match (self, earlier) {
+            (Self::Rank(rank, RankAsk::EngineDown(down)), Self::Rank(of, RankAsk::Prepare(ask))) => {
+                rank == of && down.incarnation == ask.incarnation
+            }
+            (Self::Rank(rank, RankAsk::Prepare(later)), Self::Rank(of, RankAsk::Prepare(ask))) => {
+                rank == of && later.incarnation > ask.incarnation
+            }
+            (Self::Edge(EdgeAsk::EdgeClose(close)), Self::Edge(EdgeAsk::EdgePrepare(ask))) => {
+                close.rank == ask.rank && close.incarnation == ask.incarnation
+            }
+            (Self::Edge(EdgeAsk::EdgePrepare(later)), Self::Edge(EdgeAsk::EdgePrepare(ask))) => {
+                later.rank == ask.rank && later.incarnation > ask.incarnation
+            }
+            (Self::Handshake(HandshakeAsk::Forget(forget)), Self::Handshake(HandshakeAsk::Expect(ask))) => {
+                forget.rank == ask.rank && forget.incarnation == ask.incarnation
+            }
+            _ => false,
+        }
+    }
 }
 
 asks! {
@@ -377,7 +399,11 @@ impl NodeState {
 impl RankReport {
     fn apply_ask(&mut self, ask: &RankAsk) {
         match ask {
-            RankAsk::Prepare(ask) if self.prepared != Some(ask.incarnation) => {
+            // One that is lost already is asked for again after a reconnect, to be answered, and not made again.
+            RankAsk::Prepare(ask)
+                if self.prepared != Some(ask.incarnation)
+                    && self.lost.as_ref().is_none_or(|(lost, _)| *lost < ask.incarnation) =>
+            {
                 self.clear();
                 self.prepared = Some(ask.incarnation);
                 self.edge = None;

@@ -215,6 +215,16 @@ impl Task {
         }
         let failed = |delivery| matches!(delivery, Delivery::Life | Delivery::Once);
         let keep = mutation::is(Mutation::AskSuccessor);
+        // What was given up again must not be made by the successor.
+        let is_over = |(id, pending): &(&u64, &Pending)| {
+            self.pending.range(*id..).any(|(_, later)| later.ask.ends(&pending.ask))
+        };
+        let over: Vec<u64> = self.pending.iter().filter(is_over).map(|(id, _)| *id).collect();
+        for id in over {
+            if let Some(pending) = self.pending.remove(&id) {
+                self.fail(pending, HandleError::failed(reason));
+            }
+        }
         for pending in self.take_pending(|pending| pending.about.delivery != Delivery::Repeat && !keep) {
             if failed(pending.about.delivery) {
                 self.fail(pending, HandleError::failed(reason));
