@@ -63,7 +63,6 @@ pub(super) struct Task {
     snapshots: BTreeMap<EngineIndex, watch::Sender<RankSnapshot>>,
     publish: watch::Sender<LinkStatus>,
     connection: Option<Connection>,
-    ever_connected: bool,
     pending: BTreeMap<u64, Pending>,
     next_id: u64,
     held: BTreeSet<(EngineIndex, u64)>,
@@ -87,7 +86,6 @@ impl Task {
             snapshots: snapshots.into_iter().collect(),
             publish,
             connection: None,
-            ever_connected: false,
             pending: BTreeMap::new(),
             next_id: 0,
             held: BTreeSet::new(),
@@ -416,7 +414,7 @@ impl Task {
         for pending in self.pending.values() {
             state.apply_ask(&pending.ask);
         }
-        if std::mem::replace(&mut self.ever_connected, true) && !mutation::is(Mutation::MissNothing) {
+        if !mutation::is(Mutation::MissNothing) {
             for event in self.view.missed(&state, &self.options.name) {
                 self.report(event)?;
             }
