@@ -36,6 +36,7 @@ use crate::driver::handles::{
 };
 
 const RANK: EngineIndex = EngineIndex(3);
+/// Seeds of an ordinary run; `SIM_SEEDS` says another number.
 const SEEDS: u64 = 2000;
 /// Seeds in which a fault must show.
 const SEARCHED: u64 = 2000;
@@ -505,7 +506,8 @@ fn run(seed: u64) -> Result<(), Violation> {
 
 #[test]
 fn two_ends_agree_over_a_wire_that_delays_and_cuts() {
-    for seed in 0..SEEDS {
+    let seeds = std::env::var("SIM_SEEDS").map_or(SEEDS, |seeds| seeds.parse().unwrap());
+    for seed in 0..seeds {
         if let Err(violation) = run(seed) {
             panic!("seed {seed}: {violation}");
         }

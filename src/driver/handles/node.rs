@@ -199,7 +199,7 @@ impl NodeState {
             NodeAsk::Rank(rank, ask) => self.rank(*rank).apply_ask(ask),
             NodeAsk::Edge(EdgeAsk::EdgePrepare(ask)) => {
                 let known = self.rank(ask.rank);
-                if known.edge != Some(ask.incarnation) {
+                if known.edge.is_none_or(|edge| edge < ask.incarnation) {
                     known.edge = Some(ask.incarnation);
                     known.subscribed = false;
                     known.wave_report = None;
@@ -399,9 +399,10 @@ impl NodeState {
 impl RankReport {
     fn apply_ask(&mut self, ask: &RankAsk) {
         match ask {
-            // One that is lost already is asked for again after a reconnect, to be answered, and not made again.
+            // After a reconnect it is asked for again, to be answered: one that was lost or replaced meanwhile is not
+            // made again.
             RankAsk::Prepare(ask)
-                if self.prepared != Some(ask.incarnation)
+                if self.prepared.is_none_or(|prepared| prepared < ask.incarnation)
                     && self.lost.as_ref().is_none_or(|(lost, _)| *lost < ask.incarnation) =>
             {
                 self.clear();
