@@ -269,6 +269,17 @@ impl NodeState {
         }
     }
 
+    /// The engine that a command makes room for has registered already: only the answer is outstanding.
+    pub fn is_begun(&self, ask: &NodeAsk) -> bool {
+        match ask {
+            NodeAsk::Rank(rank, RankAsk::Prepare(ask)) => self
+                .ranks
+                .get(rank)
+                .is_some_and(|known| known.prepared == Some(ask.incarnation) && known.registered.is_some()),
+            _ => false,
+        }
+    }
+
     /// Something happened.
     pub fn apply_event(&mut self, event: &NodeEvent) {
         match event {
@@ -407,7 +418,8 @@ impl RankReport {
             {
                 self.clear();
                 self.prepared = Some(ask.incarnation);
-                self.edge = None;
+                // The two may come in any order: they are asked of different tasks.
+                self.edge = self.edge.filter(|edge| *edge >= ask.incarnation);
             }
             RankAsk::EngineReady(ask) if self.prepared == Some(ask.incarnation) => {
                 self.facts = Some((*ask.facts).clone());

@@ -202,7 +202,6 @@ impl Task {
         let peer = self.options.name.clone();
         self.disconnected(&LinkError::Closed { peer });
         self.held.clear();
-        let lost = self.view.gone(reason);
         for publish in self.snapshots.values() {
             publish.send_modify(|snapshot| {
                 snapshot.admitted = false;
@@ -213,11 +212,13 @@ impl Task {
         }
         let failed = |delivery| matches!(delivery, Delivery::Life | Delivery::Once);
         let keep = mutation::is(Mutation::AskSuccessor);
-        // What was given up again must not be made by the successor.
+        // What was given up again, or whose engine has come to the dead process, must not be made by the successor.
         let is_over = |(id, pending): &(&u64, &Pending)| {
-            self.pending.range(*id..).any(|(_, later)| later.ask.ends(&pending.ask))
+            self.view.is_begun(&pending.ask)
+                || self.pending.range(*id..).any(|(_, later)| later.ask.ends(&pending.ask))
         };
         let over: Vec<u64> = self.pending.iter().filter(is_over).map(|(id, _)| *id).collect();
+        let lost = self.view.gone(reason);
         for id in over {
             if let Some(pending) = self.pending.remove(&id) {
                 self.fail(pending, HandleError::failed(reason));
