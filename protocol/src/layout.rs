@@ -247,16 +247,6 @@ impl Layout {
         if self.version.at_least(27, 0) { 3 } else { 2 }
     }
 
-    /// Whether independent (dense) engines report their load to the coordinator.
-    pub const fn dense_sends_stats(&self) -> bool {
-        self.version.at_least(27, 0) || !self.version.at_least(14, 0)
-    }
-
-    /// Whether dense models, too, run in lockstep (and take the DP keys at INIT).
-    pub const fn dense_is_lockstep(&self) -> bool {
-        !self.version.at_least(14, 0)
-    }
-
     /// What FIRST_REQ does.
     pub const fn first_req(&self) -> FirstReq {
         if self.version.at_least(33, 0) {
@@ -294,11 +284,6 @@ impl Layout {
         self.version.at_least(21, 0)
     }
 
-    /// Whether `pause_scheduler(mode, clear_cache)` and `is_scheduler_paused` exist.
-    pub const fn can_pause(&self) -> bool {
-        self.version.at_least(17, 0)
-    }
-
     /// Whether `pause_generation` exists and rejects new requests.
     pub const fn has_pause_generation(&self) -> bool {
         self.version.at_least(33, 0)
@@ -312,32 +297,6 @@ impl Layout {
     /// Whether INIT of a lockstep engine names `_coord_store_port`.
     pub const fn init_has_coord_store_port(&self) -> bool {
         self.version.at_least(32, 0)
-    }
-
-    /// Whether worker methods `start_weight_update` and `finish_weight_update` exist.
-    pub const fn has_weight_update_brackets(&self) -> bool {
-        self.version.at_least(21, 0)
-    }
-
-    /// Whether `reload_weights` takes `weights_path`.
-    pub const fn reload_takes_path(&self) -> bool {
-        self.version.at_least(16, 0)
-    }
-
-    /// Whether the coordinator gets rank 0's start_wave at each idle-to-running edge.
-    pub const fn engines_report_start(&self) -> bool {
-        self.version.at_least(29, 0)
-    }
-
-    /// Whether an error while an ADD is pre-processed is answered instead of killing the input
-    /// thread.
-    pub const fn add_errors_are_answered(&self) -> bool {
-        self.version.at_least(14, 0)
-    }
-
-    /// Whether the `WAKEUP` request type exists.
-    pub const fn has_wakeup(&self) -> bool {
-        self.version.at_least(18, 0)
     }
 
     /// Highest temperature `SamplingParams` takes; decoding another one raises.
@@ -399,16 +358,6 @@ impl Layout {
         }
     }
 
-    /// How many arguments `reset_prefix_cache` takes.
-    pub const fn reset_prefix_cache_args(&self) -> usize {
-        if self.version.at_least(13, 0) {
-            2
-        } else if self.version.at_least(12, 0) {
-            1
-        } else {
-            0
-        }
-    }
 }
 
 fn add_positions(version: VllmVersion) -> AddPositions {

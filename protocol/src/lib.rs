@@ -23,7 +23,6 @@ pub mod stats;
 pub mod time;
 pub mod utility;
 pub mod wave;
-pub mod weights;
 mod write;
 
 pub use error::DecodeError;

@@ -15,7 +15,7 @@ use dp_sidecar_protocol::request::{FrontendMessage, NewRequest, check_frontend_m
 use dp_sidecar_protocol::stats::SchedulerStats;
 use dp_sidecar_protocol::utility::{UtilityCall, UtilityOutput};
 use dp_sidecar_protocol::wave::{EngineCounts, FrontendUpstream, Publication, StartDpWave};
-use dp_sidecar_protocol::{CallId, ClientIndex, EngineIndex, Wave, WeightVersion, weights};
+use dp_sidecar_protocol::{CallId, ClientIndex, EngineIndex, Wave};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -410,23 +410,6 @@ proptest! {
         pairs[at].1 = text(after);
         prop_assert_eq!(changed, bytes_of(&rmpv::Value::Map(pairs)));
     }
-}
-
-#[test]
-fn calls_carry_as_many_arguments_as_the_version_takes() {
-    let layout = |minor| Layout::for_version(VllmVersion::new(0, minor, 0)).unwrap();
-    for (minor, count) in [(11, 0), (12, 1), (13, 2), (32, 2)] {
-        let call = weights::reset_prefix_cache(&layout(minor), true, true);
-        assert_eq!(call.args.len(), count, "0.{minor}.0");
-    }
-    let pause = weights::pause_scheduler(weights::PauseMode::Wait, true);
-    assert_eq!(pause.args, ["wait".into(), rmpv::Value::from(true)]);
-    let stamp = weights::set_weight_version(&WeightVersion("v7".to_owned()));
-    assert_eq!(stamp.args, [rmpv::Value::from("v7")]);
-    let reload = weights::reload_weights("/models/next");
-    assert_eq!(reload.method, "collective_rpc");
-    assert_eq!(reload.args[0], "reload_weights".into());
-    assert_eq!(reload.args[3], rmpv::Value::Map(vec![("weights_path".into(), "/models/next".into())]));
 }
 
 #[test]

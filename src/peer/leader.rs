@@ -218,11 +218,6 @@ impl Leader {
         Ok(Self { shared })
     }
 
-    /// Where it listens.
-    pub fn local_address(&self) -> SocketAddr {
-        self.shared.local
-    }
-
     /// Address of this node that other nodes reach: known when it was given, or when the first node has come.
     pub fn own_address(&self) -> Option<IpAddr> {
         self.shared.state.lock().own_address
