@@ -357,7 +357,6 @@ impl Layout {
             0
         }
     }
-
 }
 
 fn add_positions(version: VllmVersion) -> AddPositions {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use dp_sidecar_protocol::machine::weight_update::PauseMode;
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
@@ -16,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::types::{
-    ADMIN_PROTOCOL, AdminError, Command, ErrorKind, FrontendStatus, PauseMode, Request, Response, Status,
+    ADMIN_PROTOCOL, AdminError, Command, ErrorKind, FrontendStatus, Request, Response, Status,
     UpdateProgress, UpdateReport, UpdateRequest, VersionReport,
 };
 use crate::state_dir::StateDir;

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use dp_sidecar_protocol::EngineIndex;
-use dp_sidecar_protocol::machine::weight_update::{Phase, RankState};
+use dp_sidecar_protocol::machine::weight_update::{PauseMode, Phase, RankState};
 use serde::{Deserialize, Serialize};
 
 use crate::driver::handles::{CoordinatorSnapshot, FrontendSnapshot, GroupKind, Retain};
@@ -29,31 +29,6 @@ impl Request {
     /// A request of the current protocol version.
     pub fn new(command: Command) -> Self {
         Self { version: ADMIN_PROTOCOL, command }
-    }
-}
-
-/// How running requests are treated when the engines pause (vLLM: `PauseMode`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-pub enum PauseMode {
-    /// Let them finish; after the pause deadline they are aborted.
-    #[default]
-    Wait,
-    /// Abort them.
-    Abort,
-    /// Freeze them, and go on after the resume. Across an update this mixes weight versions inside
-    /// one response.
-    Keep,
-}
-
-impl PauseMode {
-    /// vLLM's name of the mode.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Wait => "wait",
-            Self::Abort => "abort",
-            Self::Keep => "keep",
-        }
     }
 }
 

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use dp_sidecar_protocol::machine::weight_update::PauseMode as MachineMode;
 use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
@@ -12,7 +11,7 @@ use super::drain::{DrainError, Drained};
 use super::status::Sources;
 use super::updates;
 use crate::admin::server::AdminCommand;
-use crate::admin::types::{AdminError, ErrorKind, PauseMode};
+use crate::admin::types::{AdminError, ErrorKind};
 use crate::config::Config;
 use crate::driver::control::{ControlError, ControlHandle};
 use crate::driver::handles::{
@@ -57,7 +56,7 @@ impl Handles {
             AdminCommand::FrontendList { reply } => answer(reply, Ok(self.sources.frontends())),
             AdminCommand::Pause { mode, deadline, reply } => {
                 let deadline = deadline.unwrap_or(config.pause_deadline);
-                let paused = self.control.pause(machine_mode(mode), deadline, PATIENCE).await;
+                let paused = self.control.pause(mode, deadline, PATIENCE).await;
                 answer(reply, paused.map_err(control_error));
             }
             AdminCommand::Drain { reply } => {
@@ -136,13 +135,4 @@ fn control_error(error: ControlError) -> AdminError {
         ControlError::Gone => return unavailable(),
     };
     AdminError::new(kind, error.to_string())
-}
-
-/// The machine's word for a pause mode.
-pub(super) fn machine_mode(mode: PauseMode) -> MachineMode {
-    match mode {
-        PauseMode::Wait => MachineMode::Wait,
-        PauseMode::Abort => MachineMode::Abort,
-        PauseMode::Keep => MachineMode::Keep,
-    }
 }

@@ -6,7 +6,6 @@ use dp_sidecar_protocol::machine::weight_update::{Phase, RankRecord, RankState};
 use dp_sidecar_protocol::{UpdateId, WeightVersion};
 use tokio::sync::mpsc;
 
-use super::commands::machine_mode;
 use crate::admin::types::{
     AdminError, EngineTimes, ErrorKind, UpdateProgress, UpdateReport, UpdateRequest, UpdateStatus,
     WeightsStatus,
@@ -31,7 +30,7 @@ pub(super) async fn run(
         id: request.id.map(UpdateId),
         version: request.version.map(WeightVersion),
         from_version: request.from_version.map(WeightVersion),
-        mode: machine_mode(request.mode),
+        mode: request.mode,
         pause_deadline: deadline.unwrap_or(config.pause_deadline),
         allow_no_rollback: request.allow_no_rollback,
         source: request.source,

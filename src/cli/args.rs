@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use dp_sidecar_protocol::machine::weight_update::PauseMode;
 
 use super::children::{KeeperArgs, RelayArgs};
 use super::update::UpdateArgs;
-use crate::admin::types::PauseMode;
+use super::values::pause_mode;
 use crate::config::{Lifeline, LogFormat};
 
 const EXAMPLES: &str = "\
@@ -440,7 +441,7 @@ pub struct StatusArgs {
 #[derive(Debug, Args)]
 pub struct PauseArgs {
     /// What happens to running requests.
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, value_parser = pause_mode(), default_value_t)]
     pub mode: PauseMode,
     /// With `wait`: abort what still runs after this long. [default: as the sidecar was started]
     #[arg(long, value_parser = parse_duration, value_name = "TIME")]

@@ -10,6 +10,7 @@ pub mod run;
 pub mod status;
 pub mod table;
 pub mod update;
+mod values;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

@@ -4,16 +4,16 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
+use dp_sidecar_protocol::machine::weight_update::PauseMode;
 
 use super::args::{Target, parse_duration};
 use super::commands::run;
 use super::progress::View;
 use super::status::{print_json, update_line};
 use super::table::Table;
+use super::values::pause_mode;
 use crate::admin::client::{AdminClient, ClientError, unexpected};
-use crate::admin::types::{
-    Command, ErrorKind, PauseMode, Response, UpdateReport, UpdateRequest, UpdateStatus,
-};
+use crate::admin::types::{Command, ErrorKind, Response, UpdateReport, UpdateRequest, UpdateStatus};
 use crate::driver::handles::Retain;
 use crate::driver::weight_update::{AdapterChange, UpdateSource, state_words};
 use crate::exit_code;
@@ -47,7 +47,7 @@ pub struct UpdateArgs {
     #[arg(long, value_name = "V")]
     pub version: Option<String>,
     /// What happens to running requests.
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, value_parser = pause_mode(), default_value_t)]
     pub mode: PauseMode,
     /// With `wait`: abort what still runs after this long. [default: as the sidecar was started]
     #[arg(long, value_parser = parse_duration, value_name = "TIME")]

@@ -11,8 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use dp_sidecar_protocol::layout::Layout;
 use dp_sidecar_protocol::machine::coordinator::{
-    Action, Config, Coordinator, CoordinatorRules, Event, Exclude, GroupKind as MachineKind, Load, Report,
-    Stamp,
+    Action, Config, Coordinator, CoordinatorRules, Event, Exclude, Load, Report, Stamp,
 };
 use dp_sidecar_protocol::output::{OutputsView, start_wave_message, stats_message, wave_complete_message};
 use dp_sidecar_protocol::stats::SchedulerStats;
@@ -53,10 +52,6 @@ pub struct CoordinatorConfig {
 impl CoordinatorConfig {
     /// For hosted engines and attached frontends.
     pub fn new(kind: GroupKind, size: u16) -> Self {
-        let kind = match kind {
-            GroupKind::Independent => MachineKind::Independent,
-            GroupKind::Lockstep => MachineKind::Lockstep,
-        };
         Self { machine: Config::hosted(kind, size) }
     }
 }

@@ -22,20 +22,11 @@ use tokio::sync::{mpsc, oneshot};
 pub use self::ask::*;
 pub use attachments::*;
 pub use coordinator::*;
+pub use dp_sidecar_protocol::machine::coordinator::GroupKind;
 pub use engines::*;
 pub use node::*;
 pub use rank::*;
 pub use staging::*;
-
-/// How the engines of the deployment depend on each other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum GroupKind {
-    /// Dense models (vLLM 0.14.1 and later): each rank runs, pauses, dies and restarts alone.
-    Independent,
-    /// MoE models: the ranks step in lockstep, pause by consensus, and live and die together.
-    Lockstep,
-}
 
 /// A task did not do what it was asked to.
 #[derive(Clone, Debug, Error)]

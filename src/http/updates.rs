@@ -7,6 +7,7 @@ use axum::extract::{Query, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
+use dp_sidecar_protocol::machine::weight_update::PauseMode;
 use futures::stream::{self, Stream};
 use serde::Deserialize;
 use tokio::sync::{mpsc, oneshot};
@@ -15,7 +16,7 @@ use super::Context;
 use super::answers::HttpError;
 use crate::admin::server::{AdminCommand, AdminReply};
 use crate::admin::types::{
-    AdminError, PauseMode, UpdateProgress, UpdateReport, UpdateRequest, UpdateStatus, VersionReport,
+    AdminError, UpdateProgress, UpdateReport, UpdateRequest, UpdateStatus, VersionReport,
 };
 use crate::driver::handles::Retain;
 use crate::driver::weight_update::{AdapterChange, UpdateSource};

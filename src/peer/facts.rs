@@ -12,7 +12,6 @@ use tracing::warn;
 
 use super::introduction::Introduction;
 use crate::config::{Config, Engines, model};
-use crate::driver::handles::GroupKind;
 use crate::supervisor::command::VllmLaunch;
 use crate::supervisor::flags::flag_name;
 use crate::supervisor::installed::{in_cwd, vllm_version};
@@ -46,13 +45,7 @@ pub async fn introduction(config: &Config, run_id: &str) -> Introduction {
     let mut tell = |name: &str, value: String| values.insert(name.to_owned(), value);
     tell("--data-parallel-size", config.size.to_string());
     tell("--frontend-slots", config.frontend_slots.to_string());
-    tell(
-        "model kind",
-        match config.kind {
-            GroupKind::Independent => "dense".to_owned(),
-            GroupKind::Lockstep => "moe".to_owned(),
-        },
-    );
+    tell("model kind", config.kind.model().to_owned());
     tell("sidecar version", env!("CARGO_PKG_VERSION").to_owned());
     match &config.engines {
         Engines::Attach => {

@@ -15,7 +15,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
 use super::{CHILD, Purpose, socket};
-use crate::driver::handles::{GroupKind, NodeEvent, NodeState};
+use crate::driver::handles::{NodeEvent, NodeState};
 use crate::link::LinkStream;
 use crate::link::client::{self, ClientOptions, Link, LinkStatus, NodeHandles};
 use crate::supervisor::command::RELAY_STOP_ORDER;
@@ -229,10 +229,7 @@ impl Host {
     fn spec(&self) -> SpawnSpec {
         let options = &self.options;
         let Purpose { ranks, frontend_slots, kind } = &options.purpose;
-        let kind = match kind {
-            GroupKind::Independent => "dense",
-            GroupKind::Lockstep => "moe",
-        };
+        let kind = kind.model();
         let argv = [
             options.exe.display().to_string(),
             CHILD.to_owned(),

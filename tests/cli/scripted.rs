@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use dp_sidecar::admin::types::{
     AdminError, ControllerStatus, DeploymentStatus, EngineStatus, EngineTimes, ErrorKind, FrontendStatus,
-    NodeStatus, PauseMode, SidecarStatus, Status, UpdateProgress, UpdateReport, UpdateRequest, UpdateStatus,
+    NodeStatus, SidecarStatus, Status, UpdateProgress, UpdateReport, UpdateRequest, UpdateStatus,
     VersionReport, WeightsStatus,
 };
 use dp_sidecar::admin::{AdminCommand, AdminServer};
@@ -12,7 +12,7 @@ use dp_sidecar::driver::handles::{CoordinatorSnapshot, FrontendSnapshot, GroupKi
 use dp_sidecar::driver::weight_update::{UpdateEvent, UpdateSource};
 use dp_sidecar::gpu::{GpuDevice, GpuReport};
 use dp_sidecar_protocol::EngineIndex;
-use dp_sidecar_protocol::machine::weight_update::{Phase, RankState};
+use dp_sidecar_protocol::machine::weight_update::{PauseMode, Phase, RankState};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;

@@ -1,15 +1,28 @@
 //! What goes into the DP coordinator machine and what comes out.
 
+use serde::{Deserialize, Serialize};
+
 use crate::layout::{FirstReq, Layout, VllmVersion};
 use crate::{EngineIdentity, EngineIndex, FrontendId, Incarnation, Wave};
 
 /// How the ranks depend on each other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum GroupKind {
-    /// Each rank runs, dies and restarts alone (dense models since vLLM 0.14.1).
+    /// Dense models (vLLM 0.14.1 and later): each rank runs, pauses, dies and restarts alone.
     Independent,
-    /// The ranks step together, and live and die together (MoE models).
+    /// MoE models: the ranks step in lockstep, pause by consensus, and live and die together.
     Lockstep,
+}
+
+impl GroupKind {
+    /// The kind of model that has it, as the flag `--model-kind` spells it.
+    pub const fn model(self) -> &'static str {
+        match self {
+            Self::Independent => "dense",
+            Self::Lockstep => "moe",
+        }
+    }
 }
 
 /// Whose rules the machine follows.

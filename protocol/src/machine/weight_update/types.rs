@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::str::FromStr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -36,6 +37,9 @@ pub enum PauseMode {
 }
 
 impl PauseMode {
+    /// Every mode, the default first.
+    pub const ALL: [Self; 3] = [Self::Wait, Self::Abort, Self::Keep];
+
     /// vLLM's spelling.
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -49,6 +53,15 @@ impl PauseMode {
 impl fmt::Display for PauseMode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for PauseMode {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|mode| mode.as_str() == text);
+        found.ok_or_else(|| format!("pause mode {text:?}: wait, abort or keep expected"))
     }
 }
 
