@@ -52,6 +52,8 @@ mod state_dir;
 #[cfg(not(feature = "test-support"))]
 mod supervisor;
 #[cfg(not(feature = "test-support"))]
+mod tasks;
+#[cfg(not(feature = "test-support"))]
 mod telemetry;
 #[cfg(not(feature = "test-support"))]
 mod token;
@@ -90,6 +92,8 @@ pub mod staging;
 pub mod state_dir;
 #[cfg(feature = "test-support")]
 pub mod supervisor;
+#[cfg(feature = "test-support")]
+pub mod tasks;
 #[cfg(feature = "test-support")]
 pub mod telemetry;
 #[cfg(feature = "test-support")]

@@ -8,6 +8,7 @@ use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Lifeline;
+use crate::tasks::{Task, named, rehearse};
 
 /// Why the run is to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,7 +53,9 @@ pub fn watch_outside(lifeline: Lifeline, tasks: &TaskTracker) -> io::Result<watc
             let mut buffer = [0; 256];
             let mut stdin = io::stdin().lock();
             loop {
-                match stdin.read(&mut buffer) {
+                let read = stdin.read(&mut buffer);
+                rehearse(Task::Lifeline);
+                match read {
                     Ok(0) => break,
                     Ok(_) => {}
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -63,7 +66,7 @@ pub fn watch_outside(lifeline: Lifeline, tasks: &TaskTracker) -> io::Result<watc
             let _ = end.send(());
         })?;
     }
-    tasks.spawn(async move {
+    tasks.spawn(named(Task::Outside, async move {
         let mut lifeline_lives = lifeline == Lifeline::Stdin;
         loop {
             let why = tokio::select! {
@@ -80,6 +83,6 @@ pub fn watch_outside(lifeline: Lifeline, tasks: &TaskTracker) -> io::Result<watc
                 asked.times = asked.times.saturating_add(1);
             });
         }
-    });
+    }));
     Ok(receiver)
 }

@@ -21,6 +21,7 @@ use super::types::{
     UpdateProgress, UpdateReport, UpdateRequest, VersionReport,
 };
 use crate::state_dir::StateDir;
+use crate::tasks::{Task, named};
 
 /// Clients at the same time; more wait.
 const CLIENTS: usize = 32;
@@ -209,10 +210,10 @@ impl AdminServer {
                     Ok((stream, _)) if is_allowed(&stream) => {
                         let commands = commands.clone();
                         let stop = stop.clone();
-                        tasks.spawn(async move {
+                        tasks.spawn(named(Task::AdminConnection, async move {
                             Client::new(stream, commands).serve(&stop).await;
                             drop(permit);
-                        });
+                        }));
                     }
                     Ok(_) => tracing::warn!("admin client of another user refused"),
                     Err(error) => {

@@ -18,6 +18,7 @@ use crate::driver::handles::{
     AttachmentCommand, AttachmentHandle, CoordinatorHandle, HandleError, Origin, RankHandle, ask,
 };
 use crate::driver::weight_update::UpdateHandle;
+use crate::tasks::{Task, named};
 
 /// Limit for answers of our own tasks.
 const LOCAL_ANSWER: Duration = Duration::from_secs(10);
@@ -42,7 +43,7 @@ impl Handles {
     pub(super) fn handle(&self, config: &Arc<Config>, tracker: &TaskTracker, command: AdminCommand) {
         let this = self.clone();
         let config = config.clone();
-        tracker.spawn(async move { this.perform(&config, command).await });
+        tracker.spawn(named(Task::AdminCommand, async move { this.perform(&config, command).await }));
     }
 
     async fn perform(self, config: &Config, command: AdminCommand) {

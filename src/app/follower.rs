@@ -27,6 +27,7 @@ use crate::peer::introduction::Introduction;
 use crate::shutdown::Why;
 use crate::supervisor::client::KeeperClient;
 use crate::supervisor::command::engine_rank;
+use crate::tasks::{Task, named};
 use crate::transport;
 
 /// Runs a follower until the leader, a signal, a client or its leader's absence ends it.
@@ -112,9 +113,11 @@ async fn follow(mut begun: Begun, nodes: Nodes) -> RunEnd {
         initial: local.state.clone(),
         ..ServerOptions::new(introduction.name(), tracker.clone(), stop.clone())
     };
-    let serving = tokio::spawn(server::serve(options, stream_inbox, services, reported));
+    let serving =
+        tokio::spawn(named(Task::Follower, server::serve(options, stream_inbox, services, reported)));
     let finder = Finder { strict: false, ..finder };
-    let linking = tokio::spawn(keep_linked(finder, found, streams, nodes.leader_timeout));
+    let linking =
+        tokio::spawn(named(Task::FollowerLinking, keep_linked(finder, found, streams, nodes.leader_timeout)));
     let file = config.accel_file.clone();
     let gpus = GpuMonitor::start(move || gpu::detect(file.as_deref()));
     let follower = Follower {
@@ -321,7 +324,7 @@ impl Follower {
                     AdminCommand::Stop { reply } => answer(reply, Ok(())),
                     AdminCommand::Status { reply } => {
                         let view = view.clone();
-                        tracker.spawn(async move { answer(reply, Ok(Box::new(view.status(true).await))) });
+                        tracker.spawn(named(Task::AdminCommand, async move { answer(reply, Ok(Box::new(view.status(true).await))) }));
                     }
                     // A dropped reply is answered as "the sidecar is stopping".
                     _ => {}
@@ -340,7 +343,9 @@ impl Follower {
         match command {
             AdminCommand::Status { reply } => {
                 let view = self.view.clone();
-                self.tracker.spawn(async move { answer(reply, Ok(Box::new(view.status(stopping).await))) });
+                self.tracker.spawn(named(Task::AdminCommand, async move {
+                    answer(reply, Ok(Box::new(view.status(stopping).await)))
+                }));
             }
             other => {
                 let text = format!("this is a follower, ask the leader at {}", self.view.nodes.leader);

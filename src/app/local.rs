@@ -21,6 +21,7 @@ use crate::relay::host::{self, HostError, HostOptions};
 use crate::state_dir::StateDir;
 use crate::supervisor::client::KeeperClient;
 use crate::supervisor::keeper::wire::KeeperEvent;
+use crate::tasks::{Task, named};
 use crate::transport::GuardLimits;
 
 /// Messages between tasks waiting at the most. All readers only move them on.
@@ -165,27 +166,30 @@ fn distribute(
     let (to_engines, engines) = mpsc::channel(QUEUE);
     let (to_frontend, frontend) = mpsc::channel(QUEUE);
     let (to_relay, relay) = mpsc::channel(QUEUE);
-    tracker.spawn(stop.run_until_cancelled_owned(async move {
-        while let Some(event) = events.recv().await {
-            let name = match &event {
-                KeeperEvent::Spawned { name, .. } => Some(name.as_str()),
-                KeeperEvent::Exited(report) => Some(report.name.as_str()),
-                KeeperEvent::Replaced { .. } | KeeperEvent::Failed { .. } => None,
-            };
-            let to = match name {
-                Some(frontend::CHILD) => vec![&to_frontend],
-                Some(crate::relay::CHILD) => vec![&to_relay],
-                Some(_) => vec![&to_engines],
-                // The relay process first: new engines need it.
-                None => vec![&to_relay, &to_frontend, &to_engines],
-            };
-            for task in to {
-                // A receiver that is gone belongs to a task that has ended.
-                if task.send(event.clone()).await.is_err() {
-                    debug!("an event of the keeper that nobody waits for");
+    tracker.spawn(named(
+        Task::KeeperEvents,
+        stop.run_until_cancelled_owned(async move {
+            while let Some(event) = events.recv().await {
+                let name = match &event {
+                    KeeperEvent::Spawned { name, .. } => Some(name.as_str()),
+                    KeeperEvent::Exited(report) => Some(report.name.as_str()),
+                    KeeperEvent::Replaced { .. } | KeeperEvent::Failed { .. } => None,
+                };
+                let to = match name {
+                    Some(frontend::CHILD) => vec![&to_frontend],
+                    Some(crate::relay::CHILD) => vec![&to_relay],
+                    Some(_) => vec![&to_engines],
+                    // The relay process first: new engines need it.
+                    None => vec![&to_relay, &to_frontend, &to_engines],
+                };
+                for task in to {
+                    // A receiver that is gone belongs to a task that has ended.
+                    if task.send(event.clone()).await.is_err() {
+                        debug!("an event of the keeper that nobody waits for");
+                    }
                 }
             }
-        }
-    }));
+        }),
+    ));
     [engines, frontend, relay]
 }

@@ -38,6 +38,7 @@ use crate::peer::leader::{Leader, RemoteNode};
 use crate::shutdown::{self, Asked, Why};
 use crate::state_dir::StateDir;
 use crate::supervisor::client::KeeperClient;
+use crate::tasks::{Task, named};
 use crate::transport;
 
 /// Limit for one of our own tasks to end.
@@ -57,7 +58,7 @@ pub async fn run(config: Config, state: StateDir) -> RunEnd {
     let admin = match AdminServer::bind(state.path()) {
         Ok(server) => {
             let (commands, admin) = mpsc::channel(local::QUEUE);
-            tracker.spawn(server.serve(commands.clone(), stop.clone()));
+            tracker.spawn(named(Task::Admin, server.serve(commands.clone(), stop.clone())));
             (admin, commands)
         }
         Err(error) => return local::internal("admin socket", &error),

@@ -22,6 +22,7 @@ use crate::link::LinkStream;
 use crate::link::client::{self, ClientOptions, Link, LinkStatus, NodeHandles};
 use crate::peer::introduction::Introduction;
 use crate::peer::leader::{BindError, GatherError, Leader, RemoteNode};
+use crate::tasks::{Task, named};
 
 /// The leader's own node.
 pub(super) const THIS_NODE: NodeId = NodeId(0);
@@ -108,13 +109,16 @@ pub(super) fn connect(
     let options = ClientOptions::new(&*name, ranks, stop.clone());
     let (links, link_inbox) = mpsc::channel(1);
     let peer = name.clone();
-    tracker.spawn(stop.clone().run_until_cancelled_owned(async move {
-        while let Some(stream) = connections.recv().await {
-            if links.send(Link::Stream(LinkStream::new(stream, &*peer))).await.is_err() {
-                return;
+    tracker.spawn(named(
+        Task::NodeLink,
+        stop.clone().run_until_cancelled_owned(async move {
+            while let Some(stream) = connections.recv().await {
+                if links.send(Link::Stream(LinkStream::new(stream, &*peer))).await.is_err() {
+                    return;
+                }
             }
-        }
-    }));
+        }),
+    ));
     let (handles, status) = client::spawn(options, link_inbox, events, tracker);
     let remote = Remote { id, introduction, handles, status };
     let update = UpdateNode {
@@ -149,7 +153,7 @@ impl Readers {
         stage: mpsc::Sender<StageEvent>,
         tracker: &TaskTracker,
     ) {
-        tracker.spawn(async move {
+        tracker.spawn(named(Task::Queue, async move {
             while let Some(event) = events.recv().await {
                 let gone = match event {
                     NodeEvent::Held(call) => self.held.send(call).await.is_err(),
@@ -171,7 +175,7 @@ impl Readers {
                     debug!(node = node.0, "a task has ended before what it should hear of");
                 }
             }
-        });
+        }));
     }
 }
 

@@ -11,6 +11,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::driver::control::ControlHandle;
 use crate::driver::handles::AttachmentHandle;
+use crate::tasks::{Task, named};
 
 /// For a frontend that held a pause before a restart to show up again.
 const HOLDER_GRACE: Duration = Duration::from_secs(30);
@@ -25,35 +26,38 @@ pub(super) fn frontends_gone(
 ) {
     let (mut snapshots, mut state) = (attachments.snapshot.clone(), control.watch());
     let control = control.clone();
-    tracker.spawn(stop.run_until_cancelled_owned(async move {
-        let mut known: BTreeSet<u64> = BTreeSet::new();
-        // Who holds a pause and is not there, since when, and was that told?
-        let mut absent: Option<(u64, Instant, bool)> = None;
-        loop {
-            let due = absent.filter(|(.., told)| !told).map(|(_, since, _)| since + HOLDER_GRACE);
-            let late = sleep_until(due.unwrap_or_else(Instant::now));
-            let mut gone = BTreeSet::new();
-            tokio::select! {
-                changed = snapshots.changed() => if changed.is_err() { return },
-                changed = state.changed() => if changed.is_err() { return },
-                () = late, if due.is_some() => gone.extend(absent.map(|(id, ..)| id)),
+    tracker.spawn(named(
+        Task::PauseWatch,
+        stop.run_until_cancelled_owned(async move {
+            let mut known: BTreeSet<u64> = BTreeSet::new();
+            // Who holds a pause and is not there, since when, and was that told?
+            let mut absent: Option<(u64, Instant, bool)> = None;
+            loop {
+                let due = absent.filter(|(.., told)| !told).map(|(_, since, _)| since + HOLDER_GRACE);
+                let late = sleep_until(due.unwrap_or_else(Instant::now));
+                let mut gone = BTreeSet::new();
+                tokio::select! {
+                    changed = snapshots.changed() => if changed.is_err() { return },
+                    changed = state.changed() => if changed.is_err() { return },
+                    () = late, if due.is_some() => gone.extend(absent.map(|(id, ..)| id)),
+                }
+                let now: BTreeSet<u64> = snapshots.borrow_and_update().iter().filter_map(|f| f.id).collect();
+                gone.extend(known.difference(&now));
+                known = now;
+                let holder = match &state.borrow_and_update().paused_by {
+                    Some(PausedBy::Frontend { id }) if !known.contains(&id.0) => Some(id.0),
+                    _ => None,
+                };
+                absent = holder.map(|id| match absent {
+                    Some((before, since, told)) if before == id => (id, since, told || gone.contains(&id)),
+                    _ => (id, Instant::now(), gone.contains(&id)),
+                });
+                for id in gone {
+                    control.frontend_gone(FrontendId(id)).await;
+                }
             }
-            let now: BTreeSet<u64> = snapshots.borrow_and_update().iter().filter_map(|f| f.id).collect();
-            gone.extend(known.difference(&now));
-            known = now;
-            let holder = match &state.borrow_and_update().paused_by {
-                Some(PausedBy::Frontend { id }) if !known.contains(&id.0) => Some(id.0),
-                _ => None,
-            };
-            absent = holder.map(|id| match absent {
-                Some((before, since, told)) if before == id => (id, since, told || gone.contains(&id)),
-                _ => (id, Instant::now(), gone.contains(&id)),
-            });
-            for id in gone {
-                control.frontend_gone(FrontendId(id)).await;
-            }
-        }
-    }));
+        }),
+    ));
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ use crate::shared_memory::{self, SHM_DIR};
 use crate::staging::upload::UploadRequests;
 use crate::staging::{self, HopAuth, NoAuth, StageConfig};
 use crate::state_dir::StateDir;
+use crate::tasks::{Task, named};
 
 /// Starts the staging area. Weights of other nodes are taken at the address that those reach.
 pub(super) fn start(
@@ -51,13 +52,13 @@ pub(super) fn events_of_node(
     tracker: &TaskTracker,
 ) -> mpsc::Sender<StageEvent> {
     let (sender, mut events) = mpsc::channel(QUEUE);
-    tracker.spawn(async move {
+    tracker.spawn(named(Task::StageEvents, async move {
         while let Some(event) = events.recv().await {
             if node.send(NodeEvent::Stage(event)).await.is_err() {
                 return;
             }
         }
-    });
+    }));
     sender
 }
 

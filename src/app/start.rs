@@ -36,6 +36,7 @@ use crate::peer::introduction::Introduction;
 use crate::peer::leader::{Leader, RemoteNode};
 use crate::staging::upload::{self, Uploads};
 use crate::state_dir::StateDir;
+use crate::tasks::{Task, named};
 
 /// Limit for answers of our own tasks.
 const LOCAL_ANSWER: Duration = Duration::from_secs(10);
@@ -187,7 +188,7 @@ pub(super) async fn start(
         early,
     );
     let inputs = Inputs { nodes: events_of_nodes, commands };
-    let node = tokio::spawn(node.run(inputs));
+    let node = tokio::spawn(named(Task::NodeTask, node.run(inputs)));
 
     for address in &config.frontends {
         let what = format!("attachment to {address}");
@@ -200,14 +201,17 @@ pub(super) async fn start(
     listen_http(&config, uploads, admin_commands, &tracker, &stop).await?;
     let (supervised, _) = watch::channel(SupervisedSnapshot::default());
     let frontend = config.serve.is_some().then(|| {
-        tokio::spawn(frontend::run(
-            config.clone(),
-            attachment::supervised(state.path()),
-            local.keeper.clone(),
-            attachments.clone(),
-            local.frontend_events,
-            supervised,
-            stop_frontend.clone(),
+        tokio::spawn(named(
+            Task::SupervisedFrontend,
+            frontend::run(
+                config.clone(),
+                attachment::supervised(state.path()),
+                local.keeper.clone(),
+                attachments.clone(),
+                local.frontend_events,
+                supervised,
+                stop_frontend.clone(),
+            ),
         ))
     });
 
@@ -267,14 +271,14 @@ async fn tell_routes(attachments: &AttachmentHandle, states: &BTreeMap<NodeId, N
 fn fences(node: &mpsc::Sender<NodeCommand>, tracker: &TaskTracker) -> mpsc::Sender<FenceRequest> {
     let (sender, mut requests) = mpsc::channel::<FenceRequest>(QUEUE);
     let node = node.clone();
-    tracker.spawn(async move {
+    tracker.spawn(named(Task::Queue, async move {
         while let Some(FenceRequest { rank, incarnation, reason }) = requests.recv().await {
             let fence = NodeCommand::Fence { rank, incarnation, reason };
             if node.send(fence).await.is_err() {
                 return;
             }
         }
-    });
+    }));
     sender
 }
 

@@ -25,10 +25,11 @@ use crate::exit_code;
 use crate::relay::Purpose;
 use crate::relay::process::{self, RelayConfig};
 use crate::supervisor::keeper::{self, KeeperConfig};
-use crate::telemetry;
+use crate::{tasks, telemetry};
 
 /// Runs the command line; returns the exit code.
 pub fn main() -> ExitCode {
+    tasks::exit_on_panic(|reason| eprintln!("error: {reason}"));
     ExitCode::from(dispatch(std::env::args_os().skip(1)))
 }
 

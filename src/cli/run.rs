@@ -20,7 +20,7 @@ use crate::exit_code::{self, RunEnd};
 use crate::state_dir::{StateDir, StateDirError};
 use crate::supervisor::command::shell_line;
 use crate::supervisor::{environment, keeper};
-use crate::telemetry;
+use crate::{tasks, telemetry};
 
 /// How long tasks that hang may delay the end of the process.
 const RUNTIME_LIMIT: Duration = Duration::from_secs(5);
@@ -73,6 +73,8 @@ pub fn origins(matches: &ArgMatches) -> Vec<Origin> {
 /// Runs the sidecar; returns the exit code.
 pub fn run(args: &RunArgs, origins: &[Origin]) -> u8 {
     telemetry::init(args.log_format);
+    let node_rank = args.dp_rank.unwrap_or(0);
+    tasks::exit_on_panic(move |reason| last_word(exit_code::INTERNAL, reason, node_rank));
     let surroundings = surroundings(args);
     let end = match build::build(args, &surroundings) {
         Err(error) => RunEnd::new(exit_code::USAGE, error.to_string()),
@@ -82,14 +84,17 @@ pub fn run(args: &RunArgs, origins: &[Origin]) -> u8 {
         }
         Ok(built) => host(built),
     };
-    if end.code != exit_code::OK {
-        eprintln!("error: {}", end.reason);
+    last_word(end.code, &end.reason, node_rank);
+    end.code
+}
+
+fn last_word(exit: u8, reason: &str, node_rank: u16) {
+    if exit != exit_code::OK {
+        eprintln!("error: {reason}");
     }
-    let last_word = LastWord { exit: end.code, reason: &end.reason, node_rank: args.dp_rank.unwrap_or(0) };
-    if let Ok(line) = serde_json::to_string(&last_word) {
+    if let Ok(line) = serde_json::to_string(&LastWord { exit, reason, node_rank }) {
         eprintln!("{line}");
     }
-    end.code
 }
 
 fn surroundings(args: &RunArgs) -> Surroundings {

@@ -23,6 +23,7 @@ use tracing::{debug, info, warn};
 
 use super::engine_calls;
 use super::handles::{GroupKind, HandleError, HeldCall, RankHandle, RankSnapshot, Release, Verdict};
+use crate::tasks;
 
 /// Commands waiting for the task.
 const COMMANDS: usize = 64;
@@ -352,7 +353,7 @@ pub fn spawn(
         publish,
         told: None,
     };
-    tracker.spawn(task.run(held, inbox, stop));
+    tracker.spawn(tasks::named(tasks::Task::Control, task.run(held, inbox, stop)));
     handle
 }
 

@@ -25,6 +25,7 @@ use super::handles::{
     CoordinatorCommand, CoordinatorHandle, CoordinatorSnapshot, EdgeEvent, EdgeHandle,
     ForFrontendCoordinator, GroupKind, Load as LoadSnapshot, NodeEvent,
 };
+use crate::tasks::{Task as TaskName, named};
 
 pub use adoption::adoption;
 use edges::Edges;
@@ -79,7 +80,7 @@ pub fn spawn(
         handled: None,
     };
     task.publish_snapshot();
-    tracker.spawn(task.run(receiver, events));
+    tracker.spawn(named(TaskName::Coordinator, task.run(receiver, events)));
     CoordinatorHandle { commands, snapshot }
 }
 

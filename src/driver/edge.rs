@@ -19,6 +19,7 @@ use super::handles::{
     EdgeAsk, EdgeClose, EdgeHandle, EdgeNote, EdgePrepare, EdgePublish, Envelope, HandleError, NodeEvent,
     queue,
 };
+use crate::tasks;
 use crate::transport::{Encoded, PrivateDir};
 use sockets::EngineSockets;
 
@@ -58,7 +59,7 @@ pub fn spawn(dir: PrivateDir, events: mpsc::Sender<NodeEvent>, tracker: &TaskTra
     let (handle, inbox) = queue("edge");
     let (publish, state) = watch::channel(EdgeState::default());
     let task = Task { dir, events, tracker: tracker.clone(), engines: BTreeMap::new(), state: publish };
-    tracker.spawn(task.run(inbox));
+    tracker.spawn(tasks::named(tasks::Task::Edge, task.run(inbox)));
     Edge { handle, state }
 }
 

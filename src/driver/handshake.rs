@@ -17,6 +17,7 @@ use super::handles::{
     Envelope, Expect, Forget, HandleError, HandshakeAsk, HandshakeEvent, HandshakeHandle, Listen, NodeEvent,
     queue,
 };
+use crate::tasks;
 use crate::transport::{GuardEvent, GuardLimits, GuardedRouter, GuardedSender, Numbers, TransportError};
 
 /// Refusals of strangers that are reported within [`REPEAT_INTERVAL`].
@@ -94,7 +95,7 @@ pub async fn spawn(
         said: BTreeMap::new(),
         start: Instant::now(),
     };
-    tracker.spawn(task.run(inbox, events));
+    tracker.spawn(tasks::named(tasks::Task::Handshake, task.run(inbox, events)));
     Ok(handle)
 }
 

@@ -18,6 +18,7 @@ use crate::config::Config;
 use crate::driver::handles::NodeState;
 use crate::supervisor::client::{Inherited, KeeperClient, KeeperError};
 use crate::supervisor::keeper::wire::{ExitReport, ExitStatus, KeeperEvent};
+use crate::tasks;
 
 /// Starts the task. `keeper_events` are those about engines and about the keeper itself; what becomes of them
 /// goes to `events`. It ends with its last handle, or when `stop` is cancelled.
@@ -31,7 +32,7 @@ pub fn spawn(
 ) -> ProcessHandle {
     let (handle, inbox) = queue("process");
     let task = Task { config, keeper, events, work: JoinSet::new() };
-    tracker.spawn(task.run(inbox, keeper_events, stop));
+    tracker.spawn(tasks::named(tasks::Task::Processes, task.run(inbox, keeper_events, stop)));
     handle
 }
 

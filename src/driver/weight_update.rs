@@ -41,6 +41,7 @@ use tracing::{error, info, warn};
 use super::control::{ControlGuard, ControlHandle};
 use super::engine_calls;
 use super::handles::{Admission, EngineDown, HandleError, RankHandle, Retain, StageProgress};
+use crate::tasks;
 use handle::{Command, Follower, RestoreReply};
 pub use handle::{UpdateHandle, UpdateRun};
 use journal::Journal;
@@ -127,7 +128,7 @@ pub fn spawn(
         #[cfg(test)]
         faults: tests::jobs::faults(),
     };
-    tracker.spawn(task.run(inbox, noted, stop));
+    tracker.spawn(tasks::named(tasks::Task::WeightUpdate, task.run(inbox, noted, stop)));
     Ok(UpdateHandle { commands, status })
 }
 

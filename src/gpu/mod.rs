@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::time::Duration;
 
+use crate::tasks::{Task, rehearse};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
@@ -131,6 +132,7 @@ impl GpuMonitor {
         std::thread::Builder::new().name("accelerators".to_owned()).spawn(move || {
             let mut accelerators = open();
             while let Ok(reply) = queue.recv() {
+                rehearse(Task::Accelerators);
                 // The asker may have given up.
                 let _ = reply.send(accelerators.report());
             }

@@ -23,6 +23,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::admin::server::AdminCommand;
 use crate::staging::upload::Uploads;
+use crate::tasks::{Task, named};
 use crate::token::Token;
 
 /// Connections at the same time; more wait.
@@ -77,7 +78,7 @@ impl HttpServer {
         let router = routes::router(Context { token, uploads, admin });
         let tasks = tracker.clone();
         let free = Arc::new(Semaphore::new(CONNECTIONS));
-        tracker.spawn(async move {
+        tracker.spawn(named(Task::Http, async move {
             loop {
                 let accepted = tokio::select! {
                     () = stop.cancelled() => return,
@@ -85,15 +86,15 @@ impl HttpServer {
                 };
                 let Some((stream, permit)) = accepted else { continue };
                 let (router, stop) = (router.clone(), stop.clone());
-                tasks.spawn(async move {
+                tasks.spawn(named(Task::HttpConnection, async move {
                     tokio::select! {
                         () = stop.cancelled() => {}
                         () = connection(stream, router) => {}
                     }
                     drop(permit);
-                });
+                }));
             }
-        });
+        }));
     }
 }
 

@@ -22,6 +22,7 @@ use crate::driver::handles::{
     EdgeHandle, Envelope, Handle, HandshakeHandle, LinkAsk, NodeAsk, NodeEvent, NodeState, ProcessHandle,
     RankHandle, RankSnapshot, StageHandle, queue,
 };
+use crate::tasks::{Task, named};
 
 /// When a link is looked after.
 #[derive(Clone, Copy, Debug)]
@@ -144,6 +145,9 @@ pub fn spawn(
         link: handle(&mut commands, "link", NodeAsk::Link),
     };
     let (publish, status) = watch::channel(LinkStatus::default());
-    tracker.spawn(task::Task::new(options, events, snapshots, publish).run(links, commands));
+    tracker.spawn(named(
+        Task::LinkClient,
+        task::Task::new(options, events, snapshots, publish).run(links, commands),
+    ));
     (handles, status)
 }

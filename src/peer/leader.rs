@@ -26,6 +26,7 @@ use super::stream::{PeerStream, set_options};
 use super::{frame, introduction};
 use crate::config::Nodes;
 use crate::exit_code;
+use crate::tasks::{Task, named};
 use crate::token::Token;
 
 /// Connections that have not proven who they are, at the same time. More are closed at once.
@@ -214,7 +215,7 @@ impl Leader {
             connections: AtomicU64::new(1),
         });
         info!(listen.addr = %local, missing = %missing_text(&shared.state.lock().registry.missing()), "waiting for nodes");
-        tracker.spawn(accept(listener, shared.clone(), stop));
+        tracker.spawn(named(Task::PeerListener, accept(listener, shared.clone(), stop)));
         Ok(Self { shared })
     }
 
@@ -341,9 +342,9 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>, stop: CancellationTo
             Ok((stream, peer)) => match strangers.clone().try_acquire_owned() {
                 Ok(permit) => {
                     let (shared, stop) = (shared.clone(), stop.clone());
-                    tasks.spawn(async move {
+                    tasks.spawn(named(Task::PeerConnection, async move {
                         stop.run_until_cancelled(shared.serve(stream, peer, permit)).await;
-                    });
+                    }));
                 }
                 Err(_) => shared.refused(peer, "too many connections that have not identified themselves"),
             },

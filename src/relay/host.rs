@@ -20,6 +20,7 @@ use crate::link::LinkStream;
 use crate::link::client::{self, ClientOptions, Link, LinkStatus, NodeHandles};
 use crate::supervisor::command::RELAY_STOP_ORDER;
 use crate::supervisor::{ExitStatus, KeeperClient, KeeperEvent, SpawnSpec, environment};
+use crate::tasks::{Task, named};
 
 /// From the start of a relay process to its first answer.
 const START_LIMIT: Duration = Duration::from_secs(20);
@@ -115,7 +116,7 @@ pub async fn start(
     };
     let limit = START_LIMIT + SPAWN_LIMIT;
     let run = host.run(keeper, failed_in);
-    options.tracker.spawn(retire.clone().run_until_cancelled_owned(run));
+    options.tracker.spawn(named(Task::RelayHost, retire.clone().run_until_cancelled_owned(run)));
     let found = async {
         tokio::select! {
             status = status.wait_for(|status| status.connected) => match status {

@@ -20,6 +20,7 @@ use crate::driver::handles::{NodeState, RankHandle};
 use crate::driver::rank::{self, RankConfig};
 use crate::link::LinkStream;
 use crate::link::server::{self, ServeEnd, ServerOptions, Services};
+use crate::tasks::{Task, named};
 use crate::transport::{self, PrivateDir, TransportError};
 
 /// Accepted connections waiting for the server.
@@ -98,7 +99,7 @@ async fn serve(config: RelayConfig) -> Result<(), RelayError> {
     let edge = edge::spawn(dir, events, &tracker);
     let stop = CancellationToken::new();
     let (streams_in, streams) = mpsc::channel(STREAMS);
-    tracker.spawn(accept(listener, streams_in, stop.clone()));
+    tracker.spawn(named(Task::RelayListener, accept(listener, streams_in, stop.clone())));
     let services =
         Services { ranks, edge: Some(edge.handle), edge_state: Some(edge.state), ..Services::default() };
     let options = ServerOptions {
@@ -107,7 +108,7 @@ async fn serve(config: RelayConfig) -> Result<(), RelayError> {
     };
     info!(pid = std::process::id(), purpose = %config.purpose, "relay process listens");
     let server = server::serve(options, streams, services, reported);
-    let mut server = tokio::spawn(server);
+    let mut server = tokio::spawn(named(Task::RelayServer, server));
     let why = tokio::select! {
         _ = terminate.recv() => "SIGTERM",
         _ = interrupt.recv() => "SIGINT",

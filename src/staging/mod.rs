@@ -31,6 +31,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::driver::handles::{StageEvent, StageHandle, queue};
+use crate::tasks::{Task, named};
 pub use adapters::remove_adapters;
 pub use config::{CHUNK, HopAuth, HopSide, NoAuth, StageConfig};
 pub use digest::Digest;
@@ -55,7 +56,8 @@ pub fn spawn(
     records::Records::read(&config.state_dir)?;
     let (handle, requests) = queue("staging");
     let tasks = tracker.clone();
-    tracker.spawn(async move { task::run(config, requests, events, tasks, stop).await });
+    tracker
+        .spawn(named(Task::Staging, async move { task::run(config, requests, events, tasks, stop).await }));
     Ok(handle)
 }
 

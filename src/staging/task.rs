@@ -35,6 +35,7 @@ use crate::driver::handles::{
     StageSource, StageSpec, StageState,
 };
 use crate::manifest::Manifest;
+use crate::tasks::{Task as TaskName, rehearse};
 
 /// Reading the headers of a directory takes no longer, or the file system hangs.
 const HEADERS_LIMIT: Duration = Duration::from_secs(60);
@@ -350,6 +351,7 @@ impl Task {
                 // Progress that nobody has time for is dropped.
                 let _ = events.try_send(StageEvent::Progress { id: id.clone(), progress });
             };
+            rehearse(TaskName::StagingThread);
             let outcome = job.run(&tell);
             // The task waits for it, unless it has ended.
             let _ = notes.blocking_send(Note::Ended(Box::new(outcome)));

@@ -22,6 +22,7 @@ use super::keeper::wire::{
     self, Answer, ChildInfo, ExitReport, ExitStatus, FromKeeper, KeeperEvent, Request, SpawnSpec, ToKeeper,
     millis,
 };
+use crate::tasks::{Task, named};
 
 /// Commands waiting for the client task.
 const COMMANDS: usize = 64;
@@ -168,7 +169,7 @@ impl KeeperClient {
             }
         };
         let tasks = task.options.tasks.clone();
-        tasks.spawn(task.run(link, asks));
+        tasks.spawn(named(Task::KeeperClient, task.run(link, asks)));
         Ok((Self { asks: ask_sender, pid, inherited: Arc::new(inherited) }, events))
     }
 

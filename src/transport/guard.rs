@@ -26,6 +26,7 @@ use tokio_util::task::TaskTracker;
 
 use super::TransportError;
 use super::zmtp::{self, Decoder, GREETING_LENGTH, Item};
+use crate::tasks::{Task, named};
 
 /// Messages waiting for one connection.
 const OUTGOING: usize = 4;
@@ -144,7 +145,7 @@ impl GuardedRouter {
             log: Mutex::default(),
         });
         let accept = accept(guard, listener, numbers, tasks.clone(), stop.clone());
-        tasks.spawn(stop.clone().run_until_cancelled_owned(accept));
+        tasks.spawn(named(Task::HandshakeListener, stop.clone().run_until_cancelled_owned(accept)));
         Ok(Self { address, events, sender, tasks, _stop: stop.drop_guard() })
     }
 
@@ -229,7 +230,7 @@ async fn accept(
             }
             drop(slot);
         };
-        tasks.spawn(stop.clone().run_until_cancelled_owned(serve));
+        tasks.spawn(named(Task::HandshakeConnection, stop.clone().run_until_cancelled_owned(serve)));
     }
 }
 

@@ -22,6 +22,7 @@ use tokio_util::task::TaskTracker;
 use super::listen::unlink;
 use super::zmtp::{self, Decoder, GREETING_LENGTH, Item};
 use super::{TransportError, unlink_stale_socket};
+use crate::tasks::{Task, named};
 
 /// Upstream messages waiting to be read. When it is full, connections are read no further.
 const QUEUE: usize = 256;
@@ -112,7 +113,10 @@ impl XpubListener {
             stop: stop.clone(),
         });
         let (events, upstream) = mpsc::channel(QUEUE);
-        tokio::spawn(stop.clone().run_until_cancelled_owned(accept(listener, shared.clone(), events)));
+        tokio::spawn(named(
+            Task::EnginePublisher,
+            stop.clone().run_until_cancelled_owned(accept(listener, shared.clone(), events)),
+        ));
         Ok(Self { shared, upstream, _stop: stop.drop_guard() })
     }
 
@@ -316,7 +320,7 @@ async fn accept(listener: UnixListener, shared: Arc<Shared>, events: mpsc::Sende
             }
             drop(slot);
         };
-        tasks.spawn(stop.run_until_cancelled_owned(serve));
+        tasks.spawn(named(Task::EnginePublisher, stop.run_until_cancelled_owned(serve)));
     }
 }
 

@@ -1,6 +1,7 @@
 //! Starts sidecars, asks them, and leaves nothing behind.
 
 use std::fs::File;
+use std::io::Write as _;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -417,6 +418,13 @@ impl Sidecar {
     /// Ends its stdin.
     pub(crate) fn cut_lifeline(&mut self) {
         drop(self.child.stdin.take());
+    }
+
+    /// A byte on its stdin, which means nothing.
+    pub(crate) fn write_lifeline(&mut self) {
+        if let Some(stdin) = &mut self.child.stdin {
+            let _ = stdin.write_all(b"\n");
+        }
     }
 
     /// A signal.

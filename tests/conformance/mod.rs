@@ -11,6 +11,7 @@ pub(crate) mod harness;
 mod hazards;
 mod models;
 mod nodes;
+mod panics;
 mod planned;
 mod processes;
 mod restart;

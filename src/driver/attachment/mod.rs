@@ -22,6 +22,7 @@ use super::handles::{
     AttachmentCommand, AttachmentHandle, CoordinatorHandle, Deployment, FrontendSnapshot, HandleError,
     Origin, RankHandle, Reply, RouteLost,
 };
+use crate::tasks::{Task, named};
 
 pub use peer::{ListeningProcess, listening_process};
 pub(crate) use records::supervised;
@@ -139,7 +140,7 @@ pub fn spawn(
         adopted: BTreeSet::new(),
     };
     manager.adopt(predecessor);
-    tracker.spawn(manager.run(inbox));
+    tracker.spawn(named(Task::Attachments, manager.run(inbox)));
     AttachmentHandle { commands, snapshot }
 }
 
@@ -258,7 +259,7 @@ impl Manager {
             adopt,
             ended.clone().drop_guard(),
         );
-        self.tasks.spawn(task.run(removed, self.ending.remove(address)));
+        self.tasks.spawn(named(Task::Attachment, task.run(removed, self.ending.remove(address))));
         self.wanted.insert(address.to_owned(), Entry { recorded, remove, ended });
     }
 

@@ -14,6 +14,7 @@ use tracing::{debug, warn};
 use super::EdgeState;
 use super::backlog::{Backlog, Told};
 use crate::driver::handles::{EdgeEvent, NodeEvent};
+use crate::tasks::{Task, named};
 use crate::transport::{
     Encoded, PrivateDir, PullEvent, PullListener, TransportError, XpubListener, XpubPublisher,
 };
@@ -50,7 +51,7 @@ impl EngineSockets {
         let publisher = xpub.publisher();
         let end = CancellationToken::new();
         let reader = Reader { rank, incarnation, events, state, backlog: Backlog::default() };
-        tracker.spawn(end.clone().run_until_cancelled_owned(reader.run(xpub, pull)));
+        tracker.spawn(named(Task::EdgeReader, end.clone().run_until_cancelled_owned(reader.run(xpub, pull))));
         Ok(Self {
             incarnation,
             addresses: (publish, output),

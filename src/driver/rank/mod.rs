@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::handles::{GroupKind, NodeEvent, RankHandle, RankSnapshot, queue};
+use crate::tasks::{Task, named};
 use crate::transport::PrivateDir;
 
 /// By how much the numbers in a rank's snapshot may lag behind.
@@ -58,7 +59,7 @@ pub fn spawn(config: RankConfig, tracker: &TaskTracker, events: mpsc::Sender<Nod
     let rank = config.machine.rank;
     let (commands, inbox) = queue("rank");
     let (publish, snapshot) = watch::channel(RankSnapshot { rank, ..RankSnapshot::default() });
-    tracker.spawn(task::RankTask::new(config, events, publish).run(inbox));
+    tracker.spawn(named(Task::Rank, task::RankTask::new(config, events, publish).run(inbox)));
     RankHandle { rank, commands, snapshot }
 }
 

@@ -7,6 +7,7 @@ use super::super::handles::{
     AdapterPlace, StageEvent, StageHandle, StageProgress, StageRequest, StageSource, StageSpec, StageState,
 };
 use super::*;
+use crate::tasks::{Task, named};
 
 /// For answers that need no bytes.
 const ANSWER: Duration = Duration::from_secs(30);
@@ -48,11 +49,14 @@ impl Stages {
             let seen = Arc::new(watch::Sender::new(Seen::default()));
             let UpdateNode { id, name, ranks, stage, mut events } = node;
             let publish = seen.clone();
-            tracker.spawn(stop.clone().run_until_cancelled_owned(async move {
-                while let Some(event) = events.recv().await {
-                    publish.send_modify(|seen| seen.take(event));
-                }
-            }));
+            tracker.spawn(named(
+                Task::StageEvents,
+                stop.clone().run_until_cancelled_owned(async move {
+                    while let Some(event) = events.recv().await {
+                        publish.send_modify(|seen| seen.take(event));
+                    }
+                }),
+            ));
             let first = ranks.into_iter().min().unwrap_or(EngineIndex(u16::MAX));
             all.insert(id, Node { name, first, handle: stage, seen });
         }

@@ -20,6 +20,7 @@ use super::connection::Connection;
 use super::wire::{Answer, ExitReport, FromKeeper, KeeperEvent, Request, SpawnSpec, ToKeeper};
 use crate::shared_memory::{SHM_DIR, remove_segments};
 use crate::supervisor::procfs;
+use crate::tasks;
 
 /// More connections than this at a time are a mistake.
 const CONNECTION_LIMIT: usize = 16;
@@ -83,6 +84,7 @@ impl Keeper {
     pub fn run(mut self) -> io::Result<()> {
         loop {
             self.wait()?;
+            tasks::rehearse(tasks::Task::Keeper);
             let now = Instant::now();
             if self.take_signals()? {
                 self.reap_adopted();
