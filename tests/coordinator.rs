@@ -175,6 +175,9 @@ async fn ready_comes_when_all_have_subscribed_and_a_request_wakes_all() {
         assert_eq!(engine.next().await, start_dp_wave(0, Some(0)));
     }
     setup.tell(CoordinatorCommand::Wake { rank }).await;
+    // Commands keep their order, reports of engines have none with them: the answer to a repeated preparation says that
+    // the wake was handled while the wave ran.
+    setup.prepare(1, 1).await;
     zero.report(&wave_complete_message(&layout(), EngineIndex(0), Wave(0), 0.0));
     setup.until("the end of the wave", |s| !s.running && s.wave == Wave(1)).await;
     assert_eq!(one.next_within(SILENCE_MS).await, None, "woken though it ran");

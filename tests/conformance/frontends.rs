@@ -6,7 +6,9 @@ use dp_sidecar_testkit::VllmVersion;
 use dp_sidecar_testkit::frontend::NewRequest;
 use rmpv::Value;
 
-use super::harness::{PROMPT, SOON, Setup, complete_all, directory, engine, frontend, model, until};
+use super::harness::{
+    PROMPT, SOON, Setup, complete_all, complete_on_all_ranks, directory, engine, frontend, model, until,
+};
 
 #[test]
 fn a_frontend_gets_its_answers_through_the_sidecar_from_both_ranks() {
@@ -16,14 +18,11 @@ fn a_frontend_gets_its_answers_through_the_sidecar_from_both_ranks() {
     let sidecar = Setup::spawning(2, &model).frontend(&frontend).start();
     let engines = frontend.startup(SOON).unwrap();
     assert_eq!(engines.len(), 2);
-    let done = complete_all(&mut frontend, "r", 12, 6);
-    for completion in &done {
+    for completion in complete_on_all_ranks(&mut frontend, "r", 12, 6) {
         assert_eq!(completion.tokens, model.tokens(6));
         assert_eq!(completion.finish, Some(1));
         assert_eq!(completion.versions.len(), 1);
     }
-    let ranks: std::collections::BTreeSet<u16> = done.iter().map(|done| done.rank).collect();
-    assert_eq!(ranks.len(), 2, "both ranks serve");
     sidecar.await_attached(frontend.host_port());
 }
 
@@ -313,10 +312,8 @@ fn many_engines_and_frontends_are_served() {
         frontend.startup(SOON).unwrap();
     }
     for (number, frontend) in frontends.iter_mut().enumerate() {
-        let done = complete_all(frontend, &format!("f{number}"), 4 * u32::from(ENGINES), 3);
+        let done = complete_on_all_ranks(frontend, &format!("f{number}"), 4 * u32::from(ENGINES), 3);
         assert!(done.iter().all(|done| done.tokens.len() == 3));
-        let ranks: std::collections::BTreeSet<u16> = done.iter().map(|done| done.rank).collect();
-        assert!(ranks.len() > usize::from(ENGINES) / 2, "{ranks:?}");
     }
 }
 

@@ -1,5 +1,6 @@
 //! Starts sidecars, asks them, and leaves nothing behind.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Write as _;
 use std::io::{Read, Seek, SeekFrom};
@@ -622,6 +623,29 @@ pub(crate) fn complete_all(
         frontend.servers[*server].add(&NewRequest::new(id, tokens)).unwrap();
     }
     ids.iter().map(|(server, id)| frontend.servers[*server].await_request(id, SOON).unwrap()).collect()
+}
+
+/// Completes requests, `count` at a time, until each of `size` ranks has answered one; returns them all. A frontend
+/// may still hold counts that steer it away from a rank that has been admitted just now.
+#[track_caller]
+pub(crate) fn complete_on_all_ranks(
+    frontend: &mut FakeFrontend,
+    name: &str,
+    count: u32,
+    tokens: u32,
+) -> Vec<Completion> {
+    let size = usize::from(frontend.options().size);
+    let end = Instant::now() + SOON;
+    let mut done = Vec::new();
+    for round in 0.. {
+        done.extend(complete_all(frontend, &format!("{name}-{round}"), count, tokens));
+        let ranks: BTreeSet<u16> = done.iter().map(|done| done.rank).collect();
+        if ranks.len() == size {
+            break;
+        }
+        assert!(Instant::now() < end, "not all of {size} ranks serve: {ranks:?}");
+    }
+    done
 }
 
 /// Did the process end with this exit code?

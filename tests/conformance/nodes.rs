@@ -8,8 +8,8 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use super::harness::{
-    Model, SOON, Setup, Sidecar, complete_all, directory, exited_with, free_port, frontend, model, states,
-    until, weight_versions,
+    Model, SOON, Setup, Sidecar, complete_all, complete_on_all_ranks, directory, exited_with, free_port,
+    frontend, model, states, until, weight_versions,
 };
 
 /// Two nodes with two ranks each, not started.
@@ -54,10 +54,7 @@ fn link_of(status: &Value, start_rank: u16) -> Option<&str> {
 /// All four ranks answer, with the tokens of this model.
 #[track_caller]
 fn all_ranks_serve(frontend: &mut FakeFrontend, name: &str, model: &Model) {
-    let done = complete_all(frontend, name, 16, 4);
-    let ranks: std::collections::BTreeSet<u16> = done.iter().map(|done| done.rank).collect();
-    assert_eq!(ranks.len(), 4, "all ranks serve: {ranks:?}");
-    for completion in &done {
+    for completion in complete_on_all_ranks(frontend, name, 16, 4) {
         assert_eq!(completion.tokens, model.tokens(4));
     }
 }
