@@ -4,13 +4,14 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
 use dp_sidecar_protocol::machine::weight_update::PauseMode;
 
 use super::children::{KeeperArgs, RelayArgs};
-use super::update::UpdateArgs;
-use super::values::pause_mode;
+use super::values::{ModelKind, parse_duration, parse_lora, parse_source, pause_mode};
 use crate::config::{Lifeline, LogFormat};
+use crate::driver::handles::Retain;
+use crate::driver::weight_update::{AdapterChange, UpdateSource};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -102,18 +103,6 @@ pub enum Command {
     /// The process that owns the data path of a node. Started by the keeper.
     #[command(hide = true)]
     Relay(RelayArgs),
-}
-
-/// How the model's ranks depend on each other.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum ModelKind {
-    /// Look at the model's configuration.
-    #[default]
-    Auto,
-    /// Ranks are independent.
-    Dense,
-    /// Ranks step in lockstep.
-    Moe,
 }
 
 /// `sidecar run`.
@@ -402,7 +391,6 @@ pub struct DrainArgs {
     #[arg(long, default_value = "600s", value_parser = parse_duration, value_name = "TIME")]
     pub limit: Duration,
     #[command(flatten)]
-    #[expect(missing_docs, reason = "the doc comment would become help text")]
     pub target: Target,
 }
 
@@ -421,6 +409,63 @@ pub struct Target {
     /// Its state directory.
     #[arg(long, env = "SIDECAR_STATE_DIR", value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
+}
+
+/// `sidecar update`.
+#[derive(Debug, Args)]
+pub struct UpdateArgs {
+    /// Directory of the new checkpoint (safetensors).
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["source", "lora", "remove_lora", "abort", "follow", "history"])]
+    pub path: Option<PathBuf>,
+    /// Where it is read: `shared` (each node reads the directory itself), `leader` (the leader reads it and passes it
+    /// on), `auto` (shared if all nodes see the same files there), or `upload:ID`, what a trainer has uploaded.
+    #[arg(long, value_parser = parse_source, default_value = "auto", value_name = "WHERE")]
+    pub source: UpdateSource,
+    /// Where the version that is replaced is kept, for the way back.
+    #[arg(long, value_enum, default_value_t)]
+    pub retain: Retain,
+    /// Add or replace a LoRA adapter: a directory that the leader can read. May be given several times.
+    #[arg(long, value_parser = parse_lora, value_name = "NAME=DIR")]
+    pub lora: Vec<AdapterChange>,
+    /// Remove a LoRA adapter. May be given several times.
+    #[arg(long, value_name = "NAME")]
+    pub remove_lora: Vec<String>,
+    /// Version to stamp on the responses; made from the directory's name and the id if absent.
+    #[arg(long, value_name = "V")]
+    pub version: Option<String>,
+    /// What happens to running requests.
+    #[arg(long, value_parser = pause_mode(), default_value_t)]
+    pub mode: PauseMode,
+    /// With `wait`: abort what still runs after this long. [default: as the sidecar was started]
+    #[arg(long, value_parser = parse_duration, value_name = "TIME")]
+    pub pause_deadline: Option<Duration>,
+    /// Refuse unless the engines hold this version now.
+    #[arg(long, value_name = "V")]
+    pub from_version: Option<String>,
+    /// Go on although there is no way back: neither memory nor a directory holds the current weights any more.
+    #[arg(long)]
+    pub allow_no_rollback: bool,
+    /// Name of the transaction, for logs and repeats.
+    #[arg(long, value_name = "ID")]
+    pub id: Option<String>,
+    /// End the update that runs, if it is not past its commit point.
+    #[arg(long, conflicts_with_all = ["path", "follow", "history"])]
+    pub abort: bool,
+    /// Follow the update that runs (of this id) to its end.
+    #[arg(long, value_name = "ID", num_args = 0..=1, conflicts_with_all = ["path", "history"])]
+    pub follow: Option<Option<String>>,
+    /// List the last updates with the times of every engine.
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "10", conflicts_with = "path")]
+    pub history: Option<usize>,
+    /// Print the final report as one JSON object on stdout.
+    #[arg(long)]
+    pub json: bool,
+    /// Print each event as a line of JSON on stdout, and the report as the last line.
+    #[arg(long, conflicts_with = "json")]
+    pub events: bool,
+    /// Which sidecar.
+    #[command(flatten)]
+    pub target: Target,
 }
 
 /// `sidecar status`.
@@ -491,23 +536,6 @@ pub enum FrontendAction {
     },
 }
 
-/// Reads `90`, `90s`, `1.5m`, `500ms`, `2h`; seconds without a unit.
-pub fn parse_duration(text: &str) -> Result<Duration, String> {
-    let text = text.trim();
-    let digits = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let factor = match unit.trim() {
-        "" | "s" => 1.0,
-        "ms" => 0.001,
-        "m" | "min" => 60.0,
-        "h" => 3600.0,
-        other => return Err(format!("unit {other:?}, expected ms, s, m or h")),
-    };
-    let number: f64 =
-        number.parse().map_err(|_| "expected a number with or without a unit, like 30s".to_owned())?;
-    Duration::try_from_secs_f64(number * factor).map_err(|error| error.to_string())
-}
-
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -532,23 +560,6 @@ mod tests {
             }
             let expected = format!("SIDECAR_{}", long.to_uppercase().replace('-', "_"));
             assert_eq!(argument.get_env().and_then(|env| env.to_str()), Some(expected.as_str()));
-        }
-    }
-
-    #[test]
-    fn durations_have_units() {
-        for (text, expected) in [
-            ("60", Duration::from_secs(60)),
-            ("60s", Duration::from_secs(60)),
-            ("1.5m", Duration::from_secs(90)),
-            ("250ms", Duration::from_millis(250)),
-            ("0", Duration::ZERO),
-            ("2h", Duration::from_secs(7200)),
-        ] {
-            assert_eq!(parse_duration(text), Ok(expected), "{text}");
-        }
-        for text in ["", "s", "-1", "5x", "1e9999h", "."] {
-            assert!(parse_duration(text).is_err(), "{text}");
         }
     }
 }

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use super::args::{ModelKind, RunArgs};
+use super::args::RunArgs;
+use super::values::ModelKind;
 use crate::config::devices::{self, DeviceError, Visible};
 use crate::config::model::{self, ModelError};
 use crate::config::{Config, Engines, Http, Nodes, Serve, check_host_port};

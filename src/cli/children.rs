@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::args::{ModelKind, parse_duration};
+use super::values::{ModelKind, parse_duration};
 
 /// `sidecar keeper`.
 #[derive(Debug, Args)]

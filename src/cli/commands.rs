@@ -1,81 +1,20 @@
-//! The subcommands that talk to a running sidecar: what they share, and the small ones.
+//! The small subcommands that talk to a running sidecar.
 
-use std::future::Future;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use super::args::{DrainArgs, FrontendAction, FrontendArgs, PauseArgs, Target};
-use super::build::{self, Surroundings};
+use super::client::{ANSWER_LIMIT, call, print_json, run};
 use super::status;
-use crate::admin::client::{AdminClient, ClientError, unexpected};
-use crate::admin::types::{Command, ErrorKind, Response};
-use crate::config::LogFormat;
+use crate::admin::client::{AdminClient, unexpected};
+use crate::admin::types::{Command, Response};
 use crate::exit_code;
-use crate::supervisor::environment;
-use crate::telemetry;
 
-/// How long a simple answer may take.
-pub const ANSWER_LIMIT: Duration = Duration::from_secs(15);
 /// How long pausing or resuming may take on top of the pause's own deadline.
 const CONTROL_LIMIT: Duration = Duration::from_secs(200);
 /// How often a drain looks at the running requests.
 const DRAIN_PERIOD: Duration = Duration::from_millis(250);
 /// Pause deadline assumed when it is left to the sidecar.
 const PAUSE_LIMIT: Duration = Duration::from_secs(3600);
-
-impl Target {
-    /// The state directory that is meant.
-    pub fn state_dir(&self) -> PathBuf {
-        let surroundings = Surroundings {
-            variables: environment::own(),
-            nvml_count: 0,
-            exe: PathBuf::new(),
-            cwd: std::env::current_dir().ok(),
-        };
-        build::state_dir(self.state_dir.as_deref(), self.dp_rank, &surroundings)
-    }
-}
-
-/// Runs a subcommand: a runtime, and the exit code of its error.
-pub fn run(work: impl Future<Output = Result<u8, ClientError>>) -> u8 {
-    telemetry::init(LogFormat::Text);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = match runtime {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            eprintln!("error: runtime: {error}");
-            return exit_code::INTERNAL;
-        }
-    };
-    match runtime.block_on(work) {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("error: {error}");
-            code_of(&error)
-        }
-    }
-}
-
-/// The exit code that says what went wrong.
-pub fn code_of(error: &ClientError) -> u8 {
-    match error {
-        ClientError::NotRunning { .. } => exit_code::NOT_RUNNING,
-        ClientError::Deadline(_) => exit_code::TIMEOUT,
-        ClientError::Broken(_) => exit_code::COMMAND_FAILED,
-        ClientError::Refused(error) => match error.kind {
-            ErrorKind::Busy => exit_code::BUSY,
-            ErrorKind::Invalid => exit_code::USAGE,
-            ErrorKind::Timeout => exit_code::TIMEOUT,
-            ErrorKind::Unavailable | ErrorKind::Failed => exit_code::COMMAND_FAILED,
-        },
-    }
-}
-
-/// One command, one answer.
-pub async fn call(target: &Target, command: Command, limit: Duration) -> Result<Response, ClientError> {
-    let mut client = AdminClient::connect(&target.state_dir()).await?;
-    client.call(command, limit).await
-}
 
 fn done(target: &Target, command: Command, limit: Duration, text: &str) -> u8 {
     run(async {
@@ -182,7 +121,7 @@ pub fn frontend(args: &FrontendArgs) -> u8 {
             match call(target, Command::FrontendList, ANSWER_LIMIT).await? {
                 Response::Frontends(list) => {
                     if *json {
-                        status::print_json(&list);
+                        print_json(&list);
                     } else {
                         print!("{}", status::frontends(&list));
                     }

@@ -3,6 +3,7 @@
 pub mod args;
 pub mod build;
 mod children;
+mod client;
 pub mod commands;
 pub mod normalize;
 mod progress;
@@ -17,8 +18,9 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, FromArgMatches};
 
-use self::args::{Cli, Command, ModelKind};
+use self::args::{Cli, Command};
 use self::children::{KeeperArgs, RelayArgs};
+use self::values::ModelKind;
 use crate::config::LogFormat;
 use crate::driver::handles::GroupKind;
 use crate::exit_code;

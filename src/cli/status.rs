@@ -3,10 +3,8 @@
 use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
-use serde::Serialize;
-
 use super::args::StatusArgs;
-use super::commands::{ANSWER_LIMIT, call, run};
+use super::client::{ANSWER_LIMIT, call, print_json, run};
 use super::table::Table;
 use crate::admin::client::{AdminClient, ClientError, unexpected};
 use crate::admin::types::{
@@ -62,14 +60,6 @@ async fn watch(args: &StatusArgs) -> Result<u8, ClientError> {
             }
             other => return Err(unexpected(&other)),
         }
-    }
-}
-
-/// Prints a value as indented JSON.
-pub fn print_json(value: &impl Serialize) {
-    match serde_json::to_string_pretty(value) {
-        Ok(text) => println!("{text}"),
-        Err(error) => eprintln!("error: {error}"),
     }
 }
 

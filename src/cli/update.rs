@@ -1,107 +1,20 @@
 //! `sidecar update`: begins an update, follows or ends the one that runs, lists those that have ended.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use clap::Args;
-use dp_sidecar_protocol::machine::weight_update::PauseMode;
-
-use super::args::{Target, parse_duration};
-use super::commands::run;
+use super::args::UpdateArgs;
+use super::client::{ANSWER_LIMIT, print_json, run};
 use super::progress::View;
-use super::status::{print_json, update_line};
+use super::status::update_line;
 use super::table::Table;
-use super::values::pause_mode;
 use crate::admin::client::{AdminClient, ClientError, unexpected};
 use crate::admin::types::{Command, ErrorKind, Response, UpdateReport, UpdateRequest, UpdateStatus};
-use crate::driver::handles::Retain;
 use crate::driver::weight_update::{AdapterChange, UpdateSource, state_words};
 use crate::exit_code;
 use crate::supervisor::keeper::wire::millis;
 
-/// For answers that need no engine.
-const ANSWER: Duration = Duration::from_secs(15);
 /// Where an update that is to be followed is looked for when it has ended.
 const SEARCHED: usize = 1000;
-
-/// `sidecar update`.
-#[derive(Debug, Args)]
-pub struct UpdateArgs {
-    /// Directory of the new checkpoint (safetensors).
-    #[arg(long, value_name = "DIR", required_unless_present_any = ["source", "lora", "remove_lora", "abort", "follow", "history"])]
-    pub path: Option<PathBuf>,
-    /// Where it is read: `shared` (each node reads the directory itself), `leader` (the leader reads it and passes it
-    /// on), `auto` (shared if all nodes see the same files there), or `upload:ID`, what a trainer has uploaded.
-    #[arg(long, value_parser = parse_source, default_value = "auto", value_name = "WHERE")]
-    pub source: UpdateSource,
-    /// Where the version that is replaced is kept, for the way back.
-    #[arg(long, value_enum, default_value_t)]
-    pub retain: Retain,
-    /// Add or replace a LoRA adapter: a directory that the leader can read. May be given several times.
-    #[arg(long, value_parser = parse_lora, value_name = "NAME=DIR")]
-    pub lora: Vec<AdapterChange>,
-    /// Remove a LoRA adapter. May be given several times.
-    #[arg(long, value_name = "NAME")]
-    pub remove_lora: Vec<String>,
-    /// Version to stamp on the responses; made from the directory's name and the id if absent.
-    #[arg(long, value_name = "V")]
-    pub version: Option<String>,
-    /// What happens to running requests.
-    #[arg(long, value_parser = pause_mode(), default_value_t)]
-    pub mode: PauseMode,
-    /// With `wait`: abort what still runs after this long. [default: as the sidecar was started]
-    #[arg(long, value_parser = parse_duration, value_name = "TIME")]
-    pub pause_deadline: Option<Duration>,
-    /// Refuse unless the engines hold this version now.
-    #[arg(long, value_name = "V")]
-    pub from_version: Option<String>,
-    /// Go on although there is no way back: neither memory nor a directory holds the current weights any more.
-    #[arg(long)]
-    pub allow_no_rollback: bool,
-    /// Name of the transaction, for logs and repeats.
-    #[arg(long, value_name = "ID")]
-    pub id: Option<String>,
-    /// End the update that runs, if it is not past its commit point.
-    #[arg(long, conflicts_with_all = ["path", "follow", "history"])]
-    pub abort: bool,
-    /// Follow the update that runs (of this id) to its end.
-    #[arg(long, value_name = "ID", num_args = 0..=1, conflicts_with_all = ["path", "history"])]
-    pub follow: Option<Option<String>>,
-    /// List the last updates with the times of every engine.
-    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "10", conflicts_with = "path")]
-    pub history: Option<usize>,
-    /// Print the final report as one JSON object on stdout.
-    #[arg(long)]
-    pub json: bool,
-    /// Print each event as a line of JSON on stdout, and the report as the last line.
-    #[arg(long, conflicts_with = "json")]
-    pub events: bool,
-    /// Which sidecar.
-    #[command(flatten)]
-    pub target: Target,
-}
-
-fn parse_source(text: &str) -> Result<UpdateSource, String> {
-    match text {
-        "auto" => Ok(UpdateSource::Auto),
-        "shared" => Ok(UpdateSource::Shared),
-        "leader" => Ok(UpdateSource::Leader),
-        _ => match text.strip_prefix("upload:") {
-            Some(id) if !id.is_empty() => Ok(UpdateSource::Upload(id.to_owned())),
-            _ => Err("expected auto, shared, leader or upload:ID".to_owned()),
-        },
-    }
-}
-
-fn parse_lora(text: &str) -> Result<AdapterChange, String> {
-    match text.split_once('=') {
-        Some((name, dir)) if !name.is_empty() && !dir.is_empty() => {
-            let path = std::path::absolute(dir).map_err(|error| format!("{dir}: {error}"))?;
-            Ok(AdapterChange { name: name.to_owned(), path: Some(path) })
-        }
-        _ => Err("expected NAME=DIR".to_owned()),
-    }
-}
 
 /// `sidecar update`.
 pub fn update(args: &UpdateArgs) -> u8 {
@@ -116,7 +29,7 @@ pub fn update(args: &UpdateArgs) -> u8 {
     run(async {
         match command {
             Command::UpdateAbort => {
-                AdminClient::connect(&state_dir).await?.call(Command::UpdateAbort, ANSWER).await?;
+                AdminClient::connect(&state_dir).await?.call(Command::UpdateAbort, ANSWER_LIMIT).await?;
                 Ok(exit_code::OK)
             }
             Command::UpdateHistory { limit } => {
@@ -203,7 +116,7 @@ async fn follow(args: &UpdateArgs, state_dir: &Path, command: Command) -> Result
 
 async fn history(state_dir: &Path, limit: usize) -> Result<Vec<UpdateReport>, ClientError> {
     let mut client = AdminClient::connect(state_dir).await?;
-    match client.call(Command::UpdateHistory { limit }, ANSWER).await? {
+    match client.call(Command::UpdateHistory { limit }, ANSWER_LIMIT).await? {
         Response::Updates(reports) => Ok(reports),
         other => Err(unexpected(&other)),
     }
