@@ -8,8 +8,8 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use super::harness::{
-    Model, SOON, Setup, Sidecar, complete_all, complete_on_all_ranks, directory, exited_with, free_port,
-    frontend, model, states, until, weight_versions,
+    Model, SOON, Setup, Sidecar, complete_on_all_ranks, directory, exited_with, free_port, frontend, model,
+    states, until, weight_versions,
 };
 
 /// Two nodes with two ranks each, not started.
