@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import secrets
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -156,15 +158,18 @@ class Deployment:
 
     def wrong_answers(self, seed: int, count: int = 12) -> list[str]:
         """Every frontend, every rank, two prompts: what is not an answer of checkpoint `seed`."""
-        wrong = []
-        for frontend in self.frontends:
-            for rank in range(self.size):
-                for prompt in self.models.prompts[:2]:
-                    answer = frontend.ask(prompt, count, rank=rank)
-                    if answer.tokens != self.models.expected(seed, prompt, count):
-                        given = self.models.seed_of(prompt, answer.tokens)
-                        wrong.append(f"rank {rank}, weights of {given}: {answer}")
-        return wrong
+        asked = itertools.product(self.frontends, range(self.size), self.models.prompts[:2])
+
+        def wrong(one: tuple[Frontend, int, str]) -> str | None:
+            frontend, rank, prompt = one
+            answer = frontend.ask(prompt, count, rank=rank)
+            if answer.tokens == self.models.expected(seed, prompt, count):
+                return None
+            given = self.models.seed_of(prompt, answer.tokens)
+            return f"rank {rank}, weights of {given}: {answer}"
+
+        with ThreadPoolExecutor(self.size) as pool:
+            return [line for line in pool.map(wrong, asked) if line]
 
     def check_serving(self, seed: int | None = None) -> None:
         """All ranks answer with the same weights, through every frontend."""

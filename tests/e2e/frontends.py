@@ -187,6 +187,9 @@ class Load:
         self, frontends: list[Frontend], prompts: list[str], count: int = 40, clients: int = 3
     ) -> None:
         self.answers: list[Answer] = []
+        # Seconds between an answer and the client's next request. Engines that start meanwhile need
+        # the cores.
+        self.pause = 0.0
         self._frontends = frontends
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -204,9 +207,8 @@ class Load:
             turn += 1
             with self._lock:
                 self.answers.append(answer)
-            if answer.status is None:
-                # Nobody listens: do not spin.
-                self._stop.wait(0.2)
+            # Where nobody listens: do not spin.
+            self._stop.wait(max(self.pause, 0.2 if answer.status is None else 0.0))
 
     def leave(self, frontend: Frontend) -> None:
         """Ask this frontend no more."""

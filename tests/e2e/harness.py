@@ -107,7 +107,8 @@ class Sidecar(Process):
         def describe() -> str:
             return json.dumps(last, indent=1)[:6000] + "\n" + self.tail() + self.engine_logs()
 
-        return wait_for(what, limit, look, describe)
+        # Each look is a process, of which starting engines have enough.
+        return wait_for(what, limit, look, describe, rarest=0.25)
 
     def engine_logs(self, lines: int = 15) -> str:
         """The ends of the logs of what it started."""
@@ -211,6 +212,14 @@ class World:
 
     def marked(self) -> dict[int, str]:
         return processes_with(self.mark)
+
+    def wait_gone(self, limit: float) -> None:
+        """Until no process is left."""
+
+        def describe() -> str:
+            return "\n".join(f"{pid}: {command}" for pid, command in self.marked().items())
+
+        wait_for("no process is left", limit, lambda: not self.marked(), describe)
 
     def clear(self) -> list[str]:
         """Ends everything that is left; says what should not have been."""

@@ -31,16 +31,20 @@ STEP_LIMIT = 60.0
 REQUEST_LIMIT = 120.0
 
 
-def wait_for(what: str, limit: float, check: Callable[[], Any], describe=lambda: "") -> Any:
-    """Poll `check` until it gives something true, at most `limit` seconds."""
-    deadline = time.monotonic() + limit
+def wait_for(
+    what: str, limit: float, check: Callable[[], Any], describe=lambda: "", rarest: float = 0.05
+) -> Any:
+    """Poll `check` until it gives something true, at most `limit` seconds. The longer it takes, the
+    rarer it is asked, down to once in `rarest` seconds."""
+    began = time.monotonic()
     while True:
         found = check()
         if found:
             return found
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if waited > limit:
             raise AssertionError(f"{what}: not within {limit:.0f} s\n{describe()}")
-        time.sleep(0.05)
+        time.sleep(min(max(0.05, waited / 20), rarest))
 
 
 def built(program: str) -> Path:
