@@ -24,14 +24,18 @@ FAKES = {
     *("test_cluster_crashes", "test_cluster_fakes", "test_cluster_network", "test_cluster_planned"),
     *("test_cluster_restarts", "test_cluster_trainer", "test_cluster_updates"),
 }
+# Real vLLM, but few engines at a time: these follow the fakes, so that both lanes end at about the
+# same time.
+LIGHT = {"test_attach", "test_bad_input"}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two lanes for `-n 2 --dist loadgroup`: real vLLM never runs twice at a time, and fakes fill
-    the gaps. Within a lane, tests keep their order."""
+    """Two lanes for `-n 2 --dist loadgroup`: what fills the cores never runs twice at a time, and
+    fakes fill the gaps. Within a lane, tests keep their order."""
+    items.sort(key=lambda item: item.path.stem in LIGHT)
     for item in items:
-        lane = "fakes" if item.path.stem in FAKES else "real"
+        lane = "fakes" if item.path.stem in FAKES | LIGHT else "real"
         item.add_marker(pytest.mark.xdist_group(lane))
 
 
@@ -109,7 +113,8 @@ def fake_deployment(
     models = FakeModels(kind, folder, size=size)
     more = {
         "FAKE_VLLM_FORK": "0",
-        "FAKE_VLLM_STEP_MS": "3",
+        # As fast as they can, they would take the cores from the other lane.
+        "FAKE_VLLM_STEP_MS": "10",
         "FAKE_VLLM_CONTROL": str(folder),
         **(env or {}),
     }
@@ -141,9 +146,3 @@ def fake_deployment(
 def world(ingredients, tmp_path) -> Iterator[World]:
     """For a test that starts its own; checked for leftovers at its end."""
     yield from make_world(ingredients, tmp_path)
-
-
-@pytest.fixture(scope="module")
-def shared_world(ingredients, tmp_path_factory) -> Iterator[World]:
-    """For the tests of a module that share a deployment; checked for leftovers at their end."""
-    yield from make_world(ingredients, tmp_path_factory.mktemp("shared"))
