@@ -1,8 +1,16 @@
-//! Enforces the layer table of ARCHITECTURE.md by reading the sources: which module may name which
-//! crate or module. Comments do not count.
+//! Which module may use which: the table of layers in ARCHITECTURE.md against the sources, and rules about other
+//! crates. Comments do not count.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+#[path = "layering/imports.rs"]
+mod imports;
+#[path = "layering/table.rs"]
+mod table;
+
 use std::path::{Path, PathBuf};
+
+use imports::{Sources, circles};
+use table::covers;
 
 /// A source file, without its comments.
 struct Source {
@@ -97,6 +105,83 @@ fn assert_none(rule: &str, found: &[String]) {
     assert!(found.is_empty(), "{rule}\n{}", found.join("\n"));
 }
 
+/// Files that name each other are one module: a file, and files of the folder of its name.
+fn is_one_module(circle: &[&str]) -> bool {
+    let modules: Vec<String> = circle.iter().filter_map(|path| table::spelled(path)).collect();
+    modules.iter().any(|parent| modules.iter().all(|module| covers(parent, module)))
+}
+
+#[test]
+fn every_module_uses_what_its_row_in_the_table_of_layers_lists() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let rows = table::rows(&std::fs::read_to_string(root.join("ARCHITECTURE.md")).unwrap());
+    let sources = Sources::read(root);
+    let found = table::differences(&rows, sources.paths(), &sources.imports());
+    assert_none("the table of layers in ARCHITECTURE.md and the sources differ", &found);
+}
+
+#[test]
+fn files_in_a_circle_are_one_module() {
+    let imports = Sources::read(Path::new(env!("CARGO_MANIFEST_DIR"))).imports();
+    let circles = circles(&imports);
+    let found: Vec<String> =
+        circles.iter().filter(|circle| !is_one_module(circle)).map(|circle| circle.join(", ")).collect();
+    assert_none("these files name each other, and none of them is the parent of the others", &found);
+}
+
+#[test]
+fn names_are_followed_to_the_file_that_declares_them() {
+    let sources = Sources::of(&[
+        ("src/lib.rs", "pub mod low; mod top; pub use low::Deep;"),
+        ("src/low/mod.rs", "mod deep; pub use deep::*; pub struct Low; #[cfg(test)] mod tests;"),
+        ("src/low/deep.rs", "pub struct Deep; pub fn work() {} mod inside { use super::Deep; }"),
+        ("src/low/tests.rs", "use crate::top::Top;"),
+        (
+            "src/top.rs",
+            "use crate::low::{self, Low}; fn f() { low::work(); g!(x, crate::Deep) } #[cfg(test)] mod x {}",
+        ),
+        ("protocol/src/lib.rs", "mod ids; pub use ids::Id; fn f() { std::mem::swap(); ids::g() }"),
+        ("protocol/src/ids.rs", "pub struct Id; fn f(id: dp_sidecar_protocol::Id) { low::Low }"),
+    ]);
+    let found = sources.imports();
+    let found: Vec<_> = found.iter().map(|import| (import.from.as_str(), import.to.as_str())).collect();
+    let expected = [
+        ("protocol/src/lib.rs", "protocol/src/ids.rs"),
+        ("src/lib.rs", "src/low/deep.rs"),
+        ("src/lib.rs", "src/low/mod.rs"),
+        ("src/low/mod.rs", "src/low/deep.rs"),
+        ("src/top.rs", "src/low/deep.rs"),
+        ("src/top.rs", "src/low/mod.rs"),
+    ];
+    assert_eq!(found, expected);
+}
+
+#[test]
+fn each_difference_between_table_and_sources_is_found() {
+    let check = |table: &str, sources: &[(&str, &str)]| {
+        let sources = Sources::of(sources);
+        let rows = table::rows(&format!("\n## Layers\n\n|module|may use|holds|\n|---|---|---|\n{table}"));
+        table::differences(&rows, sources.paths(), &sources.imports())
+    };
+    let sources =
+        [("src/a.rs", "use crate::b::c::C;"), ("src/b/mod.rs", ""), ("src/b/c.rs", "pub struct C;")];
+    let none: [&str; 0] = [];
+    assert_eq!(check("|`a`|`b`|x|\n|`b`||y|\n", &sources), none);
+    assert_eq!(check("|`a`|`b/c`|x|\n|`b`||y|\n", &sources), none);
+    for (table, expected) in [
+        ("|`a`|`b`|x|\n", "src/b/c.rs: no row for it"),
+        ("|`a`|`b`|x|\n|`b`||y|\n|`c`||z|\n", "row `c`: no such module"),
+        ("|`a`||x|\n|`b`||y|\n", "src/a.rs:1 names `b/c`, which row `a` does not list"),
+        ("|`a`|`b`|x|\n|`b`|`c`|y|\n|`c`||z|\n", "row `b`: nothing there uses `c`"),
+        ("|`b`||y|\n|`a`|`b`|x|\n", "row `a`: `b` does not stand below"),
+    ] {
+        let found = check(table, &sources);
+        assert!(found.iter().any(|found| found == expected), "{expected}: {found:?}");
+    }
+    assert!(is_one_module(&["src/a.rs", "src/a/b.rs", "src/a/c.rs"]));
+    assert!(!is_one_module(&["src/a/b.rs", "src/a/c.rs"]));
+}
+
 #[test]
 fn only_the_transport_names_the_zeromq_crate() {
     let found = violations(&sources("src"), &["zeromq::", "use zeromq"], true, |path| {
@@ -180,47 +265,6 @@ fn the_protocol_crate_depends_on_no_runtime() {
 }
 
 #[test]
-fn wire_types_do_not_know_the_machines() {
-    let found = violations(&sources("protocol/src"), &["machine::", "crate::machine"], false, |path| {
-        path.starts_with("protocol/src/machine/") || path == "protocol/src/lib.rs"
-    });
-    assert_none("wire types come below the machines", &found);
-}
-
-#[test]
-fn machines_do_not_know_each_others_insides() {
-    // Data that two machines share belongs to the wire types or to ids.
-    for source in sources("protocol/src/machine") {
-        let own = source
-            .path
-            .trim_start_matches("protocol/src/machine/")
-            .split(['/', '.'])
-            .next()
-            .unwrap_or_default()
-            .to_owned();
-        let others: Vec<String> = [
-            "attachment",
-            "control",
-            "coordinator",
-            "handshake",
-            "lifecycle",
-            "restart",
-            "virtual_engine",
-            "weight_update",
-        ]
-        .into_iter()
-        .filter(|name| *name != own && own != "mod")
-        .map(|name| format!("machine::{name}"))
-        .collect();
-        let others: Vec<&str> = others.iter().map(String::as_str).collect();
-        // The life of an engine embeds the restart policy.
-        let found =
-            violations(&[source], &others, false, |path| path.starts_with("protocol/src/machine/lifecycle"));
-        assert_none("machines are independent of each other", &found);
-    }
-}
-
-#[test]
 fn the_testkit_shares_nothing_with_the_sidecar() {
     let found =
         violations(&sources("tests/testkit"), &["dp_sidecar::", "use dp_sidecar;", "zeromq"], true, |_| {
@@ -235,30 +279,6 @@ fn the_testkit_shares_nothing_with_the_sidecar() {
                 && !line.starts_with("zeromq"),
             "tests/testkit/Cargo.toml: {line}"
         );
-    }
-}
-
-#[test]
-fn lower_layers_do_not_name_higher_ones() {
-    // Layer, and what it must not name. See the table of ARCHITECTURE.md.
-    let rules: [(&str, &[&str]); 5] = [
-        (
-            "src/transport",
-            &["crate::driver", "crate::supervisor", "crate::admin", "crate::app", "crate::cli"],
-        ),
-        ("src/driver", &["crate::admin", "crate::app", "crate::cli"]),
-        (
-            "src/supervisor",
-            &["crate::driver", "crate::transport", "crate::admin", "crate::app", "crate::cli"],
-        ),
-        ("src/admin", &["crate::transport", "crate::supervisor::keeper", "crate::app", "crate::cli"]),
-        ("src", &["crate::cli"]),
-    ];
-    for (layer, forbidden) in rules {
-        let found = violations(&sources(layer), forbidden, false, |path| {
-            path.starts_with("src/cli") || path == "src/main.rs" || path == "src/lib.rs"
-        });
-        assert_none(&format!("{layer} names a layer above it"), &found);
     }
 }
 

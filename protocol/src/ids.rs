@@ -88,6 +88,28 @@ impl EngineIdentity {
     }
 }
 
+/// Who has paused the engines.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "by", rename_all = "snake_case")]
+pub enum PausedBy {
+    /// A frontend. Its pause ends when somebody resumes, or some time after the frontend is gone.
+    Frontend {
+        /// Which attachment.
+        id: FrontendId,
+    },
+    /// The operator. Only the operator resumes.
+    Operator,
+}
+
+impl fmt::Display for PausedBy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Frontend { id } => write!(f, "frontend {id}"),
+            Self::Operator => f.write_str("the operator"),
+        }
+    }
+}
+
 /// Names one weight update transaction. Chosen by the caller, or random.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 #[serde(transparent)]

@@ -3,11 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use dp_sidecar_protocol::machine::control::{
-    Action, Config, Control, Decision, Event, Held, OwnerId, PausedBy,
-};
+use dp_sidecar_protocol::machine::control::{Action, Config, Control, Decision, Event, Held, OwnerId};
 use dp_sidecar_protocol::machine::mutation::Mutation;
-use dp_sidecar_protocol::{EngineIndex, FrontendId, Time};
+use dp_sidecar_protocol::{EngineIndex, FrontendId, PausedBy, Time};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rmpv::Value;

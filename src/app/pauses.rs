@@ -3,8 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use dp_sidecar_protocol::FrontendId;
-use dp_sidecar_protocol::machine::control::PausedBy;
+use dp_sidecar_protocol::{FrontendId, PausedBy};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;

@@ -10,11 +10,11 @@ use std::time::Duration;
 
 use tokio_util::task::TaskTracker;
 
-use crate::driver::handles::GroupKind;
 use crate::state_dir::StateDir;
 use crate::supervisor::KeeperOptions;
 use crate::supervisor::command::VllmLaunch;
 use crate::token::Token;
+use dp_sidecar_protocol::machine::coordinator::GroupKind;
 
 /// Everything `sidecar run` needs to know. Built by the command line, checked, immutable.
 #[derive(Clone, Debug)]

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use thiserror::Error;
 
-use crate::driver::handles::GroupKind;
+use dp_sidecar_protocol::machine::coordinator::GroupKind;
 
 /// Keys that may hold the number of experts; the first that is present counts, even if it is null.
 const EXPERT_KEYS: &[&str] = &["num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts"];

@@ -7,10 +7,10 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use dp_sidecar_protocol::machine::control::{
-    Action, Config, Control, Decision, Event, Held, OwnerId, PausedBy, Severity, Snapshot,
+    Action, Config, Control, Decision, Event, Held, OwnerId, Severity, Snapshot,
 };
 use dp_sidecar_protocol::machine::weight_update::PauseMode;
-use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Time};
+use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, PausedBy, Time};
 use futures::future::join_all;
 use rmpv::Value;
 use thiserror::Error;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::keeper::wire::{CHILD_MARKER, RUN_MARKER};
+use super::procfs::{CHILD_MARKER, RUN_MARKER};
 
 /// Ranks of whatever launched the sidecar. torch would take them for its own.
 const LAUNCHER_VARIABLES: &[&str] = &[

@@ -7,7 +7,11 @@ use std::io;
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use super::keeper::wire::{CHILD_MARKER, RUN_MARKER};
+/// Name of the variable that marks every process of one state directory.
+pub const RUN_MARKER: &str = "DP_SIDECAR_RUN_ID";
+
+/// Name of the variable that marks every process of one child: `name:incarnation`.
+pub const CHILD_MARKER: &str = "DP_SIDECAR_CHILD";
 
 /// A process, from `/proc/<pid>/stat`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,32 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use bytes::Bytes;
-use dp_sidecar_protocol::layout::Layout;
 use dp_sidecar_protocol::{EngineIndex, FrontendId};
 use tokio::sync::{mpsc, watch};
 
-use super::{GroupKind, Reply, RouteLost};
-
-/// What a frontend is told about an engine when it attaches.
-#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
-pub struct EngineFacts {
-    /// The registration frame of the engine, as it came.
-    pub registration: Bytes,
-    /// From READY.
-    pub parallel_config_hash: Option<String>,
-    /// From READY (0.19.1 and older).
-    pub num_gpu_blocks: Option<u64>,
-    /// Positions of its version.
-    pub layout: Layout,
-}
-
-impl EngineFacts {
-    /// Of an engine about which nothing but its version is known.
-    pub const fn of(layout: Layout) -> Self {
-        Self { registration: Bytes::new(), parallel_config_hash: None, num_gpu_blocks: None, layout }
-    }
-}
+use super::{EngineFacts, GroupKind, Reply, RouteLost};
 
 /// What is known about the whole deployment. Complete when `engines` has all `size` ranks.
 #[derive(Clone, Debug)]

@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
+use dp_sidecar_protocol::layout::Layout;
 use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Slot};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use uuid::Uuid;
 
 use super::ask::asks;
-use super::{Ask, CallResult, EngineFacts, Handle, HandleError};
+use super::{Ask, CallResult, Handle, HandleError};
 
 /// Between the deadline of what a command does and the end of the wait for its answer.
 const MARGIN: Duration = Duration::from_secs(2);
@@ -47,6 +48,27 @@ asks! {
 pub struct Prepare {
     /// The new incarnation.
     pub incarnation: Incarnation,
+}
+
+/// What a frontend is told about an engine when it attaches.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct EngineFacts {
+    /// The registration frame of the engine, as it came.
+    pub registration: Bytes,
+    /// From READY.
+    pub parallel_config_hash: Option<String>,
+    /// From READY (0.19.1 and older).
+    pub num_gpu_blocks: Option<u64>,
+    /// Positions of its version.
+    pub layout: Layout,
+}
+
+#[cfg(any(test, feature = "test-support"))]
+impl EngineFacts {
+    /// Of an engine about which nothing but its version is known.
+    pub const fn of(layout: Layout) -> Self {
+        Self { registration: Bytes::new(), parallel_config_hash: None, num_gpu_blocks: None, layout }
+    }
 }
 
 /// The engine's handshake is complete: control calls may be sent.

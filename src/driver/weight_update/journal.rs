@@ -166,7 +166,7 @@ impl Journal {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use dp_sidecar_protocol::machine::control::PausedBy;
+    use dp_sidecar_protocol::PausedBy;
     use dp_sidecar_protocol::machine::weight_update::{Commit, Pause, Record};
     use dp_sidecar_protocol::{UpdateId, WeightVersion};
 

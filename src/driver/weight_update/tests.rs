@@ -7,9 +7,8 @@ mod stage;
 use std::collections::VecDeque;
 use std::path::Path;
 
-use dp_sidecar_protocol::FrontendId;
-use dp_sidecar_protocol::machine::control::PausedBy;
 use dp_sidecar_protocol::machine::weight_update::{Phase, WorkerState};
+use dp_sidecar_protocol::{FrontendId, PausedBy};
 
 use super::super::control::{self, ControlConfig};
 use super::super::handles::{GroupKind, HeldCall};

@@ -14,9 +14,8 @@ use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{KeeperError, KeeperOptions};
-use crate::supervisor::keeper::wire::{CHILD_MARKER, RUN_MARKER};
 use crate::supervisor::keeper::{LOG_FILE, PID_FILE, READY_LINE, SOCKET};
-use crate::supervisor::procfs::Process;
+use crate::supervisor::procfs::{CHILD_MARKER, Process, RUN_MARKER};
 
 /// How long a keeper may take from its start to its ready line.
 const START_LIMIT: Duration = Duration::from_secs(20);

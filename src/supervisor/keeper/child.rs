@@ -17,8 +17,8 @@ use nix::unistd::{Pid, getppid, setsid};
 use rustix::process::Signal;
 
 use super::output::{LOG_LIMIT, LogFile, Output};
-use super::wire::{CHILD_MARKER, ChildInfo, ExitReport, ExitStatus, RUN_MARKER, SpawnSpec};
-use crate::supervisor::procfs::{Process, Selector};
+use super::wire::{ChildInfo, ExitReport, ExitStatus, SpawnSpec};
+use crate::supervisor::procfs::{CHILD_MARKER, Process, RUN_MARKER, Selector};
 
 /// How long SIGKILL may take before the keeper gives up on a process and reports it as left.
 const KILL_LIMIT: Duration = Duration::from_secs(10);

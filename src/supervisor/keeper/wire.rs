@@ -19,12 +19,6 @@ pub const KEEPER_PROTOCOL: u8 = 2;
 /// environment.
 pub const MAX_FRAME: usize = 4 * 1024 * 1024;
 
-/// Name of the variable that marks every process of one state directory.
-pub const RUN_MARKER: &str = "DP_SIDECAR_RUN_ID";
-
-/// Name of the variable that marks every process of one child: `name:incarnation`.
-pub const CHILD_MARKER: &str = "DP_SIDECAR_CHILD";
-
 /// A process to be started.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SpawnSpec {

@@ -5,9 +5,9 @@ use std::collections::{BTreeSet, VecDeque};
 use rmpv::Value;
 
 use crate::machine::mutation::{Mutation, mutated};
-use crate::{EngineIndex, FrontendId, Time};
+use crate::{EngineIndex, FrontendId, PausedBy, Time};
 
-use super::{Action, Control, Errand, Holder, PausedBy, Severity, list};
+use super::{Action, Control, Errand, Holder, Severity, list};
 
 impl Control {
     pub(super) fn engine_up(&mut self, rank: EngineIndex) {

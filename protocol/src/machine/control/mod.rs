@@ -23,9 +23,9 @@ use std::time::Duration;
 use rmpv::Value;
 
 use crate::machine::mutation::{Mutation, mutated};
-use crate::{EngineIndex, FrontendId, Time};
+use crate::{EngineIndex, FrontendId, PausedBy, Time};
 
-pub use types::{Action, Decision, Event, Held, OwnerId, PausedBy, Severity, Snapshot};
+pub use types::{Action, Decision, Event, Held, OwnerId, Severity, Snapshot};
 
 /// Rounds kept waiting; more are refused.
 const MAX_ROUNDS: usize = 256;

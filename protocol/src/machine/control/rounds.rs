@@ -5,9 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use rmpv::Value;
 
 use crate::machine::mutation::{Mutation, mutated};
-use crate::{EngineIndex, Time};
+use crate::{EngineIndex, PausedBy, Time};
 
-use super::{Action, Control, Decision, Holder, Kind, PausedBy, Round, Severity, kind_of, list};
+use super::{Action, Control, Decision, Holder, Kind, Round, Severity, kind_of, list};
 
 impl Control {
     /// Decides on a complete round and, unless that settles it, lets it have the lock.

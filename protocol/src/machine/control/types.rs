@@ -1,12 +1,11 @@
 //! What goes in and out of [`super::Control`].
 
-use std::fmt;
 use std::time::Duration;
 
 use rmpv::Value;
 use serde::{Deserialize, Serialize};
 
-use crate::{EngineIndex, FrontendId};
+use crate::{EngineIndex, FrontendId, PausedBy};
 
 /// A control call of a frontend, held at one rank.
 #[derive(Clone, Debug, PartialEq)]
@@ -29,28 +28,6 @@ pub struct Held {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct OwnerId(pub u64);
-
-/// Who has paused the engines.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "by", rename_all = "snake_case")]
-pub enum PausedBy {
-    /// A frontend. Its pause ends when somebody resumes, or some time after the frontend is gone.
-    Frontend {
-        /// Which attachment.
-        id: FrontendId,
-    },
-    /// The operator. Only the operator resumes.
-    Operator,
-}
-
-impl fmt::Display for PausedBy {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Frontend { id } => write!(f, "frontend {id}"),
-            Self::Operator => f.write_str("the operator"),
-        }
-    }
-}
 
 /// Something that happened.
 #[derive(Clone, Debug)]

@@ -4,11 +4,10 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{EngineIndex, Incarnation, UpdateId, WeightVersion};
+use crate::{EngineIndex, Incarnation, PausedBy, UpdateId, WeightVersion};
 
-use super::super::control::PausedBy;
 use super::record::Record;
-use super::types::{Checkpoint, NodeId, Participant, PauseMode, RankState};
+use super::vocabulary::{Checkpoint, NodeId, Participant, PauseMode, RankState};
 
 /// An update that is about to touch engines. Durable before the first of them is paused.
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]

@@ -23,6 +23,7 @@ mod run;
 mod simulation;
 mod types;
 pub mod updates;
+mod vocabulary;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -32,9 +33,9 @@ use crate::{EngineIndex, Incarnation, Time, UpdateId, WeightVersion};
 pub use ledger::{Begun, Ledger, Pause};
 pub use record::{Adapter, Commit, Committed, Outcome, RankRecord, Record, Snapshot};
 use run::Run;
-pub use types::{
-    Action, Begin, Checkpoint, Event, Extent, NodeId, Participant, PauseMode, Phase, RankState, Recover,
-    Refusal, Target, WorkerReport, WorkerState,
+pub use types::{Action, Begin, Event, Recover, Refusal, Target};
+pub use vocabulary::{
+    Checkpoint, Extent, NodeId, Participant, PauseMode, Phase, RankState, WorkerReport, WorkerState,
 };
 
 /// How many committed ids are remembered, so that a repeated request is answered with the same record.

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{EngineIndex, Incarnation, UpdateId, WeightVersion};
 
-use super::types::{Checkpoint, NodeId, PauseMode, Phase, RankState, WorkerReport};
+use super::vocabulary::{Checkpoint, NodeId, PauseMode, Phase, RankState, WorkerReport};
 
 /// What the journal keeps of a committed update.
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]

@@ -13,7 +13,8 @@ use crate::{EngineIndex, Incarnation, Time, UpdateId, WeightVersion};
 
 use super::Config;
 use super::record::{Outcome, RankRecord, Record, Snapshot};
-use super::types::{Action, Begin, Checkpoint, Event, NodeId, Participant, PauseMode, Phase, RankState};
+use super::types::{Action, Begin, Event};
+use super::vocabulary::{Checkpoint, NodeId, Participant, PauseMode, Phase, RankState};
 
 /// How often a load is tried when there is nothing to go back to.
 const LOAD_ATTEMPTS: u32 = 2;

@@ -13,9 +13,10 @@ use std::time::Duration;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use crate::PausedBy;
+
 use super::updates::{Action, Ask, Conclusion, Engines, Event, Grant, RunId, Seen, Staging, Ticket, Updates};
 use super::{Action as Step, Event as Answer, *};
-use crate::machine::control::PausedBy;
 
 const SEEDS: u64 = 20_000;
 

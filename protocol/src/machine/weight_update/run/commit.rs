@@ -2,7 +2,9 @@
 
 use crate::{EngineIndex, Incarnation};
 
-use super::super::types::{Action, Phase, RankState as State, Target};
+use super::super::types::{Action, Target};
+use super::super::vocabulary::Phase;
+use super::super::vocabulary::RankState as State;
 use super::{Cx, RESET_ATTEMPTS, RESUME_ATTEMPTS, Rank, Run, STAMP_ATTEMPTS, Step};
 
 impl Run {

@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use crate::{EngineIndex, Incarnation};
 
-use super::super::types::{Action, Phase, RankState as State};
+use super::super::types::Action;
+use super::super::vocabulary::Phase;
+use super::super::vocabulary::RankState as State;
 use super::{Cx, Run, Step, millis};
 
 impl Run {

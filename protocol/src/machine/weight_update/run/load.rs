@@ -3,7 +3,9 @@
 use crate::{EngineIndex, Incarnation};
 
 use super::super::record::Commit;
-use super::super::types::{Action, Checkpoint, Phase, RankState as State, Target, WorkerReport, WorkerState};
+use super::super::types::{Action, Target};
+use super::super::vocabulary::RankState as State;
+use super::super::vocabulary::{Checkpoint, Phase, WorkerReport, WorkerState};
 use super::{Cx, LOAD_ATTEMPTS, Run, Step, millis};
 
 impl Run {

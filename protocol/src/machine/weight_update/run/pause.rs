@@ -5,7 +5,9 @@ use std::collections::BTreeSet;
 use crate::{EngineIndex, Incarnation};
 
 use super::super::ledger::Begun;
-use super::super::types::{Action, Checkpoint, NodeId, PauseMode, Phase, RankState as State, Target};
+use super::super::types::{Action, Target};
+use super::super::vocabulary::RankState as State;
+use super::super::vocabulary::{Checkpoint, NodeId, PauseMode, Phase};
 use super::{Cx, Run, Step, millis};
 
 impl Run {

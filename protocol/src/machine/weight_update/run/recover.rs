@@ -11,7 +11,8 @@ use crate::{EngineIndex, Time};
 
 use super::super::Config;
 use super::super::record::Record;
-use super::super::types::{Action, Begin, NodeId, Recover, Target};
+use super::super::types::{Action, Begin, Recover, Target};
+use super::super::vocabulary::NodeId;
 use super::{Cx, Recovery, Run};
 
 impl Run {

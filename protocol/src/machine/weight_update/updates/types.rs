@@ -7,7 +7,8 @@ use thiserror::Error;
 
 use super::super::ledger::{Ledger, Pause};
 use super::super::record::{Adapter, Committed, Record};
-use super::super::types::{self as step, Checkpoint, NodeId, PauseMode, Refusal};
+use super::super::types::{self as step, Refusal};
+use super::super::vocabulary::{Checkpoint, NodeId, PauseMode};
 use crate::{EngineIndex, Incarnation, UpdateId, WeightVersion};
 
 /// Engines, each with the life that is meant.
