@@ -2,7 +2,7 @@
 
 /// Clean end, a requested stop included.
 pub const OK: u8 = 0;
-/// A fault of the sidecar itself.
+/// A internal error of the sidecar.
 pub const INTERNAL: u8 = 1;
 /// Wrong usage or configuration.
 pub const USAGE: u8 = 2;
@@ -59,13 +59,13 @@ pub const fn signal(number: u8) -> u8 {
 
 /// All codes with their meaning, for `--help`.
 pub const TABLE: &[(u8, &str)] = &[
-    (OK, "clean end, a requested stop included"),
-    (INTERNAL, "fault of the sidecar itself"),
-    (USAGE, "wrong usage or configuration"),
-    (PREFLIGHT, "a check before the start failed"),
+    (OK, "clean exit, including a requested stop"),
+    (INTERNAL, "internal error of the sidecar"),
+    (USAGE, "usage or configuration error"),
+    (PREFLIGHT, "a startup check failed"),
     (NO_PLACEMENT, "ranks cannot be placed"),
-    (TIMEOUT, "something took longer than its limit"),
-    (ENGINE_FAILED, "an engine or the frontend cannot be kept alive"),
+    (TIMEOUT, "a time limit was exceeded"),
+    (ENGINE_FAILED, "an engine or the frontend exited and could not be restarted"),
     (PEER_OR_LIFELINE, "a peer or the lifeline ended the group"),
     (IN_USE, "port, address or state directory in use"),
     (MISMATCH, "nodes are configured differently"),
@@ -73,7 +73,7 @@ pub const TABLE: &[(u8, &str)] = &[
     (UPDATE_ROLLED_BACK, "update failed, all engines hold the previous weights"),
     (UPDATE_DEGRADED, "update failed, at least one engine is fenced"),
     (BUSY, "another controller holds the engines"),
-    (NOT_RUNNING, "no sidecar answers"),
+    (NOT_RUNNING, "no sidecar is running"),
     (COMMAND_FAILED, "the sidecar refused the command"),
 ];
 

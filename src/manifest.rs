@@ -97,7 +97,7 @@ pub enum ManifestError {
         faults: Vec<Fault>,
     },
     /// The work was called off.
-    #[error("checkpoint {path}: reading was called off")]
+    #[error("checkpoint {path}: reading was cancelled")]
     Cancelled {
         /// The directory.
         path: PathBuf,

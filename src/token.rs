@@ -31,7 +31,7 @@ pub enum TokenError {
     #[error("cannot be read: {0}")]
     Io(#[from] io::Error),
     /// Too short or too long.
-    #[error("holds {length} bytes without white space at its ends, {SHORTEST} to {LONGEST} expected")]
+    #[error("holds {length} bytes without surrounding white space, expected {SHORTEST} to {LONGEST}")]
     Length {
         /// Bytes found.
         length: usize,

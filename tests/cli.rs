@@ -96,7 +96,7 @@ async fn a_dry_run_says_where_each_value_comes_from() {
             stdout.lines().any(|line| line.split_whitespace().collect::<Vec<_>>() == [option, value, origin]);
         assert!(found, "{option} {value} {origin} in {stdout}");
     }
-    assert!(stdout.contains("engines: waits for them at 127.0.0.1:29550"), "{stdout}");
+    assert!(stdout.contains("waits for engines at 127.0.0.1:29550"), "{stdout}");
 }
 
 #[tokio::test]
@@ -122,13 +122,22 @@ async fn a_command_line_that_makes_no_sense_ends_with_2_and_says_what_would_be_r
     let dense = model(r#"{"model_type":"llama"}"#);
     let dense = dense.path().display();
     for (line, expected) in [
-        ("--model-kind dense".to_owned(), "--dp-rank: the first DP rank"),
+        ("--model-kind dense".to_owned(), "--dp-rank is required: the first DP rank"),
         ("--dp-rank 2 -dp 2 --model-kind dense".into(), "ranks are 0 to 1"),
-        ("--dp-rank 1 -dp 2 --model-kind dense".into(), "--data-parallel-size-local: expected"),
+        (
+            "--dp-rank 1 -dp 2 --model-kind dense".into(),
+            "--data-parallel-size-local is required with --dp-rank 1",
+        ),
         ("--dp-rank 0 -dp 2 -dpl 3 --model-kind dense".into(), "means ranks 0 to 2"),
-        ("--dp-rank 0 -dp 2 -dpl 1 --model-kind dense".into(), "--leader: HOST:PORT"),
-        ("--dp-rank 1 -dp 2 -dpl 1 --leader h:1 --model-kind dense".into(), "--auth-token-file: a file"),
-        ("--dp-rank 0 -dp 2 --leader h:1 --model-kind dense".into(), "--data-parallel-size-local: expected"),
+        ("--dp-rank 0 -dp 2 -dpl 1 --model-kind dense".into(), "--leader is required: HOST:PORT"),
+        (
+            "--dp-rank 1 -dp 2 -dpl 1 --leader h:1 --model-kind dense".into(),
+            "--auth-token-file is required with --leader: a file",
+        ),
+        (
+            "--dp-rank 0 -dp 2 --leader h:1 --model-kind dense".into(),
+            "--data-parallel-size-local is required with --leader",
+        ),
         (
             "--dp-rank 0 -dp 2 -dpl 1 --leader h --model-kind dense".into(),
             "--leader \"h\": HOST:PORT expected",
@@ -146,16 +155,16 @@ async fn a_command_line_that_makes_no_sense_ends_with_2_and_says_what_would_be_r
             "only the sidecar of rank 0 has frontends",
         ),
         ("--dp-rank 0 -dp 0 --model-kind dense".into(), "at least 1 expected"),
-        ("--dp-rank 0 -dpa= --model-kind dense".into(), "an address is expected"),
+        ("--dp-rank 0 -dpa= --model-kind dense".into(), "the address is empty"),
         ("--dp-rank 0 -dpp 0 --model-kind dense".into(), "a port above 0"),
         ("--dp-rank 0 --frontend nohost --model-kind dense".into(), "HOST:PORT expected"),
         ("--dp-rank 0 --frontend h:0 --model-kind dense".into(), "1 to 65535 expected"),
         ("--dp-rank 0 -dp 2".into(), "no model is named"),
         ("--dp-rank 0 -dp 2 -- /no/such/model".into(), "--model-kind dense"),
-        ("--dp-rank 0 --serve --model-kind dense".into(), "expected behind `--`"),
-        ("--dp-rank 0 --prefault --model-kind dense".into(), "--prefault: a model is expected"),
+        ("--dp-rank 0 --serve --model-kind dense".into(), "give the model and vLLM's flags after `--`"),
+        ("--dp-rank 0 --prefault --model-kind dense".into(), "--prefault: name the model"),
         ("--dp-rank 0 --prefault --model-kind dense -- no/model".into(), "no/model is no directory"),
-        (format!("--dp-rank 0 -- {dense} -dp 3"), "3 behind `--`, but 1"),
+        (format!("--dp-rank 0 -- {dense} -dp 3"), "3 after `--`, but 1"),
         (format!("--dp-rank 0 -- {dense} -dph"), "cannot be used with hosted engines"),
         (format!("--dp-rank 0 --serve --port 1 -- {dense} --port 2"), "1 before `--`, but 2"),
         (format!("--dp-rank 0 --serve -asc 9 -- {dense}"), "--frontend-slots 8"),

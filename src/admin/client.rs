@@ -105,7 +105,7 @@ impl AdminClient {
             Ok(Some(Ok(line))) => line,
             Ok(Some(Err(error))) => return Err(ClientError::Broken(format!("answer: {error}"))),
             Ok(None) => {
-                let text = "it closed the connection before it answered";
+                let text = "the sidecar closed the connection before it answered";
                 return Err(ClientError::Broken(text.to_owned()));
             }
             Err(_) => return Err(ClientError::Deadline(limit)),

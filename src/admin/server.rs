@@ -215,9 +215,9 @@ impl AdminServer {
                             drop(permit);
                         }));
                     }
-                    Ok(_) => tracing::warn!("admin client of another user refused"),
+                    Ok(_) => tracing::warn!("refused an admin client of another user"),
                     Err(error) => {
-                        tracing::warn!(%error, "admin client lost");
+                        tracing::warn!(%error, "cannot accept an admin client");
                         // Out of descriptors, most likely: do not spin.
                         tokio::time::sleep(Duration::from_millis(100)).await;
                     }
@@ -226,7 +226,7 @@ impl AdminServer {
         }
         tasks.close();
         if timeout(ANSWER_LIMIT, tasks.wait()).await.is_err() {
-            tracing::warn!("admin clients are cut off in the middle of an answer");
+            tracing::warn!("disconnecting admin clients that still wait for an answer");
         }
     }
 }
@@ -369,7 +369,7 @@ impl Client {
         };
         let limited = async {
             timeout(UPDATE_LIMIT, report).await.unwrap_or_else(|_| {
-                let text = format!("update: no end within {UPDATE_LIMIT:?}");
+                let text = format!("update: did not end within {UPDATE_LIMIT:?}");
                 Err(AdminError::new(ErrorKind::Timeout, text))
             })
         };

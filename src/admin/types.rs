@@ -105,7 +105,7 @@ pub struct UpdateRequest {
     pub from_version: Option<String>,
     /// Name of the transaction, for logs and repeats; random if absent.
     pub id: Option<String>,
-    /// Go on although the current weights cannot be loaded again after a failure.
+    /// Update although the current weights cannot be loaded again after a failure.
     #[serde(default)]
     pub allow_no_rollback: bool,
 }
@@ -320,7 +320,7 @@ pub struct SidecarStatus {
     /// `starting`, `waiting for nodes`, `serving`, `degraded`, `stopping`; on a follower `waiting for the leader`,
     /// `following`, `stopping`.
     pub state: String,
-    /// Its state directory.
+    /// State directory of the sidecar.
     pub state_dir: String,
     /// Pid of the keeper, if there is one.
     pub keeper_pid: Option<u32>,

@@ -65,7 +65,7 @@ async fn follow(mut begun: Begun, nodes: Nodes) -> RunEnd {
             let status = waiting::status(config, began, "waiting for the leader");
             Status { leader: Some(leader_status(&nodes, &seen)), ..status }
         };
-        let why_not = format!("this is a follower, ask the leader at {}", nodes.leader);
+        let why_not = format!("this sidecar is a follower; use the leader's, at {}", nodes.leader);
         let finding = finder.find(limit);
         waiting::serve_while(finding, &mut begun.admin, &mut begun.outside, look, &why_not).await
     };
@@ -141,7 +141,7 @@ async fn follow(mut begun: Begun, nodes: Nodes) -> RunEnd {
 }
 
 /// Hands each connection on, and looks for the leader again when it is lost. Ends when the leader is away for too
-/// long, or when nobody takes connections any more.
+/// long, or when no task accepts connections any more.
 async fn keep_linked(
     finder: Finder,
     found: Found,
@@ -277,7 +277,7 @@ impl Follower {
                 why = asked(&mut outside) => {
                     let mut end = ended_by(why);
                     if self.view.config.keep_engines && matches!(why, Why::Signal(_)) {
-                        info!(reason = %end.reason, "ending; engines and requests go on");
+                        info!(reason = %end.reason, "exiting; engines and requests keep running");
                         // As if the process was killed: no task may see another one end and tell anybody of it.
                         std::mem::forget(self);
                         end.keeps_engines = true;
@@ -287,13 +287,13 @@ impl Follower {
                 }
                 ended = &mut serving => break match ended {
                     Ok(ServeEnd::Shutdown) => (RunEnd::new(exit_code::OK, "the leader stops the deployment"), false),
-                    Ok(ServeEnd::Stopped) => (internal("the link ended without being told to"), false),
+                    Ok(ServeEnd::Stopped) => (internal("the link ended unexpectedly"), false),
                     Err(error) => (internal(&format!("link task: {error}")), false),
                 },
                 Some(error) = self.local.relay.failed.recv() => break (internal(&error.to_string()), false),
                 ended = &mut linking => break match ended {
                     Ok(Some(error)) => (away(&error), false),
-                    Ok(None) => (internal("nobody takes connections to the leader"), false),
+                    Ok(None) => (internal("no task accepts connections of the leader"), false),
                     Err(error) => (internal(&format!("link: {error}")), false),
                 },
                 command = admin.recv() => match command {
@@ -312,7 +312,7 @@ impl Follower {
         if drain {
             let stops = NodeEvent::Process(ProcessEvent::NodeStops { reason: end.reason.clone() });
             if timeout(TASK_END, self.events.send(stops)).await.is_err() {
-                warn!("the leader could not be told that this node stops");
+                warn!("cannot tell the leader that this node stops");
             }
         }
         let stages = self.stop_all(drain, linking, hurry.clone());
@@ -331,7 +331,7 @@ impl Follower {
                 },
                 Ok(()) = outside.changed() => {
                     if outside.borrow().times > 1 || !drain {
-                        warn!("asked again: not waiting for anything any more");
+                        warn!("second signal: skipping all waits");
                         hurry.cancel();
                     }
                 }
@@ -348,7 +348,8 @@ impl Follower {
                 }));
             }
             other => {
-                let text = format!("this is a follower, ask the leader at {}", self.view.nodes.leader);
+                let text =
+                    format!("this sidecar is a follower; use the leader's, at {}", self.view.nodes.leader);
                 other.refuse(AdminError::new(ErrorKind::Unavailable, text));
             }
         }

@@ -185,7 +185,7 @@ fn distribute(
                 for task in to {
                     // A receiver that is gone belongs to a task that has ended.
                     if task.send(event.clone()).await.is_err() {
-                        debug!("an event of the keeper that nobody waits for");
+                        debug!("unexpected event from the keeper");
                     }
                 }
             }

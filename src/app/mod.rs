@@ -240,12 +240,13 @@ impl App {
         let mut end = run_end(end);
         if keep {
             end.keeps_engines = true;
-            end.reason = format!("{}; what runs goes on for {:?}", end.reason, self.config.orphan_grace);
+            end.reason =
+                format!("{}; requests in flight may finish for {:?}", end.reason, self.config.orphan_grace);
         }
         if graceful {
             info!(reason = %end.reason, "stopping");
         } else {
-            error!(reason = %end.reason, "cannot go on, stopping");
+            error!(reason = %end.reason, "unrecoverable error, stopping");
         }
         self.stopping.send_replace(true);
         let hurry = CancellationToken::new();
@@ -289,7 +290,7 @@ impl App {
                 Ok(()) = outside.changed() => {
                     let asked = *outside.borrow();
                     if asked.times > 1 || !graceful {
-                        warn!("asked again: not waiting for anything any more");
+                        warn!("second signal: skipping all waits");
                         forced = asked.why;
                         hurry.cancel();
                     }
@@ -363,9 +364,9 @@ impl App {
             let mut updates = self.handles.updates.watch();
             let ended = updates.wait_for(|status| status.running.is_none());
             if tokio::time::timeout_at(until, ended).await.is_err() {
-                warn!("an update still runs: the next sidecar finishes it, or takes it back");
+                warn!("an update is running: the next sidecar will finish it or roll it back");
             }
-            self.drain("requests still run: they go on without the sidecar").await;
+            self.drain("requests are running: they continue without the sidecar").await;
         };
         tokio::select! {
             () = quiet => {}
@@ -423,7 +424,7 @@ fn run_end(end: End) -> RunEnd {
         End::Outside(why) => ended_by(why),
         End::Command => RunEnd::new(exit_code::OK, "stop command"),
         End::Node(NodeExit::Stopped) | End::Frontend(FrontendExit::Stopped) => {
-            RunEnd::new(exit_code::INTERNAL, "a task ended without being told to")
+            RunEnd::new(exit_code::INTERNAL, "a task ended unexpectedly")
         }
         End::Node(NodeExit::Failed { reason, timeout }) => {
             let code = if timeout { exit_code::TIMEOUT } else { exit_code::ENGINE_FAILED };

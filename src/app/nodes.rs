@@ -172,7 +172,7 @@ impl Readers {
                     }
                 };
                 if gone {
-                    debug!(node = node.0, "a task has ended before what it should hear of");
+                    debug!(node = node.0, "event dropped: its task has ended");
                 }
             }
         }));
@@ -204,7 +204,7 @@ pub(super) async fn first_states(
     }
     let silent = remotes.iter().filter(|remote| !states.contains_key(&remote.id));
     let silent: Vec<String> = silent.map(|remote| remote.introduction.name()).collect();
-    let reason = format!("{}: did not tell within {FIRST_STATE:?} what it has", silent.join(", "));
+    let reason = format!("{}: did not report its state within {FIRST_STATE:?}", silent.join(", "));
     Err(RunEnd::new(exit_code::TIMEOUT, reason))
 }
 

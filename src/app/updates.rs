@@ -120,7 +120,7 @@ fn in_words(event: UpdateEvent) -> UpdateProgress {
         },
         UpdateEvent::Staging { name, progress, .. } => UpdateProgress {
             phase: Phase::Staging.as_str().to_owned(),
-            message: format!("{name} takes the checkpoint into shared memory"),
+            message: format!("{name} copying the checkpoint into shared memory"),
             done: progress.done,
             total: progress.total,
             event: None,

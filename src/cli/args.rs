@@ -24,11 +24,11 @@ Examples:
         --data-parallel-address 127.0.0.1 --data-parallel-rpc-port 29551 --port 8000
 
   Two nodes with two ranks each; rank 0's node leads, and listens at the address of --leader (start them in
-  any order, with the same flags behind `--`; the token file holds the same secret on all nodes):
+  any order, with the same flags after `--`; the token file holds the same secret on all nodes):
     sidecar --dp-rank 0 -dp 4 -dpl 2 --leader node0:29560 --auth-token-file token --serve -- MODEL
     sidecar --dp-rank 2 -dp 4 -dpl 2 --leader node0:29560 --auth-token-file token -- MODEL
 
-  Engines that somebody else starts (`vllm serve ... --headless` with the same address and port):
+  Engines that are started separately (`vllm serve ... --headless` with the same address and port):
     sidecar --dp-rank 0 -dp 2 -dpa 127.0.0.1 -dpp 29550 --model-kind dense
 
   While it runs:
@@ -133,25 +133,26 @@ pub struct RunArgs {
     #[arg(long, env = "SIDECAR_DATA_PARALLEL_SIZE_LOCAL", value_name = "L", help_heading = "Deployment")]
     pub data_parallel_size_local: Option<u16>,
 
-    /// Several nodes: where the sidecar of rank 0 listens for those of the other ranks.
+    /// With several nodes: address at which the sidecar of rank 0 listens for the others.
     #[arg(long, env = "SIDECAR_LEADER", value_name = "HOST:PORT", help_heading = "Nodes")]
     pub leader: Option<String>,
 
-    /// File with the secret that the nodes of the deployment share, at least 16 bytes. Proven, never sent.
+    /// File with the secret that all nodes of the deployment share, at least 16 bytes. Used for mutual
+    /// authentication; never sent over the network.
     #[arg(long, env = "SIDECAR_AUTH_TOKEN_FILE", value_name = "FILE", help_heading = "Nodes")]
     pub auth_token_file: Option<PathBuf>,
 
-    /// Take uploads and updates over HTTP here, on the node of rank 0; clients send the secret of
-    /// --auth-token-file as a bearer token. Without that file only a loopback address is allowed. [default: off]
+    /// Accept uploads and updates over HTTP at this address, on the node of rank 0. Clients send the secret of
+    /// --auth-token-file as a bearer token; without that file only a loopback address is allowed. [default: off]
     #[arg(long, env = "SIDECAR_HTTP", value_name = "HOST:PORT", help_heading = "Nodes")]
     pub http: Option<String>,
 
-    /// Address of this node that the other nodes reach. [default: that of its connection to the leader; on
+    /// Address at which other nodes reach this one. [default: that of its connection to the leader; on
     /// the leader's node the host of --leader]
     #[arg(long, env = "SIDECAR_PEER_ADDRESS", value_name = "IP", help_heading = "Nodes")]
     pub peer_address: Option<IpAddr>,
 
-    /// How long engines go on without a leader before their sidecar stops them and ends (exit code 7).
+    /// How long engines keep running without a leader before their sidecar stops them and exits (exit code 7).
     #[arg(
         long,
         env = "SIDECAR_LEADER_TIMEOUT",
@@ -162,7 +163,7 @@ pub struct RunArgs {
     )]
     pub leader_timeout: Duration,
 
-    /// Where engines that somebody else starts do their handshake (-dpa).
+    /// Handshake address for engines that are started separately (-dpa).
     #[arg(
         long,
         env = "SIDECAR_DATA_PARALLEL_ADDRESS",
@@ -172,7 +173,7 @@ pub struct RunArgs {
     )]
     pub data_parallel_address: String,
 
-    /// Port of that handshake (-dpp).
+    /// Port of that address (-dpp).
     #[arg(
         long,
         env = "SIDECAR_DATA_PARALLEL_RPC_PORT",
@@ -187,11 +188,11 @@ pub struct RunArgs {
     #[arg(long, env = "SIDECAR_MODEL_KIND", value_enum, default_value_t, help_heading = "Deployment")]
     pub model_kind: ModelKind,
 
-    /// Model whose configuration tells the kind, when the sidecar does not start the engines.
+    /// Model whose configuration gives the kind, when the sidecar does not start the engines.
     #[arg(long, env = "SIDECAR_MODEL", value_name = "PATH", help_heading = "Deployment")]
     pub model: Option<String>,
 
-    /// Attach to the frontend with this handshake address, as soon as it is there and again when it
+    /// Attach to the frontend with this handshake address as soon as it is reachable, and again whenever it
     /// comes back. Repeatable; at runtime: `sidecar frontend add`.
     #[arg(
         long,
@@ -249,7 +250,7 @@ pub struct RunArgs {
     #[arg(long, env = "SIDECAR_DEVICE_IDS", value_name = "IDS", help_heading = "Processes")]
     pub device_ids: Option<String>,
 
-    /// Limit for an engine's start.
+    /// Time limit for the start of an engine.
     #[arg(
         long,
         env = "SIDECAR_STARTUP_TIMEOUT",
@@ -260,7 +261,7 @@ pub struct RunArgs {
     )]
     pub startup_timeout: Duration,
 
-    /// How long running requests may take to end when everything is stopped.
+    /// How long running requests may take to finish when everything is stopped.
     #[arg(
         long,
         env = "SIDECAR_SHUTDOWN_TIMEOUT",
@@ -271,7 +272,7 @@ pub struct RunArgs {
     )]
     pub shutdown_timeout: Duration,
 
-    /// From the end of that time to SIGKILL.
+    /// Additional grace period before SIGKILL.
     #[arg(
         long,
         env = "SIDECAR_KILL_GRACE",
@@ -282,7 +283,7 @@ pub struct RunArgs {
     )]
     pub kill_grace: Duration,
 
-    /// How long vLLM goes on without a sidecar before it is stopped.
+    /// How long vLLM keeps running without a sidecar before it is stopped.
     #[arg(
         long,
         env = "SIDECAR_ORPHAN_GRACE",
@@ -293,12 +294,12 @@ pub struct RunArgs {
     )]
     pub orphan_grace: Duration,
 
-    /// On SIGTERM or SIGINT end without stopping anything else: engines, frontends and requests go on for
+    /// On SIGTERM or SIGINT exit without stopping anything else: engines, frontends and requests continue for
     /// --orphan-grace, and the next sidecar with this state directory takes them over.
     ///
-    /// New requests are held meanwhile, and requests that run may end before the sidecar does, within
-    /// --shutdown-timeout; those that take longer go on without it. `sidecar stop` and the end of the lifeline stop
-    /// everything all the same. The exit code is 0.
+    /// New requests are held meanwhile, and running requests may finish before the sidecar exits, within
+    /// --shutdown-timeout; those that take longer continue without it. `sidecar stop` and the end of the lifeline
+    /// stop everything all the same. The exit code is 0.
     #[arg(long, env = "SIDECAR_KEEP_ENGINES", help_heading = "Processes")]
     pub keep_engines: bool,
 
@@ -312,7 +313,7 @@ pub struct RunArgs {
     )]
     pub max_restarts: u32,
 
-    /// Stop when this pipe ends, as on SIGTERM (for ssh, Ray actors and other launchers).
+    /// Stop as on SIGTERM when this pipe is closed (for ssh, Ray actors and other launchers).
     #[arg(long, env = "SIDECAR_LIFELINE", value_enum, default_value_t, help_heading = "Processes")]
     pub lifeline: Lifeline,
 
@@ -338,11 +339,11 @@ pub struct RunArgs {
     )]
     pub load_timeout: Duration,
 
-    /// Take the shared memory for updates at the start: two segments as large as the model.
+    /// Allocate the shared memory for updates at the start: two segments as large as the model.
     ///
-    /// Memory is several times slower the first time it is written. Without this flag the first two updates take
-    /// it while they stage, and a node that never sees an update takes none. With it, too little memory is told
-    /// at the start. The model's files must be on this node.
+    /// Memory is several times slower the first time it is written. Without this flag the first two updates allocate
+    /// it while they stage, and a node that never sees an update allocates none. With it, a lack of memory is
+    /// reported at the start. The model's files must be on this node.
     #[arg(long, env = "SIDECAR_PREFAULT", help_heading = "Weights")]
     pub prefault: bool,
 
@@ -367,8 +368,7 @@ pub struct RunArgs {
     #[arg(long, help_heading = "Processes")]
     pub dry_run: bool,
 
-    /// The model and vLLM's flags, unchanged. Without them the sidecar waits for engines that
-    /// somebody else starts.
+    /// The model and vLLM's flags, unchanged. Without them the sidecar waits for engines that are started separately.
     #[arg(last = true, value_name = "MODEL [VLLM FLAGS]")]
     pub vllm: Vec<String>,
 }
@@ -377,12 +377,12 @@ const DRAIN: &str = "\
 Hold new requests and wait until none is running.
 
 From now on new requests are held in front of the engines: clients wait, and get an error when the hold is full or takes \
-too long. Requests that run go on to their end. The hold lasts until `sidecar resume`, or until a sidecar that was \
+too long. Running requests finish. The hold lasts until `sidecar resume`, or until a sidecar that was \
 started with --keep-engines has ended and its successor has taken over. While it lasts updates and pauses are \
 refused (exit code 13).
 
-The command ends with 0 when no request is running, with 5 when some still are after --limit; the hold stays in both \
-cases.";
+The command exits with 0 when no request is running, and with 5 when some are still running after --limit; the \
+hold stays in both cases.";
 
 /// `sidecar drain`.
 #[derive(Debug, Args)]
@@ -397,7 +397,7 @@ pub struct DrainArgs {
 /// Which running sidecar is meant.
 #[derive(Debug, Args)]
 pub struct Target {
-    /// Its first DP rank, by which the default state directory is named.
+    /// First DP rank of the sidecar's node; names the default state directory.
     #[arg(
         long,
         visible_alias = "data-parallel-start-rank",
@@ -406,7 +406,7 @@ pub struct Target {
         value_name = "R"
     )]
     pub dp_rank: u16,
-    /// Its state directory.
+    /// State directory of the sidecar.
     #[arg(long, env = "SIDECAR_STATE_DIR", value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
 }
@@ -421,7 +421,7 @@ pub struct UpdateArgs {
     /// on), `auto` (shared if all nodes see the same files there), or `upload:ID`, what a trainer has uploaded.
     #[arg(long, value_parser = parse_source, default_value = "auto", value_name = "WHERE")]
     pub source: UpdateSource,
-    /// Where the version that is replaced is kept, for the way back.
+    /// Where the version that is replaced is kept, for a rollback.
     #[arg(long, value_enum, default_value_t)]
     pub retain: Retain,
     /// Add or replace a LoRA adapter: a directory that the leader can read. May be given several times.
@@ -442,16 +442,16 @@ pub struct UpdateArgs {
     /// Refuse unless the engines hold this version now.
     #[arg(long, value_name = "V")]
     pub from_version: Option<String>,
-    /// Go on although there is no way back: neither memory nor a directory holds the current weights any more.
+    /// Update although a rollback is impossible: neither memory nor a directory holds the current weights any more.
     #[arg(long)]
     pub allow_no_rollback: bool,
     /// Name of the transaction, for logs and repeats.
     #[arg(long, value_name = "ID")]
     pub id: Option<String>,
-    /// End the update that runs, if it is not past its commit point.
+    /// Abort the running update, if it is not past its commit point.
     #[arg(long, conflicts_with_all = ["path", "follow", "history"])]
     pub abort: bool,
-    /// Follow the update that runs (of this id) to its end.
+    /// Follow the running update (of this id) to its end.
     #[arg(long, value_name = "ID", num_args = 0..=1, conflicts_with_all = ["path", "history"])]
     pub follow: Option<Option<String>>,
     /// List the last updates with the times of every engine.
@@ -507,9 +507,9 @@ pub struct FrontendArgs {
 /// What to do with frontends.
 #[derive(Debug, Subcommand)]
 pub enum FrontendAction {
-    /// Attach to one more frontend, now or when it comes.
+    /// Attach to one more frontend, now or when it is reachable.
     Add {
-        /// Its handshake address.
+        /// Handshake address of the frontend.
         #[arg(value_name = "HOST:PORT")]
         address: String,
         /// Which sidecar.
@@ -518,14 +518,14 @@ pub enum FrontendAction {
     },
     /// Detach from a frontend and forget it.
     Remove {
-        /// Its handshake address, as it was given.
+        /// Handshake address of the frontend, as it was given.
         #[arg(value_name = "HOST:PORT")]
         address: String,
         /// Which sidecar.
         #[command(flatten)]
         target: Target,
     },
-    /// All wanted frontends and their state.
+    /// All registered frontends and their state.
     List {
         /// As a JSON array.
         #[arg(long)]

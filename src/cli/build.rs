@@ -27,7 +27,7 @@ pub enum UsageError {
     /// A check failed.
     #[error("{0}")]
     Check(String),
-    /// The flags behind `--` make no sense.
+    /// The flags after `--` make no sense.
     #[error(transparent)]
     Flags(#[from] FlagError),
     /// The devices do not suffice.
@@ -78,7 +78,7 @@ pub fn build(args: &RunArgs, surroundings: &Surroundings) -> Result<Built, Usage
     let http = http(args, start_rank, nodes.as_ref(), surroundings, &mut notes)?;
     let address = resolve(&args.data_parallel_address)?;
     check(args.data_parallel_rpc_port != 0, || {
-        "--data-parallel-rpc-port: a port above 0 is expected, engines must know it".to_owned()
+        "--data-parallel-rpc-port: expected a port above 0, because engines connect to it".to_owned()
     })?;
     for frontend in &args.frontend {
         check_host_port(frontend)
@@ -180,7 +180,7 @@ pub fn visible_devices(args: &RunArgs, surroundings: &Surroundings) -> Option<Vi
 fn ranks(args: &RunArgs) -> Result<(u16, u16, u16), UsageError> {
     let Some(start) = args.dp_rank else {
         return Err(UsageError::Check(
-            "--dp-rank: the first DP rank of this node is expected (0 on the first node)".to_owned(),
+            "--dp-rank is required: the first DP rank of this node (0 on the first node)".to_owned(),
         ));
     };
     let size = args.data_parallel_size;
@@ -192,21 +192,19 @@ fn ranks(args: &RunArgs) -> Result<(u16, u16, u16), UsageError> {
         Some(local) => local,
         None if args.leader.is_some() => {
             return Err(UsageError::Check(
-                "--data-parallel-size-local: expected next to --leader (how many ranks are on this node?)"
+                "--data-parallel-size-local is required with --leader: the number of ranks on this node"
                     .to_owned(),
             ));
         }
         None if start == 0 => size,
         None => {
             return Err(UsageError::Check(format!(
-                "--data-parallel-size-local: expected next to --dp-rank {start} (vLLM itself would \
-                 silently start rank 0 and all others here)"
+                "--data-parallel-size-local is required with --dp-rank {start} (vLLM itself would \
+                 silently start rank 0 and all others on this node)"
             )));
         }
     };
-    check(local > 0, || {
-        "--data-parallel-size-local 0: at least 1 expected, this node has engines".to_owned()
-    })?;
+    check(local > 0, || "--data-parallel-size-local 0: expected at least 1".to_owned())?;
     check(u32::from(start) + u32::from(local) <= u32::from(size), || {
         format!(
             "--dp-rank {start} with --data-parallel-size-local {local} means ranks {start} to {}, \
@@ -235,18 +233,18 @@ fn nodes(
     let here = format!("ranks {start} to {} of {size} are on this node", start + local - 1);
     let Some(leader) = &args.leader else {
         return Err(UsageError::Check(format!(
-            "--leader: HOST:PORT of the sidecar of rank 0 is expected, because only {here}"
+            "--leader is required: HOST:PORT of the sidecar of rank 0, because only {here}"
         )));
     };
     check_host_port(leader).map_err(|error| UsageError::Check(format!("--leader {leader:?}: {error}")))?;
     let Some(file) = &args.auth_token_file else {
         return Err(UsageError::Check(format!(
-            "--auth-token-file: a file with the secret of the deployment is expected with --leader, because {here}"
+            "--auth-token-file is required with --leader: a file with the deployment's secret, because {here}"
         )));
     };
     if let Some(address) = args.peer_address {
         check(!address.is_unspecified() && !address.is_multicast(), || {
-            format!("--peer-address {address}: an address of this node is expected")
+            format!("--peer-address {address}: expected an address of this node")
         })?;
     }
     if start > 0 {
@@ -273,7 +271,7 @@ fn token(file: &Path, surroundings: &Surroundings, notes: &mut Vec<String>) -> R
         .map_err(|error| UsageError::Check(format!("--auth-token-file {}: {error}", file.display())))?;
     if loose {
         notes.push(format!(
-            "--auth-token-file {}: others than its owner may read it; chmod 600 is expected",
+            "--auth-token-file {}: other users can read it; run chmod 600 on it",
             file.display()
         ));
     }
@@ -291,9 +289,9 @@ fn http(
     let Some(text) = &args.http else { return Ok(None) };
     let fail = |reason: String| UsageError::Check(format!("--http {text:?}: {reason}"));
     if start > 0 {
-        return Err(fail("only the sidecar of rank 0 takes uploads".to_owned()));
+        return Err(fail("only the sidecar of rank 0 accepts uploads".to_owned()));
     }
-    let address = text.to_socket_addrs().map_err(|error| fail(format!("HOST:PORT is expected: {error}")))?;
+    let address = text.to_socket_addrs().map_err(|error| fail(format!("expected HOST:PORT: {error}")))?;
     let address = address.into_iter().next().ok_or_else(|| fail("the host has no address".to_owned()))?;
     let token = match (nodes, &args.auth_token_file) {
         (Some(nodes), _) => Some(nodes.token.clone()),
@@ -301,7 +299,7 @@ fn http(
         (None, None) => None,
     };
     if token.is_none() && !address.ip().is_loopback() {
-        return Err(fail("without --auth-token-file a loopback address is expected".to_owned()));
+        return Err(fail("without --auth-token-file only a loopback address is allowed".to_owned()));
     }
     Ok(Some(Http { address, token }))
 }
@@ -309,7 +307,7 @@ fn http(
 fn resolve(address: &str) -> Result<IpAddr, UsageError> {
     let failed = |detail: String| UsageError::Check(format!("--data-parallel-address {address:?}: {detail}"));
     if address.trim().is_empty() {
-        return Err(failed("an address is expected, it is empty".to_owned()));
+        return Err(failed("the address is empty".to_owned()));
     }
     let literal = address.trim_start_matches('[').trim_end_matches(']');
     let ip = match literal.parse::<IpAddr>() {
@@ -323,7 +321,7 @@ fn resolve(address: &str) -> Result<IpAddr, UsageError> {
             let v4 = found.iter().find(|found| found.is_ipv4());
             v4.or_else(|| found.first())
                 .map(SocketAddr::ip)
-                .ok_or_else(|| failed("it resolves to nothing".to_owned()))?
+                .ok_or_else(|| failed("it resolves to no address".to_owned()))?
         }
     };
     if ip.is_unspecified() {
@@ -332,7 +330,7 @@ fn resolve(address: &str) -> Result<IpAddr, UsageError> {
     Ok(ip)
 }
 
-/// Managed flags that the user repeated behind `--` must say the same.
+/// Managed flags that the user repeated after `--` must say the same.
 fn agree(
     flags: &VllmFlags,
     args: &RunArgs,
@@ -354,7 +352,7 @@ fn agree(
             _ => *value == ours,
         };
         check(same, || {
-            format!("{name}: {value} behind `--`, but {ours} for the sidecar; give it before `--`")
+            format!("{name}: {value} after `--`, but {ours} for the sidecar; give it before `--`")
         })?;
     }
     Ok(())
@@ -372,14 +370,14 @@ fn kind(
     }
     if let Some(flag) = flags.and_then(|flags| flags.model_overrides.as_ref()) {
         return Err(UsageError::Check(format!(
-            "--model-kind: dense or moe expected, because {flag} may change what the model's files \
+            "--model-kind: dense or moe is required, because {flag} may change what the model's files \
              say"
         )));
     }
     let Some((model, revision)) = model(args, flags, surroundings) else {
         return Err(UsageError::Check(
-            "--model-kind: dense or moe expected (or --model PATH), because no model is named \
-             behind `--`"
+            "--model-kind: dense or moe (or --model PATH) is required, because no model is named \
+             after `--`"
                 .to_owned(),
         ));
     };
@@ -417,12 +415,12 @@ fn prefault(
     match (directory, found) {
         (Some(directory), _) => Ok(Some(directory)),
         (None, Some((model, _))) => Err(UsageError::Check(format!(
-            "--prefault: the files of the model are expected on this node, because their size must be known; \
-             {model} is no directory, and not in the Hugging Face cache {}",
+            "--prefault: the size of the model's files must be known, but {model} is neither a directory on this \
+             node nor in the Hugging Face cache {}",
             cache.display()
         ))),
         (None, None) => Err(UsageError::Check(
-            "--prefault: a model is expected behind `--` (or --model PATH), because its size must be known"
+            "--prefault: name the model after `--` (or with --model PATH), because its size must be known"
                 .to_owned(),
         )),
     }
@@ -435,7 +433,7 @@ fn serve(
     notes: &mut Vec<String>,
 ) -> Result<Option<Serve>, UsageError> {
     let Some(flags) = flags else {
-        check(!args.serve, || "--serve: the model and vLLM's flags are expected behind `--`".to_owned())?;
+        check(!args.serve, || "--serve: give the model and vLLM's flags after `--`".to_owned())?;
         return Ok(None);
     };
     if !args.serve {
@@ -445,7 +443,7 @@ fn serve(
         unused.retain(|token| token.starts_with('-'));
         if !unused.is_empty() {
             notes.push(format!(
-                "without --serve nobody uses {}: these are flags of the frontend",
+                "without --serve {} have no effect: these are flags of the frontend",
                 unused.join(" ")
             ));
         }
@@ -458,7 +456,7 @@ fn serve(
     ) -> Result<Option<T>, UsageError> {
         match (ours, theirs) {
             (Some(ours), Some(theirs)) if ours != theirs => Err(UsageError::Check(format!(
-                "{name}: {} before `--`, but {} behind it",
+                "{name}: {} before `--`, but {} after it",
                 ours.to_string(),
                 theirs.to_string()
             ))),
@@ -481,7 +479,10 @@ fn serve(
         .variable("VLLM_USE_RUST_FRONTEND")
         .is_some_and(|value| !matches!(value.as_str(), "" | "0"));
     if rust && api_server_count > 1 {
-        notes.push("VLLM_USE_RUST_FRONTEND is set: one API server, whatever was asked".to_owned());
+        notes.push(
+            "VLLM_USE_RUST_FRONTEND is set: one API server is started, whatever --api-server-count says"
+                .to_owned(),
+        );
         api_server_count = 1;
     }
     Ok(Some(Serve { host, port, api_server_count: Some(api_server_count) }))

@@ -69,7 +69,7 @@ pub fn drain(args: &DrainArgs) -> u8 {
             }
             if tokio::time::Instant::now() >= until {
                 eprintln!(
-                    "error: drain: {running} requests still run after {:?}; new ones stay held",
+                    "error: drain: timed out after {:?}, {running} requests still running; new ones stay held",
                     args.limit
                 );
                 return Ok(exit_code::TIMEOUT);
@@ -109,7 +109,7 @@ pub fn frontend(args: &FrontendArgs) -> u8 {
             target,
             Command::FrontendAdd { address: address.clone() },
             ANSWER_LIMIT,
-            &format!("frontend {address} is wanted; see `sidecar frontend list`"),
+            &format!("will attach to frontend {address} when it is reachable; see `sidecar frontend list`"),
         ),
         FrontendAction::Remove { address, target } => done(
             target,

@@ -1,5 +1,5 @@
 //! Makes the command line digestible for clap: vLLM's multi-letter short forms, underscores in
-//! names, and `run` as the default subcommand. Nothing behind `--` is touched.
+//! names, and `run` as the default subcommand. Nothing after `--` is touched.
 
 use crate::supervisor::flags::flag_name;
 
@@ -20,7 +20,7 @@ const SUBCOMMANDS: &[&str] = &[
     "help",
 ];
 
-/// vLLM's flags that belong behind `--`.
+/// vLLM's flags that belong after `--`.
 const BEHIND_DASHES: &[&str] = &[
     "--tensor-parallel-size",
     "--pipeline-parallel-size",
@@ -60,7 +60,7 @@ pub fn normalize(args: Vec<String>) -> Result<Vec<String>, String> {
         }
         let (name, value) = flag_name(&arg);
         if BEHIND_DASHES.contains(&name.as_str()) {
-            return Err(format!("{arg}: this is a flag for vLLM; give it behind `--`, after the model"));
+            return Err(format!("{arg}: this is a vLLM flag; give it after `--` and the model"));
         }
         match value {
             Some(value) => normal.push(format!("{name}={value}")),
@@ -109,6 +109,6 @@ mod tests {
     #[test]
     fn a_vllm_flag_in_the_wrong_place_is_told_so() {
         let error = normalize(vec!["-tp".to_owned(), "2".to_owned()]).unwrap_err();
-        assert!(error.contains("behind `--`"), "{error}");
+        assert!(error.contains("after `--`"), "{error}");
     }
 }

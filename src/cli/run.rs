@@ -114,8 +114,7 @@ fn host(built: Built) -> RunEnd {
     if let Engines::Spawn(launch) = &built.config.engines
         && !launch.finds_bin()
     {
-        let text =
-            format!("{}: no such program; give --vllm-bin, or put vllm into PATH", launch.bin.display());
+        let text = format!("{}: no such program; give --vllm-bin, or add vllm to PATH", launch.bin.display());
         return RunEnd::new(exit_code::PREFLIGHT, text);
     }
     let state = match StateDir::open(&built.config.state_dir) {
@@ -169,7 +168,7 @@ fn check_port(config: &Config) -> Result<(), RunEnd> {
                 ErrorKind::AddrInUse => exit_code::IN_USE,
                 _ => exit_code::PREFLIGHT,
             };
-            let text = format!("--port {}: the frontend cannot have it: {error}", serve.port);
+            let text = format!("--port {}: not available to the frontend: {error}", serve.port);
             Err(RunEnd::new(code, text))
         }
     }
@@ -202,7 +201,7 @@ fn describe(built: &Built, origins: &[Origin]) -> String {
     let handshake = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     match &config.engines {
         Engines::Attach => {
-            text.push_str(&format!("engines: waits for them at {}:{}\n", config.address, config.rpc_port))
+            text.push_str(&format!("waits for engines at {}:{}\n", config.address, config.rpc_port))
         }
         Engines::Spawn(launch) => {
             for (local, rank) in config.local_ranks().enumerate() {

@@ -45,8 +45,8 @@ pub enum ModelError {
     },
     /// Its type says mixture of experts, its figures do not.
     #[error(
-        "model {model}: its model_type {model_type:?} sounds like a mixture of experts but its \
-         config.json names no number of experts; give --model-kind dense or --model-kind moe"
+        "model {model}: its model_type {model_type:?} suggests a mixture of experts, but its \
+         config.json gives no number of experts; give --model-kind dense or --model-kind moe"
     )]
     Doubtful {
         /// The model as given.
@@ -69,7 +69,7 @@ pub fn kind_of(model: &str, revision: Option<&str>, cache: &Path) -> Result<Grou
     let text = fs::read(&file).map_err(|error| unreadable(error.to_string()))?;
     let config: Value = serde_json::from_slice(&text).map_err(|error| unreadable(error.to_string()))?;
     if !config.is_object() {
-        return Err(unreadable("an object expected".to_owned()));
+        return Err(unreadable("expected an object".to_owned()));
     }
     if mistral {
         let has_experts = config.get("moe").is_some_and(|moe| !moe.is_null());

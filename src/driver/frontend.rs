@@ -27,7 +27,7 @@ const LOCAL_ANSWER: Duration = Duration::from_secs(10);
 /// State of the supervised frontend, for status.
 #[derive(Clone, Debug, Default)]
 pub struct SupervisedSnapshot {
-    /// Its handshake address.
+    /// Handshake address of the frontend.
     pub address: Option<SocketAddr>,
     /// Its process.
     pub pid: Option<u32>,
@@ -160,12 +160,12 @@ async fn running(
     let address = recorded.as_ref().and_then(|address| address.parse().ok());
     match (child, address) {
         (Some(child), Some(address)) if !child.stopping && child.incarnation > 0 => {
-            info!(pid = child.pid, %address, "the frontend of the sidecar before still runs");
+            info!(pid = child.pid, %address, "the previous sidecar's frontend is still running");
             let found = Found { address, incarnation: child.incarnation, pid: child.pid };
             return Ok(Some(found));
         }
         (Some(child), _) => {
-            warn!(pid = child.pid, "stopping a frontend that the sidecar before did not write down");
+            warn!(pid = child.pid, "stopping a frontend that the previous sidecar did not record");
             let grace = config.kill_grace;
             if let Err(error) = keeper.stop(CHILD, grace).await {
                 debug!(%error, "stop of the frontend");
@@ -178,7 +178,7 @@ async fn running(
                 }
             };
             if tokio::time::timeout(grace + LOCAL_ANSWER, gone).await.is_err() {
-                return Err(format!("the frontend of the sidecar before (pid {}) does not end", child.pid));
+                return Err(format!("the previous sidecar's frontend (pid {}) does not end", child.pid));
             }
         }
         (None, _) => {}
@@ -187,7 +187,7 @@ async fn running(
         let what = format!("end of the attachment to {address}");
         let remove = |reply| AttachmentCommand::Remove { address, reply };
         if let Err(error) = ask(&attachments.commands, "attachment", what, LOCAL_ANSWER, remove).await {
-            debug!(%error, "the frontend of the sidecar before");
+            debug!(%error, "the frontend of the previous sidecar");
         }
     }
     Ok(None)

@@ -174,7 +174,7 @@ impl Task {
             Listen::Shared => {
                 self.listeners.get(&Via::Shared).map(GuardedRouter::address).ok_or_else(|| {
                     HandleError::failed(format!(
-                        "rank {rank} is to say HELLO on the shared address, but none was given"
+                        "rank {rank} should say HELLO at the shared address, but none was given"
                     ))
                 })?
             }

@@ -44,7 +44,7 @@ async fn authorize(State(context): State<Context>, request: Request, next: Next)
         });
         // Keys are compared in constant time.
         if given.as_ref() != Some(token) {
-            let error = HttpError::new(StatusCode::UNAUTHORIZED, "a bearer token is expected");
+            let error = HttpError::new(StatusCode::UNAUTHORIZED, "a bearer token is required");
             return ([(header::WWW_AUTHENTICATE, "Bearer")], error).into_response();
         }
     }
@@ -54,7 +54,7 @@ async fn authorize(State(context): State<Context>, request: Request, next: Next)
 /// What a predecessor has taken of an upload is known before anybody is told of it.
 async fn opened(State(context): State<Context>, request: Request, next: Next) -> Response {
     if timeout(OPENING_LIMIT, context.uploads.opened()).await.is_err() {
-        let message = "the segments in shared memory are still being checked; come again";
+        let message = "the segments in shared memory are still being checked; try again later";
         return HttpError::new(StatusCode::SERVICE_UNAVAILABLE, message).into_response();
     }
     next.run(request).await

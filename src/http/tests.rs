@@ -217,7 +217,7 @@ async fn an_update_is_told_as_a_stream_of_events() {
     assert_eq!((status, &answer["error"]["message"]), (409, &json!("upload t1 is taken")));
     answering.await.unwrap();
     let neither = server.json(post, typed, b"{}").await.1;
-    assert_eq!(neither["error"]["message"], "either path or upload is expected");
+    assert_eq!(neither["error"]["message"], "expected either path or upload");
     server.end().await;
 }
 

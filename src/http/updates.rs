@@ -57,7 +57,7 @@ impl StartBody {
             (Some(path), None) if !matches!(self.source, UpdateSource::Upload(_)) => (path, self.source),
             (None, Some(upload)) => (String::new(), UpdateSource::Upload(upload)),
             (None, None) if !self.adapters.is_empty() => (String::new(), UpdateSource::Auto),
-            _ => return Err(bad("either path or upload is expected")),
+            _ => return Err(bad("expected either path or upload")),
         };
         Ok(UpdateRequest {
             path,

@@ -84,8 +84,7 @@ pub(super) async fn write(
     loop {
         let frame = timeout(BODY_IDLE, body.frame()).await;
         let frame = frame.map_err(|_| {
-            let message =
-                format!("nothing of the body came for {BODY_IDLE:?}, {at} bytes of {name} were read");
+            let message = format!("no data for {BODY_IDLE:?}, after {at} bytes of {name}");
             HttpError::new(StatusCode::REQUEST_TIMEOUT, message)
         })?;
         let Some(frame) = frame else { break };

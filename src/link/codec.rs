@@ -80,7 +80,7 @@ pub enum LinkError {
         got: &'static str,
     },
     /// The process at the other end is not the one that is wanted.
-    #[error("{peer}: it was started for {about}, wanted is {wanted}")]
+    #[error("{peer}: it was started for {about}, expected {wanted}")]
     Stranger {
         /// Whose connection.
         peer: String,

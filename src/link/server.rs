@@ -61,7 +61,7 @@ impl Services {
         match ask {
             NodeAsk::Rank(rank, ask) => {
                 let handle = self.rank(rank).map(|handle| &handle.commands);
-                offer(handle, Envelope { ask, limit, reply }, &format!("DP rank {rank} is not here"))
+                offer(handle, Envelope { ask, limit, reply }, &format!("DP rank {rank} is not on this node"))
             }
             NodeAsk::Edge(ask) => {
                 let absent = "coordinator sockets are not served here";

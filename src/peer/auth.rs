@@ -83,10 +83,10 @@ pub enum AuthError {
     #[error("it has the same role in the link as this sidecar")]
     Role,
     /// Its proof is wrong.
-    #[error("it does not know the secret: another --auth-token-file?")]
+    #[error("it does not know the secret; is its --auth-token-file another one?")]
     Token,
     /// The leader did not accept our proof.
-    #[error("it refused this node's proof of the secret: another --auth-token-file?")]
+    #[error("it refused this node's proof of the secret; is its --auth-token-file another one?")]
     Refused,
     /// Too slow.
     #[error("it did not identify itself within {LIMIT:?}")]

@@ -1,4 +1,4 @@
-//! The leader's listener: lets nodes in, compares them, tells when all ranks are there, and hands their
+//! The leader's listener: lets nodes in, compares them, tells when all ranks have joined, and hands their
 //! connections on, also those of nodes that come again later.
 
 use std::collections::BTreeMap;
@@ -83,7 +83,7 @@ pub enum GatherError {
     #[error("{}", .0.join("\n"))]
     Mismatch(Vec<String>),
     /// Ranks are missing.
-    #[error("no node with {missing} came to the leader at {address} within {limit:?}")]
+    #[error("no node with {missing} connected to the leader at {address} within {limit:?}")]
     Missing {
         /// Which.
         missing: String,
@@ -170,7 +170,7 @@ pub(super) async fn resolve(leader: &str) -> Result<SocketAddr, String> {
         Err(_) => return Err(format!("not resolved within {RESOLVE:?}")),
     };
     let v4 = found.iter().find(|address| address.is_ipv4());
-    v4.or_else(|| found.first()).copied().ok_or_else(|| "it resolves to nothing".to_owned())
+    v4.or_else(|| found.first()).copied().ok_or_else(|| "it resolves to no address".to_owned())
 }
 
 impl Leader {
@@ -224,7 +224,7 @@ impl Leader {
         self.shared.state.lock().own_address
     }
 
-    /// Waits until all ranks are there, and gives all other nodes, by first rank. To be called once, and
+    /// Waits until all ranks have joined, and gives all other nodes, by first rank. To be called once, and
     /// followed by [`Leader::welcome`].
     ///
     /// # Errors
@@ -249,7 +249,7 @@ impl Leader {
                 return Err(GatherError::Mismatch(reports));
             }
             if settled {
-                info!("all ranks are there");
+                info!("all ranks have joined");
                 return Ok(self.nodes());
             }
             if missing != told {
@@ -409,7 +409,7 @@ impl Shared {
             self.refused(peer, &reason);
             let word = Word::Refused { reason, retry };
             if let Err(error) = frame::write(&mut stream, &word, WRITE_LIMIT).await {
-                debug!(%peer, %error, "refusal not told");
+                debug!(%peer, %error, "refusal not delivered");
             }
             return linger(stream).await;
         }
@@ -427,7 +427,7 @@ impl Shared {
         if let Some(sender) = sender
             && sender.send(stream).await.is_err()
         {
-            debug!(node = %name, "nobody takes connections any more");
+            debug!(node = %name, "no task accepts connections any more");
         }
     }
 
@@ -519,7 +519,7 @@ impl Shared {
                 read = stream.read(&mut byte) => {
                     return Err(match read {
                         Ok(0) => "connection closed".to_owned(),
-                        Ok(_) => "it speaks before it is welcome".to_owned(),
+                        Ok(_) => "it sent a message before it was accepted".to_owned(),
                         Err(error) => error.to_string(),
                     });
                 }

@@ -61,7 +61,7 @@ pub enum StageError {
         error: io::Error,
     },
     /// The connection to a neighbour failed, or was used wrongly.
-    #[error("hop {from} -> {to}: {reason}")]
+    #[error("transfer {from} -> {to}: {reason}")]
     Hop {
         /// The sending node.
         from: String,
@@ -71,7 +71,7 @@ pub enum StageError {
         reason: String,
     },
     /// Nothing came over a hop for too long.
-    #[error("hop {from} -> {to}: no byte {what} for {limit:?}")]
+    #[error("transfer {from} -> {to}: no byte {what} for {limit:?}")]
     Silent {
         /// The sending node.
         from: String,
@@ -83,7 +83,7 @@ pub enum StageError {
         limit: Duration,
     },
     /// A chunk arrived damaged twice.
-    #[error("hop {from} -> {to}: {chunk} has digest {actual}, expected {expected}, twice")]
+    #[error("transfer {from} -> {to}: {chunk} has digest {actual}, expected {expected}, twice")]
     BadChunk {
         /// The sending node.
         from: String,
@@ -115,7 +115,7 @@ pub enum StageError {
         reason: String,
     },
     /// It was called off.
-    #[error("{node}: staging was called off")]
+    #[error("{node}: staging was cancelled")]
     Cancelled {
         /// Which node.
         node: String,

@@ -397,7 +397,7 @@ impl Task {
             }
         }
         match result {
-            _ if discarded => info!(update = %id, "staging was called off"),
+            _ if discarded => info!(update = %id, "staging was cancelled"),
             Ok(Whole { version, .. }) => {
                 info!(update = %id, ?progress, "weights are staged");
                 self.tell(StageEvent::Staged { id, checkpoint: version.checkpoint, progress }).await;

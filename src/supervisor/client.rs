@@ -69,7 +69,7 @@ pub enum KeeperError {
     /// It could not be started.
     #[error("keeper of {}: start: {detail}", state_dir.display())]
     Start {
-        /// Its state directory.
+        /// State directory of the sidecar.
         state_dir: PathBuf,
         /// What went wrong.
         detail: String,
@@ -324,7 +324,7 @@ impl ClientTask {
         if let Some(stream) = launch::connect(&options.state_dir).await {
             let mut link = Link::new(stream);
             let limit = (options.kill_grace + SHUTDOWN_MARGIN) * SHUTDOWN_STAGES;
-            tracing::info!("a keeper of an earlier sidecar is told to stop everything");
+            tracing::info!("telling the keeper of an earlier sidecar to stop everything");
             let own = link.exchange(Request::Own, INTRODUCTION_LIMIT).await;
             let ended = match own {
                 Ok(_) => {
@@ -339,7 +339,7 @@ impl ClientTask {
                     let end = async { while link.receive().await.is_ok() {} };
                     let _ = timeout(ANSWER_LIMIT, end).await;
                 }
-                Err(error) => tracing::warn!(error, "the old keeper does not obey"),
+                Err(error) => tracing::warn!(error, "the old keeper does not stop"),
             }
         }
         match launch::kill_unresponsive(&options.state_dir).await {

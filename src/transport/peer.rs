@@ -188,7 +188,7 @@ impl PeerSender {
                 count += 1;
             }
             let mut written = match self.stream.try_write_vectored(&slices[..count]) {
-                Ok(0) => return Err(self.disconnected("it takes no more bytes".to_owned())),
+                Ok(0) => return Err(self.disconnected("it closed its receiving side".to_owned())),
                 Ok(written) => written,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
                 Err(error) => return Err(self.disconnected(error.to_string())),

@@ -286,7 +286,7 @@ impl Sidecar {
         Pid::from_raw(i32::try_from(self.child.id()).unwrap())
     }
 
-    /// Its state directory.
+    /// State directory of the sidecar.
     pub(crate) fn state_dir(&self) -> &Path {
         &self.state
     }

@@ -75,7 +75,7 @@ fn two_nodes_serve(moe: bool, follower_first: bool) {
         let leader = leader();
         let status = leader.await_status("ranks are missed", |status| status["missing"] == "ranks 2 to 3");
         assert_eq!(status["sidecar"]["state"], "waiting for nodes");
-        assert!(leader.processes().is_empty(), "nothing is started before all ranks are there");
+        assert!(leader.processes().is_empty(), "nothing is started before all ranks have joined");
         (leader, follower())
     };
     assert_eq!(frontend.startup(SOON).unwrap().len(), 4);
@@ -89,7 +89,7 @@ fn two_nodes_serve(moe: bool, follower_first: bool) {
     all_ranks_serve(&mut frontend, "r", &pair.model);
     let said = follower.command(&["pause"]);
     assert!(
-        said.code != 0 && said.text().contains(&format!("ask the leader at {}", pair.leader)),
+        said.code != 0 && said.text().contains(&format!("use the leader's, at {}", pair.leader)),
         "{said:?}"
     );
     // The leader's end is everybody's.
@@ -213,7 +213,7 @@ fn an_update_reaches_the_ranks_of_all_nodes() {
     assert_eq!(weight_versions(&leader.status().unwrap()), ["v2"; 4]);
     all_ranks_serve(&mut frontend, "r", &next);
     let refused = follower.command(&["update", "--path", &path]);
-    assert!(refused.text().contains("ask the leader"), "{refused:?}");
+    assert!(refused.text().contains("use the leader's"), "{refused:?}");
     leader.stop();
     follower.await_end();
     leader.await_nothing_left();

@@ -178,7 +178,7 @@ fn a_frontend_added_at_runtime_is_wanted_after_a_crash_and_not_after_a_stop() {
     assert_eq!(frontend_state(&status, &waiting).as_deref(), Some("waiting"));
     assert_eq!(complete_all(&mut added, "r", 2, 3).len(), 2);
     let again = sidecar.command(&["frontend", "add", &address]);
-    assert!(again.text().contains("wanted already"), "{}", again.text());
+    assert!(again.text().contains("registered already"), "{}", again.text());
     sidecar.stop();
     let told = added.server().until("the end", SOON, |_| false);
     assert!(matches!(told, Err(FrontendError::EngineDead { .. })), "{told:?}");

@@ -102,5 +102,5 @@ fn http_beyond_loopback_needs_the_token() {
     let mut sidecar = Setup::spawning(1, &old).args(&["--http", "0.0.0.0:0"]).start();
     assert_eq!(sidecar.await_end().code(), Some(2));
     let said = sidecar.log();
-    assert!(said.contains("without --auth-token-file a loopback address is expected"), "{said}");
+    assert!(said.contains("without --auth-token-file only a loopback address is allowed"), "{said}");
 }

@@ -196,7 +196,7 @@ impl Task {
         let same = attached.size == size && attached.lockstep == (kind == GroupKind::Lockstep);
         tracing::info!(
             frontend.addr = %self.address, id = attached.id.0, complete = attached.complete, same,
-            "frontend of the sidecar before"
+            "frontend of the previous sidecar"
         );
         // Numbered by the machine: its first.
         self.begin(1, attached.id).routed = true;
@@ -383,7 +383,7 @@ impl Task {
         });
         match ready {
             Some(payload) => self.say(rank, payload),
-            None => tracing::error!(%rank, "facts of a known engine have gone"),
+            None => tracing::error!(%rank, "facts of a registered engine are missing"),
         }
     }
 

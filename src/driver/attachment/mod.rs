@@ -214,7 +214,7 @@ impl Manager {
             };
             self.start(&address, record.attached, Some(record.origin));
             if !wanted {
-                tracing::info!(frontend.addr = %address, "frontend of the sidecar before is not wanted any more");
+                tracing::info!(frontend.addr = %address, "frontend of the previous sidecar is no longer registered");
                 let (reply, _) = oneshot::channel();
                 self.remove(&address, reply);
             }
@@ -228,14 +228,16 @@ impl Manager {
             let before =
                 entry.recorded.filter(|before| (*before, origin) != (Origin::Command, Origin::Command));
             if before.is_none() {
-                return Err(HandleError::failed(format!("frontend {address} is wanted already")));
+                return Err(HandleError::failed(format!("frontend {address} is registered already")));
             }
             entry.recorded = None;
             self.shared.records.lock().want(&address, origin);
             return Ok(());
         }
         if self.wanted.len() == FRONTENDS {
-            return Err(HandleError::failed(format!("{FRONTENDS} frontends are wanted already")));
+            return Err(HandleError::failed(format!(
+                "{FRONTENDS} frontends are registered already, the maximum"
+            )));
         }
         self.shared.records.lock().want(&address, origin);
         self.start(&address, None, None);
@@ -267,7 +269,7 @@ impl Manager {
         let Some(entry) = self.wanted.remove(address) else {
             let known: Vec<&str> = self.wanted.keys().map(String::as_str).collect();
             let _ = reply.send(Err(HandleError::failed(format!(
-                "frontend {address} is not wanted; wanted are: {}",
+                "frontend {address} is not registered; registered frontends: {}",
                 if known.is_empty() { "none".to_owned() } else { known.join(", ") }
             ))));
             return;
@@ -299,7 +301,7 @@ impl Manager {
             .filter(|frontend| *frontend < self.first_id && !self.adopted.contains(frontend))
             .collect();
         for frontend in strangers {
-            tracing::warn!(%rank, %frontend, "closing routes of an attachment that nobody knows");
+            tracing::warn!(%rank, %frontend, "closing routes of an unknown attachment");
             let shared = self.shared.clone();
             self.tasks.spawn(async move { frontend::close_routes_of(&shared, rank, frontend).await });
         }

@@ -109,7 +109,7 @@ impl Records {
         let content = path.as_deref().and_then(|path| match read(path) {
             Ok(content) => content,
             Err(error) => {
-                tracing::error!(path = %path.display(), %error, "the frontends of the sidecar before are not known");
+                tracing::error!(path = %path.display(), %error, "the previous sidecar's frontends are unknown");
                 None
             }
         });
@@ -184,7 +184,7 @@ impl Records {
     }
 }
 
-/// The supervised frontend of the sidecar before, if it was wanted until its end.
+/// The supervised frontend of the previous sidecar, if it was wanted until its end.
 pub(crate) fn supervised(state_dir: &Path) -> Option<String> {
     let content = read(&state_dir.join(FILE)).ok().flatten()?;
     let mut all = content.frontends.into_iter();

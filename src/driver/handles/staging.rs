@@ -25,7 +25,7 @@ pub enum StageSource {
 /// The one file with tensors of a LoRA adapter, in its directory.
 pub const ADAPTER_FILE: &str = "adapter_model.safetensors";
 
-/// Where the version that is replaced is kept, for the way back.
+/// Where the version that is replaced is kept, for a rollback.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum,
 )]

@@ -39,7 +39,7 @@ impl Node {
             NodeEvent::Handshake(event) => self.handshake_event(event),
             NodeEvent::Process(event) => self.process_event(node, event),
             NodeEvent::Connected(state) => {
-                info!(%node, "node is there again");
+                info!(%node, "node joined again");
                 let ranks = self.peers.nodes.get(&node).map(|n| n.ranks.clone()).unwrap_or_default();
                 if !self.away.remove(&node) {
                     // Away too briefly to be noticed, but what was told meanwhile is lost all the same.
@@ -48,7 +48,7 @@ impl Node {
                 self.node_back(&state).await;
             }
             NodeEvent::Disconnected { reason } => {
-                warn!(%node, %reason, "node is away; its engines go on without us");
+                warn!(%node, %reason, "node left; its engines keep running");
                 let ranks = self.peers.nodes.get(&node).map(|n| n.ranks.clone()).unwrap_or_default();
                 self.away.insert(node);
                 self.event(Event::NodeAway { ranks });

@@ -77,7 +77,7 @@ impl Node {
                 return failed("its handshake address is not known");
             };
             let Some(processes) = processes else {
-                return failed("nobody starts processes on its node");
+                return failed("no process can be started on its node");
             };
             let spawn = Spawn { rank, incarnation, handshake };
             match processes.ask_within(ANSWER + ANSWER, spawn).await {
@@ -101,7 +101,7 @@ impl Node {
         let Some(processes) = node.processes.clone() else {
             return;
         };
-        debug!(rank = rank.0, incarnation = incarnation.0, "engine is told to stop");
+        debug!(rank = rank.0, incarnation = incarnation.0, "stopping the engine");
         self.work.spawn(async move {
             stop_child(&processes, rank).await;
             Outcome::Done

@@ -375,7 +375,7 @@ impl RankTask {
             if let Some(reason) = lost {
                 self.route_lost(slot, reason);
             } else if queued > limit {
-                let reason = format!("it does not read: {queued} bytes wait, the limit is {limit}");
+                let reason = format!("it does not read: {queued} bytes queued, limit {limit}");
                 self.route_lost(slot, reason);
             }
         }

@@ -78,11 +78,11 @@ impl Task {
                 });
             }
             Action::TakeOver { ticket, engines, inherit } => {
-                info!(ranks = engines.len(), "engines live on with the committed weights");
+                info!(ranks = engines.len(), "engines keep running with the committed weights");
                 self.spawn_plain(action, async move {
                     // The sidecar before may have ended in a drain, or just before a pause.
                     if let Err(error) = tools.open_gates(engines.keys(), false).await {
-                        warn!("gates of engines that live on: {error}");
+                        warn!("gates of engines that keep running: {error}");
                     }
                     if let Some(Pause { by, asleep }) = inherit
                         && let Ok(guard) = tools.control.acquire("recovery after a restart", PATIENCE).await
@@ -501,7 +501,7 @@ impl Areas {
             let kept = self.stages.all().into_iter().map(async |node| {
                 if let Err(error) = self.stages.keep_adapters(node, digests.clone()).await {
                     // They are in nobody's way; the next update of adapters removes them.
-                    warn!("adapters that nobody uses stay: {error}");
+                    warn!("unused adapters are not removed: {error}");
                 }
             });
             let _: Vec<()> = join_all(kept).await;

@@ -273,7 +273,7 @@ impl Tools {
                 error!(rank = rank.0, %error, "fenced engine");
             }
             if self.fences.send(request).await.is_err() {
-                error!(rank = rank.0, "nobody starts the fenced engine again");
+                error!(rank = rank.0, "no task restarts the fenced engine");
             }
         };
         if tokio::time::timeout(TELL_LIMIT, tell).await.is_err() {

@@ -6,7 +6,7 @@ use super::*;
 /// At most so often the progress of a node is told.
 const SHOW: Duration = Duration::from_millis(250);
 /// The work behind a missing way back ends with this.
-const NO_WAY_BACK: &str = "--allow-no-rollback goes on nevertheless";
+const NO_WAY_BACK: &str = "--allow-no-rollback updates all the same";
 
 /// What is to be staged.
 pub(super) struct NodesJob {
@@ -233,10 +233,12 @@ impl NodesJob {
         match self.way_back(leader, node, state).await {
             Ok(previous) => Ok(Some(previous)),
             Err(reason) if self.request.allow_no_rollback => {
-                warn!(%reason, "no way back from this update");
+                warn!(%reason, "this update cannot be rolled back");
                 Ok(None)
             }
-            Err(reason) => Err(format!("a load that fails could not be taken back: {reason}; {NO_WAY_BACK}")),
+            Err(reason) => {
+                Err(format!("a load that fails could not be rolled back: {reason}; {NO_WAY_BACK}"))
+            }
         }
     }
 

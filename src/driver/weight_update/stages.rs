@@ -195,7 +195,7 @@ impl Stages {
                 }
                 idle = if state.running.is_some() { 0 } else { idle + 1 };
                 if idle == IDLE_LOOKS {
-                    return Err(format!("{name} was started again and has forgotten update {id}"));
+                    return Err(format!("{name} was restarted and has lost update {id}"));
                 }
             }
         };
@@ -259,7 +259,7 @@ impl Stages {
             }
             self.discard(node, commit.weights_id()).await.ok();
         }
-        Err(format!("{}: the committed weights cannot be had: {why}", self.name(node)))
+        Err(format!("{}: the committed weights are not available: {why}", self.name(node)))
     }
 
     async fn pass_on(

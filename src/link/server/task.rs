@@ -159,7 +159,7 @@ impl Task {
     fn connected(&mut self, stream: LinkStream) {
         tracing::debug!(peer = stream.peer(), "connection for the link");
         if let Some(old) = self.connection.take() {
-            tracing::info!(peer = old.wire.peer(), "its connection is replaced by a newer one");
+            tracing::info!(peer = old.wire.peer(), "its connection was replaced by a newer one");
             self.alone_since = Instant::now();
         }
         let wire = Wire::new(stream);
@@ -168,7 +168,7 @@ impl Task {
 
     fn disconnected(&mut self, error: &LinkError) {
         if self.connection.take().is_some() {
-            tracing::info!(%error, "nobody is connected to the link any more");
+            tracing::info!(%error, "no connection to the link is left");
             self.alone_since = Instant::now();
         }
     }
@@ -339,7 +339,7 @@ impl Task {
 
     fn refuse(&mut self, call: HeldCall) {
         let HeldCall { rank, ticket, method, .. } = call;
-        let text = format!("{method}: the sidecar that decides about it is not there; try again");
+        let text = format!("{method}: the sidecar that decides it is not connected; try again");
         tracing::info!(%rank, ticket, "{text}");
         self.tell(rank, Release { ticket, verdict: Verdict::Refuse(text) }.into());
     }

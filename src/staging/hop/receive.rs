@@ -38,7 +38,7 @@ pub(in super::super) fn plan(line: &mut Line, ended: &dyn Fn() -> bool) -> Resul
         Incoming::Control(Down::Plan { version, id, node, chunk, files }) => {
             if version != HOP_VERSION {
                 return Err(LineError::Garbage(format!(
-                    "version {version} of the hop, expected {HOP_VERSION}"
+                    "version {version} of the transfer protocol, expected {HOP_VERSION}"
                 )));
             }
             let files: Vec<FileSize> = files;
@@ -204,7 +204,7 @@ impl ReceiverSide<'_> {
             return Err(garbage(format!("{} came before its digest", layout.describe(chunk))));
         };
         let Some(mut claim) = self.fill.mapping().claim(chunk) else {
-            return Err(garbage(format!("{} came, which was not wanted", layout.describe(chunk))));
+            return Err(garbage(format!("{} came, which was not asked for", layout.describe(chunk))));
         };
         let (back, fill) = (self.back, self.fill);
         let mut tick = || {

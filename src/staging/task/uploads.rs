@@ -30,7 +30,7 @@ impl Task {
         if uploading.spare.is_none() || !idle {
             return Err(self.refused(format!("upload {:?} has the spare segment", uploading.id)));
         }
-        warn!(upload = uploading.id, "an abandoned upload is given up");
+        warn!(upload = uploading.id, "giving up an abandoned upload");
         self.drop_upload().await
     }
 

@@ -91,7 +91,7 @@ async fn a_flipped_byte_is_found_and_the_chunk_sent_again() {
                 again += progress.received - progress.total;
             }
             // The head of a frame was hit.
-            Err(error) => assert!(error.starts_with("hop node 0 -> node 1"), "{error}"),
+            Err(error) => assert!(error.starts_with("transfer node 0 -> node 1"), "{error}"),
         }
         chain.end().await;
     }

@@ -33,7 +33,7 @@ impl ClientTask {
         let mut link = Link::new(launch::connect(&options.state_dir).await?);
         if remembered(&options.state_dir).as_deref() != Some(options.configuration.as_str()) {
             tracing::warn!(
-                "the options of the deployment have changed: what the sidecar before has left is stopped"
+                "the options of the deployment have changed: stopping what the previous sidecar left running"
             );
             return None;
         }
@@ -73,7 +73,7 @@ impl ClientTask {
     async fn stop_unwanted(&mut self, link: &mut Link, mut names: BTreeSet<String>) -> Result<(), String> {
         let grace = self.options.kill_grace;
         for name in &names {
-            tracing::info!(name, "not wanted any more: stopped");
+            tracing::info!(name, "no longer needed: stopped");
             let request = Request::Stop { name: name.clone(), grace_ms: millis(grace) };
             link.send(&ToKeeper { seq: 0, request }).await?;
         }

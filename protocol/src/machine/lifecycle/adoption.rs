@@ -120,7 +120,7 @@ impl Lifecycle {
         }
     }
 
-    /// A node is there again, and this is what it has.
+    /// A node joined again, and this is what it has.
     pub(super) fn node_back(&mut self, now: Time, found: &BTreeMap<EngineIndex, Found>) {
         self.remember(found.values());
         for (&rank, report) in found {

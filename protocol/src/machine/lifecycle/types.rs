@@ -144,7 +144,7 @@ pub enum Event {
         /// The ranks of the node.
         ranks: Vec<EngineIndex>,
     },
-    /// A node is there again.
+    /// A node joined again.
     NodeBack {
         /// What it reports about each of its ranks.
         found: BTreeMap<EngineIndex, Found>,
