@@ -16,8 +16,8 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::task::TaskTracker;
 
 use super::handles::{
-    EdgeAsk, EdgeClose, EdgeHandle, EdgeNote, EdgePrepare, EdgePublish, Envelope, HandleError, NodeEvent,
-    queue,
+    EdgeAsk, EdgeClose, EdgeHandle, EdgeNote, EdgePrepare, EdgePublish, EdgeVersion, Envelope, HandleError,
+    NodeEvent, queue,
 };
 use crate::tasks;
 use crate::transport::{Encoded, PrivateDir};
@@ -98,6 +98,9 @@ impl Task {
                         self.close(rank);
                     }
                     reply.send::<EdgeClose>(Ok(()));
+                }
+                EdgeAsk::EdgeVersion(EdgeVersion {}) => {
+                    reply.send::<EdgeVersion>(Ok(env!("CARGO_PKG_VERSION").to_owned()));
                 }
             }
         }

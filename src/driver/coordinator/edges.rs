@@ -165,6 +165,7 @@ mod tests {
                 EdgeAsk::EdgeNote(EdgeNote { wave, running }) => format!("note {wave} {running}"),
                 EdgeAsk::EdgeClose(EdgeClose { rank, .. }) => format!("close {rank}"),
                 EdgeAsk::EdgePrepare(EdgePrepare { rank, .. }) => format!("prepare {rank}"),
+                EdgeAsk::EdgeVersion(_) => "version".to_owned(),
             });
         }
         all

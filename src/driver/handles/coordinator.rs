@@ -150,6 +150,8 @@ asks! {
         EdgePublish -> (), "publication", Life, |_| Duration::from_secs(10);
         EdgeNote -> (), "note of the wave", Latest;
         EdgeClose -> (), "closing of coordinator sockets", End;
+        // Of use only while whoever asked still waits.
+        EdgeVersion -> String, "version of the relay process", Once, |_| Duration::from_secs(5);
     }
 }
 
@@ -189,6 +191,11 @@ pub struct EdgeClose {
     /// Which incarnation.
     pub incarnation: Incarnation,
 }
+
+/// Which release of the sidecar the process with these sockets runs: the relay process, which may be older than the
+/// sidecar that took it over.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct EdgeVersion {}
 
 /// What the edge task reports.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]

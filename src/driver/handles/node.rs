@@ -229,7 +229,7 @@ impl NodeState {
                 let known = self.rank(ask.rank);
                 known.stopping = known.process.is_some();
             }
-            NodeAsk::Edge(EdgeAsk::EdgePublish(_))
+            NodeAsk::Edge(EdgeAsk::EdgePublish(_) | EdgeAsk::EdgeVersion(_))
             | NodeAsk::Process(ProcessAsk::Spawn(_))
             | NodeAsk::Stage(_)
             | NodeAsk::Link(_) => {}
