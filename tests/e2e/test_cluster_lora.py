@@ -85,12 +85,15 @@ def adapters(ingredients, tmp_path_factory):
             flags=["--pause-deadline", "20"],
             vllm_flags=[*MODEL_FLAGS, *FLAGS, *IN_PROCESS_WORKER],
         )
+        for index in reversed(RANKS):
+            deployment.start_sidecar(index)
+        # It starts while the engines do. Its command line names the adapter, which must be there
+        # when it is attached.
         flags = [*MODEL_FLAGS, *FLAGS, "--lora-modules", f"{NAME}=dp-sidecar:{NAME}"]
-        deployment.start()
-        adapters = Adapters(deployment, ingredients["models"])
-        # Its command line names the adapter, which must be there when it starts.
-        adapters.update("--lora", f"{NAME}={adapters.on_leader('lora-1')}")
         frontend = deployment.start_frontend("python", flags=flags)
+        deployment.wait_serving()
+        adapters = Adapters(deployment, ingredients["models"])
+        adapters.update("--lora", f"{NAME}={adapters.on_leader('lora-1')}")
         deployment.leader.ok("frontend", "add", frontend.handshake)
         deployment.leader.wait_attached(frontend)
         frontend.wait_ready()

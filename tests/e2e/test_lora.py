@@ -85,6 +85,13 @@ def test_adapters_reach_every_rank_and_every_frontend_by_name(
             [f"--frontend={alpha.handshake}"],
             [models.path(0), *flags, *IN_PROCESS_WORKER],
         )
+        # Two frontends without the shim, which know the names from their command lines alone. They
+        # start while the engines do, and are attached later.
+        plain = world.env(VLLM_PLUGINS="")
+        modules = ["--lora-modules", "other=dp-sidecar:other", "style=dp-sidecar:style"]
+        beta = world.frontend("beta", models.path(0), env=plain, flags=[*flags, *modules])
+        modules = ["--lora-modules", "style=dp-sidecar:style"]
+        late = world.frontend("gamma", models.path(0), env=plain, flags=[*flags, *modules])
         sidecar.wait_serving()
         sidecar.wait_attached(alpha)
         alpha.wait_ready()
@@ -96,12 +103,8 @@ def test_adapters_reach_every_rank_and_every_frontend_by_name(
         check(alpha, adapters, "style", "lora-1")
         check(alpha, adapters, "", "")
 
-        # A frontend without the shim, which knows the name from its command line alone, and
-        # under another number.
-        plain = world.env(VLLM_PLUGINS="")
+        # Under another number.
         told(alpha, "add", world.models / "lora-2", name="other", update_id="o", id=(1 << 30) + 1)
-        modules = ["--lora-modules", "other=dp-sidecar:other", "style=dp-sidecar:style"]
-        beta = world.frontend("beta", models.path(0), env=plain, flags=[*flags, *modules])
         sidecar.ok("frontend", "add", beta.handshake)
         sidecar.wait_attached(beta)
         beta.wait_ready()
@@ -135,8 +138,7 @@ def test_adapters_reach_every_rank_and_every_frontend_by_name(
         # The frontends are not told, and the engines live on.
         for frontend in (alpha, beta):
             check(frontend, adapters, "style", "lora-1")
-        gamma = [*flags, "--lora-modules", "style=dp-sidecar:style"]
-        late = world.frontend("gamma", models.path(0), env=plain, flags=gamma)
+        assert late.child.poll() is None, late.tail()
         sidecar.ok("frontend", "add", late.handshake)
         assert late.child.wait(STEP_LIMIT * 3) != 0, "it started with a removed adapter"
         check(alpha, adapters, "", "")
