@@ -22,6 +22,8 @@ pub mod fuzz;
 #[cfg(not(feature = "test-support"))]
 mod admin;
 #[cfg(not(feature = "test-support"))]
+mod api;
+#[cfg(not(feature = "test-support"))]
 mod app;
 #[cfg(not(feature = "test-support"))]
 mod config;
@@ -62,6 +64,8 @@ mod transport;
 
 #[cfg(feature = "test-support")]
 pub mod admin;
+#[cfg(feature = "test-support")]
+pub mod api;
 #[cfg(feature = "test-support")]
 pub mod app;
 #[cfg(feature = "test-support")]

@@ -5,11 +5,11 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use bytes::Bytes;
+use dp_sidecar::api::CoordinatorSnapshot;
 use dp_sidecar::driver::coordinator::{CoordinatorConfig, EVENTS, spawn};
 use dp_sidecar::driver::edge::{self, EdgeState};
 use dp_sidecar::driver::handles::{
-    CoordinatorCommand, CoordinatorHandle, CoordinatorSnapshot, EdgePrepare, ForFrontendCoordinator,
-    GroupKind, ask,
+    CoordinatorCommand, CoordinatorHandle, EdgePrepare, ForFrontendCoordinator, GroupKind, ask,
 };
 use dp_sidecar::transport::PrivateDir;
 use dp_sidecar_protocol::layout::{Layout, VllmVersion};

@@ -6,7 +6,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use dp_sidecar::admin::client::AdminClient;
-use dp_sidecar::admin::types::{Command as AdminCommand, Response, Status};
+use dp_sidecar::api::{Command as AdminCommand, Response, Status};
 use dp_sidecar::supervisor::procfs::{Process, Selector};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;

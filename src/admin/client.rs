@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use tokio_util::codec::{FramedRead, LinesCodec};
 
 use super::server::HEARTBEAT;
-use super::types::{AdminError, Command, Request, Response, UpdateProgress, UpdateReport};
+use crate::api::{AdminError, Command, Request, Response, UpdateProgress, UpdateReport};
 use crate::state_dir::StateDir;
 
 /// Longest answer line in bytes: the status of a large deployment.

@@ -2,7 +2,6 @@
 //! the client behind the subcommands.
 
 pub mod client;
-pub mod server;
-pub mod types;
+mod server;
 
-pub use server::{AdminCommand, AdminServer};
+pub use server::AdminServer;

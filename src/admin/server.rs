@@ -6,19 +6,17 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use dp_sidecar_protocol::machine::weight_update::PauseMode;
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Semaphore, mpsc, oneshot};
-use tokio::time::{Instant, interval_at, timeout};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::{Instant, interval_at, sleep_until, timeout, timeout_at};
 use tokio_util::codec::{FramedRead, LinesCodec};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::types::{
-    ADMIN_PROTOCOL, AdminError, Command, ErrorKind, FrontendStatus, Request, Response, Status,
-    UpdateProgress, UpdateReport, UpdateRequest, VersionReport,
+use crate::api::{
+    ADMIN_PROTOCOL, AdminCommand, AdminError, Command, ErrorKind, Request, Response, UpdateProgress,
 };
 use crate::state_dir::StateDir;
 use crate::tasks::{Task, named};
@@ -42,128 +40,7 @@ const PAUSE_LIMIT: Duration = Duration::from_secs(3600);
 const UPDATE_LIMIT: Duration = Duration::from_secs(24 * 3600);
 /// The last progress is repeated when nothing happened for this long, so that a client can tell a
 /// long phase from a dead sidecar.
-pub const HEARTBEAT: Duration = Duration::from_secs(5);
-/// Progress waiting for a client.
-const PROGRESS: usize = 64;
-
-/// Answer to an admin command.
-pub type AdminReply<T> = oneshot::Sender<Result<T, AdminError>>;
-
-/// A request of a client, for the task that answers it (`app.rs`). A dropped reply is answered as
-/// "the sidecar is stopping".
-#[derive(Debug)]
-pub enum AdminCommand {
-    /// See [`super::types::Command::Status`].
-    Status {
-        /// The answer.
-        reply: AdminReply<Box<Status>>,
-    },
-    /// See [`super::types::Command::Pause`].
-    Pause {
-        /// How.
-        mode: PauseMode,
-        /// With `wait`: abort what still runs after this long.
-        deadline: Option<std::time::Duration>,
-        /// Paused.
-        reply: AdminReply<()>,
-    },
-    /// See [`super::types::Command::Resume`].
-    Resume {
-        /// Resumed.
-        reply: AdminReply<()>,
-    },
-    /// See [`super::types::Command::Version`].
-    Version {
-        /// The answer.
-        reply: AdminReply<VersionReport>,
-    },
-    /// See [`super::types::Command::FrontendAdd`].
-    FrontendAdd {
-        /// `host:port`, checked.
-        address: String,
-        /// Done.
-        reply: AdminReply<()>,
-    },
-    /// See [`super::types::Command::FrontendRemove`].
-    FrontendRemove {
-        /// `host:port`.
-        address: String,
-        /// Done.
-        reply: AdminReply<()>,
-    },
-    /// See [`super::types::Command::FrontendList`].
-    FrontendList {
-        /// The answer.
-        reply: AdminReply<Vec<FrontendStatus>>,
-    },
-    /// See [`super::types::Command::Update`]. The update goes on when the client goes away: both
-    /// channels are closed then.
-    Update {
-        /// What to do.
-        request: UpdateRequest,
-        /// Progress. Use `try_send`: when the client does not read, progress is dropped.
-        progress: mpsc::Sender<UpdateProgress>,
-        /// Final word.
-        reply: AdminReply<UpdateReport>,
-    },
-    /// See [`super::types::Command::UpdateFollow`].
-    UpdateFollow {
-        /// Which.
-        id: Option<String>,
-        /// Progress, as of [`Self::Update`].
-        progress: mpsc::Sender<UpdateProgress>,
-        /// Final word.
-        reply: AdminReply<UpdateReport>,
-    },
-    /// See [`super::types::Command::UpdateAbort`].
-    UpdateAbort {
-        /// Told; what comes of it is in the update's report.
-        reply: AdminReply<()>,
-    },
-    /// See [`super::types::Command::UpdateHistory`].
-    UpdateHistory {
-        /// At most so many.
-        limit: usize,
-        /// Newest last.
-        reply: AdminReply<Vec<UpdateReport>>,
-    },
-    /// See [`super::types::Command::Drain`].
-    Drain {
-        /// New requests are held from now on.
-        reply: AdminReply<()>,
-    },
-    /// See [`super::types::Command::Stop`].
-    Stop {
-        /// Accepted; the sidecar stops now.
-        reply: AdminReply<()>,
-    },
-}
-
-impl AdminCommand {
-    /// Answers whatever it is with an error.
-    pub fn refuse(self, error: AdminError) {
-        fn say<T>(reply: AdminReply<T>, error: AdminError) {
-            if reply.send(Err(error)).is_err() {
-                tracing::debug!("the client that asked has gone away");
-            }
-        }
-        match self {
-            Self::Status { reply } => say(reply, error),
-            Self::Version { reply } => say(reply, error),
-            Self::FrontendList { reply } => say(reply, error),
-            Self::Update { reply, .. } | Self::UpdateFollow { reply, .. } => say(reply, error),
-            Self::UpdateHistory { reply, .. } => say(reply, error),
-            Self::Pause { reply, .. }
-            | Self::Resume { reply }
-            | Self::Drain { reply }
-            | Self::UpdateAbort { reply }
-            | Self::FrontendAdd { reply, .. }
-            | Self::FrontendRemove { reply, .. }
-            | Self::Stop { reply } => say(reply, error),
-        }
-    }
-}
-
+pub(super) const HEARTBEAT: Duration = Duration::from_secs(5);
 /// The listening admin socket. Its file goes when it is dropped.
 #[derive(Debug)]
 pub struct AdminServer {
@@ -276,137 +153,41 @@ impl Client {
         }
     }
 
-    /// Answers a request; returns whether the client still listens.
+    /// Answers a request; returns whether the client still listens. What was begun goes on when it is gone.
     async fn answer(&mut self, command: Command) -> bool {
-        let response = match command {
-            Command::Status => {
-                self.ask(ANSWER_LIMIT, |reply| AdminCommand::Status { reply }).await.map(Response::Status)
-            }
-            Command::Version => {
-                self.ask(ANSWER_LIMIT, |reply| AdminCommand::Version { reply }).await.map(Response::Version)
-            }
-            Command::FrontendList => self
-                .ask(ANSWER_LIMIT, |reply| AdminCommand::FrontendList { reply })
-                .await
-                .map(Response::Frontends),
-            Command::FrontendAdd { address } => match check_address(&address) {
-                Ok(()) => self
-                    .ask(ANSWER_LIMIT, |reply| AdminCommand::FrontendAdd { address, reply })
-                    .await
-                    .map(|()| Response::Done),
-                Err(error) => Err(error),
-            },
-            Command::FrontendRemove { address } => self
-                .ask(CONTROL_LIMIT, |reply| AdminCommand::FrontendRemove { address, reply })
-                .await
-                .map(|()| Response::Done),
-            Command::Pause { mode, deadline_ms } => {
-                let deadline = deadline_ms.map(Duration::from_millis);
-                let limit = deadline.unwrap_or(PAUSE_LIMIT).saturating_add(CONTROL_LIMIT);
-                self.ask(limit, |reply| AdminCommand::Pause { mode, deadline, reply })
-                    .await
-                    .map(|()| Response::Done)
-            }
-            Command::Resume => {
-                self.ask(CONTROL_LIMIT, |reply| AdminCommand::Resume { reply }).await.map(|()| Response::Done)
-            }
-            Command::Drain => {
-                self.ask(CONTROL_LIMIT, |reply| AdminCommand::Drain { reply }).await.map(|()| Response::Done)
-            }
-            Command::Stop => {
-                self.ask(ANSWER_LIMIT, |reply| AdminCommand::Stop { reply }).await.map(|()| Response::Done)
-            }
-            Command::UpdateAbort => self
-                .ask(ANSWER_LIMIT, |reply| AdminCommand::UpdateAbort { reply })
-                .await
-                .map(|()| Response::Done),
-            Command::UpdateHistory { limit } => self
-                .ask(ANSWER_LIMIT, |reply| AdminCommand::UpdateHistory { limit, reply })
-                .await
-                .map(Response::Updates),
-            Command::Update(request) => {
-                return self
-                    .update(|progress, reply| AdminCommand::Update { request, progress, reply })
-                    .await;
-            }
-            Command::UpdateFollow { id } => {
-                return self
-                    .update(|progress, reply| AdminCommand::UpdateFollow { id, progress, reply })
-                    .await;
-            }
-        };
-        self.send(&response.unwrap_or_else(Response::Error)).await
-    }
-
-    async fn ask<T>(
-        &self,
-        limit: Duration,
-        command: impl FnOnce(AdminReply<T>) -> AdminCommand,
-    ) -> Result<T, AdminError> {
-        let (reply, answer) = oneshot::channel();
-        let exchange = async {
-            self.commands.send(command(reply)).await.map_err(|_| stopping())?;
-            answer.await.map_err(|_| stopping())?
-        };
-        timeout(limit, exchange).await.unwrap_or_else(|_| {
-            let text = format!("no answer within {limit:?}");
-            Err(AdminError::new(ErrorKind::Timeout, text))
-        })
-    }
-
-    /// Starts or follows an update and passes its progress on. The update goes on when the client is gone.
-    async fn update(
-        &mut self,
-        command: impl FnOnce(mpsc::Sender<UpdateProgress>, AdminReply<UpdateReport>) -> AdminCommand,
-    ) -> bool {
-        let (progress, mut steps) = mpsc::channel(PROGRESS);
-        let commands = self.commands.clone();
-        let (reply, answer) = oneshot::channel();
-        let command = command(progress, reply);
-        let report = async move {
-            commands.send(command).await.map_err(|_| stopping())?;
-            answer.await.map_err(|_| stopping())?
-        };
-        let limited = async {
-            timeout(UPDATE_LIMIT, report).await.unwrap_or_else(|_| {
-                let text = format!("update: did not end within {UPDATE_LIMIT:?}");
-                Err(AdminError::new(ErrorKind::Timeout, text))
-            })
-        };
-        tokio::pin!(limited);
+        if let Err(error) = check(&command) {
+            return self.send(&Response::Error(error)).await;
+        }
+        let limit = limit_of(&command);
+        let mut last = matches!(command, Command::Update(_) | Command::UpdateFollow { .. }).then(waiting);
+        let until = Instant::now() + limit;
+        let (command, mut answers) = AdminCommand::new(command);
+        match timeout_at(until, self.commands.send(command)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => return self.send(&Response::Error(stopping())).await,
+            Err(_) => return self.send(&Response::Error(late(limit))).await,
+        }
         let mut heartbeat = interval_at(Instant::now() + HEARTBEAT, HEARTBEAT);
-        let mut last = UpdateProgress {
-            phase: "waiting".to_owned(),
-            message: "waiting for the engines' control lock".to_owned(),
-            done: 0,
-            total: 0,
-            event: None,
-        };
-        let mut open = true;
-        // Nothing is sent inside a branch's future: a line is never cut in half. Steps come first,
-        // so that none is told after the report.
-        let result = loop {
-            tokio::select! {
+        loop {
+            // Nothing is sent inside a branch's future: a line is never cut in half.
+            let answer = tokio::select! {
                 biased;
-                step = steps.recv(), if open => match step {
-                    Some(step) => {
-                        last = step;
-                        heartbeat.reset();
-                    }
-                    None => {
-                        open = false;
-                        continue;
-                    }
-                },
-                result = &mut limited => break result,
-                _ = heartbeat.tick() => {}
+                answer = answers.recv() => answer.unwrap_or_else(|| Response::Error(stopping())),
+                () = sleep_until(until) => Response::Error(late(limit)),
+                _ = heartbeat.tick() => match &last {
+                    Some(step) => Response::Progress(step.clone()),
+                    None => continue,
+                }
+            };
+            let goes_on = self.send(&answer).await;
+            match answer {
+                Response::Progress(step) if goes_on => {
+                    heartbeat.reset();
+                    last = Some(step);
+                }
+                _ => return goes_on,
             }
-            if !self.send(&Response::Progress(last.clone())).await {
-                return false;
-            }
-        };
-        let response = result.map_or_else(Response::Error, Response::Update);
-        self.send(&response).await
+        }
     }
 
     /// Returns whether the client took it.
@@ -427,9 +208,49 @@ fn stopping() -> AdminError {
     AdminError::new(ErrorKind::Unavailable, "the sidecar is stopping")
 }
 
-fn check_address(address: &str) -> Result<(), AdminError> {
-    crate::config::check_host_port(address)
-        .map_err(|problem| AdminError::new(ErrorKind::Invalid, format!("frontend {address:?}: {problem}")))
+fn late(limit: Duration) -> AdminError {
+    AdminError::new(ErrorKind::Timeout, format!("no answer within {limit:?}"))
+}
+
+/// What a client hears of its update before the first step.
+fn waiting() -> UpdateProgress {
+    UpdateProgress {
+        phase: "waiting".to_owned(),
+        message: "waiting for the engines' control lock".to_owned(),
+        done: 0,
+        total: 0,
+        event: None,
+    }
+}
+
+/// How long the answer may take.
+fn limit_of(command: &Command) -> Duration {
+    match command {
+        Command::Pause { deadline_ms, .. } => {
+            deadline_ms.map_or(PAUSE_LIMIT, Duration::from_millis).saturating_add(CONTROL_LIMIT)
+        }
+        Command::Resume | Command::Drain | Command::FrontendRemove { .. } => CONTROL_LIMIT,
+        Command::Update(_) | Command::UpdateFollow { .. } => UPDATE_LIMIT,
+        Command::Status
+        | Command::Version
+        | Command::FrontendAdd { .. }
+        | Command::FrontendList
+        | Command::UpdateAbort
+        | Command::UpdateHistory { .. }
+        | Command::Stop => ANSWER_LIMIT,
+    }
+}
+
+fn check(command: &Command) -> Result<(), AdminError> {
+    match command {
+        Command::FrontendAdd { address } => crate::config::check_host_port(address).map_err(|problem| {
+            AdminError::new(ErrorKind::Invalid, format!("frontend {address:?}: {problem}"))
+        }),
+        Command::Update(request) => {
+            request.check().map_err(|problem| AdminError::new(ErrorKind::Invalid, problem))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn parse(line: &str) -> Result<Command, AdminError> {

@@ -6,12 +6,10 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
-use super::answer;
 use super::drain::{DrainError, Drained};
 use super::status::Sources;
 use super::updates;
-use crate::admin::server::AdminCommand;
-use crate::admin::types::{AdminError, ErrorKind};
+use crate::api::{AdminCommand, AdminError, Command, ErrorKind, Reply, Response};
 use crate::config::Config;
 use crate::driver::control::{ControlError, ControlHandle};
 use crate::driver::handles::{
@@ -43,63 +41,55 @@ impl Handles {
     pub(super) fn handle(&self, config: &Arc<Config>, tracker: &TaskTracker, command: AdminCommand) {
         let this = self.clone();
         let config = config.clone();
-        tracker.spawn(named(Task::AdminCommand, async move { this.perform(&config, command).await }));
+        let AdminCommand { command, reply } = command;
+        tracker.spawn(named(Task::AdminCommand, async move {
+            let answer = this.perform(&config, command, &reply).await;
+            reply.send(answer);
+        }));
     }
 
-    async fn perform(self, config: &Config, command: AdminCommand) {
+    async fn perform(
+        &self,
+        config: &Config,
+        command: Command,
+        reply: &Reply,
+    ) -> Result<Response, AdminError> {
         match command {
-            AdminCommand::Status { reply } => {
+            Command::Status => {
                 let stopping = *self.stopping.borrow();
-                let status = self.sources.status(config, stopping).await;
-                answer(reply, Ok(Box::new(status)));
+                return Ok(Response::Status(Box::new(self.sources.status(config, stopping).await)));
             }
-            AdminCommand::Version { reply } => answer(reply, Ok(self.sources.versions())),
-            AdminCommand::FrontendList { reply } => answer(reply, Ok(self.sources.frontends())),
-            AdminCommand::Pause { mode, deadline, reply } => {
-                let deadline = deadline.unwrap_or(config.pause_deadline);
-                let paused = self.control.pause(mode, deadline, PATIENCE).await;
-                answer(reply, paused.map_err(control_error));
+            Command::Version => return Ok(Response::Version(self.sources.versions())),
+            Command::FrontendList => return Ok(Response::Frontends(self.sources.frontends())),
+            Command::Update(request) => return updates::run(&self.updates, request, reply).await,
+            Command::UpdateFollow { id } => return updates::follow(&self.updates, id, reply).await,
+            Command::UpdateHistory { limit } => return updates::history(&self.updates, limit).await,
+            Command::UpdateAbort => updates::abort(&self.updates).await?,
+            Command::Pause { mode, deadline_ms } => {
+                let deadline = deadline_ms.map_or(config.pause_deadline, Duration::from_millis);
+                self.control.pause(mode, deadline, PATIENCE).await.map_err(control_error)?;
             }
-            AdminCommand::Drain { reply } => {
-                let begun = self.drained.begin(&self.control, &self.ranks, PATIENCE).await;
-                answer(reply, begun.map_err(drain_error));
+            Command::Drain => {
+                self.drained.begin(&self.control, &self.ranks, PATIENCE).await.map_err(drain_error)?;
             }
-            AdminCommand::Resume { reply } => {
-                let resumed = match self.drained.end(&self.ranks).await {
-                    Ok(true) => Ok(()),
-                    Ok(false) => self.control.resume(PATIENCE).await.map_err(control_error),
-                    Err(error) => Err(drain_error(error)),
-                };
-                answer(reply, resumed);
+            Command::Resume => {
+                if !self.drained.end(&self.ranks).await.map_err(drain_error)? {
+                    self.control.resume(PATIENCE).await.map_err(control_error)?;
+                }
             }
-            AdminCommand::FrontendAdd { address, reply } => {
+            Command::FrontendAdd { address } => {
                 let what = format!("attachment to {address}");
-                let added = self.attachment(what, |reply| AttachmentCommand::Add {
-                    address,
-                    origin: Origin::Command,
-                    reply,
-                });
-                answer(reply, added.await);
+                let origin = Origin::Command;
+                self.attachment(what, |reply| AttachmentCommand::Add { address, origin, reply }).await?;
             }
-            AdminCommand::FrontendRemove { address, reply } => {
+            Command::FrontendRemove { address } => {
                 let what = format!("detachment from {address}");
-                let removed = self.attachment(what, |reply| AttachmentCommand::Remove { address, reply });
-                answer(reply, removed.await);
-            }
-            AdminCommand::Update { request, progress, reply } => {
-                let report = updates::run(&self.updates, config, request, progress).await;
-                answer(reply, report);
-            }
-            AdminCommand::UpdateFollow { id, progress, reply } => {
-                answer(reply, updates::attach(&self.updates, id, progress).await);
-            }
-            AdminCommand::UpdateAbort { reply } => answer(reply, updates::abort(&self.updates).await),
-            AdminCommand::UpdateHistory { limit, reply } => {
-                answer(reply, updates::history(&self.updates, limit).await);
+                self.attachment(what, |reply| AttachmentCommand::Remove { address, reply }).await?;
             }
             // Taken by the run loop.
-            AdminCommand::Stop { reply } => answer(reply, Ok(())),
+            Command::Stop => {}
         }
+        Ok(Response::Done)
     }
 
     async fn attachment(

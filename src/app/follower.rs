@@ -12,9 +12,11 @@ use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
 use super::local::{self, Local};
-use super::{Begun, TASK_END, answer, asked, ended_by, gone, nodes, stage, stop_keeper, until_few, waiting};
-use crate::admin::server::AdminCommand;
-use crate::admin::types::{AdminError, EngineStatus, ErrorKind, LeaderStatus, NodeStatus, Status};
+use super::{Begun, TASK_END, asked, ended_by, gone, nodes, stage, stop_keeper, until_few, waiting};
+use crate::api::{
+    AdminCommand, AdminError, Command, EngineStatus, ErrorKind, LeaderStatus, NodeStatus, Reply, Response,
+    Status,
+};
 use crate::config::{Config, Nodes};
 use crate::driver::handles::{Admission, NodeEvent, ProcessEvent, RankHandle};
 use crate::exit_code::{self, RunEnd};
@@ -196,6 +198,14 @@ struct View {
 }
 
 impl View {
+    /// Answers a client with the status.
+    fn answer(&self, tracker: &TaskTracker, stopping: bool, reply: Reply) {
+        let view = self.clone();
+        tracker.spawn(named(Task::AdminCommand, async move {
+            reply.send(Ok(Response::Status(Box::new(view.status(stopping).await))));
+        }));
+    }
+
     async fn status(&self, stopping: bool) -> Status {
         let leader = leader_status(&self.nodes, &self.leader);
         let state = match (stopping, leader.up) {
@@ -297,11 +307,11 @@ impl Follower {
                     Err(error) => (internal(&format!("link: {error}")), false),
                 },
                 command = admin.recv() => match command {
-                    Some(AdminCommand::Stop { reply }) => {
-                        answer(reply, Ok(()));
+                    Some(AdminCommand { command: Command::Stop, reply }) => {
+                        reply.send(Ok(Response::Done));
                         break (RunEnd::new(exit_code::OK, "stop command"), true);
                     }
-                    Some(command) => self.command(command, false),
+                    Some(command) => self.command(command),
                     None => break (internal("the admin server has ended"), false),
                 },
             }
@@ -320,12 +330,9 @@ impl Follower {
         loop {
             tokio::select! {
                 () = &mut stages => return end,
-                Some(command) = admin.recv() => match command {
-                    AdminCommand::Stop { reply } => answer(reply, Ok(())),
-                    AdminCommand::Status { reply } => {
-                        let view = view.clone();
-                        tracker.spawn(named(Task::AdminCommand, async move { answer(reply, Ok(Box::new(view.status(true).await))) }));
-                    }
+                Some(AdminCommand { command, reply }) = admin.recv() => match command {
+                    Command::Stop => reply.send(Ok(Response::Done)),
+                    Command::Status => view.answer(&tracker, true, reply),
                     // A dropped reply is answered as "the sidecar is stopping".
                     _ => {}
                 },
@@ -339,18 +346,13 @@ impl Follower {
         }
     }
 
-    fn command(&self, command: AdminCommand, stopping: bool) {
+    fn command(&self, AdminCommand { command, reply }: AdminCommand) {
         match command {
-            AdminCommand::Status { reply } => {
-                let view = self.view.clone();
-                self.tracker.spawn(named(Task::AdminCommand, async move {
-                    answer(reply, Ok(Box::new(view.status(stopping).await)))
-                }));
-            }
-            other => {
+            Command::Status => self.view.answer(&self.tracker, false, reply),
+            _ => {
                 let text =
                     format!("this sidecar is a follower; use the leader's, at {}", self.view.nodes.leader);
-                other.refuse(AdminError::new(ErrorKind::Unavailable, text));
+                reply.send(Err(AdminError::new(ErrorKind::Unavailable, text)));
             }
         }
     }

@@ -16,7 +16,7 @@ mod waiting;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
@@ -25,8 +25,8 @@ use tracing::{debug, error, info, warn};
 
 use self::local::Supervised;
 use self::nodes::Gathered;
-use crate::admin::server::{AdminCommand, AdminServer};
-use crate::admin::types::Status;
+use crate::admin::AdminServer;
+use crate::api::{AdminCommand, Command, Response, Status};
 use crate::config::{Config, Nodes, Role};
 use crate::driver::frontend::FrontendExit;
 use crate::driver::handles::{AttachmentCommand, CoordinatorCommand, HandleError, ask};
@@ -224,8 +224,8 @@ impl App {
                     Err(error) => End::Internal(format!("frontend task: {error}")),
                 },
                 command = self.admin.recv() => match command {
-                    Some(AdminCommand::Stop { reply }) => {
-                        answer(reply, Ok(()));
+                    Some(AdminCommand { command: Command::Stop, reply }) => {
+                        reply.send(Ok(Response::Done));
                         break End::Command;
                     }
                     Some(command) => self.handles.handle(&self.config, &self.tracker, command),
@@ -270,15 +270,15 @@ impl App {
         loop {
             tokio::select! {
                 () = &mut stages => break,
-                Some(command) = admin.recv() => match command {
-                    AdminCommand::Status { reply } => {
+                Some(AdminCommand { command, reply }) = admin.recv() => match command {
+                    Command::Status => {
                         let (sources, config) = (sources.clone(), config.clone());
                         late_answers.spawn(async move {
                             let status = sources.status(&config, true).await;
-                            answer(reply, Ok(Box::new(status)));
+                            reply.send(Ok(Response::Status(Box::new(status))));
                         });
                     }
-                    AdminCommand::Stop { reply } => answer(reply, Ok(())),
+                    Command::Stop => reply.send(Ok(Response::Done)),
                     // A dropped reply is answered as "the sidecar is stopping".
                     _ => {}
                 },
@@ -443,13 +443,6 @@ async fn asked(outside: &mut watch::Receiver<Asked>) -> Why {
         if outside.changed().await.is_err() {
             return std::future::pending().await;
         }
-    }
-}
-
-/// Answers a client; one that has gone away does not want to know.
-pub(crate) fn answer<T>(reply: oneshot::Sender<T>, value: T) {
-    if reply.send(value).is_err() {
-        debug!("the client that asked has gone away");
     }
 }
 

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, error, warn};
 
-use crate::admin::types::NodeStatus;
+use crate::api::NodeStatus;
 use crate::config::{Config, Engines, Nodes};
 use crate::driver::handles::{
     AttachmentCommand, AttachmentHandle, HeldCall, NodeEvent, NodeId, NodeState, Shutdown, StageEvent,

@@ -64,8 +64,9 @@ mod tests {
     use tokio::sync::{mpsc, watch};
 
     use super::*;
+    use crate::api::FrontendSnapshot;
     use crate::driver::control::{self, ControlConfig};
-    use crate::driver::handles::{FrontendSnapshot, GroupKind};
+    use crate::driver::handles::GroupKind;
     use crate::driver::test_ranks::FakeRank;
 
     /// Whether the engines are resumed in the end, and after how long, when an earlier sidecar left them paused by

@@ -18,7 +18,7 @@ use super::nodes::{self, Gathered, Readers, Remote, THIS_NODE};
 use super::pauses;
 use super::stage;
 use super::status::Sources;
-use crate::admin::server::AdminCommand;
+use crate::api::AdminCommand;
 use crate::config::{Config, Engines};
 use crate::driver::attachment::{self, AttachmentConfig};
 use crate::driver::frontend::{self, SupervisedSnapshot};
@@ -147,7 +147,10 @@ pub(super) async fn start(
     drop(readers);
     let (node_commands, commands) = mpsc::channel(QUEUE);
     let updates = weight_update::spawn(
-        UpdateConfig::new(config.kind, state.path()).with_load_timeout(config.load_timeout),
+        UpdateConfig {
+            pause_deadline: config.pause_deadline,
+            ..UpdateConfig::new(config.kind, state.path()).with_load_timeout(config.load_timeout)
+        },
         ranks.clone(),
         update_nodes,
         control.clone(),

@@ -9,12 +9,13 @@ use tokio::sync::watch;
 
 use super::nodes::{self, Gathered};
 use super::updates;
-use crate::admin::types::{
-    ControllerStatus, DeploymentStatus, EngineStatus, FrontendStatus, SidecarStatus, Status, VersionReport,
+use crate::api::{
+    ControllerStatus, CoordinatorSnapshot, DeploymentStatus, EngineStatus, FrontendSnapshot, FrontendStatus,
+    SidecarStatus, Status, VersionReport,
 };
 use crate::config::{Config, Engines, Serve};
 use crate::driver::control::ControlHandle;
-use crate::driver::handles::{CoordinatorSnapshot, FrontendSnapshot, RankHandle};
+use crate::driver::handles::RankHandle;
 use crate::driver::node::NodeRank;
 use crate::driver::weight_update::UpdateHandle;
 use crate::gpu::GpuMonitor;

@@ -4,14 +4,12 @@ use std::time::Instant;
 
 use tokio::sync::{mpsc, watch};
 
-use super::answer;
 use super::status::deployment;
-use crate::admin::server::AdminCommand;
-use crate::admin::types::{
-    AdminError, ControllerStatus, ErrorKind, LeaderStatus, NodeStatus, SidecarStatus, Status, WeightsStatus,
+use crate::api::{
+    AdminCommand, AdminError, Command, ControllerStatus, CoordinatorSnapshot, ErrorKind, LeaderStatus,
+    NodeStatus, Response, SidecarStatus, Status, WeightsStatus,
 };
 use crate::config::Config;
-use crate::driver::handles::CoordinatorSnapshot;
 use crate::exit_code::{self, RunEnd};
 use crate::gpu::GpuReport;
 use crate::shutdown::Asked;
@@ -56,12 +54,16 @@ pub(super) async fn serve_while<T>(
             why = super::asked(outside) => return Err(super::ended_by(why)),
             done = &mut work => return Ok(done),
             command = admin.recv() => match command {
-                Some(AdminCommand::Status { reply }) => answer(reply, Ok(Box::new(look()))),
-                Some(AdminCommand::Stop { reply }) => {
-                    answer(reply, Ok(()));
+                Some(AdminCommand { command: Command::Status, reply }) => {
+                    reply.send(Ok(Response::Status(Box::new(look()))));
+                }
+                Some(AdminCommand { command: Command::Stop, reply }) => {
+                    reply.send(Ok(Response::Done));
                     return Err(RunEnd::new(exit_code::OK, "stop command"));
                 }
-                Some(other) => other.refuse(AdminError::new(ErrorKind::Unavailable, why_not)),
+                Some(AdminCommand { reply, .. }) => {
+                    reply.send(Err(AdminError::new(ErrorKind::Unavailable, why_not)));
+                }
                 None => return Err(RunEnd::new(exit_code::INTERNAL, "the admin server has ended")),
             },
         }

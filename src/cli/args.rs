@@ -8,10 +8,9 @@ use clap::{Args, Parser, Subcommand};
 use dp_sidecar_protocol::machine::weight_update::PauseMode;
 
 use super::children::{KeeperArgs, RelayArgs};
-use super::values::{ModelKind, parse_duration, parse_lora, parse_source, pause_mode};
+use super::values::{ModelKind, Source, parse_duration, parse_lora, parse_source, pause_mode};
+use crate::api::{AdapterChange, Retain};
 use crate::config::{Lifeline, LogFormat};
-use crate::driver::handles::Retain;
-use crate::driver::weight_update::{AdapterChange, UpdateSource};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -420,7 +419,7 @@ pub struct UpdateArgs {
     /// Where it is read: `shared` (each node reads the directory itself), `leader` (the leader reads it and passes it
     /// on), `auto` (shared if all nodes see the same files there), or `upload:ID`, what a trainer has uploaded.
     #[arg(long, value_parser = parse_source, default_value = "auto", value_name = "WHERE")]
-    pub source: UpdateSource,
+    pub source: Source,
     /// Where the version that is replaced is kept, for a rollback.
     #[arg(long, value_enum, default_value_t)]
     pub retain: Retain,

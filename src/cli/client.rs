@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::args::Target;
 use super::build::{self, Surroundings};
 use crate::admin::client::{AdminClient, ClientError};
-use crate::admin::types::{Command, ErrorKind, Response};
+use crate::api::{Command, ErrorKind, Response};
 use crate::config::LogFormat;
 use crate::exit_code;
 use crate::supervisor::environment;

@@ -6,7 +6,7 @@ use super::args::{DrainArgs, FrontendAction, FrontendArgs, PauseArgs, Target};
 use super::client::{ANSWER_LIMIT, call, print_json, run};
 use super::status;
 use crate::admin::client::{AdminClient, unexpected};
-use crate::admin::types::{Command, Response};
+use crate::api::{Command, Response};
 use crate::exit_code;
 
 /// How long pausing or resuming may take on top of the pause's own deadline.

@@ -5,12 +5,10 @@ use std::io::IsTerminal;
 use std::time::Duration;
 
 use dp_sidecar_protocol::EngineIndex;
-use dp_sidecar_protocol::machine::weight_update::{NodeId, Phase, RankState};
+use dp_sidecar_protocol::machine::weight_update::{NodeId, Phase, RankProgress};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::admin::types::UpdateProgress;
-use crate::driver::handles::StageProgress;
-use crate::driver::weight_update::{UpdateEvent, state_words};
+use crate::api::{StageProgress, UpdateEvent, UpdateProgress};
 
 /// Shows the steps of an update.
 pub(super) struct View {
@@ -122,7 +120,7 @@ impl Bars {
         bar.set_message(staged(progress, rate));
     }
 
-    fn engine(&mut self, rank: EngineIndex, state: RankState) {
+    fn engine(&mut self, rank: EngineIndex, state: RankProgress) {
         let all = &self.all;
         let line = self.engines.entry(rank).or_insert_with(|| {
             let line = all.add(ProgressBar::new_spinner());
@@ -130,7 +128,7 @@ impl Bars {
             line.set_prefix(format!("rank {rank}"));
             line
         });
-        let words = state_words(state);
+        let words = state.to_string();
         if line.message() != words {
             line.reset_elapsed();
             line.set_message(words);

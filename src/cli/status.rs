@@ -7,8 +7,8 @@ use super::args::StatusArgs;
 use super::client::{ANSWER_LIMIT, call, print_json, run};
 use super::table::Table;
 use crate::admin::client::{AdminClient, ClientError, unexpected};
-use crate::admin::types::{
-    Command, EngineStatus, FrontendStatus, NodeStatus, Response, Status, UpdateReport, UpdateStatus,
+use crate::api::{
+    Command, EngineStatus, FrontendStatus, NodeStatus, ReportStatus, Response, Status, UpdateReport,
 };
 use crate::driver::handles::GroupKind;
 use crate::exit_code;
@@ -141,10 +141,10 @@ fn weights(status: &Status) -> String {
 /// An update in one line.
 pub fn update_line(report: &UpdateReport) -> String {
     let outcome = match report.status {
-        UpdateStatus::Committed => "committed",
-        UpdateStatus::Refused => "REFUSED, no engine was touched",
-        UpdateStatus::RolledBack => "ROLLED BACK to the previous weights",
-        UpdateStatus::Degraded => "DEGRADED",
+        ReportStatus::Committed => "committed",
+        ReportStatus::Refused => "REFUSED, no engine was touched",
+        ReportStatus::RolledBack => "ROLLED BACK to the previous weights",
+        ReportStatus::Degraded => "DEGRADED",
     };
     let mut text = format!(
         "{}: {outcome}, {} -> {}, {:.1} s, engines paused {:.2} s",

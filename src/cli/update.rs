@@ -2,14 +2,18 @@
 
 use std::path::{Path, PathBuf};
 
+use dp_sidecar_protocol::{UpdateId, WeightVersion};
+
 use super::args::UpdateArgs;
 use super::client::{ANSWER_LIMIT, print_json, run};
 use super::progress::View;
 use super::status::update_line;
 use super::table::Table;
+use super::values::Source;
 use crate::admin::client::{AdminClient, ClientError, unexpected};
-use crate::admin::types::{Command, ErrorKind, Response, UpdateReport, UpdateRequest, UpdateStatus};
-use crate::driver::weight_update::{AdapterChange, UpdateSource, state_words};
+use crate::api::{
+    AdapterChange, Command, ErrorKind, ReportStatus, Response, UpdateReport, UpdateRequest, UpdateSource,
+};
 use crate::exit_code;
 use crate::supervisor::keeper::wire::millis;
 
@@ -54,29 +58,33 @@ fn command(args: &UpdateArgs) -> Result<Command, String> {
         return Ok(Command::UpdateHistory { limit });
     }
     if let Some(id) = &args.follow {
-        return Ok(Command::UpdateFollow { id: id.clone() });
+        return Ok(Command::UpdateFollow { id: id.clone().map(UpdateId) });
     }
-    let is_upload = matches!(args.source, UpdateSource::Upload(_));
-    let path = match &args.path {
-        Some(path) if is_upload => return Err(format!("--path {}: the source is an upload", path.display())),
-        Some(path) => std::path::absolute(path).map_err(|e| format!("--path {}: {e}", path.display()))?,
-        None if is_upload || !(args.lora.is_empty() && args.remove_lora.is_empty()) => PathBuf::new(),
-        None => return Err("--path DIR is missing".to_owned()),
+    let absolute = |path: &PathBuf| match std::path::absolute(path) {
+        Ok(path) if path.to_str().is_none() => Err(format!("--path {}: not UTF-8", path.display())),
+        Ok(path) => Ok(path),
+        Err(error) => Err(format!("--path {}: {error}", path.display())),
     };
-    let path = path.to_str().ok_or_else(|| format!("--path {}: not UTF-8", path.display()))?;
+    let (source, upload) = match &args.source {
+        Source::Path(source) => (*source, None),
+        Source::Upload(id) => (UpdateSource::default(), Some(id.clone())),
+    };
     let removed = args.remove_lora.iter().map(|name| AdapterChange { name: name.clone(), path: None });
-    Ok(Command::Update(UpdateRequest {
-        path: path.to_owned(),
-        source: args.source.clone(),
+    let request = UpdateRequest {
+        path: args.path.as_ref().map(absolute).transpose()?,
+        upload,
+        source,
         adapters: args.lora.iter().cloned().chain(removed).collect(),
         retain: args.retain,
-        version: args.version.clone(),
+        version: args.version.clone().map(WeightVersion),
         mode: args.mode,
         pause_deadline_ms: args.pause_deadline.map(millis),
-        from_version: args.from_version.clone(),
-        id: args.id.clone(),
+        from_version: args.from_version.clone().map(WeightVersion),
+        id: args.id.clone().map(UpdateId),
         allow_no_rollback: args.allow_no_rollback,
-    }))
+    };
+    request.check()?;
+    Ok(Command::Update(request))
 }
 
 async fn follow(args: &UpdateArgs, state_dir: &Path, command: Command) -> Result<u8, ClientError> {
@@ -103,7 +111,7 @@ async fn follow(args: &UpdateArgs, state_dir: &Path, command: Command) -> Result
         }
     } else if args.json {
         print_json(&report);
-    } else if report.status == UpdateStatus::Committed {
+    } else if report.status == ReportStatus::Committed {
         println!("{}", update_line(&report));
     } else {
         eprintln!("error: {}", update_line(&report));
@@ -133,7 +141,7 @@ fn listed(reports: &[UpdateReport]) -> String {
         for (rank, of) in &report.engines {
             table.row(vec![
                 rank.to_string(),
-                state_words(of.state).to_owned(),
+                of.state.to_string(),
                 number(of.pause_ms),
                 number(of.load_ms),
                 number(of.rollback_ms),
@@ -149,9 +157,9 @@ fn listed(reports: &[UpdateReport]) -> String {
 
 fn code_of(report: &UpdateReport) -> u8 {
     match report.status {
-        UpdateStatus::Committed => exit_code::OK,
-        UpdateStatus::Refused => exit_code::UPDATE_REFUSED,
-        UpdateStatus::RolledBack => exit_code::UPDATE_ROLLED_BACK,
-        UpdateStatus::Degraded => exit_code::UPDATE_DEGRADED,
+        ReportStatus::Committed => exit_code::OK,
+        ReportStatus::Refused => exit_code::UPDATE_REFUSED,
+        ReportStatus::RolledBack => exit_code::UPDATE_ROLLED_BACK,
+        ReportStatus::Degraded => exit_code::UPDATE_DEGRADED,
     }
 }

@@ -6,7 +6,7 @@ use clap::ValueEnum;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use dp_sidecar_protocol::machine::weight_update::PauseMode;
 
-use crate::driver::weight_update::{AdapterChange, UpdateSource};
+use crate::api::{AdapterChange, UpdateSource};
 
 /// How the model's ranks depend on each other.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -35,14 +35,23 @@ pub(super) fn pause_mode() -> impl TypedValueParser<Value = PauseMode> {
     PossibleValuesParser::new(values).try_map(|text| text.parse())
 }
 
+/// Where the bytes of an update come from.
+#[derive(Clone, Debug)]
+pub enum Source {
+    /// From `--path`.
+    Path(UpdateSource),
+    /// From the upload of this id.
+    Upload(String),
+}
+
 /// Reads `auto`, `shared`, `leader` or `upload:ID`.
-pub(super) fn parse_source(text: &str) -> Result<UpdateSource, String> {
+pub(super) fn parse_source(text: &str) -> Result<Source, String> {
     match text {
-        "auto" => Ok(UpdateSource::Auto),
-        "shared" => Ok(UpdateSource::Shared),
-        "leader" => Ok(UpdateSource::Leader),
+        "auto" => Ok(Source::Path(UpdateSource::Auto)),
+        "shared" => Ok(Source::Path(UpdateSource::Shared)),
+        "leader" => Ok(Source::Path(UpdateSource::Leader)),
         _ => match text.strip_prefix("upload:") {
-            Some(id) if !id.is_empty() => Ok(UpdateSource::Upload(id.to_owned())),
+            Some(id) if !id.is_empty() => Ok(Source::Upload(id.to_owned())),
             _ => Err("expected auto, shared, leader or upload:ID".to_owned()),
         },
     }

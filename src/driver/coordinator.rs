@@ -22,9 +22,10 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, info, trace, warn};
 
 use super::handles::{
-    CoordinatorCommand, CoordinatorHandle, CoordinatorSnapshot, EdgeEvent, EdgeHandle,
-    ForFrontendCoordinator, GroupKind, Load as LoadSnapshot, NodeEvent,
+    CoordinatorCommand, CoordinatorHandle, EdgeEvent, EdgeHandle, ForFrontendCoordinator, GroupKind,
+    NodeEvent,
 };
+use crate::api::{CoordinatorSnapshot, Load as LoadSnapshot};
 use crate::tasks::{Task as TaskName, named};
 
 pub use adoption::adoption;

@@ -17,7 +17,7 @@ mod tests;
 mod types;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
@@ -27,7 +27,7 @@ use dp_sidecar_protocol::machine::weight_update::updates::{
 };
 use dp_sidecar_protocol::machine::weight_update::{
     Action as Step, Checkpoint, Commit, Committed, Event as Answer, Ledger, NodeId, Pause, PauseMode, Phase,
-    RankState, Refusal,
+    RankProgress, Refusal,
 };
 use dp_sidecar_protocol::{EngineIndex, Incarnation, Time, UpdateId, WeightVersion};
 use futures::future::join_all;
@@ -40,7 +40,8 @@ use tracing::{error, info, warn};
 
 use super::control::{ControlGuard, ControlHandle};
 use super::engine_calls;
-use super::handles::{Admission, EngineDown, HandleError, RankHandle, Retain, StageProgress};
+use super::handles::{Admission, EngineDown, HandleError, RankHandle};
+use crate::api::{AdapterChange, Retain, StageProgress, UpdateEvent, UpdateRequest, UpdateSource};
 use crate::tasks;
 use handle::{Command, Follower, RestoreReply};
 pub use handle::{UpdateHandle, UpdateRun};
@@ -49,10 +50,7 @@ pub use lora::{LoraAdapter, LoraOp, LoraReport, LoraRequest, LoraState, adapter_
 use shim::EngineInfo;
 use stages::Stages;
 use staging::{Cancel, Checked, Job, Known};
-pub use types::{
-    AdapterChange, FenceRequest, UpdateConfig, UpdateError, UpdateEvent, UpdateNode, UpdateOutcome,
-    UpdateRecord, UpdateRequest, UpdateSource, UpdateStatus, state_words,
-};
+pub use types::{FenceRequest, UpdateConfig, UpdateError, UpdateNode, UpdateRecord, UpdateSnapshot};
 
 /// Commands waiting for the task.
 const COMMANDS: usize = 16;
@@ -90,7 +88,7 @@ pub fn spawn(
     }
     let (commands, inbox) = mpsc::channel(COMMANDS);
     let (notes, noted) = mpsc::channel(EVENTS);
-    let (publish, status) = watch::channel(UpdateStatus::default());
+    let (publish, status) = watch::channel(UpdateSnapshot::default());
     let places: BTreeMap<EngineIndex, NodeId> =
         nodes.iter().flat_map(|node| node.ranks.iter().map(|rank| (*rank, node.id))).collect();
     let all = ranks.iter().map(|rank| (rank.rank, places.get(&rank.rank).copied().unwrap_or_default()));
@@ -230,7 +228,7 @@ struct Task {
     /// Of the running update.
     staging: BTreeMap<NodeId, StageProgress>,
     last: Option<UpdateRecord>,
-    publish: watch::Sender<UpdateStatus>,
+    publish: watch::Sender<UpdateSnapshot>,
     #[cfg(test)]
     faults: tests::jobs::Faults,
 }
@@ -336,6 +334,7 @@ impl Task {
     fn ask(&mut self, request: UpdateRequest, follower: Follower) {
         let id = request.id.clone().unwrap_or_else(|| UpdateId(uuid::Uuid::new_v4().to_string()));
         let directory = |path: &PathBuf| path.to_string_lossy().into_owned();
+        let config = &self.tools.config;
         let adapters = request.adapters.iter();
         let ask = Ask {
             version: request.version.clone(),
@@ -345,9 +344,9 @@ impl Task {
             weights: request.has_weights(),
             adapters: adapters.map(|c| (c.name.clone(), c.path.as_ref().map(directory))).collect(),
             mode: request.mode,
-            pause_deadline: request.pause_deadline,
+            pause_deadline: config.pause_deadline_of(&request),
             forward_only: request.retain == Retain::None,
-            patience: request.patience,
+            patience: config.patience,
             id: id.clone(),
         };
         self.incoming = Some(Active::new(id, request, vec![follower]));
@@ -506,12 +505,12 @@ impl Task {
         let between = |rank: &EngineIndex| {
             matches!(
                 snapshot.ranks.get(rank),
-                Some(RankState::Loading | RankState::LoadFailed | RankState::RollingBack)
-            ) || (snapshot.ranks.get(rank) == Some(&RankState::Loaded) && !snapshot.past_commit_point)
+                Some(RankProgress::Loading | RankProgress::LoadFailed | RankProgress::RollingBack)
+            ) || (snapshot.ranks.get(rank) == Some(&RankProgress::Loaded) && !snapshot.past_commit_point)
         };
         let held = self.machine.lives().map(|(rank, _)| rank).filter(|rank| !between(rank));
         let committed = self.machine.committed().map(|committed| &committed.commit);
-        let status = UpdateStatus {
+        let status = UpdateSnapshot {
             held: held.map(|rank| (rank, snapshot.version.clone())).collect(),
             version: snapshot.version,
             committed: committed.map(|commit| commit.checkpoint.clone()),
@@ -552,10 +551,8 @@ fn ignore_gone<T>(sent: Result<(), T>) {
 
 fn made_up_version(request: &UpdateRequest, id: &UpdateId) -> WeightVersion {
     let short: String = id.0.chars().take(8).collect();
-    let name = match &request.source {
-        UpdateSource::Upload(upload) => upload.clone(),
-        _ => request.path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
-    };
+    let directory = request.path.as_deref().and_then(Path::file_name).unwrap_or_default();
+    let name = request.upload.clone().unwrap_or_else(|| directory.to_string_lossy().into_owned());
     WeightVersion(format!("{name}@{short}"))
 }
 

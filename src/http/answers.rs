@@ -5,7 +5,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
 
-use crate::admin::types::{AdminError, ErrorKind};
+use crate::api::{AdminError, ErrorKind};
 use crate::staging::upload::UploadError;
 
 /// A request was refused, or has failed.

@@ -21,7 +21,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::admin::server::AdminCommand;
+use crate::api::AdminCommand;
 use crate::staging::upload::Uploads;
 use crate::tasks::{Task, named};
 use crate::token::Token;

@@ -7,8 +7,9 @@ use tokio::time::timeout;
 
 use super::uploads::parse_range;
 use super::*;
-use crate::admin::types::{AdminError, ErrorKind, UpdateProgress, UpdateReport, UpdateStatus};
-use crate::driver::weight_update::UpdateSource;
+use dp_sidecar_protocol::{UpdateId, WeightVersion};
+
+use crate::api::{AdminError, Command, ErrorKind, ReportStatus, Response, UpdateProgress, UpdateReport};
 use crate::staging::{self, NoAuth, StageConfig, upload};
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -184,12 +185,12 @@ async fn an_update_is_told_as_a_stream_of_events() {
     let mut server = Server::start(None).await;
     let mut admin = std::mem::replace(&mut server.admin, mpsc::channel(1).1);
     let answering = tokio::spawn(async move {
-        for outcome in [Ok(UpdateStatus::Committed), Ok(UpdateStatus::Refused), Err("upload t1 is taken")] {
-            let Some(AdminCommand::Update { request, progress, reply }) = admin.recv().await else {
+        for outcome in [Ok(ReportStatus::Committed), Ok(ReportStatus::Refused), Err("upload t1 is taken")] {
+            let Some(AdminCommand { command: Command::Update(request), reply }) = admin.recv().await else {
                 panic!("no update was asked for");
             };
-            assert_eq!(request.source, UpdateSource::Upload("t1".to_owned()));
-            assert_eq!(request.version.as_deref(), Some("v7"));
+            assert_eq!((request.path, request.upload.as_deref()), (None, Some("t1")));
+            assert_eq!(request.version, Some(WeightVersion("v7".to_owned())));
             let step = UpdateProgress {
                 phase: "staging".into(),
                 message: "m".into(),
@@ -197,9 +198,9 @@ async fn an_update_is_told_as_a_stream_of_events() {
                 total: 2,
                 event: None,
             };
-            let _ = progress.send(step).await;
-            let report = outcome.map(report).map_err(|text| AdminError::new(ErrorKind::Busy, text));
-            reply.send(report).unwrap();
+            reply.progress(step);
+            let report = outcome.map(|status| Response::Update(report(status)));
+            reply.send(report.map_err(|text| AdminError::new(ErrorKind::Busy, text)));
         }
     });
     let body = json!({"upload": "t1", "version": "v7"}).to_string();
@@ -221,12 +222,12 @@ async fn an_update_is_told_as_a_stream_of_events() {
     server.end().await;
 }
 
-fn report(status: UpdateStatus) -> UpdateReport {
+fn report(status: ReportStatus) -> UpdateReport {
     UpdateReport {
-        id: "u1".to_owned(),
+        id: UpdateId("u1".to_owned()),
         status,
-        version: "v7".to_owned(),
-        previous: "v6".to_owned(),
+        version: WeightVersion("v7".to_owned()),
+        previous: WeightVersion("v6".to_owned()),
         reason: None,
         fenced: Vec::new(),
         total_s: 1.0,

@@ -14,7 +14,8 @@ use super::journal::{Journal, Noted};
 use super::layout::Layout;
 use super::mapping::{Mapping, Segment};
 use super::records::{Records, Role, SegmentRecord};
-use crate::driver::handles::{Retain, StageState, StagedVersion};
+use crate::api::Retain;
+use crate::driver::handles::{StageState, StagedVersion};
 use crate::shared_memory::{SEGMENTS, segment_path};
 
 /// A segment may be longer than its content by this much, in bytes.

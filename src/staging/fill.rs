@@ -11,7 +11,7 @@ use super::digest::{Digest, root};
 use super::error::StageError;
 use super::layout::Layout;
 use super::mapping::{Claim, Mapping};
-use crate::driver::handles::StageProgress;
+use crate::api::StageProgress;
 
 /// Most digests in one announcement.
 const BATCH: usize = 512;

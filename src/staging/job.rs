@@ -25,7 +25,8 @@ use super::layout::Layout;
 use super::mapping::PIECE;
 use super::reuse::Reuse;
 use super::source;
-use crate::driver::handles::{StageProgress, StageSpec, StagedVersion};
+use crate::api::StageProgress;
+use crate::driver::handles::{StageSpec, StagedVersion};
 use crate::manifest::Manifest;
 
 /// The leading thread looks around this often.

@@ -30,9 +30,10 @@ use super::layout::{FileSize, Layout};
 use super::probe::probe;
 use super::records::Role;
 use super::upload::{Ask, Session, UploadError, UploadFile, UploadRequests, UploadStatus};
+use crate::api::{Retain, StageProgress};
 use crate::driver::handles::{
-    AdapterPlace, Envelope, HandleError, ReplyTo, Retain, StageEvent, StageProgress, StageRequest,
-    StageSource, StageSpec, StageState,
+    AdapterPlace, Envelope, HandleError, ReplyTo, StageEvent, StageRequest, StageSource, StageSpec,
+    StageState,
 };
 use crate::manifest::Manifest;
 use crate::tasks::{Task as TaskName, rehearse};

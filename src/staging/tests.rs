@@ -24,9 +24,9 @@ use tokio_util::task::TaskTracker;
 
 use super::config::{NoAuth, StageConfig};
 use super::upload::{Uploads, channel};
+use crate::api::{Retain, StageProgress};
 use crate::driver::handles::{
-    HandleError, Retain, StageEvent, StageHandle, StageProgress, StageRequest, StageSource, StageSpec,
-    StageState,
+    HandleError, StageEvent, StageHandle, StageRequest, StageSource, StageSpec, StageState,
 };
 use crate::manifest::tests::write;
 

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use dp_sidecar::api::{CoordinatorSnapshot, FrontendSnapshot};
 use dp_sidecar::driver::attachment::{AttachmentConfig, spawn};
 use dp_sidecar::driver::handles::{
     AdoptRoute, AttachmentCommand, AttachmentHandle, CloseRoutes, CoordinatorCommand, CoordinatorHandle,
-    CoordinatorSnapshot, Deployment, EngineFacts, Envelope, ForFrontendCoordinator, FrontendSnapshot,
-    GroupKind, HandleError, OpenRoute, Origin, RankAsk, RankHandle, RankSnapshot, RouteLost, Slots, ask,
-    queue,
+    Deployment, EngineFacts, Envelope, ForFrontendCoordinator, GroupKind, HandleError, OpenRoute, Origin,
+    RankAsk, RankHandle, RankSnapshot, RouteLost, Slots, ask, queue,
 };
 use dp_sidecar::transport::{Dealer, Push};
 use dp_sidecar_protocol::layout::Layout;

@@ -12,8 +12,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use dp_sidecar::api::{Retain, StageProgress};
 use dp_sidecar::driver::handles::{
-    Retain, StageEvent, StageHandle, StageProgress, StageRequest, StageSource, StageSpec, StageState,
+    StageEvent, StageHandle, StageRequest, StageSource, StageSpec, StageState,
 };
 use dp_sidecar::shared_memory::{self, SHM_DIR};
 use dp_sidecar::staging::{self, NoAuth, StageConfig};

@@ -2,17 +2,17 @@
 
 use std::collections::BTreeMap;
 
-use dp_sidecar::admin::types::{
-    AdminError, ControllerStatus, DeploymentStatus, EngineStatus, EngineTimes, ErrorKind, FrontendStatus,
-    NodeStatus, SidecarStatus, Status, UpdateProgress, UpdateReport, UpdateRequest, UpdateStatus,
+use dp_sidecar::admin::AdminServer;
+use dp_sidecar::api::{
+    AdminCommand, AdminError, Command, ControllerStatus, CoordinatorSnapshot, DeploymentStatus, EngineStatus,
+    EngineTimes, ErrorKind, FrontendSnapshot, FrontendStatus, NodeStatus, Reply, ReportStatus, Response,
+    Retain, SidecarStatus, Status, UpdateEvent, UpdateProgress, UpdateReport, UpdateRequest, UpdateSource,
     VersionReport, WeightsStatus,
 };
-use dp_sidecar::admin::{AdminCommand, AdminServer};
-use dp_sidecar::driver::handles::{CoordinatorSnapshot, FrontendSnapshot, GroupKind, Retain};
-use dp_sidecar::driver::weight_update::{UpdateEvent, UpdateSource};
+use dp_sidecar::driver::handles::GroupKind;
 use dp_sidecar::gpu::{GpuDevice, GpuReport};
-use dp_sidecar_protocol::EngineIndex;
-use dp_sidecar_protocol::machine::weight_update::{PauseMode, Phase, RankState};
+use dp_sidecar_protocol::machine::weight_update::{PauseMode, Phase, RankProgress};
+use dp_sidecar_protocol::{EngineIndex, UpdateId, WeightVersion};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
@@ -28,21 +28,21 @@ struct Scripted {
 }
 
 impl Scripted {
-    fn start(answer: impl Fn(AdminCommand) + Send + 'static) -> Self {
+    fn start(answer: impl Fn(Command, Reply) + Send + 'static) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let server = AdminServer::bind(dir.path()).unwrap();
         let (commands, mut queue) = mpsc::channel(8);
         let stop = CancellationToken::new();
         let server = tokio::spawn(server.serve(commands, stop.clone()));
         tokio::spawn(async move {
-            while let Some(command) = queue.recv().await {
-                answer(command);
+            while let Some(AdminCommand { command, reply }) = queue.recv().await {
+                answer(command, reply);
             }
         });
         Self { dir, stop, server }
     }
 
-    fn command(&self, line: &str) -> Command {
+    fn command(&self, line: &str) -> super::Command {
         let mut command = command(line);
         command.arg("--state-dir").arg(self.dir.path());
         command
@@ -62,12 +62,12 @@ impl Scripted {
     }
 }
 
-fn report(status: UpdateStatus, reason: Option<&str>) -> UpdateReport {
+fn report(status: ReportStatus, reason: Option<&str>) -> UpdateReport {
     UpdateReport {
-        id: "u1".to_owned(),
+        id: UpdateId("u1".to_owned()),
         status,
-        version: "v2".to_owned(),
-        previous: "v1".to_owned(),
+        version: WeightVersion("v2".to_owned()),
+        previous: WeightVersion("v1".to_owned()),
         reason: reason.map(str::to_owned),
         fenced: Vec::new(),
         total_s: 1.25,
@@ -139,7 +139,7 @@ fn status() -> Box<Status> {
             version: "v1".to_owned(),
             dir: Some("/models/a".to_owned()),
             last_update: Some(report(
-                UpdateStatus::RolledBack,
+                ReportStatus::RolledBack,
                 Some("rank 1, worker 0: load: tensor x missing"),
             )),
         },
@@ -180,8 +180,8 @@ fn status() -> Box<Status> {
 
 #[tokio::test]
 async fn status_is_a_table_for_people_and_json_for_programs() {
-    let scripted = Scripted::start(|command| match command {
-        AdminCommand::Status { reply } => drop(reply.send(Ok(status()))),
+    let scripted = Scripted::start(|command, reply| match command {
+        Command::Status => reply.send(Ok(Response::Status(status()))),
         other => panic!("{other:?}"),
     });
     let output = scripted.output("status").await;
@@ -226,8 +226,8 @@ devices
 
 #[tokio::test]
 async fn a_watched_status_is_shown_again_and_again() {
-    let scripted = Scripted::start(|command| match command {
-        AdminCommand::Status { reply } => drop(reply.send(Ok(status()))),
+    let scripted = Scripted::start(|command, reply| match command {
+        Command::Status => reply.send(Ok(Response::Status(status()))),
         other => panic!("{other:?}"),
     });
     let mut child = scripted.command("status --watch").stdout(Stdio::piped()).spawn().unwrap();
@@ -244,26 +244,22 @@ async fn a_watched_status_is_shown_again_and_again() {
 #[tokio::test]
 async fn an_update_shows_its_steps_and_ends_with_the_code_of_its_outcome() {
     for (outcome, code, words) in [
-        (UpdateStatus::Committed, 0, "committed"),
-        (UpdateStatus::Refused, 10, "REFUSED, no engine was touched"),
-        (UpdateStatus::RolledBack, 11, "ROLLED BACK"),
-        (UpdateStatus::Degraded, 12, "DEGRADED"),
+        (ReportStatus::Committed, 0, "committed"),
+        (ReportStatus::Refused, 10, "REFUSED, no engine was touched"),
+        (ReportStatus::RolledBack, 11, "ROLLED BACK"),
+        (ReportStatus::Degraded, 12, "DEGRADED"),
     ] {
-        let scripted = Scripted::start(move |command| match command {
-            AdminCommand::Update { request, progress, reply } => {
+        let scripted = Scripted::start(move |command, reply| match command {
+            Command::Update(request) => {
                 assert_eq!(
                     request,
                     UpdateRequest {
-                        path: "/models/new".to_owned(),
-                        adapters: Vec::new(),
                         source: UpdateSource::Leader,
                         retain: Retain::None,
-                        version: Some("v2".to_owned()),
+                        version: Some(WeightVersion("v2".to_owned())),
                         mode: PauseMode::Abort,
                         pause_deadline_ms: Some(2500),
-                        from_version: None,
-                        allow_no_rollback: false,
-                        id: None,
+                        ..UpdateRequest::new("/models/new")
                     }
                 );
                 for (phase, done) in [("staging", 0), ("staging", 2048), ("loading", 1)] {
@@ -274,10 +270,10 @@ async fn an_update_shows_its_steps_and_ends_with_the_code_of_its_outcome() {
                         total: 4096,
                         event: None,
                     };
-                    progress.try_send(step).unwrap();
+                    reply.progress(step);
                 }
-                let reason = (outcome != UpdateStatus::Committed).then_some("rank 1: x");
-                reply.send(Ok(report(outcome, reason))).unwrap();
+                let reason = (outcome != ReportStatus::Committed).then_some("rank 1: x");
+                reply.send(Ok(Response::Update(report(outcome, reason))));
             }
             other => panic!("{other:?}"),
         });
@@ -300,20 +296,20 @@ async fn an_update_shows_its_steps_and_ends_with_the_code_of_its_outcome() {
 
 #[tokio::test]
 async fn updates_are_followed_ended_and_listed() {
-    let scripted = Scripted::start(|command| match command {
-        AdminCommand::UpdateFollow { id, progress, reply } if id.as_deref() == Some("u7") => {
-            let ranks = BTreeMap::from([(EngineIndex(1), RankState::Loading)]);
+    let scripted = Scripted::start(|command, reply| match command {
+        Command::UpdateFollow { id } if id == Some(UpdateId("u7".to_owned())) => {
+            let ranks = BTreeMap::from([(EngineIndex(1), RankProgress::Loading)]);
             let event = Some(UpdateEvent::Progress { phase: Phase::Loading, ranks });
             let (phase, message) = ("staging".to_owned(), String::new());
-            progress.try_send(UpdateProgress { phase, message, done: 1, total: 2, event }).unwrap();
-            reply.send(Ok(report(UpdateStatus::Committed, None))).unwrap();
+            reply.progress(UpdateProgress { phase, message, done: 1, total: 2, event });
+            reply.send(Ok(Response::Update(report(ReportStatus::Committed, None))));
         }
-        AdminCommand::UpdateFollow { reply, .. } => {
-            reply.send(Err(AdminError::new(ErrorKind::Unavailable, "update u1 is not running"))).unwrap();
+        Command::UpdateFollow { .. } => {
+            reply.send(Err(AdminError::new(ErrorKind::Unavailable, "update u1 is not running")));
         }
-        AdminCommand::UpdateAbort { reply } => reply.send(Ok(())).unwrap(),
-        AdminCommand::UpdateHistory { reply, .. } => {
-            reply.send(Ok(vec![report(UpdateStatus::RolledBack, Some("x"))])).unwrap();
+        Command::UpdateAbort => reply.send(Ok(Response::Done)),
+        Command::UpdateHistory { .. } => {
+            reply.send(Ok(Response::Updates(vec![report(ReportStatus::RolledBack, Some("x"))])));
         }
         other => panic!("{other:?}"),
     });
@@ -343,10 +339,10 @@ async fn refusals_and_failures_have_codes_of_their_own() {
         (ErrorKind::Failed, 15),
         (ErrorKind::Timeout, 5),
     ] {
-        let scripted = Scripted::start(move |command| match command {
-            AdminCommand::Pause { reply, .. } => {
+        let scripted = Scripted::start(move |command, reply| match command {
+            Command::Pause { .. } => {
                 let error = AdminError::new(kind, "update u2 holds the engines");
-                reply.send(Err(error)).unwrap();
+                reply.send(Err(error));
             }
             other => panic!("{other:?}"),
         });
@@ -364,36 +360,35 @@ async fn refusals_and_failures_have_codes_of_their_own() {
 
 #[tokio::test]
 async fn the_small_commands_reach_the_sidecar() {
-    let scripted = Scripted::start(|command| match command {
-        AdminCommand::Pause { mode, deadline, reply } => {
-            assert_eq!(mode, PauseMode::Keep);
-            assert_eq!(deadline, Some(Duration::from_secs(3)));
-            reply.send(Ok(())).unwrap();
+    let scripted = Scripted::start(|command, reply| match command {
+        Command::Pause { mode, deadline_ms } => {
+            assert_eq!((mode, deadline_ms), (PauseMode::Keep, Some(3000)));
+            reply.send(Ok(Response::Done));
         }
-        AdminCommand::Resume { reply } | AdminCommand::Stop { reply } => {
-            reply.send(Ok(())).unwrap();
+        Command::Resume | Command::Stop => {
+            reply.send(Ok(Response::Done));
         }
-        AdminCommand::FrontendAdd { address, reply } => {
+        Command::FrontendAdd { address } => {
             assert_eq!(address, "h:1");
-            reply.send(Ok(())).unwrap();
+            reply.send(Ok(Response::Done));
         }
-        AdminCommand::FrontendRemove { address, reply } => {
+        Command::FrontendRemove { address } => {
             assert_eq!(address, "h:2");
-            reply.send(Ok(())).unwrap();
+            reply.send(Ok(Response::Done));
         }
-        AdminCommand::FrontendList { reply } => {
-            reply.send(Ok(status().frontends)).unwrap();
+        Command::FrontendList => {
+            reply.send(Ok(Response::Frontends(status().frontends)));
         }
-        AdminCommand::Version { reply } => {
+        Command::Version => {
             let report = VersionReport {
                 sidecar: "0.1.0".to_owned(),
                 vllm: [(0, "0.32.0".to_owned())].into(),
                 weights: "v1".to_owned(),
             };
-            reply.send(Ok(report)).unwrap();
+            reply.send(Ok(Response::Version(report)));
         }
         // A dropped reply: the sidecar stops.
-        AdminCommand::Status { .. } => {}
+        Command::Status => {}
         other => panic!("{other:?}"),
     });
     for (line, expected) in [
@@ -429,7 +424,7 @@ async fn first_line(stream: UnixStream, request: &[u8]) -> serde_json::Value {
 
 #[tokio::test]
 async fn what_is_no_request_is_answered_as_invalid() {
-    let scripted = Scripted::start(|command| panic!("{command:?}"));
+    let scripted = Scripted::start(|command, _| panic!("{command:?}"));
     let long = vec![b'x'; 100 * 1024];
     for (request, words) in [
         (&b"garbage\n"[..], "request: expected value"),
@@ -449,14 +444,14 @@ async fn what_is_no_request_is_answered_as_invalid() {
 #[tokio::test]
 async fn an_update_goes_on_when_its_client_is_gone() {
     let (told, mut heard) = mpsc::unbounded_channel();
-    let scripted = Scripted::start(move |command| match command {
-        AdminCommand::Update { progress, reply, .. } => {
+    let scripted = Scripted::start(move |command, reply| match command {
+        Command::Update(_) => {
             let told = told.clone();
             tokio::spawn(async move {
                 told.send("started").unwrap();
                 // Full or closed, it must not matter.
-                while !progress.is_closed() {
-                    let _ = progress.try_send(UpdateProgress {
+                while !reply.is_closed() {
+                    reply.progress(UpdateProgress {
                         phase: "loading".to_owned(),
                         message: "x".repeat(1000),
                         done: 0,
@@ -465,7 +460,7 @@ async fn an_update_goes_on_when_its_client_is_gone() {
                     });
                     tokio::task::yield_now().await;
                 }
-                assert!(reply.send(Ok(report(UpdateStatus::Committed, None))).is_err());
+                reply.send(Ok(Response::Update(report(ReportStatus::Committed, None))));
                 told.send("ended").unwrap();
             });
         }

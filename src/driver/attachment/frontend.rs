@@ -17,10 +17,11 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 use super::super::handles::{
-    AdoptRoute, CloseRoutes, CoordinatorCommand, Deployment, EngineFacts, ForFrontendCoordinator,
-    FrontendSnapshot, GroupKind, OpenRoute, Reply,
+    AdoptRoute, CloseRoutes, CoordinatorCommand, Deployment, EngineFacts, ForFrontendCoordinator, GroupKind,
+    OpenRoute, Reply,
 };
 use super::{Attached, Shared, sockets};
+use crate::api::FrontendSnapshot;
 
 /// Events waiting for the machine.
 const EVENTS: usize = 256;

@@ -19,9 +19,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::handles::{
-    AttachmentCommand, AttachmentHandle, CoordinatorHandle, Deployment, FrontendSnapshot, HandleError,
-    Origin, RankHandle, Reply, RouteLost,
+    AttachmentCommand, AttachmentHandle, CoordinatorHandle, Deployment, HandleError, Origin, RankHandle,
+    Reply, RouteLost,
 };
+use crate::api::FrontendSnapshot;
 use crate::tasks::{Task, named};
 
 pub use peer::{ListeningProcess, listening_process};

@@ -6,6 +6,7 @@ use dp_sidecar_protocol::{EngineIndex, FrontendId};
 use tokio::sync::{mpsc, watch};
 
 use super::{EngineFacts, GroupKind, Reply, RouteLost};
+use crate::api::FrontendSnapshot;
 
 /// What is known about the whole deployment. Complete when `engines` has all `size` ranks.
 #[derive(Clone, Debug)]
@@ -16,23 +17,6 @@ pub struct Deployment {
     pub size: u16,
     /// Facts of each rank that has completed its handshake once (they stay while it restarts).
     pub engines: BTreeMap<EngineIndex, EngineFacts>,
-}
-
-/// State of one wanted frontend, for `sidecar frontend list` and status.
-#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct FrontendSnapshot {
-    /// Handshake address, as given.
-    pub address: String,
-    /// Attachment number, if there is one at the moment.
-    pub id: Option<u64>,
-    /// `waiting`, `connecting`, `handshake`, `registering`, `attached`, `refused`.
-    pub state: String,
-    /// API servers (slots taken).
-    pub api_servers: u32,
-    /// Why it is not attached, if it is not.
-    pub detail: Option<String>,
-    /// How often it attached.
-    pub attachments: u64,
 }
 
 /// Who wants a frontend.

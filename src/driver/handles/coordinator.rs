@@ -1,6 +1,5 @@
 //! Handles of the DP coordinator, and of the edge task with its engine-facing sockets.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -12,6 +11,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::ask::asks;
 use super::{Handle, HandleError, Reply, ReplyTo, answer};
+use crate::api::CoordinatorSnapshot;
 
 /// A message of a rank for a frontend's own DP coordinator, to be pushed as it is.
 #[derive(Clone, Debug)]
@@ -99,33 +99,6 @@ pub enum CoordinatorCommand {
         /// Done.
         reply: Reply<()>,
     },
-}
-
-/// Load of one rank as it last reported it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
-pub struct Load {
-    /// `num_waiting_reqs`.
-    pub waiting: u64,
-    /// `num_running_reqs`.
-    pub running: u64,
-    /// `kv_cache_usage`, 0 to 1.
-    pub kv_cache_usage: f64,
-}
-
-/// Plain data about the DP coordinator.
-#[derive(Clone, Debug, Default, PartialEq, serde::Serialize, serde::Deserialize)]
-pub struct CoordinatorSnapshot {
-    /// Current wave.
-    pub wave: Wave,
-    /// Whether the group is running, as reported by engines.
-    pub running: bool,
-    /// Load by rank.
-    pub loads: BTreeMap<u16, Load>,
-    /// Ranks subscribed.
-    pub subscribed: u32,
-    /// False while a restarted lockstep group is brought to the wave the frontends know. No control
-    /// call and no request may be sent to its engines before (it takes one idle step).
-    pub in_step: bool,
 }
 
 /// Handle of the coordinator task.

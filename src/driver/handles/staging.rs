@@ -8,6 +8,7 @@ use dp_sidecar_protocol::machine::weight_update::Checkpoint;
 use dp_sidecar_protocol::{UpdateId, WeightVersion};
 
 use super::{Ask, Delivery, Handle};
+use crate::api::{Retain, StageProgress};
 
 /// Where a node takes the bytes of a new checkpoint from.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -24,22 +25,6 @@ pub enum StageSource {
 
 /// The one file with tensors of a LoRA adapter, in its directory.
 pub const ADAPTER_FILE: &str = "adapter_model.safetensors";
-
-/// Where the version that is replaced is kept, for a rollback.
-#[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize, clap::ValueEnum,
-)]
-#[serde(rename_all = "lowercase")]
-pub enum Retain {
-    /// In the node's other shared memory segment.
-    #[default]
-    Memory,
-    /// In the directory it came from (the start-up checkpoint, or `--path` of an earlier update); only one
-    /// segment is used.
-    Disk,
-    /// Nowhere: an engine that fails gets the new version again, or is fenced.
-    None,
-}
 
 /// One node's part in staging a checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -153,23 +138,6 @@ pub struct StageState {
     /// Answer about an adapter.
     #[serde(default)]
     pub adapter: Option<AdapterPlace>,
-}
-
-/// How far staging is on one node.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct StageProgress {
-    /// Verified bytes.
-    pub done: u64,
-    /// Bytes of the checkpoint.
-    pub total: u64,
-    /// Verified chunks, and all.
-    pub chunks: (u64, u64),
-    /// Bytes that came over the network (payload).
-    pub received: u64,
-    /// Bytes taken from the current segment.
-    pub reused: u64,
-    /// Milliseconds since it began.
-    pub ms: u64,
 }
 
 /// What a node's staging area reports.

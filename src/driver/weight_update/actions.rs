@@ -1,6 +1,6 @@
 //! The machine's actions, performed.
 
-use dp_sidecar_protocol::machine::weight_update::{Adapter, Target, WorkerReport, WorkerState};
+use dp_sidecar_protocol::machine::weight_update::{Adapter, Outcome, Target, WorkerReport, WorkerState};
 
 use super::jobs::StageJob;
 use super::nodes::NodesJob;
@@ -40,7 +40,7 @@ impl Task {
                     warn!(%id, "engines are brought to the committed weights after a restart of the sidecar");
                     self.active = Some(Active {
                         recovery: true,
-                        ..Active::new(id, UpdateRequest::new(""), Vec::new())
+                        ..Active::new(id, UpdateRequest::default(), Vec::new())
                     });
                 }
                 self.spawn(action, async move {
@@ -162,9 +162,11 @@ impl Task {
         let machine = &self.tools.config.machine;
         match step {
             Step::Pause { rank, incarnation, attempt, mode, clear_cache } => {
-                let deadline = self.active.as_ref().map(|active| active.request.pause_deadline);
-                let wait =
-                    if mode == PauseMode::Abort { Duration::ZERO } else { deadline.unwrap_or_default() };
+                let deadline = |active: &Active| self.tools.config.pause_deadline_of(&active.request);
+                let wait = match &self.active {
+                    Some(active) if mode != PauseMode::Abort => deadline(active),
+                    _ => Duration::ZERO,
+                };
                 let limit = wait + machine.abort_pause_timeout + SLACK;
                 self.call(action, run, rank, async move |handle| Answer::Paused {
                     rank,
@@ -261,7 +263,7 @@ impl Task {
         };
         let tools = &self.tools;
         info!(
-            id = %active.id, version = %active.version, path = %active.request.path.display(),
+            id = %active.id, version = %active.version, source = active.request.source_name(),
             mode = %active.request.mode, ranks = self.machine.lives().count(), "update begins"
         );
         let nodes = tools.stages.in_order(nodes.into_iter().collect());
@@ -344,8 +346,7 @@ impl Task {
         let record = UpdateRecord::refused(
             refused.id,
             &refused.request,
-            types::outcome_of(refusal),
-            refusal.to_string(),
+            refusal,
             self.machine.snapshot().version,
             refused.started_unix_ms,
         );
@@ -361,8 +362,8 @@ impl Task {
         };
         let Conclusion { record, version, .. } = &conclusion;
         let ended = UpdateRecord::ended(record.clone(), version.clone(), active.started_unix_ms);
-        match ended.outcome {
-            UpdateOutcome::Committed => info!("{}", ended.message),
+        match ended.outcome() {
+            Outcome::Committed => info!("{}", ended.message),
             _ => warn!("{}", ended.message),
         }
         for warning in &record.warnings {

@@ -9,7 +9,6 @@ use tokio::io::{AsyncReadExt as _, AsyncSeekExt as _};
 use super::super::handles::{ADAPTER_FILE, AdapterPlace};
 
 use super::lora::{LoraOp, LoraRequest, LoraState, lora};
-use super::types::AdapterChange;
 use super::*;
 
 /// Bytes of a piece. Other messages of the peer link wait for one at most.

@@ -26,7 +26,7 @@ pub(super) struct Follower {
 #[derive(Clone, Debug)]
 pub struct UpdateHandle {
     pub(super) commands: mpsc::Sender<Command>,
-    pub(super) status: watch::Receiver<UpdateStatus>,
+    pub(super) status: watch::Receiver<UpdateSnapshot>,
 }
 
 /// An update that runs. Dropping it does not stop the update.
@@ -110,12 +110,12 @@ impl UpdateHandle {
     }
 
     /// Latest state.
-    pub fn status(&self) -> UpdateStatus {
+    pub fn status(&self) -> UpdateSnapshot {
         self.status.borrow().clone()
     }
 
     /// To wait for changes.
-    pub fn watch(&self) -> watch::Receiver<UpdateStatus> {
+    pub fn watch(&self) -> watch::Receiver<UpdateSnapshot> {
         self.status.clone()
     }
 

@@ -239,7 +239,7 @@ mod tests {
         File::options().write(true).open(&path).unwrap().set_len(length - 7).unwrap();
         journal.remember(&record("u3")).unwrap();
         let ids = |limit| -> Vec<String> {
-            journal.history(limit).unwrap().into_iter().map(|record| record.id.0).collect()
+            journal.history(limit).unwrap().into_iter().map(|line| line.record.id.0).collect()
         };
         assert_eq!(ids(10), ["u1", "u3"]);
         assert_eq!(ids(1), ["u3"]);

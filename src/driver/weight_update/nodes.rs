@@ -129,12 +129,10 @@ impl NodesJob {
     }
 
     async fn plan(&self, leader: NodeId) -> Result<Plan, String> {
-        let path = match &self.request.source {
-            UpdateSource::Upload(upload) => {
-                return Ok(Plan::Chain(StageSource::Upload(upload.clone())));
-            }
-            _ => self.request.path.clone(),
-        };
+        if let Some(upload) = &self.request.upload {
+            return Ok(Plan::Chain(StageSource::Upload(upload.clone())));
+        }
+        let path = self.request.path.clone().unwrap_or_default();
         if !path.is_absolute() {
             return Err(format!("checkpoint {}: expected an absolute path", path.display()));
         }
@@ -189,7 +187,7 @@ impl NodesJob {
     /// Engines load from the directory, as the leader sees it.
     async fn leader_directory(&self, leader: NodeId) -> Result<BTreeMap<NodeId, Checked>, String> {
         let job = Job {
-            source: self.request.path.clone(),
+            source: self.request.path.clone().unwrap_or_default(),
             model_path: PathBuf::from(self.model_paths.get(&leader).cloned().unwrap_or_default()),
         };
         let previous = self.previous_in(leader, leader, &StageState::default()).await?;

@@ -4,9 +4,10 @@ use bytes::Bytes;
 use tokio::sync::Semaphore;
 
 use super::super::handles::{
-    AdapterPlace, StageEvent, StageHandle, StageProgress, StageRequest, StageSource, StageSpec, StageState,
+    AdapterPlace, StageEvent, StageHandle, StageRequest, StageSource, StageSpec, StageState,
 };
 use super::*;
+use crate::api::StageProgress;
 use crate::tasks::{Task, named};
 
 /// For answers that need no bytes.

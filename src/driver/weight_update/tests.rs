@@ -7,7 +7,7 @@ mod stage;
 use std::collections::VecDeque;
 use std::path::Path;
 
-use dp_sidecar_protocol::machine::weight_update::{Phase, WorkerState};
+use dp_sidecar_protocol::machine::weight_update::{Outcome, Phase, WorkerState};
 use dp_sidecar_protocol::{FrontendId, PausedBy};
 
 use super::super::control::{self, ControlConfig};
@@ -135,7 +135,7 @@ async fn an_update_reaches_all_engines_in_order_and_is_remembered() {
         }
     }
     let record = run.record().await.unwrap();
-    assert_eq!(record.outcome, UpdateOutcome::Committed, "{record:?}");
+    assert_eq!(*record.outcome(), Outcome::Committed, "{record:?}");
     assert_eq!(hashed, Some((3, 3)));
     for phase in [Phase::Staging, Phase::Pausing, Phase::Loading, Phase::Committing, Phase::Resuming] {
         assert!(phases.contains(&phase), "{phase} is not in {phases:?}");
@@ -172,9 +172,9 @@ async fn a_bad_directory_is_refused_and_no_engine_hears_of_it() {
     std::fs::create_dir(&bad).unwrap();
     write(&bad, "model.safetensors", &[("a", "U8", &[3], &[1, 2, 3])]);
     let mut request = world.request("u1");
-    request.path = bad;
+    request.path = Some(bad);
     let record = world.update(request).await;
-    assert_eq!(record.outcome, UpdateOutcome::RefusedInvalid);
+    assert_eq!(*record.outcome(), Outcome::RefusedInvalid);
     assert!(record.message.contains("a has shape [3], expected [2]; missing b"), "{}", record.message);
     for rank in &world.ranks {
         assert_eq!(rank.take_log(), [""; 0]);
@@ -192,7 +192,7 @@ async fn a_load_that_fails_on_one_rank_leaves_all_at_the_previous_weights() {
         let world = world(GroupKind::Lockstep).await;
         world.engine(1).loads.push_back(script);
         let record = world.update(world.request("u1")).await;
-        assert_eq!(record.outcome, UpdateOutcome::RolledBack);
+        assert_eq!(*record.outcome(), Outcome::RolledBack);
         assert!(record.message.contains("rank 1: "), "{}", record.message);
         assert!(record.message.contains(why), "{}", record.message);
         world.all_hold("start");
@@ -200,7 +200,7 @@ async fn a_load_that_fails_on_one_rank_leaves_all_at_the_previous_weights() {
         assert!(!world.dir.path().join("committed.json").exists());
         // It can be tried again, under the same name.
         let record = world.update(world.request("u1")).await;
-        assert_eq!(record.outcome, UpdateOutcome::Committed);
+        assert_eq!(*record.outcome(), Outcome::Committed);
         world.all_hold("new");
         world.end().await;
     }
@@ -214,7 +214,7 @@ async fn a_rank_that_finds_the_files_missing_is_left_alone() {
         world.engine(rank).loads.push_back(script);
     }
     let record = world.update(world.request("u1")).await;
-    assert_eq!(record.outcome, UpdateOutcome::RolledBack);
+    assert_eq!(*record.outcome(), Outcome::RolledBack);
     let report = &record.record.ranks[&EngineIndex(0)].workers[0];
     assert_eq!(report.state, WorkerState::Unchanged);
     let loads = |log: Vec<String>| log.iter().filter(|line| line.starts_with("load")).count();
@@ -231,7 +231,7 @@ async fn a_rank_that_can_go_neither_way_is_fenced_and_the_others_serve() {
     }
     let record = world.update(world.request("u1")).await;
     let fenced = vec![EngineIndex(1)];
-    assert_eq!(record.outcome, UpdateOutcome::Degraded { fenced });
+    assert_eq!(*record.outcome(), Outcome::Degraded { fenced });
     let request = world.fences.recv().await.unwrap();
     assert_eq!((request.rank, request.incarnation), (EngineIndex(1), Incarnation(1)));
     let log = world.ranks[1].take_log();
@@ -250,7 +250,7 @@ async fn without_the_shim_an_update_is_refused_and_says_what_to_install() {
     world.updates.restore(vec![world.life(1)]).await.unwrap();
     world.ranks[1].admit();
     let record = world.update(world.request("u1")).await;
-    assert_eq!(record.outcome, UpdateOutcome::RefusedInvalid);
+    assert_eq!(*record.outcome(), Outcome::RefusedInvalid);
     assert!(
         record.message.contains("rank 1: the shim is not in the engine's Python environment: install it there (pip install dp-sidecar-shim)"),
         "{}",
@@ -268,7 +268,7 @@ async fn what_still_runs_at_the_pause_deadline_is_aborted_on_all_ranks() {
     let world = world(GroupKind::Lockstep).await;
     world.engine(0).wait_needs_abort = true;
     let record = world.update(world.request("u1")).await;
-    assert_eq!(record.outcome, UpdateOutcome::Committed);
+    assert_eq!(*record.outcome(), Outcome::Committed);
     assert!(record.record.pause_escalated);
     assert!(record.record.paused_ms.unwrap() >= 30_000);
     for rank in &world.ranks {
@@ -284,7 +284,7 @@ async fn there_is_one_controller_at_a_time() {
     let run = world.updates.start(world.request("u1")).await.unwrap();
     world.ranks[0].logged("pause wait false").await;
     let second = world.update(world.request("u2")).await;
-    assert_eq!(second.outcome, UpdateOutcome::RefusedBusy);
+    assert_eq!(*second.outcome(), Outcome::RefusedBusy);
     assert!(second.message.contains("update u1 is running (pausing)"), "{}", second.message);
     for rank in [0, 1] {
         world.calls.send(held(rank, 7, "resume_scheduler")).await.unwrap();
@@ -294,7 +294,7 @@ async fn there_is_one_controller_at_a_time() {
     world.ranks[1].logged(refused).await;
     let operator = world.control.resume(Duration::ZERO).await.unwrap_err();
     assert_eq!(operator.to_string(), "engines are controlled by update u1 (pausing)");
-    assert_eq!(run.record().await.unwrap().outcome, UpdateOutcome::Committed);
+    assert_eq!(*run.record().await.unwrap().outcome(), Outcome::Committed);
     world.end().await;
 }
 
@@ -303,11 +303,11 @@ async fn an_update_waits_for_the_operator_and_then_is_refused() {
     let world = world(GroupKind::Independent).await;
     let guard = world.control.acquire("operator pause", Duration::ZERO).await.unwrap();
     let record = world.update(world.request("u1")).await;
-    assert_eq!(record.outcome, UpdateOutcome::RefusedBusy);
+    assert_eq!(*record.outcome(), Outcome::RefusedBusy);
     assert!(record.message.contains("controlled by operator pause"), "{}", record.message);
     drop(guard);
     let record = world.update(world.request("u1")).await;
-    assert_eq!(record.outcome, UpdateOutcome::Committed);
+    assert_eq!(*record.outcome(), Outcome::Committed);
     world.end().await;
 }
 
@@ -319,14 +319,14 @@ async fn the_same_name_again_gives_the_same_record_without_touching_anything() {
     let again = world.update(world.request("u1")).await;
     assert_eq!(again.record, first.record);
     let mut other = world.request("u1");
-    other.path = world.path("start").into();
+    other.path = Some(world.path("start").into());
     let refused = world.update(other).await;
-    assert_eq!(refused.outcome, UpdateOutcome::RefusedInvalid);
+    assert_eq!(*refused.outcome(), Outcome::RefusedInvalid);
     assert!(refused.message.contains("was already committed from"), "{}", refused.message);
     let mut wrong = world.request("u2");
     wrong.from_version = Some(WeightVersion("v7".to_owned()));
     let refused = world.update(wrong).await;
-    assert_eq!(refused.outcome, UpdateOutcome::RefusedVersion);
+    assert_eq!(*refused.outcome(), Outcome::RefusedVersion);
     assert_eq!(world.ranks[0].take_log(), [""; 0]);
     world.end().await;
 }
@@ -417,7 +417,7 @@ async fn engines_that_a_frontend_has_paused_stay_paused() {
     let by = PausedBy::Frontend { id: FrontendId(1) };
     control.wait_for(|state| state.paused_by.as_ref() == Some(&by)).await.unwrap();
     let record = world.update(world.request("u1")).await;
-    assert_eq!(record.outcome, UpdateOutcome::Committed);
+    assert_eq!(*record.outcome(), Outcome::Committed);
     assert!(record.record.left_paused);
     for rank in &world.ranks {
         assert!(!rank.take_log().contains(&"resume".to_owned()));
@@ -434,7 +434,7 @@ async fn an_independent_engine_lost_in_the_middle_is_brought_to_the_new_weights_
     world.ranks[1].logged(&format!("load {}", world.path("new"))).await;
     world.ranks[1].lose();
     let record = run.record().await.unwrap();
-    assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
+    assert_eq!(*record.outcome(), Outcome::Committed, "{}", record.message);
     world.ranks[1].restart();
     world.updates.restore(vec![world.life(1)]).await.unwrap();
     world.all_hold("new");
@@ -449,7 +449,7 @@ async fn a_lockstep_group_that_is_not_complete_is_not_updated() {
     // The loss reaches the task before a command that is sent later, or is found out by the pause.
     tokio::time::sleep(Duration::from_millis(10)).await;
     let record = world.update(world.request("u1")).await;
-    assert_eq!(record.outcome, UpdateOutcome::RefusedInvalid);
+    assert_eq!(*record.outcome(), Outcome::RefusedInvalid);
     assert!(record.message.contains("not complete: rank 1 is not serving"), "{}", record.message);
     world.end().await;
 }
@@ -463,7 +463,7 @@ async fn an_engine_without_version_stamps_is_updated_with_a_warning() {
     world.updates.restore(vec![world.life(0)]).await.unwrap();
     world.ranks[0].admit();
     let record = world.update(world.request("u1")).await;
-    assert_eq!(record.outcome, UpdateOutcome::Committed);
+    assert_eq!(*record.outcome(), Outcome::Committed);
     assert!(record.record.warnings[0].contains("rank 0: outputs do not carry the version"));
     world.end().await;
 }
@@ -473,12 +473,7 @@ async fn an_engine_that_should_stamp_its_outputs_and_fails_does_not_serve() {
     let mut world = world(GroupKind::Independent).await;
     world.engine(0).no_version_stamp = true;
     let record = world.update(world.request("u1")).await;
-    assert_eq!(
-        record.outcome,
-        UpdateOutcome::Degraded { fenced: vec![EngineIndex(0)] },
-        "{}",
-        record.message
-    );
+    assert_eq!(*record.outcome(), Outcome::Degraded { fenced: vec![EngineIndex(0)] }, "{}", record.message);
     assert!(record.message.contains("the version could not be stamped"), "{}", record.message);
     assert_eq!(world.fences.recv().await.unwrap().rank, EngineIndex(0));
     world.ranks[0].restart();
@@ -492,7 +487,7 @@ async fn a_cache_that_is_in_use_is_reset_with_its_requests() {
     let world = world(GroupKind::Independent).await;
     world.engine(0).resets.push_back(false);
     let record = world.update(world.request("u1")).await;
-    assert_eq!(record.outcome, UpdateOutcome::Committed);
+    assert_eq!(*record.outcome(), Outcome::Committed);
     let log = world.ranks[0].take_log();
     let resets: Vec<_> = log.iter().filter(|line| line.starts_with("reset")).collect();
     assert_eq!(resets, ["reset false true", "reset true true"]);
@@ -506,7 +501,7 @@ async fn weights_overwritten_in_place_are_an_update_without_a_way_back() {
     checkpoint(world.dir.path(), "new", 2);
     let mut request = world.request("u2");
     let record = world.update(request.clone()).await;
-    assert_eq!(record.outcome, UpdateOutcome::RefusedInvalid);
+    assert_eq!(*record.outcome(), Outcome::RefusedInvalid);
     assert!(
         record.message.contains("could not be taken back: the directory of the current weights"),
         "{}",
@@ -514,7 +509,7 @@ async fn weights_overwritten_in_place_are_an_update_without_a_way_back() {
     );
     request.allow_no_rollback = true;
     let record = world.update(request).await;
-    assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
+    assert_eq!(*record.outcome(), Outcome::Committed, "{}", record.message);
     assert!(record.record.warnings[0].contains("no way back"));
     world.end().await;
 }
@@ -533,11 +528,11 @@ async fn weights_that_a_frontend_loaded_are_replaced_everywhere_even_by_a_rollba
     let mut request = world.request("u1");
     request.from_version = Some(WeightVersion::default());
     let record = world.update(request).await;
-    assert_eq!(record.outcome, UpdateOutcome::RefusedVersion);
+    assert_eq!(*record.outcome(), Outcome::RefusedVersion);
     let script = LoadScript::Fails("unchanged", "files");
     world.engine(0).loads.push_back(script);
     let record = world.update(world.request("u2")).await;
-    assert_eq!(record.outcome, UpdateOutcome::RolledBack);
+    assert_eq!(*record.outcome(), Outcome::RolledBack);
     world.all_hold("start");
     assert!(!world.control.snapshot().external_weights);
     world.end().await;
@@ -551,7 +546,7 @@ async fn an_update_that_is_called_off_while_it_pauses_resumes_the_engines() {
     world.ranks[0].logged("pause wait false").await;
     world.updates.abort().await.unwrap();
     let record = run.record().await.unwrap();
-    assert_eq!(record.outcome, UpdateOutcome::Aborted);
+    assert_eq!(*record.outcome(), Outcome::Aborted);
     assert!(record.message.contains("aborted by the operator"), "{}", record.message);
     world.all_hold("start");
     world.end().await;
@@ -575,7 +570,7 @@ async fn engines_that_sleep_are_not_updated() {
     }
     world.control.watch().wait_for(|state| state.asleep).await.unwrap();
     let record = world.update(world.request("u1")).await;
-    assert_eq!(record.outcome, UpdateOutcome::RefusedInvalid);
+    assert_eq!(*record.outcome(), Outcome::RefusedInvalid);
     assert!(record.message.contains("asleep: wake them up first"), "{}", record.message);
     for rank in &world.ranks {
         assert_eq!(rank.take_log(), ["forward 7"]);
@@ -589,9 +584,9 @@ async fn a_link_is_followed_once_so_that_it_may_be_moved_later() {
     let latest = world.dir.path().join("latest");
     std::os::unix::fs::symlink(world.path("new"), &latest).unwrap();
     let mut request = world.request("u1");
-    request.path = latest.clone();
+    request.path = Some(latest.clone());
     let record = world.update(request).await;
-    assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
+    assert_eq!(*record.outcome(), Outcome::Committed, "{}", record.message);
     std::fs::remove_file(&latest).unwrap();
     world.all_hold("new");
     world.ranks[1].restart();
@@ -610,7 +605,7 @@ async fn an_engine_whose_rank_task_reports_late_is_not_taken_for_lost() {
     world.ranks[1].restart();
     world.ranks[1].admit();
     let record = world.update(world.request("u1")).await;
-    assert_eq!(record.outcome, UpdateOutcome::Committed);
+    assert_eq!(*record.outcome(), Outcome::Committed);
     assert_eq!(record.record.ranks[&rank].incarnation, next);
     world.all_hold("new");
     world.end().await;

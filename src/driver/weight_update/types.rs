@@ -6,14 +6,15 @@ use std::time::Duration;
 
 use dp_sidecar_protocol::machine::weight_update::updates::Failure;
 use dp_sidecar_protocol::machine::weight_update::{
-    Checkpoint, Config, NodeId, Outcome, PauseMode, Phase, RankState, Record, Refusal,
+    Checkpoint, Config, NodeId, Outcome, Phase, RankProgress, RankRecord, Record, Refusal,
 };
 use dp_sidecar_protocol::{EngineIndex, Incarnation, UpdateId, WeightVersion};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tokio::sync::mpsc;
 
-use super::super::handles::{GroupKind, Retain, StageEvent, StageHandle, StageProgress};
+use super::super::handles::{GroupKind, StageEvent, StageHandle};
+use crate::api::{EngineTimes, ReportStatus, StageProgress, UNKNOWN, UpdateReport, UpdateRequest};
 
 /// Settings of the update task.
 #[derive(Clone, Debug)]
@@ -26,6 +27,10 @@ pub struct UpdateConfig {
     pub machine: Config,
     /// For `dp_sidecar_info` and other small calls.
     pub call_timeout: Duration,
+    /// How long a pause may take before running requests are aborted, unless the request says.
+    pub pause_deadline: Duration,
+    /// How long to wait for another controller (a frontend's control call, the operator).
+    pub patience: Duration,
 }
 
 impl UpdateConfig {
@@ -36,7 +41,14 @@ impl UpdateConfig {
             state_dir: state_dir.into(),
             machine: Config { lockstep: kind == GroupKind::Lockstep, ..Config::default() },
             call_timeout: Duration::from_secs(30),
+            pause_deadline: Duration::from_secs(30),
+            patience: Duration::from_secs(5),
         }
+    }
+
+    /// How long the pause of this update may take before running requests are aborted.
+    pub(super) fn pause_deadline_of(&self, request: &UpdateRequest) -> Duration {
+        request.pause_deadline_ms.map_or(self.pause_deadline, Duration::from_millis)
     }
 
     /// With this limit for a load on all ranks.
@@ -62,174 +74,9 @@ pub struct UpdateNode {
     pub events: mpsc::Receiver<StageEvent>,
 }
 
-/// Where the new checkpoint comes from.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum UpdateSource {
-    /// [`Self::Shared`] if every node sees the same files at `path`, else [`Self::Leader`].
-    #[default]
-    Auto,
-    /// Every node reads `path` itself.
-    Shared,
-    /// The leader reads `path` and passes it on.
-    Leader,
-    /// What a trainer has uploaded to the leader under this id.
-    Upload(String),
-}
-
-/// What becomes of a LoRA adapter.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct AdapterChange {
-    /// Name that requests use as `model`.
-    pub name: String,
-    /// Absolute directory with `adapter_config.json` and `adapter_model.safetensors`, which the leader can read.
-    /// None: the adapter is removed.
-    pub path: Option<PathBuf>,
-}
-
-/// An update that somebody wants.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct UpdateRequest {
-    /// Its name; made up when absent. The same name again after success gives the same record again.
-    pub id: Option<UpdateId>,
-    /// Absolute directory of the new checkpoint; empty for an upload, and when only adapters change.
-    pub path: PathBuf,
-    /// LoRA adapters to add, replace or remove.
-    #[serde(default)]
-    pub adapters: Vec<AdapterChange>,
-    /// Where it is read.
-    #[serde(default)]
-    pub source: UpdateSource,
-    /// Where the version that is replaced is kept.
-    #[serde(default)]
-    pub retain: Retain,
-    /// Label of the new weights; made from the directory's name and the id when absent.
-    pub version: Option<WeightVersion>,
-    /// Refuse unless this version is current.
-    pub from_version: Option<WeightVersion>,
-    /// What happens to running requests.
-    pub mode: PauseMode,
-    /// How long the pause may take before running requests are aborted.
-    pub pause_deadline: Duration,
-    /// Go on although the directory of the current weights is gone or changed, so that a failed load cannot
-    /// be taken back.
-    #[serde(default)]
-    pub allow_no_rollback: bool,
-    /// How long to wait for another controller (a frontend's control call, the operator).
-    pub patience: Duration,
-}
-
-impl UpdateRequest {
-    /// With usual settings: `wait`, 30 s, then `abort`.
-    pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self {
-            id: None,
-            path: path.into(),
-            adapters: Vec::new(),
-            source: UpdateSource::Auto,
-            retain: Retain::Memory,
-            version: None,
-            from_version: None,
-            mode: PauseMode::Wait,
-            pause_deadline: Duration::from_secs(30),
-            allow_no_rollback: false,
-            patience: Duration::from_secs(5),
-        }
-    }
-
-    /// Whether the weights of the model change, too, and not only adapters.
-    pub fn has_weights(&self) -> bool {
-        matches!(self.source, UpdateSource::Upload(_)) || !self.path.as_os_str().is_empty()
-    }
-
-    /// As in records: the directory, `upload:ID`, or the adapters where only these change.
-    pub fn source_name(&self) -> String {
-        match &self.source {
-            UpdateSource::Upload(id) => format!("upload:{id}"),
-            _ if self.has_weights() => self.path.to_string_lossy().into_owned(),
-            _ => {
-                let named = self.adapters.iter().map(|change| match &change.path {
-                    Some(path) => format!("{}={}", change.name, path.display()),
-                    None => format!("{}=", change.name),
-                });
-                format!("adapters:{}", named.collect::<Vec<_>>().join(","))
-            }
-        }
-    }
-}
-
-/// What a running update tells whoever started it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "event", rename_all = "snake_case")]
-pub enum UpdateEvent {
-    /// The new checkpoint is being hashed; generation goes on.
-    Hashing {
-        /// Bytes hashed.
-        done: u64,
-        /// Bytes altogether.
-        total: u64,
-    },
-    /// A node is filling its shared memory; generation goes on.
-    Staging {
-        /// Which.
-        node: NodeId,
-        /// Its name.
-        name: String,
-        /// How far.
-        progress: StageProgress,
-        /// Verified bytes per second since the last such event.
-        rate: u64,
-    },
-    /// Something moved on.
-    Progress {
-        /// Where the update is.
-        phase: Phase,
-        /// Where its ranks are.
-        #[serde(deserialize_with = "ranks_by_name")]
-        ranks: BTreeMap<EngineIndex, RankState>,
-    },
-}
-
-/// Keys of a JSON object are text; inside of an enum with a tag serde does not read numbers out of them.
-fn ranks_by_name<'de, D>(deserializer: D) -> Result<BTreeMap<EngineIndex, RankState>, D::Error>
-where
-    D: serde::Deserializer<'de>,
-{
-    let named: BTreeMap<String, RankState> = BTreeMap::deserialize(deserializer)?;
-    let ranks = named.into_iter().map(|(rank, state)| Ok((EngineIndex(rank.parse()?), state)));
-    ranks.collect::<Result<_, std::num::ParseIntError>>().map_err(serde::de::Error::custom)
-}
-
-/// How an update ended, as far as an exit code is concerned.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case")]
-pub enum UpdateOutcome {
-    /// All engines that live hold the new weights.
-    Committed,
-    /// The directory, the request or the engines' environment is not fit for it. No engine was touched.
-    RefusedInvalid,
-    /// Another controller has the engines. No engine was touched.
-    RefusedBusy,
-    /// `from_version` is not the current version. No engine was touched.
-    RefusedVersion,
-    /// Ended before any engine was asked to load; all go on with the previous weights.
-    Aborted,
-    /// A load failed; all engines that live hold the previous weights.
-    RolledBack,
-    /// These engines had to be fenced; see `record.committed` for which weights the others hold.
-    Degraded {
-        /// Ranks.
-        fenced: Vec<EngineIndex>,
-    },
-}
-
 /// The final word on an update.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct UpdateRecord {
-    /// Its name.
-    pub id: UpdateId,
-    /// How it ended.
-    pub outcome: UpdateOutcome,
     /// One line for people. Names the failing rank and worker.
     pub message: String,
     /// Version of the weights after it.
@@ -242,61 +89,65 @@ pub struct UpdateRecord {
 
 impl UpdateRecord {
     pub(super) fn ended(record: Record, version: WeightVersion, started_unix_ms: u64) -> Self {
-        let outcome = match &record.outcome {
-            Outcome::Committed => UpdateOutcome::Committed,
-            Outcome::RefusedInvalid => UpdateOutcome::RefusedInvalid,
-            Outcome::Aborted => UpdateOutcome::Aborted,
-            Outcome::RolledBack => UpdateOutcome::RolledBack,
-            Outcome::Degraded { fenced } => UpdateOutcome::Degraded { fenced: fenced.clone() },
-        };
-        Self {
-            id: record.id.clone(),
-            message: message(&record, &version),
-            outcome,
-            version,
-            started_unix_ms,
-            record,
-        }
+        Self { message: message(&record, &version), version, started_unix_ms, record }
     }
 
     pub(super) fn refused(
         id: UpdateId,
         request: &UpdateRequest,
-        outcome: UpdateOutcome,
-        reason: String,
+        refusal: &Refusal,
         version: WeightVersion,
         started_unix_ms: u64,
     ) -> Self {
         let record = Record {
-            id: id.clone(),
-            outcome: Outcome::RefusedInvalid,
+            id,
+            outcome: refusal.outcome(),
             from_version: Some(version.clone()),
             to_version: request.version.clone().unwrap_or_default(),
             source: request.source_name(),
             mode: request.mode,
-            error: Some(reason.clone()),
+            error: Some(refusal.to_string()),
             ..Record::default()
         };
-        Self {
-            message: format!("update {id} refused: {reason}"),
-            id,
-            outcome,
-            version,
-            started_unix_ms,
-            record,
-        }
+        let message = format!("update {} refused: {refusal}", record.id);
+        Self { message, version, started_unix_ms, record }
+    }
+
+    /// How it ended.
+    pub const fn outcome(&self) -> &Outcome {
+        &self.record.outcome
     }
 }
 
-pub(super) fn outcome_of(refusal: &Refusal) -> UpdateOutcome {
-    match refusal {
-        Refusal::Busy { .. } | Refusal::Controlled { .. } | Refusal::TakenOver => UpdateOutcome::RefusedBusy,
-        Refusal::WrongVersion { .. } => UpdateOutcome::RefusedVersion,
-        Refusal::NoEngines
-        | Refusal::IdUsed { .. }
-        | Refusal::Asleep
-        | Refusal::Unreached { .. }
-        | Refusal::Incomplete { .. } => UpdateOutcome::RefusedInvalid,
+impl From<&UpdateRecord> for UpdateReport {
+    fn from(record: &UpdateRecord) -> Self {
+        let UpdateRecord { message, version, record, .. } = record;
+        let seconds = |ms: u64| Duration::from_millis(ms).as_secs_f64();
+        let times = |of: &RankRecord| EngineTimes {
+            state: of.state,
+            pause_ms: of.pause_ms,
+            load_ms: of.load_ms,
+            rollback_ms: of.rollback_ms,
+            errors: of.errors.clone(),
+        };
+        let status = ReportStatus::from(&record.outcome);
+        Self {
+            id: record.id.clone(),
+            status,
+            version: version.clone(),
+            previous: record.from_version.clone().unwrap_or_else(|| WeightVersion(UNKNOWN.to_owned())),
+            reason: (status != ReportStatus::Committed).then(|| message.clone()),
+            fenced: match &record.outcome {
+                Outcome::Degraded { fenced } => fenced.clone(),
+                _ => Vec::new(),
+            },
+            total_s: seconds(record.total_ms),
+            paused_s: seconds(record.paused_ms.unwrap_or_default()),
+            bytes: record.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.bytes),
+            engines: record.ranks.iter().map(|(rank, of)| (*rank, times(of))).collect(),
+            phases: record.phases.clone(),
+            warnings: record.warnings.clone(),
+        }
     }
 }
 
@@ -315,12 +166,14 @@ fn message(record: &Record, version: &WeightVersion) -> String {
             record
                 .ranks
                 .values()
-                .filter(|rank| !matches!(rank.state, RankState::Lost | RankState::Fenced))
+                .filter(|rank| !matches!(rank.state, RankProgress::Lost | RankProgress::Fenced))
                 .count(),
             seconds(record.total_ms),
             seconds(record.paused_ms.unwrap_or_default()),
         ),
-        Outcome::RefusedInvalid => format!("update {id} refused, no engine was touched: {error}"),
+        Outcome::RefusedInvalid | Outcome::RefusedBusy | Outcome::RefusedVersion => {
+            format!("update {id} refused, no engine was touched: {error}")
+        }
         Outcome::Aborted => {
             format!("update {id} ended before any engine was loaded, still {version}: {error}")
         }
@@ -337,7 +190,7 @@ fn message(record: &Record, version: &WeightVersion) -> String {
 
 /// What is known about weights, for status.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct UpdateStatus {
+pub struct UpdateSnapshot {
     /// Label of the committed weights; `default` before the first update.
     pub version: WeightVersion,
     /// Where they are; none before the first update (the command line's checkpoint then).
@@ -355,7 +208,7 @@ pub struct UpdateStatus {
     /// Where it is.
     pub phase: Phase,
     /// Where its ranks are.
-    pub ranks: BTreeMap<EngineIndex, RankState>,
+    pub ranks: BTreeMap<EngineIndex, RankProgress>,
     /// How the last one of this process ended.
     pub last: Option<UpdateRecord>,
 }
@@ -386,23 +239,4 @@ pub enum UpdateError {
     /// Engines are to be started again.
     #[error(transparent)]
     Engines(#[from] Failure),
-}
-
-/// A rank's state for people.
-pub fn state_words(state: RankState) -> &'static str {
-    match state {
-        RankState::Serving => "serving",
-        RankState::Pausing => "pausing",
-        RankState::Paused => "paused",
-        RankState::Loading => "loading",
-        RankState::Loaded => "loaded",
-        RankState::LoadFailed => "load failed",
-        RankState::RollingBack => "rolling back",
-        RankState::RolledBack => "rolled back",
-        RankState::Stamped => "stamped",
-        RankState::Resuming => "resuming",
-        RankState::Resumed => "resumed",
-        RankState::Fenced => "fenced",
-        RankState::Lost => "lost",
-    }
 }

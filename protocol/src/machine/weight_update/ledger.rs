@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::{EngineIndex, Incarnation, PausedBy, UpdateId, WeightVersion};
 
 use super::record::Record;
-use super::vocabulary::{Checkpoint, NodeId, Participant, PauseMode, RankState};
+use super::vocabulary::{Checkpoint, NodeId, Participant, PauseMode, RankProgress};
 
 /// An update that is about to touch engines. Durable before the first of them is paused.
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -69,7 +69,7 @@ impl Ledger {
             }
         }
         for (rank, state) in &record.ranks {
-            if matches!(state.state, RankState::Fenced | RankState::Lost) {
+            if matches!(state.state, RankProgress::Fenced | RankProgress::Lost) {
                 self.suspects.insert(*rank, state.incarnation);
             } else {
                 self.suspects.remove(rank);

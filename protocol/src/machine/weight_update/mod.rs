@@ -35,7 +35,7 @@ pub use record::{Adapter, Commit, Committed, Outcome, RankRecord, Record, Snapsh
 use run::Run;
 pub use types::{Action, Begin, Event, Recover, Refusal, Target};
 pub use vocabulary::{
-    Checkpoint, Extent, NodeId, Participant, PauseMode, Phase, RankState, WorkerReport, WorkerState,
+    Checkpoint, Extent, NodeId, Participant, PauseMode, Phase, RankProgress, WorkerReport, WorkerState,
 };
 
 /// How many committed ids are remembered, so that a repeated request is answered with the same record.
@@ -186,7 +186,7 @@ impl WeightUpdate {
     }
 
     /// What the running update has found and done so far, for progress displays.
-    pub fn running_ranks(&self) -> BTreeMap<EngineIndex, (Incarnation, RankState)> {
+    pub fn running_ranks(&self) -> BTreeMap<EngineIndex, (Incarnation, RankProgress)> {
         self.run.as_ref().map(Run::ranks).unwrap_or_default()
     }
 

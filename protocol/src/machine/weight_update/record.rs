@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{EngineIndex, Incarnation, UpdateId, WeightVersion};
 
-use super::vocabulary::{Checkpoint, NodeId, PauseMode, Phase, RankState, WorkerReport};
+use super::vocabulary::{Checkpoint, NodeId, PauseMode, Phase, RankProgress, WorkerReport};
 
 /// What the journal keeps of a committed update.
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -78,8 +78,12 @@ pub struct Adapter {
 pub enum Outcome {
     /// All engines that live hold the new weights.
     Committed,
-    /// The directory is not what the model needs. No engine was touched.
+    /// The directory, the request or the engines' environment is not fit for it. No engine was touched.
     RefusedInvalid,
+    /// Another controller has the engines. No engine was touched.
+    RefusedBusy,
+    /// The version that the caller expected is not the current one. No engine was touched.
+    RefusedVersion,
     /// Ended before any engine was asked to load. Engines go on with the previous weights.
     #[default]
     Aborted,
@@ -98,7 +102,7 @@ pub struct RankRecord {
     /// Which life of it.
     pub incarnation: Incarnation,
     /// Where it was at the end.
-    pub state: RankState,
+    pub state: RankProgress,
     /// Milliseconds from the first pause call to the answer that counted.
     pub pause_ms: Option<u64>,
     /// Milliseconds of the load of the new weights, as seen from here.
@@ -184,7 +188,7 @@ pub struct Snapshot {
     /// Where it is.
     pub phase: Phase,
     /// Where its ranks are.
-    pub ranks: BTreeMap<EngineIndex, RankState>,
+    pub ranks: BTreeMap<EngineIndex, RankProgress>,
     /// Version of the committed weights.
     pub version: WeightVersion,
     /// Last update that was committed.

@@ -14,7 +14,7 @@ use crate::{EngineIndex, Incarnation, Time, UpdateId, WeightVersion};
 use super::Config;
 use super::record::{Outcome, RankRecord, Record, Snapshot};
 use super::types::{Action, Begin, Event};
-use super::vocabulary::{Checkpoint, NodeId, Participant, PauseMode, Phase, RankState};
+use super::vocabulary::{Checkpoint, NodeId, Participant, PauseMode, Phase, RankProgress};
 
 /// How often a load is tried when there is nothing to go back to.
 const LOAD_ATTEMPTS: u32 = 2;
@@ -172,7 +172,7 @@ impl Run {
         self.deadline
     }
 
-    pub(super) fn ranks(&self) -> BTreeMap<EngineIndex, (Incarnation, RankState)> {
+    pub(super) fn ranks(&self) -> BTreeMap<EngineIndex, (Incarnation, RankProgress)> {
         self.ranks
             .iter()
             .map(|(rank, state)| (*rank, (state.record.incarnation, state.record.state)))

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::ledger::Begun;
-use super::record::{Commit, Record};
+use super::record::{Commit, Outcome, Record};
 use super::vocabulary::{Checkpoint, NodeId, Participant, PauseMode, Phase, WorkerReport};
 use crate::{EngineIndex, Incarnation, UpdateId, WeightVersion};
 
@@ -367,6 +367,21 @@ pub enum Refusal {
     /// A recovery goes first.
     #[error("engines are taken over after a restart of the sidecar")]
     TakenOver,
+}
+
+impl Refusal {
+    /// As records have it.
+    pub const fn outcome(&self) -> Outcome {
+        match self {
+            Self::Busy { .. } | Self::Controlled { .. } | Self::TakenOver => Outcome::RefusedBusy,
+            Self::WrongVersion { .. } => Outcome::RefusedVersion,
+            Self::NoEngines
+            | Self::IdUsed { .. }
+            | Self::Asleep
+            | Self::Unreached { .. }
+            | Self::Incomplete { .. } => Outcome::RefusedInvalid,
+        }
+    }
 }
 
 fn list(ranks: &[EngineIndex]) -> String {

@@ -14,7 +14,7 @@ mod types;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::{Action as Step, Config, Event as Answer, WeightUpdate};
-use super::{Begun, Committed, Ledger, NodeId, Pause, RankState, Record, Recover, Refusal, Snapshot};
+use super::{Begun, Committed, Ledger, NodeId, Pause, RankProgress, Record, Recover, Refusal, Snapshot};
 use crate::{EngineIndex, Incarnation, Time, UpdateId, WeightVersion};
 
 pub use types::{

@@ -214,7 +214,7 @@ impl fmt::Display for Phase {
 /// Where one rank is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum RankState {
+pub enum RankProgress {
     /// Serving; not touched.
     #[default]
     Serving,
@@ -242,4 +242,24 @@ pub enum RankState {
     Fenced,
     /// Its process is gone.
     Lost,
+}
+
+impl fmt::Display for RankProgress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Serving => "serving",
+            Self::Pausing => "pausing",
+            Self::Paused => "paused",
+            Self::Loading => "loading",
+            Self::Loaded => "loaded",
+            Self::LoadFailed => "load failed",
+            Self::RollingBack => "rolling back",
+            Self::RolledBack => "rolled back",
+            Self::Stamped => "stamped",
+            Self::Resuming => "resuming",
+            Self::Resumed => "resumed",
+            Self::Fenced => "fenced",
+            Self::Lost => "lost",
+        })
+    }
 }

@@ -18,7 +18,7 @@ fn change(name: &str, path: Option<&Path>) -> AdapterChange {
 impl Nodes {
     async fn adapters(&self, id: &str, changes: Vec<AdapterChange>) -> UpdateRecord {
         let id = Some(UpdateId(id.to_owned()));
-        self.update(UpdateRequest { id, adapters: changes, ..UpdateRequest::new("") }).await
+        self.update(UpdateRequest { id, adapters: changes, ..UpdateRequest::default() }).await
     }
 
     fn all_have(&self, expected: &[(&str, &Path)]) {
@@ -37,7 +37,7 @@ async fn adapters_are_added_replaced_and_removed_on_all_engines_in_a_pause() {
     let nodes = nodes(GroupKind::Lockstep).await;
     let (one, two) = (adapter(nodes.dir.path(), "one", 1), adapter(nodes.dir.path(), "two", 2));
     let record = nodes.adapters("u1", vec![change("style", Some(&one)), change("b", Some(&two))]).await;
-    assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
+    assert_eq!(*record.outcome(), Outcome::Committed, "{}", record.message);
     nodes.all_have(&[("b", &two), ("style", &one)]);
     let log = nodes.ranks[0].take_log();
     let at = |line: &str| log.iter().position(|entry| entry == line).unwrap();
@@ -47,7 +47,7 @@ async fn adapters_are_added_replaced_and_removed_on_all_engines_in_a_pause() {
     assert!(!log.iter().any(|line| line.starts_with("load")), "{log:?}");
     assert_eq!(nodes.updates.status().version.0, "default");
     let record = nodes.adapters("u2", vec![change("style", Some(&two)), change("b", None)]).await;
-    assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
+    assert_eq!(*record.outcome(), Outcome::Committed, "{}", record.message);
     nodes.all_have(&[("style", &two)]);
     nodes.end().await;
 }
@@ -59,12 +59,12 @@ async fn an_adapter_that_fails_on_one_engine_is_taken_back_on_all() {
     nodes.adapters("u1", vec![change("style", Some(&one))]).await;
     nodes.ranks[2].engine.lock().lora_fails = true;
     let record = nodes.adapters("u2", vec![change("style", Some(&two))]).await;
-    assert_eq!(record.outcome, UpdateOutcome::RolledBack, "{}", record.message);
+    assert_eq!(*record.outcome(), Outcome::RolledBack, "{}", record.message);
     assert!(record.message.contains("rank 2"), "{}", record.message);
     nodes.all_have(&[("style", &one)]);
     // A directory without an adapter touches nothing.
     let record = nodes.adapters("u3", vec![change("style", Some(nodes.dir.path()))]).await;
-    assert_eq!(record.outcome, UpdateOutcome::RefusedInvalid);
+    assert_eq!(*record.outcome(), Outcome::RefusedInvalid);
     nodes.end().await;
 }
 
@@ -74,9 +74,9 @@ async fn adapters_and_weights_outlive_each_others_updates_and_late_engines_get_b
     let one = adapter(nodes.dir.path(), "one", 1);
     nodes.adapters("u1", vec![change("style", Some(&one))]).await;
     let record = nodes.update(nodes.request("u2", "new")).await;
-    assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
+    assert_eq!(*record.outcome(), Outcome::Committed, "{}", record.message);
     let record = nodes.adapters("u3", vec![change("more", Some(&one))]).await;
-    assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
+    assert_eq!(*record.outcome(), Outcome::Committed, "{}", record.message);
     nodes.all_hold_segments("u2");
     nodes.ranks[3].restart();
     nodes.updates.restore(nodes.lives()[3..].to_vec()).await.unwrap();
@@ -86,7 +86,7 @@ async fn adapters_and_weights_outlive_each_others_updates_and_late_engines_get_b
     // Weights and an adapter in one update.
     let both = UpdateRequest { adapters: vec![change("more", None)], ..nodes.request("u4", "newer") };
     let record = nodes.update(both).await;
-    assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
+    assert_eq!(*record.outcome(), Outcome::Committed, "{}", record.message);
     nodes.all_hold_segments("u4");
     nodes.all_have(&[("style", &one)]);
     nodes.end().await;
@@ -99,7 +99,7 @@ async fn a_node_that_cannot_read_an_adapter_gets_it_from_the_leader() {
     let blind = [&one, &two].map(|path| path.display().to_string());
     nodes.stages[1].area.lock().blind = blind.to_vec();
     let record = nodes.adapters("u1", vec![change("style", Some(&one))]).await;
-    assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
+    assert_eq!(*record.outcome(), Outcome::Committed, "{}", record.message);
     let log = nodes.stages[1].take_log();
     assert!(log.iter().any(|line| line.starts_with("piece 0 ")), "{log:?}");
     assert!(!nodes.stages[0].take_log().iter().any(|line| line.starts_with("piece")));
@@ -121,7 +121,7 @@ async fn a_node_that_cannot_read_an_adapter_gets_it_from_the_leader() {
     assert!(nodes.stages[1].take_log().iter().any(|line| line.starts_with("piece")));
     // What nobody uses any more is removed.
     let record = nodes.adapters("u2", vec![change("style", Some(&two))]).await;
-    assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
+    assert_eq!(*record.outcome(), Outcome::Committed, "{}", record.message);
     for stage in &nodes.stages {
         assert_eq!(stage.area.lock().adapters.len(), 1);
     }
@@ -169,7 +169,7 @@ async fn an_adapter_that_does_not_fit_reaches_no_engine() {
         std::fs::write(&config, text).unwrap();
         write(&path, file, &tensors);
         let record = nodes.adapters("u1", vec![change("style", Some(&path))]).await;
-        assert_eq!(record.outcome, UpdateOutcome::RefusedInvalid, "{}", record.message);
+        assert_eq!(*record.outcome(), Outcome::RefusedInvalid, "{}", record.message);
         assert!(record.message.contains(reason), "{}", record.message);
     }
     for rank in &nodes.ranks {

@@ -43,7 +43,7 @@ async fn lose(kind: GroupKind, lost: &[&'static str]) -> (UpdateRecord, Vec<Fenc
     world.update(world.request("u1")).await;
     checkpoint(world.dir.path(), "newer", 2);
     let newer = |id: &str| UpdateRequest {
-        path: world.path("newer").into(),
+        path: Some(world.path("newer").into()),
         version: Some(WeightVersion("v2".to_owned())),
         ..world.request(id)
     };
@@ -75,7 +75,7 @@ async fn lose(kind: GroupKind, lost: &[&'static str]) -> (UpdateRecord, Vec<Fenc
         );
     }
     let next = world.update(u3).await;
-    assert_eq!(next.outcome, UpdateOutcome::Committed, "{lost:?}: {}", next.message);
+    assert_eq!(*next.outcome(), Outcome::Committed, "{lost:?}: {}", next.message);
     world.all_hold("newer");
     world.end().await;
     (record, fences)
@@ -83,7 +83,7 @@ async fn lose(kind: GroupKind, lost: &[&'static str]) -> (UpdateRecord, Vec<Fenc
 
 #[tokio::test(start_paused = true)]
 async fn an_update_whose_work_is_lost_ends_and_the_next_one_begins() {
-    use UpdateOutcome::{Aborted, Committed, RefusedBusy, RefusedInvalid, RolledBack};
+    use Outcome::{Aborted, Committed, RefusedBusy, RefusedInvalid, RolledBack};
     let kinds = [GroupKind::Independent, GroupKind::Lockstep];
     for (lost, outcome) in [
         ("Acquire", RefusedBusy),
@@ -99,7 +99,7 @@ async fn an_update_whose_work_is_lost_ends_and_the_next_one_begins() {
     ] {
         for kind in kinds {
             let (record, fences) = lose(kind, &[lost]).await;
-            assert_eq!(record.outcome, outcome, "{lost}: {}", record.message);
+            assert_eq!(*record.outcome(), outcome, "{lost}: {}", record.message);
             assert_eq!(fences, [], "{lost}");
         }
     }
@@ -110,7 +110,7 @@ async fn an_engine_of_which_nobody_knows_what_it_was_told_starts_again() {
     for lost in ["Pause", "Resume"] {
         for (kind, ranks) in [(GroupKind::Independent, 1), (GroupKind::Lockstep, 2)] {
             let (record, fences) = lose(kind, &[lost]).await;
-            assert!(matches!(record.outcome, UpdateOutcome::Degraded { .. }), "{lost}: {}", record.message);
+            assert!(matches!(record.outcome(), Outcome::Degraded { .. }), "{lost}: {}", record.message);
             assert_eq!(fences.len(), ranks, "{lost} {kind:?}");
         }
     }
@@ -134,7 +134,7 @@ async fn a_restore_whose_work_is_lost_is_answered_and_holds_up_nothing() {
         let error = world.updates.restore(vec![world.life(1)]).await.unwrap_err();
         assert!(error.to_string().contains("its work was lost"), "{error}");
         let record = world.update(world.request("u2")).await;
-        assert_eq!(record.outcome, UpdateOutcome::Committed, "{lost}: {}", record.message);
+        assert_eq!(*record.outcome(), Outcome::Committed, "{lost}: {}", record.message);
         world.updates.restore(vec![world.life(1)]).await.unwrap();
         world.end().await;
     }
@@ -149,7 +149,7 @@ async fn an_adoption_whose_work_is_lost_is_answered_or_done_again() {
         assert_eq!(adopted.is_err(), fails, "{lost}: {adopted:?}");
         nodes.adopt_all().await.unwrap();
         let record = nodes.update(nodes.request("u1", "new")).await;
-        assert_eq!(record.outcome, UpdateOutcome::Committed, "{lost}: {}", record.message);
+        assert_eq!(*record.outcome(), Outcome::Committed, "{lost}: {}", record.message);
         nodes.end().await;
     }
 }

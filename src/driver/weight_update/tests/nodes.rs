@@ -137,7 +137,7 @@ async fn a_directory_that_all_nodes_can_read_is_taken_by_each_into_its_own_memor
         }
     }
     let record = run.record().await.unwrap();
-    assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
+    assert_eq!(*record.outcome(), Outcome::Committed, "{}", record.message);
     assert_eq!(record.record.warnings, [""; 0]);
     nodes.all_hold_segments("u1");
     let begin = format!("begin u1 from directory {}", nodes.path("new"));
@@ -148,7 +148,7 @@ async fn a_directory_that_all_nodes_can_read_is_taken_by_each_into_its_own_memor
     // The way back of the next one is in memory.
     nodes.ranks[3].engine.lock().loads.push_back(LoadScript::Raises);
     let record = nodes.update(nodes.request("u2", "newer")).await;
-    assert_eq!(record.outcome, UpdateOutcome::RolledBack, "{}", record.message);
+    assert_eq!(*record.outcome(), Outcome::RolledBack, "{}", record.message);
     nodes.all_hold_segments("u1");
     for stage in &nodes.stages {
         assert_eq!(stage.take_log().last().unwrap(), "discard u2");
@@ -163,14 +163,14 @@ async fn a_directory_that_only_the_leader_can_read_goes_down_the_chain() {
         nodes.stages[1].area.lock().blind.push(nodes.path("new"));
         let request = UpdateRequest { source, ..nodes.request("u1", "new") };
         let record = nodes.update(request).await;
-        assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
+        assert_eq!(*record.outcome(), Outcome::Committed, "{}", record.message);
         nodes.all_hold_segments("u1");
         assert_eq!(nodes.stages[1].take_log(), ["begin u1 from upstream", "commit u1"]);
         assert!(nodes.network.lock().is_empty());
         let refused = UpdateRequest { source: UpdateSource::Shared, ..nodes.request("u2", "newer") };
         nodes.stages[1].area.lock().blind.push(nodes.path("newer"));
         let record = nodes.update(refused).await;
-        assert_eq!(record.outcome, UpdateOutcome::RefusedInvalid);
+        assert_eq!(*record.outcome(), Outcome::RefusedInvalid);
         assert!(record.message.contains("not every node sees the same files"), "{}", record.message);
         nodes.end().await;
     }
@@ -180,10 +180,10 @@ async fn a_directory_that_only_the_leader_can_read_goes_down_the_chain() {
 async fn an_upload_goes_down_the_chain_under_its_own_name() {
     let nodes = nodes(GroupKind::Independent).await;
     let mut request = nodes.request("u1", "new");
-    request.path = PathBuf::new();
-    request.source = UpdateSource::Upload("t7".to_owned());
+    request.path = None;
+    request.upload = Some("t7".to_owned());
     let record = nodes.update(request).await;
-    assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
+    assert_eq!(*record.outcome(), Outcome::Committed, "{}", record.message);
     assert_eq!(record.record.source, "upload:t7");
     assert_eq!(nodes.stages[0].take_log()[0], "begin u1 from upload t7");
     nodes.all_hold_segments("u1");
@@ -195,7 +195,7 @@ async fn with_retain_disk_engines_load_from_a_directory_that_all_can_read() {
     let nodes = nodes(GroupKind::Lockstep).await;
     let request = UpdateRequest { retain: Retain::Disk, ..nodes.request("u1", "new") };
     let record = nodes.update(request).await;
-    assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
+    assert_eq!(*record.outcome(), Outcome::Committed, "{}", record.message);
     let new = nodes.path("new");
     nodes.all_hold([&new, &new, &new, &new]);
     assert!(nodes.stages[1].take_log().is_empty());
@@ -211,7 +211,7 @@ async fn with_retain_none_an_engine_that_fails_gets_the_new_version_again_or_is_
     }
     let request = UpdateRequest { retain: Retain::None, ..nodes.request("u1", "new") };
     let record = nodes.update(request).await;
-    assert_eq!(record.outcome, UpdateOutcome::Degraded { fenced: vec![EngineIndex(3)] });
+    assert_eq!(*record.outcome(), Outcome::Degraded { fenced: vec![EngineIndex(3)] });
     assert!(record.record.committed);
     assert_eq!(nodes.holds()[..3], nodes.segments("u1")[..3]);
     assert_eq!(nodes.fences.recv().await.unwrap().rank, EngineIndex(3));
@@ -227,8 +227,8 @@ async fn a_node_that_cannot_stage_ends_the_update_before_any_engine_is_touched()
         assert_eq!(
             record.record.outcome,
             match script {
-                Script::Fails => dp_sidecar_protocol::machine::weight_update::Outcome::RefusedInvalid,
-                Script::Hangs => dp_sidecar_protocol::machine::weight_update::Outcome::Aborted,
+                Script::Fails => Outcome::RefusedInvalid,
+                Script::Hangs => Outcome::Aborted,
             }
         );
         if script == Script::Fails {
@@ -254,12 +254,12 @@ async fn an_update_is_called_off_while_nodes_stage() {
     }
     nodes.updates.abort().await.unwrap();
     let record = run.record().await.unwrap();
-    assert_eq!(record.outcome, UpdateOutcome::Aborted);
+    assert_eq!(*record.outcome(), Outcome::Aborted);
     for stage in &nodes.stages {
         assert_eq!(stage.take_log().last().unwrap(), "discard u1");
     }
     let record = nodes.update(nodes.request("u2", "new")).await;
-    assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
+    assert_eq!(*record.outcome(), Outcome::Committed, "{}", record.message);
     nodes.end().await;
 }
 
@@ -279,9 +279,9 @@ async fn the_same_update_sent_twice_while_it_runs_is_followed_by_both() {
     let other = nodes.updates.follow(Some(UpdateId("u9".to_owned()))).await.unwrap_err();
     assert_eq!(other.to_string(), "update u9 is not running");
     let differs = nodes.update(nodes.request("u1", "newer")).await;
-    assert_eq!(differs.outcome, UpdateOutcome::RefusedBusy);
+    assert_eq!(*differs.outcome(), Outcome::RefusedBusy);
     let first = first.record().await.unwrap();
-    assert_eq!(first.outcome, UpdateOutcome::Committed);
+    assert_eq!(*first.outcome(), Outcome::Committed);
     assert_eq!(second.record().await.unwrap(), first);
     assert_eq!(third.record().await.unwrap(), first);
     let pauses = nodes.ranks[1].take_log().iter().filter(|line| line.starts_with("load")).count();
@@ -296,10 +296,10 @@ async fn a_stage_that_was_not_made_current_is_so_before_the_next_update() {
     let nodes = nodes(GroupKind::Lockstep).await;
     nodes.stages[1].area.lock().refuse_commits = 3;
     let record = nodes.update(nodes.request("u1", "new")).await;
-    assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
+    assert_eq!(*record.outcome(), Outcome::Committed, "{}", record.message);
     assert!(nodes.stages[1].area.lock().state.current.is_none());
     let record = nodes.update(nodes.request("u2", "newer")).await;
-    assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
+    assert_eq!(*record.outcome(), Outcome::Committed, "{}", record.message);
     let state = nodes.stages[1].area.lock().state.clone();
     assert_eq!(state.previous.unwrap().id.0, "u1");
     assert_eq!(state.current.unwrap().id.0, "u2");
@@ -335,10 +335,10 @@ async fn an_update_does_not_begin_while_an_engine_may_serve_that_is_not_reached(
     let nodes = nodes.next_leader().await;
     nodes.updates.adopt(nodes.lives()[..2].to_vec()).await.unwrap();
     let record = nodes.update(nodes.request("u1", "new")).await;
-    assert_eq!(record.outcome, UpdateOutcome::RefusedInvalid);
+    assert_eq!(*record.outcome(), Outcome::RefusedInvalid);
     assert!(record.message.contains("rank 2, 3 may be serving the current weights"), "{}", record.message);
     nodes.updates.adopt(nodes.lives()[2..].to_vec()).await.unwrap();
     let record = nodes.update(nodes.request("u1", "new")).await;
-    assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
+    assert_eq!(*record.outcome(), Outcome::Committed, "{}", record.message);
     nodes.end().await;
 }

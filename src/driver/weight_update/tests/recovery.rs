@@ -34,7 +34,7 @@ async fn without_an_open_update_engines_go_on_untouched() {
     nodes.all_hold_segments("u1");
     assert_eq!(nodes.updates.status().version.0, "v-u1");
     let record = nodes.update(nodes.request("u2", "newer")).await;
-    assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
+    assert_eq!(*record.outcome(), Outcome::Committed, "{}", record.message);
     assert_eq!(nodes.updates.history(5).await.unwrap().len(), 2);
     nodes.end().await;
 }
@@ -71,7 +71,7 @@ async fn an_update_without_a_commit_record_is_rolled_back() {
         let status = nodes.updates.status();
         assert_eq!(status.version.0, "v-u1");
         let last = status.last.unwrap();
-        assert_eq!((last.id.0.as_str(), last.outcome), ("u2", UpdateOutcome::RolledBack));
+        assert_eq!((last.record.id.0.as_str(), last.outcome()), ("u2", &Outcome::RolledBack));
         assert!(last.record.recovered);
         // It is over: the next sidecar finds nothing to do, and the update can be sent again.
         nodes.stamp();
@@ -79,7 +79,7 @@ async fn an_update_without_a_commit_record_is_rolled_back() {
         nodes.adopt_all().await.unwrap();
         assert_eq!(nodes.ranks[2].take_log(), ["admission true"]);
         let record = nodes.update(nodes.request("u2", "newer")).await;
-        assert_eq!(record.outcome, UpdateOutcome::Committed, "{}", record.message);
+        assert_eq!(*record.outcome(), Outcome::Committed, "{}", record.message);
         nodes.all_hold_segments("u2");
         nodes.end().await;
     }
@@ -120,7 +120,7 @@ async fn an_update_with_a_commit_record_is_rolled_forward() {
     nodes.adopt_all().await.unwrap();
     nodes.all_hold_segments("u1");
     let last = nodes.updates.status().last.unwrap();
-    assert_eq!((last.outcome, last.record.recovered), (UpdateOutcome::Committed, true), "{}", last.message);
+    assert_eq!((last.outcome(), last.record.recovered), (&Outcome::Committed, true), "{}", last.message);
     for stage in &nodes.stages {
         assert_eq!(stage.area.lock().state.current.as_ref().unwrap().id.0, "u1");
     }

@@ -6,10 +6,11 @@ use dp_sidecar_protocol::machine::weight_update::Extent;
 use parking_lot::Mutex;
 
 use super::super::super::handles::{
-    AdapterPlace, Envelope, HandleError, StageEvent, StageHandle, StageProgress, StageRequest, StageSource,
-    StageSpec, StageState, StagedVersion, queue,
+    AdapterPlace, Envelope, HandleError, StageEvent, StageHandle, StageRequest, StageSource, StageSpec,
+    StageState, StagedVersion, queue,
 };
 use super::*;
+use crate::api::StageProgress;
 
 /// What a staging area does next.
 #[derive(Clone, Debug, PartialEq, Eq)]

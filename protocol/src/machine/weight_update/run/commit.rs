@@ -4,7 +4,7 @@ use crate::{EngineIndex, Incarnation};
 
 use super::super::types::{Action, Target};
 use super::super::vocabulary::Phase;
-use super::super::vocabulary::RankState as State;
+use super::super::vocabulary::RankProgress as State;
 use super::{Cx, RESET_ATTEMPTS, RESUME_ATTEMPTS, Rank, Run, STAMP_ATTEMPTS, Step};
 
 impl Run {

@@ -6,7 +6,7 @@ use crate::{EngineIndex, Incarnation};
 
 use super::super::types::Action;
 use super::super::vocabulary::Phase;
-use super::super::vocabulary::RankState as State;
+use super::super::vocabulary::RankProgress as State;
 use super::{Cx, Run, Step, millis};
 
 impl Run {

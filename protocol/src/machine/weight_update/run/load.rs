@@ -4,7 +4,7 @@ use crate::{EngineIndex, Incarnation};
 
 use super::super::record::Commit;
 use super::super::types::{Action, Target};
-use super::super::vocabulary::RankState as State;
+use super::super::vocabulary::RankProgress as State;
 use super::super::vocabulary::{Checkpoint, Phase, WorkerReport, WorkerState};
 use super::{Cx, LOAD_ATTEMPTS, Run, Step, millis};
 

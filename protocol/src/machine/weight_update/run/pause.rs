@@ -6,7 +6,7 @@ use crate::{EngineIndex, Incarnation};
 
 use super::super::ledger::Begun;
 use super::super::types::{Action, Target};
-use super::super::vocabulary::RankState as State;
+use super::super::vocabulary::RankProgress as State;
 use super::super::vocabulary::{Checkpoint, NodeId, PauseMode, Phase};
 use super::{Cx, Run, Step, millis};
 

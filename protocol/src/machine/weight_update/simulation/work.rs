@@ -336,7 +336,7 @@ impl World {
         for (rank, state) in &record.ranks {
             let rank = usize::from(rank.0);
             let engine = &self.engines[rank];
-            let gone = matches!(state.state, RankState::Fenced | RankState::Lost) || self.is_away(rank);
+            let gone = matches!(state.state, RankProgress::Fenced | RankProgress::Lost) || self.is_away(rank);
             if !engine.alive || !engine.admitted || engine.hung || gone {
                 continue;
             }

@@ -65,7 +65,7 @@ impl Updates {
             }
             Action::Conclude { run, conclusion, .. } => {
                 let closed = conclusion.record.ranks.iter().filter(|(rank, state)| {
-                    let gone = matches!(state.state, RankState::Fenced | RankState::Lost);
+                    let gone = matches!(state.state, RankProgress::Fenced | RankProgress::Lost);
                     conclusion.gates.contains(rank) && !gone
                 });
                 let closed = closed.map(|(rank, state)| (*rank, state.incarnation)).collect();

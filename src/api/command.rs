@@ -1,0 +1,182 @@
+//! What can be asked of a running sidecar, and its answers: on the admin socket one JSON object per line in both
+//! directions.
+//!
+//! A client sends one [`Request`]; the sidecar answers with one [`Response`], or, for an update, with any number of
+//! [`Response::Progress`] and then one last answer.
+
+use dp_sidecar_protocol::UpdateId;
+use dp_sidecar_protocol::machine::weight_update::PauseMode;
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+
+use super::{FrontendStatus, Status, UpdateProgress, UpdateReport, UpdateRequest, VersionReport};
+
+/// Version of this protocol. The server refuses a request of another version.
+pub const ADMIN_PROTOCOL: u32 = 1;
+
+/// What a client sends.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Request {
+    /// [`ADMIN_PROTOCOL`].
+    pub version: u32,
+    /// What it wants.
+    pub command: Command,
+}
+
+impl Request {
+    /// A request of the current protocol version.
+    pub fn new(command: Command) -> Self {
+        Self { version: ADMIN_PROTOCOL, command }
+    }
+}
+
+/// What a client can ask for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "name", rename_all = "snake_case")]
+pub enum Command {
+    /// Everything there is to know, see [`Status`].
+    Status,
+    /// Pause all engines, until [`Command::Resume`].
+    Pause {
+        /// How.
+        mode: PauseMode,
+        /// With `wait`: abort what still runs after this many milliseconds.
+        deadline_ms: Option<u64>,
+    },
+    /// Resume all engines.
+    Resume,
+    /// Versions of the sidecar, the engines and the weights.
+    Version,
+    /// Attach to one more frontend.
+    FrontendAdd {
+        /// Handshake address, `host:port`.
+        address: String,
+    },
+    /// Detach from a frontend and forget it.
+    FrontendRemove {
+        /// Handshake address as it was given.
+        address: String,
+    },
+    /// All wanted frontends.
+    FrontendList,
+    /// New weights for all engines.
+    Update(UpdateRequest),
+    /// Progress and report of the update that runs.
+    UpdateFollow {
+        /// Which; none: whichever it is.
+        id: Option<UpdateId>,
+    },
+    /// End the running update without a commit.
+    UpdateAbort,
+    /// Records of the last updates.
+    UpdateHistory {
+        /// At most so many, newest last.
+        limit: usize,
+    },
+    /// Hold new requests in front of the engines until [`Command::Resume`]; those that run go on.
+    Drain,
+    /// Stop the sidecar and everything it started.
+    Stop,
+}
+
+/// What kind of refusal or failure an [`Response::Error`] is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorKind {
+    /// The request makes no sense.
+    Invalid,
+    /// Another controller holds the engines; the message names it.
+    Busy,
+    /// The sidecar is in no state to do it (engines starting, stopping).
+    Unavailable,
+    /// It was tried and failed.
+    Failed,
+    /// It took too long.
+    Timeout,
+}
+
+/// A refusal or failure.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{message}")]
+pub struct AdminError {
+    /// Which kind.
+    pub kind: ErrorKind,
+    /// Who, which stage, expected, actual.
+    pub message: String,
+}
+
+impl AdminError {
+    /// An error of this kind.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into() }
+    }
+}
+
+/// What the sidecar answers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", content = "body", rename_all = "snake_case")]
+pub enum Response {
+    /// To [`Command::Status`].
+    Status(Box<Status>),
+    /// To [`Command::Version`].
+    Version(VersionReport),
+    /// To [`Command::FrontendList`].
+    Frontends(Vec<FrontendStatus>),
+    /// A running [`Command::Update`], or one that is followed.
+    Progress(UpdateProgress),
+    /// Final answer to [`Command::Update`] and [`Command::UpdateFollow`].
+    Update(UpdateReport),
+    /// To [`Command::UpdateHistory`].
+    Updates(Vec<UpdateReport>),
+    /// It is done.
+    Done,
+    /// It is refused, or failed.
+    Error(AdminError),
+}
+
+/// Answers that wait for a client. A client that does not read misses progress, never the last answer.
+const ANSWERS: usize = 256;
+
+/// A [`Command`] on its way to the task that answers it, by whichever door it came.
+#[derive(Debug)]
+pub struct AdminCommand {
+    /// What is wanted.
+    pub command: Command,
+    /// Where the answer goes.
+    pub reply: Reply,
+}
+
+impl AdminCommand {
+    /// With the queue that the answer comes to. It closes without a last answer when the sidecar is stopping. Nothing
+    /// that has begun ends because the queue is dropped.
+    pub fn new(command: Command) -> (Self, mpsc::Receiver<Response>) {
+        let (reply, answers) = mpsc::channel(ANSWERS);
+        (Self { command, reply: Reply(reply) }, answers)
+    }
+}
+
+/// Way back to whoever gave a command.
+#[derive(Debug)]
+pub struct Reply(mpsc::Sender<Response>);
+
+impl Reply {
+    /// A step of the update that was asked for.
+    pub fn progress(&self, step: UpdateProgress) {
+        // The last place is kept for the answer.
+        if self.0.capacity() > 1 && self.0.try_send(Response::Progress(step)).is_err() {
+            tracing::trace!("progress dropped");
+        }
+    }
+
+    /// Whether nobody waits for the answer any more.
+    pub fn is_closed(&self) -> bool {
+        self.0.is_closed()
+    }
+
+    /// The last answer.
+    pub fn send(self, answer: Result<Response, AdminError>) {
+        if self.0.try_send(answer.unwrap_or_else(Response::Error)).is_err() {
+            tracing::debug!("the client that asked has gone away");
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! What a running sidecar says about itself.
+
+use std::collections::BTreeMap;
+
+use dp_sidecar_protocol::machine::coordinator::GroupKind;
+use dp_sidecar_protocol::{EngineIndex, Wave};
+use serde::{Deserialize, Serialize};
+
+use super::UpdateReport;
+use crate::gpu::GpuReport;
+
+/// Everything there is to know about a running sidecar.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The sidecar process.
+    pub sidecar: SidecarStatus,
+    /// What it hosts.
+    pub deployment: DeploymentStatus,
+    /// Its engines, by rank.
+    pub engines: Vec<EngineStatus>,
+    /// Wanted frontends.
+    pub frontends: Vec<FrontendStatus>,
+    /// The DP coordinator.
+    pub coordinator: CoordinatorSnapshot,
+    /// Weights.
+    pub weights: WeightsStatus,
+    /// Who controls the engines at the moment.
+    pub controller: ControllerStatus,
+    /// Accelerators of this node.
+    pub gpus: GpuReport,
+    /// All nodes of a deployment over several, by first rank; on a follower itself alone.
+    #[serde(default)]
+    pub nodes: Vec<NodeStatus>,
+    /// On a follower: its way to the leader.
+    #[serde(default)]
+    pub leader: Option<LeaderStatus>,
+    /// On a leader: ranks that no node has brought yet, for people.
+    #[serde(default)]
+    pub missing: Option<String>,
+}
+
+/// A node of the deployment.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeStatus {
+    /// First rank of the node.
+    pub start_rank: u16,
+    /// Ranks of the node.
+    pub size_local: u16,
+    /// Its host name.
+    pub host: String,
+    /// Its address that other nodes reach.
+    pub address: Option<String>,
+    /// `here`, `up`, `down`.
+    pub link: String,
+    /// Seconds since the link came up or went down.
+    pub since_s: Option<u64>,
+    /// Round trip of the last ping over the link, in microseconds.
+    pub rtt_us: Option<u64>,
+    /// Why the link went down.
+    pub detail: Option<String>,
+}
+
+/// A follower's way to its leader.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaderStatus {
+    /// `--leader`.
+    pub address: String,
+    /// The link is up.
+    pub up: bool,
+    /// Seconds since it is up, or down.
+    pub since_s: u64,
+    /// What is going on.
+    pub state: String,
+}
+
+/// The sidecar process itself.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SidecarStatus {
+    /// Its pid.
+    pub pid: u32,
+    /// Its version.
+    pub version: String,
+    /// Seconds since it started.
+    pub uptime_s: u64,
+    /// `starting`, `waiting for nodes`, `serving`, `degraded`, `stopping`; on a follower `waiting for the leader`,
+    /// `following`, `stopping`.
+    pub state: String,
+    /// State directory of the sidecar.
+    pub state_dir: String,
+    /// Pid of the keeper, if there is one.
+    pub keeper_pid: Option<u32>,
+    /// Pid of the relay process, which owns the data path; none while it is replaced.
+    #[serde(default)]
+    pub relay_pid: Option<u32>,
+}
+
+/// What the sidecar hosts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DeploymentStatus {
+    /// Dense or MoE.
+    pub kind: GroupKind,
+    /// `--data-parallel-size`.
+    pub size: u16,
+    /// First rank of this node.
+    pub start_rank: u16,
+    /// Ranks of this node.
+    pub size_local: u16,
+    /// Model as given on the command line, if the sidecar starts the engines.
+    pub model: Option<String>,
+    /// HTTP address of the frontend that the sidecar starts (`--serve`).
+    #[serde(default)]
+    pub http: Option<String>,
+}
+
+/// One DP rank.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct EngineStatus {
+    /// The rank.
+    pub rank: EngineIndex,
+    /// Pid of its `vllm serve` process, if the keeper started it.
+    pub pid: Option<u32>,
+    /// Its vLLM version, once registered.
+    pub vllm_version: Option<String>,
+    /// `stopped`, `starting`, `handshake`, `registered`, `restoring`, `admitted`, `fenced`, `failed`.
+    pub state: String,
+    /// Which life of the rank this is.
+    pub incarnation: u64,
+    /// Version of its weights, as stamped.
+    pub weight_version: Option<String>,
+    /// Requests waiting in its scheduler.
+    pub waiting: u64,
+    /// Requests running.
+    pub running: u64,
+    /// Share of the KV cache in use, 0 to 1.
+    pub kv_cache_usage: f64,
+    /// Requests the sidecar has in flight there.
+    pub in_flight: u64,
+    /// Requests held in front of it.
+    pub held: u64,
+    /// How often it was restarted.
+    pub restarts: u64,
+    /// Why it last failed.
+    pub last_error: Option<String>,
+}
+
+/// One wanted frontend.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FrontendStatus {
+    /// State of its attachment.
+    pub attachment: FrontendSnapshot,
+    /// Its requests in flight, over all ranks.
+    pub in_flight: u64,
+}
+
+/// Weights of the deployment.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct WeightsStatus {
+    /// Committed version.
+    pub version: String,
+    /// Directory it was loaded from, if known.
+    pub dir: Option<String>,
+    /// The last update, however it ended.
+    pub last_update: Option<UpdateReport>,
+}
+
+/// Who controls the engines.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ControllerStatus {
+    /// Holder of the control lock: `update <id>`, `frontend <address>`, `command line`.
+    pub holder: Option<String>,
+    /// The engines are paused.
+    pub paused: bool,
+}
+
+/// Versions of everything that has one.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VersionReport {
+    /// Of the sidecar.
+    pub sidecar: String,
+    /// vLLM version by rank.
+    pub vllm: BTreeMap<u16, String>,
+    /// Committed weights.
+    pub weights: String,
+}
+
+/// State of one wanted frontend, for `sidecar frontend list` and status.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FrontendSnapshot {
+    /// Handshake address, as given.
+    pub address: String,
+    /// Attachment number, if there is one at the moment.
+    pub id: Option<u64>,
+    /// `waiting`, `connecting`, `handshake`, `registering`, `attached`, `refused`.
+    pub state: String,
+    /// API servers (slots taken).
+    pub api_servers: u32,
+    /// Why it is not attached, if it is not.
+    pub detail: Option<String>,
+    /// How often it attached.
+    pub attachments: u64,
+}
+
+/// Load of one rank as it last reported it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Load {
+    /// `num_waiting_reqs`.
+    pub waiting: u64,
+    /// `num_running_reqs`.
+    pub running: u64,
+    /// `kv_cache_usage`, 0 to 1.
+    pub kv_cache_usage: f64,
+}
+
+/// Plain data about the DP coordinator.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct CoordinatorSnapshot {
+    /// Current wave.
+    pub wave: Wave,
+    /// Whether the group is running, as reported by engines.
+    pub running: bool,
+    /// Load by rank.
+    pub loads: BTreeMap<u16, Load>,
+    /// Ranks subscribed.
+    pub subscribed: u32,
+    /// False while a restarted lockstep group is brought to the wave the frontends know. No control
+    /// call and no request may be sent to its engines before (it takes one idle step).
+    pub in_step: bool,
+}
