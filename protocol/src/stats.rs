@@ -3,9 +3,28 @@
 //! A dataclass, so a map, with other keys in almost every version. The five read here exist in
 //! 0.11.0 to 0.33.0.
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::DecodeError;
 use crate::positional::{ScanError, Scanner};
 use crate::write;
+
+/// Load of one engine, as it last reported it (vLLM: `request_counts`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Load {
+    /// `num_waiting_reqs`.
+    pub waiting: u64,
+    /// `num_running_reqs`.
+    pub running: u64,
+    /// `kv_cache_usage`, 0 to 1; published to frontends since 0.27.0.
+    pub kv_cache_usage: f64,
+}
+
+impl Load {
+    /// What is said about a rank that takes no requests: vLLM's balancing picks the rank with the
+    /// least load, so everything goes elsewhere as long as there is an elsewhere.
+    pub const STEER_AWAY: Self = Self { waiting: 100_000, running: 0, kv_cache_usage: 0.0 };
+}
 
 /// What the DP coordinator needs of `SchedulerStats`. Missing keys are zero, as in vLLM.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

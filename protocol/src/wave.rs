@@ -8,6 +8,7 @@ use crate::frames::{Frames, RequestType};
 use crate::ids::{EngineIdentity, EngineIndex, Wave};
 use crate::layout::Layout;
 use crate::positional::{Kind, ScanError, Scanner};
+use crate::stats::Load;
 use crate::write;
 
 /// Wakes the engines of a lockstep group.
@@ -132,22 +133,11 @@ impl FrontendUpstream {
     }
 }
 
-/// Load of one engine as published to frontends.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct EngineCounts {
-    /// `num_waiting_reqs`.
-    pub waiting: u64,
-    /// `num_running_reqs`.
-    pub running: u64,
-    /// 0 to 1; on the wire since 0.27.0.
-    pub kv_cache_usage: f64,
-}
-
 /// What the coordinator tells frontends.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Publication {
     /// Load by rank; `None` if only wave or running changed.
-    pub counts: Option<Vec<EngineCounts>>,
+    pub counts: Option<Vec<Load>>,
     /// Current wave.
     pub wave: Wave,
     /// Whether the group runs.
@@ -191,11 +181,11 @@ impl Publication {
     }
 }
 
-fn read_counts(scanner: &mut Scanner<'_>) -> Result<Vec<EngineCounts>, ScanError> {
+fn read_counts(scanner: &mut Scanner<'_>) -> Result<Vec<Load>, ScanError> {
     let engines = scanner.array()?;
     let mut counts = Vec::new();
     for _ in 0..engines {
-        let mut entry = EngineCounts::default();
+        let mut entry = Load::default();
         for position in 0..scanner.array()? {
             match position {
                 0 => entry.waiting = scanner.integer("int of 0 or more")?,

@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use dp_sidecar_protocol::machine::control::{Action, Config, Control, Decision, Event, Held, OwnerId};
+use dp_sidecar_protocol::machine::control::{Action, Config, Control, Event, OwnerId};
+use dp_sidecar_protocol::machine::held_call::{HeldCall, Verdict};
 use dp_sidecar_protocol::machine::mutation::Mutation;
 use dp_sidecar_protocol::{EngineIndex, FrontendId, PausedBy, Time};
 use rand::{Rng, SeedableRng};
@@ -22,7 +23,7 @@ fn control(ranks: u16, lockstep: bool) -> Control {
 }
 
 fn held(rank: u16, ticket: u64, frontend: u64, method: &str) -> Event {
-    Event::Held(Held {
+    Event::Held(HeldCall {
         rank: EngineIndex(rank),
         ticket,
         frontend: FrontendId(frontend),
@@ -49,19 +50,19 @@ fn at(ms: u64) -> Time {
 }
 
 /// `(rank, ticket, decision)` of what was decided.
-fn decisions(control: &mut Control) -> Vec<(u16, u64, Decision)> {
+fn decisions(control: &mut Control) -> Vec<(u16, u64, Verdict)> {
     actions(control)
         .into_iter()
         .filter_map(|action| match action {
-            Action::Decide { rank, ticket, decision } => Some((rank.0, ticket, decision)),
+            Action::Decide { rank, ticket, verdict } => Some((rank.0, ticket, verdict)),
             _ => None,
         })
         .collect()
 }
 
-fn refusal(decision: &Decision) -> &str {
-    match decision {
-        Decision::Refuse(text) => text,
+fn refusal(verdict: &Verdict) -> &str {
+    match verdict {
+        Verdict::Refuse(text) => text,
         other => panic!("expected a refusal, got {other:?}"),
     }
 }
@@ -81,7 +82,7 @@ fn a_call_is_forwarded_when_all_ranks_have_it() {
     control.handle_event(at(0), held(0, 10, 1, "pause_scheduler"));
     assert_eq!(decisions(&mut control), []);
     control.handle_event(at(3), held(1, 20, 1, "pause_scheduler"));
-    assert_eq!(decisions(&mut control), [(0, 10, Decision::Forward), (1, 20, Decision::Forward)]);
+    assert_eq!(decisions(&mut control), [(0, 10, Verdict::Forward), (1, 20, Verdict::Forward)]);
 }
 
 #[test]
@@ -91,14 +92,14 @@ fn two_frontends_reach_all_ranks_in_the_same_order() {
     control.handle_event(at(0), held(1, 2, 2, "pause_scheduler"));
     control.handle_event(at(1), held(0, 3, 2, "pause_scheduler"));
     let first = decisions(&mut control);
-    assert_eq!(first, [(0, 3, Decision::Forward), (1, 2, Decision::Forward)]);
+    assert_eq!(first, [(0, 3, Verdict::Forward), (1, 2, Verdict::Forward)]);
     control.handle_event(at(2), held(1, 4, 1, "pause_scheduler"));
     assert_eq!(decisions(&mut control), [], "one round at a time");
     control.handle_event(at(3), answered(0, 3));
     assert_eq!(decisions(&mut control), []);
     control.handle_event(at(4), answered(1, 2));
     let second = decisions(&mut control);
-    assert_eq!(second, [(0, 1, Decision::Forward), (1, 4, Decision::Forward)]);
+    assert_eq!(second, [(0, 1, Verdict::Forward), (1, 4, Verdict::Forward)]);
 }
 
 #[test]
@@ -123,7 +124,7 @@ fn the_same_call_sent_twice_makes_two_rounds() {
         control.handle_event(at(0), held(0, ticket, 1, "reset_prefix_cache"));
     }
     control.handle_event(at(0), held(1, 5, 1, "reset_prefix_cache"));
-    assert_eq!(decisions(&mut control), [(0, 1, Decision::Forward), (1, 5, Decision::Forward)]);
+    assert_eq!(decisions(&mut control), [(0, 1, Verdict::Forward), (1, 5, Verdict::Forward)]);
     assert_eq!(control.snapshot().waiting_rounds, 1);
 }
 
@@ -133,7 +134,7 @@ fn calls_are_refused_with_the_name_and_phase_of_the_running_update() {
     control.handle_event(at(0), held(0, 1, 1, "pause_scheduler"));
     control.handle_event(at(1), acquire(9, "update u1", 0));
     let granted = actions(&mut control);
-    assert!(matches!(&granted[0], Action::Decide { decision: Decision::Refuse(text), .. }
+    assert!(matches!(&granted[0], Action::Decide { verdict: Verdict::Refuse(text), .. }
         if text.contains("update u1 is running")));
     assert!(matches!(
         &granted[1],
@@ -169,10 +170,10 @@ fn a_waiting_update_goes_before_rounds_that_are_ready() {
     control.handle_event(at(0), held(0, 1, 1, "pause_scheduler"));
     control.handle_event(at(1), held(0, 2, 1, "resume_scheduler"));
     control.handle_event(at(1), acquire(1, "update u1", 1000));
-    assert_eq!(decisions(&mut control), [(0, 1, Decision::Forward)]);
+    assert_eq!(decisions(&mut control), [(0, 1, Verdict::Forward)]);
     control.handle_event(at(2), answered(0, 1));
     let all = actions(&mut control);
-    assert!(matches!(&all[0], Action::Decide { ticket: 2, decision: Decision::Refuse(_), .. }), "{all:?}");
+    assert!(matches!(&all[0], Action::Decide { ticket: 2, verdict: Verdict::Refuse(_), .. }), "{all:?}");
     let by_frontend = Some(PausedBy::Frontend { id: FrontendId(1) });
     assert!(matches!(&all[1], Action::Granted { paused_by, .. } if *paused_by == by_frontend), "{all:?}");
 }
@@ -182,13 +183,13 @@ fn resume_of_engines_that_are_not_paused_is_answered_without_asking_them() {
     let mut control = control(2, true);
     control.handle_event(at(0), held(0, 1, 1, "resume_scheduler"));
     control.handle_event(at(0), held(1, 2, 1, "resume_scheduler"));
-    let nil = Decision::Answer(Value::Nil);
+    let nil = Verdict::Answer(Value::Nil);
     assert_eq!(decisions(&mut control), [(0, 1, nil.clone()), (1, 2, nil.clone())]);
     pause(&mut control, at(1), 1, 3);
     control.handle_event(at(2), held(0, 4, 2, "resume_scheduler"));
     control.handle_event(at(2), held(1, 4, 2, "resume_scheduler"));
     let forwarded = decisions(&mut control);
-    assert_eq!(forwarded[0].2, Decision::Forward);
+    assert_eq!(forwarded[0].2, Verdict::Forward);
     control.handle_event(at(3), answered(0, 4));
     control.handle_event(at(3), answered(1, 4));
     assert_eq!(control.snapshot().paused_by, None);
@@ -290,7 +291,7 @@ fn an_independent_engine_that_starts_again_into_a_pause_is_paused() {
 #[test]
 fn weights_that_a_frontend_loads_make_the_current_version_unknown() {
     let mut control = control(1, false);
-    let reload = Held {
+    let reload = HeldCall {
         rank: EngineIndex(0),
         ticket: 1,
         frontend: FrontendId(1),
@@ -311,7 +312,7 @@ fn weights_that_a_frontend_loads_make_the_current_version_unknown() {
 #[test]
 fn a_worker_call_that_changes_nothing_leaves_the_version_known() {
     let mut control = control(1, false);
-    let check = Held {
+    let check = HeldCall {
         rank: EngineIndex(0),
         ticket: 1,
         frontend: FrontendId(1),
@@ -436,11 +437,11 @@ fn simulate(seed: u64, counts: &mut Counts) {
         let mut last_call = None;
         for action in actions(&mut control) {
             match action {
-                Action::Decide { rank, ticket, decision } => {
+                Action::Decide { rank, ticket, verdict } => {
                     let key = (rank.0, ticket);
                     assert!(open.remove(&key), "{}: seed {seed}: {key:?}", law::ONCE);
-                    match decision {
-                        Decision::Forward => {
+                    match verdict {
+                        Verdict::Forward => {
                             assert_eq!(owner, None, "{}: seed {seed}: a call", law::ONE_HOLDER);
                             assert!(!down.contains(&rank.0), "{}: seed {seed}", law::TO_THE_LIVING);
                             forwards.insert(rank.0);
@@ -448,10 +449,10 @@ fn simulate(seed: u64, counts: &mut Counts) {
                             order[usize::from(rank.0)].push(of_call[&key]);
                             last_call = in_engine.get(&key).copied();
                         }
-                        Decision::Answer(_) => {
+                        Verdict::Answer(_) => {
                             answers.insert(rank.0);
                         }
-                        Decision::Refuse(text) => {
+                        Verdict::Refuse(text) => {
                             assert!(text.starts_with("refused by the sidecar"));
                             counts.refused_calls += 1;
                         }

@@ -4,8 +4,9 @@
 use std::time::Duration;
 
 use dp_sidecar_protocol::machine::coordinator::{
-    Action, Config, Coordinator, CoordinatorRules, Event, Exclude, GroupKind, Load, Report, Stamp,
+    Action, Config, Coordinator, CoordinatorRules, Event, Exclude, GroupKind, Report, Stamp,
 };
+use dp_sidecar_protocol::stats::Load;
 use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Time, Wave};
 use proptest::prelude::*;
 

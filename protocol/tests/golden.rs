@@ -13,9 +13,10 @@ use dp_sidecar_protocol::output::{self, EngineOutput, FinishReason, OutputsView}
 use dp_sidecar_protocol::positional::{self, Scanner, element};
 use dp_sidecar_protocol::registration::{EngineReadyResponse, detect_layout, with_dp_stats_address};
 use dp_sidecar_protocol::request::{FrontendMessage, check_frontend_message, encode_abort};
+use dp_sidecar_protocol::stats::Load;
 use dp_sidecar_protocol::stats::SchedulerStats;
 use dp_sidecar_protocol::utility::UtilityCall;
-use dp_sidecar_protocol::wave::{EngineCounts, FrontendUpstream, Publication, StartDpWave};
+use dp_sidecar_protocol::wave::{FrontendUpstream, Publication, StartDpWave};
 use dp_sidecar_protocol::{CallId, ClientIndex, EngineIndex, Wave};
 use serde_json::Value as Json;
 
@@ -409,7 +410,7 @@ fn coordinator_messages_are_read_and_written_as_vllm_does() {
             assert_eq!(publication.wave, wave, "{label}");
             assert_eq!(publication.running, expect["running"], "{label}");
             let counts = expect["counts"].as_array().map(|engines| {
-                let counts = engines.iter().map(|engine| EngineCounts {
+                let counts = engines.iter().map(|engine| Load {
                     waiting: engine[0].as_u64().unwrap(),
                     running: engine[1].as_u64().unwrap(),
                     kv_cache_usage: engine[2].as_f64().unwrap_or_default(),

@@ -12,9 +12,10 @@ use dp_sidecar_protocol::output::{
 use dp_sidecar_protocol::positional::{self, Scanner, element};
 use dp_sidecar_protocol::registration::{EngineReadyResponse, detect_layout, with_dp_stats_address};
 use dp_sidecar_protocol::request::{FrontendMessage, NewRequest, check_frontend_message, encode_abort};
+use dp_sidecar_protocol::stats::Load;
 use dp_sidecar_protocol::stats::SchedulerStats;
 use dp_sidecar_protocol::utility::{UtilityCall, UtilityOutput};
-use dp_sidecar_protocol::wave::{EngineCounts, FrontendUpstream, Publication, StartDpWave};
+use dp_sidecar_protocol::wave::{FrontendUpstream, Publication, StartDpWave};
 use dp_sidecar_protocol::{CallId, ClientIndex, EngineIndex, Wave};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -380,7 +381,7 @@ proptest! {
         let first = FrontendUpstream::FirstReq { target: EngineIndex(engine), wave: Wave(wave) };
         prop_assert_eq!(FrontendUpstream::decode(&first.encode()).unwrap(), first);
         let publication = Publication {
-            counts: counts.map(|counts| counts.into_iter().map(|(waiting, running, usage)| EngineCounts {
+            counts: counts.map(|counts| counts.into_iter().map(|(waiting, running, usage)| Load {
                 waiting,
                 running,
                 kv_cache_usage: if layout.counts_arity() > 2 { usage } else { 0.0 },

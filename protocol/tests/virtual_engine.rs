@@ -5,9 +5,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use dp_sidecar_protocol::layout::Layout;
-use dp_sidecar_protocol::machine::virtual_engine::{
-    Action, CallError, Config, Event, Verdict, VirtualEngine,
-};
+use dp_sidecar_protocol::machine::held_call::{HeldCall, Verdict};
+use dp_sidecar_protocol::machine::virtual_engine::{Action, CallError, Config, Event, VirtualEngine};
 use dp_sidecar_protocol::output::{EngineOutput, FinishReason, NewOutput, NewOutputs};
 use dp_sidecar_protocol::request::{NewRequest, encode_abort};
 use dp_sidecar_protocol::utility::{UtilityCall, UtilityOutput};
@@ -306,13 +305,14 @@ fn a_control_call_waits_for_its_verdict_with_its_arguments_and_a_deadline() {
     let held = bed.call(slot, 9, "collective_rpc", rpc.clone());
     assert_eq!(
         held,
-        [Action::HeldCall {
+        [Action::HeldCall(HeldCall {
+            rank: RANK,
             ticket: 0,
             frontend: FrontendId(5),
             api_server: 1,
             method: "collective_rpc".to_owned(),
             args: rpc,
-        }]
+        })]
     );
     bed.machine.release(0, Verdict::Refuse("update u1 is running".to_owned()));
     let released = bed.actions();

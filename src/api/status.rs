@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use dp_sidecar_protocol::machine::coordinator::GroupKind;
+use dp_sidecar_protocol::stats::Load;
 use dp_sidecar_protocol::{EngineIndex, Wave};
 use serde::{Deserialize, Serialize};
 
@@ -198,17 +199,6 @@ pub struct FrontendSnapshot {
     pub detail: Option<String>,
     /// How often it attached.
     pub attachments: u64,
-}
-
-/// Load of one rank as it last reported it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Load {
-    /// `num_waiting_reqs`.
-    pub waiting: u64,
-    /// `num_running_reqs`.
-    pub running: u64,
-    /// `kv_cache_usage`, 0 to 1.
-    pub kv_cache_usage: f64,
 }
 
 /// Plain data about the DP coordinator.

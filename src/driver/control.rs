@@ -6,9 +6,7 @@ mod tests;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use dp_sidecar_protocol::machine::control::{
-    Action, Config, Control, Decision, Event, Held, OwnerId, Severity, Snapshot,
-};
+use dp_sidecar_protocol::machine::control::{Action, Config, Control, Event, OwnerId, Severity, Snapshot};
 use dp_sidecar_protocol::machine::weight_update::PauseMode;
 use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, PausedBy, Time};
 use futures::future::join_all;
@@ -403,7 +401,7 @@ impl Task {
                 () = stop.cancelled() => break,
                 call = held.recv(), if held_open => {
                     held_open = call.is_some();
-                    call.map(|call| Event::Held(held_event(call)))
+                    call.map(Event::Held)
                 }
                 command = inbox.recv(), if inbox_open => {
                     inbox_open = command.is_some();
@@ -498,7 +496,7 @@ impl Task {
     fn perform(&mut self) {
         while let Some(action) = self.machine.poll_action() {
             match action {
-                Action::Decide { rank, ticket, decision } => self.decide(rank, ticket, decision),
+                Action::Decide { rank, ticket, verdict } => self.decide(rank, ticket, verdict),
                 Action::Call { rank, operation, method, args } => self.call(rank, operation, method, args),
                 Action::Granted { owner, paused_by, external_weights, asleep } => {
                     let grant = Grant { asleep, owner, paused_by, external_weights };
@@ -533,19 +531,14 @@ impl Task {
         }
     }
 
-    fn decide(&mut self, rank: EngineIndex, ticket: u64, decision: Decision) {
+    fn decide(&mut self, rank: EngineIndex, ticket: u64, verdict: Verdict) {
         let Some(handle) = self.ranks.get(&rank).cloned() else {
             return;
         };
-        let forward = decision == Decision::Forward;
-        let verdict = match decision {
-            Decision::Forward => Verdict::Forward,
-            Decision::Answer(value) => Verdict::Answer(value),
-            Decision::Refuse(text) => {
-                info!(rank = rank.0, ticket, "{text}");
-                Verdict::Refuse(text)
-            }
-        };
+        let forward = verdict == Verdict::Forward;
+        if let Verdict::Refuse(text) = &verdict {
+            info!(rank = rank.0, ticket, "{text}");
+        }
         let limit = if forward { self.round_timeout + SLACK } else { DECISION_LIMIT };
         self.jobs.spawn(async move {
             let answer = handle.ask_within(limit, Release { ticket, verdict }).await;
@@ -582,16 +575,5 @@ impl Task {
                 result: answer.map_err(|error| error.to_string()),
             })
         });
-    }
-}
-
-fn held_event(call: HeldCall) -> Held {
-    Held {
-        rank: call.rank,
-        ticket: call.ticket,
-        frontend: call.frontend,
-        api_server: call.api_server,
-        method: call.method,
-        args: call.args,
     }
 }

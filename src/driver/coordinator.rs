@@ -11,10 +11,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use dp_sidecar_protocol::layout::Layout;
 use dp_sidecar_protocol::machine::coordinator::{
-    Action, Config, Coordinator, CoordinatorRules, Event, Exclude, Load, Report, Stamp,
+    Action, Config, Coordinator, CoordinatorRules, Event, Exclude, Report, Stamp,
 };
 use dp_sidecar_protocol::output::{OutputsView, start_wave_message, stats_message, wave_complete_message};
-use dp_sidecar_protocol::stats::SchedulerStats;
+use dp_sidecar_protocol::stats::{Load, SchedulerStats};
 use dp_sidecar_protocol::{DecodeError, EngineIndex, FrontendId, Incarnation, Time, Wave};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, Sleep};
@@ -25,7 +25,7 @@ use super::handles::{
     CoordinatorCommand, CoordinatorHandle, EdgeEvent, EdgeHandle, ForFrontendCoordinator, GroupKind,
     NodeEvent,
 };
-use crate::api::{CoordinatorSnapshot, Load as LoadSnapshot};
+use crate::api::CoordinatorSnapshot;
 use crate::tasks::{Task as TaskName, named};
 
 pub use adoption::adoption;
@@ -323,14 +323,7 @@ impl Task {
     fn publish_snapshot(&mut self) {
         self.loads_due = None;
         let machine = self.machine.snapshot();
-        let loads = machine.loads.iter().zip(0..).map(|(load, rank)| {
-            let load = LoadSnapshot {
-                waiting: load.waiting,
-                running: load.running,
-                kv_cache_usage: load.kv_cache_usage,
-            };
-            (rank, load)
-        });
+        let loads = machine.loads.iter().zip(0..).map(|(load, rank)| (rank, *load));
         let snapshot = CoordinatorSnapshot {
             wave: machine.wave,
             running: machine.running,

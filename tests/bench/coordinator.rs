@@ -15,7 +15,7 @@ use dp_sidecar::driver::edge;
 use dp_sidecar::driver::handles::{CoordinatorCommand, CoordinatorHandle, GroupKind};
 use dp_sidecar::transport::{Encoded, PrivateDir, XpubListener};
 use dp_sidecar_protocol::layout::Layout;
-use dp_sidecar_protocol::wave::{EngineCounts, FrontendUpstream, Publication};
+use dp_sidecar_protocol::wave::{FrontendUpstream, Publication};
 use dp_sidecar_protocol::{EngineIndex, Incarnation};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -82,12 +82,8 @@ async fn frontend(mut socket: XpubListener, mut coordinator: CoordinatorHandle) 
                 changed?;
                 let publication = {
                     let now = coordinator.snapshot.borrow_and_update();
-                    let counts = now.loads.values().map(|load| EngineCounts {
-                        waiting: load.waiting,
-                        running: load.running,
-                        kv_cache_usage: load.kv_cache_usage,
-                    });
-                    Publication { counts: Some(counts.collect()), wave: now.wave, running: now.running }
+                    let counts = now.loads.values().copied().collect();
+                    Publication { counts: Some(counts), wave: now.wave, running: now.running }
                 };
                 publisher.send(&Encoded::from(vec![publication.encode(&layout)]))?;
             }

@@ -28,10 +28,10 @@ use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
 pub use types::{
-    Action, Adopted, Behaviour, CoordinatorRules, Event, Exclude, GroupKind, Load, Note, Report, Snapshot,
-    Stamp,
+    Action, Adopted, Behaviour, CoordinatorRules, Event, Exclude, GroupKind, Note, Report, Snapshot, Stamp,
 };
 
+use crate::stats::Load;
 use crate::{EngineIndex, FrontendId, Incarnation, Time, Wave};
 use cadence::Cadence;
 

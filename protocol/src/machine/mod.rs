@@ -15,6 +15,7 @@ pub mod attachment;
 pub mod control;
 pub mod coordinator;
 pub mod handshake;
+pub mod held_call;
 pub mod lifecycle;
 #[cfg_attr(not(feature = "mutations"), allow(dead_code, reason = "only tests switch them on"))]
 #[doc(hidden)]

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use dp_sidecar_protocol::machine::coordinator::{
-    Action, Adopted, Config, Coordinator, CoordinatorRules, Event, Exclude, GroupKind, Load, Report, Stamp,
+    Action, Adopted, Config, Coordinator, CoordinatorRules, Event, Exclude, GroupKind, Report, Stamp,
 };
+use dp_sidecar_protocol::stats::Load;
 use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Time, Wave};
 
 use super::{Line, Script};

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use dp_sidecar_protocol::layout::Layout;
+pub use dp_sidecar_protocol::machine::held_call::{HeldCall, Verdict};
 use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Slot};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -173,35 +174,6 @@ pub struct RouteLost {
     pub api_server: u32,
     /// Why, for the log.
     pub reason: String,
-}
-
-/// A control call of a frontend (pause, resume, sleep, weight methods ...), held at one rank until
-/// the control task has decided.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct HeldCall {
-    /// At which rank.
-    pub rank: EngineIndex,
-    /// Names this call at that rank.
-    pub ticket: u64,
-    /// Who calls.
-    pub frontend: FrontendId,
-    /// Which of its API servers.
-    pub api_server: u32,
-    /// vLLM's method name.
-    pub method: String,
-    /// Positional arguments.
-    pub args: Vec<rmpv::Value>,
-}
-
-/// Decision on a [`HeldCall`].
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub enum Verdict {
-    /// Send it to the engine; the answer goes to the frontend.
-    Forward,
-    /// Answer it with this value, without asking the engine.
-    Answer(rmpv::Value),
-    /// Answer it with this failure message.
-    Refuse(String),
 }
 
 /// What a rank task reports.

@@ -21,8 +21,8 @@ use super::routes::{self, Route};
 use super::{Input, LAST_FLUSH, RankConfig, Source};
 use crate::driver::handles::{
     Admission, Admit, AdoptRoute, CloseRoutes, EngineDown, EngineReady, Envelope, GroupKind, HandleError,
-    HeldCall, NodeEvent, OpenRoute, Prepare, RankAsk, RankEvent, RankSnapshot, Release, ReplyTo, RouteLost,
-    SlotAddresses, Slots, Verdict,
+    NodeEvent, OpenRoute, Prepare, RankAsk, RankEvent, RankSnapshot, Release, ReplyTo, RouteLost,
+    SlotAddresses, Slots,
 };
 use crate::transport::{Dealer, Push, TransportError};
 
@@ -300,11 +300,7 @@ impl RankTask {
                         }
                     }
                 }
-                Action::HeldCall { ticket, frontend, api_server, method, args } => {
-                    let rank = self.config.machine.rank;
-                    let call = HeldCall { rank, ticket, frontend, api_server, method, args };
-                    self.events.push_back(NodeEvent::Held(call));
-                }
+                Action::HeldCall(call) => self.events.push_back(NodeEvent::Held(call)),
                 Action::Released { ticket, result } => {
                     if let Some(reply) = self.releases.remove(&ticket) {
                         reply.send::<Release>(result.map_err(HandleError::failed));

@@ -22,10 +22,11 @@ use std::time::Duration;
 
 use rmpv::Value;
 
+use crate::machine::held_call::{HeldCall, Verdict};
 use crate::machine::mutation::{Mutation, mutated};
 use crate::{EngineIndex, FrontendId, PausedBy, Time};
 
-pub use types::{Action, Decision, Event, Held, OwnerId, Severity, Snapshot};
+pub use types::{Action, Event, OwnerId, Severity, Snapshot};
 
 /// Rounds kept waiting; more are refused.
 const MAX_ROUNDS: usize = 256;
@@ -107,7 +108,7 @@ struct Round {
 }
 
 impl Round {
-    fn fits(&self, held: &Held) -> bool {
+    fn fits(&self, held: &HeldCall) -> bool {
         self.frontend == held.frontend
             && self.api_server == held.api_server
             && self.method == held.method
@@ -331,7 +332,7 @@ impl Control {
 
     // --- gathering ---
 
-    fn held(&mut self, now: Time, held: Held) {
+    fn held(&mut self, now: Time, held: HeldCall) {
         let mut single = Round {
             frontend: held.frontend,
             api_server: held.api_server,
@@ -383,18 +384,14 @@ impl Control {
             self.actions.push_back(Action::Decide {
                 rank,
                 ticket,
-                decision: Decision::Refuse(format!("refused by the sidecar: {text}")),
+                verdict: Verdict::Refuse(format!("refused by the sidecar: {text}")),
             });
         }
     }
 
     fn answer(&mut self, round: Round, value: &Value) {
         for (rank, ticket) in round.tickets {
-            self.actions.push_back(Action::Decide {
-                rank,
-                ticket,
-                decision: Decision::Answer(value.clone()),
-            });
+            self.actions.push_back(Action::Decide { rank, ticket, verdict: Verdict::Answer(value.clone()) });
         }
     }
 

@@ -4,10 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use rmpv::Value;
 
+use crate::machine::held_call::Verdict;
 use crate::machine::mutation::{Mutation, mutated};
 use crate::{EngineIndex, PausedBy, Time};
 
-use super::{Action, Control, Decision, Holder, Kind, Round, Severity, kind_of, list};
+use super::{Action, Control, Holder, Kind, Round, Severity, kind_of, list};
 
 impl Control {
     /// Decides on a complete round and, unless that settles it, lets it have the lock.
@@ -48,13 +49,13 @@ impl Control {
         }
         let mut waiting = BTreeSet::new();
         for (rank, ticket) in &round.tickets {
-            let decision = if down.contains(rank) {
-                Decision::Answer(Value::Nil)
+            let verdict = if down.contains(rank) {
+                Verdict::Answer(Value::Nil)
             } else {
                 waiting.insert(*rank);
-                Decision::Forward
+                Verdict::Forward
             };
-            self.actions.push_back(Action::Decide { rank: *rank, ticket: *ticket, decision });
+            self.actions.push_back(Action::Decide { rank: *rank, ticket: *ticket, verdict });
         }
         if kind == Kind::Weights {
             // From the first byte on: a call that fails half way leaves unknown weights as well.

@@ -5,24 +5,8 @@ use std::time::Duration;
 use rmpv::Value;
 use serde::{Deserialize, Serialize};
 
+use crate::machine::held_call::{HeldCall, Verdict};
 use crate::{EngineIndex, FrontendId, PausedBy};
-
-/// A control call of a frontend, held at one rank.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Held {
-    /// At which rank.
-    pub rank: EngineIndex,
-    /// Names the call at that rank.
-    pub ticket: u64,
-    /// Who calls.
-    pub frontend: FrontendId,
-    /// Which of its API servers.
-    pub api_server: u32,
-    /// vLLM's method name.
-    pub method: String,
-    /// Positional arguments.
-    pub args: Vec<Value>,
-}
 
 /// Names one holder of the lock. Chosen by the driver, never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
@@ -33,7 +17,7 @@ pub struct OwnerId(pub u64);
 #[derive(Clone, Debug)]
 pub enum Event {
     /// A rank holds a control call.
-    Held(Held),
+    Held(HeldCall),
     /// A rank's engine has answered a call that was forwarded (its frontend has the answer).
     Answered {
         /// Which rank.
@@ -113,17 +97,6 @@ pub enum Event {
     },
 }
 
-/// Decision on a held call.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Decision {
-    /// Send it to the engine.
-    Forward,
-    /// Answer it with this value without asking the engine.
-    Answer(Value),
-    /// Answer it with this failure message.
-    Refuse(String),
-}
-
 /// How much somebody should care.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Severity {
@@ -144,7 +117,7 @@ pub enum Action {
         /// Which call.
         ticket: u64,
         /// The decision.
-        decision: Decision,
+        verdict: Verdict,
     },
     /// Call the engine on the control slot. The calls of an operation come together and must be sent
     /// without waiting for one another.

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::layout::{FirstReq, Layout, VllmVersion};
+use crate::stats::Load;
 use crate::{EngineIdentity, EngineIndex, FrontendId, Incarnation, Wave};
 
 /// How the ranks depend on each other.
@@ -75,23 +76,6 @@ impl Default for CoordinatorRules {
     fn default() -> Self {
         Self::of(32, 0)
     }
-}
-
-/// Load of one engine (vLLM: `request_counts`).
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Load {
-    /// `num_waiting_reqs`.
-    pub waiting: u64,
-    /// `num_running_reqs`.
-    pub running: u64,
-    /// `kv_cache_usage`, 0 to 1.
-    pub kv_cache_usage: f64,
-}
-
-impl Load {
-    /// What is said about a rank that takes no requests: vLLM's balancing picks the rank with the
-    /// least load, so everything goes elsewhere as long as there is an elsewhere.
-    pub const STEER_AWAY: Self = Self { waiting: 100_000, running: 0, kv_cache_usage: 0.0 };
 }
 
 /// At which step of which wave stats were taken. Ordered.

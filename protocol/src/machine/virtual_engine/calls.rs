@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use super::{Action, CallError, Engine, Owner, Verdict, VirtualEngine, slot_of};
+use crate::machine::held_call::{HeldCall, Verdict};
+
+use super::{Action, CallError, Engine, Owner, VirtualEngine, slot_of};
 use crate::frames::Frames;
 use crate::ids::{CallId, ClientIndex, Slot};
 use crate::time::Time;
@@ -123,13 +125,14 @@ impl VirtualEngine {
                 deadline: now + self.config.decide_within,
             },
         );
-        self.actions.push_back(Action::HeldCall {
+        self.actions.push_back(Action::HeldCall(HeldCall {
+            rank: self.config.rank,
             ticket,
             frontend: owner.frontend,
             api_server: owner.api_server,
             method: call.method,
             args: call.args,
-        });
+        }));
     }
 
     /// Carries out the decision on a held call. Ends in [`Action::Released`] with this ticket.

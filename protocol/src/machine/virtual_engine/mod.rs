@@ -35,6 +35,7 @@ use thiserror::Error;
 use crate::frames::Frames;
 use crate::ids::{CallId, EngineIndex, FrontendId, Incarnation, Slot};
 use crate::layout::Layout;
+use crate::machine::held_call::HeldCall;
 use crate::output;
 use crate::time::Time;
 
@@ -174,18 +175,7 @@ pub enum Action {
         frames: Frames,
     },
     /// A control call of a frontend waits for a decision: answer with [`VirtualEngine::release`].
-    HeldCall {
-        /// Names the call.
-        ticket: u64,
-        /// Who calls.
-        frontend: FrontendId,
-        /// Which of its API servers.
-        api_server: u32,
-        /// vLLM's method name.
-        method: String,
-        /// Positional arguments.
-        args: Vec<rmpv::Value>,
-    },
+    HeldCall(HeldCall),
     /// A released call is done: the engine's answer, or nil for the other verdicts.
     Released {
         /// Names the call.
@@ -230,17 +220,6 @@ pub enum CallError {
     /// No answer in time.
     #[error("the engine did not answer within {0:?}")]
     Deadline(Duration),
-}
-
-/// Decision on a held control call.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Verdict {
-    /// Send it to the engine; the answer goes to the frontend.
-    Forward,
-    /// Answer it with this value.
-    Answer(rmpv::Value),
-    /// Answer it with this failure message.
-    Refuse(String),
 }
 
 /// No slot for another API server.

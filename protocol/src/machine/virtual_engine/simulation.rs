@@ -16,7 +16,9 @@ use bytes::Bytes;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use super::{Action, Config, Event, Mutation, Verdict, VirtualEngine};
+use crate::machine::held_call::Verdict;
+
+use super::{Action, Config, Event, Mutation, VirtualEngine};
 use crate::frames::{ENGINE_CORE_DEAD, Frames, RequestType};
 use crate::ids::{CallId, ClientIndex, EngineIndex, FrontendId, Incarnation, Slot, Wave};
 use crate::layout::Layout;
@@ -136,7 +138,7 @@ impl World {
             match action {
                 Action::ToEngine { slot, frames } => self.deliver_to_engine(slot, frames)?,
                 Action::ToFrontend { slot, frames } => self.deliver_to_client(slot, &frames)?,
-                Action::HeldCall { ticket, .. } => self.held.push(ticket),
+                Action::HeldCall(call) => self.held.push(call.ticket),
                 Action::Released { ticket, .. } => {
                     if !self.released.remove(&ticket) {
                         return Err(format!("ticket {ticket} reported without being released"));

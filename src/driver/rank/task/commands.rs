@@ -49,11 +49,6 @@ impl RankTask {
             }
             RankAsk::Release(Release { ticket, verdict }) => {
                 self.releases.insert(ticket, reply);
-                let verdict = match verdict {
-                    Verdict::Forward => virtual_engine::Verdict::Forward,
-                    Verdict::Answer(value) => virtual_engine::Verdict::Answer(value),
-                    Verdict::Refuse(message) => virtual_engine::Verdict::Refuse(message),
-                };
                 self.machine.release(ticket, verdict);
             }
         }
