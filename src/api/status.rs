@@ -178,10 +178,23 @@ pub struct ControllerStatus {
 pub struct VersionReport {
     /// Of the sidecar.
     pub sidecar: String,
+    /// Of the relay process of each node, by the node's first rank.
+    #[serde(default)]
+    pub relays: BTreeMap<u16, RelayVersion>,
     /// vLLM version by rank.
     pub vllm: BTreeMap<u16, String>,
     /// Committed weights.
     pub weights: String,
+}
+
+/// Release of a relay process, which may be older than the sidecar that took it over.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RelayVersion {
+    /// What it answered.
+    Version(String),
+    /// Why it is not known now.
+    Unknown(String),
 }
 
 /// State of one wanted frontend, for `sidecar frontend list` and status.

@@ -59,7 +59,7 @@ impl Handles {
                 let stopping = *self.stopping.borrow();
                 return Ok(Response::Status(Box::new(self.sources.status(config, stopping).await)));
             }
-            Command::Version => return Ok(Response::Version(self.sources.versions())),
+            Command::Version => return Ok(Response::Version(self.sources.versions().await)),
             Command::FrontendList => return Ok(Response::Frontends(self.sources.frontends())),
             Command::Update(request) => return updates::run(&self.updates, request, reply).await,
             Command::UpdateFollow { id } => return updates::follow(&self.updates, id, reply).await,

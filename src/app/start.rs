@@ -23,7 +23,7 @@ use crate::config::{Config, Engines};
 use crate::driver::attachment::{self, AttachmentConfig};
 use crate::driver::frontend::{self, SupervisedSnapshot};
 use crate::driver::handles::{
-    AttachmentCommand, AttachmentHandle, Deployment, NodeId, NodeState, Origin, ask,
+    AttachmentCommand, AttachmentHandle, Deployment, EdgeHandle, NodeId, NodeState, Origin, ask,
 };
 use crate::driver::node::{Inputs, Node, NodeCommand, NodePeers, Outputs, Peers};
 use crate::driver::weight_update::{FenceRequest, UpdateConfig, UpdateNode};
@@ -106,6 +106,8 @@ pub(super) async fn start(
 
     let mut edges = vec![(own_ranks.clone(), local.edge)];
     edges.extend(remotes.iter().map(|remote| (remote.ranks(), remote.handles.edge.clone())));
+    let first = |(ranks, edge): &(Vec<EngineIndex>, EdgeHandle)| Some((*ranks.first()?, edge.clone()));
+    let edges_by_rank = edges.iter().filter_map(first).collect();
     let coordinator = coordinator::spawn(
         coordinator::CoordinatorConfig::new(config.kind, config.size),
         edges,
@@ -233,6 +235,7 @@ pub(super) async fn start(
         gpus,
         keeper: local.keeper.clone(),
         relay: local.relay.pid.clone(),
+        edges: edges_by_rank,
     };
     Ok(App {
         config,

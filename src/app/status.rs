@@ -1,7 +1,7 @@
 //! Puts the snapshots of all tasks together for `sidecar status`.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use dp_sidecar_protocol::EngineIndex;
 use dp_sidecar_protocol::machine::lifecycle::Phase;
@@ -11,15 +11,18 @@ use super::nodes::{self, Gathered};
 use super::updates;
 use crate::api::{
     ControllerStatus, CoordinatorSnapshot, DeploymentStatus, EngineStatus, FrontendSnapshot, FrontendStatus,
-    SidecarStatus, Status, VersionReport,
+    RelayVersion, SidecarStatus, Status, VersionReport,
 };
 use crate::config::{Config, Engines, Serve};
 use crate::driver::control::ControlHandle;
-use crate::driver::handles::RankHandle;
+use crate::driver::handles::{EdgeHandle, EdgeVersion, RankHandle};
 use crate::driver::node::NodeRank;
 use crate::driver::weight_update::UpdateHandle;
 use crate::gpu::GpuMonitor;
 use crate::supervisor::client::KeeperClient;
+
+/// For the answer of a node's relay process.
+const RELAY_LIMIT: Duration = Duration::from_secs(3);
 
 /// Everything status is made of.
 #[derive(Clone, Debug)]
@@ -34,6 +37,8 @@ pub(super) struct Sources {
     pub(super) gpus: GpuMonitor,
     pub(super) keeper: KeeperClient,
     pub(super) relay: watch::Receiver<Option<u32>>,
+    /// Of all nodes, with the first rank of each.
+    pub(super) edges: Vec<(EngineIndex, EdgeHandle)>,
     pub(super) nodes: Option<Gathered>,
 }
 
@@ -158,12 +163,21 @@ impl Sources {
     }
 
     /// Versions of everything that has one.
-    pub(super) fn versions(&self) -> VersionReport {
+    pub(super) async fn versions(&self) -> VersionReport {
+        let relays = self.edges.iter().map(async |(first, edge)| {
+            let answer = edge.ask_within(RELAY_LIMIT, EdgeVersion {}).await;
+            (
+                first.0,
+                answer.map_or_else(|error| RelayVersion::Unknown(error.to_string()), RelayVersion::Version),
+            )
+        });
+        let relays = futures::future::join_all(relays).await.into_iter().collect();
         let node = self.node.borrow();
         let vllm =
             node.iter().filter_map(|(rank, entry)| Some((rank.0, entry.vllm_version.clone()?))).collect();
         VersionReport {
             sidecar: env!("CARGO_PKG_VERSION").to_owned(),
+            relays,
             vllm,
             weights: self.updates.status().version.0,
         }

@@ -87,8 +87,8 @@ pub enum Command {
     Pause(PauseArgs),
     /// Resume all engines.
     Resume(Target),
-    /// Versions of the sidecar, the engines and the weights.
-    Version(Target),
+    /// Versions of the sidecar, its relay processes, the engines and the weights.
+    Version(VersionArgs),
     /// Frontends: attach, detach, list.
     Frontend(FrontendArgs),
     /// Hold new requests and wait until none is running.
@@ -474,6 +474,17 @@ pub struct StatusArgs {
     #[arg(long, conflicts_with = "json")]
     pub watch: bool,
     /// Everything, as one JSON object.
+    #[arg(long)]
+    pub json: bool,
+    /// Which sidecar.
+    #[command(flatten)]
+    pub target: Target,
+}
+
+/// `sidecar version`.
+#[derive(Debug, Args)]
+pub struct VersionArgs {
+    /// Everything, as one JSON object; without a running sidecar the version of this command alone (exit code 14).
     #[arg(long)]
     pub json: bool,
     /// Which sidecar.

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use super::args::{DrainArgs, FrontendAction, FrontendArgs, PauseArgs, Target};
+use super::args::{DrainArgs, FrontendAction, FrontendArgs, PauseArgs, Target, VersionArgs};
 use super::client::{ANSWER_LIMIT, call, print_json, run};
 use super::status;
 use crate::admin::client::{AdminClient, unexpected};
-use crate::api::{Command, Response};
+use crate::api::{Command, RelayVersion, Response};
 use crate::exit_code;
 
 /// How long pausing or resuming may take on top of the pause's own deadline.
@@ -85,12 +85,30 @@ pub fn stop(target: &Target) -> u8 {
 }
 
 /// `sidecar version`.
-pub fn version(target: &Target) -> u8 {
-    println!("command   {}", env!("CARGO_PKG_VERSION"));
+pub fn version(args: &VersionArgs) -> u8 {
+    let command = env!("CARGO_PKG_VERSION");
+    if !args.json {
+        println!("command   {command}");
+    }
     run(async {
-        match call(target, Command::Version, ANSWER_LIMIT).await? {
+        let answer = call(&args.target, Command::Version, ANSWER_LIMIT).await;
+        if args.json {
+            let mut all = serde_json::json!({ "command": command });
+            if let (Ok(Response::Version(report)), Some(all)) = (&answer, all.as_object_mut()) {
+                all.insert("running".to_owned(), serde_json::json!(report));
+            }
+            print_json(&all);
+        }
+        match answer? {
+            Response::Version(_) if args.json => Ok(exit_code::OK),
             Response::Version(report) => {
                 println!("sidecar   {}", report.sidecar);
+                for (rank, relay) in &report.relays {
+                    match relay {
+                        RelayVersion::Version(version) => println!("relay {rank:<3} {version}"),
+                        RelayVersion::Unknown(why) => println!("relay {rank:<3} unknown: {why}"),
+                    }
+                }
                 for (rank, version) in &report.vllm {
                     println!("engine {rank:<2} vLLM {version}");
                 }

@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use dp_sidecar::admin::AdminServer;
 use dp_sidecar::api::{
     AdminCommand, AdminError, Command, ControllerStatus, CoordinatorSnapshot, DeploymentStatus, EngineStatus,
-    EngineTimes, ErrorKind, FrontendSnapshot, FrontendStatus, NodeStatus, Reply, ReportStatus, Response,
-    Retain, SidecarStatus, Status, UpdateEvent, UpdateProgress, UpdateReport, UpdateRequest, UpdateSource,
-    VersionReport, WeightsStatus,
+    EngineTimes, ErrorKind, FrontendSnapshot, FrontendStatus, NodeStatus, RelayVersion, Reply, ReportStatus,
+    Response, Retain, SidecarStatus, Status, UpdateEvent, UpdateProgress, UpdateReport, UpdateRequest,
+    UpdateSource, VersionReport, WeightsStatus,
 };
 use dp_sidecar::driver::handles::GroupKind;
 use dp_sidecar::gpu::{GpuDevice, GpuReport};
@@ -382,6 +382,11 @@ async fn the_small_commands_reach_the_sidecar() {
         Command::Version => {
             let report = VersionReport {
                 sidecar: "0.1.0".to_owned(),
+                relays: [
+                    (0, RelayVersion::Version("0.0.9".to_owned())),
+                    (2, RelayVersion::Unknown("not connected".to_owned())),
+                ]
+                .into(),
                 vllm: [(0, "0.32.0".to_owned())].into(),
                 weights: "v1".to_owned(),
             };
@@ -400,6 +405,9 @@ async fn the_small_commands_reach_the_sidecar() {
         ("frontend list", "127.0.0.1:7200 attached"),
         ("frontend list --json", "\"api_servers\": 2"),
         ("version", "engine 0  vLLM 0.32.0"),
+        ("version", "relay 0   0.0.9"),
+        ("version", "relay 2   unknown: not connected"),
+        ("version --json", "\"unknown\": \"not connected\""),
     ] {
         let output = scripted.output(line).await;
         let stdout = text(&output.stdout);

@@ -86,6 +86,10 @@ fn two_nodes_serve(moe: bool, follower_first: bool) {
     assert_eq!(status["leader"]["up"], true);
     assert_eq!(status["deployment"]["start_rank"], 2);
     leader.await_status("round trips are measured", |status| status["nodes"][1]["rtt_us"].is_u64());
+    let said = leader.command(&["version", "--json"]);
+    let said = said.json();
+    let relay = serde_json::json!({ "version": env!("CARGO_PKG_VERSION") });
+    assert_eq!(said["running"]["relays"], serde_json::json!({ "0": relay, "2": relay }), "{said}");
     all_ranks_serve(&mut frontend, "r", &pair.model);
     let said = follower.command(&["pause"]);
     assert!(
