@@ -163,7 +163,7 @@ async fn a_command_line_that_makes_no_sense_ends_with_2_and_says_what_would_be_r
         ("--dp-rank 0 -dp 2 -- /no/such/model".into(), "--model-kind dense"),
         ("--dp-rank 0 --serve --model-kind dense".into(), "give the model and vLLM's flags after `--`"),
         ("--dp-rank 0 --prefault --model-kind dense".into(), "--prefault: name the model"),
-        ("--dp-rank 0 --prefault --model-kind dense -- no/model".into(), "no/model is no directory"),
+        ("--dp-rank 0 --prefault --model-kind dense -- no/model".into(), "no/model is neither a directory"),
         (format!("--dp-rank 0 -- {dense} -dp 3"), "3 after `--`, but 1"),
         (format!("--dp-rank 0 -- {dense} -dph"), "cannot be used with hosted engines"),
         (format!("--dp-rank 0 --serve --port 1 -- {dense} --port 2"), "1 before `--`, but 2"),
@@ -243,7 +243,7 @@ async fn a_port_in_use_is_told_before_anything_is_started() {
     );
     let output = sidecar(&line).await;
     assert_eq!(output.status.code(), Some(8));
-    assert!(text(&output.stderr).contains(&format!("--port {port}: the frontend cannot have it")));
+    assert!(text(&output.stderr).contains(&format!("--port {port}: not available to the frontend")));
 }
 
 #[tokio::test]

@@ -503,7 +503,7 @@ async fn weights_overwritten_in_place_are_an_update_without_a_way_back() {
     let record = world.update(request.clone()).await;
     assert_eq!(*record.outcome(), Outcome::RefusedInvalid);
     assert!(
-        record.message.contains("could not be taken back: the directory of the current weights"),
+        record.message.contains("could not be rolled back: the directory of the current weights"),
         "{}",
         record.message
     );
