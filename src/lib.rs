@@ -5,102 +5,49 @@
 #![deny(unsafe_code)]
 #![cfg_attr(
     not(feature = "test-support"),
-    allow(
-        unreachable_pub,
-        unused_imports,
-        dead_code,
-        reason = "`pub` says what a module offers to the others and to tests; a re-export may be for tests alone"
-    )
+    allow(unreachable_pub, reason = "`pub` says what a module offers to the others and to tests")
 )]
+
+/// Makes modules public with the feature, private without. `cargo fmt` looks for modules in macros of this name only.
+macro_rules! cfg_if {
+    (if #[cfg(feature = "test-support")] { $(pub mod $name:ident;)* }) => {
+        $(
+            #[cfg(feature = "test-support")]
+            pub mod $name;
+            #[cfg(not(feature = "test-support"))]
+            mod $name;
+        )*
+    };
+}
+
+cfg_if! {
+    if #[cfg(feature = "test-support")] {
+        pub mod admin;
+        pub mod api;
+        pub mod app;
+        pub mod config;
+        pub mod driver;
+        pub mod exit_code;
+        pub mod gpu;
+        pub mod http;
+        pub mod link;
+        pub mod manifest;
+        pub mod peer;
+        pub mod relay;
+        pub mod shared_memory;
+        pub mod shutdown;
+        pub mod staging;
+        pub mod state_dir;
+        pub mod supervisor;
+        pub mod tasks;
+        pub mod telemetry;
+        pub mod token;
+        pub mod transport;
+    }
+}
 
 pub mod cli;
 mod msgpack;
 
 #[cfg(any(test, feature = "test-support"))]
 pub mod fuzz;
-
-#[cfg(not(feature = "test-support"))]
-mod admin;
-#[cfg(not(feature = "test-support"))]
-mod api;
-#[cfg(not(feature = "test-support"))]
-mod app;
-#[cfg(not(feature = "test-support"))]
-mod config;
-#[cfg(not(feature = "test-support"))]
-mod driver;
-#[cfg(not(feature = "test-support"))]
-mod exit_code;
-#[cfg(not(feature = "test-support"))]
-mod gpu;
-#[cfg(not(feature = "test-support"))]
-mod http;
-#[cfg(not(feature = "test-support"))]
-mod link;
-#[cfg(not(feature = "test-support"))]
-mod manifest;
-#[cfg(not(feature = "test-support"))]
-mod peer;
-#[cfg(not(feature = "test-support"))]
-mod relay;
-#[cfg(not(feature = "test-support"))]
-mod shared_memory;
-#[cfg(not(feature = "test-support"))]
-mod shutdown;
-#[cfg(not(feature = "test-support"))]
-mod staging;
-#[cfg(not(feature = "test-support"))]
-mod state_dir;
-#[cfg(not(feature = "test-support"))]
-mod supervisor;
-#[cfg(not(feature = "test-support"))]
-mod tasks;
-#[cfg(not(feature = "test-support"))]
-mod telemetry;
-#[cfg(not(feature = "test-support"))]
-mod token;
-#[cfg(not(feature = "test-support"))]
-mod transport;
-
-#[cfg(feature = "test-support")]
-pub mod admin;
-#[cfg(feature = "test-support")]
-pub mod api;
-#[cfg(feature = "test-support")]
-pub mod app;
-#[cfg(feature = "test-support")]
-pub mod config;
-#[cfg(feature = "test-support")]
-pub mod driver;
-#[cfg(feature = "test-support")]
-pub mod exit_code;
-#[cfg(feature = "test-support")]
-pub mod gpu;
-#[cfg(feature = "test-support")]
-pub mod http;
-#[cfg(feature = "test-support")]
-pub mod link;
-#[cfg(feature = "test-support")]
-pub mod manifest;
-#[cfg(feature = "test-support")]
-pub mod peer;
-#[cfg(feature = "test-support")]
-pub mod relay;
-#[cfg(feature = "test-support")]
-pub mod shared_memory;
-#[cfg(feature = "test-support")]
-pub mod shutdown;
-#[cfg(feature = "test-support")]
-pub mod staging;
-#[cfg(feature = "test-support")]
-pub mod state_dir;
-#[cfg(feature = "test-support")]
-pub mod supervisor;
-#[cfg(feature = "test-support")]
-pub mod tasks;
-#[cfg(feature = "test-support")]
-pub mod telemetry;
-#[cfg(feature = "test-support")]
-pub mod token;
-#[cfg(feature = "test-support")]
-pub mod transport;

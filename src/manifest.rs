@@ -21,7 +21,7 @@ use serde::Deserialize;
 use serde::de::{MapAccess, Visitor};
 use thiserror::Error;
 
-pub use digest::{Digests, Progress};
+pub use digest::Progress;
 
 const INDEX: &str = "model.safetensors.index.json";
 /// As the `safetensors` crate and Python module have it.

@@ -26,6 +26,7 @@ macro_rules! tasks {
 
         impl Task {
             /// All of them.
+            #[cfg(any(test, feature = "test-support"))]
             pub const ALL: &[Self] = &[$(Self::$task,)+];
 
             /// Its name in the log.

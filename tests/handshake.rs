@@ -43,7 +43,7 @@ fn dealer(context: &zmq::Context, address: SocketAddr, rank: u16) -> zmq::Socket
 }
 
 async fn event(router: &mut GuardedRouter) -> GuardEvent {
-    timeout(PATIENCE, router.recv()).await.unwrap().unwrap()
+    timeout(PATIENCE, std::future::poll_fn(|cx| router.poll_recv(cx))).await.unwrap().unwrap()
 }
 
 /// Greeting and READY of a DEALER with this identity, as bytes.

@@ -7,10 +7,10 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use dp_sidecar::state_dir::StateDir;
+use dp_sidecar::supervisor::client::KeeperError;
+use dp_sidecar::supervisor::keeper::wire::ExitReport;
 use dp_sidecar::supervisor::procfs::{Process, Selector};
-use dp_sidecar::supervisor::{
-    ExitReport, ExitStatus, KeeperClient, KeeperError, KeeperEvent, KeeperOptions, SpawnSpec,
-};
+use dp_sidecar::supervisor::{ExitStatus, KeeperClient, KeeperEvent, KeeperOptions, SpawnSpec};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::sync::mpsc;

@@ -256,8 +256,8 @@ async fn a_dealer_talks_to_a_router_of_libzmq_under_its_engine_identity() {
     let router = peer(&context, zmq::ROUTER);
     router.set_router_mandatory(true).unwrap();
     let address = bound(&router);
-    let mut dealer = Dealer::connect(&address, &[1, 0], LIMIT).await.unwrap();
-    dealer.send(bytes(&[b"", &[3; 100_000], b"tail"])).await.unwrap();
+    let (mut sender, mut dealer) = Dealer::connect(&address, &[1, 0], LIMIT).await.unwrap().split();
+    sender.send(bytes(&[b"", &[3; 100_000], b"tail"])).await.unwrap();
     assert_eq!(
         router.recv_multipart(0).unwrap(),
         vec![vec![1, 0], vec![], vec![3; 100_000], b"tail".to_vec()]
@@ -292,7 +292,7 @@ async fn a_push_to_a_peer_that_does_not_read_waits_instead_of_queueing_and_sees_
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_xsub_hears_what_an_xpub_of_libzmq_publishes_and_sends_upstream() {
+async fn an_xsub_hears_what_an_xpub_of_libzmq_publishes() {
     let context = zmq::Context::new();
     let xpub = peer(&context, zmq::XPUB);
     xpub.set_xpub_verbose(true).unwrap();
@@ -303,8 +303,6 @@ async fn an_xsub_hears_what_an_xpub_of_libzmq_publishes_and_sends_upstream() {
     xpub.send("READY", 0).unwrap();
     let frames = timeout(LIMIT, xsub.recv()).await.unwrap().unwrap();
     assert_eq!(frames, bytes(&[b"READY"]));
-    xsub.send(bytes(&[b"\x92upstream"])).await.unwrap();
-    assert_eq!(xpub.recv_bytes(0).unwrap(), b"\x92upstream");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

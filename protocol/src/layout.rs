@@ -284,11 +284,6 @@ impl Layout {
         self.version.at_least(21, 0)
     }
 
-    /// Whether `pause_generation` exists and rejects new requests.
-    pub const fn has_pause_generation(&self) -> bool {
-        self.version.at_least(33, 0)
-    }
-
     /// Whether `set_weight_version` and `get_weight_version` exist.
     pub const fn has_weight_version(&self) -> bool {
         self.version.at_least(27, 0)

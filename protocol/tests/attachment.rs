@@ -132,9 +132,9 @@ fn the_whole_way_to_attached_and_back() {
         [Action::CloseHandshake { attempt: A }, Action::Attached { attempt: A, api_servers: 2 },]
     );
     for rank in (0..2).map(EngineIndex) {
-        bench.event(Event::StartWave { attempt: A, rank, wave: Wave(3), exclude: None });
+        bench.event(Event::StartWave { attempt: A, rank, wave: Wave(3) });
     }
-    let wave = Action::StartWave { wave: Wave(3), exclude: None };
+    let wave = Action::StartWave { wave: Wave(3) };
     assert_eq!(bench.drain(), [wave]);
     bench.now = bench.now + Duration::from_secs(60);
     bench.event(Event::RouteLost {

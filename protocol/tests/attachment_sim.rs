@@ -425,7 +425,7 @@ impl World {
         let wave = Wave(process.waves);
         for (attempt, link) in self.links(generation) {
             if let Link::Coordinator(rank) = link {
-                let event = Event::StartWave { attempt, rank, wave, exclude: None };
+                let event = Event::StartWave { attempt, rank, wave };
                 if rank.0 == 0 {
                     self.waves_expected += 1;
                 }

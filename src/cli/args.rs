@@ -68,7 +68,7 @@ fn long_help() -> String {
     disable_help_subcommand = true,
     max_term_width = 110
 )]
-pub struct Cli {
+pub(super) struct Cli {
     /// What to do; `run` if none is named.
     #[command(subcommand)]
     pub command: Command,
@@ -76,7 +76,7 @@ pub struct Cli {
 
 /// The subcommands.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub(super) enum Command {
     /// Host engines (the default).
     Run(Box<RunArgs>),
     /// Put new weights into all engines, as one transaction.
@@ -107,7 +107,7 @@ pub enum Command {
 /// `sidecar run`.
 #[derive(Debug, Args)]
 #[command(override_usage = USAGE, after_help = EXAMPLES, after_long_help = long_help())]
-pub struct RunArgs {
+pub(super) struct RunArgs {
     /// First DP rank of this node (vLLM: --data-parallel-start-rank, -dpr).
     #[arg(
         long,
@@ -385,7 +385,7 @@ hold stays in both cases.";
 
 /// `sidecar drain`.
 #[derive(Debug, Args)]
-pub struct DrainArgs {
+pub(super) struct DrainArgs {
     /// How long to wait for running requests.
     #[arg(long, default_value = "600s", value_parser = parse_duration, value_name = "TIME")]
     pub limit: Duration,
@@ -395,7 +395,7 @@ pub struct DrainArgs {
 
 /// Which running sidecar is meant.
 #[derive(Debug, Args)]
-pub struct Target {
+pub(super) struct Target {
     /// First DP rank of the sidecar's node; names the default state directory.
     #[arg(
         long,
@@ -412,7 +412,7 @@ pub struct Target {
 
 /// `sidecar update`.
 #[derive(Debug, Args)]
-pub struct UpdateArgs {
+pub(super) struct UpdateArgs {
     /// Directory of the new checkpoint (safetensors).
     #[arg(long, value_name = "DIR", required_unless_present_any = ["source", "lora", "remove_lora", "abort", "follow", "history"])]
     pub path: Option<PathBuf>,
@@ -469,7 +469,7 @@ pub struct UpdateArgs {
 
 /// `sidecar status`.
 #[derive(Debug, Args)]
-pub struct StatusArgs {
+pub(super) struct StatusArgs {
     /// Refresh every second until interrupted.
     #[arg(long, conflicts_with = "json")]
     pub watch: bool,
@@ -494,7 +494,7 @@ pub struct VersionArgs {
 
 /// `sidecar pause`.
 #[derive(Debug, Args)]
-pub struct PauseArgs {
+pub(super) struct PauseArgs {
     /// What happens to running requests.
     #[arg(long, value_parser = pause_mode(), default_value_t)]
     pub mode: PauseMode,
@@ -508,7 +508,7 @@ pub struct PauseArgs {
 
 /// `sidecar frontend`.
 #[derive(Debug, Args)]
-pub struct FrontendArgs {
+pub(super) struct FrontendArgs {
     /// What to do.
     #[command(subcommand)]
     pub action: FrontendAction,
@@ -516,7 +516,7 @@ pub struct FrontendArgs {
 
 /// What to do with frontends.
 #[derive(Debug, Subcommand)]
-pub enum FrontendAction {
+pub(super) enum FrontendAction {
     /// Attach to one more frontend, now or when it is reachable.
     Add {
         /// Handshake address of the frontend.

@@ -23,7 +23,7 @@ const HTTP_PORT: u16 = 8000;
 
 /// The command line makes no sense.
 #[derive(Debug, Error)]
-pub enum UsageError {
+pub(super) enum UsageError {
     /// A check failed.
     #[error("{0}")]
     Check(String),
@@ -44,7 +44,7 @@ fn check(ok: bool, text: impl FnOnce() -> String) -> Result<(), UsageError> {
 
 /// What is asked of the surroundings, so that tests need not have them.
 #[derive(Debug)]
-pub struct Surroundings {
+pub(super) struct Surroundings {
     /// The environment.
     pub variables: Vec<(String, String)>,
     /// Number of devices NVML sees.
@@ -63,7 +63,7 @@ impl Surroundings {
 
 /// A checked configuration and what people should know about it.
 #[derive(Debug)]
-pub struct Built {
+pub(super) struct Built {
     /// The configuration.
     pub config: Config,
     /// Things that are allowed but probably not meant.
@@ -71,7 +71,7 @@ pub struct Built {
 }
 
 /// Checks the arguments and builds the configuration.
-pub fn build(args: &RunArgs, surroundings: &Surroundings) -> Result<Built, UsageError> {
+pub(super) fn build(args: &RunArgs, surroundings: &Surroundings) -> Result<Built, UsageError> {
     let mut notes = Vec::new();
     let (start_rank, size, size_local) = ranks(args)?;
     let nodes = nodes(args, start_rank, size, size_local, surroundings, &mut notes)?;
@@ -144,7 +144,6 @@ pub fn build(args: &RunArgs, surroundings: &Surroundings) -> Result<Built, Usage
             nodes,
             http,
             lifeline: args.lifeline,
-            log_format: args.log_format,
             accel_file: args.accel_file.clone(),
             exe: surroundings.exe.clone(),
         },
@@ -153,7 +152,7 @@ pub fn build(args: &RunArgs, surroundings: &Surroundings) -> Result<Built, Usage
 }
 
 /// Where the state of a sidecar is.
-pub fn state_dir(given: Option<&Path>, start_rank: u16, surroundings: &Surroundings) -> PathBuf {
+pub(super) fn state_dir(given: Option<&Path>, start_rank: u16, surroundings: &Surroundings) -> PathBuf {
     match given {
         Some(path) => match &surroundings.cwd {
             Some(cwd) => cwd.join(path),
@@ -167,7 +166,7 @@ pub fn state_dir(given: Option<&Path>, start_rank: u16, surroundings: &Surroundi
 }
 
 /// The devices this node may use.
-pub fn visible_devices(args: &RunArgs, surroundings: &Surroundings) -> Option<Visible> {
+pub(super) fn visible_devices(args: &RunArgs, surroundings: &Surroundings) -> Option<Visible> {
     devices::visible(
         args.device_ids.as_deref(),
         |name| surroundings.variable(name),

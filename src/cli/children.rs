@@ -9,7 +9,7 @@ use super::values::{ModelKind, parse_duration};
 
 /// `sidecar keeper`.
 #[derive(Debug, Args)]
-pub struct KeeperArgs {
+pub(super) struct KeeperArgs {
     /// The state directory.
     #[arg(long)]
     pub state_dir: PathBuf,
@@ -26,7 +26,7 @@ pub struct KeeperArgs {
 
 /// `sidecar relay`.
 #[derive(Debug, Args)]
-pub struct RelayArgs {
+pub(super) struct RelayArgs {
     /// The state directory.
     #[arg(long)]
     pub state_dir: PathBuf,

@@ -29,7 +29,7 @@ fn done(target: &Target, command: Command, limit: Duration, text: &str) -> u8 {
 }
 
 /// `sidecar pause`.
-pub fn pause(args: &PauseArgs) -> u8 {
+pub(super) fn pause(args: &PauseArgs) -> u8 {
     let command = Command::Pause {
         mode: args.mode,
         deadline_ms: args.pause_deadline.map(crate::supervisor::keeper::wire::millis),
@@ -39,12 +39,12 @@ pub fn pause(args: &PauseArgs) -> u8 {
 }
 
 /// `sidecar resume`.
-pub fn resume(target: &Target) -> u8 {
+pub(super) fn resume(target: &Target) -> u8 {
     done(target, Command::Resume, CONTROL_LIMIT, "all engines are resumed")
 }
 
 /// `sidecar drain`.
-pub fn drain(args: &DrainArgs) -> u8 {
+pub(super) fn drain(args: &DrainArgs) -> u8 {
     run(async {
         let mut client = AdminClient::connect(&args.target.state_dir()).await?;
         match client.call(Command::Drain, CONTROL_LIMIT).await? {
@@ -80,7 +80,7 @@ pub fn drain(args: &DrainArgs) -> u8 {
 }
 
 /// `sidecar stop`.
-pub fn stop(target: &Target) -> u8 {
+pub(super) fn stop(target: &Target) -> u8 {
     done(target, Command::Stop, ANSWER_LIMIT, "the sidecar stops")
 }
 
@@ -121,7 +121,7 @@ pub fn version(args: &VersionArgs) -> u8 {
 }
 
 /// `sidecar frontend`.
-pub fn frontend(args: &FrontendArgs) -> u8 {
+pub(super) fn frontend(args: &FrontendArgs) -> u8 {
     match &args.action {
         FrontendAction::Add { address, target } => done(
             target,

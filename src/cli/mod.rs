@@ -1,16 +1,16 @@
 //! The `sidecar` program: reads the command line and hands over.
 
-pub mod args;
-pub mod build;
+mod args;
+mod build;
 mod children;
 mod client;
-pub mod commands;
-pub mod normalize;
+mod commands;
+mod normalize;
 mod progress;
-pub mod run;
-pub mod status;
-pub mod table;
-pub mod update;
+mod run;
+mod status;
+mod table;
+mod update;
 mod values;
 
 use std::ffi::OsString;

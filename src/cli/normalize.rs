@@ -37,7 +37,7 @@ const BEHIND_DASHES: &[&str] = &[
 ];
 
 /// Rewrites `args` (without the program's name).
-pub fn normalize(args: Vec<String>) -> Result<Vec<String>, String> {
+pub(super) fn normalize(args: Vec<String>) -> Result<Vec<String>, String> {
     let mut normal = Vec::with_capacity(args.len() + 1);
     let first = args.first().map(String::as_str);
     let named = first.is_some_and(|word| SUBCOMMANDS.contains(&word));

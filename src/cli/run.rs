@@ -36,7 +36,7 @@ struct LastWord<'a> {
 
 /// An option of `run`, its value, and who gave it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Origin {
+pub(super) struct Origin {
     /// Long name.
     pub name: String,
     /// Value as text.
@@ -46,7 +46,7 @@ pub struct Origin {
 }
 
 /// Where the values of `run` come from: flag, variable, default.
-pub fn origins(matches: &ArgMatches) -> Vec<Origin> {
+pub(super) fn origins(matches: &ArgMatches) -> Vec<Origin> {
     let Some(("run", matches)) = matches.subcommand() else {
         return Vec::new();
     };
@@ -71,7 +71,7 @@ pub fn origins(matches: &ArgMatches) -> Vec<Origin> {
 }
 
 /// Runs the sidecar; returns the exit code.
-pub fn run(args: &RunArgs, origins: &[Origin]) -> u8 {
+pub(super) fn run(args: &RunArgs, origins: &[Origin]) -> u8 {
     telemetry::init(args.log_format);
     let node_rank = args.dp_rank.unwrap_or(0);
     tasks::exit_on_panic(move |reason| last_word(exit_code::INTERNAL, reason, node_rank));

@@ -21,7 +21,7 @@ const PERIOD: Duration = Duration::from_secs(1);
 const CLEAR: &str = "\x1b[H\x1b[2J\x1b[3J";
 
 /// `sidecar status`.
-pub fn status(args: &StatusArgs) -> u8 {
+pub(super) fn status(args: &StatusArgs) -> u8 {
     run(async {
         if args.watch {
             return watch(args).await;
@@ -64,7 +64,7 @@ async fn watch(args: &StatusArgs) -> Result<u8, ClientError> {
 }
 
 /// The whole picture.
-pub fn render(status: &Status) -> String {
+pub(super) fn render(status: &Status) -> String {
     let sidecar = &status.sidecar;
     let deployment = &status.deployment;
     let kind = match deployment.kind {
@@ -139,7 +139,7 @@ fn weights(status: &Status) -> String {
 }
 
 /// An update in one line.
-pub fn update_line(report: &UpdateReport) -> String {
+pub(super) fn update_line(report: &UpdateReport) -> String {
     let outcome = match report.status {
         ReportStatus::Committed => "committed",
         ReportStatus::Refused => "REFUSED, no engine was touched",
@@ -221,7 +221,7 @@ fn engines(engines: &[EngineStatus]) -> String {
 }
 
 /// The table of frontends.
-pub fn frontends(frontends: &[FrontendStatus]) -> String {
+pub(super) fn frontends(frontends: &[FrontendStatus]) -> String {
     if frontends.is_empty() {
         return "  none\n".to_owned();
     }

@@ -2,7 +2,7 @@
 
 /// A table that is built row by row.
 #[derive(Debug)]
-pub struct Table {
+pub(super) struct Table {
     header: Vec<&'static str>,
     right: Vec<bool>,
     rows: Vec<Vec<String>>,
@@ -10,7 +10,7 @@ pub struct Table {
 
 impl Table {
     /// A table with these columns. A column whose name starts with `>` is aligned to the right.
-    pub fn new(columns: &[&'static str]) -> Self {
+    pub(super) fn new(columns: &[&'static str]) -> Self {
         Self {
             header: columns.iter().map(|name| name.trim_start_matches('>')).collect(),
             right: columns.iter().map(|name| name.starts_with('>')).collect(),
@@ -19,12 +19,12 @@ impl Table {
     }
 
     /// Adds a row.
-    pub fn row(&mut self, cells: Vec<String>) {
+    pub(super) fn row(&mut self, cells: Vec<String>) {
         self.rows.push(cells);
     }
 
     /// The text, each line indented by two spaces.
-    pub fn render(&self) -> String {
+    pub(super) fn render(&self) -> String {
         let header: Vec<String> = self.header.iter().map(|name| (*name).to_owned()).collect();
         let width = |column: usize| {
             std::iter::once(&header)

@@ -21,7 +21,7 @@ use crate::supervisor::keeper::wire::millis;
 const SEARCHED: usize = 1000;
 
 /// `sidecar update`.
-pub fn update(args: &UpdateArgs) -> u8 {
+pub(super) fn update(args: &UpdateArgs) -> u8 {
     let command = match command(args) {
         Ok(command) => command,
         Err(problem) => {

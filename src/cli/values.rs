@@ -10,7 +10,7 @@ use crate::api::{AdapterChange, UpdateSource};
 
 /// How the model's ranks depend on each other.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum ModelKind {
+pub(super) enum ModelKind {
     /// Look at the model's configuration.
     #[default]
     Auto,

@@ -70,8 +70,6 @@ pub struct Config {
     pub nodes: Option<Nodes>,
     /// Uploads and updates over HTTP, if wanted.
     pub http: Option<Http>,
-    /// How logs are written.
-    pub log_format: LogFormat,
     /// Accelerators out of this file instead of NVML.
     pub accel_file: Option<PathBuf>,
     /// The `sidecar` binary, for starting the keeper.

@@ -189,7 +189,7 @@ impl Task {
             CoordinatorCommand::Prepare { rank, incarnation, reply } => {
                 self.edges.prepare(rank, incarnation, reply);
             }
-            CoordinatorCommand::EngineVersion { layout, .. } => {
+            CoordinatorCommand::EngineVersion { layout } => {
                 self.layout = layout;
                 self.event(Event::Rules(CoordinatorRules::from(&layout)));
             }
@@ -209,9 +209,10 @@ impl Task {
                 self.event(Event::FrontendAttached { frontend });
             }
             CoordinatorCommand::RemoveFrontend { frontend } => self.detach(vec![frontend]),
-            CoordinatorCommand::StartWave { frontend, wave, .. } => {
+            CoordinatorCommand::StartWave { frontend, wave } => {
                 self.event(Event::StartWave { frontend, wave });
             }
+            #[cfg(any(test, feature = "test-support"))]
             CoordinatorCommand::Wake { rank } => self.event(Event::Wake { rank }),
             // Handled by the caller.
             CoordinatorCommand::Shutdown { .. } => {}

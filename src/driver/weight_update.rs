@@ -46,7 +46,6 @@ use crate::tasks;
 use handle::{Command, Follower, RestoreReply};
 pub use handle::{UpdateHandle, UpdateRun};
 use journal::Journal;
-pub use lora::{LoraAdapter, LoraOp, LoraReport, LoraRequest, LoraState, adapter_id};
 use shim::EngineInfo;
 use stages::Stages;
 use staging::{Cancel, Checked, Job, Known};

@@ -16,6 +16,6 @@ mod simulation;
 mod tests;
 pub mod wire;
 
+pub use codec::LinkStream;
 #[cfg(any(test, feature = "test-support"))]
 pub(crate) use codec::fuzz;
-pub use codec::{LinkError, LinkStream};

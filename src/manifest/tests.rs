@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use serde_json::json;
 
+use super::digest::Digests;
 use super::*;
 
 /// Writes a safetensors file by hand, so that it can be wrong. Tensors: name, dtype, shape, bytes.

@@ -58,8 +58,6 @@ impl Default for LeaderView {
 pub struct Found {
     /// It carries the link from here on; the leader asks.
     pub stream: PeerStream,
-    /// The leader's address, as it says itself.
-    pub leader: IpAddr,
     /// This node's address that the leader sees.
     pub own: IpAddr,
 }
@@ -245,9 +243,9 @@ impl Finder {
                         known = doing;
                     }
                 }
-                Word::Welcome { address } => {
+                Word::Welcome { .. } => {
                     let own = self.introduction.address.unwrap_or(own);
-                    return Ok(Found { stream: PeerStream::new(stream, peer), leader: address, own });
+                    return Ok(Found { stream: PeerStream::new(stream, peer), own });
                 }
                 Word::Refused { reason, retry: true } => return Err(Trouble::Held(reason)),
                 Word::Refused { reason, retry: false } => return Err(Trouble::Refused(reason)),

@@ -99,8 +99,6 @@ pub enum GatherError {
 pub struct RemoteNode {
     /// What it said about itself.
     pub introduction: Introduction,
-    /// Its address that other nodes reach.
-    pub address: IpAddr,
     /// Its connections: the first is there at once, each later one replaces the one before.
     pub connections: mpsc::Receiver<PeerStream>,
 }
@@ -275,17 +273,12 @@ impl Leader {
 
     fn nodes(&self) -> Vec<RemoteNode> {
         let mut state = self.shared.state.lock();
-        let claims: Vec<_> =
-            state.registry.claims().map(|claim| (claim.introduction.clone(), claim.peer)).collect();
+        let claims: Vec<_> = state.registry.claims().map(|claim| claim.introduction.clone()).collect();
         claims
             .into_iter()
-            .filter_map(|(introduction, peer)| {
+            .filter_map(|introduction| {
                 let connections = state.receivers.remove(&introduction.start_rank)?;
-                Some(RemoteNode {
-                    address: introduction.address.unwrap_or_else(|| peer.ip()),
-                    introduction,
-                    connections,
-                })
+                Some(RemoteNode { introduction, connections })
             })
             .collect()
     }

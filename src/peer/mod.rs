@@ -15,4 +15,3 @@ mod tests;
 
 #[cfg(any(test, feature = "test-support"))]
 pub(crate) use frame::fuzz;
-pub use stream::PeerStream;

@@ -12,6 +12,7 @@ use tokio_util::task::TaskTracker;
 use super::follower::{FindError, Finder, Found, LeaderView};
 use super::introduction::Introduction;
 use super::leader::{GatherError, Leader, RemoteNode};
+use super::stream::PeerStream;
 use crate::config::Nodes;
 use crate::exit_code;
 use crate::token::Token;
@@ -93,7 +94,7 @@ impl Setup {
 }
 
 /// Both ends of a link are the same connection.
-async fn check_link(one: &mut super::PeerStream, other: &mut super::PeerStream) {
+async fn check_link(one: &mut PeerStream, other: &mut PeerStream) {
     one.write_all(b"ask").await.unwrap();
     let mut asked = [0; 3];
     tokio::time::timeout(LIMIT, other.read_exact(&mut asked)).await.unwrap().unwrap();
@@ -112,7 +113,6 @@ async fn nodes_find_their_leader_in_any_start_order() {
     let starts: Vec<u16> = nodes.iter().map(|node| node.introduction.start_rank).collect();
     assert_eq!(starts, [2, 4]);
     for (node, found) in nodes.iter_mut().zip(&mut found) {
-        assert_eq!(found.leader, setup.address.ip());
         let mut stream = node.connections.recv().await.unwrap();
         check_link(&mut stream, &mut found.stream).await;
         assert!(leader.views().iter().any(|view| view.up));

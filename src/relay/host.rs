@@ -68,8 +68,6 @@ pub struct HostError(String);
 pub struct Relay {
     /// Its tasks.
     pub handles: NodeHandles,
-    /// State of the link.
-    pub status: watch::Receiver<LinkStatus>,
     /// What it knew when it was found: of one that was just started, nothing.
     pub found: NodeState,
     /// Tells once that it died and cannot be replaced.
@@ -130,7 +128,7 @@ pub async fn start(
         Ok(found) => found?,
         Err(_) => return Err(HostError(format!("no answer within {limit:?}"))),
     };
-    Ok(Relay { handles, status, found, failed, pid, retire })
+    Ok(Relay { handles, found, failed, pid, retire })
 }
 
 struct Host {

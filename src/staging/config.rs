@@ -14,7 +14,7 @@ use super::upload::UploadRequests;
 use crate::shared_memory::SHM_DIR;
 
 /// Bytes of a chunk by default.
-pub const CHUNK: u32 = 4 << 20;
+pub(super) const CHUNK: u32 = 4 << 20;
 
 /// Which end of a hop this node is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,14 +6,14 @@ use super::layout::Layout;
 
 /// XXH3-128 of some bytes. Finds damage, not malice: hops are authenticated, not signed.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Digest([u8; 16]);
+pub(super) struct Digest([u8; 16]);
 
 impl Digest {
     /// Bytes of a digest.
     pub(super) const LEN: usize = 16;
 
     /// Of these bytes.
-    pub fn of(bytes: &[u8]) -> Self {
+    pub(super) fn of(bytes: &[u8]) -> Self {
         Self(twox_hash::XxHash3_128::oneshot(bytes).to_be_bytes())
     }
 

@@ -11,7 +11,7 @@ use crate::manifest::ManifestError;
 
 /// Staging failed, or was refused.
 #[derive(Debug, Error)]
-pub enum StageError {
+pub(super) enum StageError {
     /// The checkpoint is not what the model needs, or cannot be read.
     #[error("{node}: {error}")]
     Manifest {

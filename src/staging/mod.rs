@@ -33,9 +33,7 @@ use tokio_util::task::TaskTracker;
 use crate::driver::handles::{StageEvent, StageHandle, queue};
 use crate::tasks::{Task, named};
 pub use adapters::remove_adapters;
-pub use config::{CHUNK, HopAuth, HopSide, NoAuth, StageConfig};
-pub use digest::Digest;
-pub use error::StageError;
+pub use config::{HopAuth, HopSide, NoAuth, StageConfig};
 #[cfg(test)]
 pub(crate) use hop::wire::corpus as hop_corpus;
 #[cfg(any(test, feature = "test-support"))]

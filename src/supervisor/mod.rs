@@ -9,5 +9,5 @@ pub mod installed;
 pub mod keeper;
 pub mod procfs;
 
-pub use client::{Inherited, KeeperClient, KeeperError, KeeperOptions};
-pub use keeper::wire::{ChildInfo, ExitReport, ExitStatus, KeeperEvent, SpawnSpec};
+pub use client::{KeeperClient, KeeperOptions};
+pub use keeper::wire::{ExitStatus, KeeperEvent, SpawnSpec};

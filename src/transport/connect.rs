@@ -38,14 +38,6 @@ impl Dealer {
         Ok(Self { sender, receiver })
     }
 
-    /// See [`PeerReceiver::recv`].
-    ///
-    /// # Errors
-    /// The connection is over.
-    pub async fn recv(&mut self) -> Result<Frames, TransportError> {
-        self.receiver.recv().await
-    }
-
     /// See [`PeerSender::send`].
     ///
     /// # Errors
@@ -121,25 +113,12 @@ impl Xsub {
         self.sender.send(vec![Bytes::from_static(SUBSCRIBE_ALL)]).await
     }
 
-    /// Sends upstream data. It must not begin with the byte 0 or 1 (a subscription).
-    ///
-    /// # Errors
-    /// The connection is over.
-    pub async fn send(&mut self, frames: Frames) -> Result<(), TransportError> {
-        self.sender.send(frames).await
-    }
-
     /// See [`PeerReceiver::recv`].
     ///
     /// # Errors
     /// The connection is over.
     pub async fn recv(&mut self) -> Result<Frames, TransportError> {
         self.receiver.recv().await
-    }
-
-    /// Halves for two tasks. The connection closes when both are dropped.
-    pub fn split(self) -> (PeerSender, PeerReceiver) {
-        (self.sender, self.receiver)
     }
 }
 

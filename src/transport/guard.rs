@@ -159,12 +159,7 @@ impl GuardedRouter {
         self.sender.clone()
     }
 
-    /// The next event. Cancel-safe. `None` never comes while this exists.
-    pub async fn recv(&mut self) -> Option<GuardEvent> {
-        self.events.recv().await
-    }
-
-    /// As [`Self::recv`].
+    /// The next event. `None` never comes while this exists.
     pub fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Option<GuardEvent>> {
         self.events.poll_recv(cx)
     }

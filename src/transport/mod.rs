@@ -35,7 +35,7 @@ pub use connect::{Dealer, Push, Xsub};
 pub use error::TransportError;
 pub use guard::{GuardEvent, GuardLimits, GuardedRouter, GuardedSender, Numbers};
 pub use listen::{PullEvent, PullListener, RouterEvent, RouterListener, RouterSender};
-pub use paths::{PrivateDir, SUN_PATH_LIMIT, check_socket_path, unlink_stale_socket};
+pub use paths::{PrivateDir, check_socket_path, unlink_stale_socket};
 pub use peer::{PeerReceiver, PeerSender};
 pub use xpub::{Encoded, XpubListener, XpubPublisher};
 

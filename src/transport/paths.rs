@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use super::TransportError;
 
 /// Longest path of a unix socket: `sun_path` has 108 bytes, the last one is the terminating zero.
-pub const SUN_PATH_LIMIT: usize = 107;
+pub(super) const SUN_PATH_LIMIT: usize = 107;
 
 /// A directory that only we may enter. Sockets without authentication live here.
 #[derive(Clone, Debug)]
@@ -43,11 +43,6 @@ impl PrivateDir {
             Err(error) => return Err(fail(error)),
         }
         Ok(Self { path })
-    }
-
-    /// Where it is.
-    pub fn path(&self) -> &Path {
-        &self.path
     }
 
     /// The `ipc://` address of a socket file in this directory.
@@ -103,7 +98,7 @@ mod tests {
         std::fs::create_dir(&path).unwrap();
         std::fs::set_permissions(&path, Permissions::from_mode(0o777)).unwrap();
         let dir = PrivateDir::create(&path).unwrap();
-        let mode = std::fs::metadata(dir.path()).unwrap().permissions().mode();
+        let mode = std::fs::metadata(dir.path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o700);
     }
 

@@ -121,6 +121,7 @@ impl XpubListener {
     }
 
     /// The address.
+    #[cfg(any(test, feature = "test-support"))]
     pub fn address(&self) -> &str {
         &self.shared.address
     }

@@ -22,7 +22,7 @@ use rmpv::Value;
 use tempfile::TempDir;
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 /// Real vLLM takes its time to start on a busy machine.
@@ -49,6 +49,8 @@ pub(crate) struct Fixture {
     pub(crate) handles: Vec<RankHandle>,
     coordinator: CoordinatorHandle,
     tracker: TaskTracker,
+    /// Kills the manager and its tasks.
+    alive: DropGuard,
     ranks: TaskTracker,
 }
 
@@ -113,14 +115,15 @@ pub(crate) async fn rank(
                     let limit = route.connect_timeout;
                     let dealer = Dealer::connect(&route.input_address, &identity, limit).await;
                     let push = Push::connect(&route.output_address, limit).await;
-                    let (Ok(mut dealer), Ok(_push)) = (dealer, push) else {
+                    let (Ok(dealer), Ok(_push)) = (dealer, push) else {
                         reply.send::<OpenRoute>(Err(HandleError::failed("no connection")));
                         return;
                     };
-                    dealer.send(vec![route.registration.clone()]).await.unwrap();
+                    let (mut outputs, mut inputs) = dealer.split();
+                    outputs.send(vec![route.registration.clone()]).await.unwrap();
                     open.lock().insert(key);
                     reply.send::<OpenRoute>(Ok(Slot(1)));
-                    while dealer.recv().await.is_ok() {}
+                    while inputs.recv().await.is_ok() {}
                     let lost = RouteLost {
                         frontend: route.frontend,
                         rank: EngineIndex(index),
@@ -193,9 +196,31 @@ pub(crate) fn fixture(size: u16, kind: GroupKind, slots: u32) -> Fixture {
     let state_dir = tempfile::tempdir().unwrap();
     let coordinator = CoordinatorHandle { commands, snapshot };
     let config = settings(&state_dir);
-    let handle = spawn(config, &tracker, handles.clone(), coordinator.clone(), known);
+    let (handle, alive) = manage(config, &tracker, handles.clone(), coordinator.clone(), known);
     seen.lock().attachments = Some(handle.commands.clone());
-    Fixture { handle, seen, deployment, slots: snapshots, state_dir, handles, coordinator, tracker, ranks }
+    let slots = snapshots;
+    Fixture { handle, seen, deployment, slots, state_dir, handles, coordinator, tracker, alive, ranks }
+}
+
+/// Starts the manager on a runtime of its own, so that it can be killed with all of its tasks.
+fn manage(
+    config: AttachmentConfig,
+    tracker: &TaskTracker,
+    handles: Vec<RankHandle>,
+    coordinator: CoordinatorHandle,
+    deployment: watch::Receiver<Deployment>,
+) -> (AttachmentHandle, DropGuard) {
+    let (started, starting) = std::sync::mpsc::channel();
+    let (tracker, killed) = (tracker.clone(), CancellationToken::new());
+    let alive = killed.clone().drop_guard();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            started.send(spawn(config, &tracker, handles, coordinator, deployment)).unwrap();
+            killed.cancelled().await;
+        });
+    });
+    (starting.recv().unwrap(), alive)
 }
 
 fn settings(state_dir: &TempDir) -> AttachmentConfig {
@@ -247,14 +272,14 @@ impl Fixture {
 
     /// The manager and its tasks end as if they were killed; a successor starts.
     pub(crate) async fn restart(&mut self) {
-        self.ask(|reply| AttachmentCommand::Leave { reply }).await.unwrap();
-        self.tracker.close();
-        timeout(PATIENCE, self.tracker.wait()).await.unwrap();
-        self.tracker = TaskTracker::new();
+        let before = std::mem::replace(&mut self.tracker, TaskTracker::new());
         let known = self.deployment.subscribe();
         let config = settings(&self.state_dir);
         let (handles, coordinator) = (self.handles.clone(), self.coordinator.clone());
-        self.handle = spawn(config, &self.tracker, handles, coordinator, known);
+        std::mem::replace(&mut self.alive, CancellationToken::new().drop_guard()).disarm().cancel();
+        before.close();
+        timeout(PATIENCE, before.wait()).await.unwrap();
+        (self.handle, self.alive) = manage(config, &self.tracker, handles, coordinator, known);
         self.seen.lock().attachments = Some(self.handle.commands.clone());
     }
 

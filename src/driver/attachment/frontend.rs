@@ -113,7 +113,6 @@ impl Task {
         if let Some(attached) = self.adopt.take() {
             self.adopt(&attached);
         }
-        let leave = self.shared.leave.clone();
         let mut deployment = self.shared.deployment.clone();
         let first = engines(&deployment.borrow_and_update());
         self.feed(first);
@@ -133,7 +132,6 @@ impl Task {
                 .as_ref()
                 .is_some_and(|shown| shown.state == State::Refused && shown.attempt.is_some());
             tokio::select! {
-                () = leave.cancelled() => break,
                 event = self.inbox.recv() => {
                     if let Some(event) = event {
                         self.feed(event);
@@ -147,10 +145,6 @@ impl Task {
                     Err(_) => deployment_open = false,
                 },
                 asked = &mut removed, if reply.is_none() => {
-                    // Leaving drops the manager's end, too, and must not look like a removal.
-                    if leave.is_cancelled() {
-                        break;
-                    }
                     // A manager that has gone wants the same.
                     reply = Some(asked.ok());
                     self.feed(Event::Remove);
@@ -269,11 +263,11 @@ impl Task {
                         running.handshakes.clear();
                     }
                 }
-                Action::StartWave { wave, exclude } => {
+                Action::StartWave { wave } => {
                     let Some(running) = &self.attempt else {
                         continue;
                     };
-                    let command = CoordinatorCommand::StartWave { frontend: running.id, wave, exclude };
+                    let command = CoordinatorCommand::StartWave { frontend: running.id, wave };
                     // The engines are woken by the request itself, too.
                     if self.shared.coordinator.commands.try_send(command).is_err() {
                         tracing::warn!(frontend.addr = %self.address, "START_DP_WAVE dropped: the coordinator task is behind");

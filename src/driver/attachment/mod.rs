@@ -25,7 +25,6 @@ use super::handles::{
 use crate::api::FrontendSnapshot;
 use crate::tasks::{Task, named};
 
-pub use peer::{ListeningProcess, listening_process};
 pub(crate) use records::supervised;
 use records::{Attached, Record, Records};
 
@@ -83,8 +82,6 @@ struct Shared {
     losses: Mutex<BTreeMap<FrontendId, (machine::Attempt, mpsc::Sender<machine::Event>)>>,
     /// Only locked for as long as it takes to replace a small file.
     records: Mutex<Records>,
-    /// Ends all tasks, and leaves what they have made as it is.
-    leave: CancellationToken,
 }
 
 impl Shared {
@@ -131,7 +128,6 @@ pub fn spawn(
             claims: Mutex::default(),
             losses: Mutex::default(),
             records: Mutex::new(records),
-            leave: CancellationToken::new(),
         }),
         tasks: TaskTracker::new(),
         wanted: BTreeMap::new(),
@@ -176,19 +172,11 @@ impl Manager {
                 Some(AttachmentCommand::Remove { address, reply }) => self.remove(&address, reply),
                 Some(AttachmentCommand::Routes { rank, routes }) => self.close_strangers(rank, routes),
                 Some(AttachmentCommand::RouteLost(loss)) => self.route_lost(loss),
-                Some(AttachmentCommand::Leave { reply }) => {
-                    self.shared.leave.cancel();
-                    break Some(reply);
-                }
                 Some(AttachmentCommand::Shutdown { reply }) => break Some(reply),
                 None => break None,
             }
         };
-        let leave = self.shared.leave.is_cancelled();
         for (address, entry) in std::mem::take(&mut self.wanted) {
-            if leave {
-                continue;
-            }
             let (done, _) = oneshot::channel();
             if entry.remove.send(done).is_err() {
                 tracing::debug!(frontend.addr = %address, "attachment task has ended");

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// The process behind a listening port.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ListeningProcess {
+pub(super) struct ListeningProcess {
     /// Its pid.
     pub pid: u32,
     /// Its working directory.
@@ -18,7 +18,7 @@ pub struct ListeningProcess {
 /// Finds the process that listens on a TCP port of this network namespace. `None` if there is none, or
 /// if it belongs to somebody whose processes cannot be looked at. Of several (a socket survives in
 /// forked children) it is the oldest.
-pub fn listening_process(port: u16) -> Option<ListeningProcess> {
+pub(super) fn listening_process(port: u16) -> Option<ListeningProcess> {
     let inode = ["/proc/net/tcp", "/proc/net/tcp6"]
         .into_iter()
         .filter_map(|table| fs::read_to_string(table).ok())

@@ -140,7 +140,7 @@ impl CoordinatorSockets {
             [ready] if ready == COORDINATOR_READY => Event::CoordinatorReady { attempt, rank },
             [kind, payload, ..] if RequestType::from_frame(kind) == Some(RequestType::StartDpWave) => {
                 match StartDpWave::decode(payload) {
-                    Ok(start) => Event::StartWave { attempt, rank, wave: start.wave, exclude: start.exclude },
+                    Ok(start) => Event::StartWave { attempt, rank, wave: start.wave },
                     Err(error) => {
                         tracing::warn!(address = self.input, %error, "message of a frontend's DP coordinator ignored");
                         return;

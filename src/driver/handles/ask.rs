@@ -213,6 +213,7 @@ impl<C> Handle<C> {
     ///
     /// # Errors
     /// The task has ended, cannot do it, or does not answer in time.
+    #[cfg(any(test, feature = "test-support"))]
     pub async fn ask<A: Ask>(&self, ask: A) -> Result<A::Answer, HandleError>
     where
         C: From<A>,

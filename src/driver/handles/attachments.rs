@@ -60,11 +60,6 @@ pub enum AttachmentCommand {
     },
     /// A route of one of its frontends ended without being closed.
     RouteLost(RouteLost),
-    /// End, and leave all frontends attached: a successor goes on with them.
-    Leave {
-        /// Done.
-        reply: Reply<()>,
-    },
     /// Detach from all and end.
     Shutdown {
         /// Done.

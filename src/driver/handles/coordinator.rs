@@ -37,10 +37,6 @@ pub enum CoordinatorCommand {
     },
     /// The rank registered; from here its version is known.
     EngineVersion {
-        /// Which rank.
-        rank: EngineIndex,
-        /// Which incarnation.
-        incarnation: Incarnation,
         /// Field positions and behaviour of its version.
         layout: Layout,
     },
@@ -85,11 +81,9 @@ pub enum CoordinatorCommand {
         frontend: FrontendId,
         /// The wave it names.
         wave: Wave,
-        /// The engine it excludes, if it names one.
-        exclude: Option<EngineIndex>,
     },
-    /// A request was sent to a lockstep engine; also after the group was resumed. Sent for every
-    /// request: whether the group has to be woken is decided here.
+    /// As [`NodeEvent::Wake`](super::NodeEvent::Wake), in order with other commands. For tests.
+    #[cfg(any(test, feature = "test-support"))]
     Wake {
         /// The engine.
         rank: EngineIndex,

@@ -68,7 +68,7 @@ impl Node {
             self.outputs.deployment.send_modify(|d| {
                 d.engines.insert(rank, known);
             });
-            self.tell_coordinator(CoordinatorCommand::EngineVersion { rank, incarnation, layout }).await;
+            self.tell_coordinator(CoordinatorCommand::EngineVersion { layout }).await;
         }
     }
 

@@ -147,7 +147,7 @@ impl Node {
         );
         facts.vllm_version = version;
         facts.registration = Some((frame, layout));
-        let told = CoordinatorCommand::EngineVersion { rank, incarnation, layout };
+        let told = CoordinatorCommand::EngineVersion { layout };
         if self.peers.coordinator.commands.send(told).await.is_err() {
             error!("the coordinator task has ended");
         }

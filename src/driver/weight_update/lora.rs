@@ -14,7 +14,7 @@ use super::shim::{PROTOCOL, extents, map};
 /// What is done with an adapter. Each of them may be sent again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum LoraOp {
+pub(super) enum LoraOp {
     /// Read it and see whether this engine could load it. Nothing is touched; generation may go on, the engine
     /// stands still while it reads.
     Check,
@@ -32,7 +32,7 @@ pub enum LoraOp {
 
 impl LoraOp {
     /// Spelling of the contract.
-    pub const fn as_str(self) -> &'static str {
+    pub(super) const fn as_str(self) -> &'static str {
         match self {
             Self::Check => "check",
             Self::Add => "add",
@@ -44,14 +44,14 @@ impl LoraOp {
     }
 
     /// Does it bring weights?
-    pub const fn loads(self) -> bool {
+    pub(super) const fn loads(self) -> bool {
         matches!(self, Self::Check | Self::Add | Self::Replace)
     }
 }
 
 /// What all workers of a rank are asked to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LoraRequest {
+pub(super) struct LoraRequest {
     /// The update.
     pub id: UpdateId,
     /// What.
@@ -66,7 +66,7 @@ pub struct LoraRequest {
 
 /// Number under which engines load an adapter that no frontend has asked for yet. Made from the name, so that it
 /// is the same on all ranks; far above the numbers that frontends count up from 1.
-pub fn adapter_id(name: &str) -> u64 {
+pub(super) fn adapter_id(name: &str) -> u64 {
     let hash = blake3::hash(name.as_bytes());
     let [a, b, c, d, ..] = *hash.as_bytes();
     u64::from(u32::from_le_bytes([a, b, c, d]) & 0x3fff_ffff | 0x4000_0000)
@@ -75,7 +75,7 @@ pub fn adapter_id(name: &str) -> u64 {
 /// What a worker holds under the name afterwards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum LoraState {
+pub(super) enum LoraState {
     /// What was asked for.
     Applied,
     /// What it held before.
@@ -88,7 +88,7 @@ pub enum LoraState {
 
 /// An adapter in a worker.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LoraAdapter {
+pub(super) struct LoraAdapter {
     /// Its name.
     pub name: String,
     /// The update that brought it.
@@ -101,7 +101,7 @@ pub struct LoraAdapter {
 
 /// Answer of one worker.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct LoraReport {
+pub(super) struct LoraReport {
     /// Worker rank within its DP rank.
     pub rank: u32,
     /// Done as asked.
@@ -130,7 +130,7 @@ pub struct LoraReport {
 
 impl LoraReport {
     /// Why this is not the answer that proves the request was carried out; `None` if it is.
-    pub fn fault(&self, request: &LoraRequest) -> Option<String> {
+    pub(super) fn fault(&self, request: &LoraRequest) -> Option<String> {
         let who = format!("worker {}: adapter {}: {}", self.rank, request.name, request.op.as_str());
         if !self.ok || self.state != LoraState::Applied {
             let kind = self.error_kind.as_deref().unwrap_or("unknown");

@@ -19,11 +19,9 @@ use crate::api::{EngineTimes, ReportStatus, StageProgress, UNKNOWN, UpdateReport
 /// Settings of the update task.
 #[derive(Clone, Debug)]
 pub struct UpdateConfig {
-    /// Dense or MoE.
-    pub kind: GroupKind,
     /// Where the last committed update is remembered.
     pub state_dir: PathBuf,
-    /// Deadlines. `lockstep` is set from `kind`.
+    /// Deadlines, and whether the engines step together.
     pub machine: Config,
     /// For `dp_sidecar_info` and other small calls.
     pub call_timeout: Duration,
@@ -37,7 +35,6 @@ impl UpdateConfig {
     /// Usual settings.
     pub fn new(kind: GroupKind, state_dir: impl Into<PathBuf>) -> Self {
         Self {
-            kind,
             state_dir: state_dir.into(),
             machine: Config { lockstep: kind == GroupKind::Lockstep, ..Config::default() },
             call_timeout: Duration::from_secs(30),

@@ -181,10 +181,10 @@ impl Attachment {
                     self.advance(now);
                 }
             }
-            Event::StartWave { attempt, rank, wave, exclude } if self.is(attempt) => {
+            Event::StartWave { attempt, rank, wave } if self.is(attempt) => {
                 // Each rank's socket receives the same broadcast.
                 if (rank.0 == 0 || mutated(Mutation::WaveForEachRank)) && self.serves() {
-                    self.actions.push_back(Action::StartWave { wave, exclude });
+                    self.actions.push_back(Action::StartWave { wave });
                 }
             }
             Event::CoordinatorLost { attempt, rank, reason } if self.is(attempt) => {

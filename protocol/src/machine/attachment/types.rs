@@ -133,8 +133,6 @@ pub enum Event {
         rank: EngineIndex,
         /// The wave it names.
         wave: Wave,
-        /// The engine it excludes.
-        exclude: Option<EngineIndex>,
     },
     /// A socket to the frontend's DP coordinator could not connect, or its connection has closed.
     CoordinatorLost {
@@ -256,8 +254,6 @@ pub enum Action {
     StartWave {
         /// The wave it names.
         wave: Wave,
-        /// The engine it excludes.
-        exclude: Option<EngineIndex>,
     },
     /// The frontend is served.
     Attached {
