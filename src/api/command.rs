@@ -169,6 +169,7 @@ impl Reply {
     }
 
     /// Whether nobody waits for the answer any more.
+    #[cfg(any(test, feature = "test-support"))]
     pub fn is_closed(&self) -> bool {
         self.0.is_closed()
     }

@@ -37,6 +37,7 @@ pub struct UpdateRequest {
 
 impl UpdateRequest {
     /// Of the checkpoint in this directory, with usual settings.
+    #[cfg(any(test, feature = "test-support"))]
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self { path: Some(path.into()), ..Self::default() }
     }

@@ -483,7 +483,7 @@ pub(super) struct StatusArgs {
 
 /// `sidecar version`.
 #[derive(Debug, Args)]
-pub struct VersionArgs {
+pub(super) struct VersionArgs {
     /// Everything, as one JSON object; without a running sidecar the version of this command alone (exit code 14).
     #[arg(long)]
     pub json: bool,

@@ -85,7 +85,7 @@ pub(super) fn stop(target: &Target) -> u8 {
 }
 
 /// `sidecar version`.
-pub fn version(args: &VersionArgs) -> u8 {
+pub(super) fn version(args: &VersionArgs) -> u8 {
     let command = env!("CARGO_PKG_VERSION");
     if !args.json {
         println!("command   {command}");

@@ -37,7 +37,7 @@ pub(super) fn pause_mode() -> impl TypedValueParser<Value = PauseMode> {
 
 /// Where the bytes of an update come from.
 #[derive(Clone, Debug)]
-pub enum Source {
+pub(super) enum Source {
     /// From `--path`.
     Path(UpdateSource),
     /// From the upload of this id.
