@@ -47,7 +47,10 @@ cfg_if! {
 }
 
 pub mod cli;
+mod files;
+mod log_limit;
 mod msgpack;
+mod net;
 
 #[cfg(any(test, feature = "test-support"))]
 pub mod fuzz;

@@ -1,7 +1,6 @@
 //! Server side of the admin socket: parses requests and hands them to the sidecar's tasks.
 
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,6 +17,7 @@ use tokio_util::task::TaskTracker;
 use crate::api::{
     ADMIN_PROTOCOL, AdminCommand, AdminError, Command, ErrorKind, Request, Response, UpdateProgress,
 };
+use crate::net;
 use crate::state_dir::StateDir;
 use crate::tasks::{Task, named};
 
@@ -62,12 +62,7 @@ impl AdminServer {
     /// is stale.
     pub fn bind(state_dir: &Path) -> io::Result<Self> {
         let path = StateDir::admin_socket(state_dir);
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let listener = UnixListener::bind(&path)?;
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
+        let listener = UnixListener::from_std(net::bind(&path)?)?;
         Ok(Self { listener, path })
     }
 
@@ -79,25 +74,17 @@ impl AdminServer {
             let next = async {
                 // Never closed, so this only waits.
                 let permit = Arc::clone(&clients).acquire_owned().await.ok();
-                (permit, self.listener.accept().await)
+                (permit, net::accept(&self.listener).await)
             };
             tokio::select! {
                 () = stop.cancelled() => break,
-                (permit, accepted) = next => match accepted {
-                    Ok((stream, _)) if is_allowed(&stream) => {
-                        let commands = commands.clone();
-                        let stop = stop.clone();
-                        tasks.spawn(named(Task::AdminConnection, async move {
-                            Client::new(stream, commands).serve(&stop).await;
-                            drop(permit);
-                        }));
-                    }
-                    Ok(_) => tracing::warn!("refused an admin client of another user"),
-                    Err(error) => {
-                        tracing::warn!(%error, "cannot accept an admin client");
-                        // Out of descriptors, most likely: do not spin.
-                        tokio::time::sleep(Duration::from_millis(100)).await;
-                    }
+                (permit, stream) = next => {
+                    let commands = commands.clone();
+                    let stop = stop.clone();
+                    tasks.spawn(named(Task::AdminConnection, async move {
+                        Client::new(stream, commands).serve(&stop).await;
+                        drop(permit);
+                    }));
                 }
             }
         }
@@ -106,11 +93,6 @@ impl AdminServer {
             tracing::warn!("disconnecting admin clients that still wait for an answer");
         }
     }
-}
-
-fn is_allowed(stream: &UnixStream) -> bool {
-    let own = nix::unistd::geteuid().as_raw();
-    stream.peer_cred().is_ok_and(|peer| peer.uid() == own || peer.uid() == 0)
 }
 
 struct Client {

@@ -199,7 +199,7 @@ pub fn check_host_port(address: &str) -> Result<(), String> {
         return Err("HOST:PORT expected".to_owned());
     };
     let bracketed = host.starts_with('[') && host.ends_with(']');
-    if host.is_empty() || (host.contains(':') && !bracketed) {
+    if host.is_empty() || host.contains(['/', ' ']) || (host.contains(':') && !bracketed) {
         return Err("a host is expected before the colon (IPv6 in brackets)".to_owned());
     }
     match port.parse::<u16>() {

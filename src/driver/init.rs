@@ -18,16 +18,6 @@ use crate::supervisor::keeper::wire::ExitReport;
 /// (`vllm/config/parallel.py` 0.32.0, `get_next_dp_init_port`).
 const GROUP_PORTS: usize = 5;
 
-/// Name of the keeper's child that runs the engine of `rank`.
-pub(super) fn child_name(rank: EngineIndex) -> String {
-    format!("engine-{rank}")
-}
-
-/// The rank behind [`child_name`].
-pub(super) fn rank_of_child(name: &str) -> Option<EngineIndex> {
-    name.strip_prefix("engine-")?.parse().ok().map(EngineIndex)
-}
-
 /// When engines are started again, by `--max-restarts`.
 pub(super) fn restart_policy(config: &Config) -> RestartPolicy {
     RestartPolicy { budget: config.max_restarts, ..RestartPolicy::default() }
@@ -157,11 +147,5 @@ mod tests {
         }
         let distinct: std::collections::BTreeSet<u16> = ports.iter().copied().collect();
         assert_eq!(distinct.len(), ports.len());
-    }
-
-    #[test]
-    fn a_child_name_leads_back_to_its_rank() {
-        assert_eq!(rank_of_child(&child_name(EngineIndex(17))), Some(EngineIndex(17)));
-        assert_eq!(rank_of_child("frontend"), None);
     }
 }

@@ -17,6 +17,7 @@ use super::init;
 use crate::config::Config;
 use crate::driver::handles::NodeState;
 use crate::supervisor::client::{Inherited, KeeperClient, KeeperError};
+use crate::supervisor::command::{engine_name, engine_rank};
 use crate::supervisor::keeper::wire::{ExitReport, ExitStatus, KeeperEvent};
 use crate::tasks;
 
@@ -39,7 +40,7 @@ pub fn spawn(
 /// Adds what the keeper has left of earlier lives to what a node reports about its ranks.
 pub fn report(inherited: &Inherited, ranks: impl IntoIterator<Item = EngineIndex>, state: &mut NodeState) {
     for rank in ranks {
-        let name = init::child_name(rank);
+        let name = engine_name(rank.0);
         let state = state.ranks.entry(rank).or_default();
         state.snapshot.rank = rank;
         if let Some(child) = inherited.child(&name) {
@@ -113,7 +114,7 @@ impl Task {
                 // Nothing is left to drain: the app has waited for requests, or the engine is lost.
                 let grace = self.config.kill_grace;
                 self.work.spawn(async move {
-                    let stopped = keeper.stop(&init::child_name(rank), grace).await;
+                    let stopped = keeper.stop(&engine_name(rank.0), grace).await;
                     reply.send::<StopEngine>(stopped.map_err(failed));
                 });
             }
@@ -149,7 +150,7 @@ fn translate(event: KeeperEvent) -> Option<ProcessEvent> {
 
 /// The end of an engine; `None` if it is none of ours.
 pub(super) fn exited(report: &ExitReport) -> Option<ProcessEvent> {
-    let Some(rank) = init::rank_of_child(&report.name) else {
+    let Some(rank) = engine_rank(&report.name).map(EngineIndex) else {
         debug!(name = report.name, "exit of a child that is no engine");
         return None;
     };

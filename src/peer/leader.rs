@@ -26,6 +26,7 @@ use super::stream::{PeerStream, set_options};
 use super::{frame, introduction};
 use crate::config::Nodes;
 use crate::exit_code;
+use crate::log_limit::LogLimit;
 use crate::tasks::{Task, named};
 use crate::token::Token;
 
@@ -133,8 +134,7 @@ struct State {
     senders: BTreeMap<u16, mpsc::Sender<PeerStream>>,
     receivers: BTreeMap<u16, mpsc::Receiver<PeerStream>>,
     mismatches: Vec<String>,
-    /// Refused addresses: when that was logged, and how often it happened since.
-    refused: BTreeMap<IpAddr, (Instant, u64)>,
+    refused: LogLimit<IpAddr>,
     own_address: Option<IpAddr>,
 }
 
@@ -205,7 +205,7 @@ impl Leader {
                 senders: BTreeMap::new(),
                 receivers: BTreeMap::new(),
                 mismatches: Vec::new(),
-                refused: BTreeMap::new(),
+                refused: LogLimit::new(REPEAT, REFUSALS),
                 own_address,
             }),
             stage: watch::Sender::new(Stage::Gathering),
@@ -355,25 +355,11 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>, stop: CancellationTo
 impl Shared {
     /// Logs a refusal, once per address and minute.
     fn refused(&self, peer: SocketAddr, reason: &str) {
-        let now = Instant::now();
-        let mut state = self.state.lock();
-        let again = match state.refused.get_mut(&peer.ip()) {
-            Some((logged, again)) if now < *logged + REPEAT => {
-                *again += 1;
-                debug!(%peer, reason, "peer refused again");
-                return;
-            }
-            Some((_, again)) => *again,
-            None => 0,
-        };
-        if state.refused.len() >= REFUSALS {
-            state.refused.retain(|_, (logged, _)| now < *logged + REPEAT);
+        let admitted = self.state.lock().refused.admit(peer.ip());
+        match admitted {
+            Some(again) => warn!(%peer, reason, again, "peer refused"),
+            None => debug!(%peer, reason, "peer refused again"),
         }
-        if state.refused.len() < REFUSALS {
-            state.refused.insert(peer.ip(), (now, 0));
-        }
-        drop(state);
-        warn!(%peer, reason, again, "peer refused");
     }
 
     /// One connection, until it is handed on.

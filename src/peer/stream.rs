@@ -5,31 +5,18 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::Duration;
 
-use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
-/// Seconds of silence before the kernel asks whether the peer is there.
-const KEEPALIVE_IDLE: u32 = 10;
-/// Between two questions.
-const KEEPALIVE_INTERVAL: u32 = 5;
-/// Unanswered questions until the connection is dead.
-const KEEPALIVE_COUNT: u32 = 3;
-/// Data that stays unacknowledged for so long means that the connection is dead.
-const UNACKNOWLEDGED: Duration = Duration::from_secs(20);
+use crate::net::KeepAlive;
+
+const KEEP_ALIVE: KeepAlive = KeepAlive { idle: 10, interval: 5, probes: 3, unacknowledged: 20_000 };
 
 /// Small messages leave at once, and a peer that vanished is noticed.
 pub(super) fn set_options(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    setsockopt(stream, sockopt::KeepAlive, &true)?;
-    setsockopt(stream, sockopt::TcpKeepIdle, &KEEPALIVE_IDLE)?;
-    setsockopt(stream, sockopt::TcpKeepInterval, &KEEPALIVE_INTERVAL)?;
-    setsockopt(stream, sockopt::TcpKeepCount, &KEEPALIVE_COUNT)?;
-    let ms = u32::try_from(UNACKNOWLEDGED.as_millis()).unwrap_or(u32::MAX);
-    setsockopt(stream, sockopt::TcpUserTimeout, &ms)?;
-    Ok(())
+    KEEP_ALIVE.apply(stream)
 }
 
 /// The stream of a link. Tells whoever gave it out when it is dropped.

@@ -1,13 +1,12 @@
 //! `sidecar relay`.
 
 use std::io;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use dp_sidecar_protocol::EngineIndex;
 use thiserror::Error;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -18,8 +17,10 @@ use super::{IPC, Purpose, socket};
 use crate::driver::edge;
 use crate::driver::handles::{NodeState, RankHandle};
 use crate::driver::rank::{self, RankConfig};
+use crate::files;
 use crate::link::LinkStream;
 use crate::link::server::{self, ServeEnd, ServerOptions, Services};
+use crate::net;
 use crate::tasks::{Task, named};
 use crate::transport::{self, PrivateDir, TransportError};
 
@@ -73,15 +74,13 @@ pub fn run(config: RelayConfig) -> Result<(), RelayError> {
 async fn serve(config: RelayConfig) -> Result<(), RelayError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(RelayError::Runtime)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(RelayError::Runtime)?;
-    let listener = bind(&socket(&config.state_dir))?;
+    let path = socket(&config.state_dir);
+    let listener = net::bind(&path).and_then(UnixListener::from_std);
+    let listener = listener.map_err(|source| RelayError::Io { path, source })?;
     // Sockets of an earlier relay process have no owner: the keeper runs one at a time.
     let ipc = config.state_dir.join(IPC);
-    match std::fs::remove_dir_all(&ipc) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => {
-            return Err(RelayError::Io { path: ipc, source });
-        }
-        _ => {}
-    }
+    files::absent_is_fine(std::fs::remove_dir_all(&ipc))
+        .map_err(|source| RelayError::Io { path: ipc.clone(), source })?;
     let dir = PrivateDir::create(ipc)?;
     let tracker = TaskTracker::new();
     let (events, reported) = mpsc::channel(server::EVENTS);
@@ -145,46 +144,12 @@ async fn serve(config: RelayConfig) -> Result<(), RelayError> {
     Ok(())
 }
 
-fn bind(path: &Path) -> Result<UnixListener, RelayError> {
-    let failed = |source| RelayError::Io { path: path.to_owned(), source };
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-        _ => {}
-    }
-    // The directory is 0700, so there is no moment at which others can connect.
-    let listener = UnixListener::bind(path).map_err(failed)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
-    Ok(listener)
-}
-
 async fn accept(listener: UnixListener, streams: mpsc::Sender<LinkStream>, stop: CancellationToken) {
-    let own = nix::unistd::geteuid().as_raw();
-    loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            () = stop.cancelled() => return,
-        };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                // Out of descriptors, as a rule: some will be free later.
-                warn!(%error, "connection for the relay link");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            }
-        };
-        if !allowed(&stream, own) {
-            warn!("connection of another user refused");
-            continue;
-        }
+    while let Some(stream) = stop.run_until_cancelled(net::accept(&listener)).await {
         let peer = stream.peer_cred().ok().and_then(|peer| peer.pid());
         let peer = peer.map_or_else(|| "the sidecar".to_owned(), |pid| format!("the sidecar, pid {pid}"));
         if streams.send(LinkStream::new(stream, peer)).await.is_err() {
             return;
         }
     }
-}
-
-fn allowed(stream: &UnixStream, own: u32) -> bool {
-    stream.peer_cred().is_ok_and(|peer| peer.uid() == own || peer.uid() == 0)
 }

@@ -10,6 +10,7 @@ use std::sync::atomic::AtomicBool;
 
 use super::error::StageError;
 use crate::driver::handles::{ADAPTER_FILE, AdapterPlace};
+use crate::files;
 use crate::manifest::Manifest;
 
 /// Folder in the state directory.
@@ -162,12 +163,8 @@ impl Adapters {
     }
 
     fn remove(&self, path: &Path) -> Result<()> {
-        match fs::remove_dir_all(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(self.io(format!("removing {}", path.display()), error))
-            }
-            _ => Ok(()),
-        }
+        let removed = files::absent_is_fine(fs::remove_dir_all(path));
+        removed.map_err(|error| self.io(format!("removing {}", path.display()), error))
     }
 
     fn io(&self, what: String, error: io::Error) -> StageError {
@@ -180,10 +177,7 @@ impl Adapters {
 /// # Errors
 /// They are there and cannot be removed.
 pub fn remove_adapters(state_dir: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(state_dir.join(FOLDER)) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
+    files::absent_is_fine(fs::remove_dir_all(state_dir.join(FOLDER)))
 }
 
 fn length(path: &Path) -> u64 {

@@ -16,6 +16,7 @@ use super::mapping::{Mapping, Segment};
 use super::records::{Records, Role, SegmentRecord};
 use crate::api::Retain;
 use crate::driver::handles::{StageState, StagedVersion};
+use crate::files;
 use crate::shared_memory::{SEGMENTS, segment_path};
 
 /// A segment may be longer than its content by this much, in bytes.
@@ -422,10 +423,7 @@ impl Area {
         let slot = std::mem::take(&mut self.slots[at]);
         if let Some(segment) = slot.segment {
             let what = format!("removing {}", segment.path().display());
-            match segment.remove() {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(self.io(what, error)),
-                _ => {}
-            }
+            files::absent_is_fine(segment.remove()).map_err(|error| self.io(what, error))?;
         }
         Ok(())
     }

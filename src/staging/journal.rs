@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::digest::Digest;
 use super::layout::{FileSize, Layout};
+use crate::files;
 
 const RECORD: &str = "upload.json";
 const DIGESTS: &str = "upload.digests";
@@ -63,9 +64,7 @@ impl Journal {
             chunk: layout.chunk_size(),
             files: layout.files().to_vec(),
         };
-        let temporary = dir.join(format!("{RECORD}.new"));
-        fs::write(&temporary, serde_json::to_vec(&record)?)?;
-        fs::rename(&temporary, dir.join(RECORD))?;
+        files::replace(dir, RECORD, &serde_json::to_vec(&record)?)?;
         Ok(Self { digests })
     }
 
@@ -76,11 +75,7 @@ impl Journal {
 
     /// What is noted; nothing if it makes no sense. Blocks.
     pub(super) fn read(dir: &Path) -> io::Result<Option<Noted>> {
-        let text = match fs::read(dir.join(RECORD)) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error),
-        };
+        let Some(text) = files::read(&dir.join(RECORD))? else { return Ok(None) };
         let Ok(record) = serde_json::from_slice::<Record>(&text) else { return Ok(None) };
         let Ok(layout) = Layout::new(record.chunk, record.files) else { return Ok(None) };
         let bytes = fs::read(dir.join(DIGESTS))?;
@@ -97,10 +92,7 @@ impl Journal {
     /// There is no upload any more. Blocks.
     pub(super) fn remove(dir: &Path) -> io::Result<()> {
         for name in [RECORD, DIGESTS] {
-            match fs::remove_file(dir.join(name)) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
+            files::absent_is_fine(fs::remove_file(dir.join(name)))?;
         }
         Ok(())
     }

@@ -1,8 +1,7 @@
 //! `segments.json` in the state directory: what the segments hold, for a restarted sidecar.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, Write as _};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -10,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::digest::Digest;
 use super::layout::{FileSize, Layout};
 use crate::driver::handles::StagedVersion;
+use crate::files;
 
 const FILE: &str = "segments.json";
 const FORMAT: u32 = 1;
@@ -90,10 +90,8 @@ impl Records {
 
     /// Blocks. What is not understood counts as nothing: segments can be filled again.
     pub(super) fn read(dir: &Path) -> io::Result<Self> {
-        let bytes = match fs::read(Self::path(dir)) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
-            Err(error) => return Err(error),
+        let Some(bytes) = files::read(&Self::path(dir))? else {
+            return Ok(Self::default());
         };
         match serde_json::from_slice::<Self>(&bytes) {
             Ok(records) if records.format == FORMAT => Ok(records),
@@ -110,11 +108,6 @@ impl Records {
 
     /// Durable when it returns. Blocks.
     pub(super) fn write(&self, dir: &Path) -> io::Result<()> {
-        let temporary = dir.join(format!("{FILE}.new"));
-        let mut file = File::create(&temporary)?;
-        file.write_all(&serde_json::to_vec(self)?)?;
-        file.sync_all()?;
-        fs::rename(&temporary, Self::path(dir))?;
-        File::open(dir)?.sync_all().or(Ok(()))
+        files::replace_durably(dir, FILE, &serde_json::to_vec(self)?)
     }
 }

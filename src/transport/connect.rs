@@ -7,7 +7,6 @@ use std::time::Duration;
 use bytes::Bytes;
 use dp_sidecar_protocol::Frames;
 use dp_sidecar_protocol::frames::SUBSCRIBE_ALL;
-use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{Instant, sleep, timeout_at};
@@ -15,6 +14,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use super::TransportError;
 use super::peer::{PeerReceiver, PeerSender, ReadHalf, WriteHalf};
 use super::zmtp::{self, GREETING_LENGTH, Item};
+use crate::net::KeepAlive;
 
 /// Between two attempts while nobody listens yet.
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
@@ -167,24 +167,17 @@ async fn open(
     Ok((sender, receiver))
 }
 
-/// A host that lost its power says nothing, and vLLM's sockets have no heartbeat: the kernel asks a silent peer, and
-/// gives it up after a minute and a half. Not sooner: a frontend is lost for good with one connection, so a cable that
-/// is cut and healed within a minute must not end one. A process that dies is told at once all the same.
-fn keep_alive(stream: &TcpStream) -> io::Result<()> {
-    setsockopt(stream, sockopt::KeepAlive, &true)?;
-    setsockopt(stream, sockopt::TcpKeepIdle, &30)?;
-    setsockopt(stream, sockopt::TcpKeepInterval, &10)?;
-    setsockopt(stream, sockopt::TcpKeepCount, &6)?;
-    setsockopt(stream, sockopt::TcpUserTimeout, &90_000)?;
-    Ok(())
-}
+/// vLLM's sockets have no heartbeat. A silent peer is given up after a minute and a half, not sooner: a frontend is lost
+/// for good with one connection, so a cable that is cut and healed within a minute must not end one. A process that
+/// dies is told at once all the same.
+const KEEP_ALIVE: KeepAlive = KeepAlive { idle: 30, interval: 10, probes: 6, unacknowledged: 90_000 };
 
 async fn connect(target: &Target<'_>) -> io::Result<(ReadHalf, WriteHalf)> {
     loop {
         let attempt = match target {
             Target::Tcp(host_port) => TcpStream::connect(host_port).await.and_then(|stream| {
                 stream.set_nodelay(true)?;
-                keep_alive(&stream)?;
+                KEEP_ALIVE.apply(&stream)?;
                 let (reader, writer) = stream.into_split();
                 Ok((ReadHalf::Tcp(reader), WriteHalf::Tcp(writer)))
             }),

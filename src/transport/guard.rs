@@ -26,6 +26,7 @@ use tokio_util::task::TaskTracker;
 
 use super::TransportError;
 use super::zmtp::{self, Decoder, GREETING_LENGTH, Item};
+use crate::log_limit::LogLimit;
 use crate::tasks::{Task, named};
 
 /// Messages waiting for one connection.
@@ -139,10 +140,10 @@ impl GuardedRouter {
         let guard = Arc::new(Guard {
             address,
             slots: Arc::new(Semaphore::new(limits.connections)),
+            log: Mutex::new(LogLimit::new(limits.log_interval, REMEMBERED)),
             limits,
             connections: sender.connections.clone(),
             out,
-            log: Mutex::default(),
         });
         let accept = accept(guard, listener, numbers, tasks.clone(), stop.clone());
         tasks.spawn(named(Task::HandshakeListener, stop.clone().run_until_cancelled_owned(accept)));
@@ -190,8 +191,7 @@ struct Guard {
     slots: Arc<Semaphore>,
     connections: Arc<Mutex<BTreeMap<u64, mpsc::Sender<Frames>>>>,
     out: mpsc::Sender<GuardEvent>,
-    /// When a peer address was last named in the log, and how often it was not since.
-    log: Mutex<BTreeMap<IpAddr, (Instant, u64)>>,
+    log: Mutex<LogLimit<IpAddr>>,
 }
 
 async fn accept(
@@ -388,29 +388,8 @@ async fn exchange(
 impl Guard {
     /// Logs a rejected connection, once per peer address and interval.
     fn complain(&self, from: SocketAddr, reason: &str) {
-        let now = Instant::now();
-        let suppressed = {
-            let mut log = self.log.lock();
-            if log.len() >= REMEMBERED {
-                log.retain(|_, (at, _)| now.duration_since(*at) < self.limits.log_interval);
-            }
-            let full = log.len() >= REMEMBERED;
-            match log.get_mut(&from.ip()) {
-                Some((at, count)) if now.duration_since(*at) < self.limits.log_interval => {
-                    *count += 1;
-                    return;
-                }
-                Some((at, count)) => {
-                    *at = now;
-                    std::mem::take(count)
-                }
-                None if full => return,
-                None => {
-                    log.insert(from.ip(), (now, 0));
-                    0
-                }
-            }
-        };
+        let admitted = self.log.lock().admit(from.ip());
+        let Some(suppressed) = admitted else { return };
         tracing::warn!(
             listen.addr = %self.address,
             client.addr = %from,

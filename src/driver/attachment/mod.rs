@@ -23,6 +23,7 @@ use super::handles::{
     Reply, RouteLost,
 };
 use crate::api::FrontendSnapshot;
+use crate::config::check_host_port;
 use crate::tasks::{Task, named};
 
 pub(crate) use records::supervised;
@@ -298,24 +299,11 @@ impl Manager {
 }
 
 fn check_address(address: &str) -> Result<(), HandleError> {
-    let bad = |why: &str| {
-        Err(HandleError::failed(format!(
-            "frontend address {address:?}: {why}, expected HOST:PORT as given to the frontend by --data-parallel-address and --data-parallel-rpc-port"
-        )))
-    };
-    let Some((host, port)) = address.rsplit_once(':') else {
-        return bad("no port");
-    };
-    if host.is_empty() || host.contains(['/', ' ']) {
-        return bad("no host");
-    }
-    if host.contains(':') && !(host.starts_with('[') && host.ends_with(']')) {
-        return bad("an IPv6 host needs brackets");
-    }
-    match port.parse::<u16>() {
-        Ok(0) | Err(_) => bad("no port"),
-        Ok(_) => Ok(()),
-    }
+    check_host_port(address).map_err(|why| {
+        HandleError::failed(format!(
+            "frontend address {address:?}: {why} (HOST:PORT as given to the frontend by --data-parallel-address and --data-parallel-rpc-port)"
+        ))
+    })
 }
 
 #[cfg(test)]

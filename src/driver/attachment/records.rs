@@ -4,7 +4,6 @@
 //! first route of an attempt is opened and removed after the last is closed, so every route has one.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -14,6 +13,7 @@ use dp_sidecar_protocol::machine::attachment::Engines;
 use serde::{Deserialize, Serialize};
 
 use crate::driver::handles::Origin;
+use crate::files;
 
 /// Name in the state directory.
 const FILE: &str = "frontends.json";
@@ -96,7 +96,7 @@ struct Content {
 #[derive(Debug)]
 pub(super) struct Records {
     /// None: nothing is kept.
-    path: Option<PathBuf>,
+    dir: Option<PathBuf>,
     content: Content,
     next: u64,
 }
@@ -105,16 +105,15 @@ impl Records {
     /// Reads what an earlier sidecar of this state directory left. What cannot be read is said and then gone: routes that
     /// nobody knows are closed.
     pub(super) fn load(state_dir: Option<&Path>) -> Self {
-        let path = state_dir.map(|dir| dir.join(FILE));
-        let content = path.as_deref().and_then(|path| match read(path) {
+        let content = state_dir.and_then(|dir| match read(dir) {
             Ok(content) => content,
             Err(error) => {
-                tracing::error!(path = %path.display(), %error, "the previous sidecar's frontends are unknown");
+                tracing::error!(dir = %dir.display(), %error, "the previous sidecar's frontends are unknown");
                 None
             }
         });
         let content = content.unwrap_or(Content { format: FORMAT, next: 1, frontends: BTreeMap::new() });
-        Self { path, next: content.next, content }
+        Self { dir: state_dir.map(Path::to_owned), next: content.next, content }
     }
 
     pub(super) fn all(&self) -> &BTreeMap<String, Record> {
@@ -177,25 +176,25 @@ impl Records {
     }
 
     fn save(&self) {
-        let Some(path) = &self.path else { return };
-        if let Err(error) = write(path, &self.content) {
-            tracing::error!(path = %path.display(), %error, "a restarted sidecar will not find its frontends");
+        let Some(dir) = &self.dir else { return };
+        // Not synced: it is for a process that follows another one on a running host. Routes do not survive a host.
+        let bytes = serde_json::to_vec_pretty(&self.content).map_err(io::Error::from);
+        if let Err(error) = bytes.and_then(|bytes| files::replace(dir, FILE, &bytes)) {
+            tracing::error!(dir = %dir.display(), %error, "a restarted sidecar will not find its frontends");
         }
     }
 }
 
 /// The supervised frontend of the previous sidecar, if it was wanted until its end.
 pub(crate) fn supervised(state_dir: &Path) -> Option<String> {
-    let content = read(&state_dir.join(FILE)).ok().flatten()?;
+    let content = read(state_dir).ok().flatten()?;
     let mut all = content.frontends.into_iter();
     all.find(|(_, record)| record.origin == Origin::Supervised).map(|(address, _)| address)
 }
 
-fn read(path: &Path) -> io::Result<Option<Content>> {
-    let bytes = match fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error),
+fn read(dir: &Path) -> io::Result<Option<Content>> {
+    let Some(bytes) = files::read(&dir.join(FILE))? else {
+        return Ok(None);
     };
     let content: Content = serde_json::from_slice(&bytes)?;
     if content.format != FORMAT {
@@ -205,15 +204,10 @@ fn read(path: &Path) -> io::Result<Option<Content>> {
     Ok(Some(content))
 }
 
-/// Not synced: it is for a process that follows another one on a running host. Routes do not survive a host.
-fn write(path: &Path, content: &Content) -> io::Result<()> {
-    let temporary = path.with_extension("json.new");
-    fs::write(&temporary, serde_json::to_vec_pretty(content)?)?;
-    fs::rename(&temporary, path)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn attached(id: u64) -> Attached {

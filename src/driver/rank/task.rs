@@ -24,6 +24,7 @@ use crate::driver::handles::{
     NodeEvent, OpenRoute, Prepare, RankAsk, RankEvent, RankSnapshot, Release, ReplyTo, RouteLost,
     SlotAddresses, Slots,
 };
+use crate::log_limit::LogLimit;
 use crate::transport::{Dealer, Push, TransportError};
 
 /// Inputs handled before routes are flushed and commands are looked at again.
@@ -72,8 +73,7 @@ pub(super) struct RankTask {
     urgent: bool,
     /// Something may look different since then.
     changed: bool,
-    refused_logged: Option<Instant>,
-    refused_silent: u64,
+    refused: LogLimit<()>,
 }
 
 impl RankTask {
@@ -103,8 +103,7 @@ impl RankTask {
             published: now,
             urgent: false,
             changed: true,
-            refused_logged: None,
-            refused_silent: 0,
+            refused: LogLimit::new(REFUSED_INTERVAL, 1),
         }
     }
 
@@ -335,13 +334,7 @@ impl RankTask {
     }
 
     fn log_refused(&mut self, slot: Slot, reason: &str) {
-        let now = Instant::now();
-        if self.refused_logged.is_some_and(|at| now - at < REFUSED_INTERVAL) {
-            self.refused_silent += 1;
-            return;
-        }
-        let more = std::mem::take(&mut self.refused_silent);
-        self.refused_logged = Some(now);
+        let Some(more) = self.refused.admit(()) else { return };
         let frontend = self.routes.get(&slot.0).map(|route| route.frontend.0);
         tracing::warn!(rank = %self.rank(), %slot, frontend, more, reason, "message refused");
     }

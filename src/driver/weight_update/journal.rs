@@ -8,7 +8,7 @@
 //! The first two are replaced as a whole, not appended to: a file is there or not, so there is no torn tail to reason
 //! about, nothing to compact, and what a late joiner is brought to can never differ from what was committed.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,6 +17,7 @@ use dp_sidecar_protocol::machine::weight_update::{Committed, Ledger};
 use parking_lot::Mutex;
 
 use super::types::UpdateRecord;
+use crate::files;
 
 /// Names in the state directory.
 const FILE: &str = "committed.json";
@@ -42,7 +43,7 @@ impl Journal {
 
     /// Blocks.
     pub(super) fn read(&self) -> io::Result<Option<Committed>> {
-        let Some(bytes) = self.read_file(FILE)? else {
+        let Some(bytes) = files::read(&self.dir.join(FILE))? else {
             return Ok(None);
         };
         let committed: Committed = serde_json::from_slice(&bytes)?;
@@ -57,52 +58,23 @@ impl Journal {
 
     /// Blocks.
     pub(super) fn read_ledger(&self) -> io::Result<Ledger> {
-        let bytes = self.read_file(LEDGER)?;
+        let bytes = files::read(&self.dir.join(LEDGER))?;
         Ok(bytes.map(|bytes| serde_json::from_slice(&bytes)).transpose()?.unwrap_or_default())
-    }
-
-    fn read_file(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
-        match fs::read(self.dir.join(name)) {
-            Ok(bytes) => Ok(Some(bytes)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
-        }
     }
 
     /// Durable when it returns `Ok`; certainly not in force when it returns an error. Blocks.
     pub(super) fn write(&self, committed: &Committed) -> io::Result<()> {
-        self.replace(FILE, &serde_json::to_vec_pretty(committed)?)
+        files::replace_durably(&self.dir, FILE, &serde_json::to_vec_pretty(committed)?)
     }
 
     /// As [`Self::write`], in the order of `number`. Blocks.
     pub(super) fn write_ledger(&self, number: u64, ledger: &Ledger) -> io::Result<()> {
         let mut newest = self.newest.lock();
         if *newest < number {
-            self.replace(LEDGER, &serde_json::to_vec_pretty(ledger)?)?;
+            files::replace_durably(&self.dir, LEDGER, &serde_json::to_vec_pretty(ledger)?)?;
             *newest = number;
         }
         Ok(())
-    }
-
-    fn replace(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
-        let temporary = self.dir.join(format!("{name}.new"));
-        let replace = || {
-            let mut file = File::create(&temporary)?;
-            file.write_all(bytes)?;
-            file.sync_all()?;
-            drop(file);
-            let dir = File::open(&self.dir)?;
-            fs::rename(&temporary, self.dir.join(name))?;
-            // The rename is in force for every reader from here. Should this fail, only a crash of the whole
-            // machine could take it back, and no engine survives that.
-            dir.sync_all().or(Ok(()))
-        };
-        let result = replace();
-        if result.is_err() {
-            // What is left of it does no harm: it is never read.
-            fs::remove_file(&temporary).ok();
-        }
-        result
     }
 
     /// Adds a record. Blocks.
@@ -131,14 +103,14 @@ impl Journal {
                 bytes.extend(serde_json::to_vec(&record)?);
                 bytes.push(b'\n');
             }
-            self.replace(HISTORY, &bytes)?;
+            files::replace_durably(&self.dir, HISTORY, &bytes)?;
         }
         Ok(())
     }
 
     /// The last records, newest last. A line that cannot be read is left out. Blocks.
     pub(super) fn history(&self, limit: usize) -> io::Result<Vec<UpdateRecord>> {
-        let bytes = self.read_file(HISTORY)?.unwrap_or_default();
+        let bytes = files::read(&self.dir.join(HISTORY))?.unwrap_or_default();
         let lines = bytes.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
         let mut records: Vec<UpdateRecord> =
             lines.rev().filter_map(|line| serde_json::from_slice(line).ok()).take(limit).collect();
@@ -154,10 +126,7 @@ impl Journal {
     /// Forgets what is committed, and all distrust: the engines have ended. Blocks.
     pub(super) fn clear(&self) -> io::Result<()> {
         for name in [FILE, LEDGER] {
-            match fs::remove_file(self.dir.join(name)) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
+            files::absent_is_fine(fs::remove_file(self.dir.join(name)))?;
         }
         Ok(())
     }
@@ -165,6 +134,8 @@ impl Journal {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+
     use super::*;
     use dp_sidecar_protocol::PausedBy;
     use dp_sidecar_protocol::machine::weight_update::{Commit, Pause, Record};

@@ -20,8 +20,7 @@ pub mod wire;
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -30,6 +29,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use self::server::Keeper;
+use crate::net;
 
 /// Socket of the keeper inside the state directory.
 pub const SOCKET: &str = "keeper.sock";
@@ -72,7 +72,7 @@ pub fn run(config: KeeperConfig) -> io::Result<()> {
     let signals = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
     let logs = config.state_dir.join(LOGS);
     fs::create_dir_all(&logs)?;
-    let listener = bind(&config.state_dir.join(SOCKET))?;
+    let listener = net::bind(&config.state_dir.join(SOCKET))?;
     announce()?;
     tracing::info!(pid = std::process::id(), run_id = config.run_id, "keeper listens");
     let result = Keeper::new(config.clone(), listener, signals, logs).run();
@@ -103,18 +103,6 @@ fn lock_pid_file(state_dir: &Path) -> io::Result<File> {
     file.set_len(0)?;
     file.write_all(format!("{}\n", std::process::id()).as_bytes())?;
     Ok(file)
-}
-
-fn bind(path: &Path) -> io::Result<UnixListener> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    // The directory is 0700, so there is no moment at which others can connect.
-    let listener = UnixListener::bind(path)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
-    listener.set_nonblocking(true)?;
-    Ok(listener)
 }
 
 /// Tells the sidecar, which holds the other end of stdout, and lets go of that pipe.

@@ -10,14 +10,14 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use nix::sys::signalfd::SignalFd;
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::sys::wait::{WaitPidFlag, waitpid};
-use nix::unistd::{Pid, Uid};
+use nix::unistd::Pid;
 
 use super::KeeperConfig;
 use super::child::{Child, is_valid_name};
 use super::connection::Connection;
 use super::wire::{Answer, ExitReport, FromKeeper, KeeperEvent, Request, SpawnSpec, ToKeeper};
+use crate::net;
 use crate::shared_memory::{SHM_DIR, remove_segments};
 use crate::supervisor::procfs;
 use crate::tasks;
@@ -186,10 +186,7 @@ impl Keeper {
 
     fn accept(&mut self) {
         while let Ok((stream, _)) = self.listener.accept() {
-            let allowed = getsockopt(&stream, PeerCredentials).is_ok_and(|peer| {
-                let uid = Uid::from_raw(peer.uid());
-                uid == Uid::effective() || uid.is_root()
-            });
+            let allowed = net::is_allowed(&stream);
             if !allowed || self.connections.len() >= CONNECTION_LIMIT {
                 tracing::warn!(allowed, "connection refused");
                 continue;

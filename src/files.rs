@@ -1,0 +1,80 @@
+//! Files that are replaced as a whole, and files that may be absent. Everything here blocks.
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Write as _};
+use std::path::Path;
+
+/// What a file holds; `None` if there is no such file.
+pub(crate) fn read(path: &Path) -> io::Result<Option<Vec<u8>>> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Takes the absence of what was to be removed for success: `absent_is_fine(fs::remove_file(path))`.
+pub(crate) fn absent_is_fine(removed: io::Result<()>) -> io::Result<()> {
+    removed.or_else(|error| if error.kind() == ErrorKind::NotFound { Ok(()) } else { Err(error) })
+}
+
+/// Replaces a file of `dir`, so that a reader finds the old bytes or the new ones. It survives the end of this
+/// process, but not of the machine.
+///
+/// The temporary file is named after the file, not at random: what a killed process leaves is replaced by the next
+/// write instead of remaining for ever.
+pub(crate) fn replace(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
+    put(dir, name, |file| file.write_all(bytes))
+}
+
+/// As [`replace`]. Durable when it returns `Ok`; certainly not in force when it returns an error.
+pub(crate) fn replace_durably(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
+    let dir_file = File::open(dir)?;
+    put(dir, name, |file| {
+        file.write_all(bytes)?;
+        file.sync_all()
+    })?;
+    // The rename is in force for every reader from here. Should this fail, only a crash of the whole machine could
+    // take it back, and no engine survives that.
+    dir_file.sync_all().or(Ok(()))
+}
+
+fn put(dir: &Path, name: &str, write: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
+    let temporary = dir.join(format!("{name}.new"));
+    let result = File::create(&temporary)
+        .and_then(|mut file| write(&mut file))
+        .and_then(|()| fs::rename(&temporary, dir.join(name)));
+    if result.is_err() {
+        // What is left of it does no harm: it is never read.
+        fs::remove_file(&temporary).ok();
+    }
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_replaced_as_a_whole_or_stays_as_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        assert_eq!(read(&path).unwrap(), None);
+        replace(dir.path(), "a", b"1").unwrap();
+        replace_durably(dir.path(), "a", b"2").unwrap();
+        assert_eq!(read(&path).unwrap().as_deref(), Some(&b"2"[..]));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left");
+        fs::create_dir(dir.path().join("a.new")).unwrap();
+        replace(dir.path(), "a", b"3").unwrap_err();
+        replace_durably(dir.path(), "a", b"3").unwrap_err();
+        assert_eq!(read(&path).unwrap().as_deref(), Some(&b"2"[..]));
+    }
+
+    #[test]
+    fn only_absence_is_forgiven() {
+        let dir = tempfile::tempdir().unwrap();
+        absent_is_fine(fs::remove_file(dir.path().join("none"))).unwrap();
+        absent_is_fine(fs::remove_file(dir.path())).unwrap_err();
+        assert!(read(dir.path()).is_err());
+    }
+}
