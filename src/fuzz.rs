@@ -53,7 +53,6 @@ pub const TARGETS: [(&str, Target); 14] = [
     ("zmtp", zmtp),
 ];
 
-/// The target of a name.
 pub fn target(name: &str) -> Option<Target> {
     TARGETS.iter().find(|(known, _)| *known == name).map(|(_, target)| *target)
 }

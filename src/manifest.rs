@@ -44,38 +44,23 @@ pub enum ManifestError {
     },
     /// No file in it counts.
     #[error("checkpoint {path}: no *.safetensors file")]
-    Empty {
-        /// The directory.
-        path: PathBuf,
-    },
+    Empty { path: PathBuf },
     /// A file cannot be opened or read.
     #[error("checkpoint file {path}: cannot be read: {reason}")]
-    Unreadable {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        reason: String,
-    },
+    Unreadable { path: PathBuf, reason: String },
     /// The index file is not what it should be.
     #[error("checkpoint index {path}: {reason}")]
     Index {
         /// The index file.
         path: PathBuf,
-        /// What is wrong.
         reason: String,
     },
     /// The header of a file is not what it should be.
     #[error("checkpoint file {path}: bad safetensors header: {reason}")]
-    Header {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong.
-        reason: String,
-    },
+    Header { path: PathBuf, reason: String },
     /// The file ends before the data its header announces, or goes on after it.
     #[error("checkpoint file {path}: {actual} bytes long, its header announces {expected}")]
     Length {
-        /// The file.
         path: PathBuf,
         /// Bytes announced.
         expected: u64,
@@ -84,24 +69,17 @@ pub enum ManifestError {
     },
     /// The file changed while it was read.
     #[error("checkpoint file {path}: changed while it was read")]
-    Changed {
-        /// The file.
-        path: PathBuf,
-    },
+    Changed { path: PathBuf },
     /// The tensors are not those of the model.
     #[error("checkpoint {path}: {}", Faults(faults))]
     Tensors {
-        /// The directory.
         path: PathBuf,
         /// All of them; the text lists the first few.
         faults: Vec<Fault>,
     },
     /// The work was called off.
     #[error("checkpoint {path}: reading was cancelled")]
-    Cancelled {
-        /// The directory.
-        path: PathBuf,
-    },
+    Cancelled { path: PathBuf },
 }
 
 /// One thing wrong with the tensors of a checkpoint.
@@ -109,20 +87,13 @@ pub enum ManifestError {
 pub enum Fault {
     /// The model has it, the checkpoint has not.
     #[error("missing {name}")]
-    Missing {
-        /// The tensor.
-        name: String,
-    },
+    Missing { name: String },
     /// The checkpoint has it, the model has not.
     #[error("unexpected {name}")]
-    Unexpected {
-        /// The tensor.
-        name: String,
-    },
+    Unexpected { name: String },
     /// The checkpoint has it twice.
     #[error("duplicate {name} (in {first} and {second})")]
     Duplicate {
-        /// The tensor.
         name: String,
         /// A file that has it.
         first: String,
@@ -132,7 +103,6 @@ pub enum Fault {
     /// Another shape than the model's.
     #[error("{name} has shape {actual:?}, expected {expected:?}")]
     Shape {
-        /// The tensor.
         name: String,
         /// The model's.
         expected: Vec<usize>,
@@ -142,7 +112,6 @@ pub enum Fault {
     /// Another element type than the model's.
     #[error("{name} has dtype {actual}, expected {expected}")]
     Dtype {
-        /// The tensor.
         name: String,
         /// The model's.
         expected: String,
@@ -151,12 +120,7 @@ pub enum Fault {
     },
     /// The index says it is in this file, and it is not.
     #[error("{name} is not in {file}, where the index says it is")]
-    NotWhereIndexed {
-        /// The tensor.
-        name: String,
-        /// The file.
-        file: String,
-    },
+    NotWhereIndexed { name: String, file: String },
     /// The matrices of an adapter do not fit each other or the module.
     #[error("{module}: {reason}")]
     Misfit {
@@ -189,7 +153,6 @@ impl fmt::Display for Faults<'_> {
 pub struct Tensor {
     /// Position of its file in [`Manifest::files`].
     pub file: usize,
-    /// Its name.
     pub name: String,
     /// Element type in the header's spelling.
     pub dtype: String,
@@ -215,7 +178,6 @@ pub struct ManifestFile {
 /// What a checkpoint directory holds: all tensors, in loading order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Manifest {
-    /// The directory.
     pub path: PathBuf,
     /// Files that count, sorted by name.
     pub files: Vec<ManifestFile>,

@@ -11,7 +11,6 @@ pub const SHM_DIR: &str = "/dev/shm";
 /// Names of the segments: what engines serve is in one of them, what is staged in the other.
 pub const SEGMENTS: [&str; 2] = ["a", "b"];
 
-/// Path of a segment.
 pub fn segment_path(shm_dir: &Path, run_id: &str, name: &str) -> PathBuf {
     shm_dir.join(format!("dp-sidecar-{run_id}-{name}"))
 }

@@ -11,7 +11,6 @@ use thiserror::Error;
 pub const LOCK_FILE: &str = "lock";
 /// Run id of the directory; marks the environment of all processes started for it.
 pub const RUN_ID_FILE: &str = "run-id";
-/// Admin socket.
 pub const ADMIN_SOCKET: &str = "admin.sock";
 /// Longest path of a state directory, so that the sockets in it fit into 107 bytes.
 pub const LONGEST_PATH: usize = 80;
@@ -22,37 +21,24 @@ pub enum StateDirError {
     /// Another sidecar runs there.
     #[error("state directory {} is in use by pid {pid}", path.display())]
     InUse {
-        /// The directory.
         path: PathBuf,
         /// Who holds the lock, as it says itself.
         pid: String,
     },
     /// Its path is too long for the unix sockets in it.
     #[error("state directory {}: its path has {length} bytes, at most {LONGEST_PATH} fit a unix socket", path.display())]
-    TooLong {
-        /// The directory.
-        path: PathBuf,
-        /// Its length.
-        length: usize,
-    },
+    TooLong { path: PathBuf, length: usize },
     /// It belongs to somebody else.
     #[error("state directory {}: belongs to uid {owner}, expected {expected}", path.display())]
     Foreign {
-        /// The directory.
         path: PathBuf,
-        /// Its owner.
         owner: u32,
         /// This process' user.
         expected: u32,
     },
     /// The file system refused.
     #[error("state directory: {}: {error}", path.display())]
-    Io {
-        /// What was touched.
-        path: PathBuf,
-        /// What went wrong.
-        error: io::Error,
-    },
+    Io { path: PathBuf, error: io::Error },
 }
 
 /// A state directory that belongs to this process until it is dropped.
@@ -104,7 +90,6 @@ impl StateDir {
         Ok(Self { path, run_id, _lock: lock })
     }
 
-    /// The directory.
     pub fn path(&self) -> &Path {
         &self.path
     }

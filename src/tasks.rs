@@ -25,7 +25,6 @@ macro_rules! tasks {
         pub enum Task { $(#[doc = $name] $task,)+ }
 
         impl Task {
-            /// All of them.
             #[cfg(any(test, feature = "test-support"))]
             pub const ALL: &[Self] = &[$(Self::$task,)+];
 
@@ -61,8 +60,8 @@ tasks! {
     KeeperEvents => "keeper events",
     Lifeline => "lifeline thread",
     LinkClient => "link client",
+    Node => "node",
     NodeLink => "node link",
-    NodeTask => "node",
     Outside => "signals and lifeline",
     PauseWatch => "pause watch",
     PeerConnection => "peer connection",

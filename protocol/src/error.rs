@@ -24,7 +24,6 @@ pub enum DecodeError {
         at: String,
         /// What should be there.
         expected: &'static str,
-        /// What is there.
         actual: String,
     },
     /// Too few fields, or frames.

@@ -28,7 +28,6 @@ impl Hello {
     /// What `vllm serve --headless` says.
     pub const HEADLESS: Self = Self { local: false, headless: true };
 
-    /// The message.
     pub fn encode(&self) -> Bytes {
         let mut out = Vec::with_capacity(40);
         write::map(&mut out, 3);
@@ -162,7 +161,6 @@ pub struct Addresses {
 pub enum ConfigValue {
     /// An integer.
     Int(i64),
-    /// A string.
     Str(String),
     /// Integers, e.g. ports.
     Ints(Vec<i64>),
@@ -230,7 +228,6 @@ impl Init {
         }
     }
 
-    /// The message.
     pub fn encode(&self) -> Bytes {
         let mut out = Vec::with_capacity(512);
         write::map(&mut out, 2 + usize::from(self.parallel_config_hash.is_some()));

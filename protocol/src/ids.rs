@@ -93,10 +93,7 @@ impl EngineIdentity {
 #[serde(tag = "by", rename_all = "snake_case")]
 pub enum PausedBy {
     /// A frontend. Its pause ends when somebody resumes, or some time after the frontend is gone.
-    Frontend {
-        /// Which attachment.
-        id: FrontendId,
-    },
+    Frontend { id: FrontendId },
     /// The operator. Only the operator resumes.
     Operator,
 }

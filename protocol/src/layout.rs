@@ -28,7 +28,6 @@ impl VllmVersion {
     /// Newest version that was read and tested; later patch releases of it count as known.
     pub const NEWEST: Self = Self::new(0, 33, 0);
 
-    /// A version.
     pub const fn new(major: u16, minor: u16, patch: u16) -> Self {
         Self { major, minor, patch }
     }

@@ -65,7 +65,6 @@ impl From<FinishReason> for i64 {
 pub enum EngineOutput<'a> {
     /// The engine died of an exception and says so on every output socket.
     Dead,
-    /// Anything else.
     Outputs(OutputsView<'a>),
 }
 
@@ -205,7 +204,6 @@ impl<'a> OutputsView<'a> {
 /// Output of one request in one step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RequestOutput<'a> {
-    /// Whose.
     pub request_id: &'a str,
     /// Set on the last output of the request.
     pub finished: Option<FinishReason>,
@@ -258,7 +256,6 @@ impl<'a> Iterator for Outputs<'a> {
 /// Output of one request, to be written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewOutput {
-    /// Whose.
     pub request_id: String,
     /// Tokens of this step.
     pub new_token_ids: Vec<u32>,
@@ -283,7 +280,6 @@ pub struct NewOutputs {
     pub finished_requests: Option<Vec<String>>,
     /// A wave that ended.
     pub wave_complete: Option<Wave>,
-    /// A wave that starts.
     pub start_wave: Option<Wave>,
     /// Version of the weights; written if the layout has it.
     pub weight_version: Option<String>,

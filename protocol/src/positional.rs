@@ -32,7 +32,6 @@ pub enum ScanError {
         at: usize,
         /// What should be there.
         expected: &'static str,
-        /// What is there.
         actual: Kind,
     },
     /// A string that is not UTF-8.
@@ -51,7 +50,6 @@ pub enum ScanError {
     Extension {
         /// Offset.
         at: usize,
-        /// Its code.
         code: i8,
     },
     /// A key that Python cannot hash.

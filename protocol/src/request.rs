@@ -90,7 +90,6 @@ enum IndexAt {
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("{kind}")]
 pub struct Refusal {
-    /// What is wrong.
     pub kind: Box<RefusalKind>,
     /// Of an ADD, if it could be read: to be answered with an error finish.
     pub request_id: Option<String>,
@@ -138,20 +137,13 @@ pub enum RefusalKind {
     },
     /// A tensor that refers to a frame that is not there, or is not what it says.
     #[error("ADD: tensor of {field} {reason}")]
-    Tensor {
-        /// Where.
-        field: &'static str,
-        /// What is wrong with it.
-        reason: &'static str,
-    },
+    Tensor { field: &'static str, reason: &'static str },
     /// A field has a value that breaks the engine.
     #[error("{message}: {field} is {actual}, expected {expected}")]
     Value {
         /// `ADD`, `ABORT` or `UTILITY`.
         message: &'static str,
-        /// Which field.
         field: &'static str,
-        /// What it is.
         actual: String,
         /// What it must be.
         expected: String,
@@ -159,7 +151,6 @@ pub enum RefusalKind {
     /// A call that ends an engine's thread, or the engine.
     #[error("UTILITY {method}: {reason}")]
     Method {
-        /// The method.
         method: String,
         /// Why not.
         reason: &'static str,
@@ -316,7 +307,6 @@ fn client(index: i128, message: &'static str) -> Result<ClientIndex, RefusalKind
 pub struct NewRequest {
     /// Internal request id.
     pub request_id: String,
-    /// Tokens of the prompt.
     pub prompt_token_ids: Vec<u32>,
     /// Tokens to generate.
     pub max_tokens: u32,
@@ -365,7 +355,6 @@ impl NewRequest {
     }
 }
 
-/// An ABORT.
 pub fn encode_abort<'a>(request_ids: impl ExactSizeIterator<Item = &'a str>) -> Frames {
     let mut out = Vec::with_capacity(16 + request_ids.len() * 40);
     write::array(&mut out, request_ids.len());

@@ -26,7 +26,6 @@ pub struct UtilityCall {
 }
 
 impl UtilityCall {
-    /// The message.
     pub fn encode(&self) -> Frames {
         let mut out = Vec::with_capacity(64);
         write::array(&mut out, 4);
@@ -44,7 +43,6 @@ impl UtilityCall {
 /// The answer to a call: the result, or the failure message.
 #[derive(Clone, Debug, PartialEq)]
 pub struct UtilityOutput {
-    /// Which call.
     pub call_id: CallId,
     /// What the method returned; tensors stay `[dtype, shape, data]`.
     pub result: Result<rmpv::Value, String>,

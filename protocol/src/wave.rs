@@ -65,7 +65,6 @@ impl StartDpWave {
 pub enum FrontendUpstream {
     /// It sent a request to an engine while the group was not running (up to 0.32).
     FirstReq {
-        /// The engine.
         target: EngineIndex,
         /// The wave it believed in.
         wave: Wave,
@@ -138,7 +137,6 @@ impl FrontendUpstream {
 pub struct Publication {
     /// Load by rank; `None` if only wave or running changed.
     pub counts: Option<Vec<Load>>,
-    /// Current wave.
     pub wave: Wave,
     /// Whether the group runs.
     pub running: bool,

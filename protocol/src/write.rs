@@ -1,11 +1,9 @@
 //! Writes msgpack as msgspec does: each value in its smallest form.
 
-/// nil.
 pub(crate) fn nil(out: &mut Vec<u8>) {
     out.push(0xc0);
 }
 
-/// A bool.
 pub(crate) fn bool(out: &mut Vec<u8>, value: bool) {
     out.push(if value { 0xc3 } else { 0xc2 });
 }

@@ -30,7 +30,6 @@ pub enum ClientError {
     NotRunning {
         /// The socket.
         path: PathBuf,
-        /// What went wrong.
         error: std::io::Error,
     },
     /// The connection broke.

@@ -38,12 +38,10 @@ pub enum Command {
     Status,
     /// Pause all engines, until [`Command::Resume`].
     Pause {
-        /// How.
         mode: PauseMode,
         /// With `wait`: abort what still runs after this many milliseconds.
         deadline_ms: Option<u64>,
     },
-    /// Resume all engines.
     Resume,
     /// Versions of the sidecar, the engines and the weights.
     Version,
@@ -99,14 +97,12 @@ pub enum ErrorKind {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{message}")]
 pub struct AdminError {
-    /// Which kind.
     pub kind: ErrorKind,
     /// Who, which stage, expected, actual.
     pub message: String,
 }
 
 impl AdminError {
-    /// An error of this kind.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into() }
     }
@@ -128,7 +124,6 @@ pub enum Response {
     Update(UpdateReport),
     /// To [`Command::UpdateHistory`].
     Updates(Vec<UpdateReport>),
-    /// It is done.
     Done,
     /// It is refused, or failed.
     Error(AdminError),

@@ -21,9 +21,7 @@ pub struct Status {
     pub engines: Vec<EngineStatus>,
     /// Wanted frontends.
     pub frontends: Vec<FrontendStatus>,
-    /// The DP coordinator.
     pub coordinator: CoordinatorSnapshot,
-    /// Weights.
     pub weights: WeightsStatus,
     /// Who controls the engines at the moment.
     pub controller: ControllerStatus,
@@ -66,20 +64,16 @@ pub struct NodeStatus {
 pub struct LeaderStatus {
     /// `--leader`.
     pub address: String,
-    /// The link is up.
     pub up: bool,
     /// Seconds since it is up, or down.
     pub since_s: u64,
-    /// What is going on.
     pub state: String,
 }
 
 /// The sidecar process itself.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct SidecarStatus {
-    /// Its pid.
     pub pid: u32,
-    /// Its version.
     pub version: String,
     /// Seconds since it started.
     pub uptime_s: u64,
@@ -116,7 +110,6 @@ pub struct DeploymentStatus {
 /// One DP rank.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct EngineStatus {
-    /// The rank.
     pub rank: EngineIndex,
     /// Pid of its `vllm serve` process, if the keeper started it.
     pub pid: Option<u32>,
@@ -144,7 +137,6 @@ pub struct EngineStatus {
     pub last_error: Option<String>,
 }
 
-/// One wanted frontend.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FrontendStatus {
     /// State of its attachment.
@@ -176,7 +168,6 @@ pub struct ControllerStatus {
 /// Versions of everything that has one.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VersionReport {
-    /// Of the sidecar.
     pub sidecar: String,
     /// Of the relay process of each node, by the node's first rank.
     #[serde(default)]
@@ -217,7 +208,6 @@ pub struct FrontendSnapshot {
 /// Plain data about the DP coordinator.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct CoordinatorSnapshot {
-    /// Current wave.
     pub wave: Wave,
     /// Whether the group is running, as reported by engines.
     pub running: bool,

@@ -71,7 +71,6 @@ pub(super) struct Local {
 /// The relay process, as the end of a run sees it.
 #[derive(Debug)]
 pub(super) struct Supervised {
-    /// Its pid.
     pub(super) pid: watch::Receiver<Option<u32>>,
     /// Tells when it died and cannot be replaced.
     pub(super) failed: mpsc::Receiver<HostError>,

@@ -81,7 +81,6 @@ pub(super) struct Remote {
 }
 
 impl Remote {
-    /// Its ranks.
     pub(super) fn ranks(&self) -> Vec<EngineIndex> {
         (self.introduction.start_rank..self.introduction.end_rank()).map(EngineIndex).collect()
     }

@@ -193,7 +193,7 @@ pub(super) async fn start(
         early,
     );
     let inputs = Inputs { nodes: events_of_nodes, commands };
-    let node = tokio::spawn(named(Task::NodeTask, node.run(inputs)));
+    let node = tokio::spawn(named(Task::Node, node.run(inputs)));
 
     for address in &config.frontends {
         let what = format!("attachment to {address}");

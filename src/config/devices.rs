@@ -28,12 +28,7 @@ pub enum DeviceError {
     },
     /// One device twice.
     #[error("device {device} is listed twice in {source_of_list}")]
-    Twice {
-        /// Which.
-        device: String,
-        /// Where.
-        source_of_list: String,
-    },
+    Twice { device: String, source_of_list: String },
 }
 
 /// Where the list of devices comes from.

@@ -26,7 +26,6 @@ pub enum ModelError {
          give --model-kind dense or --model-kind moe", cache.display()
     )]
     NotFound {
-        /// The model as given.
         model: String,
         /// Where it was looked for.
         cache: PathBuf,
@@ -35,21 +34,13 @@ pub enum ModelError {
     #[error(
         "model {model}: {}: {detail}; give --model-kind dense or --model-kind moe", file.display()
     )]
-    Unreadable {
-        /// The model as given.
-        model: String,
-        /// The file.
-        file: PathBuf,
-        /// What is wrong with it.
-        detail: String,
-    },
+    Unreadable { model: String, file: PathBuf, detail: String },
     /// Its type says mixture of experts, its figures do not.
     #[error(
         "model {model}: its model_type {model_type:?} suggests a mixture of experts, but its \
          config.json gives no number of experts; give --model-kind dense or --model-kind moe"
     )]
     Doubtful {
-        /// The model as given.
         model: String,
         /// Its `model_type`.
         model_type: String,

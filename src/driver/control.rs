@@ -46,7 +46,6 @@ pub struct ControlConfig {
 }
 
 impl ControlConfig {
-    /// Usual settings.
     pub fn new(kind: GroupKind) -> Self {
         let usual = Config::new([], false);
         Self {
@@ -206,7 +205,6 @@ impl ControlHandle {
         }
     }
 
-    /// Latest state.
     pub fn snapshot(&self) -> Snapshot {
         self.snapshot.borrow().clone()
     }

@@ -41,10 +41,7 @@ pub enum FrontendExit {
     /// Told to.
     Stopped,
     /// It died too often, or at its first start.
-    Failed {
-        /// The whole story.
-        reason: String,
-    },
+    Failed { reason: String },
 }
 
 /// Runs the supervised frontend until `stop`; then it is stopped, and awaited. `recorded` is the address of that of a

@@ -33,10 +33,7 @@ pub use staging::*;
 pub enum HandleError {
     /// The task has ended; the sidecar is stopping or failed.
     #[error("the {task} task has ended")]
-    Gone {
-        /// Which task.
-        task: &'static str,
-    },
+    Gone { task: &'static str },
     /// The task answered with a failure.
     #[error("{0}")]
     Failed(Arc<str>),
@@ -45,7 +42,6 @@ pub enum HandleError {
     Deadline {
         /// What was waited for, naming the peer.
         what: String,
-        /// How long.
         limit: Duration,
     },
 }

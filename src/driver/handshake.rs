@@ -45,20 +45,11 @@ pub enum HandshakeBindError {
         "port {port} of {host} is in use by another process: free it, or choose another with --data-parallel-rpc-port",
         port = address.port(), host = address.ip()
     )]
-    InUse {
-        /// Where.
-        address: SocketAddr,
-    },
-    /// Anything else.
+    InUse { address: SocketAddr },
     #[error(
         "cannot listen for engines on {address} (--data-parallel-address, --data-parallel-rpc-port): {source}"
     )]
-    Other {
-        /// Where.
-        address: SocketAddr,
-        /// Why.
-        source: TransportError,
-    },
+    Other { address: SocketAddr, source: TransportError },
 }
 
 /// Binds the shared address and starts the task. What engines do is reported to `events`, for

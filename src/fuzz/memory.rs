@@ -52,7 +52,6 @@ unsafe impl GlobalAlloc for Counting {
 pub(super) struct Taken {
     /// The largest allocation.
     pub(super) largest: usize,
-    /// All of them.
     pub(super) total: usize,
 }
 

@@ -25,7 +25,6 @@ pub struct GpuReport {
     pub source: String,
     /// Why there are none, if there are none.
     pub reason: Option<String>,
-    /// Driver version.
     pub driver_version: Option<String>,
     /// The devices, in NVML order (PCI order, without regard to `CUDA_VISIBLE_DEVICES`).
     pub devices: Vec<GpuDevice>,
@@ -75,7 +74,6 @@ pub trait Accelerators: Send {
 /// There are none, or they cannot be asked.
 #[derive(Clone, Debug)]
 pub struct NoneAccel {
-    /// Why.
     pub reason: String,
 }
 

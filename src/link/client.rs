@@ -55,7 +55,6 @@ pub struct ClientOptions {
 }
 
 impl ClientOptions {
-    /// The defaults.
     pub fn new(name: impl Into<String>, ranks: Vec<EngineIndex>, stop: CancellationToken) -> Self {
         Self { name: name.into(), ranks, about: None, keepalive: Keepalive::default(), stop }
     }

@@ -42,7 +42,6 @@ pub enum LinkError {
     Silent {
         /// Whose connection.
         peer: String,
-        /// How long.
         limit: Duration,
     },
     /// A frame is longer than allowed.
@@ -56,7 +55,6 @@ pub enum LinkError {
     Garbage {
         /// Whose connection.
         peer: String,
-        /// Its length.
         length: usize,
         /// Where decoding stopped.
         detail: String,
@@ -66,7 +64,6 @@ pub enum LinkError {
     Version {
         /// Whose connection.
         peer: String,
-        /// Its version.
         theirs: u32,
     },
     /// A message came that does not belong here.

@@ -116,7 +116,6 @@ pub struct ServerOptions {
 }
 
 impl ServerOptions {
-    /// The defaults.
     pub fn new(name: impl Into<String>, tracker: TaskTracker, stop: CancellationToken) -> Self {
         Self {
             name: name.into(),

@@ -465,7 +465,7 @@ async fn a_process_that_was_started_for_something_else_is_not_talked_to() {
     let lost = tokio::time::timeout(LIMIT, status.wait_for(|status| status.lost == 1));
     let status = lost.await.unwrap().unwrap();
     assert!(status.stranger && !status.connected, "{status:?}");
-    let detail = "the relay process: it was started for something unknown, wanted is ranks 0..2";
+    let detail = "the relay process: it was started for something unknown, expected ranks 0..2";
     assert_eq!(status.detail.as_deref(), Some(detail));
 }
 

@@ -30,7 +30,6 @@ pub enum ToNode {
     Ask {
         /// Unique in this session, in the order in which commands are to be handed on.
         id: u64,
-        /// What.
         ask: NodeAsk,
     },
     /// Are you there? Sent when nothing else was for a while.
@@ -52,7 +51,6 @@ pub enum FromNode {
         /// Its [`Answer`](crate::driver::handles::Ask::Answer), encoded, or the text of an error.
         result: Result<Bytes, String>,
     },
-    /// Something happened.
     Event(NodeEvent),
     /// Answer to [`ToNode::Ping`].
     Pong,

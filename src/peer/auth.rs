@@ -75,10 +75,7 @@ pub enum AuthError {
     Garbage,
     /// It speaks another version.
     #[error("it speaks version {theirs} of the peer link, this sidecar speaks {LINK_VERSION}")]
-    Version {
-        /// Its version.
-        theirs: u32,
-    },
+    Version { theirs: u32 },
     /// Two leaders, or two followers.
     #[error("it has the same role in the link as this sidecar")]
     Role,

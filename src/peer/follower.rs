@@ -32,9 +32,7 @@ const HELD: Duration = Duration::from_secs(10);
 /// State of the way to the leader, for status.
 #[derive(Clone, Debug)]
 pub struct LeaderView {
-    /// What is going on.
     pub state: String,
-    /// The link is up.
     pub up: bool,
     /// Since when it is up, or down.
     pub since: Instant,
@@ -77,20 +75,13 @@ pub enum FindError {
     },
     /// The leader does not let this node in.
     #[error("refused by the leader at {leader}: {reason}")]
-    Refused {
-        /// Who.
-        leader: String,
-        /// Why.
-        reason: String,
-    },
+    Refused { leader: String, reason: String },
     /// The deployment ends.
     #[error("the leader at {leader}: {reason}")]
     Over {
-        /// Who.
         leader: String,
         /// Exit code for all nodes.
         code: u8,
-        /// Why.
         reason: String,
     },
 }

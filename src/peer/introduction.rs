@@ -124,7 +124,6 @@ pub enum Word {
     Over {
         /// Exit code for all nodes.
         code: u8,
-        /// Why.
         reason: String,
     },
 }

@@ -59,10 +59,8 @@ pub enum BindError {
     InUse {
         /// As given.
         leader: String,
-        /// Where.
         address: SocketAddr,
     },
-    /// Anything else.
     #[error(
         "--leader {leader}: this sidecar has rank 0, so it listens there, but {address} cannot be bound: {error}; \
          an address of this node is expected (or give --peer-address)"
@@ -70,9 +68,7 @@ pub enum BindError {
     Other {
         /// As given.
         leader: String,
-        /// Where.
         address: SocketAddr,
-        /// Why.
         error: io::Error,
     },
 }
@@ -86,7 +82,6 @@ pub enum GatherError {
     /// Ranks are missing.
     #[error("no node with {missing} connected to the leader at {address} within {limit:?}")]
     Missing {
-        /// Which.
         missing: String,
         /// Where it listens.
         address: SocketAddr,

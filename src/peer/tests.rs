@@ -174,7 +174,7 @@ async fn a_node_that_goes_while_others_gather_is_missing_again() {
     search.abort();
     assert!(search.await.is_err());
     let error = leader.gather(Duration::from_millis(500)).await.unwrap_err();
-    assert!(error.to_string().contains("no node with ranks 2 to 5 came"), "{error}");
+    assert!(error.to_string().contains("no node with ranks 2 to 5 connected"), "{error}");
     let late = setup.find(node(2, 2, "dense")).await.unwrap_err();
     assert_eq!(late.exit_code(), exit_code::TIMEOUT, "{late}");
     setup.end().await;

@@ -45,12 +45,7 @@ pub struct RelayConfig {
 pub enum RelayError {
     /// The file system refused.
     #[error("relay process: {}: {source}", path.display())]
-    Io {
-        /// What was touched.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    Io { path: PathBuf, source: io::Error },
     /// The directory of the engines' sockets cannot be used.
     #[error("relay process: {0}")]
     Sockets(#[from] TransportError),

@@ -59,9 +59,7 @@ pub(super) struct Whole {
 /// An upload that a predecessor took, with what is there of it.
 #[derive(Debug)]
 pub(super) struct Kept {
-    /// Its name.
     pub(super) id: String,
-    /// Its segment.
     pub(super) spare: Spare,
     /// Chunks that are there are valid.
     pub(super) fill: Arc<Fill>,
@@ -73,7 +71,6 @@ pub(super) struct Kept {
 #[derive(Debug)]
 pub(super) struct Spare {
     slot: usize,
-    /// The segment.
     pub(super) segment: Segment,
     /// What it held.
     pub(super) old: Old,
@@ -164,7 +161,6 @@ impl Area {
         Ok(area)
     }
 
-    /// What it holds.
     pub(super) fn state(&self) -> StageState {
         let version = |role| self.whole(role).map(|whole| whole.version.clone());
         StageState {

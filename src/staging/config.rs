@@ -56,7 +56,7 @@ pub struct StageConfig {
     pub data_host: IpAddr,
     /// Port for it; 0: any.
     pub data_port: u16,
-    /// Bytes of a chunk, a multiple of 4096; [`CHUNK`]. The sender's counts.
+    /// Bytes of a chunk, a multiple of 4096; 4 MiB by default. The sender's counts.
     pub chunk: u32,
     /// Refuse to use more shared memory than this, in bytes.
     pub max_memory: Option<u64>,

@@ -17,21 +17,14 @@ pub(super) enum StageError {
     Manifest {
         /// Which node found it.
         node: String,
-        /// What is wrong.
         error: ManifestError,
     },
     /// The files cannot be laid out in a segment.
     #[error("{node}: checkpoint: {reason}")]
-    Layout {
-        /// Which node.
-        node: String,
-        /// Why.
-        reason: String,
-    },
+    Layout { node: String, reason: String },
     /// The file system of the segments is too small.
     #[error("{node}: {}: {needed} more bytes of shared memory are needed, {free} are free", dir.display())]
     NoSpace {
-        /// Which node.
         node: String,
         /// Where segments are kept.
         dir: PathBuf,
@@ -43,7 +36,6 @@ pub(super) enum StageError {
     /// More than the configured memory.
     #[error("{node}: {needed} bytes of shared memory are needed, at most {limit} are allowed")]
     Limit {
-        /// Which node.
         node: String,
         /// Bytes, of all segments.
         needed: u64,
@@ -53,11 +45,9 @@ pub(super) enum StageError {
     /// The system refused something.
     #[error("{node}: {what}: {error}")]
     Io {
-        /// Which node.
         node: String,
         /// What was done with which file or address.
         what: String,
-        /// What the system said.
         error: io::Error,
     },
     /// The connection to a neighbour failed, or was used wrongly.
@@ -67,7 +57,6 @@ pub(super) enum StageError {
         from: String,
         /// The receiving node.
         to: String,
-        /// What happened.
         reason: String,
     },
     /// Nothing came over a hop for too long.
@@ -79,7 +68,6 @@ pub(super) enum StageError {
         to: String,
         /// `came` or `was taken`.
         what: &'static str,
-        /// How long.
         limit: Duration,
     },
     /// A chunk arrived damaged twice.
@@ -99,7 +87,6 @@ pub(super) enum StageError {
     /// The bytes as a whole are not those that were announced.
     #[error("{node}: digest of the checkpoint is {actual}, expected {expected}")]
     Root {
-        /// Which node.
         node: String,
         /// As announced.
         expected: String,
@@ -108,16 +95,8 @@ pub(super) enum StageError {
     },
     /// It cannot be done now.
     #[error("{node}: {reason}")]
-    Refused {
-        /// Which node.
-        node: String,
-        /// Why.
-        reason: String,
-    },
+    Refused { node: String, reason: String },
     /// It was called off.
     #[error("{node}: staging was cancelled")]
-    Cancelled {
-        /// Which node.
-        node: String,
-    },
+    Cancelled { node: String },
 }

@@ -200,7 +200,6 @@ impl Fill {
         inner.digests.iter().zip(&inner.valid).map(|(digest, valid)| digest.filter(|_| *valid)).collect()
     }
 
-    /// The digest of a chunk.
     pub(super) fn digest(&self, chunk: u32) -> Option<Digest> {
         self.inner.lock().digests.get(chunk as usize).copied().flatten()
     }

@@ -47,7 +47,6 @@ pub(super) enum Origin {
     Whole(Whole),
 }
 
-/// A job.
 #[derive(Debug)]
 pub(super) struct Job {
     pub(super) node: String,
@@ -66,7 +65,6 @@ pub(super) struct Job {
     pub(super) runtime: Handle,
 }
 
-/// How a job ended.
 #[derive(Debug)]
 pub(super) struct Outcome {
     pub(super) id: UpdateId,
@@ -76,7 +74,6 @@ pub(super) struct Outcome {
     pub(super) chunks: Option<(Arc<Layout>, Vec<Option<Digest>>)>,
     /// The complete version.
     pub(super) result: Result<Whole, Arc<StageError>>,
-    /// At the end.
     pub(super) progress: StageProgress,
 }
 

@@ -118,7 +118,6 @@ impl Layout {
             .collect()
     }
 
-    /// First chunk of a file.
     pub(super) fn first_chunk(&self, file: usize) -> u32 {
         self.first[file]
     }

@@ -45,7 +45,6 @@ impl Segment {
         Ok(Self { path: path.to_owned(), file, raw: None, live: Weak::new() })
     }
 
-    /// Where it is.
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
@@ -159,7 +158,6 @@ pub(super) struct Mapping {
 }
 
 impl Mapping {
-    /// Its layout.
     pub(super) const fn layout(&self) -> &Arc<Layout> {
         &self.layout
     }
@@ -216,7 +214,6 @@ pub(super) struct Claim {
 }
 
 impl Claim {
-    /// Which chunk.
     pub(super) const fn chunk(&self) -> u32 {
         self.chunk
     }

@@ -28,7 +28,6 @@ pub(super) enum Role {
     Left,
 }
 
-/// One segment.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct SegmentRecord {
     pub(super) role: Role,

@@ -20,7 +20,6 @@ const REQUESTS: usize = 16;
 /// So many uploads that have ended are remembered.
 const REMEMBERED: usize = 8;
 
-/// One file of an upload.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UploadFile {
     /// Plain file name, ending in `.safetensors`.
@@ -32,7 +31,6 @@ pub struct UploadFile {
 /// What is there of one file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UploadedFile {
-    /// Its name.
     pub name: String,
     /// Its length in bytes.
     pub size: u64,
@@ -43,9 +41,7 @@ pub struct UploadedFile {
 /// What is there of an upload.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UploadStatus {
-    /// Its name.
     pub id: String,
-    /// Its files.
     pub files: Vec<UploadedFile>,
     /// Bytes there.
     pub received: u64,
@@ -66,44 +62,27 @@ pub enum UploadError {
     },
     /// No such file in it.
     #[error("upload {id:?} has no file {file:?}")]
-    UnknownFile {
-        /// The upload.
-        id: String,
-        /// The file.
-        file: String,
-    },
+    UnknownFile { id: String, file: String },
     /// The segment is in use.
     #[error("upload {id:?}: {reason}")]
     Busy {
-        /// The upload.
         id: String,
         /// By what.
         reason: String,
     },
     /// The request makes no sense.
     #[error("upload {id:?}: {reason}")]
-    Invalid {
-        /// The upload.
-        id: String,
-        /// Why.
-        reason: String,
-    },
+    Invalid { id: String, reason: String },
     /// There is no room for it.
     #[error("upload {id:?}: {reason}")]
     NoSpace {
-        /// The upload.
         id: String,
         /// Needed and free bytes.
         reason: String,
     },
     /// The staging area has ended, or the upload was given up.
     #[error("upload {id:?} was given up: {reason}")]
-    Gone {
-        /// The upload.
-        id: String,
-        /// Why.
-        reason: String,
-    },
+    Gone { id: String, reason: String },
 }
 
 /// What uploads ask of the staging task.
@@ -180,7 +159,6 @@ impl Uploads {
         let _ = self.opened.clone().wait_for(|opened| *opened).await;
     }
 
-    /// What is there.
     pub fn status(&self, id: &str) -> Result<UploadStatus, UploadError> {
         let sessions = self.sessions.lock();
         if let Some(session) = sessions.open.get(id) {

@@ -71,31 +71,17 @@ pub enum KeeperError {
     Start {
         /// State directory of the sidecar.
         state_dir: PathBuf,
-        /// What went wrong.
         detail: String,
     },
     /// It refused or failed to do what it was asked for.
     #[error("keeper: {what}: {detail}")]
-    Refused {
-        /// What it was asked for.
-        what: String,
-        /// Its answer.
-        detail: String,
-    },
+    Refused { what: String, detail: String },
     /// It did not answer in time.
     #[error("keeper: {what}: no answer within {limit:?}")]
-    Deadline {
-        /// What it was asked for.
-        what: String,
-        /// How long.
-        limit: Duration,
-    },
+    Deadline { what: String, limit: Duration },
     /// It died, or the client was shut down.
     #[error("keeper: {what}: the keeper is gone")]
-    Gone {
-        /// What it was asked for.
-        what: String,
-    },
+    Gone { what: String },
 }
 
 #[derive(Debug)]

@@ -31,7 +31,6 @@ pub struct CleanEnvironment {
     pub removed: Vec<String>,
 }
 
-/// Cleans an environment.
 pub fn clean(variables: impl IntoIterator<Item = (String, String)>) -> CleanEnvironment {
     let mut clean = CleanEnvironment::default();
     for (name, value) in variables {

@@ -145,26 +145,16 @@ pub enum Managed {
 pub enum FlagError {
     /// Cannot be used.
     #[error("vLLM flag {flag}: cannot be used with hosted engines: {why}")]
-    Refused {
-        /// The flag.
-        flag: String,
-        /// Why.
-        why: String,
-    },
+    Refused { flag: String, why: String },
     /// Has no value.
     #[error("vLLM flag {flag}: a value is expected after it")]
-    NoValue {
-        /// The flag.
-        flag: String,
-    },
+    NoValue { flag: String },
     /// Its value cannot be read.
     #[error("vLLM flag {flag}: {expected} expected, found {found:?}")]
     BadValue {
-        /// The flag.
         flag: String,
         /// What should be there.
         expected: &'static str,
-        /// What is there.
         found: String,
     },
 }

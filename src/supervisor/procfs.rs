@@ -16,13 +16,10 @@ pub const CHILD_MARKER: &str = "DP_SIDECAR_CHILD";
 /// A process, from `/proc/<pid>/stat`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Process {
-    /// Its pid.
     pub pid: i32,
-    /// Its parent.
     pub parent: i32,
     /// Its process group.
     pub group: i32,
-    /// Its session.
     pub session: i32,
     /// `R`, `S`, `Z` ...
     pub state: u8,

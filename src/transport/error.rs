@@ -14,7 +14,6 @@ pub enum TransportError {
     Address {
         /// As given.
         address: String,
-        /// What is wrong with it.
         reason: String,
     },
     /// A unix socket path does not fit into `sun_path`.
@@ -23,7 +22,6 @@ pub enum TransportError {
         path.display()
     )]
     PathTooLong {
-        /// The path.
         path: PathBuf,
         /// Its length in bytes.
         length: usize,
@@ -32,38 +30,23 @@ pub enum TransportError {
     },
     /// A file or directory could not be prepared.
     #[error("cannot prepare {}: {source}", path.display())]
-    Path {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    Path { path: PathBuf, source: io::Error },
     /// Another process listens there.
     #[error("{address} is in use by a live process")]
-    InUse {
-        /// Where.
-        address: String,
-    },
+    InUse { address: String },
     /// Binding failed.
     #[error("cannot listen on {address}: {reason}")]
-    Bind {
-        /// Where.
-        address: String,
-        /// Why.
-        reason: String,
-    },
+    Bind { address: String, reason: String },
     /// Connecting failed.
     #[error("cannot connect to {address}: {reason}")]
     Connect {
         /// Where to.
         address: String,
-        /// Why.
         reason: String,
     },
     /// The peer did not get through a stage in time.
     #[error("{stage} with {address} took longer than {limit:?}")]
     Timeout {
-        /// Which peer.
         address: String,
         /// `connect`, `handshake` or `send`.
         stage: &'static str,
@@ -73,17 +56,11 @@ pub enum TransportError {
     /// The peer breaks the ZMTP rules, or a limit.
     #[error("{address} breaks the protocol: {reason}")]
     Protocol {
-        /// Which peer.
         address: String,
         /// What it did.
         reason: String,
     },
     /// The connection is closed.
     #[error("{address} is disconnected: {reason}")]
-    Disconnected {
-        /// Which peer.
-        address: String,
-        /// What was seen.
-        reason: String,
-    },
+    Disconnected { address: String, reason: String },
 }

@@ -72,13 +72,11 @@ impl Default for GuardLimits {
 /// What comes out of a [`GuardedRouter`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum GuardEvent {
-    /// A message.
     Message {
         /// Number of the connection.
         peer: u64,
         /// Identity from the peer's READY command; empty if it gave none.
         identity: Bytes,
-        /// The frames.
         frames: Frames,
     },
     /// A connection that got through its greeting is closed.

@@ -20,7 +20,6 @@ const ERROR_PAUSE: Duration = Duration::from_millis(5);
 /// What a ROUTER reports.
 #[derive(Debug, PartialEq, Eq)]
 pub enum RouterEvent {
-    /// A message.
     Message {
         /// Routing id of the sender.
         identity: Bytes,
@@ -37,7 +36,6 @@ pub enum RouterEvent {
 /// What a PULL reports.
 #[derive(Debug, PartialEq, Eq)]
 pub enum PullEvent {
-    /// A message.
     Message(Frames),
     /// A connection is over. All its messages have been reported before.
     Disconnected,
@@ -89,7 +87,6 @@ impl RouterListener {
         &self.address
     }
 
-    /// A sender.
     pub fn sender(&self) -> RouterSender {
         RouterSender { address: self.address.clone(), sender: self.sender.clone() }
     }

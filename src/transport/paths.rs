@@ -48,7 +48,7 @@ impl PrivateDir {
     /// The `ipc://` address of a socket file in this directory.
     ///
     /// # Errors
-    /// The path would be longer than [`SUN_PATH_LIMIT`].
+    /// The path would be longer than the 107 bytes that fit a unix socket's address.
     pub fn ipc_address(&self, file_name: &str) -> Result<String, TransportError> {
         let path = self.path.join(file_name);
         check_socket_path(&path)?;
@@ -62,7 +62,7 @@ impl PrivateDir {
 /// Checks that the kernel will take this path for a unix socket.
 ///
 /// # Errors
-/// It is longer than [`SUN_PATH_LIMIT`] bytes.
+/// It is longer than 107 bytes.
 pub fn check_socket_path(path: &Path) -> Result<(), TransportError> {
     let length = path.as_os_str().len();
     if length > SUN_PATH_LIMIT {

@@ -120,13 +120,11 @@ impl XpubListener {
         Ok(Self { shared, upstream, _stop: stop.drop_guard() })
     }
 
-    /// The address.
     #[cfg(any(test, feature = "test-support"))]
     pub fn address(&self) -> &str {
         &self.shared.address
     }
 
-    /// A publisher.
     pub fn publisher(&self) -> XpubPublisher {
         XpubPublisher { shared: self.shared.clone() }
     }

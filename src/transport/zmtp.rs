@@ -5,7 +5,6 @@ use std::io;
 use bytes::{Buf, Bytes, BytesMut};
 use dp_sidecar_protocol::Frames;
 
-/// Length of a greeting.
 pub const GREETING_LENGTH: usize = 64;
 /// Longest command (READY and the like) a peer may send.
 const COMMAND_LIMIT: usize = 64 * 1024;
@@ -122,7 +121,6 @@ fn take<'a>(rest: &mut &'a [u8], width: usize) -> Option<&'a [u8]> {
 /// One thing read from a peer.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Item {
-    /// A message.
     Message(Frames),
     /// A command, without its header.
     Command(Bytes),

@@ -46,7 +46,7 @@ const fn place(task: Task) -> Place {
         | Task::Lifeline
         | Task::LinkClient
         | Task::NodeLink
-        | Task::NodeTask
+        | Task::Node
         | Task::Outside
         | Task::PauseWatch
         | Task::PeerConnection

@@ -186,7 +186,6 @@ impl Coordinator {
         }
     }
 
-    /// Something happened.
     pub fn handle_event(&mut self, now: Time, event: Event) {
         match event {
             Event::Rules(rules) => self.config.rules = rules,
@@ -228,7 +227,6 @@ impl Coordinator {
         }
     }
 
-    /// The next thing to do.
     #[must_use]
     pub fn poll_action(&mut self) -> Option<Action> {
         self.actions.pop_front()
@@ -240,7 +238,6 @@ impl Coordinator {
         [self.wake_deadline(), self.cadence.deadline()].into_iter().flatten().min()
     }
 
-    /// Where it stands.
     pub fn snapshot(&self) -> Snapshot {
         let subscribed = self.ranks.iter().filter(|rank| rank.stage != Stage::Down);
         Snapshot {
@@ -252,7 +249,6 @@ impl Coordinator {
         }
     }
 
-    /// Current wave.
     pub fn wave(&self) -> Wave {
         self.wave
     }

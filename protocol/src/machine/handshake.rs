@@ -52,14 +52,11 @@ pub enum Via {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct PeerId(pub u64);
 
-/// What happened.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// An engine of this rank is going to say HELLO. Replaces an earlier expectation of the rank.
     Expect {
-        /// Which rank.
         rank: EngineIndex,
-        /// Which incarnation.
         incarnation: Incarnation,
         /// It gets a port of its own; what comes by the shared one is not it.
         own: bool,
@@ -68,7 +65,6 @@ pub enum Event {
     },
     /// The rank's engine is gone or given up.
     Forget {
-        /// Which rank.
         rank: EngineIndex,
         /// Which incarnation; an older one than the expected changes nothing.
         incarnation: Incarnation,
@@ -85,34 +81,22 @@ pub enum Event {
         frames: Frames,
     },
     /// A connection has closed.
-    Closed {
-        /// Which.
-        peer: PeerId,
-    },
+    Closed { peer: PeerId },
 }
 
-/// What is to be done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Send INIT to the engine.
     SendInit {
-        /// To whom.
         peer: PeerId,
         /// The payload.
         init: Bytes,
     },
     /// HELLO was accepted.
-    Connected {
-        /// Which rank.
-        rank: EngineIndex,
-        /// Which incarnation.
-        incarnation: Incarnation,
-    },
+    Connected { rank: EngineIndex, incarnation: Incarnation },
     /// READY was accepted.
     Ready {
-        /// Which rank.
         rank: EngineIndex,
-        /// Which incarnation.
         incarnation: Incarnation,
         /// Hash of the parallel flags, if the engine sent one.
         parallel_config_hash: Option<String>,
@@ -193,7 +177,6 @@ impl Handshake {
         }
     }
 
-    /// Takes in what happened.
     pub fn handle_event(&mut self, now: Time, event: Event) {
         match event {
             Event::Expect { rank, incarnation, own, init } => self.expect(now, rank, incarnation, own, init),
@@ -233,7 +216,6 @@ impl Handshake {
         self.arm(now);
     }
 
-    /// Next thing to do.
     #[must_use]
     pub fn poll_action(&mut self) -> Option<Action> {
         self.actions.pop_front()

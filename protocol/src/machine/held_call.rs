@@ -14,7 +14,6 @@ pub struct HeldCall {
     pub ticket: u64,
     /// Who calls.
     pub frontend: FrontendId,
-    /// Which of its API servers.
     pub api_server: u32,
     /// vLLM's method name.
     pub method: String,

@@ -60,10 +60,8 @@ pub enum Event {
     Reset,
 }
 
-/// What is to be done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Start it.
     Start,
     /// Do not start it any more.
     GiveUp(GiveUp),
@@ -74,7 +72,6 @@ pub enum Action {
 pub struct GiveUp {
     /// How many failures there were within the window.
     pub failures: u32,
-    /// The window.
     pub window: Duration,
     /// The last failure.
     pub last: String,
@@ -86,7 +83,6 @@ impl fmt::Display for GiveUp {
     }
 }
 
-/// Where it stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum State {
     /// Never started, or stopped on purpose.
@@ -123,7 +119,6 @@ impl Restart {
         Self { policy, state: State::Stopped, failures: VecDeque::new(), actions: VecDeque::new() }
     }
 
-    /// Something happened.
     pub fn handle_event(&mut self, now: Time, event: Event) {
         match event {
             Event::Started => self.state = State::Starting,
@@ -152,7 +147,6 @@ impl Restart {
         }
     }
 
-    /// The next thing to do.
     #[must_use]
     pub fn poll_action(&mut self) -> Option<Action> {
         self.actions.pop_front()
@@ -168,7 +162,6 @@ impl Restart {
         }
     }
 
-    /// Where it stands.
     pub fn snapshot(&self) -> State {
         self.state.clone()
     }

@@ -36,7 +36,6 @@ const ADOPT_LIMIT: Duration = Duration::from_secs(30);
 /// For a rank to close the routes of a frontend.
 const CLOSE_LIMIT: Duration = Duration::from_secs(5);
 
-/// One wanted frontend.
 pub(super) struct Task {
     shared: Arc<Shared>,
     /// Number of this task among all there have been.

@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 /// The process behind a listening port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct ListeningProcess {
-    /// Its pid.
     pub pid: u32,
     /// Its working directory.
     pub cwd: PathBuf,

@@ -47,13 +47,11 @@ pub enum AttachmentCommand {
     Remove {
         /// `host:port`.
         address: String,
-        /// Done.
         reply: Reply<()>,
     },
     /// The routes that a rank had when its node was connected. What an earlier sidecar opened, and nobody adopts, is
     /// closed.
     Routes {
-        /// Which rank.
         rank: EngineIndex,
         /// Attachment and API server.
         routes: Vec<(FrontendId, u32)>,
@@ -61,16 +59,12 @@ pub enum AttachmentCommand {
     /// A route of one of its frontends ended without being closed.
     RouteLost(RouteLost),
     /// Detach from all and end.
-    Shutdown {
-        /// Done.
-        reply: Reply<()>,
-    },
+    Shutdown { reply: Reply<()> },
 }
 
 /// Handle of the attachments manager.
 #[derive(Clone, Debug)]
 pub struct AttachmentHandle {
-    /// Commands.
     pub commands: mpsc::Sender<AttachmentCommand>,
     /// All wanted frontends.
     pub snapshot: watch::Receiver<Vec<FrontendSnapshot>>,

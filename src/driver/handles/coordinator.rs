@@ -28,7 +28,6 @@ pub struct ForFrontendCoordinator {
 pub enum CoordinatorCommand {
     /// Bind fresh sockets for a rank's new incarnation.
     Prepare {
-        /// Which rank.
         rank: EngineIndex,
         /// Its new incarnation.
         incarnation: Incarnation,
@@ -50,57 +49,36 @@ pub enum CoordinatorCommand {
         engines: Vec<Adopted>,
     },
     /// Frontends may send to this rank from now on: report its real load.
-    Admitted {
-        /// Which rank.
-        rank: EngineIndex,
-    },
+    Admitted { rank: EngineIndex },
     /// The rank is down or not admitted: report a load that steers new requests elsewhere; a lockstep
     /// group's wave is over.
-    EngineDown {
-        /// Which rank.
-        rank: EngineIndex,
-        /// Which incarnation.
-        incarnation: Incarnation,
-    },
+    EngineDown { rank: EngineIndex, incarnation: Incarnation },
     /// A frontend's DP coordinator wants to hear of the engines.
     AddFrontend {
-        /// Which attachment.
         frontend: FrontendId,
         /// Where its messages go. A full queue drops stats, never waves.
         sink: mpsc::Sender<ForFrontendCoordinator>,
     },
     /// A frontend is gone.
-    RemoveFrontend {
-        /// Which attachment.
-        frontend: FrontendId,
-    },
+    RemoveFrontend { frontend: FrontendId },
     /// A frontend's DP coordinator broadcast START_DP_WAVE. Sent once per broadcast, whichever of the
     /// ranks' subscriptions it is taken from (more often is harmless).
     StartWave {
-        /// Which attachment.
         frontend: FrontendId,
         /// The wave it names.
         wave: Wave,
     },
     /// As [`NodeEvent::Wake`](super::NodeEvent::Wake), in order with other commands. For tests.
     #[cfg(any(test, feature = "test-support"))]
-    Wake {
-        /// The engine.
-        rank: EngineIndex,
-    },
+    Wake { rank: EngineIndex },
     /// End.
-    Shutdown {
-        /// Done.
-        reply: Reply<()>,
-    },
+    Shutdown { reply: Reply<()> },
 }
 
 /// Handle of the coordinator task.
 #[derive(Clone, Debug)]
 pub struct CoordinatorHandle {
-    /// Commands.
     pub commands: mpsc::Sender<CoordinatorCommand>,
-    /// Latest state.
     pub snapshot: watch::Receiver<CoordinatorSnapshot>,
 }
 
@@ -126,7 +104,6 @@ asks! {
 /// `(coordinator_input, coordinator_output)` for INIT.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct EdgePrepare {
-    /// Which rank.
     pub rank: EngineIndex,
     /// Its new incarnation. The same one again gives the same sockets.
     pub incarnation: Incarnation,
@@ -135,7 +112,6 @@ pub struct EdgePrepare {
 /// Publish a message to the engines of these ranks.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct EdgePublish {
-    /// To whom.
     pub ranks: Vec<EngineIndex>,
     /// READY, or START_DP_WAVE.
     pub frames: Vec<Bytes>,
@@ -144,7 +120,6 @@ pub struct EdgePublish {
 /// The wave as the coordinator machine has it. Kept for a successor, which starts from it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct EdgeNote {
-    /// Current wave.
     pub wave: Wave,
     /// Is it running?
     pub running: bool,
@@ -153,9 +128,7 @@ pub struct EdgeNote {
 /// Drop the sockets of an incarnation.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct EdgeClose {
-    /// Which rank.
     pub rank: EngineIndex,
-    /// Which incarnation.
     pub incarnation: Incarnation,
 }
 
@@ -168,17 +141,10 @@ pub struct EdgeVersion {}
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub enum EdgeEvent {
     /// The engine receives from now on what is published.
-    Subscribed {
-        /// Which rank.
-        rank: EngineIndex,
-        /// Which incarnation.
-        incarnation: Incarnation,
-    },
+    Subscribed { rank: EngineIndex, incarnation: Incarnation },
     /// The engine reports load or a wave edge.
     Report {
-        /// Which rank.
         rank: EngineIndex,
-        /// Which incarnation.
         incarnation: Incarnation,
         /// An encoded single-frame `EngineCoreOutputs`.
         frame: Bytes,

@@ -30,9 +30,7 @@ asks! {
 /// Expect an engine; replaces an earlier expectation of the rank. Answered with the `host:port` to pass to the engine.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Expect {
-    /// Which rank.
     pub rank: EngineIndex,
-    /// Which incarnation.
     pub incarnation: Incarnation,
     /// Where it will say HELLO.
     pub listen: Listen,
@@ -43,9 +41,7 @@ pub struct Expect {
 /// The rank's engine is gone or given up: a READY of that incarnation is refused from now on.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Forget {
-    /// Which rank.
     pub rank: EngineIndex,
-    /// Which incarnation.
     pub incarnation: Incarnation,
 }
 
@@ -53,17 +49,10 @@ pub struct Forget {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum HandshakeEvent {
     /// HELLO came and INIT went out.
-    Connected {
-        /// Which rank.
-        rank: EngineIndex,
-        /// Which incarnation.
-        incarnation: Incarnation,
-    },
+    Connected { rank: EngineIndex, incarnation: Incarnation },
     /// READY came, and it fits.
     Ready {
-        /// Which rank.
         rank: EngineIndex,
-        /// Which incarnation.
         incarnation: Incarnation,
         /// vLLM's hash of the parallel flags (lockstep engines since 0.12.0).
         parallel_config_hash: Option<String>,
@@ -94,9 +83,7 @@ asks! {
 /// Start the engine of a rank; the node builds the command line from its own configuration. Answered with its pid.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Spawn {
-    /// Which rank.
     pub rank: EngineIndex,
-    /// Which incarnation.
     pub incarnation: Incarnation,
     /// Where the engine says HELLO.
     pub handshake: SocketAddr,
@@ -105,7 +92,6 @@ pub struct Spawn {
 /// Stop it: SIGTERM, after the kill grace SIGKILL. Its exit comes as an event; the process may live on for the grace.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct StopEngine {
-    /// Which rank.
     pub rank: EngineIndex,
 }
 
@@ -117,9 +103,7 @@ pub type ProcessHandle = Handle<ProcessAsk>;
 pub enum ProcessEvent {
     /// An engine's process has ended, with all its children.
     Exited {
-        /// Which rank.
         rank: EngineIndex,
-        /// Which incarnation.
         incarnation: Incarnation,
         /// Was it asked to stop?
         requested: bool,

@@ -113,10 +113,7 @@ pub enum NodeEvent {
     Connected(Box<NodeState>),
     /// The link to it is lost. Its engines go on; commands wait in the link, under their deadlines. Never sent over a
     /// link.
-    Disconnected {
-        /// What was seen.
-        reason: String,
-    },
+    Disconnected { reason: String },
 }
 
 impl NodeEvent {
@@ -140,7 +137,6 @@ pub fn is_wave_edge(frame: &[u8]) -> bool {
 /// What a node knows.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct NodeState {
-    /// Its ranks.
     pub ranks: BTreeMap<EngineIndex, RankReport>,
     /// What the serving process was started for; another purpose makes it useless. Relay link only.
     pub about: Option<String>,
@@ -280,7 +276,6 @@ impl NodeState {
         }
     }
 
-    /// Something happened.
     pub fn apply_event(&mut self, event: &NodeEvent) {
         match event {
             NodeEvent::Rank(RankEvent::Registered { rank, incarnation, frame }) => {

@@ -75,7 +75,6 @@ impl EngineFacts {
 /// The engine's handshake is complete: control calls may be sent.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct EngineReady {
-    /// Which incarnation.
     pub incarnation: Incarnation,
     /// Field positions of its vLLM version, and what frontends are told about it: a link's serving side
     /// keeps it for a restarted sidecar.
@@ -85,14 +84,12 @@ pub struct EngineReady {
 /// Let the frontends' traffic through (what was held is sent).
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Admit {
-    /// Which incarnation.
     pub incarnation: Incarnation,
 }
 
 /// The engine is gone: answer what is in flight, hold what comes.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct EngineDown {
-    /// Which incarnation.
     pub incarnation: Incarnation,
     /// Why, for logs and failure messages.
     pub reason: String,
@@ -139,9 +136,7 @@ pub struct OpenRoute {
 /// Tells the slot of a route that a restarted sidecar has found open. Fails if there is no such route (any more).
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct AdoptRoute {
-    /// Whose.
     pub frontend: FrontendId,
-    /// Which of its API servers.
     pub api_server: u32,
 }
 
@@ -149,7 +144,6 @@ pub struct AdoptRoute {
 /// engine has confirmed that.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CloseRoutes {
-    /// Whose.
     pub frontend: FrontendId,
 }
 
@@ -159,18 +153,15 @@ pub struct CloseRoutes {
 pub struct Release {
     /// Of the held call.
     pub ticket: u64,
-    /// What to do.
     pub verdict: Verdict,
 }
 
 /// A route ended without being closed: its peer has gone, or does not read.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RouteLost {
-    /// Whose.
     pub frontend: FrontendId,
     /// On which rank.
     pub rank: EngineIndex,
-    /// Which API server.
     pub api_server: u32,
     /// Why, for the log.
     pub reason: String,
@@ -181,30 +172,19 @@ pub struct RouteLost {
 pub enum RankEvent {
     /// The first registration frame of an incarnation came in on the control slot.
     Registered {
-        /// Which rank.
         rank: EngineIndex,
-        /// Which incarnation.
         incarnation: Incarnation,
         /// The frame as it came: empty up to vLLM 0.19.1, else a msgpack map.
         frame: Bytes,
     },
     /// The engine is dead: it said ENGINE_CORE_DEAD, or its connection closed.
-    Lost {
-        /// Which rank.
-        rank: EngineIndex,
-        /// Which incarnation.
-        incarnation: Incarnation,
-        /// What was seen.
-        reason: String,
-    },
+    Lost { rank: EngineIndex, incarnation: Incarnation, reason: String },
 }
 
 /// Plain data about a rank for status and metrics.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct RankSnapshot {
-    /// The rank.
     pub rank: EngineIndex,
-    /// Current incarnation.
     pub incarnation: Incarnation,
     /// Frontends' traffic is let through.
     pub admitted: bool,
@@ -236,11 +216,8 @@ pub struct Slots {
 /// Handle of a rank task.
 #[derive(Clone, Debug)]
 pub struct RankHandle {
-    /// The rank.
     pub rank: EngineIndex,
-    /// Commands.
     pub commands: Handle<RankAsk>,
-    /// Latest state.
     pub snapshot: watch::Receiver<RankSnapshot>,
 }
 

@@ -33,7 +33,6 @@ pub struct StageSpec {
     pub id: UpdateId,
     /// Label of the weights.
     pub version: WeightVersion,
-    /// Where from.
     pub source: StageSource,
     /// Data address of the next node in the chain, which has begun before.
     pub downstream: Option<std::net::SocketAddr>,
@@ -46,7 +45,6 @@ pub struct StageSpec {
 /// What can be asked of a node's staging area.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum StageRequest {
-    /// What is there.
     State,
     /// Can this node read that directory, and is it the same one? Answered with [`StageState::probed`].
     Probe {
@@ -147,7 +145,6 @@ pub enum StageEvent {
     Progress {
         /// Of the [`StageSpec`].
         id: UpdateId,
-        /// How far.
         progress: StageProgress,
     },
     /// All chunks are there and verified, the manifest fits.
@@ -156,7 +153,6 @@ pub enum StageEvent {
         id: UpdateId,
         /// What to load.
         checkpoint: Checkpoint,
-        /// At the end.
         progress: StageProgress,
     },
     /// It failed; no engine was touched.

@@ -39,11 +39,9 @@ const IN_STEP: Duration = Duration::from_secs(120);
 pub enum NodeCommand {
     /// This engine must not serve; it is stopped and started again at the committed weights.
     Fence {
-        /// Which rank.
         rank: EngineIndex,
         /// Which incarnation; a later one is not meant.
         incarnation: Incarnation,
-        /// Why.
         reason: String,
     },
     /// Stop all engines and end.
@@ -68,7 +66,6 @@ pub enum NodeExit {
     Stopped,
     /// It cannot go on.
     Failed {
-        /// The whole story.
         reason: String,
         /// A time limit ran out.
         timeout: bool,
@@ -80,7 +77,6 @@ pub enum NodeExit {
 pub struct Peers {
     /// Rank tasks of the whole deployment.
     pub ranks: BTreeMap<EngineIndex, RankHandle>,
-    /// The DP coordinator.
     pub coordinator: CoordinatorHandle,
     /// Weight updates.
     pub updates: UpdateHandle,

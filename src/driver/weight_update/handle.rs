@@ -109,7 +109,6 @@ impl UpdateHandle {
         done.await.map_err(|_| UpdateError::Gone)
     }
 
-    /// Latest state.
     pub fn status(&self) -> UpdateSnapshot {
         self.status.borrow().clone()
     }

@@ -28,7 +28,6 @@ const HISTORY_LIMIT: u64 = 4 << 20;
 /// So many records are kept then.
 const HISTORY_KEPT: usize = 100;
 
-/// Where it is.
 #[derive(Clone, Debug)]
 pub(super) struct Journal {
     dir: PathBuf,

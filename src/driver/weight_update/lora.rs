@@ -52,9 +52,7 @@ impl LoraOp {
 /// What all workers of a rank are asked to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct LoraRequest {
-    /// The update.
     pub id: UpdateId,
-    /// What.
     pub op: LoraOp,
     /// Name that requests of frontends use as `model`. Not looked at by `List`.
     pub name: String,
@@ -89,7 +87,6 @@ pub(super) enum LoraState {
 /// An adapter in a worker.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct LoraAdapter {
-    /// Its name.
     pub name: String,
     /// The update that brought it.
     pub update_id: String,
@@ -106,7 +103,6 @@ pub(super) struct LoraReport {
     pub rank: u32,
     /// Done as asked.
     pub ok: bool,
-    /// What it holds.
     pub state: LoraState,
     /// Numbers under which the engine holds the adapter now: its own, and those of frontends.
     pub ids: Vec<u64>,
@@ -120,7 +116,6 @@ pub(super) struct LoraReport {
     pub digest: Option<String>,
     /// Milliseconds it took.
     pub ms: f64,
-    /// What went wrong.
     pub error: Option<String>,
     /// `error_kind` of the shim.
     pub error_kind: Option<String>,

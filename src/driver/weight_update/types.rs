@@ -32,7 +32,6 @@ pub struct UpdateConfig {
 }
 
 impl UpdateConfig {
-    /// Usual settings.
     pub fn new(kind: GroupKind, state_dir: impl Into<PathBuf>) -> Self {
         Self {
             state_dir: state_dir.into(),
@@ -110,7 +109,6 @@ impl UpdateRecord {
         Self { message, version, started_unix_ms, record }
     }
 
-    /// How it ended.
     pub const fn outcome(&self) -> &Outcome {
         &self.record.outcome
     }
@@ -200,9 +198,7 @@ pub struct UpdateSnapshot {
     pub staging: BTreeMap<NodeId, StageProgress>,
     /// What each engine that can be updated holds. Not there: it is being started, or just loads.
     pub held: BTreeMap<EngineIndex, WeightVersion>,
-    /// The running update.
     pub running: Option<UpdateId>,
-    /// Where it is.
     pub phase: Phase,
     /// Where its ranks are.
     pub ranks: BTreeMap<EngineIndex, RankProgress>,
@@ -213,11 +209,9 @@ pub struct UpdateSnapshot {
 /// The update task wants this engine kept from serving, and started again.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FenceRequest {
-    /// Which rank.
     pub rank: EngineIndex,
     /// Which life of it.
     pub incarnation: Incarnation,
-    /// Why.
     pub reason: String,
 }
 

@@ -47,10 +47,7 @@ pub enum ExitStatus {
         code: i32,
     },
     /// A signal ended it.
-    Signal {
-        /// Which.
-        signal: i32,
-    },
+    Signal { signal: i32 },
     /// Not known: the keeper that had to reap it is dead.
     Unknown,
 }
@@ -73,7 +70,6 @@ impl fmt::Display for ExitStatus {
 pub struct ExitReport {
     /// Which child.
     pub name: String,
-    /// Which life.
     pub incarnation: u64,
     /// Pid of its main process.
     pub pid: u32,
@@ -92,9 +88,7 @@ pub struct ExitReport {
 /// A child as the keeper sees it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChildInfo {
-    /// Its name.
     pub name: String,
-    /// Which life.
     pub incarnation: u64,
     /// Pid of its main process.
     pub pid: u32,
@@ -126,7 +120,6 @@ pub enum Request {
     /// Stop a child: SIGTERM to its main process, after `grace` SIGKILL to all of it. Answered at
     /// once; the end comes as [`KeeperEvent::Exited`].
     Stop {
-        /// Which.
         name: String,
         /// How long it may take, in milliseconds.
         grace_ms: u64,
@@ -146,7 +139,6 @@ pub enum Request {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "answer", rename_all = "snake_case")]
 pub enum Answer {
-    /// Done.
     Done,
     /// To [`Request::Spawn`].
     Spawned {
@@ -178,7 +170,6 @@ pub enum Answer {
     },
     /// Refused or failed.
     Failed {
-        /// Why.
         error: String,
     },
 }
@@ -189,9 +180,7 @@ pub enum Answer {
 pub enum KeeperEvent {
     /// A child was started.
     Spawned {
-        /// Which.
         name: String,
-        /// Which life.
         incarnation: u64,
         /// Pid of its main process.
         pid: u32,
@@ -205,10 +194,7 @@ pub enum KeeperEvent {
         pid: u32,
     },
     /// The keeper died and no new one could be started: nothing can be spawned any more.
-    Failed {
-        /// Why.
-        error: String,
-    },
+    Failed { error: String },
 }
 
 /// Client to keeper.
@@ -216,7 +202,6 @@ pub enum KeeperEvent {
 pub struct ToKeeper {
     /// Correlates the answer.
     pub seq: u64,
-    /// The request.
     pub request: Request,
 }
 
@@ -228,12 +213,9 @@ pub enum FromKeeper {
     Answer {
         /// Which request.
         seq: u64,
-        /// The answer.
         answer: Answer,
     },
-    /// Something happened.
     Event {
-        /// What.
         event: KeeperEvent,
     },
 }

@@ -128,7 +128,6 @@ impl Attachment {
         }
     }
 
-    /// Takes in what happened.
     pub fn handle_event(&mut self, now: Time, event: Event) {
         match event {
             Event::Adopt { engines, addresses, complete } => self.adopt(now, engines, addresses, complete),
@@ -239,7 +238,6 @@ impl Attachment {
         }
     }
 
-    /// Next thing to do.
     #[must_use]
     pub fn poll_action(&mut self) -> Option<Action> {
         self.actions.pop_front()

@@ -61,7 +61,6 @@ pub struct Engines {
 /// Numbers the attempts to attach. What belongs to an earlier attempt is ignored.
 pub type Attempt = u64;
 
-/// What happened.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// A predecessor of this machine attached the frontend, and its data paths may be open still. First of all events.
@@ -81,53 +80,26 @@ pub enum Event {
     FreeSlots(u32),
     /// A fresh TCP connection to the handshake address was accepted.
     ProbeOk {
-        /// Which attempt.
         attempt: Attempt,
         /// Why the process behind it cannot fit, if that is known without asking it.
         mismatch: Option<String>,
     },
     /// Nobody accepts there.
     ProbeFailed {
-        /// Which attempt.
         attempt: Attempt,
         /// What the connect said.
         reason: String,
     },
     /// The handshake socket of a rank is connected.
-    HandshakeConnected {
-        /// Which attempt.
-        attempt: Attempt,
-        /// Which rank.
-        rank: EngineIndex,
-    },
+    HandshakeConnected { attempt: Attempt, rank: EngineIndex },
     /// The handshake socket of a rank could not connect, or its connection has closed.
-    HandshakeLost {
-        /// Which attempt.
-        attempt: Attempt,
-        /// Which rank.
-        rank: EngineIndex,
-        /// What was seen.
-        reason: String,
-    },
+    HandshakeLost { attempt: Attempt, rank: EngineIndex, reason: String },
     /// A message came on the handshake socket of a rank; only INIT is expected.
-    Init {
-        /// Which attempt.
-        attempt: Attempt,
-        /// Which rank.
-        rank: EngineIndex,
-        /// The payload.
-        payload: Bytes,
-    },
+    Init { attempt: Attempt, rank: EngineIndex, payload: Bytes },
     /// The frontend's DP coordinator broadcast READY to a rank.
-    CoordinatorReady {
-        /// Which attempt.
-        attempt: Attempt,
-        /// Which rank.
-        rank: EngineIndex,
-    },
+    CoordinatorReady { attempt: Attempt, rank: EngineIndex },
     /// The frontend's DP coordinator broadcast START_DP_WAVE to a rank.
     StartWave {
-        /// Which attempt.
         attempt: Attempt,
         /// Which rank's socket received it (all receive the same).
         rank: EngineIndex,
@@ -135,72 +107,30 @@ pub enum Event {
         wave: Wave,
     },
     /// A socket to the frontend's DP coordinator could not connect, or its connection has closed.
-    CoordinatorLost {
-        /// Which attempt.
-        attempt: Attempt,
-        /// Which rank.
-        rank: EngineIndex,
-        /// What was seen.
-        reason: String,
-    },
+    CoordinatorLost { attempt: Attempt, rank: EngineIndex, reason: String },
     /// The data path of a rank to an API server is open.
-    RouteOpen {
-        /// Which attempt.
-        attempt: Attempt,
-        /// Which rank.
-        rank: EngineIndex,
-        /// Which API server.
-        api_server: u32,
-    },
+    RouteOpen { attempt: Attempt, rank: EngineIndex, api_server: u32 },
     /// The data path could not be opened, or was lost.
-    RouteLost {
-        /// Which attempt.
-        attempt: Attempt,
-        /// Which rank.
-        rank: EngineIndex,
-        /// Which API server.
-        api_server: u32,
-        /// What was seen.
-        reason: String,
-    },
+    RouteLost { attempt: Attempt, rank: EngineIndex, api_server: u32, reason: String },
     /// [`Action::Teardown`] is complete: no socket of that attempt is left.
-    TornDown {
-        /// Which attempt.
-        attempt: Attempt,
-    },
+    TornDown { attempt: Attempt },
     /// The frontend is not wanted any more.
     Remove,
 }
 
-/// What is to be done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Try a plain TCP connection to the handshake address; look at the process behind it if it is
     /// on this host.
-    Probe {
-        /// Which attempt.
-        attempt: Attempt,
-    },
+    Probe { attempt: Attempt },
     /// Connect a handshake socket with the rank's identity. Must not reconnect by itself.
-    ConnectHandshake {
-        /// Which attempt.
-        attempt: Attempt,
-        /// Which rank.
-        rank: EngineIndex,
-    },
+    ConnectHandshake { attempt: Attempt, rank: EngineIndex },
     /// Send HELLO (remote, headless) for the rank.
-    SendHello {
-        /// Which attempt.
-        attempt: Attempt,
-        /// Which rank.
-        rank: EngineIndex,
-    },
+    SendHello { attempt: Attempt, rank: EngineIndex },
     /// Connect a subscriber and a push socket of the rank to the frontend's DP coordinator, and
     /// subscribe.
     ConnectCoordinator {
-        /// Which attempt.
         attempt: Attempt,
-        /// Which rank.
         rank: EngineIndex,
         /// INIT's `coordinator_input`.
         input: String,
@@ -209,11 +139,8 @@ pub enum Action {
     },
     /// Open the data path of a rank to an API server, with the registration frame first.
     OpenRoute {
-        /// Which attempt.
         attempt: Attempt,
-        /// Which rank.
         rank: EngineIndex,
-        /// Which API server.
         api_server: u32,
         /// INIT's `inputs[api_server]`.
         input: String,
@@ -223,33 +150,18 @@ pub enum Action {
         stats_address: Option<String>,
     },
     /// Watch over the data path of a rank to an API server, if it is open still; answered as [`Self::OpenRoute`].
-    AdoptRoute {
-        /// Which attempt.
-        attempt: Attempt,
-        /// Which rank.
-        rank: EngineIndex,
-        /// Which API server.
-        api_server: u32,
-    },
+    AdoptRoute { attempt: Attempt, rank: EngineIndex, api_server: u32 },
     /// From now on waves and stats of the engines go to this frontend's DP coordinator.
-    JoinCoordinator {
-        /// Which attempt.
-        attempt: Attempt,
-    },
+    JoinCoordinator { attempt: Attempt },
     /// Send READY for the rank.
     SendReady {
-        /// Which attempt.
         attempt: Attempt,
-        /// Which rank.
         rank: EngineIndex,
         /// The frontend's own DP coordinator publishes here (part of READY up to 0.19.1).
         stats_address: Option<String>,
     },
     /// The handshake is over: close its sockets.
-    CloseHandshake {
-        /// Which attempt.
-        attempt: Attempt,
-    },
+    CloseHandshake { attempt: Attempt },
     /// A request of this frontend is on its way to a paused group.
     StartWave {
         /// The wave it names.
@@ -257,14 +169,12 @@ pub enum Action {
     },
     /// The frontend is served.
     Attached {
-        /// Which attempt.
         attempt: Attempt,
         /// How many API servers it has.
         api_servers: u32,
     },
     /// Close everything of this attempt, then report [`Event::TornDown`].
     Teardown {
-        /// Which attempt.
         attempt: Attempt,
         /// Output addresses of API servers that may still run: they are to be told
         /// ENGINE_CORE_DEAD, because a virtual engine cannot be rejoined.
@@ -296,7 +206,6 @@ pub enum State {
     Attached,
     /// The frontend does not fit; see the detail.
     Refused,
-    /// Removed.
     Removed,
 }
 

@@ -43,7 +43,6 @@ const WEIGHT_METHODS: &[&str] = &[
     "update_weights",
 ];
 
-/// Settings.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// All ranks of the deployment.
@@ -182,7 +181,6 @@ struct Waiter {
     deadline: Time,
 }
 
-/// The machine.
 #[derive(Debug)]
 pub struct Control {
     config: Config,
@@ -302,7 +300,6 @@ impl Control {
         }
     }
 
-    /// Next thing to be done.
     #[must_use]
     pub fn poll_action(&mut self) -> Option<Action> {
         self.actions.pop_front()

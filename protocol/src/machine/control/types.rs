@@ -13,23 +13,19 @@ use crate::{EngineIndex, FrontendId, PausedBy};
 #[serde(transparent)]
 pub struct OwnerId(pub u64);
 
-/// Something that happened.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// A rank holds a control call.
     Held(HeldCall),
     /// A rank's engine has answered a call that was forwarded (its frontend has the answer).
     Answered {
-        /// Which rank.
         rank: EngineIndex,
-        /// Which call.
         ticket: u64,
         /// The engine's answer.
         result: Result<Value, String>,
     },
     /// An engine answered to [`Action::Call`].
     CallAnswered {
-        /// Which rank.
         rank: EngineIndex,
         /// `operation` of the action.
         operation: u64,
@@ -38,24 +34,18 @@ pub enum Event {
     },
     /// An engine can be called (again). A new engine is not paused.
     EngineUp {
-        /// Which rank.
         rank: EngineIndex,
     },
     /// An engine is gone.
     EngineDown {
-        /// Which rank.
         rank: EngineIndex,
-        /// What was seen.
         reason: String,
     },
-    /// A frontend is gone.
     FrontendGone {
-        /// Which attachment.
         frontend: FrontendId,
     },
     /// The sidecar itself wants to control the engines.
     Acquire {
-        /// Who.
         owner: OwnerId,
         /// For messages: `update u1`, `operator pause`.
         name: String,
@@ -64,21 +54,17 @@ pub enum Event {
     },
     /// What the holder is doing, for messages: `loading`.
     Doing {
-        /// Who.
         owner: OwnerId,
-        /// What.
         what: String,
     },
     /// The holder has paused all engines, or resumed them (`None`).
     PausedSet {
-        /// Who.
         owner: OwnerId,
         /// What holds now.
         paused_by: Option<PausedBy>,
     },
     /// The holder has found the engines paused, as a predecessor of this machine knew them.
     Inherited {
-        /// Who.
         owner: OwnerId,
         /// Who has paused them.
         paused_by: PausedBy,
@@ -87,12 +73,10 @@ pub enum Event {
     },
     /// The holder knows which weights the engines hold.
     WeightsKnown {
-        /// Who.
         owner: OwnerId,
     },
     /// The holder is done. A waiting request is withdrawn the same way.
     Release {
-        /// Who.
         owner: OwnerId,
     },
 }
@@ -106,23 +90,14 @@ pub enum Severity {
     Warning,
 }
 
-/// Something to be done.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Action {
     /// Tell a rank what to do with a held call. The decisions of a round come together and must be sent
     /// without waiting for one another.
-    Decide {
-        /// Which rank.
-        rank: EngineIndex,
-        /// Which call.
-        ticket: u64,
-        /// The decision.
-        verdict: Verdict,
-    },
+    Decide { rank: EngineIndex, ticket: u64, verdict: Verdict },
     /// Call the engine on the control slot. The calls of an operation come together and must be sent
     /// without waiting for one another.
     Call {
-        /// Which rank.
         rank: EngineIndex,
         /// Names the operation.
         operation: u64,
@@ -133,7 +108,6 @@ pub enum Action {
     },
     /// The lock is theirs.
     Granted {
-        /// Whose.
         owner: OwnerId,
         /// Who had paused the engines before.
         paused_by: Option<PausedBy>,

@@ -110,7 +110,6 @@ impl Report {
         Self { wave_complete: Some(wave), ..Self::default() }
     }
 
-    /// Start of a wave.
     pub fn start_wave(wave: Wave) -> Self {
         Self { start_wave: Some(wave), ..Self::default() }
     }
@@ -129,7 +128,6 @@ pub enum Exclude {
 /// An engine that was there before this machine was, and has subscribed to its DP coordinator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Adopted {
-    /// Which rank.
     pub rank: EngineIndex,
     /// Which life of it.
     pub incarnation: Incarnation,
@@ -139,7 +137,6 @@ pub struct Adopted {
     pub admitted: bool,
 }
 
-/// What happened.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
     /// The connection to a node was made, or made again after messages may have been lost: this is what stands there.
@@ -154,18 +151,15 @@ pub enum Event {
     Rules(CoordinatorRules),
     /// An engine has subscribed (again).
     Subscribed {
-        /// Which rank.
         rank: EngineIndex,
         /// Which life of it.
         incarnation: Incarnation,
     },
     /// An engine has reported.
     Report {
-        /// Which rank.
         rank: EngineIndex,
         /// Which life of it.
         incarnation: Incarnation,
-        /// What.
         report: Report,
     },
     /// A directly connected frontend sends a request to paused engines.
@@ -177,48 +171,30 @@ pub enum Event {
     },
     /// The DP coordinator of an attached frontend broadcast START_DP_WAVE.
     StartWave {
-        /// Whose.
         frontend: FrontendId,
         /// The wave it names.
         wave: Wave,
     },
     /// A request was sent to this engine of a lockstep group.
-    Wake {
-        /// Which rank.
-        rank: EngineIndex,
-    },
+    Wake { rank: EngineIndex },
     /// Frontends' requests are let through to this rank.
-    Admitted {
-        /// Which rank.
-        rank: EngineIndex,
-    },
+    Admitted { rank: EngineIndex },
     /// This life of the rank is over; with it that of a lockstep group.
     EngineDown {
-        /// Which rank.
         rank: EngineIndex,
         /// Which life of it.
         incarnation: Incarnation,
     },
     /// A frontend's DP coordinator wants to hear of the engines.
-    FrontendAttached {
-        /// Which.
-        frontend: FrontendId,
-    },
+    FrontendAttached { frontend: FrontendId },
     /// A frontend is gone.
-    FrontendDetached {
-        /// Which.
-        frontend: FrontendId,
-    },
+    FrontendDetached { frontend: FrontendId },
 }
 
-/// What is to be done.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Action {
     /// Publish READY to these engines.
-    SendReady {
-        /// Which.
-        to: Vec<EngineIndex>,
-    },
+    SendReady { to: Vec<EngineIndex> },
     /// Publish START_DP_WAVE to all engines.
     SendStartWave {
         /// The wave to run in.
@@ -230,7 +206,6 @@ pub enum Action {
     Publish {
         /// Load by rank; `None` when only wave or state changed.
         counts: Option<Vec<Load>>,
-        /// Current wave.
         wave: Wave,
         /// Whether the group runs.
         running: bool,
@@ -246,7 +221,6 @@ pub enum Action {
         frontend: Option<FrontendId>,
         /// In whose name.
         rank: EngineIndex,
-        /// What.
         report: Report,
     },
     /// An event was not taken as its sender meant it. For the log.
@@ -258,36 +232,27 @@ pub enum Action {
 pub enum Note {
     /// A rank that is not in the group.
     OutOfRange {
-        /// The rank.
         rank: EngineIndex,
         /// Size of the group.
         size: u16,
     },
     /// A message of a life that is over.
     Stale {
-        /// The rank.
         rank: EngineIndex,
         /// The life the message is from.
         incarnation: Incarnation,
     },
     /// READY was withheld because the engine's version dies of a second one.
-    SecondReadyWithheld {
-        /// The rank.
-        rank: EngineIndex,
-    },
+    SecondReadyWithheld { rank: EngineIndex },
     /// The engines' version has no FIRST_REQ.
     FirstRequestUnsupported,
     /// Admitted without having been started.
-    AdmittedWhileDown {
-        /// The rank.
-        rank: EngineIndex,
-    },
+    AdmittedWhileDown { rank: EngineIndex },
 }
 
 /// Plain data for status and metrics.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Snapshot {
-    /// Current wave.
     pub wave: Wave,
     /// Whether the group runs, as far as engines have reported.
     pub running: bool,

@@ -421,7 +421,6 @@ impl Lifecycle {
         }
     }
 
-    /// The next thing to do.
     #[must_use]
     pub fn poll_action(&mut self) -> Option<Action> {
         self.actions.pop_front()

@@ -49,53 +49,20 @@ impl Found {
     }
 }
 
-/// What happened.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// Sockets are bound and the handshake expects the engine.
-    Prepared {
-        /// Which rank.
-        rank: EngineIndex,
-        /// Which incarnation.
-        incarnation: Incarnation,
-    },
+    Prepared { rank: EngineIndex, incarnation: Incarnation },
     /// Sockets could not be bound, or the process could not be started.
-    StartFailed {
-        /// Which rank.
-        rank: EngineIndex,
-        /// Which incarnation.
-        incarnation: Incarnation,
-        /// Why.
-        reason: String,
-    },
+    StartFailed { rank: EngineIndex, incarnation: Incarnation, reason: String },
     /// The process was started.
-    Spawned {
-        /// Which rank.
-        rank: EngineIndex,
-        /// Which incarnation.
-        incarnation: Incarnation,
-    },
+    Spawned { rank: EngineIndex, incarnation: Incarnation },
     /// HELLO came.
-    Connected {
-        /// Which rank.
-        rank: EngineIndex,
-        /// Which incarnation.
-        incarnation: Incarnation,
-    },
+    Connected { rank: EngineIndex, incarnation: Incarnation },
     /// The registration frame came, and its version is supported.
-    Registered {
-        /// Which rank.
-        rank: EngineIndex,
-        /// Which incarnation.
-        incarnation: Incarnation,
-    },
+    Registered { rank: EngineIndex, incarnation: Incarnation },
     /// READY came.
-    HandshakeReady {
-        /// Which rank.
-        rank: EngineIndex,
-        /// Which incarnation.
-        incarnation: Incarnation,
-    },
+    HandshakeReady { rank: EngineIndex, incarnation: Incarnation },
     /// The committed weights are in these ranks, verified and stamped: [`Action::Restore`] or
     /// [`Action::Adopt`] is done.
     Restored {
@@ -106,34 +73,19 @@ pub enum Event {
     RestoreFailed {
         /// Ranks and incarnations that were tried.
         ranks: Vec<(EngineIndex, Incarnation)>,
-        /// Why.
         reason: String,
     },
     /// The engine's connection closed or it said ENGINE_CORE_DEAD.
-    Lost {
-        /// Which rank.
-        rank: EngineIndex,
-        /// Which incarnation.
-        incarnation: Incarnation,
-        /// What was seen.
-        reason: String,
-    },
+    Lost { rank: EngineIndex, incarnation: Incarnation, reason: String },
     /// The process started for the rank has ended, strays included.
     Exited {
-        /// Which rank.
         rank: EngineIndex,
-        /// Which incarnation.
         incarnation: Incarnation,
         /// Exit status and last log lines.
         reason: String,
     },
     /// This engine must not serve (version not supported, rollback failed, rules broken).
-    Fence {
-        /// Which rank.
-        rank: EngineIndex,
-        /// Why.
-        reason: String,
-    },
+    Fence { rank: EngineIndex, reason: String },
     /// The processes of these ranks are gone because their keeper was killed; start over.
     KeeperLost {
         /// The ranks of its node.
@@ -153,39 +105,20 @@ pub enum Event {
     Stop,
 }
 
-/// What is to be done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Bind sockets and expect the engine.
     Prepare {
-        /// Which rank.
         rank: EngineIndex,
         /// Its new incarnation.
         incarnation: Incarnation,
     },
     /// Start the process.
-    Spawn {
-        /// Which rank.
-        rank: EngineIndex,
-        /// Which incarnation.
-        incarnation: Incarnation,
-    },
+    Spawn { rank: EngineIndex, incarnation: Incarnation },
     /// Stop the process of this incarnation, strays included; answered by [`Event::Exited`].
-    StopProcess {
-        /// Which rank.
-        rank: EngineIndex,
-        /// Which incarnation.
-        incarnation: Incarnation,
-    },
+    StopProcess { rank: EngineIndex, incarnation: Incarnation },
     /// Tell everybody that the engine is gone.
-    Down {
-        /// Which rank.
-        rank: EngineIndex,
-        /// Which incarnation.
-        incarnation: Incarnation,
-        /// Why.
-        reason: String,
-    },
+    Down { rank: EngineIndex, incarnation: Incarnation, reason: String },
     /// Bring the committed weights into these ranks, together.
     Restore {
         /// Ranks and incarnations.
@@ -198,12 +131,7 @@ pub enum Action {
         ranks: Vec<(EngineIndex, Incarnation)>,
     },
     /// Let the frontends' traffic through. Repeating it changes nothing.
-    Admit {
-        /// Which rank.
-        rank: EngineIndex,
-        /// Which incarnation.
-        incarnation: Incarnation,
-    },
+    Admit { rank: EngineIndex, incarnation: Incarnation },
     /// The sidecar cannot do its work and must end.
     Fail {
         /// What happened, naming rank and stage.
@@ -246,9 +174,7 @@ pub enum Phase {
 /// Plain data about one rank.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct RankLife {
-    /// Where it is.
     pub phase: Phase,
-    /// Which life.
     pub incarnation: Incarnation,
     /// How often it was started again.
     pub restarts: u64,

@@ -47,7 +47,6 @@ use slots::SlotState;
 /// Limits of one rank.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The rank.
     pub rank: EngineIndex,
     /// Slots for frontends, without the control slot.
     pub frontend_slots: u32,
@@ -97,14 +96,12 @@ pub(super) struct Owner {
     pub(super) api_server: u32,
 }
 
-/// What happened.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// Sockets for a new incarnation are bound; what was before is over.
     Prepared(Incarnation),
     /// The engine's handshake is complete: it takes control calls.
     Ready {
-        /// Which incarnation.
         incarnation: Incarnation,
         /// Positions of its version.
         layout: Box<Layout>,
@@ -113,7 +110,6 @@ pub enum Event {
     Admitted(Incarnation),
     /// The engine is gone.
     Down {
-        /// Which incarnation.
         incarnation: Incarnation,
         /// Why; frontends get to read it.
         reason: String,
@@ -125,18 +121,15 @@ pub enum Event {
     },
     /// A frontend's API server sent a message on its slot.
     FromFrontend {
-        /// Its slot.
         slot: Slot,
         /// The message, without routing id.
         frames: Frames,
     },
     /// The engine sent a message on a slot.
     FromEngine {
-        /// Which incarnation.
         incarnation: Incarnation,
         /// On which slot.
         slot: Slot,
-        /// The message.
         frames: Frames,
     },
     /// The sidecar calls a method of the engine core. Answered by [`Action::CallAnswered`].
@@ -151,29 +144,15 @@ pub enum Event {
         timeout: Duration,
     },
     /// The connection to an API server is over, or it detaches.
-    CloseSlot {
-        /// Its slot.
-        slot: Slot,
-    },
+    CloseSlot { slot: Slot },
 }
 
-/// What is to be done.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Action {
     /// Send to the engine on a slot's input socket.
-    ToEngine {
-        /// The slot.
-        slot: Slot,
-        /// The message.
-        frames: Frames,
-    },
+    ToEngine { slot: Slot, frames: Frames },
     /// Send to the API server that has the slot.
-    ToFrontend {
-        /// The slot.
-        slot: Slot,
-        /// The message.
-        frames: Frames,
-    },
+    ToFrontend { slot: Slot, frames: Frames },
     /// A control call of a frontend waits for a decision: answer with [`VirtualEngine::release`].
     HeldCall(HeldCall),
     /// A released call is done: the engine's answer, or nil for the other verdicts.
@@ -198,14 +177,10 @@ pub enum Action {
     Refused {
         /// On which slot.
         slot: Slot,
-        /// Why.
         reason: String,
     },
     /// The slot can be opened again.
-    SlotFree {
-        /// Which.
-        slot: Slot,
-    },
+    SlotFree { slot: Slot },
 }
 
 /// Why a control call has no result.
@@ -226,7 +201,6 @@ pub enum CallError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[error("all {total} frontend slots of rank {rank} are taken ({draining} still being drained)")]
 pub struct NoFreeSlot {
-    /// The rank.
     pub rank: EngineIndex,
     /// Frontend slots there are.
     pub total: u32,
@@ -250,11 +224,9 @@ enum Engine {
 /// Plain data for status and metrics.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
-    /// Current incarnation.
     pub incarnation: Incarnation,
     /// Frontends may use the engine.
     pub admitted: bool,
-    /// The gate is open.
     pub gate_open: bool,
     /// Requests in flight on the engine, by frontend.
     pub in_flight: BTreeMap<FrontendId, u64>,
@@ -334,7 +306,6 @@ impl VirtualEngine {
         }
     }
 
-    /// Takes in what happened.
     pub fn handle_event(&mut self, now: Time, event: Event) {
         match event {
             Event::Prepared(incarnation) => {

@@ -18,7 +18,6 @@ const COPY_BELOW: usize = 32 * 1024;
 /// A request of a frontend.
 #[derive(Debug)]
 pub(super) struct Entry {
-    /// Whose.
     pub(super) slot: usize,
     /// At least one of its messages went to the engine.
     pub(super) sent: bool,

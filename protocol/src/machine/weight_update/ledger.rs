@@ -12,7 +12,6 @@ use super::vocabulary::{Checkpoint, NodeId, Participant, PauseMode, RankProgress
 /// An update that is about to touch engines. Durable before the first of them is paused.
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Begun {
-    /// The update.
     pub id: UpdateId,
     /// Version before; `None`: weights did not come from an update of ours.
     pub from_version: Option<WeightVersion>,

@@ -101,7 +101,6 @@ pub(crate) enum Mutation {
     ForgetPerJob,
 }
 
-/// The machine.
 #[derive(Debug)]
 pub struct WeightUpdate {
     config: Config,
@@ -160,7 +159,6 @@ impl WeightUpdate {
         self.settle(now);
     }
 
-    /// Next thing to be done.
     #[must_use]
     pub fn poll_action(&mut self) -> Option<Action> {
         self.actions.pop_front()

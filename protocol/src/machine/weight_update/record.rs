@@ -11,7 +11,6 @@ use super::vocabulary::{Checkpoint, NodeId, PauseMode, Phase, RankProgress, Work
 /// What the journal keeps of a committed update.
 #[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Commit {
-    /// The update.
     pub id: UpdateId,
     /// Label of the weights.
     pub version: WeightVersion,
@@ -118,9 +117,7 @@ pub struct RankRecord {
 /// What an update did.
 #[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
 pub struct Record {
-    /// Its name.
     pub id: UpdateId,
-    /// How it ended.
     pub outcome: Outcome,
     /// The commit record is durable: the new version is the current one.
     pub committed: bool,
@@ -183,9 +180,7 @@ impl Record {
 /// Plain data about the machine.
 #[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
 pub struct Snapshot {
-    /// The running update.
     pub running: Option<UpdateId>,
-    /// Where it is.
     pub phase: Phase,
     /// Where its ranks are.
     pub ranks: BTreeMap<EngineIndex, RankProgress>,

@@ -49,7 +49,6 @@ enum Law {
     OneAtATime,
     /// The same name gives the same record.
     RepeatsAreAnswered,
-    /// Every update ends.
     EveryUpdateEnds,
     /// Every restore and adoption is answered, once.
     EveryEngineIsAnswered,

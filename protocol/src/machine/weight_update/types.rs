@@ -46,7 +46,6 @@ pub struct Recover {
     pub committed: bool,
     /// What it was to bring.
     pub to_version: WeightVersion,
-    /// Where from.
     pub source: String,
     /// The committed version, which all engines are brought to.
     pub version: WeightVersion,
@@ -74,7 +73,6 @@ pub enum Target {
     Previous,
 }
 
-/// Something that happened.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// Somebody wants an update. Answered by [`Action::Refuse`] or, at its end, [`Action::Done`].
@@ -83,13 +81,9 @@ pub enum Event {
     /// while an update runs.
     Recover(Recover),
     /// The record of what is about to happen is durable, or is certain never to be.
-    BegunWritten {
-        /// The outcome.
-        result: Result<(), String>,
-    },
+    BegunWritten { result: Result<(), String> },
     /// A node has checked both directories.
     Staged {
-        /// Which node.
         node: NodeId,
         /// The new checkpoint; in a recovery the committed one.
         new: Checkpoint,
@@ -97,22 +91,13 @@ pub enum Event {
         previous: Option<Checkpoint>,
     },
     /// A node found a fault in the directory, or cannot read it.
-    StageFailed {
-        /// Which node.
-        node: NodeId,
-        /// The whole story.
-        error: String,
-    },
+    StageFailed { node: NodeId, error: String },
     /// No new request passes the virtual engines of any rank.
     AdmissionClosed,
     /// The gate could not be closed.
-    AdmissionFailed {
-        /// Why.
-        error: String,
-    },
+    AdmissionFailed { error: String },
     /// A rank answered to [`Action::Pause`].
     Paused {
-        /// Which rank.
         rank: EngineIndex,
         /// Which life of it.
         incarnation: Incarnation,
@@ -123,7 +108,6 @@ pub enum Event {
     },
     /// A rank answered to [`Action::Load`].
     Loaded {
-        /// Which rank.
         rank: EngineIndex,
         /// Which life of it.
         incarnation: Incarnation,
@@ -133,27 +117,18 @@ pub enum Event {
         result: Result<Vec<WorkerReport>, String>,
     },
     /// The commit record is durable, or is certain never to be.
-    CommitWritten {
-        /// The outcome.
-        result: Result<(), String>,
-    },
+    CommitWritten { result: Result<(), String> },
     /// Whether the commit record is, or will be, durable cannot be found out.
-    CommitUnknown {
-        /// Why.
-        error: String,
-    },
+    CommitUnknown { error: String },
     /// Whether a pause or a resume of a rank is, or will be, in force cannot be found out.
     CallLost {
-        /// Which rank.
         rank: EngineIndex,
         /// Which life of it.
         incarnation: Incarnation,
-        /// Why.
         error: String,
     },
     /// A rank answered to [`Action::SetVersion`].
     VersionSet {
-        /// Which rank.
         rank: EngineIndex,
         /// Which life of it.
         incarnation: Incarnation,
@@ -164,7 +139,6 @@ pub enum Event {
     },
     /// A rank answered to [`Action::ResetCaches`].
     CachesReset {
-        /// Which rank.
         rank: EngineIndex,
         /// Which life of it.
         incarnation: Incarnation,
@@ -175,7 +149,6 @@ pub enum Event {
     },
     /// A rank answered to [`Action::Resume`].
     Resumed {
-        /// Which rank.
         rank: EngineIndex,
         /// Which life of it.
         incarnation: Incarnation,
@@ -187,45 +160,36 @@ pub enum Event {
     /// [`Action::Fence`] is in force: nothing that a frontend sends reaches the engine any more. Without this word
     /// an update does not go on past its pause, as the engine may be serving the old weights.
     Fenced {
-        /// Which rank.
         rank: EngineIndex,
         /// Which life of it.
         incarnation: Incarnation,
     },
     /// An engine is gone.
     EngineLost {
-        /// Which rank.
         rank: EngineIndex,
         /// Which life of it.
         incarnation: Incarnation,
-        /// What was seen.
         reason: String,
     },
     /// The operator wants the running update to end without a commit. After the commit point: ignored.
     Abort,
 }
 
-/// Something to be done.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Action {
     /// Check the directories on this node. Generation goes on.
     Stage {
-        /// Which node.
         node: NodeId,
         /// The new checkpoint.
         source: String,
     },
     /// Make this durable: from here on engines are touched.
-    WriteBegun {
-        /// What to write.
-        begun: Box<Begun>,
-    },
+    WriteBegun { begun: Box<Begun> },
     /// Close the gate for new requests at the virtual engines of all ranks.
     CloseAdmission,
     /// Call `pause_scheduler(mode, clear_cache)`. All ranks' actions come together and must be sent
     /// without waiting for one another (a lockstep rank answers only when all have it).
     Pause {
-        /// Which rank.
         rank: EngineIndex,
         /// Which life of it.
         incarnation: Incarnation,
@@ -238,7 +202,6 @@ pub enum Action {
     },
     /// Load through the shim. All ranks' actions come together.
     Load {
-        /// Which rank.
         rank: EngineIndex,
         /// Which life of it.
         incarnation: Incarnation,
@@ -248,24 +211,18 @@ pub enum Action {
         checkpoint: Checkpoint,
     },
     /// Make the commit record durable. This is the commit point.
-    WriteCommit {
-        /// What to write.
-        commit: Commit,
-    },
+    WriteCommit { commit: Commit },
     /// Call `set_weight_version(version)`.
     SetVersion {
-        /// Which rank.
         rank: EngineIndex,
         /// Which life of it.
         incarnation: Incarnation,
         /// Counts from 1.
         attempt: u32,
-        /// The label.
         version: WeightVersion,
     },
     /// Call `reset_prefix_cache(reset_running_requests, ..)`, then the multi-modal and encoder caches.
     ResetCaches {
-        /// Which rank.
         rank: EngineIndex,
         /// Which life of it.
         incarnation: Incarnation,
@@ -277,7 +234,6 @@ pub enum Action {
     /// Call `resume_scheduler()`. All ranks' actions come together and must be sent without waiting for
     /// one another (a lockstep rank blocks until all have it).
     Resume {
-        /// Which rank.
         rank: EngineIndex,
         /// Which life of it.
         incarnation: Incarnation,
@@ -290,7 +246,6 @@ pub enum Action {
     /// Keep this engine from serving; it must be started again and brought to the committed weights. Answered by
     /// [`Event::Fenced`].
     Fence {
-        /// Which rank.
         rank: EngineIndex,
         /// Which life of it.
         incarnation: Incarnation,
@@ -300,12 +255,7 @@ pub enum Action {
     /// Something changed that is worth showing; see [`super::WeightUpdate::snapshot`].
     Progress,
     /// A request for an update is not taken.
-    Refuse {
-        /// Which one.
-        id: UpdateId,
-        /// Why.
-        refusal: Refusal,
-    },
+    Refuse { id: UpdateId, refusal: Refusal },
     /// The update has ended, or had ended long ago when the same id was sent again.
     Done(Box<Record>),
 }
@@ -319,15 +269,12 @@ pub enum Refusal {
     Busy {
         /// The one that runs.
         running: UpdateId,
-        /// Where it is.
         phase: Phase,
     },
     /// The caller's idea of the current version is wrong.
     #[error("current weight version is {actual}, update {id} expected {expected}")]
     WrongVersion {
-        /// The update.
         id: UpdateId,
-        /// What it expected.
         expected: WeightVersion,
         /// What is current.
         actual: String,
@@ -338,7 +285,6 @@ pub enum Refusal {
     /// The id was used for something else.
     #[error("update {id} was already committed from {source_dir}")]
     IdUsed {
-        /// The update.
         id: UpdateId,
         /// The directory it was committed from.
         source_dir: String,
@@ -354,10 +300,7 @@ pub enum Refusal {
     Asleep,
     /// These ranks would go on with the old weights.
     #[error("rank {} may be serving the current weights, but is not reached", list(ranks))]
-    Unreached {
-        /// Which.
-        ranks: Vec<EngineIndex>,
-    },
+    Unreached { ranks: Vec<EngineIndex> },
     /// Lockstep engines are updated together.
     #[error("the lockstep group is not complete: rank {} is not serving", list(ranks))]
     Incomplete {

@@ -93,7 +93,6 @@ impl Asked {
     }
 }
 
-/// The machine.
 #[derive(Debug)]
 pub struct Updates {
     config: Config,
@@ -202,7 +201,6 @@ impl Updates {
         self.settle(now);
     }
 
-    /// Next thing to be done.
     #[must_use]
     pub fn poll_action(&mut self) -> Option<Action> {
         self.actions.pop_front()
@@ -220,7 +218,6 @@ impl Updates {
         Snapshot { running, ..self.machine.snapshot() }
     }
 
-    /// What is committed.
     pub const fn committed(&self) -> Option<&Committed> {
         self.committed.as_ref()
     }

@@ -133,7 +133,6 @@ pub struct WorkerReport {
     pub digest: Option<String>,
     /// Milliseconds it took.
     pub ms: f64,
-    /// What went wrong.
     pub error: Option<String>,
     /// `error_kind` of the shim.
     pub error_kind: Option<String>,
@@ -226,7 +225,6 @@ pub enum RankProgress {
     Loading,
     /// Holds the new weights.
     Loaded,
-    /// Its load failed.
     LoadFailed,
     /// Loads the previous weights.
     RollingBack,

@@ -30,7 +30,6 @@ pub(super) struct Area {
     pub(super) adapters: BTreeMap<String, String>,
     /// For the next beginnings.
     pub(super) scripts: VecDeque<Script>,
-    /// Commits to refuse.
     pub(super) refuse_commits: u32,
     pub(super) log: Vec<String>,
 }

@@ -100,14 +100,10 @@ pub struct Staging {
 pub enum Failure {
     /// Engines that live on cannot be taken over as they are.
     #[error("engines cannot be taken over: {reason}")]
-    Adopt {
-        /// Why.
-        reason: String,
-    },
+    Adopt { reason: String },
     /// An engine could not be brought to the committed weights.
     #[error("rank {rank}: cannot be brought to weight version {version}: {reason}")]
     Restore {
-        /// Which.
         rank: EngineIndex,
         /// The committed version.
         version: WeightVersion,
@@ -116,7 +112,6 @@ pub enum Failure {
     },
 }
 
-/// Something that happened.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// An update is asked for. Answered by [`Action::Join`], [`Action::Repeat`] or [`Action::Refuse`], or by
@@ -129,7 +124,6 @@ pub enum Event {
     RestoreAsked {
         /// For the answer.
         ticket: Ticket,
-        /// Which.
         engines: Engines,
     },
     /// These engines live on from before a restart of the sidecar; of a lockstep group all at once. Answered by
@@ -137,12 +131,10 @@ pub enum Event {
     AdoptAsked {
         /// For the answer.
         ticket: Ticket,
-        /// Which.
         engines: Engines,
     },
     /// A rank is not what it was.
     RankSeen {
-        /// Which.
         rank: EngineIndex,
         /// What it is now.
         seen: Seen,
@@ -156,75 +148,47 @@ pub enum Event {
     },
     /// Answer to [`Action::Acquire`].
     Acquired {
-        /// For which.
         run: RunId,
         /// What holds, or who has the lock.
         result: Result<Grant, String>,
     },
     /// Answer to [`Action::Inspect`].
-    Inspected {
-        /// For which.
-        ticket: Ticket,
-        /// What was found.
-        found: Found,
-    },
+    Inspected { ticket: Ticket, found: Found },
     /// Answer to [`Action::Forget`].
-    Forgotten {
-        /// For which.
-        ticket: Ticket,
-        /// The outcome.
-        result: Result<(), String>,
-    },
+    Forgotten { ticket: Ticket, result: Result<(), String> },
     /// Answer to [`Action::Restore`].
     Restored {
-        /// For which.
         ticket: Ticket,
         /// The rank that failed, and why.
         result: Result<(), (EngineIndex, String)>,
     },
     /// Answer to [`Action::TakeOver`].
-    TakenOver {
-        /// For which.
-        ticket: Ticket,
-    },
+    TakenOver { ticket: Ticket },
     /// Answer to [`Action::Stage`].
     Staged {
-        /// Of which.
         run: RunId,
         /// What was brought, or the node that failed.
         result: Result<Box<Staging>, (NodeId, String)>,
     },
     /// Answer to [`Action::WriteCommit`].
     CommitWritten {
-        /// Of which.
         run: RunId,
-        /// What was written.
         committed: Box<Committed>,
         /// `Err`: it is certain not to be in force.
         result: Result<(), String>,
     },
     /// Answer to a step of the transaction.
-    Reported {
-        /// Of which.
-        run: RunId,
-        /// The answer.
-        event: step::Event,
-    },
+    Reported { run: RunId, event: step::Event },
     /// Answer to [`Action::Conclude`].
-    Concluded {
-        /// Which.
-        run: RunId,
-    },
+    Concluded { run: RunId },
     /// What was to be done was not finished, and it is unknown how far it came: it panicked or was cancelled.
     JobLost {
         /// What was to be done.
         action: Box<Action>,
-        /// What was seen.
         error: String,
     },
 }
 
-/// Something to be done.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Action {
     /// The update that was just asked for is taken, and waits for the lock.
@@ -242,12 +206,10 @@ pub enum Action {
     Refuse {
         /// Which; `None`: the one that was just asked for.
         run: Option<RunId>,
-        /// Why.
         refusal: Refusal,
     },
     /// Take the control lock.
     Acquire {
-        /// For which.
         run: RunId,
         /// Who it is for, for messages.
         owner: String,
@@ -256,9 +218,7 @@ pub enum Action {
     },
     /// Ask the engines what they are.
     Inspect {
-        /// For which.
         ticket: Ticket,
-        /// Which.
         engines: Engines,
         /// They live on: are they paused?
         adopted: bool,
@@ -267,53 +227,31 @@ pub enum Action {
     },
     /// What is committed cannot be followed: take its record off the disk, engines stay at the start-up checkpoint.
     Forget {
-        /// For which.
         ticket: Ticket,
         /// For the log.
         why: String,
     },
     /// Bring engines that are not admitted yet to the committed weights.
-    Restore {
-        /// For which.
-        ticket: Ticket,
-        /// Which.
-        engines: Engines,
-        /// The weights.
-        committed: Box<Committed>,
-    },
+    Restore { ticket: Ticket, engines: Engines, committed: Box<Committed> },
     /// Engines that live on hold the committed weights: open their gates.
     TakeOver {
-        /// For which.
         ticket: Ticket,
-        /// Which.
         engines: Engines,
         /// The control task is to know of this pause.
         inherit: Option<Pause>,
     },
     /// A restore or an adoption has ended.
-    Answer {
-        /// Which.
-        ticket: Ticket,
-        /// How.
-        result: Result<(), Failure>,
-    },
+    Answer { ticket: Ticket, result: Result<(), Failure> },
     /// Open those gates of these ranks that are closed.
     OpenGates {
-        /// Which.
         engines: Engines,
         /// From 1.
         attempt: u32,
     },
     /// Close the gates of these ranks for new requests. Answered by `AdmissionClosed` or `AdmissionFailed`.
-    CloseGates {
-        /// Of which.
-        run: RunId,
-        /// Which.
-        ranks: BTreeSet<EngineIndex>,
-    },
+    CloseGates { run: RunId, ranks: BTreeSet<EngineIndex> },
     /// Check and fetch the new weights on these nodes; generation goes on.
     Stage {
-        /// Of which.
         run: RunId,
         /// All that take part.
         nodes: BTreeSet<NodeId>,
@@ -323,9 +261,7 @@ pub enum Action {
     /// Find what engines of this node must load to hold the committed weights. Answered by `Staged` or
     /// `StageFailed` of the transaction.
     StageCommitted {
-        /// Of which.
         run: RunId,
-        /// Where.
         node: NodeId,
         /// The committed weights. `None`: the start-up checkpoint.
         committed: Option<Box<Committed>>,
@@ -334,16 +270,13 @@ pub enum Action {
     },
     /// Make the commit record durable.
     WriteCommit {
-        /// Of which.
         run: RunId,
-        /// What to write.
         committed: Box<Committed>,
         /// From 1. After the first it is unknown what is on the disk.
         attempt: u32,
     },
     /// Make this durable. Later ones win, in whatever order they are written.
     SaveLedger {
-        /// What to write.
         ledger: Box<Ledger>,
         /// This update is about to touch engines: answered by its `BegunWritten`.
         begun: Option<RunId>,
@@ -351,33 +284,25 @@ pub enum Action {
     /// A step of the transaction; never `Stage`, `WriteBegun`, `CloseAdmission`, `OpenAdmission`, `WriteCommit`,
     /// `Refuse` and `Done`.
     Step {
-        /// Of which.
         run: RunId,
-        /// What.
         action: step::Action,
         /// From 1.
         attempt: u32,
     },
     /// The update is over: write down how it ended, open gates, settle the staging areas, release the lock.
     Conclude {
-        /// Which.
         run: RunId,
-        /// What to do.
         conclusion: Box<Conclusion>,
         /// From 1.
         attempt: u32,
     },
     /// Everything is done; those who wait for its record get it.
-    Ended {
-        /// Which.
-        run: RunId,
-    },
+    Ended { run: RunId },
 }
 
 /// What is left to be done when an update or a recovery has ended.
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct Conclusion {
-    /// How it ended.
     pub record: Record,
     /// The version of the weights after it.
     pub version: WeightVersion,
