@@ -50,7 +50,8 @@ def deployment(request, ingredients, tmp_path_factory):
         deployment.start_frontend("rust", flags=MODEL_FLAGS, env=rust)
         deployment.start()
         yield deployment
-        deployment.stop()
+        # Both ways to end real engines: by signal, and by command.
+        deployment.stop(by_command=request.param == "moe")
 
 
 def test_all_ranks_of_both_hosts_answer_alike(deployment):
