@@ -246,8 +246,8 @@ fn parse(line: &str) -> Result<Command, AdminError> {
         serde_json::from_str(line).map_err(|error| invalid(format!("request: {error}")))?;
     if versioned.version != ADMIN_PROTOCOL {
         return Err(invalid(format!(
-            "request: protocol version {}, expected {ADMIN_PROTOCOL}: the command is of another \
-             sidecar version than the running one",
+            "request: protocol version {}, expected {ADMIN_PROTOCOL}: this command and the running sidecar are of \
+             different releases",
             versioned.version
         )));
     }

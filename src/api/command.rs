@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use super::{FrontendStatus, Status, UpdateProgress, UpdateReport, UpdateRequest, VersionReport};
 
 /// Version of this protocol. The server refuses a request of another version.
-pub const ADMIN_PROTOCOL: u32 = 1;
+pub const ADMIN_PROTOCOL: u32 = 2;
 
 /// What a client sends.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

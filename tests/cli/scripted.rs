@@ -437,7 +437,7 @@ async fn what_is_no_request_is_answered_as_invalid() {
     for (request, words) in [
         (&b"garbage\n"[..], "request: expected value"),
         (b"{\"version\":7,\"command\":{\"name\":\"new\"}}\n", "protocol version 7"),
-        (b"{\"version\":1,\"command\":{\"name\":\"new\"}}\n", "unknown variant"),
+        (b"{\"version\":2,\"command\":{\"name\":\"new\"}}\n", "unknown variant"),
         (&long, "max line length exceeded"),
     ] {
         let answer = first_line(scripted.connect().await, request).await;
@@ -476,7 +476,7 @@ async fn an_update_goes_on_when_its_client_is_gone() {
     });
     let mut stream = scripted.connect().await;
     stream
-        .write_all(b"{\"version\":1,\"command\":{\"name\":\"update\",\"path\":\"/m\",\"version\":null,\"mode\":\"wait\",\"pause_deadline_ms\":null,\"from_version\":null,\"id\":null}}\n")
+        .write_all(b"{\"version\":2,\"command\":{\"name\":\"update\",\"path\":\"/m\",\"version\":null,\"mode\":\"wait\",\"pause_deadline_ms\":null,\"from_version\":null,\"id\":null}}\n")
         .await
         .unwrap();
     assert_eq!(timeout(PATIENCE, heard.recv()).await.unwrap(), Some("started"));
