@@ -55,6 +55,38 @@ fn markdown_stays_under_120_columns() {
     assert!(found.is_empty(), "break these lines before column 120:\n{}", found.join("\n"));
 }
 
+/// Files of this repository that `text` names in code spans: whole paths, or their ends.
+fn named_files(text: &str) -> Vec<&str> {
+    let spans = text.split('`').skip(1).step_by(2);
+    spans
+        .map(|span| span.split("::").next().unwrap_or_default())
+        .filter(|span| [".rs", ".py", ".md"].iter().any(|ending| span.ends_with(ending)))
+        .filter(|span| !span.starts_with("vllm/") && !span.contains([' ', '*']))
+        .collect()
+}
+
+#[test]
+fn files_that_the_architecture_names_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text = std::fs::read_to_string(root.join("ARCHITECTURE.md")).unwrap();
+    let named = named_files(&text);
+    assert!(named.len() > 50, "only {named:?}");
+    let mut open: Vec<_> = ["src", "protocol", "python-shim", "tests", "scripts"]
+        .iter()
+        .map(|folder| root.join(folder))
+        .collect();
+    let mut files = Vec::new();
+    while let Some(folder) = open.pop() {
+        for entry in std::fs::read_dir(&folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() { open.push(path) } else { files.push(path) }
+        }
+    }
+    let missing: Vec<_> =
+        named.iter().filter(|name| !files.iter().any(|file| file.ends_with(name))).collect();
+    assert!(missing.is_empty(), "ARCHITECTURE.md names files that are not there: {missing:?}");
+}
+
 #[test]
 fn only_what_can_be_broken_counts_as_a_long_line() {
     let words = "word ".repeat(30);

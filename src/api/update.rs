@@ -135,7 +135,7 @@ impl From<UpdateEvent> for UpdateProgress {
                 (Phase::Staging, "checking and hashing the checkpoint".to_owned(), *done, *total)
             }
             UpdateEvent::Staging { name, progress, .. } => {
-                let message = format!("{name} copying the checkpoint into shared memory");
+                let message = format!("{name} is copying the checkpoint into shared memory");
                 (Phase::Staging, message, progress.done, progress.total)
             }
             UpdateEvent::Progress { phase, ranks } => {

@@ -356,6 +356,14 @@ async fn refusals_and_failures_have_codes_of_their_own() {
     let output = sidecar(&line).await;
     assert_eq!(output.status.code(), Some(14));
     assert!(text(&output.stderr).contains("no sidecar answers at"));
+    let output = sidecar(&format!("version --json --state-dir {}", nowhere.path().display())).await;
+    assert_eq!(output.status.code(), Some(14));
+    let said: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(
+        said,
+        serde_json::json!({ "command": env!("CARGO_PKG_VERSION") }),
+        "and nothing else is known"
+    );
 }
 
 #[tokio::test]

@@ -1,6 +1,5 @@
 //! Starts sidecars, asks them, and leaves nothing behind.
 
-use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Write as _;
 use std::io::{Read, Seek, SeekFrom};
@@ -9,20 +8,20 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use dp_sidecar_testkit::Reporter;
-use dp_sidecar_testkit::engine::{EngineOptions, FakeEngine};
 pub(crate) use dp_sidecar_testkit::free_port;
-use dp_sidecar_testkit::frontend::{Completion, FakeFrontend, FrontendOptions, NewRequest};
+use dp_sidecar_testkit::frontend::FakeFrontend;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
+pub(crate) use super::fakes::{complete_all, complete_on_all_ranks, engine, frontend};
 pub(crate) use super::models::{Model, fake_vllm, model};
+pub(crate) use super::status::{frontend_state, states, weight_versions};
 
 /// Patience for what should take well under a second; CI machines are small and shared.
 pub(crate) const SOON: Duration = Duration::from_secs(30);
 
-/// The prompt of [`NewRequest::new`].
+/// The prompt of `NewRequest::new`.
 pub(crate) const PROMPT: [u64; 3] = [1, 2, 3];
 
 /// Environment variable that marks every process of a run.
@@ -291,6 +290,11 @@ impl Sidecar {
         &self.state
     }
 
+    /// DP ranks of the whole deployment.
+    pub(crate) fn size(&self) -> u16 {
+        self.setup.size
+    }
+
     /// Handshake address for engines that the test starts.
     pub(crate) fn handshake(&self) -> String {
         format!("tcp://127.0.0.1:{}", self.setup.port)
@@ -554,98 +558,6 @@ impl Drop for Sidecar {
 pub(crate) fn says(line: &str, part: &str) -> bool {
     line.contains(part)
         || part.strip_prefix("rank ").is_some_and(|rank| line.contains(&format!("rank={rank}")))
-}
-
-/// State of each engine, by rank.
-pub(crate) fn states(status: &Value) -> Vec<String> {
-    status["engines"]
-        .as_array()
-        .map(|engines| {
-            engines.iter().map(|engine| engine["state"].as_str().unwrap_or_default().to_owned()).collect()
-        })
-        .unwrap_or_default()
-}
-
-/// State of a frontend's attachment.
-pub(crate) fn frontend_state(status: &Value, address: &str) -> Option<String> {
-    status["frontends"]
-        .as_array()?
-        .iter()
-        .find(|frontend| frontend["attachment"]["address"] == address)
-        .and_then(|frontend| frontend["attachment"]["state"].as_str())
-        .map(str::to_owned)
-}
-
-/// Weight version of each engine, by rank.
-pub(crate) fn weight_versions(status: &Value) -> Vec<String> {
-    status["engines"]
-        .as_array()
-        .map(|engines| {
-            engines
-                .iter()
-                .map(|engine| engine["weight_version"].as_str().unwrap_or_default().to_owned())
-                .collect()
-        })
-        .unwrap_or_default()
-}
-
-/// A fake frontend of `size` engines.
-pub(crate) fn frontend(size: u16, change: impl FnOnce(&mut FrontendOptions)) -> FakeFrontend {
-    let mut options = FrontendOptions { size, ..FrontendOptions::default() };
-    change(&mut options);
-    FakeFrontend::bind(options, Reporter::memory()).unwrap()
-}
-
-/// A fake engine in this process, for a sidecar that waits for engines.
-pub(crate) fn engine(sidecar: &Sidecar, rank: u16, change: impl FnOnce(&mut EngineOptions)) -> FakeEngine {
-    let mut options = EngineOptions {
-        rank,
-        size: sidecar.setup.size,
-        handshake: sidecar.handshake(),
-        ..EngineOptions::default()
-    };
-    change(&mut options);
-    FakeEngine::spawn(options, Reporter::memory()).unwrap()
-}
-
-/// Sends `count` requests of `tokens` tokens and waits for all.
-#[track_caller]
-pub(crate) fn complete_all(
-    frontend: &mut FakeFrontend,
-    name: &str,
-    count: u32,
-    tokens: u32,
-) -> Vec<Completion> {
-    let servers = frontend.servers.len();
-    let ids: Vec<(usize, String)> =
-        (0..count).map(|at| (usize::try_from(at).unwrap() % servers, format!("{name}-{at}"))).collect();
-    for (server, id) in &ids {
-        frontend.servers[*server].add(&NewRequest::new(id, tokens)).unwrap();
-    }
-    ids.iter().map(|(server, id)| frontend.servers[*server].await_request(id, SOON).unwrap()).collect()
-}
-
-/// Completes requests, `count` at a time, until each of `size` ranks has answered one; returns them all. A frontend
-/// may still hold counts that steer it away from a rank that has been admitted just now.
-#[track_caller]
-pub(crate) fn complete_on_all_ranks(
-    frontend: &mut FakeFrontend,
-    name: &str,
-    count: u32,
-    tokens: u32,
-) -> Vec<Completion> {
-    let size = usize::from(frontend.options().size);
-    let end = Instant::now() + SOON;
-    let mut done = Vec::new();
-    for round in 0.. {
-        done.extend(complete_all(frontend, &format!("{name}-{round}"), count, tokens));
-        let ranks: BTreeSet<u16> = done.iter().map(|done| done.rank).collect();
-        if ranks.len() == size {
-            break;
-        }
-        assert!(Instant::now() < end, "not all of {size} ranks serve: {ranks:?}");
-    }
-    done
 }
 
 /// Did the process end with this exit code?

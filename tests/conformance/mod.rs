@@ -5,6 +5,7 @@
 
 mod control;
 mod engines;
+mod fakes;
 mod frontends;
 mod handshake;
 pub(crate) mod harness;
@@ -16,5 +17,6 @@ mod planned;
 mod processes;
 mod restart;
 mod restarts;
+mod status;
 mod update;
 mod uploads;

@@ -193,6 +193,21 @@ mod tests {
         assert_eq!(Journal::new(dir.path()).read_ledger().unwrap(), open);
     }
 
+    /// Up to 0.1.0 a line said `id` and `outcome` twice: of the whole, and in `record`.
+    #[test]
+    fn a_line_of_an_older_release_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::new(dir.path());
+        let record = Record { id: UpdateId("u1".to_owned()), ..Record::default() };
+        let record = UpdateRecord::ended(record, WeightVersion("v2".to_owned()), 7);
+        let mut line = serde_json::to_value(&record).unwrap();
+        line["id"] = "u1".into();
+        line["outcome"] = serde_json::json!({ "kind": "committed" });
+        fs::write(dir.path().join(HISTORY), format!("{line}\n")).unwrap();
+        let read = journal.history(10).unwrap();
+        assert_eq!(serde_json::to_value(&read).unwrap(), serde_json::json!([record]));
+    }
+
     #[test]
     fn a_line_of_the_history_that_was_cut_off_costs_no_other_line() {
         let dir = tempfile::tempdir().unwrap();
