@@ -1,22 +1,19 @@
-//! Answers the admin socket: each command in a task of its own, so that none waits for another.
+//! What the leader does for its clients.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
-use tokio_util::task::TaskTracker;
-
 use super::drain::{DrainError, Drained};
+use super::runtime::Answers;
 use super::status::Sources;
 use super::updates;
-use crate::api::{AdminCommand, AdminError, Command, ErrorKind, Reply, Response};
+use crate::api::{AdminError, Command, ErrorKind, Reply, Response, Status};
 use crate::config::Config;
 use crate::driver::control::{ControlError, ControlHandle};
 use crate::driver::handles::{
     AttachmentCommand, AttachmentHandle, CoordinatorHandle, HandleError, Origin, RankHandle, ask,
 };
 use crate::driver::weight_update::UpdateHandle;
-use crate::tasks::{Task, named};
 
 /// Limit for answers of our own tasks.
 const LOCAL_ANSWER: Duration = Duration::from_secs(10);
@@ -26,6 +23,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Handles of all tasks that commands need.
 #[derive(Clone, Debug)]
 pub(crate) struct Handles {
+    pub(super) config: Arc<Config>,
     pub(crate) ranks: Vec<RankHandle>,
     pub(crate) coordinator: CoordinatorHandle,
     pub(crate) attachments: AttachmentHandle,
@@ -33,32 +31,15 @@ pub(crate) struct Handles {
     pub(crate) updates: UpdateHandle,
     pub(super) drained: Drained,
     pub(super) sources: Sources,
-    pub(crate) stopping: watch::Receiver<bool>,
 }
 
-impl Handles {
-    /// Answers one command, in the background where it takes time.
-    pub(super) fn handle(&self, config: &Arc<Config>, tracker: &TaskTracker, command: AdminCommand) {
-        let this = self.clone();
-        let config = config.clone();
-        let AdminCommand { command, reply } = command;
-        tracker.spawn(named(Task::AdminCommand, async move {
-            let answer = this.perform(&config, command, &reply).await;
-            reply.send(answer);
-        }));
+impl Answers for Handles {
+    async fn status(&self, stopping: bool) -> Status {
+        self.sources.status(&self.config, stopping).await
     }
 
-    async fn perform(
-        &self,
-        config: &Config,
-        command: Command,
-        reply: &Reply,
-    ) -> Result<Response, AdminError> {
+    async fn perform(&self, command: Command, reply: &Reply) -> Result<Response, AdminError> {
         match command {
-            Command::Status => {
-                let stopping = *self.stopping.borrow();
-                return Ok(Response::Status(Box::new(self.sources.status(config, stopping).await)));
-            }
             Command::Version => return Ok(Response::Version(self.sources.versions().await)),
             Command::FrontendList => return Ok(Response::Frontends(self.sources.frontends())),
             Command::Update(request) => return updates::run(&self.updates, request, reply).await,
@@ -66,7 +47,7 @@ impl Handles {
             Command::UpdateHistory { limit } => return updates::history(&self.updates, limit).await,
             Command::UpdateAbort => updates::abort(&self.updates).await?,
             Command::Pause { mode, deadline_ms } => {
-                let deadline = deadline_ms.map_or(config.pause_deadline, Duration::from_millis);
+                let deadline = deadline_ms.map_or(self.config.pause_deadline, Duration::from_millis);
                 self.control.pause(mode, deadline, PATIENCE).await.map_err(control_error)?;
             }
             Command::Drain => {
@@ -86,12 +67,14 @@ impl Handles {
                 let what = format!("detachment from {address}");
                 self.attachment(what, |reply| AttachmentCommand::Remove { address, reply }).await?;
             }
-            // Taken by the run loop.
-            Command::Stop => {}
+            // Answered by the runtime.
+            Command::Status | Command::Stop => {}
         }
         Ok(Response::Done)
     }
+}
 
+impl Handles {
     async fn attachment(
         &self,
         what: String,

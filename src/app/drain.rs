@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tracing::{info, warn};
+use tokio::time::{Instant, timeout_at};
+use tracing::{debug, info, trace, warn};
 
 use crate::driver::control::{ControlError, ControlGuard, ControlHandle};
 use crate::driver::handles::{Admission, HandleError, RankHandle};
@@ -64,6 +65,44 @@ impl Drained {
 /// Waits until the ranks' numbers include what passed the gates just before they closed.
 pub(super) async fn settle() {
     tokio::time::sleep((SNAPSHOT_LAG + SNAPSHOT_INTERVAL) * 2).await;
+}
+
+/// Holds new requests and lets those in flight finish within `limit`; then says what happens to the others.
+pub(super) async fn finish_requests(ranks: &[RankHandle], limit: Duration, too_late: &str) {
+    let until = Instant::now() + limit;
+    if let Err(error) = gates(ranks, false).await {
+        debug!(%error, "a gate stays open");
+    }
+    settle().await;
+    if in_flight(ranks) > 0 && !limit.is_zero() {
+        info!(in_flight = in_flight(ranks), ?limit, "waiting for requests in flight");
+    }
+    while in_flight(ranks) > 0 && Instant::now() < until {
+        changed(ranks, until).await;
+    }
+    if in_flight(ranks) > 0 {
+        warn!(in_flight = in_flight(ranks), "{too_late}");
+    }
+}
+
+/// Requests of all frontends in flight.
+fn in_flight(ranks: &[RankHandle]) -> u64 {
+    ranks.iter().map(|rank| rank.snapshot.borrow().in_flight.values().sum::<u64>()).sum()
+}
+
+/// Waits until the requests in flight of some rank may have changed, at most until `until`.
+async fn changed(ranks: &[RankHandle], until: Instant) {
+    let mut receivers: Vec<_> = ranks.iter().map(|rank| rank.snapshot.clone()).collect();
+    let any = receivers.iter_mut().map(|receiver| {
+        receiver.mark_unchanged();
+        Box::pin(receiver.changed())
+    });
+    let any = futures::future::select_all(any);
+    // A change just before the receivers were marked is seen at the latest after this long.
+    let soon = Instant::now() + Duration::from_millis(200);
+    if timeout_at(until.min(soon), any).await.is_err() {
+        trace!("no rank changed");
+    }
 }
 
 /// A drain cannot begin or end.

@@ -16,6 +16,7 @@ use crate::driver::handles::{EdgeHandle, HandshakeHandle, NodeEvent, NodeState, 
 use crate::driver::handshake::{HandshakeBindError, HandshakeConfig};
 use crate::driver::{frontend, handshake as handshake_driver, processes};
 use crate::exit_code::{self, RunEnd};
+use crate::gpu::{self, GpuMonitor};
 use crate::relay::Purpose;
 use crate::relay::host::{self, HostError, HostOptions};
 use crate::state_dir::StateDir;
@@ -66,6 +67,7 @@ pub(super) struct Local {
     pub(super) state: NodeState,
     /// The relay process, which has the data path.
     pub(super) relay: Supervised,
+    pub(super) gpus: GpuMonitor,
 }
 
 /// The relay process, as the end of a run sees it.
@@ -115,6 +117,9 @@ pub(super) async fn start(
         }
         Engines::Attach => None,
     };
+    let file = config.accel_file.clone();
+    let gpus = GpuMonitor::start(move || gpu::detect(file.as_deref()))
+        .map_err(|error| internal("accelerator thread", &error))?;
     Ok(Local {
         ranks: relay.handles.ranks,
         edge: relay.handles.edge,
@@ -124,6 +129,7 @@ pub(super) async fn start(
         frontend_events,
         state,
         relay: Supervised { pid: relay.pid, failed: relay.failed, retire: relay.retire },
+        gpus,
     })
 }
 

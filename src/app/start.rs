@@ -10,12 +10,13 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, info};
 
-use super::App;
+use super::Leading;
 use super::commands::Handles;
 use super::drain::Drained;
 use super::local::{self, Keeper, QUEUE, internal};
 use super::nodes::{self, Gathered, Readers, Remote, THIS_NODE};
 use super::pauses;
+use super::runtime::Runtime;
 use super::stage;
 use super::status::Sources;
 use crate::api::AdminCommand;
@@ -25,11 +26,10 @@ use crate::driver::frontend::{self, SupervisedSnapshot};
 use crate::driver::handles::{
     AttachmentCommand, AttachmentHandle, Deployment, EdgeHandle, NodeId, NodeState, Origin, ask,
 };
-use crate::driver::node::{Inputs, Node, NodeCommand, NodePeers, Outputs, Peers};
-use crate::driver::weight_update::{FenceRequest, UpdateConfig, UpdateNode};
+use crate::driver::node::{Inputs, Node, NodePeers, Outputs, Peers};
+use crate::driver::weight_update::{UpdateConfig, UpdateNode};
 use crate::driver::{control, coordinator, weight_update};
 use crate::exit_code::{self, RunEnd};
-use crate::gpu::{self, GpuMonitor};
 use crate::http::HttpServer;
 use crate::link::server;
 use crate::peer::introduction::Introduction;
@@ -43,8 +43,6 @@ const LOCAL_ANSWER: Duration = Duration::from_secs(10);
 
 /// What is there before the deployment is complete.
 pub(super) struct Prepared {
-    /// Commands of clients.
-    pub(super) admin: mpsc::Receiver<AdminCommand>,
     /// The way in for commands that come by other ways than the admin socket.
     pub(super) commands: mpsc::WeakSender<AdminCommand>,
     /// The keeper of this node.
@@ -63,10 +61,9 @@ pub(super) async fn start(
     state: &StateDir,
     tracker: TaskTracker,
     prepared: Prepared,
-) -> Result<App, RunEnd> {
-    let Prepared { admin, commands: admin_commands, keeper, nodes, stop, began } = prepared;
-    let stop_frontend = CancellationToken::new();
-    let (stopping, is_stopping) = watch::channel(false);
+) -> Result<Runtime<Leading>, RunEnd> {
+    let Prepared { commands: admin_commands, keeper, nodes, stop, began } = prepared;
+    let (stop_frontend, stop_node) = (CancellationToken::new(), CancellationToken::new());
 
     let (node_events, mut events_of_nodes) = mpsc::channel(QUEUE);
     let (held, held_calls) = mpsc::channel(QUEUE);
@@ -147,7 +144,7 @@ pub(super) async fn start(
         readers.clone().read(node, reported, stage, &tracker);
     }
     drop(readers);
-    let (node_commands, commands) = mpsc::channel(QUEUE);
+    let (fences, fence_requests) = mpsc::channel(QUEUE);
     let updates = weight_update::spawn(
         UpdateConfig {
             pause_deadline: config.pause_deadline,
@@ -156,7 +153,7 @@ pub(super) async fn start(
         ranks.clone(),
         update_nodes,
         control.clone(),
-        fences(&node_commands, &tracker),
+        fences,
         &tracker,
         stop.clone(),
     )
@@ -192,7 +189,7 @@ pub(super) async fn start(
         &states,
         early,
     );
-    let inputs = Inputs { nodes: events_of_nodes, commands };
+    let inputs = Inputs { nodes: events_of_nodes, fences: fence_requests, stop: stop_node.clone() };
     let node = tokio::spawn(named(Task::Node, node.run(inputs)));
 
     for address in &config.frontends {
@@ -220,9 +217,6 @@ pub(super) async fn start(
         ))
     });
 
-    let file = config.accel_file.clone();
-    let gpus = GpuMonitor::start(move || gpu::detect(file.as_deref()))
-        .map_err(|e| internal("accelerator thread", &e))?;
     let sources = Sources {
         began,
         nodes: gathered.clone(),
@@ -232,34 +226,30 @@ pub(super) async fn start(
         frontends: attachments.snapshot.clone(),
         updates: updates.clone(),
         control: control.clone(),
-        gpus,
+        gpus: local.gpus,
         keeper: local.keeper.clone(),
         relay: local.relay.pid.clone(),
         edges: edges_by_rank,
     };
-    Ok(App {
+    let handles = Handles {
+        config: config.clone(),
+        ranks: ranks.clone(),
+        coordinator,
+        attachments,
+        control,
+        updates,
+        drained: Drained::default(),
+        sources,
+    };
+    Ok(Runtime {
         config,
         tracker,
         stop,
-        stop_frontend,
-        admin,
-        node,
-        node_commands,
-        frontend,
-        handles: Handles {
-            ranks,
-            coordinator,
-            attachments,
-            control,
-            updates,
-            drained: Drained::default(),
-            sources,
-            stopping: is_stopping,
-        },
-        stopping,
+        ranks,
         keeper: local.keeper,
         relay: local.relay,
-        nodes: gathered,
+        answers: handles.clone(),
+        role: Leading { handles, node: Some(node), stop_node, frontend, stop_frontend, nodes: gathered },
     })
 }
 
@@ -271,21 +261,6 @@ async fn tell_routes(attachments: &AttachmentHandle, states: &BTreeMap<NodeId, N
             debug!("no attachments task");
         }
     }
-}
-
-/// Hands the update task's fences to the node task.
-fn fences(node: &mpsc::Sender<NodeCommand>, tracker: &TaskTracker) -> mpsc::Sender<FenceRequest> {
-    let (sender, mut requests) = mpsc::channel::<FenceRequest>(QUEUE);
-    let node = node.clone();
-    tracker.spawn(named(Task::Queue, async move {
-        while let Some(FenceRequest { rank, incarnation, reason }) = requests.recv().await {
-            let fence = NodeCommand::Fence { rank, incarnation, reason };
-            if node.send(fence).await.is_err() {
-                return;
-            }
-        }
-    }));
-    sender
 }
 
 /// Uploads and updates over HTTP, if they are wanted.

@@ -8,10 +8,10 @@ use dp_sidecar_protocol::machine::lifecycle::Phase;
 use tokio::sync::watch;
 
 use super::nodes::{self, Gathered};
-use super::updates;
+use super::{updates, waiting};
 use crate::api::{
     ControllerStatus, CoordinatorSnapshot, DeploymentStatus, EngineStatus, FrontendSnapshot, FrontendStatus,
-    RelayVersion, SidecarStatus, Status, VersionReport,
+    RelayVersion, Status, VersionReport,
 };
 use crate::config::{Config, Engines, Serve};
 use crate::driver::control::ControlHandle;
@@ -56,17 +56,7 @@ impl Sources {
         } else {
             "starting"
         };
-        Status {
-            sidecar: SidecarStatus {
-                pid: std::process::id(),
-                version: env!("CARGO_PKG_VERSION").to_owned(),
-                uptime_s: self.began.elapsed().as_secs(),
-                state: state.to_owned(),
-                state_dir: config.state_dir.display().to_string(),
-                keeper_pid: self.keeper.pid(),
-                relay_pid: *self.relay.borrow(),
-            },
-            deployment: deployment(config),
+        let mut status = Status {
             engines,
             frontends: self.frontends(),
             coordinator: self.coordinator.borrow().clone(),
@@ -77,9 +67,11 @@ impl Sources {
                 .nodes
                 .as_ref()
                 .map_or_else(Vec::new, |all| nodes::status(&all.own, &all.leader, &all.remotes)),
-            leader: None,
-            missing: None,
-        }
+            ..waiting::status(config, self.began, state)
+        };
+        status.sidecar.keeper_pid = self.keeper.pid();
+        status.sidecar.relay_pid = *self.relay.borrow();
+        status
     }
 
     fn controller(&self) -> ControllerStatus {
@@ -139,27 +131,6 @@ impl Sources {
             in_flight: attachment.id.and_then(|id| in_flight.get(&id).copied()).unwrap_or(0),
         };
         frontends.iter().map(with_requests).collect()
-    }
-
-    /// Requests of all frontends in flight on all engines.
-    pub(super) fn in_flight(&self) -> u64 {
-        let of = |handle: &RankHandle| handle.snapshot.borrow().in_flight.values().sum::<u64>();
-        self.ranks.iter().map(of).sum()
-    }
-
-    /// Waits until the requests in flight of some rank may have changed, at most until `until`.
-    pub(super) async fn changed(&self, until: tokio::time::Instant) {
-        let mut receivers: Vec<_> = self.ranks.iter().map(|r| r.snapshot.clone()).collect();
-        let any = receivers.iter_mut().map(|receiver| {
-            receiver.mark_unchanged();
-            Box::pin(receiver.changed())
-        });
-        let any = futures::future::select_all(any);
-        // A change just before the receivers were marked is seen at the latest after this long.
-        let soon = tokio::time::Instant::now() + std::time::Duration::from_millis(200);
-        if tokio::time::timeout_at(until.min(soon), any).await.is_err() {
-            tracing::trace!("no rank changed");
-        }
     }
 
     /// Versions of everything that has one.

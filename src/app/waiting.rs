@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use tokio::sync::{mpsc, watch};
 
+use super::runtime::{asked, ended_by};
 use super::status::deployment;
 use crate::api::{
     AdminCommand, AdminError, Command, ControllerStatus, CoordinatorSnapshot, ErrorKind, LeaderStatus,
@@ -51,7 +52,7 @@ pub(super) async fn serve_while<T>(
     loop {
         tokio::select! {
             biased;
-            why = super::asked(outside) => return Err(super::ended_by(why)),
+            why = asked(outside) => return Err(ended_by(why)),
             done = &mut work => return Ok(done),
             command = admin.recv() => match command {
                 Some(AdminCommand { command: Command::Status, reply }) => {

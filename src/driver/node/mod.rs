@@ -19,6 +19,7 @@ use dp_sidecar_protocol::{EngineIndex, Incarnation, Time};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use super::handles::{
@@ -26,27 +27,13 @@ use super::handles::{
     RankHandle,
 };
 use super::init;
-use super::weight_update::UpdateHandle;
+use super::weight_update::{FenceRequest, UpdateHandle};
 use crate::config::{Config, Engines};
 
 /// Limit for answers of our own tasks, and of other nodes.
 const ANSWER: Duration = Duration::from_secs(10);
 /// Limit for a restarted lockstep group to run the wave that brings it to the current number.
 const IN_STEP: Duration = Duration::from_secs(120);
-
-/// What others ask of the node task.
-#[derive(Debug)]
-pub enum NodeCommand {
-    /// This engine must not serve; it is stopped and started again at the committed weights.
-    Fence {
-        rank: EngineIndex,
-        /// Which incarnation; a later one is not meant.
-        incarnation: Incarnation,
-        reason: String,
-    },
-    /// Stop all engines and end.
-    Stop,
-}
 
 /// Everything the node knows about one rank, for status.
 #[derive(Clone, Debug)]
@@ -107,8 +94,10 @@ impl Peers {
 pub struct Inputs {
     /// What the nodes report about their engines and themselves.
     pub nodes: mpsc::Receiver<(NodeId, NodeEvent)>,
-    /// From everybody else.
-    pub commands: mpsc::Receiver<NodeCommand>,
+    /// Engines that must not serve; they are stopped and started again at the committed weights.
+    pub fences: mpsc::Receiver<FenceRequest>,
+    /// All engines are to be stopped, and the task is to end.
+    pub stop: CancellationToken,
 }
 
 /// What goes out.
@@ -220,6 +209,7 @@ impl Node {
         for (node, event) in std::mem::take(&mut self.early) {
             self.node_event(node, event).await;
         }
+        let mut stopping = false;
         let exit = loop {
             if let Some(exit) = self.perform().await {
                 break exit;
@@ -228,14 +218,15 @@ impl Node {
             let due = self.machine.poll_timeout().map(|t| self.began + t.since_start());
             tokio::select! {
                 biased;
-                command = inputs.commands.recv() => match command {
-                    Some(NodeCommand::Fence { rank, incarnation, reason }) => {
-                        if self.facts_of(rank, incarnation).is_some() {
-                            self.event(Event::Fence { rank, reason });
-                        }
+                () = inputs.stop.cancelled(), if !stopping => {
+                    stopping = true;
+                    self.event(Event::Stop);
+                }
+                Some(FenceRequest { rank, incarnation, reason }) = inputs.fences.recv() => {
+                    if self.facts_of(rank, incarnation).is_some() {
+                        self.event(Event::Fence { rank, reason });
                     }
-                    Some(NodeCommand::Stop) | None => self.event(Event::Stop),
-                },
+                }
                 Some((node, event)) = inputs.nodes.recv() => self.node_event(node, event).await,
                 Some(done) = self.work.join_next() => self.work_done(done),
                 () = super::sleep_until(due) => {
