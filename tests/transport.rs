@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use dp_sidecar::transport::{
-    Dealer, Encoded, PrivateDir, PullEvent, PullListener, Push, RouterEvent, RouterListener, TransportError,
-    XpubListener, Xsub, zmtp,
+    Connected, Encoded, PrivateDir, PullEvent, PullListener, RouterEvent, RouterListener, TransportError,
+    XpubListener, zmtp,
 };
 use tempfile::TempDir;
 use tokio::time::timeout;
@@ -92,13 +92,13 @@ async fn a_pull_reports_messages_in_order_and_closes_its_connections_when_droppe
     }
     drop((engine, context));
     assert_eq!(timeout(LIMIT, pull.recv()).await.unwrap(), PullEvent::Disconnected);
-    let mut push = Push::connect(&address, LIMIT).await.unwrap();
+    let mut push = Connected::push(&address, LIMIT).await.unwrap();
     push.send(bytes(&[b"seen"])).await.unwrap();
     timeout(LIMIT, pull.recv()).await.unwrap();
     drop(pull);
     let end = timeout(LIMIT, push.disconnected()).await.unwrap();
     assert!(matches!(end, TransportError::Disconnected { .. }), "{end}");
-    let again = Push::connect(&address, Duration::from_millis(200)).await;
+    let again = Connected::push(&address, Duration::from_millis(200)).await;
     assert!(again.is_err(), "a dropped socket accepts connections");
 }
 
@@ -123,7 +123,7 @@ async fn an_xpub_reports_each_subscription_and_reaches_each_subscriber() {
     for engine in &engines {
         assert_eq!(engine.recv_multipart(0).unwrap(), vec![b"\x02".to_vec(), b"wave".to_vec()]);
     }
-    let mut ours = Xsub::connect(xpub.address(), LIMIT).await.unwrap();
+    let mut ours = Connected::xsub(xpub.address(), LIMIT).await.unwrap();
     ours.subscribe().await.unwrap();
     timeout(LIMIT, xpub.recv()).await.unwrap().unwrap();
     drop(xpub);
@@ -136,7 +136,7 @@ async fn a_subscriber_that_does_not_read_ends_the_xpub_and_blocks_nobody() {
     let (_base, dir) = private();
     let mut xpub =
         XpubListener::bind(&dir.ipc_address("x").unwrap(), Duration::from_millis(200)).await.unwrap();
-    let mut stuck = Xsub::connect(xpub.address(), LIMIT).await.unwrap();
+    let mut stuck = Connected::xsub(xpub.address(), LIMIT).await.unwrap();
     stuck.subscribe().await.unwrap();
     timeout(LIMIT, xpub.recv()).await.unwrap().unwrap();
     let publisher = xpub.publisher();
@@ -232,7 +232,7 @@ async fn a_hostile_subscriber_is_closed_and_the_others_are_served() {
 async fn what_a_stopped_subscriber_could_not_take_comes_whole_and_in_order_when_it_reads_again() {
     let (_base, dir) = private();
     let mut xpub = XpubListener::bind(&dir.ipc_address("x").unwrap(), LIMIT).await.unwrap();
-    let mut ours = Xsub::connect(xpub.address(), LIMIT).await.unwrap();
+    let mut ours = Connected::xsub(xpub.address(), LIMIT).await.unwrap();
     ours.subscribe().await.unwrap();
     timeout(LIMIT, xpub.recv()).await.unwrap().unwrap();
     let publisher = xpub.publisher();
@@ -256,8 +256,8 @@ async fn a_dealer_talks_to_a_router_of_libzmq_under_its_engine_identity() {
     let router = peer(&context, zmq::ROUTER);
     router.set_router_mandatory(true).unwrap();
     let address = bound(&router);
-    let (mut sender, mut dealer) = Dealer::connect(&address, &[1, 0], LIMIT).await.unwrap().split();
-    sender.send(bytes(&[b"", &[3; 100_000], b"tail"])).await.unwrap();
+    let mut dealer = Connected::dealer(&address, &[1, 0], LIMIT).await.unwrap();
+    dealer.send(bytes(&[b"", &[3; 100_000], b"tail"])).await.unwrap();
     assert_eq!(
         router.recv_multipart(0).unwrap(),
         vec![vec![1, 0], vec![], vec![3; 100_000], b"tail".to_vec()]
@@ -278,7 +278,7 @@ async fn a_push_to_a_peer_that_does_not_read_waits_instead_of_queueing_and_sees_
     pull.set_rcvhwm(1).unwrap();
     pull.set_rcvbuf(65536).unwrap();
     let address = bound(&pull);
-    let mut push = Push::connect(&address, LIMIT).await.unwrap();
+    let mut push = Connected::push(&address, LIMIT).await.unwrap();
     let filler = Bytes::from(vec![0; 1 << 20]);
     let mut sent = 0;
     while let Ok(result) = timeout(Duration::from_secs(1), push.send(vec![filler.clone()])).await {
@@ -297,7 +297,7 @@ async fn an_xsub_hears_what_an_xpub_of_libzmq_publishes() {
     let xpub = peer(&context, zmq::XPUB);
     xpub.set_xpub_verbose(true).unwrap();
     let address = bound(&xpub);
-    let mut xsub = Xsub::connect(&address, LIMIT).await.unwrap();
+    let mut xsub = Connected::xsub(&address, LIMIT).await.unwrap();
     xsub.subscribe().await.unwrap();
     assert_eq!(xpub.recv_bytes(0).unwrap(), b"\x01");
     xpub.send("READY", 0).unwrap();
@@ -310,12 +310,12 @@ async fn connecting_waits_for_a_listener_and_gives_up_at_the_limit() {
     let (_base, dir) = private();
     let address = dir.ipc_address("late").unwrap();
     let started = std::time::Instant::now();
-    let error = Dealer::connect(&address, &[0, 0], Duration::from_millis(150)).await.unwrap_err();
+    let error = Connected::dealer(&address, &[0, 0], Duration::from_millis(150)).await.unwrap_err();
     assert!(matches!(error, TransportError::Timeout { stage: "connect", .. }));
     assert!(started.elapsed() < LIMIT);
     let connecting = {
         let address = address.clone();
-        tokio::spawn(async move { Dealer::connect(&address, &[0, 0], LIMIT).await })
+        tokio::spawn(async move { Connected::dealer(&address, &[0, 0], LIMIT).await })
     };
     tokio::time::sleep(Duration::from_millis(120)).await;
     let _router = RouterListener::bind(&address).await.unwrap();
@@ -336,11 +336,11 @@ async fn a_peer_of_another_kind_or_silent_is_named() {
         // Until the other side has had enough of it.
         let _ = stream.read_to_end(&mut Vec::new());
     });
-    let error = Dealer::connect(&address, &[0, 0], LIMIT).await.unwrap_err().to_string();
+    let error = Connected::dealer(&address, &[0, 0], LIMIT).await.unwrap_err().to_string();
     saying.join().unwrap();
     assert!(error.contains("ROUTER"), "{error}");
     let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("tcp://{}", silent.local_addr().unwrap());
-    let error = Push::connect(&address, Duration::from_millis(200)).await.unwrap_err();
+    let error = Connected::push(&address, Duration::from_millis(200)).await.unwrap_err();
     assert!(matches!(error, TransportError::Timeout { stage: "ZMTP handshake", .. }), "{error}");
 }

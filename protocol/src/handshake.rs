@@ -152,6 +152,8 @@ pub struct Addresses {
     /// Where the engine pushes stats and wave edges.
     pub coordinator_output: Option<String>,
     /// Where frontends hear of load, wave and running. Engines only hand it on.
+    // Under this name in the `frontends.json` of earlier sidecars.
+    #[serde(alias = "stats")]
     pub frontend_stats_publish_address: Option<String>,
 }
 

@@ -152,6 +152,13 @@ impl<'a> OutputsView<'a> {
         Ok(())
     }
 
+    /// What the message says about waves: the engine's newest wave, and whether it runs. Nothing if no wave begins or
+    /// ends with it.
+    pub fn wave_edge(&self) -> Option<(Wave, bool)> {
+        let ended = self.wave_complete.map(|wave| (Wave(wave.0.saturating_add(1)), false));
+        ended.or_else(|| self.start_wave.map(|wave| (wave, true)))
+    }
+
     /// Number of outputs of requests.
     pub const fn output_count(&self) -> usize {
         self.output_count

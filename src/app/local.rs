@@ -14,13 +14,14 @@ use tracing::{debug, info};
 use crate::config::{Config, Engines};
 use crate::driver::handles::{EdgeHandle, HandshakeHandle, NodeEvent, NodeState, ProcessHandle, RankHandle};
 use crate::driver::handshake::{HandshakeBindError, HandshakeConfig};
-use crate::driver::{frontend, handshake as handshake_driver, processes};
+use crate::driver::{handshake as handshake_driver, processes};
 use crate::exit_code::{self, RunEnd};
 use crate::gpu::{self, GpuMonitor};
 use crate::relay::Purpose;
 use crate::relay::host::{self, HostError, HostOptions};
 use crate::state_dir::StateDir;
 use crate::supervisor::client::KeeperClient;
+use crate::supervisor::command::FRONTEND;
 use crate::supervisor::keeper::wire::KeeperEvent;
 use crate::tasks::{Task, named};
 use crate::transport::GuardLimits;
@@ -181,7 +182,7 @@ fn distribute(
                     KeeperEvent::Replaced { .. } | KeeperEvent::Failed { .. } => None,
                 };
                 let to = match name {
-                    Some(frontend::CHILD) => vec![&to_frontend],
+                    Some(FRONTEND) => vec![&to_frontend],
                     Some(crate::relay::CHILD) => vec![&to_relay],
                     Some(_) => vec![&to_engines],
                     // The relay process first: new engines need it.

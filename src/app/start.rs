@@ -22,7 +22,7 @@ use super::status::Sources;
 use crate::api::AdminCommand;
 use crate::config::{Config, Engines};
 use crate::driver::attachment::{self, AttachmentConfig};
-use crate::driver::frontend::{self, SupervisedSnapshot};
+use crate::driver::frontend;
 use crate::driver::handles::{
     AttachmentCommand, AttachmentHandle, Deployment, EdgeHandle, NodeId, NodeState, Origin, ask,
 };
@@ -201,7 +201,6 @@ pub(super) async fn start(
             .map_err(|error| RunEnd::new(exit_code::USAGE, error.to_string()))?;
     }
     listen_http(&config, uploads, admin_commands, &tracker, &stop).await?;
-    let (supervised, _) = watch::channel(SupervisedSnapshot::default());
     let frontend = config.serve.is_some().then(|| {
         tokio::spawn(named(
             Task::SupervisedFrontend,
@@ -211,7 +210,6 @@ pub(super) async fn start(
                 local.keeper.clone(),
                 attachments.clone(),
                 local.frontend_events,
-                supervised,
                 stop_frontend.clone(),
             ),
         ))

@@ -324,11 +324,10 @@ impl Task {
     fn publish_snapshot(&mut self) {
         self.loads_due = None;
         let machine = self.machine.snapshot();
-        let loads = machine.loads.iter().zip(0..).map(|(load, rank)| (rank, *load));
         let snapshot = CoordinatorSnapshot {
             wave: machine.wave,
             running: machine.running,
-            loads: loads.collect(),
+            loads: (0..).zip(machine.loads).collect(),
             subscribed: u32::from(machine.subscribed),
             in_step: machine.in_step,
         };

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use dp_sidecar_protocol::Time;
 use dp_sidecar_protocol::machine::restart::{self, Restart};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
@@ -16,24 +16,11 @@ use super::handles::{AttachmentCommand, AttachmentHandle, Origin, ask};
 use super::init;
 use crate::config::Config;
 use crate::supervisor::client::KeeperClient;
+use crate::supervisor::command::FRONTEND;
 use crate::supervisor::keeper::wire::{ExitStatus, KeeperEvent};
-
-/// Name of the keeper's child.
-pub const CHILD: &str = "frontend";
 
 /// Limit for answers of our own tasks.
 const LOCAL_ANSWER: Duration = Duration::from_secs(10);
-
-/// State of the supervised frontend, for status.
-#[derive(Clone, Debug, Default)]
-pub struct SupervisedSnapshot {
-    /// Handshake address of the frontend.
-    pub address: Option<SocketAddr>,
-    /// Its process.
-    pub pid: Option<u32>,
-    /// How often it was started again.
-    pub restarts: u64,
-}
 
 /// Why the task ended.
 #[derive(Clone, Debug)]
@@ -52,7 +39,6 @@ pub async fn run(
     keeper: KeeperClient,
     attachments: AttachmentHandle,
     mut events: mpsc::Receiver<KeeperEvent>,
-    snapshot: watch::Sender<SupervisedSnapshot>,
     stop: CancellationToken,
 ) -> FrontendExit {
     let began = Instant::now();
@@ -63,7 +49,7 @@ pub async fn run(
     };
     let mut incarnation = match &found {
         Some(found) => found.incarnation - 1,
-        None => keeper.inherited().last_incarnation(CHILD),
+        None => keeper.inherited().last_incarnation(FRONTEND),
     };
     // One address for all its lives: it is what the attachment waits for.
     let address = match found.as_ref().map_or_else(free_address, |found| Ok(found.address)) {
@@ -80,31 +66,19 @@ pub async fn run(
     }
     loop {
         incarnation += 1;
-        let adopted = found.take();
-        let again = adopted.is_some();
-        let spawned = match adopted {
-            Some(found) => Ok(found.pid),
-            None => spawn(&config, &keeper, incarnation, address).await,
-        };
+        let again = found.take().is_some();
+        let spawned = if again { Ok(()) } else { spawn(&config, &keeper, incarnation, address).await };
         let reason = match spawned {
-            Ok(pid) => {
-                snapshot.send_modify(|s| {
-                    s.address = Some(address);
-                    s.pid = Some(pid);
-                    s.restarts = incarnation - first;
-                });
-                match until_exit(&config, &keeper, &mut events, incarnation, &stop).await {
-                    Ended::Stopped => return FrontendExit::Stopped,
-                    Ended::KeeperReplaced => {
-                        warn!("the frontend was stopped with its keeper; starting it again");
-                        continue;
-                    }
-                    Ended::Exited(reason) => reason,
+            Ok(()) => match until_exit(&config, &keeper, &mut events, incarnation, &stop).await {
+                Ended::Stopped => return FrontendExit::Stopped,
+                Ended::KeeperReplaced => {
+                    warn!("the frontend was stopped with its keeper; starting it again");
+                    continue;
                 }
-            }
+                Ended::Exited(reason) => reason,
+            },
             Err(reason) => reason,
         };
-        snapshot.send_modify(|s| s.pid = None);
         if stop.is_cancelled() {
             return FrontendExit::Stopped;
         }
@@ -141,7 +115,6 @@ pub async fn run(
 struct Found {
     address: SocketAddr,
     incarnation: u64,
-    pid: u32,
 }
 
 /// Looks for it. What cannot be gone on with is ended first.
@@ -153,23 +126,22 @@ async fn running(
     recorded: Option<String>,
 ) -> Result<Option<Found>, String> {
     let children = keeper.list().await.map_err(|error| error.to_string())?;
-    let child = children.into_iter().find(|child| child.name == CHILD);
+    let child = children.into_iter().find(|child| child.name == FRONTEND);
     let address = recorded.as_ref().and_then(|address| address.parse().ok());
     match (child, address) {
         (Some(child), Some(address)) if !child.stopping && child.incarnation > 0 => {
             info!(pid = child.pid, %address, "the previous sidecar's frontend is still running");
-            let found = Found { address, incarnation: child.incarnation, pid: child.pid };
-            return Ok(Some(found));
+            return Ok(Some(Found { address, incarnation: child.incarnation }));
         }
         (Some(child), _) => {
             warn!(pid = child.pid, "stopping a frontend that the previous sidecar did not record");
             let grace = config.kill_grace;
-            if let Err(error) = keeper.stop(CHILD, grace).await {
+            if let Err(error) = keeper.stop(FRONTEND, grace).await {
                 debug!(%error, "stop of the frontend");
             }
             let gone = async {
                 while let Some(event) = events.recv().await {
-                    if matches!(&event, KeeperEvent::Exited(report) if report.name == CHILD) {
+                    if matches!(&event, KeeperEvent::Exited(report) if report.name == FRONTEND) {
                         return;
                     }
                 }
@@ -195,10 +167,10 @@ async fn spawn(
     keeper: &KeeperClient,
     incarnation: u64,
     address: SocketAddr,
-) -> Result<u32, String> {
+) -> Result<(), String> {
     let spec = config.frontend_spawn(incarnation, address).ok_or("no MODEL was given")?;
     info!(command = %spec.argv.join(" "), "starting frontend");
-    keeper.spawn(spec).await.map_err(|error| error.to_string())
+    keeper.spawn(spec).await.map(|_| ()).map_err(|error| error.to_string())
 }
 
 enum Ended {
@@ -236,7 +208,7 @@ async fn until_exit(
             () = stop.cancelled(), if !asked => {
                 asked = true;
                 let grace = config.shutdown_timeout + config.kill_grace;
-                if let Err(error) = keeper.stop(CHILD, grace).await {
+                if let Err(error) = keeper.stop(FRONTEND, grace).await {
                     error!(%error, "the frontend could not be stopped");
                     return Ended::Stopped;
                 }

@@ -10,13 +10,14 @@ use dp_sidecar_protocol::machine::handshake::{Action, Config, Event, Handshake, 
 use dp_sidecar_protocol::{EngineIndex, Incarnation, Time};
 use thiserror::Error;
 use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
 use super::handles::{
     Envelope, Expect, Forget, HandleError, HandshakeAsk, HandshakeEvent, HandshakeHandle, Listen, NodeEvent,
     queue,
 };
+use crate::log_limit::LogLimit;
 use crate::tasks;
 use crate::transport::{GuardEvent, GuardLimits, GuardedRouter, GuardedSender, Numbers, TransportError};
 
@@ -83,7 +84,7 @@ pub async fn spawn(
         listeners,
         peers: BTreeMap::new(),
         outbox: VecDeque::new(),
-        said: BTreeMap::new(),
+        said: LogLimit::new(REPEAT_INTERVAL, REFUSALS),
         start: Instant::now(),
     };
     tracker.spawn(tasks::named(tasks::Task::Handshake, task.run(inbox, events)));
@@ -100,8 +101,8 @@ struct Task {
     /// Waits for the reader of the events: the machine is never kept waiting, because that reader
     /// may itself wait for an answer of this task.
     outbox: VecDeque<HandshakeEvent>,
-    /// Refusals of strangers, and when they were reported.
-    said: BTreeMap<String, Instant>,
+    /// Refusals of strangers that were reported.
+    said: LogLimit<String>,
     start: Instant,
 }
 
@@ -113,12 +114,6 @@ impl Task {
     ) {
         loop {
             let due = self.machine.poll_timeout().map(|at| self.start + at.since_start());
-            let timer = async {
-                match due {
-                    Some(due) => sleep_until(due).await,
-                    None => std::future::pending().await,
-                }
-            };
             tokio::select! {
                 command = inbox.recv() => match command {
                     Some(command) => self.command(command).await,
@@ -133,7 +128,7 @@ impl Task {
                     }
                     Err(_) => return self.close().await,
                 },
-                () = timer => {
+                () = super::sleep_until(due) => {
                     let now = self.now();
                     self.machine.handle_timeout(now);
                 }
@@ -232,7 +227,7 @@ impl Task {
                     });
                 }
                 Action::Refused { rank, error } => {
-                    if rank.is_some() || self.is_news(&error) {
+                    if rank.is_some() || self.said.admit(error.clone()).is_some() {
                         self.outbox.push_back(HandshakeEvent::Refused { rank, error });
                     } else {
                         tracing::debug!(error, "refused again");
@@ -248,18 +243,6 @@ impl Task {
                 }
             }
         }
-    }
-
-    /// Whether a stranger's fault is worth reporting: not said in the last seconds, and not one of too
-    /// many.
-    fn is_news(&mut self, error: &str) -> bool {
-        let now = Instant::now();
-        self.said.retain(|_, at| now.duration_since(*at) < REPEAT_INTERVAL);
-        if self.said.len() >= REFUSALS || self.said.contains_key(error) {
-            return false;
-        }
-        self.said.insert(error.to_owned(), now);
-        true
     }
 
     /// Closes the rank's own listeners that were made for such an incarnation.

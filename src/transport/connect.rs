@@ -19,54 +19,55 @@ use crate::net::KeepAlive;
 /// Between two attempts while nobody listens yet.
 const RETRY_INTERVAL: Duration = Duration::from_millis(50);
 
-/// DEALER connected to one ROUTER.
+/// A socket that is connected to one peer. While nobody listens at an address, connecting is tried again until `limit`
+/// is over; it fails with [`TransportError::Address`], [`TransportError::Connect`], [`TransportError::Timeout`] or
+/// [`TransportError::Protocol`].
 #[derive(Debug)]
-pub struct Dealer {
+pub struct Connected {
     sender: PeerSender,
     receiver: PeerReceiver,
 }
 
-impl Dealer {
-    /// Connects with this routing id (the two bytes of an engine identity). While nobody listens at
-    /// `address` it tries again until `limit` is over.
+impl Connected {
+    /// DEALER to a ROUTER, with this routing id (the two bytes of an engine identity).
     ///
     /// # Errors
-    /// [`TransportError::Address`], [`TransportError::Connect`], [`TransportError::Timeout`] or
-    /// [`TransportError::Protocol`].
-    pub async fn connect(address: &str, identity: &[u8], limit: Duration) -> Result<Self, TransportError> {
-        let (sender, receiver) = open(address, "DEALER", "ROUTER", Some(identity), limit).await?;
-        Ok(Self { sender, receiver })
+    /// See [`Connected`].
+    pub async fn dealer(address: &str, identity: &[u8], limit: Duration) -> Result<Self, TransportError> {
+        open(address, "DEALER", "ROUTER", Some(identity), limit).await
     }
 
-    /// See [`PeerSender::send`].
+    /// PUSH to a PULL, which sends nothing: receiving only ever reports the disconnection.
+    ///
+    /// # Errors
+    /// See [`Connected`].
+    pub async fn push(address: &str, limit: Duration) -> Result<Self, TransportError> {
+        open(address, "PUSH", "PULL", None, limit).await
+    }
+
+    /// XSUB to an XPUB. Nothing is received before [`Self::subscribe`], and what is sent must not begin with the byte
+    /// 0 or 1 (a subscription).
+    ///
+    /// # Errors
+    /// See [`Connected`].
+    pub async fn xsub(address: &str, limit: Duration) -> Result<Self, TransportError> {
+        open(address, "XSUB", "XPUB", None, limit).await
+    }
+
+    /// Sends the subscription to everything (`01`).
     ///
     /// # Errors
     /// The connection is over.
-    pub async fn send(&mut self, frames: Frames) -> Result<(), TransportError> {
-        self.sender.send(frames).await
+    pub async fn subscribe(&mut self) -> Result<(), TransportError> {
+        self.send(vec![Bytes::from_static(SUBSCRIBE_ALL)]).await
     }
 
-    /// Halves for two tasks. The connection closes when both are dropped.
-    pub fn split(self) -> (PeerSender, PeerReceiver) {
-        (self.sender, self.receiver)
-    }
-}
-
-/// PUSH connected to one PULL.
-#[derive(Debug)]
-pub struct Push {
-    sender: PeerSender,
-    receiver: PeerReceiver,
-}
-
-impl Push {
-    /// Connects; see [`Dealer::connect`].
+    /// See [`PeerReceiver::recv`].
     ///
     /// # Errors
-    /// As [`Dealer::connect`].
-    pub async fn connect(address: &str, limit: Duration) -> Result<Self, TransportError> {
-        let (sender, receiver) = open(address, "PUSH", "PULL", None, limit).await?;
-        Ok(Self { sender, receiver })
+    /// The connection is over.
+    pub async fn recv(&mut self) -> Result<Frames, TransportError> {
+        self.receiver.recv().await
     }
 
     /// See [`PeerSender::send`].
@@ -79,54 +80,16 @@ impl Push {
 
     /// Waits until the peer is gone, and says what was seen. Cancel-safe.
     pub async fn disconnected(&mut self) -> TransportError {
-        disconnected(&mut self.receiver).await
+        loop {
+            if let Err(error) = self.recv().await {
+                return error;
+            }
+        }
     }
 
-    /// Halves for two tasks: the receiver only ever reports the disconnection.
+    /// Halves for two tasks. The connection closes when both are dropped.
     pub fn split(self) -> (PeerSender, PeerReceiver) {
         (self.sender, self.receiver)
-    }
-}
-
-/// XSUB connected to one XPUB.
-#[derive(Debug)]
-pub struct Xsub {
-    sender: PeerSender,
-    receiver: PeerReceiver,
-}
-
-impl Xsub {
-    /// Connects; see [`Dealer::connect`]. Nothing is received before [`Self::subscribe`].
-    ///
-    /// # Errors
-    /// As [`Dealer::connect`].
-    pub async fn connect(address: &str, limit: Duration) -> Result<Self, TransportError> {
-        let (sender, receiver) = open(address, "XSUB", "XPUB", None, limit).await?;
-        Ok(Self { sender, receiver })
-    }
-
-    /// Sends the subscription to everything (`01`).
-    ///
-    /// # Errors
-    /// The connection is over.
-    pub async fn subscribe(&mut self) -> Result<(), TransportError> {
-        self.sender.send(vec![Bytes::from_static(SUBSCRIBE_ALL)]).await
-    }
-
-    /// See [`PeerReceiver::recv`].
-    ///
-    /// # Errors
-    /// The connection is over.
-    pub async fn recv(&mut self) -> Result<Frames, TransportError> {
-        self.receiver.recv().await
-    }
-}
-
-async fn disconnected(receiver: &mut PeerReceiver) -> TransportError {
-    loop {
-        if let Err(error) = receiver.recv().await {
-            return error;
-        }
     }
 }
 
@@ -141,7 +104,7 @@ async fn open(
     peer_type: &str,
     identity: Option<&[u8]>,
     limit: Duration,
-) -> Result<(PeerSender, PeerReceiver), TransportError> {
+) -> Result<Connected, TransportError> {
     let target = if let Some(host_port) = address.strip_prefix("tcp://") {
         Target::Tcp(host_port)
     } else if let Some(path) = address.strip_prefix("ipc://") {
@@ -164,7 +127,7 @@ async fn open(
     timeout_at(deadline, handshake(&mut sender, &mut receiver, own_type, peer_type, identity))
         .await
         .map_err(|_| late("ZMTP handshake"))??;
-    Ok((sender, receiver))
+    Ok(Connected { sender, receiver })
 }
 
 /// vLLM's sockets have no heartbeat. A silent peer is given up after a minute and a half, not sooner: a frontend is lost

@@ -8,7 +8,7 @@
 //!   bounded work in flight (so its queue of 100,000 messages never fills), `send` never cancelled.
 //! * The DP coordinator's **publishing socket** ([`XpubListener`]) is of our own: waking all engines of a node is
 //!   one write to each connection ([`XpubPublisher::send`]), by the task that publishes.
-//! * **Connecting sockets** ([`Dealer`], [`Push`], [`Xsub`]) go to frontends, which may be on other
+//! * **Connecting sockets** ([`Connected`]: DEALER, PUSH and XSUB) go to frontends, which may be on other
 //!   hosts and may be stopped, slow or hostile. There the rules cannot be kept with that crate: it
 //!   queues up to 100,000 messages of any size in front of a peer that does not read, aborts the
 //!   process on a declared frame length of 2^62, notices a lost PULL only at the next write, and
@@ -31,7 +31,7 @@ pub mod zmtp;
 
 use std::time::Duration;
 
-pub use connect::{Dealer, Push, Xsub};
+pub use connect::Connected;
 pub use error::TransportError;
 pub use guard::{GuardEvent, GuardLimits, GuardedRouter, GuardedSender, Numbers};
 pub use listen::{PullEvent, PullListener, RouterEvent, RouterListener, RouterSender};

@@ -12,7 +12,7 @@ use dp_sidecar::driver::handles::{
     Deployment, EngineFacts, Envelope, ForFrontendCoordinator, GroupKind, HandleError, OpenRoute, Origin,
     RankAsk, RankHandle, RankSnapshot, RouteLost, Slots, ask, queue,
 };
-use dp_sidecar::transport::{Dealer, Push};
+use dp_sidecar::transport::Connected;
 use dp_sidecar_protocol::layout::Layout;
 use dp_sidecar_protocol::{EngineIndex, FrontendId, Slot};
 use dp_sidecar_testkit::Reporter;
@@ -113,8 +113,8 @@ pub(crate) async fn rank(
                 let serve = async move {
                     let identity = EngineIndex(index).identity().0;
                     let limit = route.connect_timeout;
-                    let dealer = Dealer::connect(&route.input_address, &identity, limit).await;
-                    let push = Push::connect(&route.output_address, limit).await;
+                    let dealer = Connected::dealer(&route.input_address, &identity, limit).await;
+                    let push = Connected::push(&route.output_address, limit).await;
                     let (Ok(dealer), Ok(_push)) = (dealer, push) else {
                         reply.send::<OpenRoute>(Err(HandleError::failed("no connection")));
                         return;

@@ -12,13 +12,13 @@ use dp_sidecar_protocol::machine::attachment::{
 use dp_sidecar_protocol::registration::with_dp_stats_address;
 use dp_sidecar_protocol::{EngineIndex, Frames, FrontendId, Time};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 use super::super::handles::{
-    AdoptRoute, CloseRoutes, CoordinatorCommand, Deployment, EngineFacts, ForFrontendCoordinator, GroupKind,
-    OpenRoute, Reply,
+    AdoptRoute, Ask, CloseRoutes, CoordinatorCommand, Deployment, EngineFacts, ForFrontendCoordinator,
+    GroupKind, OpenRoute, RankAsk, Reply,
 };
 use super::{Attached, Shared, sockets};
 use crate::api::FrontendSnapshot;
@@ -120,12 +120,6 @@ impl Task {
         while !self.finished {
             self.publish();
             let due = self.machine.poll_timeout().map(|at| self.start + at.since_start());
-            let timer = async {
-                match due {
-                    Some(due) => sleep_until(due).await,
-                    None => std::future::pending().await,
-                }
-            };
             let slots_matter = self
                 .shown
                 .as_ref()
@@ -148,7 +142,7 @@ impl Task {
                     reply = Some(asked.ok());
                     self.feed(Event::Remove);
                 }
-                () = timer => {
+                () = crate::driver::sleep_until(due) => {
                     let now = self.now();
                     self.machine.handle_timeout(now);
                     self.perform();
@@ -187,14 +181,15 @@ impl Task {
             let deployment = self.shared.deployment.borrow();
             (deployment.size, deployment.kind)
         };
-        let same = attached.size == size && attached.lockstep == (kind == GroupKind::Lockstep);
+        let engines = &attached.engines;
+        let same = engines.size == size && engines.lockstep == (kind == GroupKind::Lockstep);
         tracing::info!(
             frontend.addr = %self.address, id = attached.id.0, complete = attached.complete, same,
             "frontend of the previous sidecar"
         );
         // Numbered by the machine: its first.
         self.begin(1, attached.id).routed = true;
-        let (engines, addresses) = (attached.engines(), attached.addresses());
+        let Attached { engines, addresses, .. } = attached.clone();
         self.feed(Event::Adopt { engines, addresses, complete: attached.complete && same });
     }
 
@@ -402,9 +397,7 @@ impl Task {
         output: String,
         stats_address: Option<&str>,
     ) {
-        let handle = self.shared.ranks.iter().find(|handle| handle.rank == rank);
-        let (handle, limit) = (handle.cloned(), self.shared.config.route_timeout);
-        let events = self.events.clone();
+        let limit = self.shared.config.route_timeout;
         let Some(running) = &mut self.attempt else {
             return;
         };
@@ -412,28 +405,51 @@ impl Task {
             && let Some((engines, addresses)) = self.machine.terms()
         {
             // Before the first route is there: a successor must know of every one.
-            let attached = Attached::new(running.id, engines, addresses);
+            let (engines, addresses) = (engines.clone(), addresses.clone());
+            let attached = Attached { id: running.id, complete: false, engines, addresses };
             self.shared.records.lock().attached(&self.address, Some(attached));
         }
-        let (attempt, frontend) = (running.attempt, running.id);
-        let facts = running.engines.get(&rank);
-        let registration = facts.map(|facts| with_dp_stats_address(&facts.registration, stats_address));
+        let facts = running.engines.get(&rank).ok_or_else(|| format!("nothing is known about rank {rank}"));
+        let route = facts.and_then(|facts| {
+            let registration = with_dp_stats_address(&facts.registration, stats_address);
+            Ok(OpenRoute {
+                frontend: running.id,
+                api_server,
+                input_address: input,
+                output_address: output,
+                registration: registration
+                    .map_err(|error| format!("ready response of rank {rank}: {error}"))?,
+                connect_timeout: limit,
+            })
+        });
+        self.route(rank, api_server, limit + CLOSE_LIMIT, route);
+    }
+
+    fn adopt_route(&mut self, rank: EngineIndex, api_server: u32) {
+        if let Some(running) = &self.attempt {
+            let adopt = AdoptRoute { frontend: running.id, api_server };
+            self.route(rank, api_server, ADOPT_LIMIT, Ok(adopt));
+        }
+    }
+
+    /// Has a rank open a route, and reports what comes of it.
+    fn route<A: Ask>(&self, rank: EngineIndex, api_server: u32, limit: Duration, ask: Result<A, String>)
+    where
+        RankAsk: From<A>,
+    {
+        let Some(running) = &self.attempt else {
+            return;
+        };
+        let attempt = running.attempt;
+        let handle = self.shared.ranks.iter().find(|handle| handle.rank == rank).cloned();
+        let events = self.events.clone();
         let open = async move {
-            let result = match (handle, registration) {
-                (Some(handle), Some(Ok(registration))) => {
-                    let route = OpenRoute {
-                        frontend,
-                        api_server,
-                        input_address: input,
-                        output_address: output,
-                        registration,
-                        connect_timeout: limit,
-                    };
-                    handle.ask_within(limit + CLOSE_LIMIT, route).await.map_err(|error| error.to_string())
+            let result = match (handle, ask) {
+                (Some(handle), Ok(ask)) => {
+                    handle.ask_within(limit, ask).await.map_err(|error| error.to_string())
                 }
-                (None, _) => Err(format!("there is no rank {rank} in this sidecar")),
-                (_, None) => Err(format!("nothing is known about rank {rank}")),
-                (_, Some(Err(error))) => Err(format!("ready response of rank {rank}: {error}")),
+                (None, _) => Err(format!("there is no rank {rank} in this deployment")),
+                (_, Err(reason)) => Err(reason),
             };
             let event = match result {
                 Ok(_slot) => Event::RouteOpen { attempt, rank, api_server },
@@ -442,30 +458,6 @@ impl Task {
             let _ = events.send(event).await;
         };
         running.tasks.spawn(running.stop.clone().run_until_cancelled_owned(open));
-    }
-
-    fn adopt_route(&mut self, rank: EngineIndex, api_server: u32) {
-        let handle = self.shared.ranks.iter().find(|handle| handle.rank == rank).cloned();
-        let events = self.events.clone();
-        let Some(running) = &mut self.attempt else {
-            return;
-        };
-        let (attempt, frontend) = (running.attempt, running.id);
-        let adopt = async move {
-            let result = match handle {
-                Some(handle) => {
-                    let adopt = AdoptRoute { frontend, api_server };
-                    handle.ask_within(ADOPT_LIMIT, adopt).await.map_err(|error| error.to_string())
-                }
-                None => Err(format!("there is no rank {rank} in this deployment")),
-            };
-            let event = match result {
-                Ok(_slot) => Event::RouteOpen { attempt, rank, api_server },
-                Err(reason) => Event::RouteLost { attempt, rank, api_server, reason },
-            };
-            let _ = events.send(event).await;
-        };
-        running.tasks.spawn(running.stop.clone().run_until_cancelled_owned(adopt));
     }
 
     /// Asks the coordinator task for the engines' waves and stats, and hands them to the sockets of

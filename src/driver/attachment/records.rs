@@ -28,52 +28,17 @@ pub(super) struct Attached {
     pub(super) id: FrontendId,
     /// The handshake is over and all routes were open.
     pub(super) complete: bool,
-    pub(super) size: u16,
-    pub(super) lockstep: bool,
-    pub(super) parallel_config_hash: Option<String>,
-    pub(super) inputs: Vec<String>,
-    pub(super) outputs: Vec<String>,
-    pub(super) coordinator_input: Option<String>,
-    pub(super) coordinator_output: Option<String>,
-    pub(super) stats: Option<String>,
+    /// The engines as the frontend was told of them.
+    #[serde(flatten)]
+    pub(super) engines: Engines,
+    /// The frontend's sockets.
+    #[serde(flatten)]
+    pub(super) addresses: Addresses,
 }
 
 impl Attached {
-    pub(super) fn new(id: FrontendId, engines: &Engines, addresses: &Addresses) -> Self {
-        Self {
-            id,
-            complete: false,
-            size: engines.size,
-            lockstep: engines.lockstep,
-            parallel_config_hash: engines.parallel_config_hash.clone(),
-            inputs: addresses.inputs.clone(),
-            outputs: addresses.outputs.clone(),
-            coordinator_input: addresses.coordinator_input.clone(),
-            coordinator_output: addresses.coordinator_output.clone(),
-            stats: addresses.frontend_stats_publish_address.clone(),
-        }
-    }
-
-    pub(super) fn engines(&self) -> Engines {
-        Engines {
-            size: self.size,
-            lockstep: self.lockstep,
-            parallel_config_hash: self.parallel_config_hash.clone(),
-        }
-    }
-
-    pub(super) fn addresses(&self) -> Addresses {
-        Addresses {
-            inputs: self.inputs.clone(),
-            outputs: self.outputs.clone(),
-            coordinator_input: self.coordinator_input.clone(),
-            coordinator_output: self.coordinator_output.clone(),
-            frontend_stats_publish_address: self.stats.clone(),
-        }
-    }
-
     pub(super) fn api_servers(&self) -> u32 {
-        u32::try_from(self.inputs.len()).unwrap_or(u32::MAX)
+        u32::try_from(self.addresses.inputs.len()).unwrap_or(u32::MAX)
     }
 }
 
@@ -219,9 +184,7 @@ mod tests {
             coordinator_output: Some("tcp://k".to_owned()),
             frontend_stats_publish_address: None,
         };
-        let attached = Attached::new(FrontendId(id), &engines, &addresses);
-        assert_eq!((attached.engines(), attached.addresses()), (engines, addresses));
-        attached
+        Attached { id: FrontendId(id), complete: false, engines, addresses }
     }
 
     #[test]

@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::peer;
-use crate::transport::{Dealer, Push, TransportError, Xsub};
+use crate::transport::{Connected, TransportError};
 
 /// For a message to be taken by a frontend that reads.
 const SEND_LIMIT: Duration = Duration::from_secs(5);
@@ -72,7 +72,7 @@ impl HandshakeSocket {
 
     async fn exchange(&self, mut outgoing: mpsc::Receiver<Frames>) -> Result<(), TransportError> {
         let (attempt, rank) = (self.attempt, self.rank);
-        let dealer = Dealer::connect(&self.address, &rank.identity().0, self.limit).await?;
+        let dealer = Connected::dealer(&self.address, &rank.identity().0, self.limit).await?;
         let (mut sender, mut receiver) = dealer.split();
         self.report(Event::HandshakeConnected { attempt, rank }).await;
         loop {
@@ -116,8 +116,8 @@ impl CoordinatorSockets {
     }
 
     async fn exchange(&self, mut outgoing: mpsc::Receiver<Bytes>) -> Result<(), TransportError> {
-        let (mut push, mut gone) = Push::connect(&self.output, self.limit).await?.split();
-        let mut xsub = Xsub::connect(&self.input, self.limit).await?;
+        let (mut push, mut gone) = Connected::push(&self.output, self.limit).await?.split();
+        let mut xsub = Connected::xsub(&self.input, self.limit).await?;
         xsub.subscribe().await?;
         loop {
             tokio::select! {
@@ -179,7 +179,7 @@ pub(super) async fn say_dead(output: &str) {
             // The transport would wait for somebody to listen.
             TcpStream::connect(host_port).await.ok()?;
         }
-        let mut push = Push::connect(output, FAREWELL_LIMIT).await.ok()?;
+        let mut push = Connected::push(output, FAREWELL_LIMIT).await.ok()?;
         push.send(vec![Bytes::from_static(ENGINE_CORE_DEAD)]).await.ok()?;
         // It ends, or does not care.
         let _ = timeout(FAREWELL_LIMIT / 4, push.disconnected()).await;

@@ -1,8 +1,8 @@
 //! What a node's state says to a DP coordinator that takes over.
 
+use dp_sidecar_protocol::EngineIndex;
 use dp_sidecar_protocol::machine::coordinator::Adopted;
 use dp_sidecar_protocol::output::OutputsView;
-use dp_sidecar_protocol::{EngineIndex, Wave};
 
 use crate::driver::handles::CoordinatorCommand;
 use crate::driver::handles::{NodeState, RankReport};
@@ -10,7 +10,8 @@ use crate::driver::handles::{NodeState, RankReport};
 /// [`CoordinatorCommand::Adopt`] for a node that was connected (again). Only those ranks are named that are to be adopted:
 /// engines that are given up are of no interest, and `EngineDown` tells of engines that were known before.
 pub fn adoption(state: &NodeState, ranks: impl Fn(EngineIndex) -> bool) -> CoordinatorCommand {
-    let reported = state.ranks.values().filter_map(reported);
+    let report = |rank: &RankReport| OutputsView::parse(rank.wave_report.as_deref()?).ok()?.wave_edge();
+    let reported = state.ranks.values().filter_map(report);
     let wave = state.wave.into_iter().chain(reported).max();
     let engines = state.ranks.iter().filter(|(rank, of)| ranks(**rank) && of.subscribed);
     let engines = engines.filter_map(|(&rank, of)| {
@@ -21,18 +22,11 @@ pub fn adoption(state: &NodeState, ranks: impl Fn(EngineIndex) -> bool) -> Coord
     CoordinatorCommand::Adopt { wave, engines: engines.collect() }
 }
 
-/// What the last wave edge of an engine says.
-fn reported(rank: &RankReport) -> Option<(Wave, bool)> {
-    let view = OutputsView::parse(rank.wave_report.as_deref()?).ok()?;
-    let ended = view.wave_complete.map(|wave| (Wave(wave.0.saturating_add(1)), false));
-    ended.or_else(|| view.start_wave.map(|wave| (wave, true)))
-}
-
 #[cfg(test)]
 mod tests {
-    use dp_sidecar_protocol::Incarnation;
     use dp_sidecar_protocol::layout::Layout;
     use dp_sidecar_protocol::output::{start_wave_message, wave_complete_message};
+    use dp_sidecar_protocol::{Incarnation, Wave};
 
     use super::*;
     use crate::driver::handles::EngineFacts;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use dp_sidecar_protocol::frames::SUBSCRIBE_ALL;
 use dp_sidecar_protocol::output::{OutputsView, reports_load};
-use dp_sidecar_protocol::{EngineIndex, Frames, Incarnation, Wave};
+use dp_sidecar_protocol::{EngineIndex, Frames, Incarnation};
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -136,11 +136,7 @@ impl Reader {
         }
         // What cannot be read is for the DP coordinator to complain about.
         let Ok(view) = OutputsView::parse(&frame) else { return Told::Load(frame) };
-        let (wave, running) = match (view.wave_complete, view.start_wave) {
-            (Some(wave), _) => (Wave(wave.0.saturating_add(1)), false),
-            (None, Some(wave)) => (wave, true),
-            (None, None) => return Told::Load(frame),
-        };
+        let Some((wave, running)) = view.wave_edge() else { return Told::Load(frame) };
         self.state.send_if_modified(|state| state.note(wave, running));
         Told::Edge(frame)
     }

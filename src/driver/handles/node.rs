@@ -129,9 +129,7 @@ impl NodeEvent {
 
 /// Whether a report of an engine ends or begins a wave: what a sidecar must not miss.
 pub fn is_wave_edge(frame: &[u8]) -> bool {
-    !reports_load(frame)
-        && OutputsView::parse(frame)
-            .is_ok_and(|view| view.wave_complete.is_some() || view.start_wave.is_some())
+    !reports_load(frame) && OutputsView::parse(frame).is_ok_and(|view| view.wave_edge().is_some())
 }
 
 /// What a node knows.

@@ -5,7 +5,7 @@ use futures::stream::{self, AbortHandle, abortable};
 
 use super::{BATCH, Input, Source};
 use crate::driver::handles::OpenRoute;
-use crate::transport::{Dealer, PeerReceiver, PeerSender, Push, TransportError};
+use crate::transport::{Connected, PeerReceiver, PeerSender, TransportError};
 
 /// An open route. Dropping it closes the connections.
 pub(super) struct Route {
@@ -34,7 +34,7 @@ impl Drop for Route {
 impl Route {
     pub(super) fn new(
         request: &OpenRoute,
-        connections: (Dealer, Push),
+        connections: (Connected, Connected),
         epoch: u64,
         slot: u32,
     ) -> (Self, [Source; 2]) {
@@ -62,11 +62,11 @@ impl Route {
 pub(super) async fn connect(
     request: &OpenRoute,
     identity: EngineIdentity,
-) -> Result<(Dealer, Push), TransportError> {
+) -> Result<(Connected, Connected), TransportError> {
     let limit = request.connect_timeout;
     let exchange = async {
-        let push = Push::connect(&request.output_address, limit).await?;
-        let mut dealer = Dealer::connect(&request.input_address, &identity.0, limit).await?;
+        let push = Connected::push(&request.output_address, limit).await?;
+        let mut dealer = Connected::dealer(&request.input_address, &identity.0, limit).await?;
         dealer.send(vec![request.registration.clone()]).await?;
         Ok((dealer, push))
     };

@@ -25,7 +25,7 @@ use crate::driver::handles::{
     SlotAddresses, Slots,
 };
 use crate::log_limit::LogLimit;
-use crate::transport::{Dealer, Push, TransportError};
+use crate::transport::{Connected, TransportError};
 
 /// Inputs handled before routes are flushed and commands are looked at again.
 const TURN: usize = 16;
@@ -46,7 +46,7 @@ struct Opened {
     slot: u32,
     request: OpenRoute,
     reply: ReplyTo,
-    result: Result<(Dealer, Push), TransportError>,
+    result: Result<(Connected, Connected), TransportError>,
 }
 
 pub(super) struct RankTask {

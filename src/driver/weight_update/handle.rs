@@ -64,16 +64,12 @@ impl UpdateHandle {
     /// # Errors
     /// [`UpdateError::NotRunning`]; the record of an update that has ended is in [`Self::history`].
     pub async fn follow(&self, id: Option<UpdateId>) -> Result<UpdateRun, UpdateError> {
-        let (reply, answer) = oneshot::channel();
-        self.send(Command::Follow { id, reply }).await?;
-        answer.await.map_err(|_| UpdateError::Gone)?
+        self.ask(|reply| Command::Follow { id, reply }).await?
     }
 
     /// Records of the last updates, newest last, at most `limit`. Also of those before a restart.
     pub async fn history(&self, limit: usize) -> Result<Vec<UpdateRecord>, UpdateError> {
-        let (reply, answer) = oneshot::channel();
-        self.send(Command::History { limit, reply }).await?;
-        answer.await.map_err(|_| UpdateError::Gone)
+        self.ask(|reply| Command::History { limit, reply }).await
     }
 
     /// Ends the running update without a commit, if it is not past its commit point.
@@ -84,9 +80,7 @@ impl UpdateHandle {
     /// Brings engines that have just become ready to the committed weights. To be called before they are
     /// admitted; of a lockstep group with all ranks at once. Waits for a running update to end.
     pub async fn restore(&self, ranks: Vec<(EngineIndex, Incarnation)>) -> Result<(), UpdateError> {
-        let (reply, done) = oneshot::channel();
-        self.send(Command::Restore { ranks, reply }).await?;
-        done.await.map_err(|_| UpdateError::Gone)?
+        self.ask(|reply| Command::Restore { ranks, reply }).await?
     }
 
     /// Takes over engines that live on from before a restart of the sidecar: what an update has left half done
@@ -95,18 +89,14 @@ impl UpdateHandle {
     /// node as they come. The engines count as in service when it has answered. On an error they are to be
     /// started again; single engines of a batch are asked for through the fences.
     pub async fn adopt(&self, ranks: Vec<(EngineIndex, Incarnation)>) -> Result<(), UpdateError> {
-        let (reply, done) = oneshot::channel();
-        self.send(Command::Adopt { ranks, reply }).await?;
-        done.await.map_err(|_| UpdateError::Gone)?
+        self.ask(|reply| Command::Adopt { ranks, reply }).await?
     }
 
     /// Ends the task. `forget`: the engines end with it as planned, so the next start begins with the
     /// command line's checkpoint; without it, the next sidecar with this state directory brings its engines
     /// to the committed weights.
     pub async fn shutdown(&self, forget: bool) -> Result<(), UpdateError> {
-        let (reply, done) = oneshot::channel();
-        self.send(Command::Shutdown { forget, reply }).await?;
-        done.await.map_err(|_| UpdateError::Gone)
+        self.ask(|reply| Command::Shutdown { forget, reply }).await
     }
 
     pub fn status(&self) -> UpdateSnapshot {
@@ -116,6 +106,12 @@ impl UpdateHandle {
     /// To wait for changes.
     pub fn watch(&self) -> watch::Receiver<UpdateSnapshot> {
         self.status.clone()
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, UpdateError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(command(reply)).await?;
+        answer.await.map_err(|_| UpdateError::Gone)
     }
 
     async fn send(&self, command: Command) -> Result<(), UpdateError> {

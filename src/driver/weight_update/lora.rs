@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::super::engine_calls::worker_call;
 use super::super::handles::{HandleError, RankHandle};
-use super::shim::{PROTOCOL, extents, map};
+use super::shim::{PROTOCOL, map, source, text, worker_rank, workers};
 
 /// What is done with an adapter. Each of them may be sent again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -165,8 +165,7 @@ pub(super) async fn lora(
         }
         Err(error) => return Err(error.to_string()),
     };
-    let workers = answer.as_array().map_or(&[][..], Vec::as_slice);
-    Ok(workers.iter().enumerate().map(report).collect())
+    Ok(workers(&answer).iter().enumerate().map(report).collect())
 }
 
 fn encode(request: &LoraRequest) -> Value {
@@ -177,28 +176,15 @@ fn encode(request: &LoraRequest) -> Value {
         ("name", request.name.as_str().into()),
         ("id", adapter_id(&request.name).into()),
     ];
-    if let Some(source) = request.source.as_ref().filter(|_| request.op.loads()) {
-        let digest = source.digest.as_deref().filter(|_| source.extents.is_empty());
-        let files = source.files.iter().map(|file| file.as_str().into());
-        entries.extend([
-            ("path", source.path.as_str().into()),
-            ("files", Value::Array(files.collect())),
-            ("tensors", source.tensors.into()),
-            ("bytes", source.bytes.into()),
-            ("digest", digest.map_or(Value::Nil, Value::from)),
-            ("digest_kind", digest.map_or("none", |_| "blake3").into()),
-            ("config", request.config.as_deref().map_or(Value::Nil, Value::from)),
-        ]);
-        if !source.extents.is_empty() {
-            entries.push(("extents", extents(&source.extents)));
-        }
+    if let Some(checkpoint) = request.source.as_ref().filter(|_| request.op.loads()) {
+        entries.extend(source(checkpoint));
+        entries.push(("config", request.config.as_deref().map_or(Value::Nil, Value::from)));
     }
     map(entries)
 }
 
 /// What a worker does not say, or says wrongly, is taken for the worst.
 fn report((at, worker): (usize, &Value)) -> LoraReport {
-    let text = |value: &Value, key: &str| value[key].as_str().map(str::to_owned);
     let number = |key: &str| worker[key].as_u64().unwrap_or_default();
     let list = |key: &str| worker[key].as_array().cloned().unwrap_or_default();
     let state = match worker["state"].as_str() {
@@ -213,10 +199,7 @@ fn report((at, worker): (usize, &Value)) -> LoraReport {
         digest: text(value, "digest"),
     };
     LoraReport {
-        rank: worker["rank"]
-            .as_u64()
-            .and_then(|rank| u32::try_from(rank).ok())
-            .unwrap_or_else(|| u32::try_from(at).unwrap_or(u32::MAX)),
+        rank: worker_rank(at, worker),
         ok: worker["ok"].as_bool() == Some(true),
         state,
         ids: list("ids").iter().filter_map(Value::as_u64).collect(),

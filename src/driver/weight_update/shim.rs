@@ -50,10 +50,9 @@ pub(super) async fn info(rank: &RankHandle, limit: Duration) -> Result<EngineInf
         }
         Err(error) => return Err(error.to_string()),
     };
-    let workers = answer.as_array().map_or(&[][..], Vec::as_slice);
     let mut found: Option<EngineInfo> = None;
-    for (at, worker) in workers.iter().enumerate() {
-        let text = |key: &str| worker[key].as_str().unwrap_or_default().to_owned();
+    for (at, worker) in workers(&answer).iter().enumerate() {
+        let text = |key: &str| text(worker, key).unwrap_or_default();
         let protocol = worker["protocol"].as_u64();
         if protocol != Some(PROTOCOL) {
             let actual = protocol.map_or_else(|| "none".to_owned(), |p| p.to_string());
@@ -87,17 +86,21 @@ pub(super) async fn load(
     let kwargs = map(vec![("request", load_request(id, checkpoint))]);
     let answer =
         worker_call(rank, "dp_sidecar_load", kwargs, limit).await.map_err(|error| error.to_string())?;
-    let workers = answer.as_array().map_or(&[][..], Vec::as_slice);
-    Ok(workers.iter().enumerate().map(report).collect())
+    Ok(workers(&answer).iter().enumerate().map(report).collect())
 }
 
 /// Request map of `dp_sidecar_load`.
 fn load_request(id: &UpdateId, checkpoint: &Checkpoint) -> Value {
+    let mut entries = vec![("protocol", PROTOCOL.into()), ("update_id", id.0.as_str().into())];
+    entries.extend(source(checkpoint));
+    map(entries)
+}
+
+/// What a request says about what is to be loaded. What lies in a segment is not hashed again.
+pub(super) fn source(checkpoint: &Checkpoint) -> Vec<(&'static str, Value)> {
     let files = checkpoint.files.iter().map(|file| file.as_str().into());
     let digest = checkpoint.digest.as_deref().filter(|_| checkpoint.extents.is_empty());
     let mut entries = vec![
-        ("protocol", PROTOCOL.into()),
-        ("update_id", id.0.as_str().into()),
         ("path", checkpoint.path.as_str().into()),
         ("files", Value::Array(files.collect())),
         ("tensors", checkpoint.tensors.into()),
@@ -106,20 +109,30 @@ fn load_request(id: &UpdateId, checkpoint: &Checkpoint) -> Value {
         ("digest_kind", digest.map_or("none", |_| "blake3").into()),
     ];
     if !checkpoint.extents.is_empty() {
-        entries.push(("extents", extents(&checkpoint.extents)));
+        let pair = |extent: &Extent| Value::Array(vec![extent.offset.into(), extent.length.into()]);
+        entries.push(("extents", Value::Array(checkpoint.extents.iter().map(pair).collect())));
     }
-    map(entries)
+    entries
 }
 
-/// `extents` of a request.
-pub(super) fn extents(extents: &[Extent]) -> Value {
-    let pairs = extents.iter().map(|e| Value::Array(vec![e.offset.into(), e.length.into()]));
-    Value::Array(pairs.collect())
+/// The answers of all workers.
+pub(super) fn workers(answer: &Value) -> &[Value] {
+    answer.as_array().map_or(&[], Vec::as_slice)
+}
+
+/// A text in a worker's answer.
+pub(super) fn text(answer: &Value, key: &str) -> Option<String> {
+    answer[key].as_str().map(str::to_owned)
+}
+
+/// The number that a worker gives itself, or its place among the answers.
+pub(super) fn worker_rank(at: usize, worker: &Value) -> u32 {
+    let rank = worker["rank"].as_u64().and_then(|rank| u32::try_from(rank).ok());
+    rank.unwrap_or_else(|| u32::try_from(at).unwrap_or(u32::MAX))
 }
 
 /// What a worker does not say, or says wrongly, is taken for the worst.
 fn report((at, worker): (usize, &Value)) -> WorkerReport {
-    let text = |key: &str| worker[key].as_str().map(str::to_owned);
     let number = |key: &str| worker[key].as_u64().unwrap_or_default();
     let state = match worker["state"].as_str() {
         Some("loaded") => WorkerState::Loaded,
@@ -128,18 +141,15 @@ fn report((at, worker): (usize, &Value)) -> WorkerReport {
         _ => WorkerState::Mixed,
     };
     WorkerReport {
-        rank: worker["rank"]
-            .as_u64()
-            .and_then(|rank| u32::try_from(rank).ok())
-            .unwrap_or_else(|| u32::try_from(at).unwrap_or(u32::MAX)),
+        rank: worker_rank(at, worker),
         ok: worker["ok"].as_bool() == Some(true),
         state,
         tensors: number("tensors"),
         bytes: number("bytes"),
-        digest: text("digest"),
+        digest: text(worker, "digest"),
         ms: worker["ms"].as_f64().unwrap_or_default(),
-        error: text("error"),
-        error_kind: text("error_kind"),
+        error: text(worker, "error"),
+        error_kind: text(worker, "error_kind"),
     }
 }
 

@@ -48,7 +48,7 @@ impl Config {
 }
 
 /// The engines that the frontend is going to see.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Engines {
     /// `--data-parallel-size`.
     pub size: u16,
