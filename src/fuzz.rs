@@ -180,9 +180,7 @@ fn scan(data: &[u8]) -> bool {
 
 /// The stream of a ZMTP peer: greeting, READY, messages, in one piece and byte by byte.
 fn zmtp(data: &[u8]) -> bool {
-    if let Some(greeting) = data.first_chunk::<{ zmtp::GREETING_LENGTH }>() {
-        let _ = zmtp::check_greeting(greeting);
-    }
+    let _ = zmtp::check_greeting(data);
     let _ = zmtp::check_ready(data, "ROUTER");
     let _ = zmtp::property(data, "Identity");
     let read = |pieces: &mut dyn Iterator<Item = &[u8]>| {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use dp_sidecar::driver::handles::{Expect, HandshakeEvent, HandshakeHandle, Listen, NodeEvent};
 use dp_sidecar::driver::handshake::{HandshakeConfig, spawn};
-use dp_sidecar::transport::{GuardEvent, GuardLimits, GuardedRouter, Numbers};
+use dp_sidecar::transport::{GuardEvent, GuardLimits, GuardedRouter};
 use dp_sidecar_protocol::handshake::Hello;
 use dp_sidecar_protocol::machine::handshake::Config;
 use dp_sidecar_protocol::{EngineIndex, Incarnation};
@@ -29,7 +29,7 @@ fn quick() -> GuardLimits {
 }
 
 async fn guarded(limits: GuardLimits) -> GuardedRouter {
-    GuardedRouter::bind(LOOPBACK, limits, Numbers::default()).await.unwrap()
+    GuardedRouter::bind(LOOPBACK, limits).await.unwrap()
 }
 
 /// A libzmq DEALER with an engine's identity.

@@ -19,7 +19,7 @@ use super::handles::{
 };
 use crate::log_limit::LogLimit;
 use crate::tasks;
-use crate::transport::{GuardEvent, GuardLimits, GuardedRouter, GuardedSender, Numbers, TransportError};
+use crate::transport::{GuardEvent, GuardLimits, GuardedRouter, GuardedSender, TransportError};
 
 /// Refusals of strangers that are reported within [`REPEAT_INTERVAL`].
 const REFUSALS: usize = 32;
@@ -63,15 +63,12 @@ pub async fn spawn(
     tracker: &TaskTracker,
     events: mpsc::Sender<NodeEvent>,
 ) -> Result<HandshakeHandle, HandshakeBindError> {
-    let numbers = Numbers::default();
     let mut listeners = BTreeMap::new();
     if let Some(address) = config.shared {
         let router =
-            GuardedRouter::bind(address, config.limits.clone(), numbers.clone()).await.map_err(|source| {
-                match source {
-                    TransportError::InUse { .. } => HandshakeBindError::InUse { address },
-                    source => HandshakeBindError::Other { address, source },
-                }
+            GuardedRouter::bind(address, config.limits.clone()).await.map_err(|source| match source {
+                TransportError::InUse { .. } => HandshakeBindError::InUse { address },
+                source => HandshakeBindError::Other { address, source },
             })?;
         tracing::info!(listen.addr = %router.address(), "engines may say HELLO");
         listeners.insert(Via::Shared, router);
@@ -80,7 +77,6 @@ pub async fn spawn(
     let task = Task {
         machine: Handshake::new(config.machine),
         limits: config.limits,
-        numbers,
         listeners,
         peers: BTreeMap::new(),
         outbox: VecDeque::new(),
@@ -94,7 +90,6 @@ pub async fn spawn(
 struct Task {
     machine: Handshake,
     limits: GuardLimits,
-    numbers: Numbers,
     listeners: BTreeMap<Via, GuardedRouter>,
     /// Connections that have sent something.
     peers: BTreeMap<PeerId, (Via, GuardedSender)>,
@@ -166,13 +161,11 @@ impl Task {
             }
             Listen::Own => {
                 let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-                let router = GuardedRouter::bind(any, self.limits.clone(), self.numbers.clone())
-                    .await
-                    .map_err(|error| {
-                        HandleError::failed(format!(
-                            "no handshake port for rank {rank} (incarnation {incarnation}): {error}"
-                        ))
-                    })?;
+                let router = GuardedRouter::bind(any, self.limits.clone()).await.map_err(|error| {
+                    HandleError::failed(format!(
+                        "no handshake port for rank {rank} (incarnation {incarnation}): {error}"
+                    ))
+                })?;
                 let address = router.address();
                 self.listeners.insert(Via::Own { rank, incarnation }, router);
                 address

@@ -4,16 +4,17 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use dp_sidecar_protocol::Frames;
 use dp_sidecar_protocol::frames::SUBSCRIBE_ALL;
-use tokio::io::AsyncReadExt;
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::{Instant, sleep, timeout_at};
+use tokio_util::either::Either;
 
 use super::TransportError;
-use super::peer::{PeerReceiver, PeerSender, ReadHalf, WriteHalf};
-use super::zmtp::{self, GREETING_LENGTH, Item};
+use super::greet::{GreetError, greet};
+use super::peer::{PeerReceiver, PeerSender, WriteHalf};
+use super::zmtp::{self, Decoder};
 use crate::net::KeepAlive;
 
 /// Between two attempts while nobody listens yet.
@@ -33,7 +34,7 @@ impl Connected {
     ///
     /// # Errors
     /// See [`Connected`].
-    pub async fn dealer(address: &str, identity: &[u8], limit: Duration) -> Result<Self, TransportError> {
+    pub async fn dealer(address: &str, identity: &[u8; 2], limit: Duration) -> Result<Self, TransportError> {
         open(address, "DEALER", "ROUTER", Some(identity), limit).await
     }
 
@@ -118,16 +119,37 @@ async fn open(
     };
     let deadline = Instant::now() + limit;
     let late = |stage| TransportError::Timeout { address: address.to_owned(), stage, limit };
-    let (reader, writer) =
-        timeout_at(deadline, connect(&target)).await.map_err(|_| late("connect"))?.map_err(|error| {
-            TransportError::Connect { address: address.to_owned(), reason: error.to_string() }
-        })?;
-    let mut receiver = PeerReceiver::new(address, reader);
-    let mut sender = PeerSender::new(address, writer);
-    timeout_at(deadline, handshake(&mut sender, &mut receiver, own_type, peer_type, identity))
-        .await
-        .map_err(|_| late("ZMTP handshake"))??;
-    Ok(Connected { sender, receiver })
+    let connected = timeout_at(deadline, connect(&target)).await.map_err(|_| late("connect"))?;
+    let mut stream = connected.map_err(|error| TransportError::Connect {
+        address: address.to_owned(),
+        reason: error.to_string(),
+    })?;
+    let (mut buffer, mut decoder) = (BytesMut::new(), Decoder::default());
+    let ready = zmtp::ready(own_type, identity);
+    let check = |command: &[u8]| zmtp::check_ready(command, peer_type);
+    let greeted = greet(&mut stream, &mut buffer, &mut decoder, &ready, check);
+    match timeout_at(deadline, greeted).await.map_err(|_| late("ZMTP handshake"))? {
+        Ok(_) => {}
+        Err(GreetError::Protocol(reason)) => {
+            return Err(TransportError::Protocol { address: address.to_owned(), reason });
+        }
+        Err(error) => {
+            let reason = error.to_string();
+            return Err(TransportError::Disconnected { address: address.to_owned(), reason });
+        }
+    }
+    let (reader, writer) = match stream {
+        Either::Left(tcp) => {
+            let (reader, writer) = tcp.into_split();
+            (Either::Left(reader), WriteHalf::Tcp(writer))
+        }
+        Either::Right(unix) => {
+            let (reader, writer) = unix.into_split();
+            (Either::Right(reader), WriteHalf::Unix(writer))
+        }
+    };
+    let receiver = PeerReceiver::new(address, reader, buffer, decoder);
+    Ok(Connected { sender: PeerSender::new(address, writer), receiver })
 }
 
 /// vLLM's sockets have no heartbeat. A silent peer is given up after a minute and a half, not sooner: a frontend is lost
@@ -135,19 +157,15 @@ async fn open(
 /// dies is told at once all the same.
 const KEEP_ALIVE: KeepAlive = KeepAlive { idle: 30, interval: 10, probes: 6, unacknowledged: 90_000 };
 
-async fn connect(target: &Target<'_>) -> io::Result<(ReadHalf, WriteHalf)> {
+async fn connect(target: &Target<'_>) -> io::Result<Either<TcpStream, UnixStream>> {
     loop {
         let attempt = match target {
             Target::Tcp(host_port) => TcpStream::connect(host_port).await.and_then(|stream| {
                 stream.set_nodelay(true)?;
                 KEEP_ALIVE.apply(&stream)?;
-                let (reader, writer) = stream.into_split();
-                Ok((ReadHalf::Tcp(reader), WriteHalf::Tcp(writer)))
+                Ok(Either::Left(stream))
             }),
-            Target::Ipc(path) => UnixStream::connect(path).await.map(|stream| {
-                let (reader, writer) = stream.into_split();
-                (ReadHalf::Unix(reader), WriteHalf::Unix(writer))
-            }),
+            Target::Ipc(path) => UnixStream::connect(path).await.map(Either::Right),
         };
         match attempt {
             Err(error)
@@ -158,42 +176,6 @@ async fn connect(target: &Target<'_>) -> io::Result<(ReadHalf, WriteHalf)> {
                 sleep(RETRY_INTERVAL).await;
             }
             other => return other,
-        }
-    }
-}
-
-async fn handshake(
-    sender: &mut PeerSender,
-    receiver: &mut PeerReceiver,
-    own_type: &str,
-    peer_type: &str,
-    identity: Option<&[u8]>,
-) -> Result<(), TransportError> {
-    let address = sender.address.clone();
-    let broken = |reason: String| TransportError::Protocol { address: address.clone(), reason };
-    let lost = |error: io::Error| TransportError::Disconnected {
-        address: address.clone(),
-        reason: format!("during the ZMTP handshake: {error}"),
-    };
-    if identity.is_some_and(|identity| identity.is_empty() || identity.len() > 200) {
-        return Err(broken("a routing id has 1 to 200 bytes".to_owned()));
-    }
-    let mut hello = zmtp::greeting().to_vec();
-    sender.stream.write_all(&hello).await.map_err(lost)?;
-    let mut greeting = [0; GREETING_LENGTH];
-    receiver.stream.read_exact(&mut greeting).await.map_err(lost)?;
-    zmtp::check_greeting(&greeting).map_err(broken)?;
-    hello = zmtp::ready(own_type, identity);
-    sender.stream.write_all(&hello).await.map_err(lost)?;
-    loop {
-        let item =
-            receiver.decoder.decode(&mut receiver.buffer).map_err(|error| broken(error.to_string()))?;
-        match item {
-            None => receiver.fill().await?,
-            Some(Item::Command(command)) => {
-                return zmtp::check_ready(&command, peer_type).map_err(broken);
-            }
-            Some(Item::Message(_)) => return Err(broken("a message before READY".to_owned())),
         }
     }
 }

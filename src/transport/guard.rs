@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -25,7 +26,8 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 use super::TransportError;
-use super::zmtp::{self, Decoder, GREETING_LENGTH, Item};
+use super::greet::{GreetError, greet};
+use super::zmtp::{self, Decoder, Item};
 use crate::log_limit::LogLimit;
 use crate::tasks::{Task, named};
 
@@ -35,6 +37,8 @@ const OUTGOING: usize = 4;
 const EVENTS: usize = 64;
 /// Peer addresses remembered for rate-limiting the log.
 const REMEMBERED: usize = 64;
+/// Of a connection to any listener.
+static NEXT_NUMBER: AtomicU64 = AtomicU64::new(0);
 
 /// What a connection may do.
 #[derive(Clone, Debug)]
@@ -111,16 +115,11 @@ impl GuardedSender {
 }
 
 impl GuardedRouter {
-    /// Listens. Connections are numbered by `numbers`, which listeners may share, so that no number
-    /// is ever used twice.
+    /// Listens. No two connections of this process get the same number.
     ///
     /// # Errors
     /// [`TransportError::InUse`] if the port is taken, [`TransportError::Bind`] otherwise.
-    pub async fn bind(
-        address: SocketAddr,
-        limits: GuardLimits,
-        numbers: Numbers,
-    ) -> Result<Self, TransportError> {
+    pub async fn bind(address: SocketAddr, limits: GuardLimits) -> Result<Self, TransportError> {
         let failed = |error: io::Error| {
             let address = address.to_string();
             if error.kind() == io::ErrorKind::AddrInUse {
@@ -143,7 +142,7 @@ impl GuardedRouter {
             connections: sender.connections.clone(),
             out,
         });
-        let accept = accept(guard, listener, numbers, tasks.clone(), stop.clone());
+        let accept = accept(guard, listener, tasks.clone(), stop.clone());
         tasks.spawn(named(Task::HandshakeListener, stop.clone().run_until_cancelled_owned(accept)));
         Ok(Self { address, events, sender, tasks, _stop: stop.drop_guard() })
     }
@@ -173,16 +172,6 @@ impl GuardedRouter {
     }
 }
 
-/// Gives out connection numbers.
-#[derive(Clone, Debug, Default)]
-pub struct Numbers(Arc<std::sync::atomic::AtomicU64>);
-
-impl Numbers {
-    fn next(&self) -> u64 {
-        self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
-    }
-}
-
 struct Guard {
     address: SocketAddr,
     limits: GuardLimits,
@@ -192,13 +181,7 @@ struct Guard {
     log: Mutex<LogLimit<IpAddr>>,
 }
 
-async fn accept(
-    guard: Arc<Guard>,
-    listener: TcpListener,
-    numbers: Numbers,
-    tasks: TaskTracker,
-    stop: CancellationToken,
-) {
+async fn accept(guard: Arc<Guard>, listener: TcpListener, tasks: TaskTracker, stop: CancellationToken) {
     loop {
         let (stream, from) = match listener.accept().await {
             Ok(accepted) => accepted,
@@ -215,7 +198,7 @@ async fn accept(
             );
             continue;
         };
-        let number = numbers.next();
+        let number = NEXT_NUMBER.fetch_add(1, Ordering::Relaxed);
         let guard = guard.clone();
         let serve = async move {
             if let Err(reason) = serve(&guard, stream, number).await {
@@ -232,12 +215,15 @@ async fn serve(guard: &Guard, mut stream: TcpStream, peer: u64) -> Result<(), St
     let limits = &guard.limits;
     let mut buffer = BytesMut::new();
     let mut decoder = Decoder::with_limits(limits.message_bytes, limits.frames);
-    let opened = timeout(limits.handshake, open(&mut stream, &mut buffer, &mut decoder)).await;
-    let identity = match opened {
-        Ok(Ok(Some(identity))) => identity,
+    stream.set_nodelay(true).map_err(|error| error.to_string())?;
+    let ready = zmtp::ready("ROUTER", None);
+    let check = |command: &[u8]| zmtp::check_ready(command, "DEALER");
+    let greeted = greet(&mut stream, &mut buffer, &mut decoder, &ready, check);
+    let ready = match timeout(limits.handshake, greeted).await {
+        Ok(Ok(ready)) => ready,
         // Somebody looked whether the port is open.
-        Ok(Ok(None)) => return Ok(()),
-        Ok(Err(reason)) => return Err(reason),
+        Ok(Err(GreetError::Silent(_))) => return Ok(()),
+        Ok(Err(error)) => return Err(error.to_string()),
         Err(_) => {
             return Err(format!(
                 "expected a ZMTP greeting and a READY command within {:?}, it did not come",
@@ -245,6 +231,7 @@ async fn serve(guard: &Guard, mut stream: TcpStream, peer: u64) -> Result<(), St
             ));
         }
     };
+    let identity = Bytes::copy_from_slice(zmtp::property(&ready, "Identity").unwrap_or_default());
     let (outgoing, answers) = mpsc::channel(OUTGOING);
     guard.connections.lock().insert(peer, outgoing);
     let result = exchange(guard, stream, peer, &identity, buffer, decoder, answers).await;
@@ -252,66 +239,6 @@ async fn serve(guard: &Guard, mut stream: TcpStream, peer: u64) -> Result<(), St
     // The driver is alive as long as this task is.
     let _ = guard.out.send(GuardEvent::Closed { peer }).await;
     result
-}
-
-/// Greeting and READY in both directions; the peer's identity, or `None` if it closed the connection
-/// without a byte.
-async fn open(
-    stream: &mut TcpStream,
-    buffer: &mut BytesMut,
-    decoder: &mut Decoder,
-) -> Result<Option<Bytes>, String> {
-    let broken = |error: io::Error| format!("expected a ZMTP greeting: {error}");
-    stream.set_nodelay(true).map_err(broken)?;
-    stream.write_all(&zmtp::greeting()).await.map_err(broken)?;
-    while buffer.len() < GREETING_LENGTH {
-        match stream.read_buf(buffer).await {
-            Ok(0) if buffer.is_empty() => return Ok(None),
-            Ok(0) => {
-                return Err(format!(
-                    "expected a ZMTP greeting of {GREETING_LENGTH} bytes, the connection closed after {}: {}",
-                    buffer.len(),
-                    printable(buffer)
-                ));
-            }
-            Ok(_) => {}
-            Err(error) if buffer.is_empty() => {
-                tracing::trace!(%error, "handshake connection closed before its greeting");
-                return Ok(None);
-            }
-            Err(error) => return Err(broken(error)),
-        }
-        if buffer[0] != 0xff || buffer.get(9).is_some_and(|byte| *byte != 0x7f) {
-            return Err(format!("expected a ZMTP greeting, got {}", printable(buffer)));
-        }
-    }
-    let start = buffer.split_to(GREETING_LENGTH);
-    let greeting =
-        <&[u8; GREETING_LENGTH]>::try_from(&start[..]).map_err(|error| format!("greeting: {error}"))?;
-    zmtp::check_greeting(greeting)?;
-    stream
-        .write_all(&zmtp::ready("ROUTER", None))
-        .await
-        .map_err(|error| format!("sending READY: {error}"))?;
-    loop {
-        match decoder.decode(buffer) {
-            Ok(Some(Item::Command(command))) => {
-                zmtp::check_ready(&command, "DEALER")?;
-                let identity = zmtp::property(&command, "Identity").unwrap_or_default();
-                return Ok(Some(Bytes::copy_from_slice(identity)));
-            }
-            Ok(Some(Item::Message(_))) => {
-                return Err("expected a READY command, got a message".to_owned());
-            }
-            Ok(None) => {}
-            Err(error) => return Err(format!("expected a READY command, got {error}")),
-        }
-        match stream.read_buf(buffer).await {
-            Ok(0) => return Err("expected a READY command, the connection closed".to_owned()),
-            Ok(_) => {}
-            Err(error) => return Err(format!("expected a READY command: {error}")),
-        }
-    }
 }
 
 async fn exchange(
@@ -395,12 +322,4 @@ impl Guard {
             "handshake connection closed: {reason}"
         );
     }
-}
-
-/// The first bytes, readable.
-fn printable(bytes: &[u8]) -> String {
-    let start: String =
-        bytes.iter().take(24).flat_map(|byte| std::ascii::escape_default(*byte)).map(char::from).collect();
-    let more = if bytes.len() > 24 { ".." } else { "" };
-    format!("\"{start}\"{more}")
 }

@@ -22,6 +22,7 @@
 
 mod connect;
 mod error;
+mod greet;
 mod guard;
 mod listen;
 mod paths;
@@ -33,7 +34,7 @@ use std::time::Duration;
 
 pub use connect::Connected;
 pub use error::TransportError;
-pub use guard::{GuardEvent, GuardLimits, GuardedRouter, GuardedSender, Numbers};
+pub use guard::{GuardEvent, GuardLimits, GuardedRouter, GuardedSender};
 pub use listen::{PullEvent, PullListener, RouterEvent, RouterListener, RouterSender};
 pub use paths::{PrivateDir, check_socket_path, unlink_stale_socket};
 pub use peer::{PeerReceiver, PeerSender};

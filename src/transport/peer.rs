@@ -3,14 +3,13 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, IoSlice};
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 
 use bytes::{Buf, Bytes, BytesMut};
 use dp_sidecar_protocol::Frames;
-use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf};
+use tokio::io::AsyncReadExt;
 use tokio::net::{tcp, unix};
+use tokio_util::either::Either;
 
 use super::TransportError;
 use super::zmtp::{self, Decoder, Item};
@@ -25,18 +24,18 @@ const MAX_READ: usize = 128 * 1024;
 
 /// The reading half of a connecting socket.
 pub struct PeerReceiver {
-    pub(super) address: String,
-    pub(super) stream: ReadHalf,
-    pub(super) buffer: BytesMut,
+    address: String,
+    stream: Either<tcp::OwnedReadHalf, unix::OwnedReadHalf>,
+    buffer: BytesMut,
     /// Room to make for the next read: follows what comes in.
     chunk: usize,
-    pub(super) decoder: Decoder,
+    decoder: Decoder,
 }
 
 /// The writing half of a connecting socket. `send` returns when the kernel has the bytes.
 pub struct PeerSender {
-    pub(super) address: String,
-    pub(super) stream: Arc<WriteHalf>,
+    address: String,
+    stream: Arc<WriteHalf>,
     /// Small frames and headers, copied together.
     tail: BytesMut,
     /// What comes before `tail`.
@@ -57,14 +56,14 @@ impl fmt::Debug for PeerSender {
 }
 
 impl PeerReceiver {
-    pub(super) fn new(address: &str, stream: ReadHalf) -> Self {
-        Self {
-            address: address.to_owned(),
-            stream,
-            buffer: BytesMut::new(),
-            chunk: MIN_READ,
-            decoder: Decoder::default(),
-        }
+    /// Of a connection that has been greeted.
+    pub(super) fn new(
+        address: &str,
+        stream: Either<tcp::OwnedReadHalf, unix::OwnedReadHalf>,
+        buffer: BytesMut,
+        decoder: Decoder,
+    ) -> Self {
+        Self { address: address.to_owned(), stream, buffer, chunk: MIN_READ, decoder }
     }
 
     /// The next message. Cancel-safe.
@@ -100,7 +99,7 @@ impl PeerReceiver {
         }
     }
 
-    pub(super) async fn fill(&mut self) -> Result<(), TransportError> {
+    async fn fill(&mut self) -> Result<(), TransportError> {
         if self.buffer.is_empty() && self.buffer.capacity() > 4 * self.chunk {
             self.buffer = BytesMut::new();
         }
@@ -233,24 +232,6 @@ impl PeerSender {
     }
 }
 
-pub(super) enum ReadHalf {
-    Tcp(tcp::OwnedReadHalf),
-    Unix(unix::OwnedReadHalf),
-}
-
-impl AsyncRead for ReadHalf {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        match &mut *self {
-            Self::Tcp(half) => Pin::new(half).poll_read(context, buffer),
-            Self::Unix(half) => Pin::new(half).poll_read(context, buffer),
-        }
-    }
-}
-
 pub(super) enum WriteHalf {
     Tcp(tcp::OwnedWriteHalf),
     Unix(unix::OwnedWriteHalf),
@@ -269,18 +250,5 @@ impl WriteHalf {
             Self::Tcp(half) => half.writable().await,
             Self::Unix(half) => half.writable().await,
         }
-    }
-
-    pub(super) async fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
-        while !bytes.is_empty() {
-            self.writable().await?;
-            match self.try_write_vectored(&[IoSlice::new(bytes)]) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(count) => bytes = &bytes[count..],
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
     }
 }

@@ -7,7 +7,6 @@
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
@@ -19,8 +18,9 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
+use super::greet::{GreetError, greet};
 use super::listen::unlink;
-use super::zmtp::{self, Decoder, GREETING_LENGTH, Item};
+use super::zmtp::{self, Decoder, Item};
 use super::{TransportError, unlink_stale_socket};
 use crate::tasks::{Task, named};
 
@@ -64,9 +64,8 @@ struct Shared {
     /// `ipc://` and the path.
     address: String,
     send_timeout: Duration,
-    /// Set once: no connection is added any more.
-    closed: AtomicBool,
     connections: Mutex<Vec<Arc<Connection>>>,
+    /// Once it is cancelled, no connection is added any more.
     stop: CancellationToken,
 }
 
@@ -108,7 +107,6 @@ impl XpubListener {
         let shared = Arc::new(Shared {
             address: address.to_owned(),
             send_timeout,
-            closed: AtomicBool::new(false),
             connections: Mutex::default(),
             stop: stop.clone(),
         });
@@ -152,7 +150,7 @@ impl XpubPublisher {
     /// [`TransportError::Disconnected`] when a subscriber does not read, and too much waits for it already (the others
     /// have the message), or the socket is over.
     pub fn send(&self, message: &Encoded) -> Result<(), TransportError> {
-        if self.shared.closed.load(Ordering::Acquire) {
+        if self.shared.stop.is_cancelled() {
             return Err(self.shared.stuck());
         }
         let mut taken = true;
@@ -186,15 +184,14 @@ impl Shared {
 
     fn close(&self) {
         let mut connections = self.connections.lock();
-        self.closed.store(true, Ordering::Release);
-        connections.clear();
         self.stop.cancel();
+        connections.clear();
     }
 
     /// False if the socket is closed.
     fn add(&self, connection: Arc<Connection>) -> bool {
         let mut connections = self.connections.lock();
-        let open = !self.closed.load(Ordering::Acquire);
+        let open = !self.stop.is_cancelled();
         if open {
             connections.push(connection);
         }
@@ -323,12 +320,17 @@ async fn accept(listener: UnixListener, shared: Arc<Shared>, events: mpsc::Sende
     }
 }
 
-async fn serve(shared: &Shared, stream: UnixStream, events: mpsc::Sender<Frames>) -> End {
+async fn serve(shared: &Shared, mut stream: UnixStream, events: mpsc::Sender<Frames>) -> End {
     let mut buffer = BytesMut::new();
     let mut decoder = Decoder::with_limits(UPSTREAM_BYTES, UPSTREAM_FRAMES);
-    match timeout(HANDSHAKE, open(&stream, &mut buffer, &mut decoder)).await {
-        Ok(Ok(())) => {}
-        Ok(Err(end)) => return end,
+    let ready = zmtp::ready("XPUB", None);
+    let check =
+        |command: &[u8]| zmtp::check_ready(command, "SUB").or_else(|_| zmtp::check_ready(command, "XSUB"));
+    let greeted = greet(&mut stream, &mut buffer, &mut decoder, &ready, check);
+    match timeout(HANDSHAKE, greeted).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(GreetError::Silent(_))) => return End::Closed,
+        Ok(Err(error)) => return End::Broken(error.to_string()),
         Err(_) => return End::Broken(format!("no ZMTP greeting and READY within {HANDSHAKE:?}")),
     }
     let connection = Arc::new(Connection { stream, outgoing: Mutex::default(), behind: Notify::new() });
@@ -341,29 +343,6 @@ async fn serve(shared: &Shared, stream: UnixStream, events: mpsc::Sender<Frames>
     };
     shared.remove(&connection);
     end
-}
-
-/// Greeting and READY in both directions.
-async fn open(stream: &UnixStream, buffer: &mut BytesMut, decoder: &mut Decoder) -> Result<(), End> {
-    write_all(stream, &zmtp::greeting()).await?;
-    while buffer.len() < GREETING_LENGTH {
-        fill(stream, buffer).await?;
-    }
-    let start = buffer.split_to(GREETING_LENGTH);
-    let greeting = <&[u8; GREETING_LENGTH]>::try_from(&start[..]);
-    zmtp::check_greeting(greeting.map_err(|error| End::Broken(error.to_string()))?).map_err(End::Broken)?;
-    write_all(stream, &zmtp::ready("XPUB", None)).await?;
-    loop {
-        match decoder.decode(buffer) {
-            Ok(Some(Item::Command(command))) => {
-                let checked = zmtp::check_ready(&command, "SUB");
-                return checked.or_else(|_| zmtp::check_ready(&command, "XSUB")).map_err(End::Broken);
-            }
-            Ok(Some(Item::Message(_))) => return Err(End::Broken("a message before READY".to_owned())),
-            Ok(None) => fill(stream, buffer).await?,
-            Err(error) => return Err(End::Broken(error.to_string())),
-        }
-    }
 }
 
 async fn read(
@@ -426,18 +405,4 @@ async fn fill(stream: &UnixStream, buffer: &mut BytesMut) -> Result<(), End> {
             Err(error) => return Err(broken(error)),
         }
     }
-}
-
-async fn write_all(stream: &UnixStream, mut bytes: &[u8]) -> Result<(), End> {
-    let broken = |error: io::Error| End::Broken(error.to_string());
-    while !bytes.is_empty() {
-        stream.writable().await.map_err(broken)?;
-        match stream.try_write(bytes) {
-            Ok(0) => return Err(broken(io::ErrorKind::WriteZero.into())),
-            Ok(written) => bytes = &bytes[written..],
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(broken(error)),
-        }
-    }
-    Ok(())
 }

@@ -31,7 +31,8 @@ pub fn greeting() -> [u8; GREETING_LENGTH] {
 ///
 /// # Errors
 /// What is wrong with it.
-pub fn check_greeting(bytes: &[u8; GREETING_LENGTH]) -> Result<(), String> {
+pub fn check_greeting(bytes: &[u8]) -> Result<(), String> {
+    let bytes = bytes.first_chunk::<GREETING_LENGTH>().ok_or("a greeting that ends early")?;
     if bytes[0] != 0xff || bytes[9] != 0x7f {
         return Err("no ZMTP greeting".to_owned());
     }
