@@ -128,8 +128,7 @@ async fn keep_linked(
     loop {
         let (dropped, lost) = oneshot::channel::<()>();
         let peer = format!("the leader at {}", finder.leader);
-        let stream = found.stream.when_dropped(move || drop(dropped));
-        if streams.send(LinkStream::new(stream, peer)).await.is_err() {
+        if streams.send(LinkStream::new(found.stream, peer).keeping(dropped)).await.is_err() {
             return None;
         }
         // An error, always: it is only ever dropped.

@@ -22,6 +22,7 @@ use crate::link::LinkStream;
 use crate::link::client::{self, ClientOptions, Link, LinkStatus, NodeHandles};
 use crate::peer::introduction::Introduction;
 use crate::peer::leader::{BindError, GatherError, Leader, RemoteNode};
+use crate::peer::stream::PeerStream;
 use crate::tasks::{Task, named};
 
 /// The leader's own node.
@@ -111,8 +112,9 @@ pub(super) fn connect(
     tracker.spawn(named(
         Task::NodeLink,
         stop.clone().run_until_cancelled_owned(async move {
-            while let Some(stream) = connections.recv().await {
-                if links.send(Link::Stream(LinkStream::new(stream, &*peer))).await.is_err() {
+            while let Some(PeerStream { stream, dropped }) = connections.recv().await {
+                let stream = LinkStream::new(stream, &*peer).keeping(dropped);
+                if links.send(Link::Stream(stream)).await.is_err() {
                     return;
                 }
             }
@@ -217,10 +219,10 @@ pub(super) fn status(own: &Introduction, leader: &Leader, remotes: &[Remote]) ->
         link: "here".to_owned(),
         ..NodeStatus::default()
     }];
-    for view in leader.views() {
+    for view in leader.claims() {
         let remote = remotes.iter().find(|r| r.introduction.start_rank == view.introduction.start_rank);
         let link = remote.map(|remote| remote.status.borrow().clone());
-        let up = view.up && link.as_ref().is_none_or(|link| link.connected);
+        let up = view.alive && link.as_ref().is_none_or(|link| link.connected);
         nodes.push(NodeStatus {
             start_rank: view.introduction.start_rank,
             size_local: view.introduction.size_local,

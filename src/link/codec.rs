@@ -105,6 +105,8 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> LinkIo for T {}
 pub struct LinkStream {
     framed: Framed<Box<dyn LinkIo>, LengthDelimitedCodec>,
     peer: String,
+    /// Goes with the connection.
+    _kept: Option<Box<dyn Send>>,
 }
 
 impl fmt::Debug for LinkStream {
@@ -122,7 +124,12 @@ impl LinkStream {
             .max_frame_length(MAX_FRAME)
             .new_codec();
         let io: Box<dyn LinkIo> = Box::new(io);
-        Self { framed: Framed::new(io, codec), peer: peer.into() }
+        Self { framed: Framed::new(io, codec), peer: peer.into(), _kept: None }
+    }
+
+    /// With something that is to be dropped when the connection is.
+    pub fn keeping(self, kept: impl Send + 'static) -> Self {
+        Self { _kept: Some(Box::new(kept)), ..self }
     }
 
     /// Who is at the other end.

@@ -17,6 +17,7 @@ use std::time::Duration;
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
+use uuid::Uuid;
 
 use crate::link::wire::LINK_VERSION;
 use crate::token::Token;
@@ -93,49 +94,25 @@ pub enum AuthError {
     Io(#[from] io::Error),
 }
 
-fn nonce() -> [u8; NONCE] {
-    let mut nonce = [0; NONCE];
+fn opening(side: Side) -> Vec<u8> {
     // 244 random bits of the kernel.
-    let (left, right) = nonce.split_at_mut(NONCE / 2);
-    left.copy_from_slice(uuid::Uuid::new_v4().as_bytes());
-    right.copy_from_slice(uuid::Uuid::new_v4().as_bytes());
-    nonce
+    let nonce = [Uuid::new_v4(), Uuid::new_v4()];
+    let version = LINK_VERSION.to_be_bytes();
+    [&MAGIC[..], &version, &[side.byte()], nonce[0].as_bytes(), nonce[1].as_bytes()].concat()
 }
 
-fn opening(side: Side) -> [u8; OPENING] {
-    let mut opening = [0; OPENING];
-    let (magic, rest) = opening.split_at_mut(MAGIC.len());
-    let (version, rest) = rest.split_at_mut(4);
-    let (role, random) = rest.split_at_mut(1);
-    magic.copy_from_slice(&MAGIC);
-    version.copy_from_slice(&LINK_VERSION.to_be_bytes());
-    role.copy_from_slice(&[side.byte()]);
-    random.copy_from_slice(&nonce());
-    opening
-}
-
+/// Checks what comes behind the magic.
 fn check(opening: &[u8; OPENING], expected: Side) -> Result<(), AuthError> {
-    let Some((magic, rest)) = opening.split_first_chunk::<8>() else {
-        return Err(AuthError::Garbage);
-    };
-    let Some((version, rest)) = rest.split_first_chunk::<4>() else {
-        return Err(AuthError::Garbage);
-    };
-    if *magic != MAGIC {
-        return Err(AuthError::Garbage);
-    }
+    let (version, rest) = opening[MAGIC.len()..].split_first_chunk().ok_or(AuthError::Garbage)?;
     let theirs = u32::from_be_bytes(*version);
     if theirs != LINK_VERSION {
         return Err(AuthError::Version { theirs });
     }
-    if rest.first() != Some(&expected.byte()) {
-        return Err(AuthError::Role);
-    }
-    Ok(())
+    if rest.first() == Some(&expected.byte()) { Ok(()) } else { Err(AuthError::Role) }
 }
 
 /// What `side` proves with: bound to its role, and to everything both have said, the connecting side first.
-fn proof(token: &Token, side: Side, follower: &[u8; OPENING], leader: &[u8; OPENING]) -> blake3::Hash {
+fn proof(token: &Token, side: Side, follower: &[u8], leader: &[u8]) -> blake3::Hash {
     let mut hasher = blake3::Hasher::new_keyed(token.key());
     hasher.update(&[side.byte()]).update(follower).update(leader);
     hasher.finalize()
@@ -170,7 +147,8 @@ where
         stream.write_all(&ours).await?;
     }
     checked?;
-    let (follower, leader) = if side.connects() { (&ours, &theirs) } else { (&theirs, &ours) };
+    let (follower, leader) =
+        if side.connects() { (&ours[..], &theirs[..]) } else { (&theirs[..], &ours[..]) };
     let own = proof(token, side, follower, leader);
     let expected = proof(token, side.other(), follower, leader);
     if side.connects() {

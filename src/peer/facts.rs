@@ -42,15 +42,15 @@ pub const PER_NODE_FLAGS: &[&str] = &[
 pub async fn introduction(config: &Config, run_id: &str) -> Introduction {
     let mut values = BTreeMap::new();
     let mut unknown = BTreeSet::new();
-    let mut tell = |name: &str, value: String| values.insert(name.to_owned(), value);
+    let mut tell = |name: &str, value: String| {
+        values.insert(name.to_owned(), value);
+    };
     tell("--data-parallel-size", config.size.to_string());
     tell("--frontend-slots", config.frontend_slots.to_string());
     tell("model kind", config.kind.model().to_owned());
     tell("sidecar version", env!("CARGO_PKG_VERSION").to_owned());
     match &config.engines {
-        Engines::Attach => {
-            tell("engines", "started by somebody else".to_owned());
-        }
+        Engines::Attach => tell("engines", "started by somebody else".to_owned()),
         Engines::Spawn(launch) => {
             tell("engines", "started by the sidecar".to_owned());
             for (name, value) in flags(&launch.common_flags) {
@@ -58,18 +58,14 @@ pub async fn introduction(config: &Config, run_id: &str) -> Introduction {
             }
             let (version, files) = tokio::join!(vllm_version(launch), model_files(launch));
             match version {
-                Ok(version) => {
-                    tell(VLLM_VERSION, version);
-                }
+                Ok(version) => tell(VLLM_VERSION, version),
                 Err(reason) => {
                     warn!(%reason, vllm = %launch.bin.display(), "its version is not compared between nodes");
                     unknown.insert(VLLM_VERSION.to_owned());
                 }
             }
             match files {
-                Ok(digest) => {
-                    tell(MODEL_FILES, digest);
-                }
+                Ok(digest) => tell(MODEL_FILES, digest),
                 Err(reason) => {
                     warn!(%reason, "the model's files are not compared between nodes");
                     unknown.insert(MODEL_FILES.to_owned());
@@ -77,9 +73,7 @@ pub async fn introduction(config: &Config, run_id: &str) -> Introduction {
             }
             // A path may be another one on each node; the files tell whether it is the same model.
             match &launch.model {
-                Some(name) if !is_path(name, launch) => {
-                    tell(MODEL, name.clone());
-                }
+                Some(name) if !is_path(name, launch) => tell(MODEL, name.clone()),
                 _ => {
                     unknown.insert(MODEL.to_owned());
                 }

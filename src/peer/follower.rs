@@ -1,6 +1,6 @@
 //! The follower's way to its leader.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::time::Duration;
 
 use thiserror::Error;
@@ -14,7 +14,7 @@ use super::frame;
 use super::introduction::{Introduction, Word};
 use super::leader::{WORD_PERIOD, resolve};
 use super::registry::missing_text;
-use super::stream::{PeerStream, set_options};
+use super::stream::set_options;
 use crate::exit_code;
 use crate::token::Token;
 
@@ -55,7 +55,7 @@ impl Default for LeaderView {
 #[derive(Debug)]
 pub struct Found {
     /// It carries the link from here on; the leader asks.
-    pub stream: PeerStream,
+    pub stream: TcpStream,
     /// This node's address that the leader sees.
     pub own: IpAddr,
 }
@@ -146,7 +146,6 @@ impl Finder {
             let reason = match attempt {
                 Ok(found) => {
                     self.tell("connected", true);
-                    info!(leader = %self.leader, peer = %found.stream.peer, "connected to the leader");
                     return Ok(found);
                 }
                 Err(Trouble::Over(code, reason)) if self.strict => {
@@ -208,15 +207,12 @@ impl Finder {
             error => Trouble::Refused(error.to_string()),
         })?;
         frame::write(&mut stream, &self.introduction, auth::LIMIT).await.map_err(again)?;
-        self.wait_for_welcome(stream, address, own).await
+        let found = self.wait_for_welcome(stream, own).await?;
+        info!(leader = %self.leader, peer = %address, "connected to the leader");
+        Ok(found)
     }
 
-    async fn wait_for_welcome(
-        &self,
-        mut stream: TcpStream,
-        peer: SocketAddr,
-        own: IpAddr,
-    ) -> Result<Found, Trouble> {
+    async fn wait_for_welcome(&self, mut stream: TcpStream, own: IpAddr) -> Result<Found, Trouble> {
         let mut known = String::new();
         loop {
             let word: Word = frame::read(&mut stream, SILENCE).await.map_err(|error| {
@@ -234,9 +230,8 @@ impl Finder {
                         known = doing;
                     }
                 }
-                Word::Welcome { .. } => {
-                    let own = self.introduction.address.unwrap_or(own);
-                    return Ok(Found { stream: PeerStream::new(stream, peer), own });
+                Word::Welcome => {
+                    return Ok(Found { stream, own: self.introduction.address.unwrap_or(own) });
                 }
                 Word::Refused { reason, retry: true } => return Err(Trouble::Held(reason)),
                 Word::Refused { reason, retry: false } => return Err(Trouble::Refused(reason)),

@@ -109,10 +109,7 @@ pub enum Word {
         missing: Vec<(u16, u16)>,
     },
     /// The deployment is complete: the link begins.
-    Welcome {
-        /// The leader's address, as it says itself.
-        address: IpAddr,
-    },
+    Welcome,
     /// This node is not let in.
     Refused {
         /// Who, stage, expected, actual.

@@ -2,7 +2,6 @@
 //! connections on, also those of nodes that come again later.
 
 use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -21,8 +20,8 @@ use tracing::{debug, info, warn};
 
 use super::auth::{self, Side};
 use super::introduction::{Introduction, Word};
-use super::registry::{Refusal, Registry, missing_text};
-use super::stream::{PeerStream, set_options};
+use super::registry::{Claim, Refusal, Registry, missing_text};
+use super::stream::{OnDrop, PeerStream, set_options};
 use super::{frame, introduction};
 use crate::config::Nodes;
 use crate::exit_code;
@@ -99,19 +98,6 @@ pub struct RemoteNode {
     pub connections: mpsc::Receiver<PeerStream>,
 }
 
-/// Where a node of the deployment stands, for status.
-#[derive(Clone, Debug)]
-pub struct NodeView {
-    /// What it said about itself.
-    pub introduction: Introduction,
-    /// Where its connection comes from.
-    pub peer: SocketAddr,
-    /// The connection is alive, as far as is known.
-    pub up: bool,
-    /// Since when that is so.
-    pub since: Instant,
-}
-
 /// How far the gathering is.
 #[derive(Clone, Debug)]
 enum Stage {
@@ -123,11 +109,8 @@ enum Stage {
 
 struct State {
     registry: Registry,
-    /// Since when a node's link is up or down.
-    since: BTreeMap<u16, Instant>,
-    /// Where a node's connections go.
-    senders: BTreeMap<u16, mpsc::Sender<PeerStream>>,
-    receivers: BTreeMap<u16, mpsc::Receiver<PeerStream>>,
+    /// Where a node's connections go, and come out until that end is taken.
+    connections: BTreeMap<u16, (mpsc::Sender<PeerStream>, Option<mpsc::Receiver<PeerStream>>)>,
     mismatches: Vec<String>,
     refused: LogLimit<IpAddr>,
     own_address: Option<IpAddr>,
@@ -139,7 +122,7 @@ struct Shared {
     state: Mutex<State>,
     stage: watch::Sender<Stage>,
     /// The registry has changed.
-    changed: watch::Sender<u64>,
+    changed: watch::Sender<()>,
     connections: AtomicU64,
 }
 
@@ -196,15 +179,13 @@ impl Leader {
             local,
             state: Mutex::new(State {
                 registry: Registry::new(own, size),
-                since: BTreeMap::new(),
-                senders: BTreeMap::new(),
-                receivers: BTreeMap::new(),
+                connections: BTreeMap::new(),
                 mismatches: Vec::new(),
                 refused: LogLimit::new(REPEAT, REFUSALS),
                 own_address,
             }),
             stage: watch::Sender::new(Stage::Gathering),
-            changed: watch::Sender::new(0),
+            changed: watch::Sender::new(()),
             connections: AtomicU64::new(1),
         });
         info!(listen.addr = %local, missing = %missing_text(&shared.state.lock().registry.missing()), "waiting for nodes");
@@ -267,15 +248,13 @@ impl Leader {
     }
 
     fn nodes(&self) -> Vec<RemoteNode> {
-        let mut state = self.shared.state.lock();
-        let claims: Vec<_> = state.registry.claims().map(|claim| claim.introduction.clone()).collect();
-        claims
-            .into_iter()
-            .filter_map(|introduction| {
-                let connections = state.receivers.remove(&introduction.start_rank)?;
-                Some(RemoteNode { introduction, connections })
-            })
-            .collect()
+        let state = &mut *self.shared.state.lock();
+        let node = |claim: &Claim| {
+            let introduction = claim.introduction.clone();
+            let (_, connections) = state.connections.get_mut(&introduction.start_rank)?;
+            Some(RemoteNode { introduction, connections: connections.take()? })
+        };
+        state.registry.claims().filter_map(node).collect()
     }
 
     /// Ends the gathering: nodes that wait, or come later, are told to end with this code.
@@ -303,18 +282,8 @@ impl Leader {
     }
 
     /// All nodes but this one, by first rank.
-    pub fn views(&self) -> Vec<NodeView> {
-        let state = self.shared.state.lock();
-        state
-            .registry
-            .claims()
-            .map(|claim| NodeView {
-                introduction: claim.introduction.clone(),
-                peer: claim.peer,
-                up: claim.alive,
-                since: state.since.get(&claim.introduction.start_rank).copied().unwrap_or_else(Instant::now),
-            })
-            .collect()
+    pub fn claims(&self) -> Vec<Claim> {
+        self.shared.state.lock().registry.claims().cloned().collect()
     }
 }
 
@@ -379,7 +348,11 @@ impl Shared {
         let connection = self.connections.fetch_add(1, Ordering::Relaxed);
         let start_rank = introduction.start_rank;
         let name = introduction.name();
-        if let Err((reason, retry)) = self.claim(introduction, peer, connection) {
+        if let Err(refusal) = self.claim(introduction, peer, connection) {
+            let (reason, retry) = match refusal {
+                Refusal::Taken(reason) => (reason, true),
+                Refusal::Mismatch(reason) => (reason, false),
+            };
             self.refused(peer, &reason);
             let word = Word::Refused { reason, retry };
             if let Err(error) = frame::write(&mut stream, &word, WRITE_LIMIT).await {
@@ -396,65 +369,45 @@ impl Shared {
             }
         };
         let shared = self.clone();
-        let stream = PeerStream::new(stream, peer).when_dropped(move || shared.left(start_rank, connection));
-        let sender = self.state.lock().senders.get(&start_rank).cloned();
+        let dropped = OnDrop::new(move || shared.left(start_rank, connection));
+        let sender = self.state.lock().connections.get(&start_rank).map(|(sender, _)| sender.clone());
         if let Some(sender) = sender
-            && sender.send(stream).await.is_err()
+            && sender.send(PeerStream { stream, dropped }).await.is_err()
         {
             debug!(node = %name, "no task accepts connections any more");
         }
     }
 
-    fn claim(
-        &self,
-        introduction: Introduction,
-        peer: SocketAddr,
-        connection: u64,
-    ) -> Result<(), (String, bool)> {
+    fn claim(&self, introduction: Introduction, peer: SocketAddr, connection: u64) -> Result<(), Refusal> {
         let start_rank = introduction.start_rank;
         let mut state = self.state.lock();
         let claimed = state.registry.claim(introduction, peer, connection);
-        let result = match claimed {
+        match &claimed {
             Ok(()) => {
-                state.since.insert(start_rank, Instant::now());
-                if let Entry::Vacant(entry) = state.senders.entry(start_rank) {
+                state.connections.entry(start_rank).or_insert_with(|| {
                     let (sender, receiver) = mpsc::channel(1);
-                    entry.insert(sender);
-                    state.receivers.insert(start_rank, receiver);
-                }
-                Ok(())
+                    (sender, Some(receiver))
+                });
             }
-            Err(Refusal::Taken(reason)) => Err((reason, true)),
-            Err(Refusal::Mismatch(reason)) => {
-                if !state.registry.settled() {
-                    state.mismatches.push(reason.clone());
-                    let all = state.mismatches.join("\n");
-                    self.stage.send_replace(Stage::Over(exit_code::MISMATCH, all));
-                }
-                Err((reason, false))
+            Err(Refusal::Mismatch(reason)) if !state.registry.settled() => {
+                state.mismatches.push(reason.clone());
+                let all = state.mismatches.join("\n");
+                self.stage.send_replace(Stage::Over(exit_code::MISMATCH, all));
             }
-        };
+            Err(_) => {}
+        }
         drop(state);
-        self.changed.send_modify(|count| *count += 1);
-        result
+        self.changed.send_replace(());
+        claimed
     }
 
     fn left(&self, start_rank: u16, connection: u64) {
         let mut state = self.state.lock();
-        let latest = state
-            .registry
-            .claims()
-            .any(|claim| claim.introduction.start_rank == start_rank && claim.connection == connection);
-        if latest {
-            state.registry.left(start_rank, connection);
-            state.since.insert(start_rank, Instant::now());
-            if !state.registry.settled() {
-                state.senders.remove(&start_rank);
-                state.receivers.remove(&start_rank);
-            }
+        if state.registry.left(start_rank, connection) {
+            state.connections.remove(&start_rank);
         }
         drop(state);
-        self.changed.send_modify(|count| *count += 1);
+        self.changed.send_replace(());
     }
 
     /// Tells a node that it waits for others, until it does not any more.
@@ -463,27 +416,26 @@ impl Shared {
         let mut changed = self.changed.subscribe();
         loop {
             let now = stage.borrow_and_update().clone();
-            let (missing, own) = {
+            let missing = {
                 let mut state = self.state.lock();
                 if state.own_address.is_none() {
                     state.own_address = stream.local_addr().ok().map(|local| local.ip());
                 }
-                (state.registry.missing(), state.own_address)
+                state.registry.missing()
             };
             let word = match now {
                 Stage::Gathering => Word::Waiting { missing },
-                Stage::Settled => Word::Welcome { address: own.unwrap_or_else(|| self.local.ip()) },
+                Stage::Settled => Word::Welcome,
                 Stage::Over(code, reason) => Word::Over { code, reason },
             };
-            let goes_on = matches!(word, Word::Waiting { .. });
-            let over = matches!(word, Word::Over { .. });
             frame::write(&mut stream, &word, WRITE_LIMIT).await.map_err(|error| error.to_string())?;
-            if over {
-                linger(stream).await;
-                return Err("it was told that the deployment is over".to_owned());
-            }
-            if !goes_on {
-                return Ok(stream);
+            match word {
+                Word::Welcome => return Ok(stream),
+                Word::Over { .. } => {
+                    linger(stream).await;
+                    return Err("it was told that the deployment is over".to_owned());
+                }
+                Word::Waiting { .. } | Word::Refused { .. } => {}
             }
             let mut byte = [0];
             tokio::select! {

@@ -9,7 +9,7 @@ pub mod hop;
 pub mod introduction;
 pub mod leader;
 pub mod registry;
-mod stream;
+pub mod stream;
 #[cfg(test)]
 mod tests;
 

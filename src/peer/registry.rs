@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
+use tokio::time::Instant;
+
 use super::introduction::{Introduction, ranks_text};
 
 /// A node that has been let in.
@@ -16,6 +18,8 @@ pub struct Claim {
     pub connection: u64,
     /// That connection is alive, as far as is known.
     pub alive: bool,
+    /// Since when that is so.
+    pub since: Instant,
 }
 
 /// Why a node is not let in.
@@ -94,7 +98,7 @@ impl Registry {
                 return Err(taken(holder, claim.peer.to_string()));
             }
         }
-        let claim = Claim { introduction, peer, connection, alive: true };
+        let claim = Claim { introduction, peer, connection, alive: true, since: Instant::now() };
         self.claims.insert(claim.introduction.start_rank, claim);
         if self.missing().is_empty() {
             self.settled = true;
@@ -102,16 +106,15 @@ impl Registry {
         Ok(())
     }
 
-    /// A connection has ended. Before the deployment is complete the node's ranks are free again.
-    pub fn left(&mut self, start_rank: u16, connection: u64) {
+    /// A connection has ended. Before the deployment is complete the node's ranks are free again; true if they are.
+    pub fn left(&mut self, start_rank: u16, connection: u64) -> bool {
         let Some(claim) = self.claims.get_mut(&start_rank).filter(|claim| claim.connection == connection)
         else {
-            return;
+            return false;
         };
         claim.alive = false;
-        if !self.settled {
-            self.claims.remove(&start_rank);
-        }
+        claim.since = Instant::now();
+        !self.settled && self.claims.remove(&start_rank).is_some()
     }
 
     /// First rank and number of ranks that no node has.

@@ -2,11 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::SocketAddr;
-use std::pin::Pin;
-use std::task::{Context, Poll};
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
 use crate::net::KeepAlive;
@@ -19,64 +15,32 @@ pub(super) fn set_options(stream: &TcpStream) -> io::Result<()> {
     KEEP_ALIVE.apply(stream)
 }
 
-/// The stream of a link. Tells whoever gave it out when it is dropped.
+/// A connection for the link, and what has to be dropped with it.
+#[derive(Debug)]
 pub struct PeerStream {
-    stream: TcpStream,
-    /// Where it leads to.
-    pub peer: SocketAddr,
-    dropped: Option<Box<dyn FnOnce() + Send + Sync>>,
+    pub stream: TcpStream,
+    pub dropped: OnDrop,
 }
 
-impl fmt::Debug for PeerStream {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PeerStream").field("peer", &self.peer).finish_non_exhaustive()
+/// Does something when it is dropped.
+pub struct OnDrop(Option<Box<dyn FnOnce() + Send>>);
+
+impl OnDrop {
+    pub(super) fn new(action: impl FnOnce() + Send + 'static) -> Self {
+        Self(Some(Box::new(action)))
     }
 }
 
-impl PeerStream {
-    pub(super) fn new(stream: TcpStream, peer: SocketAddr) -> Self {
-        Self { stream, peer, dropped: None }
-    }
-
-    /// `dropped` is called when the stream goes.
-    pub fn when_dropped(mut self, dropped: impl FnOnce() + Send + Sync + 'static) -> Self {
-        self.dropped = Some(Box::new(dropped));
-        self
-    }
-}
-
-impl Drop for PeerStream {
+impl Drop for OnDrop {
     fn drop(&mut self) {
-        if let Some(dropped) = self.dropped.take() {
-            dropped();
+        if let Some(action) = self.0.take() {
+            action();
         }
     }
 }
 
-impl AsyncRead for PeerStream {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, buffer)
-    }
-}
-
-impl AsyncWrite for PeerStream {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, buffer)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
+impl fmt::Debug for OnDrop {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OnDrop").finish_non_exhaustive()
     }
 }

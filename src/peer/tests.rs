@@ -12,7 +12,6 @@ use tokio_util::task::TaskTracker;
 use super::follower::{FindError, Finder, Found, LeaderView};
 use super::introduction::Introduction;
 use super::leader::{GatherError, Leader, RemoteNode};
-use super::stream::PeerStream;
 use crate::config::Nodes;
 use crate::exit_code;
 use crate::token::Token;
@@ -94,7 +93,7 @@ impl Setup {
 }
 
 /// Both ends of a link are the same connection.
-async fn check_link(one: &mut PeerStream, other: &mut PeerStream) {
+async fn check_link(one: &mut TcpStream, other: &mut TcpStream) {
     one.write_all(b"ask").await.unwrap();
     let mut asked = [0; 3];
     tokio::time::timeout(LIMIT, other.read_exact(&mut asked)).await.unwrap().unwrap();
@@ -114,11 +113,11 @@ async fn nodes_find_their_leader_in_any_start_order() {
     assert_eq!(starts, [2, 4]);
     for (node, found) in nodes.iter_mut().zip(&mut found) {
         let mut stream = node.connections.recv().await.unwrap();
-        check_link(&mut stream, &mut found.stream).await;
-        assert!(leader.views().iter().any(|view| view.up));
+        check_link(&mut stream.stream, &mut found.stream).await;
+        assert!(leader.claims().iter().any(|claim| claim.alive));
     }
     drop((nodes, found));
-    assert!(leader.views().iter().all(|view| !view.up), "dropped links are down");
+    assert!(leader.claims().iter().all(|claim| !claim.alive), "dropped links are down");
     setup.end().await;
 }
 
@@ -154,12 +153,12 @@ async fn a_node_that_comes_again_gets_its_place_and_a_stranger_does_not() {
     let mut again = setup.find(node(2, 2, "dense")).await.unwrap();
     let mut stream = nodes[0].connections.recv().await.unwrap();
     drop((first, held));
-    check_link(&mut again.stream, &mut stream).await;
+    check_link(&mut again.stream, &mut stream.stream).await;
     // Its successor on another machine, when it is gone.
     drop((again, stream));
     let mut successor = setup.find(other).await.unwrap();
     let mut stream = nodes[0].connections.recv().await.unwrap();
-    check_link(&mut successor.stream, &mut stream).await;
+    check_link(&mut successor.stream, &mut stream.stream).await;
     setup.end().await;
 }
 
