@@ -1,53 +1,65 @@
 //! What the leader does for its clients.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
+use dp_sidecar_protocol::EngineIndex;
+use tokio::sync::watch;
+
+use super::Run;
 use super::drain::{DrainError, Drained};
+use super::nodes::Gathered;
 use super::runtime::Answers;
-use super::status::Sources;
 use super::updates;
 use crate::api::{AdminError, Command, ErrorKind, Reply, Response, Status};
-use crate::config::Config;
 use crate::driver::control::{ControlError, ControlHandle};
 use crate::driver::handles::{
-    AttachmentCommand, AttachmentHandle, CoordinatorHandle, HandleError, Origin, RankHandle, ask,
+    AttachmentCommand, AttachmentHandle, CoordinatorHandle, EdgeHandle, HandleError, Origin, RankHandle, ask,
 };
+use crate::driver::node::NodeRank;
 use crate::driver::weight_update::UpdateHandle;
+use crate::gpu::GpuMonitor;
+use crate::supervisor::KeeperClient;
 
 /// Limit for answers of our own tasks.
 const LOCAL_ANSWER: Duration = Duration::from_secs(10);
 /// How long pause and resume wait for another controller before they are refused.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Handles of all tasks that commands need.
+/// Handles of all tasks that commands need, and the snapshots that status is made of.
 #[derive(Clone, Debug)]
-pub(crate) struct Handles {
-    pub(super) config: Arc<Config>,
-    pub(crate) ranks: Vec<RankHandle>,
-    pub(crate) coordinator: CoordinatorHandle,
-    pub(crate) attachments: AttachmentHandle,
-    pub(crate) control: ControlHandle,
-    pub(crate) updates: UpdateHandle,
+pub(super) struct Handles {
+    pub(super) run: Run,
+    pub(super) ranks: Vec<RankHandle>,
+    pub(super) coordinator: CoordinatorHandle,
+    pub(super) attachments: AttachmentHandle,
+    pub(super) control: ControlHandle,
+    pub(super) updates: UpdateHandle,
     pub(super) drained: Drained,
-    pub(super) sources: Sources,
+    pub(super) node: watch::Receiver<BTreeMap<EngineIndex, NodeRank>>,
+    pub(super) gpus: GpuMonitor,
+    pub(super) keeper: KeeperClient,
+    pub(super) relay: watch::Receiver<Option<u32>>,
+    /// Of all nodes, with the first rank of each.
+    pub(super) edges: Vec<(EngineIndex, EdgeHandle)>,
+    pub(super) nodes: Option<Gathered>,
 }
 
 impl Answers for Handles {
     async fn status(&self, stopping: bool) -> Status {
-        self.sources.status(&self.config, stopping).await
+        self.whole_status(stopping).await
     }
 
     async fn perform(&self, command: Command, reply: &Reply) -> Result<Response, AdminError> {
         match command {
-            Command::Version => return Ok(Response::Version(self.sources.versions().await)),
-            Command::FrontendList => return Ok(Response::Frontends(self.sources.frontends())),
+            Command::Version => return Ok(Response::Version(self.versions().await)),
+            Command::FrontendList => return Ok(Response::Frontends(self.frontends())),
             Command::Update(request) => return updates::run(&self.updates, request, reply).await,
             Command::UpdateFollow { id } => return updates::follow(&self.updates, id, reply).await,
             Command::UpdateHistory { limit } => return updates::history(&self.updates, limit).await,
             Command::UpdateAbort => updates::abort(&self.updates).await?,
             Command::Pause { mode, deadline_ms } => {
-                let deadline = deadline_ms.map_or(self.config.pause_deadline, Duration::from_millis);
+                let deadline = deadline_ms.map_or(self.run.config.pause_deadline, Duration::from_millis);
                 self.control.pause(mode, deadline, PATIENCE).await.map_err(control_error)?;
             }
             Command::Drain => {

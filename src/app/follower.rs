@@ -1,7 +1,6 @@
 //! A follower: its tasks do what the leader says over the peer link, and go on while the leader is away.
 
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
@@ -9,13 +8,13 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use super::local::{self, Keeper, internal};
+use super::local::{self, Keeper, Local, internal};
 use super::runtime::{Answers, Role, Runtime, TASK_END, stop_keeper};
-use super::{Begun, nodes, stage, waiting};
+use super::{Begun, Run, stage, waiting};
 use crate::api::{
     AdminError, Command, EngineStatus, ErrorKind, LeaderStatus, NodeStatus, Reply, Response, Status,
 };
-use crate::config::{Config, Nodes};
+use crate::config::Nodes;
 use crate::driver::handles::{NodeEvent, ProcessEvent, RankHandle};
 use crate::exit_code::{self, RunEnd};
 use crate::gpu::GpuMonitor;
@@ -31,15 +30,15 @@ use crate::tasks::{Task, named};
 impl Begun {
     /// Finds the leader and starts what it directs.
     pub(super) async fn follow(&mut self) -> Result<Runtime<Following>, RunEnd> {
-        let Some(nodes) = self.config.nodes.clone() else {
+        let Some(nodes) = self.run.config.nodes.clone() else {
             return Err(RunEnd::new(exit_code::INTERNAL, "a follower without a leader"));
         };
         // Before anything else: a keeper that has engines stops them when nobody comes.
-        let keeper = local::keeper(&self.config, &self.state, &self.tracker).await?;
+        let keeper = local::keeper(&self.run).await?;
         let client = keeper.client.clone();
         let followed = self.follow_with(nodes, keeper).await;
         if followed.is_err() {
-            stop_keeper(&client, self.config.kill_grace).await;
+            stop_keeper(&client, self.run.config.kill_grace).await;
         }
         followed
     }
@@ -48,7 +47,7 @@ impl Begun {
         // Engines of a predecessor: the leader may be away for as long as for a follower that runs.
         let children = keeper.client.list().await.unwrap_or_default();
         let adopted = children.iter().any(|child| engine_rank(&child.name).is_some());
-        let introduction = facts::introduction(&self.config, self.state.run_id()).await;
+        let introduction = facts::introduction(&self.run.config, self.run.state.run_id()).await;
         let (view, seen) = watch::channel(LeaderView::new());
         let finder = Finder {
             leader: nodes.leader.clone(),
@@ -57,11 +56,10 @@ impl Begun {
             strict: !adopted,
             view,
         };
-        let limit = if adopted { nodes.leader_timeout } else { self.config.startup_timeout };
-        let (config, began) = (&self.config, self.began);
-        let look = || {
-            let status = waiting::status(config, began, "waiting for the leader");
-            Status { leader: Some(leader_status(&nodes, &seen)), ..status }
+        let limit = if adopted { nodes.leader_timeout } else { self.run.config.startup_timeout };
+        let look = || Status {
+            leader: Some(leader_status(&nodes, &seen)),
+            ..waiting::status(&self.run, "waiting for the leader")
         };
         let why_not = why_not(&nodes);
         let finding = finder.find(limit);
@@ -69,25 +67,26 @@ impl Begun {
         let found = found.map_err(|error| {
             if adopted { away(&error) } else { RunEnd::new(error.exit_code(), error.to_string()) }
         })?;
-        nodes::set_address(&mut self.config, found.own);
-        let config = Arc::new(self.config.clone());
-        let (tracker, stop) = (self.tracker.clone(), self.stop.clone());
+        self.run.set_address(found.own);
+        let run = self.run.clone();
         let (events, reported) = mpsc::channel(server::EVENTS);
-        let local = local::start(&config, &self.state, keeper, events.clone(), &tracker, &stop).await?;
-        let stage_events = stage::events_of_node(events.clone(), &tracker);
-        let stage = stage::start(&config, &self.state, None, stage_events, &tracker, &stop)?;
+        let Local { relay, handshake, processes, keeper, gpus, .. } =
+            local::start(&run, keeper, events.clone()).await?;
+        let stage_events = stage::events_of_node(events.clone(), &run.tracker);
+        let stage = stage::start(&run, None, stage_events)?;
+        let ranks = relay.handles.ranks.clone();
         let services = Services {
-            ranks: local.ranks.clone(),
-            edge: Some(local.edge),
+            ranks: ranks.clone(),
+            edge: Some(relay.handles.edge.clone()),
             edge_state: None,
-            handshake: Some(local.handshake),
-            processes: local.processes,
+            handshake: Some(handshake),
+            processes,
             stage: Some(stage),
         };
         let (streams, stream_inbox) = mpsc::channel(1);
         let options = ServerOptions {
-            initial: local.state,
-            ..ServerOptions::new(introduction.name(), tracker.clone(), stop.clone())
+            initial: relay.found.clone(),
+            ..ServerOptions::new(introduction.name(), run.tracker.clone(), run.stop.clone())
         };
         let serving =
             tokio::spawn(named(Task::Follower, server::serve(options, stream_inbox, services, reported)));
@@ -96,18 +95,16 @@ impl Begun {
         let linking = tokio::spawn(named(Task::FollowerLinking, linking));
         let role = Following { events, serving, linking };
         let answers = View {
-            config: config.clone(),
+            run: run.clone(),
             introduction,
             nodes,
             leader: seen,
-            ranks: local.ranks.clone(),
-            keeper: local.keeper.clone(),
-            relay: local.relay.pid.clone(),
-            gpus: local.gpus,
-            began,
+            ranks: ranks.clone(),
+            keeper: keeper.clone(),
+            relay: relay.pid.clone(),
+            gpus,
         };
-        let (ranks, keeper, relay) = (local.ranks, local.keeper, local.relay);
-        Ok(Runtime { config, tracker, stop, ranks, keeper, relay, answers, role })
+        Ok(Runtime { run, ranks, keeper, relay, answers, role })
     }
 }
 
@@ -159,7 +156,7 @@ fn leader_status(nodes: &Nodes, view: &watch::Receiver<LeaderView>) -> LeaderSta
 /// What status is made of.
 #[derive(Clone)]
 struct View {
-    config: Arc<Config>,
+    run: Run,
     introduction: Introduction,
     nodes: Nodes,
     leader: watch::Receiver<LeaderView>,
@@ -167,7 +164,6 @@ struct View {
     keeper: KeeperClient,
     relay: watch::Receiver<Option<u32>>,
     gpus: GpuMonitor,
-    began: Instant,
 }
 
 impl Answers for View {
@@ -178,7 +174,7 @@ impl Answers for View {
             (false, true) => "following",
             (false, false) => "waiting for the leader",
         };
-        let mut status = waiting::status(&self.config, self.began, state);
+        let mut status = waiting::status(&self.run, state);
         status.sidecar.keeper_pid = self.keeper.pid();
         status.sidecar.relay_pid = *self.relay.borrow();
         status.engines = self.engines().await;
@@ -186,7 +182,7 @@ impl Answers for View {
             start_rank: self.introduction.start_rank,
             size_local: self.introduction.size_local,
             host: self.introduction.host.clone(),
-            address: self.config.nodes.as_ref().and_then(|n| n.address).map(|ip| ip.to_string()),
+            address: self.run.config.nodes.as_ref().and_then(|n| n.address).map(|ip| ip.to_string()),
             link: "here".to_owned(),
             ..NodeStatus::default()
         }];

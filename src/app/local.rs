@@ -2,24 +2,21 @@
 //! processes, staging.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 
 use dp_sidecar_protocol::EngineIndex;
 use dp_sidecar_protocol::machine::handshake;
-use tokio::sync::{mpsc, watch};
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
+use tokio::sync::mpsc;
 use tracing::{debug, info};
 
-use crate::config::{Config, Engines};
-use crate::driver::handles::{EdgeHandle, HandshakeHandle, NodeEvent, NodeState, ProcessHandle, RankHandle};
+use super::Run;
+use crate::config::Engines;
+use crate::driver::handles::{HandshakeHandle, NodeEvent, ProcessHandle};
 use crate::driver::handshake::{HandshakeBindError, HandshakeConfig};
 use crate::driver::{handshake as handshake_driver, processes};
 use crate::exit_code::{self, RunEnd};
 use crate::gpu::{self, GpuMonitor};
 use crate::relay::Purpose;
-use crate::relay::host::{self, HostError, HostOptions};
-use crate::state_dir::StateDir;
+use crate::relay::host::{self, HostOptions, Relay};
 use crate::supervisor::client::KeeperClient;
 use crate::supervisor::command::FRONTEND;
 use crate::supervisor::keeper::wire::KeeperEvent;
@@ -42,57 +39,37 @@ pub(super) struct Keeper {
 }
 
 /// Finds or starts the keeper.
-pub(super) async fn keeper(
-    config: &Config,
-    state: &StateDir,
-    tracker: &TaskTracker,
-) -> Result<Keeper, RunEnd> {
-    let (client, events) = KeeperClient::connect_or_start(config.keeper_options(state, tracker))
-        .await
-        .map_err(|e| internal("keeper", &e))?;
+pub(super) async fn keeper(run: &Run) -> Result<Keeper, RunEnd> {
+    let options = run.config.keeper_options(&run.state, &run.tracker);
+    let found = KeeperClient::connect_or_start(options).await;
+    let (client, events) = found.map_err(|error| internal("keeper", &error))?;
     Ok(Keeper { client, events })
 }
 
 /// The tasks of this node.
 #[derive(Debug)]
 pub(super) struct Local {
-    pub(super) ranks: Vec<RankHandle>,
-    pub(super) edge: EdgeHandle,
+    /// The relay process, which has the data path, and what is left of an earlier sidecar of this node.
+    pub(super) relay: Relay,
     pub(super) handshake: HandshakeHandle,
     /// None if somebody else starts the engines.
     pub(super) processes: Option<ProcessHandle>,
     pub(super) keeper: KeeperClient,
     /// What the keeper reports about the supervised frontend.
     pub(super) frontend_events: mpsc::Receiver<KeeperEvent>,
-    /// What is left of an earlier sidecar of this node.
-    pub(super) state: NodeState,
-    /// The relay process, which has the data path.
-    pub(super) relay: Supervised,
     pub(super) gpus: GpuMonitor,
-}
-
-/// The relay process, as the end of a run sees it.
-#[derive(Debug)]
-pub(super) struct Supervised {
-    pub(super) pid: watch::Receiver<Option<u32>>,
-    /// Tells when it died and cannot be replaced.
-    pub(super) failed: mpsc::Receiver<HostError>,
-    /// Cancel it before the keeper is told to stop everything.
-    pub(super) retire: CancellationToken,
 }
 
 /// Starts the tasks of this node; what they report goes to `events`.
 pub(super) async fn start(
-    config: &Arc<Config>,
-    state: &StateDir,
+    run: &Run,
     keeper: Keeper,
     events: mpsc::Sender<NodeEvent>,
-    tracker: &TaskTracker,
-    stop: &CancellationToken,
 ) -> Result<Local, RunEnd> {
+    let Run { config, state, tracker, stop, .. } = run;
     let Keeper { client: keeper, events: of_keeper } = keeper;
-    let [engine_events, frontend_events, relay_events] = distribute(of_keeper, tracker, stop.clone());
-    let handshake = handshake(config, events.clone(), tracker).await?;
+    let [engine_events, frontend_events, relay_events] = distribute(of_keeper, run);
+    let handshake = handshake(run, events.clone()).await?;
     let options = HostOptions {
         state_dir: state.path().to_owned(),
         exe: config.exe.clone(),
@@ -106,13 +83,12 @@ pub(super) async fn start(
         tracker: tracker.clone(),
         stop: stop.clone(),
     };
-    let relay = host::start(options, relay_events, events.clone())
+    let mut relay = host::start(options, relay_events, events.clone())
         .await
         .map_err(|error| internal("start", &error))?;
-    let mut state = relay.found;
     let processes = match &config.engines {
         Engines::Spawn(_) => {
-            processes::report(keeper.inherited(), config.local_ranks().map(EngineIndex), &mut state);
+            processes::report(keeper.inherited(), config.local_ranks().map(EngineIndex), &mut relay.found);
             let (config, keeper) = (config.clone(), keeper.clone());
             Some(processes::spawn(config, keeper, engine_events, events, tracker, stop.clone()))
         }
@@ -121,24 +97,11 @@ pub(super) async fn start(
     let file = config.accel_file.clone();
     let gpus = GpuMonitor::start(move || gpu::detect(file.as_deref()))
         .map_err(|error| internal("accelerator thread", &error))?;
-    Ok(Local {
-        ranks: relay.handles.ranks,
-        edge: relay.handles.edge,
-        handshake,
-        processes,
-        keeper,
-        frontend_events,
-        state,
-        relay: Supervised { pid: relay.pid, failed: relay.failed, retire: relay.retire },
-        gpus,
-    })
+    Ok(Local { relay, handshake, processes, keeper, frontend_events, gpus })
 }
 
-async fn handshake(
-    config: &Config,
-    events: mpsc::Sender<NodeEvent>,
-    tracker: &TaskTracker,
-) -> Result<HandshakeHandle, RunEnd> {
+async fn handshake(run: &Run, events: mpsc::Sender<NodeEvent>) -> Result<HandshakeHandle, RunEnd> {
+    let config = &run.config;
     let shared = match config.engines {
         Engines::Attach => Some(SocketAddr::new(config.address, config.rpc_port)),
         Engines::Spawn(_) => None,
@@ -152,10 +115,12 @@ async fn handshake(
         limits: GuardLimits::default(),
     };
     let handle =
-        handshake_driver::spawn(handshake_config, tracker, events).await.map_err(|error| match error {
-            HandshakeBindError::InUse { .. } => RunEnd::new(exit_code::IN_USE, error.to_string()),
-            HandshakeBindError::Other { .. } => internal("handshake", &error),
-        })?;
+        handshake_driver::spawn(handshake_config, &run.tracker, events).await.map_err(
+            |error| match error {
+                HandshakeBindError::InUse { .. } => RunEnd::new(exit_code::IN_USE, error.to_string()),
+                HandshakeBindError::Other { .. } => internal("handshake", &error),
+            },
+        )?;
     if let Some(address) = shared {
         info!(%address, "waiting for engines");
     }
@@ -164,17 +129,13 @@ async fn handshake(
 
 /// Splits the keeper's events: engines to the process task, the frontend and the relay process to their own. What
 /// is about the keeper itself goes to all.
-fn distribute(
-    mut events: mpsc::Receiver<KeeperEvent>,
-    tracker: &TaskTracker,
-    stop: CancellationToken,
-) -> [mpsc::Receiver<KeeperEvent>; 3] {
+fn distribute(mut events: mpsc::Receiver<KeeperEvent>, run: &Run) -> [mpsc::Receiver<KeeperEvent>; 3] {
     let (to_engines, engines) = mpsc::channel(QUEUE);
     let (to_frontend, frontend) = mpsc::channel(QUEUE);
     let (to_relay, relay) = mpsc::channel(QUEUE);
-    tracker.spawn(named(
+    run.tracker.spawn(named(
         Task::KeeperEvents,
-        stop.run_until_cancelled_owned(async move {
+        run.stop.clone().run_until_cancelled_owned(async move {
             while let Some(event) = events.recv().await {
                 let name = match &event {
                     KeeperEvent::Spawned { name, .. } => Some(name.as_str()),

@@ -14,6 +14,7 @@ mod status;
 mod updates;
 mod waiting;
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,54 +25,43 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, error, warn};
 
-use self::nodes::Gathered;
 use self::runtime::{Runtime, TASK_END, asked, ended_by, stop_keeper};
 use crate::admin::AdminServer;
 use crate::api::{AdminCommand, Status};
-use crate::config::{Config, Nodes, Role};
+use crate::config::{Config, Engines, Nodes, Role};
 use crate::driver::frontend::FrontendExit;
 use crate::driver::handles::{AttachmentCommand, CoordinatorCommand, HandleError, ask};
 use crate::driver::node::NodeExit;
 use crate::exit_code::{self, RunEnd};
 use crate::peer::facts;
-use crate::peer::introduction::Introduction;
-use crate::peer::leader::{Leader, RemoteNode};
 use crate::shutdown::{self, Asked};
 use crate::state_dir::StateDir;
 use crate::tasks::{Task, named};
 
 /// Runs the sidecar until it is told to stop, or cannot go on.
 pub async fn run(config: Config, state: StateDir) -> RunEnd {
-    let tracker = TaskTracker::new();
-    let outside = match shutdown::watch_outside(config.lifeline, &tracker) {
-        Ok(outside) => outside,
-        Err(error) => {
-            return RunEnd::new(exit_code::INTERNAL, format!("signal handlers: {error}"));
-        }
-    };
-    let stop = CancellationToken::new();
-    // The admin socket first: status answers while everything else starts.
-    let admin = match AdminServer::bind(state.path()) {
-        Ok(server) => {
-            let (commands, admin) = mpsc::channel(local::QUEUE);
-            tracker.spawn(named(Task::Admin, server.serve(commands.clone(), stop.clone())));
-            (admin, commands)
-        }
-        Err(error) => return local::internal("admin socket", &error),
-    };
-    let mut begun = Begun {
-        config,
+    let run = Run {
+        config: Arc::new(config),
+        // With its lock, until nothing is left.
         state: Arc::new(state),
-        tracker,
-        admin: admin.0,
-        commands: admin.1.downgrade(),
-        outside,
-        stop,
+        tracker: TaskTracker::new(),
+        stop: CancellationToken::new(),
         began: std::time::Instant::now(),
     };
-    // With its lock, until nothing is left.
-    let state = begun.state.clone();
-    let end = match begun.config.role() {
+    let outside = match shutdown::watch_outside(run.config.lifeline, &run.tracker) {
+        Ok(outside) => outside,
+        Err(error) => return local::internal("signal handlers", &error),
+    };
+    // The admin socket first: status answers while everything else starts.
+    let server = match AdminServer::bind(run.state.path()) {
+        Ok(server) => server,
+        Err(error) => return local::internal("admin socket", &error),
+    };
+    let (commands, admin) = mpsc::channel(local::QUEUE);
+    let weak = commands.downgrade();
+    run.tracker.spawn(named(Task::Admin, server.serve(commands, run.stop.clone())));
+    let mut begun = Begun { run: run.clone(), admin, commands: weak, outside };
+    let end = match run.config.role() {
         Role::Follower => {
             let started = begun.follow().await;
             begun.go_on(started).await
@@ -83,22 +73,46 @@ pub async fn run(config: Config, state: StateDir) -> RunEnd {
     };
     if !end.keeps_engines {
         // All engines have ended: nobody loads from them any more.
-        stage::free(&state, end.code == exit_code::OK);
+        stage::free(&run.state, end.code == exit_code::OK);
     }
     end
 }
 
-/// A run that has its admin socket, and nothing else.
-struct Begun {
-    config: Config,
+/// What every part of a run is started with.
+#[derive(Clone, Debug)]
+struct Run {
+    config: Arc<Config>,
     state: Arc<StateDir>,
+    /// Joins the tasks.
     tracker: TaskTracker,
-    admin: mpsc::Receiver<AdminCommand>,
-    /// For whoever asks by other ways than the admin socket.
-    commands: mpsc::WeakSender<AdminCommand>,
-    outside: watch::Receiver<Asked>,
+    /// Ends the small tasks: admin server, GPU reader, distribution of keeper events.
     stop: CancellationToken,
     began: std::time::Instant,
+}
+
+impl Run {
+    /// Notes the address of this node that other nodes reach: what all its engines' processes need to know, unless
+    /// the user has said otherwise. vLLM asks for it in `get_ip` (`vllm/utils/network_utils.py`, 0.32.0).
+    fn set_address(&mut self, address: IpAddr) {
+        let config = Arc::make_mut(&mut self.config);
+        if let Some(nodes) = &mut config.nodes {
+            nodes.address = Some(address);
+        }
+        // Told to the engines of all nodes by the leader, on whose node rank 0 is.
+        config.group_address = address;
+        if let Engines::Spawn(launch) = &mut config.engines {
+            launch.env.entry("VLLM_HOST_IP".to_owned()).or_insert_with(|| address.to_string());
+        }
+    }
+}
+
+/// A run that has its admin socket, and nothing else.
+struct Begun {
+    run: Run,
+    admin: mpsc::Receiver<AdminCommand>,
+    /// The way in for commands that come by other ways than the admin socket.
+    commands: mpsc::WeakSender<AdminCommand>,
+    outside: watch::Receiver<Asked>,
 }
 
 impl Begun {
@@ -107,7 +121,7 @@ impl Begun {
         match started {
             Ok(runtime) => runtime.run(self.admin, self.outside).await,
             Err(end) => {
-                self.stop.cancel();
+                self.run.stop.cancel();
                 end
             }
         }
@@ -115,29 +129,20 @@ impl Begun {
 
     /// Starts everything, on the node of rank 0.
     async fn lead(&mut self) -> Result<Runtime<Leading>, RunEnd> {
-        let keeper = local::keeper(&self.config, &self.state, &self.tracker).await?;
-        let nodes = match self.config.nodes.clone() {
+        let keeper = local::keeper(&self.run).await?;
+        let nodes = match self.run.config.nodes.clone() {
             None => None,
             Some(nodes) => match self.gather(&nodes).await {
                 Ok(gathered) => Some(gathered),
                 Err(end) => {
-                    stop_keeper(&keeper.client, self.config.kill_grace).await;
+                    stop_keeper(&keeper.client, self.run.config.kill_grace).await;
                     return Err(end);
                 }
             },
         };
         let leader = nodes.as_ref().map(|(_, leader, _)| leader.clone());
-        let prepared = start::Prepared {
-            commands: self.commands.clone(),
-            keeper,
-            nodes,
-            stop: self.stop.clone(),
-            began: self.began,
-        };
-        let starting =
-            start::start(Arc::new(self.config.clone()), &self.state, self.tracker.clone(), prepared);
         let started = tokio::select! {
-            app = starting => app,
+            started = start::start(&self.run, keeper, nodes, self.commands.clone()) => started,
             why = asked(&mut self.outside) => Err(ended_by(why)),
         };
         if let (Err(end), Some(leader)) = (&started, leader) {
@@ -147,14 +152,14 @@ impl Begun {
     }
 
     /// Waits for the other nodes.
-    async fn gather(&mut self, nodes: &Nodes) -> Result<(Introduction, Leader, Vec<RemoteNode>), RunEnd> {
-        let config = &self.config;
-        let own = facts::introduction(config, self.state.run_id()).await;
-        let leader = nodes::listen(config, nodes, own.clone(), &self.tracker, self.stop.clone()).await?;
+    async fn gather(&mut self, nodes: &Nodes) -> Result<start::Joined, RunEnd> {
+        let config = &self.run.config;
+        let own = facts::introduction(config, self.run.state.run_id()).await;
+        let leader = nodes::listen(&self.run, nodes, own.clone()).await?;
         let look = || Status {
             nodes: nodes::status(&own, &leader, &[]),
             missing: Some(leader.missing()),
-            ..waiting::status(config, self.began, "waiting for nodes")
+            ..waiting::status(&self.run, "waiting for nodes")
         };
         let gathering = leader.gather(config.startup_timeout);
         let why_not = "the sidecar waits for other nodes";
@@ -173,7 +178,7 @@ impl Begun {
             }
         };
         if let Some(address) = leader.own_address() {
-            nodes::set_address(&mut self.config, address);
+            self.run.set_address(address);
         }
         Ok((own, leader, found))
     }
@@ -186,7 +191,6 @@ pub(crate) struct Leading {
     stop_node: CancellationToken,
     frontend: Option<JoinHandle<FrontendExit>>,
     stop_frontend: CancellationToken,
-    nodes: Option<Gathered>,
 }
 
 impl runtime::Role for Leading {
@@ -215,7 +219,7 @@ impl runtime::Role for Leading {
     /// Requests that run may end first, because clients that come back find a quiet moment; those that take longer go
     /// on without us.
     async fn leave(&mut self, hurry: &CancellationToken) {
-        let limit = self.handles.config.shutdown_timeout;
+        let limit = self.handles.run.config.shutdown_timeout;
         let quiet = async {
             let until = Instant::now() + limit;
             // An update opens the gates at its end; one that takes too long is finished by the successor.
@@ -238,7 +242,7 @@ impl runtime::Role for Leading {
 
     async fn stop_engines(&mut self, hurry: &CancellationToken) {
         self.stop_frontend.cancel();
-        let config = &self.handles.config;
+        let config = &self.handles.run.config;
         let processes = config.shutdown_timeout + config.kill_grace + TASK_END;
         if let Some(frontend) = self.frontend.take() {
             join("frontend", processes, frontend, hurry).await;
@@ -250,7 +254,7 @@ impl runtime::Role for Leading {
         if let Some(node) = self.node.take() {
             join("node", processes, node, hurry).await;
         }
-        if let Some(nodes) = &self.nodes {
+        if let Some(nodes) = &self.handles.nodes {
             nodes.shutdown().await;
         }
     }

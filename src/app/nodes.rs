@@ -1,18 +1,17 @@
 //! The leader's way to the nodes of a deployment: gathers them, and makes handles for what runs there.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use dp_sidecar_protocol::EngineIndex;
 use tokio::sync::{mpsc, watch};
-use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, error, warn};
 
+use super::Run;
 use crate::api::NodeStatus;
-use crate::config::{Config, Engines, Nodes};
+use crate::config::Nodes;
 use crate::driver::handles::{
     AttachmentCommand, AttachmentHandle, HeldCall, NodeEvent, NodeId, NodeState, Shutdown, StageEvent,
 };
@@ -33,14 +32,9 @@ const FIRST_STATE: Duration = Duration::from_secs(30);
 const SHUTDOWN: Duration = Duration::from_secs(5);
 
 /// Listens for the other nodes.
-pub(super) async fn listen(
-    config: &Config,
-    nodes: &Nodes,
-    own: Introduction,
-    tracker: &TaskTracker,
-    stop: CancellationToken,
-) -> Result<Leader, RunEnd> {
-    Leader::start(nodes, own, config.size, tracker, stop).await.map_err(|error| {
+pub(super) async fn listen(run: &Run, nodes: &Nodes, own: Introduction) -> Result<Leader, RunEnd> {
+    let Run { config, tracker, stop, .. } = run;
+    Leader::start(nodes, own, config.size, tracker, stop.clone()).await.map_err(|error| {
         let code = match error {
             BindError::Unknown { .. } => exit_code::USAGE,
             BindError::InUse { .. } => exit_code::IN_USE,
@@ -59,19 +53,6 @@ pub(super) fn gather_end(error: &GatherError) -> RunEnd {
     RunEnd::new(code, error.to_string())
 }
 
-/// What all engines' processes of this node need to know about it: its address, unless the user has said
-/// otherwise. vLLM asks for it in `get_ip` (`vllm/utils/network_utils.py`, 0.32.0).
-pub(super) fn set_address(config: &mut Config, address: IpAddr) {
-    if let Some(nodes) = &mut config.nodes {
-        nodes.address = Some(address);
-    }
-    // Told to the engines of all nodes by the leader, on whose node rank 0 is.
-    config.group_address = address;
-    if let Engines::Spawn(launch) = &mut config.engines {
-        launch.env.entry("VLLM_HOST_IP".to_owned()).or_insert_with(|| address.to_string());
-    }
-}
-
 /// A follower, as the leader's tasks see it.
 #[derive(Clone, Debug)]
 pub(super) struct Remote {
@@ -83,7 +64,7 @@ pub(super) struct Remote {
 
 impl Remote {
     pub(super) fn ranks(&self) -> Vec<EngineIndex> {
-        (self.introduction.start_rank..self.introduction.end_rank()).map(EngineIndex).collect()
+        self.introduction.ranks()
     }
 
     /// Tells the follower that the deployment stops.
@@ -100,18 +81,16 @@ pub(super) fn connect(
     node: RemoteNode,
     events: mpsc::Sender<NodeEvent>,
     stage_events: mpsc::Receiver<StageEvent>,
-    tracker: &TaskTracker,
-    stop: &CancellationToken,
+    run: &Run,
 ) -> (Remote, UpdateNode) {
     let RemoteNode { introduction, mut connections, .. } = node;
     let name = introduction.name();
-    let ranks = (introduction.start_rank..introduction.end_rank()).map(EngineIndex).collect();
-    let options = ClientOptions::new(&*name, ranks, stop.clone());
+    let options = ClientOptions::new(&*name, introduction.ranks(), run.stop.clone());
     let (links, link_inbox) = mpsc::channel(1);
     let peer = name.clone();
-    tracker.spawn(named(
+    run.tracker.spawn(named(
         Task::NodeLink,
-        stop.clone().run_until_cancelled_owned(async move {
+        run.stop.clone().run_until_cancelled_owned(async move {
             while let Some(PeerStream { stream, dropped }) = connections.recv().await {
                 let stream = LinkStream::new(stream, &*peer).keeping(dropped);
                 if links.send(Link::Stream(stream)).await.is_err() {
@@ -120,7 +99,7 @@ pub(super) fn connect(
             }
         }),
     ));
-    let (handles, status) = client::spawn(options, link_inbox, events, tracker);
+    let (handles, status) = client::spawn(options, link_inbox, events, &run.tracker);
     let remote = Remote { id, introduction, handles, status };
     let update = UpdateNode {
         id,

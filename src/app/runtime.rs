@@ -1,7 +1,6 @@
 //! A node from the moment all its tasks run until the last of them has ended. What differs between the leader and a
 //! follower is their [`Role`].
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
@@ -11,12 +10,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
+use super::Run;
 use super::drain;
-use super::local::Supervised;
 use crate::api::{AdminCommand, AdminError, Command, Reply, Response, Status};
-use crate::config::Config;
 use crate::driver::handles::RankHandle;
 use crate::exit_code::{self, RunEnd};
+use crate::relay::host::Relay;
 use crate::shutdown::{Asked, Why};
 use crate::supervisor::client::KeeperClient;
 use crate::tasks::{Task, named};
@@ -68,14 +67,11 @@ async fn answer(answers: impl Answers, AdminCommand { command, reply }: AdminCom
 
 /// The tasks of a node, and what can end them.
 pub(super) struct Runtime<R: Role> {
-    pub(super) config: Arc<Config>,
-    pub(super) tracker: TaskTracker,
-    /// Ends the small tasks: admin server, GPU reader, distribution of keeper events.
-    pub(super) stop: CancellationToken,
+    pub(super) run: Run,
     /// Ranks that are drained with this node.
     pub(super) ranks: Vec<RankHandle>,
     pub(super) keeper: KeeperClient,
-    pub(super) relay: Supervised,
+    pub(super) relay: Relay,
     pub(super) answers: R::Answers,
     pub(super) role: R,
 }
@@ -93,7 +89,7 @@ impl<R: Role> Runtime<R> {
                 biased;
                 why = asked(&mut outside) => {
                     // `sidecar stop` and a launcher that has ended mean all of it.
-                    keep = self.config.keep_engines && matches!(why, Why::Signal(_));
+                    keep = self.run.config.keep_engines && matches!(why, Why::Signal(_));
                     break (ended_by(why), true);
                 }
                 Some(error) = self.relay.failed.recv() => {
@@ -107,7 +103,7 @@ impl<R: Role> Runtime<R> {
                     }
                     Some(command) => {
                         let answered = answer(self.answers.clone(), command, false);
-                        self.tracker.spawn(named(Task::AdminCommand, answered));
+                        self.run.tracker.spawn(named(Task::AdminCommand, answered));
                     }
                     None => break (RunEnd::new(exit_code::INTERNAL, "the admin server has ended"), false),
                 },
@@ -115,8 +111,10 @@ impl<R: Role> Runtime<R> {
         };
         if keep {
             end.keeps_engines = true;
-            end.reason =
-                format!("{}; requests in flight may finish for {:?}", end.reason, self.config.orphan_grace);
+            end.reason = format!(
+                "{}; requests in flight may finish for {:?}",
+                end.reason, self.run.config.orphan_grace
+            );
         }
         if drain || end.code == exit_code::OK {
             info!(reason = %end.reason, "stopping");
@@ -180,7 +178,7 @@ impl<R: Role> Runtime<R> {
         // without engines of its own has nothing to drain (`launcher.py`, 0.32.0).
         if drain {
             self.role.announce(&reason).await;
-            let limit = self.config.shutdown_timeout;
+            let limit = self.run.config.shutdown_timeout;
             tokio::select! {
                 () = drain::finish_requests(&self.ranks, limit, "aborting requests: the shutdown timeout is over") => {}
                 () = hurry.cancelled() => {}
@@ -189,10 +187,11 @@ impl<R: Role> Runtime<R> {
         self.role.stop_engines(&hurry).await;
         // The relay process ends with the keeper, after the engines, and is not to be started again.
         self.relay.retire.cancel();
-        let grace = if hurry.is_cancelled() { Duration::ZERO } else { self.config.kill_grace };
+        let grace = if hurry.is_cancelled() { Duration::ZERO } else { self.run.config.kill_grace };
         stop_keeper(&self.keeper, grace).await;
-        let Self { config: _, tracker, stop, ranks, keeper, relay, answers, role } = self;
+        let Self { run, ranks, keeper, relay, answers, role } = self;
         role.finish().await;
+        let Run { tracker, stop, .. } = run;
         stop.cancel();
         drop((ranks, keeper, relay, answers));
         tracker.close();

@@ -5,12 +5,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{error, info};
 
+use super::Run;
 use super::local::{QUEUE, internal};
-use crate::config::Config;
 use crate::driver::handles::{NodeEvent, StageEvent, StageHandle};
 use crate::exit_code::RunEnd;
 use crate::peer::hop::TokenAuth;
@@ -23,13 +22,11 @@ use crate::tasks::{Task, named};
 
 /// Starts the staging area. Weights of other nodes are taken at the address that those reach.
 pub(super) fn start(
-    config: &Config,
-    state: &StateDir,
+    run: &Run,
     uploads: Option<UploadRequests>,
     events: mpsc::Sender<StageEvent>,
-    tracker: &TaskTracker,
-    stop: &CancellationToken,
 ) -> Result<StageHandle, RunEnd> {
+    let Run { config, state, tracker, stop, .. } = run;
     let name = format!("node of {}", ranks_text(config.start_rank, config.size_local));
     let (host, auth): (IpAddr, Arc<dyn HopAuth>) = match &config.nodes {
         Some(nodes) => (

@@ -2,15 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use dp_sidecar_protocol::EngineIndex;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 use tracing::{debug, info};
 
-use super::Leading;
 use super::commands::Handles;
 use super::drain::Drained;
 use super::local::{self, Keeper, QUEUE, internal};
@@ -18,9 +16,8 @@ use super::nodes::{self, Gathered, Readers, Remote, THIS_NODE};
 use super::pauses;
 use super::runtime::Runtime;
 use super::stage;
-use super::status::Sources;
+use super::{Leading, Run};
 use crate::api::AdminCommand;
-use crate::config::{Config, Engines};
 use crate::driver::attachment::{self, AttachmentConfig};
 use crate::driver::frontend;
 use crate::driver::handles::{
@@ -35,34 +32,24 @@ use crate::link::server;
 use crate::peer::introduction::Introduction;
 use crate::peer::leader::{Leader, RemoteNode};
 use crate::staging::upload::{self, Uploads};
-use crate::state_dir::StateDir;
 use crate::tasks::{Task, named};
 
 /// Limit for answers of our own tasks.
 const LOCAL_ANSWER: Duration = Duration::from_secs(10);
 
-/// What is there before the deployment is complete.
-pub(super) struct Prepared {
-    /// The way in for commands that come by other ways than the admin socket.
-    pub(super) commands: mpsc::WeakSender<AdminCommand>,
-    /// The keeper of this node.
-    pub(super) keeper: Keeper,
-    /// The other nodes, and the leader that they came to.
-    pub(super) nodes: Option<(Introduction, Leader, Vec<RemoteNode>)>,
-    /// Ends the small tasks.
-    pub(super) stop: CancellationToken,
-    /// When the sidecar began.
-    pub(super) began: Instant,
-}
+/// This node, and the others with the leader that they came to.
+pub(super) type Joined = (Introduction, Leader, Vec<RemoteNode>);
 
 /// Starts all tasks. Nothing is left running on an error but what the caller's runtime ends.
+///
+/// `commands`: the way in for commands that come by other ways than the admin socket.
 pub(super) async fn start(
-    config: Arc<Config>,
-    state: &StateDir,
-    tracker: TaskTracker,
-    prepared: Prepared,
+    run: &Run,
+    keeper: Keeper,
+    nodes: Option<Joined>,
+    commands: mpsc::WeakSender<AdminCommand>,
 ) -> Result<Runtime<Leading>, RunEnd> {
-    let Prepared { commands: admin_commands, keeper, nodes, stop, began } = prepared;
+    let Run { config, state, tracker, stop, .. } = run;
     let (stop_frontend, stop_node) = (CancellationToken::new(), CancellationToken::new());
 
     let (node_events, mut events_of_nodes) = mpsc::channel(QUEUE);
@@ -77,14 +64,14 @@ pub(super) async fn start(
         (events, stage, stage_events)
     };
     let (events, stage, stage_events) = reporter(THIS_NODE);
-    let local = local::start(&config, state, keeper, events, &tracker, &stop).await?;
+    let local = local::start(run, keeper, events).await?;
     let (uploads, upload_requests) = upload::channel();
     let own_ranks: Vec<EngineIndex> = config.local_ranks().map(EngineIndex).collect();
     let this_node = UpdateNode {
         id: THIS_NODE,
         name: "this node".to_owned(),
         ranks: own_ranks.clone(),
-        stage: Some(stage::start(&config, state, Some(upload_requests), stage, &tracker, &stop)?),
+        stage: Some(stage::start(run, Some(upload_requests), stage)?),
         events: stage_events,
     };
     let mut update_nodes = vec![this_node];
@@ -93,7 +80,7 @@ pub(super) async fn start(
         let mut remotes = Vec::new();
         for (id, node) in (1..).zip(nodes) {
             let (events, _, stage_events) = reporter(NodeId(id));
-            let (remote, update) = nodes::connect(NodeId(id), node, events, stage_events, &tracker, &stop);
+            let (remote, update) = nodes::connect(NodeId(id), node, events, stage_events, run);
             remotes.push(remote);
             update_nodes.push(update);
         }
@@ -101,7 +88,7 @@ pub(super) async fn start(
     });
     let remotes: &[Remote] = gathered.as_ref().map_or(&[], |gathered| &gathered.remotes);
 
-    let mut edges = vec![(own_ranks.clone(), local.edge)];
+    let mut edges = vec![(own_ranks.clone(), local.relay.handles.edge.clone())];
     edges.extend(remotes.iter().map(|remote| (remote.ranks(), remote.handles.edge.clone())));
     let first = |(ranks, edge): &(Vec<EngineIndex>, EdgeHandle)| Some((*ranks.first()?, edge.clone()));
     let edges_by_rank = edges.iter().filter_map(first).collect();
@@ -109,39 +96,35 @@ pub(super) async fn start(
         coordinator::CoordinatorConfig::new(config.kind, config.size),
         edges,
         edge_events,
-        &tracker,
+        tracker,
     );
-    let mut ranks = local.ranks.clone();
+    let mut ranks = local.relay.handles.ranks.clone();
     ranks.extend(remotes.iter().flat_map(|remote| remote.handles.ranks.clone()));
 
     let deployment = Deployment { kind: config.kind, size: config.size, engines: BTreeMap::new() };
     let (deployment_sender, deployment) = watch::channel(deployment);
-    let model = match &config.engines {
-        Engines::Spawn(launch) => launch.model.clone(),
-        Engines::Attach => None,
-    };
     let attachment_config = AttachmentConfig {
-        model: model.clone(),
+        model: config.model().map(str::to_owned),
         state_dir: Some(state.path().to_owned()),
         flagged: config.frontends.iter().cloned().collect(),
         supervises: config.serve.is_some(),
         ..AttachmentConfig::default()
     };
     let attachments =
-        attachment::spawn(attachment_config, &tracker, ranks.clone(), coordinator.clone(), deployment);
+        attachment::spawn(attachment_config, tracker, ranks.clone(), coordinator.clone(), deployment);
 
     let control = control::spawn(
         &control::ControlConfig::new(config.kind),
         ranks.clone(),
         held_calls,
-        &tracker,
+        tracker,
         stop.clone(),
     );
-    pauses::frontends_gone(&attachments, &control, &tracker, stop.clone());
+    pauses::frontends_gone(&attachments, &control, tracker, stop.clone());
     let readers =
         Readers { nodes: node_events, held, coordinator: engine_reports, attachments: attachments.clone() };
     for (node, reported, stage) in reports {
-        readers.clone().read(node, reported, stage, &tracker);
+        readers.clone().read(node, reported, stage, tracker);
     }
     drop(readers);
     let (fences, fence_requests) = mpsc::channel(QUEUE);
@@ -154,7 +137,7 @@ pub(super) async fn start(
         update_nodes,
         control.clone(),
         fences,
-        &tracker,
+        tracker,
         stop.clone(),
     )
     .map_err(|e| internal("journal", &e))?;
@@ -174,7 +157,7 @@ pub(super) async fn start(
         };
         node_peers.insert(remote.id, peers);
     }
-    let mut states = BTreeMap::from([(THIS_NODE, local.state)]);
+    let mut states = BTreeMap::from([(THIS_NODE, local.relay.found.clone())]);
     let early = nodes::first_states(remotes, &mut events_of_nodes, &mut states).await?;
     tell_routes(&attachments, &states).await;
     let node = Node::new(
@@ -200,7 +183,7 @@ pub(super) async fn start(
             .await
             .map_err(|error| RunEnd::new(exit_code::USAGE, error.to_string()))?;
     }
-    listen_http(&config, uploads, admin_commands, &tracker, &stop).await?;
+    listen_http(run, uploads, commands).await?;
     let frontend = config.serve.is_some().then(|| {
         tokio::spawn(named(
             Task::SupervisedFrontend,
@@ -215,39 +198,28 @@ pub(super) async fn start(
         ))
     });
 
-    let sources = Sources {
-        began,
-        nodes: gathered.clone(),
-        ranks: ranks.clone(),
-        node: node_snapshot,
-        coordinator: coordinator.snapshot.clone(),
-        frontends: attachments.snapshot.clone(),
-        updates: updates.clone(),
-        control: control.clone(),
-        gpus: local.gpus,
-        keeper: local.keeper.clone(),
-        relay: local.relay.pid.clone(),
-        edges: edges_by_rank,
-    };
     let handles = Handles {
-        config: config.clone(),
+        run: run.clone(),
         ranks: ranks.clone(),
         coordinator,
         attachments,
         control,
         updates,
         drained: Drained::default(),
-        sources,
+        node: node_snapshot,
+        gpus: local.gpus,
+        keeper: local.keeper.clone(),
+        relay: local.relay.pid.clone(),
+        edges: edges_by_rank,
+        nodes: gathered,
     };
     Ok(Runtime {
-        config,
-        tracker,
-        stop,
+        run: run.clone(),
         ranks,
         keeper: local.keeper,
         relay: local.relay,
         answers: handles.clone(),
-        role: Leading { handles, node: Some(node), stop_node, frontend, stop_frontend, nodes: gathered },
+        role: Leading { handles, node: Some(node), stop_node, frontend, stop_frontend },
     })
 }
 
@@ -263,17 +235,15 @@ async fn tell_routes(attachments: &AttachmentHandle, states: &BTreeMap<NodeId, N
 
 /// Uploads and updates over HTTP, if they are wanted.
 async fn listen_http(
-    config: &Config,
+    run: &Run,
     uploads: Uploads,
     commands: mpsc::WeakSender<AdminCommand>,
-    tracker: &TaskTracker,
-    stop: &CancellationToken,
 ) -> Result<(), RunEnd> {
-    let Some(http) = &config.http else { return Ok(()) };
+    let Some(http) = &run.config.http else { return Ok(()) };
     let server = HttpServer::bind(http.address).await.map_err(|error| {
         RunEnd::new(exit_code::USAGE, format!("--http {}: cannot listen: {error}", http.address))
     })?;
     info!(address = %server.address(), authenticated = http.token.is_some(), "uploads and updates over HTTP");
-    server.serve(http.token.clone(), uploads, commands, tracker, stop.clone());
+    server.serve(http.token.clone(), uploads, commands, &run.tracker, run.stop.clone());
     Ok(())
 }

@@ -1,50 +1,27 @@
 //! Puts the snapshots of all tasks together for `sidecar status`.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use dp_sidecar_protocol::EngineIndex;
 use dp_sidecar_protocol::machine::lifecycle::Phase;
-use tokio::sync::watch;
 
-use super::nodes::{self, Gathered};
+use super::commands::Handles;
+use super::nodes;
 use super::{updates, waiting};
 use crate::api::{
-    ControllerStatus, CoordinatorSnapshot, DeploymentStatus, EngineStatus, FrontendSnapshot, FrontendStatus,
-    RelayVersion, Status, VersionReport,
+    ControllerStatus, DeploymentStatus, EngineStatus, FrontendSnapshot, FrontendStatus, RelayVersion, Status,
+    VersionReport,
 };
-use crate::config::{Config, Engines, Serve};
-use crate::driver::control::ControlHandle;
-use crate::driver::handles::{EdgeHandle, EdgeVersion, RankHandle};
-use crate::driver::node::NodeRank;
-use crate::driver::weight_update::UpdateHandle;
-use crate::gpu::GpuMonitor;
-use crate::supervisor::client::KeeperClient;
+use crate::config::{Config, Serve};
+use crate::driver::handles::EdgeVersion;
 
 /// For the answer of a node's relay process.
 const RELAY_LIMIT: Duration = Duration::from_secs(3);
 
-/// Everything status is made of.
-#[derive(Clone, Debug)]
-pub(super) struct Sources {
-    pub(super) began: Instant,
-    pub(super) ranks: Vec<RankHandle>,
-    pub(super) node: watch::Receiver<BTreeMap<EngineIndex, NodeRank>>,
-    pub(super) coordinator: watch::Receiver<CoordinatorSnapshot>,
-    pub(super) frontends: watch::Receiver<Vec<FrontendSnapshot>>,
-    pub(super) updates: UpdateHandle,
-    pub(super) control: ControlHandle,
-    pub(super) gpus: GpuMonitor,
-    pub(super) keeper: KeeperClient,
-    pub(super) relay: watch::Receiver<Option<u32>>,
-    /// Of all nodes, with the first rank of each.
-    pub(super) edges: Vec<(EngineIndex, EdgeHandle)>,
-    pub(super) nodes: Option<Gathered>,
-}
-
-impl Sources {
-    /// The whole status.
-    pub(super) async fn status(&self, config: &Config, stopping: bool) -> Status {
+impl Handles {
+    /// What [`Answers::status`](super::runtime::Answers::status) says.
+    pub(super) async fn whole_status(&self, stopping: bool) -> Status {
         let gpus = self.gpus.report().await;
         let engines = self.engines();
         let state = if stopping {
@@ -59,7 +36,7 @@ impl Sources {
         let mut status = Status {
             engines,
             frontends: self.frontends(),
-            coordinator: self.coordinator.borrow().clone(),
+            coordinator: self.coordinator.snapshot.borrow().clone(),
             weights: updates::weights(&self.updates, self.control.snapshot().external_weights),
             controller: self.controller(),
             gpus,
@@ -67,7 +44,7 @@ impl Sources {
                 .nodes
                 .as_ref()
                 .map_or_else(Vec::new, |all| nodes::status(&all.own, &all.leader, &all.remotes)),
-            ..waiting::status(config, self.began, state)
+            ..waiting::status(&self.run, state)
         };
         status.sidecar.keeper_pid = self.keeper.pid();
         status.sidecar.relay_pid = *self.relay.borrow();
@@ -81,7 +58,7 @@ impl Sources {
 
     fn engines(&self) -> Vec<EngineStatus> {
         let node = self.node.borrow();
-        let coordinator = self.coordinator.borrow();
+        let coordinator = self.coordinator.snapshot.borrow();
         // An admitted engine holds the committed weights; what its last output was stamped with may
         // be older.
         let updates = self.updates.status();
@@ -125,7 +102,7 @@ impl Sources {
                 *in_flight.entry(frontend).or_default() += requests;
             }
         }
-        let frontends = self.frontends.borrow();
+        let frontends = self.attachments.snapshot.borrow();
         let with_requests = |attachment: &FrontendSnapshot| FrontendStatus {
             attachment: attachment.clone(),
             in_flight: attachment.id.and_then(|id| in_flight.get(&id).copied()).unwrap_or(0),
@@ -176,10 +153,7 @@ pub(super) fn deployment(config: &Config) -> DeploymentStatus {
         size: config.size,
         start_rank: config.start_rank,
         size_local: config.size_local,
-        model: match &config.engines {
-            Engines::Spawn(launch) => launch.model.clone(),
-            Engines::Attach => None,
-        },
+        model: config.model().map(str::to_owned),
         http: config.serve.as_ref().map(Serve::http_address),
     }
 }

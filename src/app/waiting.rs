@@ -1,27 +1,26 @@
 //! What clients are told while the sidecar waits for other nodes.
 
-use std::time::Instant;
-
 use tokio::sync::{mpsc, watch};
 
+use super::Run;
 use super::runtime::{asked, ended_by};
 use super::status::deployment;
 use crate::api::{
     AdminCommand, AdminError, Command, ControllerStatus, CoordinatorSnapshot, ErrorKind, LeaderStatus,
     NodeStatus, Response, SidecarStatus, Status, WeightsStatus,
 };
-use crate::config::Config;
 use crate::exit_code::{self, RunEnd};
 use crate::gpu::GpuReport;
 use crate::shutdown::Asked;
 
 /// A status without engines.
-pub(super) fn status(config: &Config, began: Instant, state: &str) -> Status {
+pub(super) fn status(run: &Run, state: &str) -> Status {
+    let config = &run.config;
     Status {
         sidecar: SidecarStatus {
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            uptime_s: began.elapsed().as_secs(),
+            uptime_s: run.began.elapsed().as_secs(),
             state: state.to_owned(),
             state_dir: config.state_dir.display().to_string(),
             keeper_pid: None,

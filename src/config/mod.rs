@@ -186,6 +186,14 @@ impl Config {
         }
     }
 
+    /// As given, if this sidecar starts the engines.
+    pub fn model(&self) -> Option<&str> {
+        match &self.engines {
+            Engines::Spawn(launch) => launch.model.as_deref(),
+            Engines::Attach => None,
+        }
+    }
+
     /// The ranks of this node.
     pub fn local_ranks(&self) -> impl Iterator<Item = u16> + Clone + use<> {
         let (start, count) = (self.start_rank, self.size_local);

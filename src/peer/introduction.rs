@@ -5,6 +5,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::time::Duration;
 
+use dp_sidecar_protocol::EngineIndex;
 use serde::{Deserialize, Serialize};
 
 /// How long a peer has to read the last word that it is told.
@@ -67,6 +68,10 @@ impl Introduction {
     /// One behind the node's last rank.
     pub fn end_rank(&self) -> u16 {
         self.start_rank.saturating_add(self.size_local)
+    }
+
+    pub fn ranks(&self) -> Vec<EngineIndex> {
+        (self.start_rank..self.end_rank()).map(EngineIndex).collect()
     }
 
     /// Its ranks and where it runs, for people.
