@@ -1,12 +1,15 @@
 //! What sockets of several modules have in common: those in the state directory, on which processes of one user find
 //! each other (admin, relay, keeper), and TCP connections whose peer may vanish.
 
+use std::fmt::Debug;
 use std::fs::{self, Permissions};
+use std::future::poll_fn;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use nix::sys::socket::{getsockopt, setsockopt, sockopt};
@@ -34,19 +37,32 @@ pub(crate) fn is_allowed(stream: &impl AsFd) -> bool {
     })
 }
 
-/// The next connection of an allowed user; all others are logged and closed. Cancel safe.
-pub(crate) async fn accept(listener: &tokio::net::UnixListener) -> UnixStream {
-    let socket = || listener.local_addr().ok().and_then(|address| address.as_pathname().map(Path::to_owned));
+/// The next connection and where it comes from: what `poll_accept` of a listener at `address` gives. Cancel safe.
+pub(crate) async fn accept<S, A>(
+    address: &impl Debug,
+    mut poll_accept: impl FnMut(&mut Context<'_>) -> Poll<io::Result<(S, A)>>,
+) -> (S, A) {
     loop {
-        match listener.accept().await {
-            Ok((stream, _)) if is_allowed(&stream) => return stream,
-            Ok(_) => tracing::warn!(socket = ?socket(), "refused a connection of another user"),
+        match poll_fn(&mut poll_accept).await {
+            Ok(accepted) => return accepted,
             Err(error) => {
-                tracing::warn!(%error, socket = ?socket(), "cannot accept a connection");
+                tracing::warn!(%error, ?address, "cannot accept a connection");
                 // Out of descriptors, as a rule: some will be free later.
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
+    }
+}
+
+/// The next connection of an allowed user; all others are logged and closed. Cancel safe.
+pub(crate) async fn accept_allowed(listener: &tokio::net::UnixListener) -> UnixStream {
+    let address = listener.local_addr();
+    loop {
+        let (stream, _) = accept(&address, |cx| listener.poll_accept(cx)).await;
+        if is_allowed(&stream) {
+            return stream;
+        }
+        tracing::warn!(?address, "refused a connection of another user");
     }
 }
 

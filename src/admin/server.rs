@@ -74,7 +74,7 @@ impl AdminServer {
             let next = async {
                 // Never closed, so this only waits.
                 let permit = Arc::clone(&clients).acquire_owned().await.ok();
-                (permit, net::accept(&self.listener).await)
+                (permit, net::accept_allowed(&self.listener).await)
             };
             tokio::select! {
                 () = stop.cancelled() => break,

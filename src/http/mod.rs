@@ -16,12 +16,13 @@ use std::time::Duration;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::api::AdminCommand;
+use crate::net;
 use crate::staging::upload::Uploads;
 use crate::tasks::{Task, named};
 use crate::token::Token;
@@ -30,8 +31,6 @@ use crate::token::Token;
 const CONNECTIONS: usize = 64;
 /// A request's head must be there within this time.
 const HEAD_LIMIT: Duration = Duration::from_secs(10);
-/// After a failure to accept (too many open files).
-const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 
 /// What requests are made of.
 #[derive(Clone, Debug)]
@@ -80,11 +79,16 @@ impl HttpServer {
         let free = Arc::new(Semaphore::new(CONNECTIONS));
         tracker.spawn(named(Task::Http, async move {
             loop {
-                let accepted = tokio::select! {
-                    () = stop.cancelled() => return,
-                    accepted = accept(&self.listener, &free) => accepted,
+                let next = async {
+                    // Never closed, so this only waits.
+                    let permit = Arc::clone(&free).acquire_owned().await.ok();
+                    let (stream, _) = net::accept(&self.address, |cx| self.listener.poll_accept(cx)).await;
+                    (permit, stream)
                 };
-                let Some((stream, permit)) = accepted else { continue };
+                let (permit, stream) = tokio::select! {
+                    () = stop.cancelled() => return,
+                    next = next => next,
+                };
                 let (router, stop) = (router.clone(), stop.clone());
                 tasks.spawn(named(Task::HttpConnection, async move {
                     tokio::select! {
@@ -95,22 +99,6 @@ impl HttpServer {
                 }));
             }
         }));
-    }
-}
-
-async fn accept(
-    listener: &TcpListener,
-    free: &Arc<Semaphore>,
-) -> Option<(TcpStream, tokio::sync::OwnedSemaphorePermit)> {
-    // Never closed.
-    let permit = Arc::clone(free).acquire_owned().await.ok()?;
-    match listener.accept().await {
-        Ok((stream, _)) => Some((stream, permit)),
-        Err(error) => {
-            tracing::warn!(%error, "a connection cannot be accepted");
-            tokio::time::sleep(ACCEPT_PAUSE).await;
-            None
-        }
     }
 }
 

@@ -26,6 +26,7 @@ use super::{frame, introduction};
 use crate::config::Nodes;
 use crate::exit_code;
 use crate::log_limit::LogLimit;
+use crate::net;
 use crate::tasks::{Task, named};
 use crate::token::Token;
 
@@ -291,25 +292,18 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>, stop: CancellationTo
     let strangers = Arc::new(Semaphore::new(STRANGERS));
     let tasks = TaskTracker::new();
     loop {
-        let accepted = tokio::select! {
+        let (stream, peer) = tokio::select! {
             () = stop.cancelled() => break,
-            accepted = listener.accept() => accepted,
+            accepted = net::accept(&shared.local, |cx| listener.poll_accept(cx)) => accepted,
         };
-        match accepted {
-            Ok((stream, peer)) => match strangers.clone().try_acquire_owned() {
-                Ok(permit) => {
-                    let (shared, stop) = (shared.clone(), stop.clone());
-                    tasks.spawn(named(Task::PeerConnection, async move {
-                        stop.run_until_cancelled(shared.serve(stream, peer, permit)).await;
-                    }));
-                }
-                Err(_) => shared.refused(peer, "too many connections that have not identified themselves"),
-            },
-            Err(error) => {
-                warn!(%error, "connection of a node lost");
-                // Out of descriptors, most likely: do not spin.
-                sleep(Duration::from_millis(100)).await;
+        match strangers.clone().try_acquire_owned() {
+            Ok(permit) => {
+                let (shared, stop) = (shared.clone(), stop.clone());
+                tasks.spawn(named(Task::PeerConnection, async move {
+                    stop.run_until_cancelled(shared.serve(stream, peer, permit)).await;
+                }));
             }
+            Err(_) => shared.refused(peer, "too many connections that have not identified themselves"),
         }
     }
     tasks.close();

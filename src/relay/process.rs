@@ -140,7 +140,7 @@ async fn serve(config: RelayConfig) -> Result<(), RelayError> {
 }
 
 async fn accept(listener: UnixListener, streams: mpsc::Sender<LinkStream>, stop: CancellationToken) {
-    while let Some(stream) = stop.run_until_cancelled(net::accept(&listener)).await {
+    while let Some(stream) = stop.run_until_cancelled(net::accept_allowed(&listener)).await {
         let peer = stream.peer_cred().ok().and_then(|peer| peer.pid());
         let peer = peer.map_or_else(|| "the sidecar".to_owned(), |pid| format!("the sidecar, pid {pid}"));
         if streams.send(LinkStream::new(stream, peer)).await.is_err() {

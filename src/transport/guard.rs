@@ -29,6 +29,7 @@ use super::TransportError;
 use super::greet::{GreetError, greet};
 use super::zmtp::{self, Decoder, Item};
 use crate::log_limit::LogLimit;
+use crate::net;
 use crate::tasks::{Task, named};
 
 /// Messages waiting for one connection.
@@ -183,14 +184,7 @@ struct Guard {
 
 async fn accept(guard: Arc<Guard>, listener: TcpListener, tasks: TaskTracker, stop: CancellationToken) {
     loop {
-        let (stream, from) = match listener.accept().await {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                tracing::warn!(listen.addr = %guard.address, %error, "cannot accept on the handshake port");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            }
-        };
+        let (stream, from) = net::accept(&guard.address, |cx| listener.poll_accept(cx)).await;
         let Ok(slot) = guard.slots.clone().try_acquire_owned() else {
             guard.complain(
                 from,

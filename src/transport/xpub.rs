@@ -22,6 +22,7 @@ use super::greet::{GreetError, greet};
 use super::listen::unlink;
 use super::zmtp::{self, Decoder, Item};
 use super::{TransportError, unlink_stale_socket};
+use crate::net;
 use crate::tasks::{Task, named};
 
 /// Upstream messages waiting to be read. When it is full, connections are read no further.
@@ -40,8 +41,6 @@ const TOPICS_BYTES: usize = 64 * 1024;
 const TOPIC_OVERHEAD: usize = 64;
 /// Room made for a read.
 const READ: usize = 512;
-/// After a failed `accept`.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// XPUB on a unix socket, meant for one engine (one socket per rank and incarnation). Closes when it is dropped.
 ///
@@ -285,14 +284,7 @@ async fn accept(listener: UnixListener, shared: Arc<Shared>, events: mpsc::Sende
     let slots = Arc::new(Semaphore::new(CONNECTIONS));
     let tasks = TaskTracker::new();
     loop {
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::warn!(address = shared.address, %error, "cannot accept a subscriber");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-                continue;
-            }
-        };
+        let (stream, _) = net::accept(&shared.address, |cx| listener.poll_accept(cx)).await;
         let Ok(slot) = slots.clone().try_acquire_owned() else {
             tracing::warn!(
                 address = shared.address,
