@@ -5,7 +5,6 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
-use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::local::{self, Keeper, Local, internal};
@@ -155,7 +154,7 @@ fn leader_status(nodes: &Nodes, view: &watch::Receiver<LeaderView>) -> LeaderSta
 
 /// What status is made of.
 #[derive(Clone)]
-struct View {
+pub(super) struct View {
     run: Run,
     introduction: Introduction,
     nodes: Nodes,
