@@ -325,31 +325,18 @@ impl Layout {
     }
 
     /// Which of the forms of `PoolingParams`, oldest first.
-    pub(crate) const fn pooling_form(&self) -> usize {
-        if self.version.at_least(33, 0) {
-            5
-        } else if self.version.at_least(18, 0) {
-            4
-        } else if self.version.at_least(17, 0) {
-            3
-        } else if self.version.at_least(16, 0) {
-            2
-        } else if self.version.at_least(11, 1) {
-            1
-        } else {
-            0
-        }
+    pub(crate) fn pooling_form(&self) -> usize {
+        self.since(&[(11, 1), (16, 0), (17, 0), (18, 0), (33, 0)])
     }
 
     /// Which of the forms of `LoRARequest`, oldest first.
-    pub(crate) const fn lora_form(&self) -> usize {
-        if self.version.at_least(32, 0) {
-            2
-        } else if self.version.at_least(14, 0) {
-            1
-        } else {
-            0
-        }
+    pub(crate) fn lora_form(&self) -> usize {
+        self.since(&[(14, 0), (32, 0)])
+    }
+
+    /// How many of these changes, each given as minor and patch number, the version has.
+    fn since(&self, changes: &[(u16, u16)]) -> usize {
+        changes.iter().filter(|(minor, patch)| self.version.at_least(*minor, *patch)).count()
     }
 }
 

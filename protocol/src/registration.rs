@@ -5,7 +5,6 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::error::DecodeError;
@@ -14,94 +13,43 @@ use crate::layout::{BadVersion, Layout, UnknownVersion, VllmVersion};
 use crate::positional::{self, Scanner};
 use crate::write;
 
+const NAME: &str = "EngineCoreReadyResponse";
+
 /// What an engine says of itself on each input socket once it is started
-/// (vLLM: `EngineCoreReadyResponse`). Which keys there are depends on the version; up to 0.19 the
-/// frame is empty. Sizes are in tokens, counts without unit.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+/// (vLLM: `EngineCoreReadyResponse`), as far as it is needed here. Which keys there are depends on
+/// the version; up to 0.19 the frame is empty.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct EngineReadyResponse {
-    /// Longest sequence, after the KV cache was fitted.
-    pub max_model_len: Option<u64>,
-    /// KV cache blocks.
-    pub num_gpu_blocks: Option<u64>,
-    /// Tokens per block.
-    pub block_size: Option<u64>,
     /// Stats address of the frontend this engine was started by.
     pub dp_stats_address: Option<String>,
-    /// Model dtype, e.g. `bfloat16`.
+    /// Model dtype, e.g. `bfloat16`; since 0.22.0.
     pub dtype: Option<String>,
     /// Version of vLLM, since 0.23.0.
     pub vllm_version: Option<String>,
-    /// Workers of one DP rank.
-    pub world_size: Option<u64>,
     /// 1 for dense engines, whatever the deployment's size.
     pub data_parallel_size: Option<u64>,
-    /// TP.
-    pub tensor_parallel_size: Option<u64>,
-    /// PP.
-    pub pipeline_parallel_size: Option<u64>,
-    /// DCP.
-    pub decode_context_parallel_size: Option<u64>,
-    /// True global rank, since 0.27.0.
-    pub data_parallel_rank: Option<u64>,
-    /// Scheduler limit.
-    pub max_num_seqs: Option<u64>,
-    /// Scheduler limit.
-    pub max_num_batched_tokens: Option<u64>,
-    /// Random name of the instance.
-    pub instance_id: Option<String>,
-    /// KV cache capacity in tokens.
-    pub kv_cache_size_tokens: Option<u64>,
-    /// Whole sequences that fit the KV cache.
-    pub kv_cache_max_concurrency: Option<f64>,
-    /// `--weight-transfer-config` backend.
-    pub weight_transfer_backend: Option<String>,
-    /// `--enable-sleep-mode`.
-    pub enable_sleep_mode: Option<bool>,
-    /// `--enable-lora`.
-    pub supports_lora: Option<bool>,
-    /// Keys not named here, each with its raw value.
+    /// All other keys, each with its raw value.
     pub other: BTreeMap<String, Vec<u8>>,
 }
 
 impl EngineReadyResponse {
     /// Reads a registration frame. An empty frame gives an empty response.
     pub fn decode(frame: &[u8]) -> Result<Self, DecodeError> {
-        const NAME: &str = "EngineCoreReadyResponse";
         let mut ready = Self::default();
         if frame.is_empty() {
             return Ok(ready);
         }
         read_map(frame, NAME, |key, scanner| {
-            let number = |s: &mut Scanner<'_>| s.optional(|s| s.integer("int of 64 bits"));
             let text = |s: &mut Scanner<'_>| s.optional(|s| s.str().map(str::to_owned));
             match key {
-                "max_model_len" => ready.max_model_len = number(scanner)?,
-                "num_gpu_blocks" => ready.num_gpu_blocks = number(scanner)?,
-                "block_size" => ready.block_size = number(scanner)?,
                 "dp_stats_address" => ready.dp_stats_address = text(scanner)?,
                 "dtype" => ready.dtype = text(scanner)?,
                 "vllm_version" => ready.vllm_version = text(scanner)?,
-                "world_size" => ready.world_size = number(scanner)?,
-                "data_parallel_size" => ready.data_parallel_size = number(scanner)?,
-                "tensor_parallel_size" => ready.tensor_parallel_size = number(scanner)?,
-                "pipeline_parallel_size" => ready.pipeline_parallel_size = number(scanner)?,
-                "decode_context_parallel_size" => {
-                    ready.decode_context_parallel_size = number(scanner)?;
+                "data_parallel_size" => {
+                    ready.data_parallel_size = scanner.optional(|s| s.integer("int of 64 bits"))?;
                 }
-                "data_parallel_rank" => ready.data_parallel_rank = number(scanner)?,
-                "max_num_seqs" => ready.max_num_seqs = number(scanner)?,
-                "max_num_batched_tokens" => ready.max_num_batched_tokens = number(scanner)?,
-                "instance_id" => ready.instance_id = text(scanner)?,
-                "kv_cache_size_tokens" => ready.kv_cache_size_tokens = number(scanner)?,
-                "kv_cache_max_concurrency" => {
-                    ready.kv_cache_max_concurrency = scanner.optional(Scanner::float)?;
-                }
-                "weight_transfer_backend" => ready.weight_transfer_backend = text(scanner)?,
-                "enable_sleep_mode" => ready.enable_sleep_mode = scanner.optional(Scanner::bool)?,
-                "supports_lora" => ready.supports_lora = scanner.optional(Scanner::bool)?,
                 _ => {
-                    let value = scanner.raw()?.to_vec();
-                    ready.other.insert(key.to_owned(), value);
+                    ready.other.insert(key.to_owned(), scanner.raw()?.to_vec());
                 }
             }
             Ok(())
@@ -115,7 +63,6 @@ impl EngineReadyResponse {
 /// A frontend insists on its own stats address (it asserts equality since 0.20). An empty frame
 /// (up to 0.19), or one without the key, is returned as it is.
 pub fn with_dp_stats_address(frame: &Bytes, address: Option<&str>) -> Result<Bytes, DecodeError> {
-    const NAME: &str = "EngineCoreReadyResponse";
     if frame.is_empty() {
         return Ok(frame.clone());
     }

@@ -120,7 +120,7 @@ impl FrontendUpstream {
         write::array(&mut out, 2);
         match self {
             Self::FirstReq { target, wave } => {
-                write::short_bin(&mut out, &target.identity().0);
+                write::bin(&mut out, &target.identity().0);
                 write::uint(&mut out, wave.0);
             }
             Self::ScaleElasticEp { engines } => {
