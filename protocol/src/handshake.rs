@@ -7,6 +7,7 @@
 //! ignored, as vLLM does.
 
 use bytes::Bytes;
+use rmpv::Value;
 use serde::{Deserialize, Serialize};
 
 use crate::error::DecodeError;
@@ -29,15 +30,8 @@ impl Hello {
     pub const HEADLESS: Self = Self { local: false, headless: true };
 
     pub fn encode(&self) -> Bytes {
-        let mut out = Vec::with_capacity(40);
-        write::map(&mut out, 3);
-        write::str(&mut out, "status");
-        write::str(&mut out, "HELLO");
-        write::str(&mut out, "local");
-        write::bool(&mut out, self.local);
-        write::str(&mut out, "headless");
-        write::bool(&mut out, self.headless);
-        out.into()
+        let Self { local, headless } = *self;
+        encoded(map([("status", "HELLO".into()), ("local", local.into()), ("headless", headless.into())]))
     }
 }
 
@@ -60,27 +54,19 @@ impl Ready {
     /// The message in the form of `layout`: up to 0.19 with `num_gpu_blocks` (0 if unknown) and
     /// `dp_stats_address`.
     pub fn encode(&self, layout: &Layout) -> Bytes {
-        let old = layout.registration_is_empty();
-        let hash = self.parallel_config_hash.as_ref().filter(|_| layout.ready_has_hash());
-        let mut out = Vec::with_capacity(128);
-        write::map(&mut out, 3 + 2 * usize::from(old) + usize::from(hash.is_some()));
-        write::str(&mut out, "status");
-        write::str(&mut out, "READY");
-        write::str(&mut out, "local");
-        write::bool(&mut out, self.local);
-        write::str(&mut out, "headless");
-        write::bool(&mut out, self.headless);
-        if old {
-            write::str(&mut out, "num_gpu_blocks");
-            write::uint(&mut out, self.num_gpu_blocks.unwrap_or_default());
-            write::str(&mut out, "dp_stats_address");
-            write::opt_str(&mut out, self.dp_stats_address.as_deref());
+        let mut entries: Vec<(&str, Value)> = vec![
+            ("status", "READY".into()),
+            ("local", self.local.into()),
+            ("headless", self.headless.into()),
+        ];
+        if layout.registration_is_empty() {
+            entries.push(("num_gpu_blocks", self.num_gpu_blocks.unwrap_or_default().into()));
+            entries.push(("dp_stats_address", text(self.dp_stats_address.as_ref())));
         }
-        if let Some(hash) = hash {
-            write::str(&mut out, "parallel_config_hash");
-            write::str(&mut out, hash);
+        if layout.ready_has_hash() && self.parallel_config_hash.is_some() {
+            entries.push(("parallel_config_hash", text(self.parallel_config_hash.as_ref())));
         }
-        out.into()
+        encoded(map(entries))
     }
 }
 
@@ -115,10 +101,10 @@ impl EngineMessage {
                     ready.num_gpu_blocks = scanner.optional(|s| s.integer("int of 64 bits"))?;
                 }
                 "dp_stats_address" => {
-                    ready.dp_stats_address = scanner.optional(|s| s.str().map(str::to_owned))?;
+                    ready.dp_stats_address = read_text(scanner)?;
                 }
                 "parallel_config_hash" => {
-                    ready.parallel_config_hash = scanner.optional(|s| s.str().map(str::to_owned))?;
+                    ready.parallel_config_hash = read_text(scanner)?;
                 }
                 _ => scanner.skip()?,
             }
@@ -231,46 +217,28 @@ impl Init {
     }
 
     pub fn encode(&self) -> Bytes {
-        let mut out = Vec::with_capacity(512);
-        write::map(&mut out, 2 + usize::from(self.parallel_config_hash.is_some()));
-        write::str(&mut out, "addresses");
-        let addresses = &self.addresses;
-        write::map(&mut out, 5);
-        for (key, list) in [("inputs", &addresses.inputs), ("outputs", &addresses.outputs)] {
-            write::str(&mut out, key);
-            write::array(&mut out, list.len());
-            for address in list {
-                write::str(&mut out, address);
-            }
+        let list = |of: &[String]| Value::Array(of.iter().map(|address| address.as_str().into()).collect());
+        let Addresses { inputs, outputs, coordinator_input, coordinator_output, .. } = &self.addresses;
+        let addresses = map([
+            ("inputs", list(inputs)),
+            ("outputs", list(outputs)),
+            ("coordinator_input", text(coordinator_input.as_ref())),
+            ("coordinator_output", text(coordinator_output.as_ref())),
+            ("frontend_stats_publish_address", text(self.addresses.frontend_stats_publish_address.as_ref())),
+        ]);
+        let config = self.parallel_config.iter().map(|(key, value)| {
+            let value = match value {
+                ConfigValue::Int(value) => (*value).into(),
+                ConfigValue::Str(value) => value.as_str().into(),
+                ConfigValue::Ints(values) => values.iter().copied().map(Value::from).collect(),
+            };
+            (key.as_str(), value)
+        });
+        let mut entries = vec![("addresses", addresses), ("parallel_config", map(config))];
+        if self.parallel_config_hash.is_some() {
+            entries.push(("parallel_config_hash", text(self.parallel_config_hash.as_ref())));
         }
-        for (key, address) in [
-            ("coordinator_input", &addresses.coordinator_input),
-            ("coordinator_output", &addresses.coordinator_output),
-            ("frontend_stats_publish_address", &addresses.frontend_stats_publish_address),
-        ] {
-            write::str(&mut out, key);
-            write::opt_str(&mut out, address.as_deref());
-        }
-        write::str(&mut out, "parallel_config");
-        write::map(&mut out, self.parallel_config.len());
-        for (key, value) in &self.parallel_config {
-            write::str(&mut out, key);
-            match value {
-                ConfigValue::Int(value) => write::int(&mut out, *value),
-                ConfigValue::Str(value) => write::str(&mut out, value),
-                ConfigValue::Ints(values) => {
-                    write::array(&mut out, values.len());
-                    for value in values {
-                        write::int(&mut out, *value);
-                    }
-                }
-            }
-        }
-        if let Some(hash) = &self.parallel_config_hash {
-            write::str(&mut out, "parallel_config_hash");
-            write::str(&mut out, hash);
-        }
-        out.into()
+        encoded(map(entries))
     }
 
     /// Reads a frontend's INIT as strictly as an engine does. Fails if the address lists differ in
@@ -285,7 +253,7 @@ impl Init {
                 "addresses" => addresses = Some(read_addresses(scanner)?),
                 "parallel_config" => parallel_config = Some(read_config(scanner)?),
                 "parallel_config_hash" => {
-                    parallel_config_hash = scanner.optional(|s| s.str().map(str::to_owned))?;
+                    parallel_config_hash = read_text(scanner)?;
                 }
                 _ => scanner.skip()?,
             }
@@ -308,6 +276,21 @@ impl Init {
     }
 }
 
+fn map<'a>(entries: impl IntoIterator<Item = (&'a str, Value)>) -> Value {
+    Value::Map(entries.into_iter().map(|(key, value)| (key.into(), value)).collect())
+}
+
+/// A string or nil.
+fn text(value: Option<&String>) -> Value {
+    value.map_or(Value::Nil, |value| value.as_str().into())
+}
+
+fn encoded(value: Value) -> Bytes {
+    let mut out = Vec::with_capacity(128);
+    write::value(&mut out, &value);
+    out.into()
+}
+
 fn read_addresses(scanner: &mut Scanner<'_>) -> Result<Addresses, ScanError> {
     let mut addresses = Addresses::default();
     for _ in 0..scanner.map()? {
@@ -315,19 +298,22 @@ fn read_addresses(scanner: &mut Scanner<'_>) -> Result<Addresses, ScanError> {
             "inputs" => addresses.inputs = read_strings(scanner)?,
             "outputs" => addresses.outputs = read_strings(scanner)?,
             "coordinator_input" => {
-                addresses.coordinator_input = scanner.optional(|s| s.str().map(str::to_owned))?;
+                addresses.coordinator_input = read_text(scanner)?;
             }
             "coordinator_output" => {
-                addresses.coordinator_output = scanner.optional(|s| s.str().map(str::to_owned))?;
+                addresses.coordinator_output = read_text(scanner)?;
             }
             "frontend_stats_publish_address" => {
-                addresses.frontend_stats_publish_address =
-                    scanner.optional(|s| s.str().map(str::to_owned))?;
+                addresses.frontend_stats_publish_address = read_text(scanner)?;
             }
             _ => scanner.skip()?,
         }
     }
     Ok(addresses)
+}
+
+fn read_text(scanner: &mut Scanner<'_>) -> Result<Option<String>, ScanError> {
+    scanner.optional(|s| s.str().map(str::to_owned))
 }
 
 fn read_strings(scanner: &mut Scanner<'_>) -> Result<Vec<String>, ScanError> {

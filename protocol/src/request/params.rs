@@ -329,86 +329,38 @@ const TASKS: [&str; 8] = [
     "embed&token_classify",
 ];
 
-/// `PoolingParams` of 0.33.
-const LATEST: [Item; 11] = [
-    Item::OptionalBool,
-    Item::OptionalInt,
-    Item::OptionalInt,
-    Item::OptionalInts,
-    Item::Task,
-    Item::Bool,
-    Item::OptionalBool,
-    Item::LateInteraction,
-    Item::OptionalMap,
-    Item::OutputKind,
-    Item::LateChunking,
+/// Fields of `PoolingParams` in their order, each with the first and the last form that has it, see
+/// [`Layout::pooling_form`].
+const POOLING: [(Item, usize, usize); 16] = [
+    (Item::Truncation, 0, 2),
+    (Item::OptionalInt, 0, 1),
+    // normalize, activation and softmax
+    (Item::OptionalBool, 0, 1),
+    (Item::OptionalBool, 0, 1),
+    (Item::OptionalBool, 0, 1),
+    // use_activation
+    (Item::OptionalBool, 1, 5),
+    (Item::OptionalInt, 2, 5),
+    // step_tag_id
+    (Item::OptionalInt, 0, 5),
+    (Item::OptionalInts, 0, 5),
+    (Item::Task, 0, 5),
+    (Item::Bool, 0, 5),
+    // skip_reading_prefix_cache
+    (Item::OptionalBool, 1, 5),
+    (Item::LateInteraction, 4, 5),
+    (Item::OptionalMap, 0, 5),
+    (Item::OutputKind, 0, 5),
+    (Item::LateChunking, 5, 5),
 ];
 
 /// `pooling_params`, a positional struct with defaults for all fields.
 pub(super) fn pooling(scanner: &mut Scanner<'_>, layout: &Layout) -> Result<(), RefusalKind> {
-    use Item::{Bool, OptionalBool, OptionalInt, OptionalInts, OptionalMap, OutputKind, Task, Truncation};
-    let items: &[Item] = match layout.pooling_form() {
-        // truncate_prompt_tokens, dimensions, normalize, activation, softmax, step_tag_id, ...
-        0 => &[
-            Truncation,
-            OptionalInt,
-            OptionalBool,
-            OptionalBool,
-            OptionalBool,
-            OptionalInt,
-            OptionalInts,
-            Task,
-            Bool,
-            OptionalMap,
-            OutputKind,
-        ],
-        // 0.11.1: use_activation, skip_reading_prefix_cache
-        1 => &[
-            Truncation,
-            OptionalInt,
-            OptionalBool,
-            OptionalBool,
-            OptionalBool,
-            OptionalBool,
-            OptionalInt,
-            OptionalInts,
-            Task,
-            Bool,
-            OptionalBool,
-            OptionalMap,
-            OutputKind,
-        ],
-        // 0.16: without normalize, softmax, activation
-        2 => &[
-            Truncation,
-            OptionalBool,
-            OptionalInt,
-            OptionalInt,
-            OptionalInts,
-            Task,
-            Bool,
-            OptionalBool,
-            OptionalMap,
-            OutputKind,
-        ],
-        // 0.17: without truncate_prompt_tokens
-        3 => &[
-            OptionalBool,
-            OptionalInt,
-            OptionalInt,
-            OptionalInts,
-            Task,
-            Bool,
-            OptionalBool,
-            OptionalMap,
-            OutputKind,
-        ],
-        // 0.18: late_interaction_params
-        4 => &LATEST[..10],
-        _ => &LATEST,
-    };
+    let form = layout.pooling_form();
+    let fields = POOLING.iter().filter(|(_, first, last)| (*first..=*last).contains(&form));
+    let items: Vec<Item> = fields.map(|(item, ..)| *item).collect();
     let count = scanner.array().map_err(malformed("pooling_params"))?;
-    positional(scanner, "pooling_params", count, items)
+    positional(scanner, "pooling_params", count, &items)
 }
 
 fn positional(
