@@ -54,8 +54,12 @@ impl Answers for Handles {
         match command {
             Command::Version => return Ok(Response::Version(self.versions().await)),
             Command::FrontendList => return Ok(Response::Frontends(self.frontends())),
-            Command::Update(request) => return updates::run(&self.updates, request, reply).await,
-            Command::UpdateFollow { id } => return updates::follow(&self.updates, id, reply).await,
+            Command::Update(request) => {
+                return updates::follow(self.updates.start(request).await, reply).await;
+            }
+            Command::UpdateFollow { id } => {
+                return updates::follow(self.updates.follow(id).await, reply).await;
+            }
             Command::UpdateHistory { limit } => return updates::history(&self.updates, limit).await,
             Command::UpdateAbort => updates::abort(&self.updates).await?,
             Command::Pause { mode, deadline_ms } => {

@@ -9,10 +9,8 @@ use tracing::warn;
 
 use super::local::{self, Keeper, Local, internal};
 use super::runtime::{Answers, Role, Runtime, TASK_END, stop_keeper};
-use super::{Begun, Run, stage, waiting};
-use crate::api::{
-    AdminError, Command, EngineStatus, ErrorKind, LeaderStatus, NodeStatus, Reply, Response, Status,
-};
+use super::{Begun, Run, nodes, stage, status, waiting};
+use crate::api::{AdminError, Command, EngineStatus, ErrorKind, LeaderStatus, Reply, Response, Status};
 use crate::config::Nodes;
 use crate::driver::handles::{NodeEvent, ProcessEvent, RankHandle};
 use crate::exit_code::{self, RunEnd};
@@ -177,14 +175,8 @@ impl Answers for View {
         status.sidecar.keeper_pid = self.keeper.pid();
         status.sidecar.relay_pid = *self.relay.borrow();
         status.engines = self.engines().await;
-        status.nodes = vec![NodeStatus {
-            start_rank: self.introduction.start_rank,
-            size_local: self.introduction.size_local,
-            host: self.introduction.host.clone(),
-            address: self.run.config.nodes.as_ref().and_then(|n| n.address).map(|ip| ip.to_string()),
-            link: "here".to_owned(),
-            ..NodeStatus::default()
-        }];
+        let address = self.run.config.nodes.as_ref().and_then(|nodes| nodes.address);
+        status.nodes = vec![nodes::here(&self.introduction, address)];
         status.leader = Some(leader);
         status.gpus = self.gpus.report().await;
         status
@@ -208,16 +200,7 @@ impl View {
                 (false, Some(_)) => "starting",
                 (false, None) => "stopped",
             };
-            EngineStatus {
-                rank: handle.rank,
-                pid,
-                state: state.to_owned(),
-                incarnation: snapshot.incarnation.0,
-                weight_version: snapshot.weight_version.clone(),
-                in_flight: snapshot.in_flight.values().sum(),
-                held: snapshot.held,
-                ..EngineStatus::default()
-            }
+            EngineStatus { pid, state: state.to_owned(), ..status::engine(&snapshot) }
         };
         self.ranks.iter().map(engine).collect()
     }

@@ -1,6 +1,7 @@
 //! The leader's way to the nodes of a deployment: gathers them, and makes handles for what runs there.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -188,16 +189,21 @@ pub(super) async fn first_states(
     Err(RunEnd::new(exit_code::TIMEOUT, reason))
 }
 
-/// What status says about the nodes.
-pub(super) fn status(own: &Introduction, leader: &Leader, remotes: &[Remote]) -> Vec<NodeStatus> {
-    let mut nodes = vec![NodeStatus {
+/// What status says about the node that is asked.
+pub(super) fn here(own: &Introduction, address: Option<IpAddr>) -> NodeStatus {
+    NodeStatus {
         start_rank: own.start_rank,
         size_local: own.size_local,
         host: own.host.clone(),
-        address: leader.own_address().map(|address| address.to_string()),
+        address: address.map(|address| address.to_string()),
         link: "here".to_owned(),
         ..NodeStatus::default()
-    }];
+    }
+}
+
+/// What status says about the nodes.
+pub(super) fn status(own: &Introduction, leader: &Leader, remotes: &[Remote]) -> Vec<NodeStatus> {
+    let mut nodes = vec![here(own, leader.own_address())];
     for view in leader.claims() {
         let remote = remotes.iter().find(|r| r.introduction.start_rank == view.introduction.start_rank);
         let link = remote.map(|remote| remote.status.borrow().clone());

@@ -13,7 +13,7 @@ use crate::api::{
     VersionReport,
 };
 use crate::config::{Config, Serve};
-use crate::driver::handles::EdgeVersion;
+use crate::driver::handles::{EdgeVersion, RankSnapshot};
 
 /// For the answer of a node's relay process.
 const RELAY_LIMIT: Duration = Duration::from_secs(3);
@@ -67,15 +67,10 @@ impl Handles {
             let snapshot = handle.snapshot.borrow();
             let load = coordinator.loads.get(&handle.rank.0).copied().unwrap_or_default();
             let mut status = EngineStatus {
-                rank: handle.rank,
-                incarnation: snapshot.incarnation.0,
-                weight_version: snapshot.weight_version.clone(),
                 waiting: load.waiting,
                 running: load.running,
                 kv_cache_usage: load.kv_cache_usage,
-                in_flight: snapshot.in_flight.values().sum(),
-                held: snapshot.held,
-                ..EngineStatus::default()
+                ..engine(&snapshot)
             };
             if let Some(rank) = node.get(&handle.rank) {
                 status.pid = rank.pid;
@@ -128,6 +123,18 @@ impl Handles {
             vllm,
             weights: self.updates.status().version.0,
         }
+    }
+}
+
+/// What a rank task alone tells.
+pub(super) fn engine(snapshot: &RankSnapshot) -> EngineStatus {
+    EngineStatus {
+        rank: snapshot.rank,
+        incarnation: snapshot.incarnation.0,
+        weight_version: snapshot.weight_version.clone(),
+        in_flight: snapshot.in_flight.values().sum(),
+        held: snapshot.held,
+        ..EngineStatus::default()
     }
 }
 

@@ -1,29 +1,24 @@
 //! The update task behind the commands of clients.
 
-use dp_sidecar_protocol::UpdateId;
 use dp_sidecar_protocol::machine::weight_update::Outcome;
 
-use crate::api::{
-    AdminError, ErrorKind, Reply, Response, UNKNOWN, UpdateReport, UpdateRequest, WeightsStatus,
-};
+use crate::api::{AdminError, ErrorKind, Reply, Response, UNKNOWN, UpdateReport, WeightsStatus};
 use crate::driver::weight_update::{UpdateError, UpdateHandle, UpdateRun};
 
-/// Runs one update to its end; progress goes to the client as long as it listens.
-pub(super) async fn run(
-    updates: &UpdateHandle,
-    request: UpdateRequest,
-    client: &Reply,
-) -> Result<Response, AdminError> {
-    to_the_end(updates.start(request).await.map_err(failed)?, client).await
-}
-
-/// Follows the update that runs to its end.
+/// Goes with an update to its end; progress goes to the client as long as it listens.
 pub(super) async fn follow(
-    updates: &UpdateHandle,
-    id: Option<UpdateId>,
+    run: Result<UpdateRun, UpdateError>,
     client: &Reply,
 ) -> Result<Response, AdminError> {
-    to_the_end(updates.follow(id).await.map_err(failed)?, client).await
+    let mut run = run.map_err(failed)?;
+    while let Some(event) = run.events.recv().await {
+        client.progress(event.into());
+    }
+    let record = run.record().await.map_err(failed)?;
+    match record.outcome() {
+        Outcome::RefusedBusy => Err(AdminError::new(ErrorKind::Busy, record.message)),
+        _ => Ok(Response::Update(UpdateReport::from(&record))),
+    }
 }
 
 /// Reports of the last updates.
@@ -44,17 +39,6 @@ fn failed(error: UpdateError) -> AdminError {
     match error {
         UpdateError::NotRunning { .. } => AdminError::new(ErrorKind::Unavailable, error.to_string()),
         _ => AdminError::new(ErrorKind::Unavailable, "the sidecar is stopping"),
-    }
-}
-
-async fn to_the_end(mut run: UpdateRun, client: &Reply) -> Result<Response, AdminError> {
-    while let Some(event) = run.events.recv().await {
-        client.progress(event.into());
-    }
-    let record = run.record().await.map_err(failed)?;
-    match record.outcome() {
-        Outcome::RefusedBusy => Err(AdminError::new(ErrorKind::Busy, record.message)),
-        _ => Ok(Response::Update(UpdateReport::from(&record))),
     }
 }
 

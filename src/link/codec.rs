@@ -20,80 +20,43 @@ use tokio_util::codec::{Framed, LengthDelimitedCodec};
 use super::wire::{LINK_VERSION, MAX_FRAME};
 use crate::driver::handles::{decode, encode};
 
-/// A link is over, and why. Names the peer.
+/// A link is over, and why.
 #[derive(Debug, Error)]
-pub enum LinkError {
-    /// The peer closed the connection.
-    #[error("{peer}: the connection was closed")]
-    Closed {
-        /// Whose connection.
-        peer: String,
-    },
+#[error("{peer}: {fault}")]
+pub struct LinkError {
+    /// Whose connection.
+    pub peer: String,
+    pub fault: Fault,
+}
+
+/// Why a link is over.
+#[derive(Debug, Error)]
+pub enum Fault {
+    #[error("the connection was closed")]
+    Closed,
     /// The connection broke.
-    #[error("{peer}: {source}")]
-    Io {
-        /// Whose connection.
-        peer: String,
-        /// What the kernel says.
-        source: io::Error,
-    },
+    #[error("{0}")]
+    Io(io::Error),
     /// Nothing came for too long: the way between may be cut.
-    #[error("{peer}: nothing heard for {limit:?}")]
-    Silent {
-        /// Whose connection.
-        peer: String,
-        limit: Duration,
-    },
-    /// A frame is longer than allowed.
-    #[error("{peer}: a frame is longer than {MAX_FRAME} bytes")]
-    TooLong {
-        /// Whose connection.
-        peer: String,
-    },
-    /// A frame is no message of the link.
-    #[error("{peer}: a frame of {length} bytes is no message of the link: {detail}")]
-    Garbage {
-        /// Whose connection.
-        peer: String,
-        length: usize,
-        /// Where decoding stopped.
-        detail: String,
-    },
+    #[error("nothing heard for {0:?}")]
+    Silent(Duration),
+    #[error("a frame is longer than {MAX_FRAME} bytes")]
+    TooLong,
+    /// A frame is no message of the link; with the place where decoding stopped.
+    #[error("a frame of {length} bytes is no message of the link: {detail}")]
+    Garbage { length: usize, detail: String },
     /// The peer speaks another version.
-    #[error("{peer}: link version {theirs}, expected {LINK_VERSION}")]
-    Version {
-        /// Whose connection.
-        peer: String,
-        theirs: u32,
-    },
+    #[error("link version {0}, expected {LINK_VERSION}")]
+    Version(u32),
     /// A message came that does not belong here.
-    #[error("{peer}: expected {expected}, got {got}")]
-    Unexpected {
-        /// Whose connection.
-        peer: String,
-        /// What should have come.
-        expected: &'static str,
-        /// What came.
-        got: &'static str,
-    },
+    #[error("expected {expected}, got {got}")]
+    Unexpected { expected: &'static str, got: &'static str },
     /// The process at the other end is not the one that is wanted.
-    #[error("{peer}: it was started for {about}, expected {wanted}")]
-    Stranger {
-        /// Whose connection.
-        peer: String,
-        /// What it was started for.
-        about: String,
-        /// What it should have been started for.
-        wanted: String,
-    },
+    #[error("it was started for {about}, expected {wanted}")]
+    Stranger { about: String, wanted: String },
     /// One side does not take what the other one sends.
-    #[error("{peer}: {what} are not taken")]
-    Overflow {
-        /// Whose connection.
-        peer: String,
-        /// What waits.
-        what: &'static str,
-    },
+    #[error("{0} are not taken")]
+    Overflow(&'static str),
 }
 
 /// What a link can run over.
@@ -181,8 +144,12 @@ impl Wire {
         Self { stream, outgoing: VecDeque::new(), unflushed: false }
     }
 
-    pub(super) fn peer(&self) -> String {
-        self.stream.peer.clone()
+    pub(super) fn peer(&self) -> &str {
+        &self.stream.peer
+    }
+
+    pub(super) fn error(&self, fault: Fault) -> LinkError {
+        LinkError { peer: self.stream.peer.clone(), fault }
     }
 
     /// Queues a frame made by [`frame`].
@@ -205,11 +172,11 @@ impl Wire {
             Poll::Ready(match incoming {
                 Some(Ok(frame)) => Ok(frame),
                 Some(Err(error)) => Err(self.broken(error)),
-                None => Err(LinkError::Closed { peer: self.peer() }),
+                None => Err(self.error(Fault::Closed)),
             })
         })
         .await?;
-        decode(&frame).map_err(|detail| LinkError::Garbage { peer: self.peer(), length: frame.len(), detail })
+        decode(&frame).map_err(|detail| self.error(Fault::Garbage { length: frame.len(), detail }))
     }
 
     /// Writes what is queued, within a time limit.
@@ -217,7 +184,7 @@ impl Wire {
         match tokio::time::timeout(limit, poll_fn(|cx| self.poll_write(cx))).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(source)) => Err(self.broken(source)),
-            Err(_) => Err(LinkError::Silent { peer: self.peer(), limit }),
+            Err(_) => Err(self.error(Fault::Silent(limit))),
         }
     }
 
@@ -240,15 +207,14 @@ impl Wire {
     }
 
     fn broken(&self, source: io::Error) -> LinkError {
-        let peer = self.peer();
-        match source.kind() {
-            ErrorKind::InvalidData | ErrorKind::InvalidInput => LinkError::TooLong { peer },
+        self.error(match source.kind() {
+            ErrorKind::InvalidData | ErrorKind::InvalidInput => Fault::TooLong,
             ErrorKind::UnexpectedEof
             | ErrorKind::BrokenPipe
             | ErrorKind::ConnectionReset
-            | ErrorKind::ConnectionAborted => LinkError::Closed { peer },
-            _ => LinkError::Io { peer, source },
-        }
+            | ErrorKind::ConnectionAborted => Fault::Closed,
+            _ => Fault::Io(source),
+        })
     }
 }
 
@@ -271,15 +237,15 @@ mod tests {
     #[tokio::test]
     async fn garbage_is_an_error_that_names_the_peer() {
         let http = receive(b"GET / HTTP/1.1\r\n\r\n").await;
-        assert!(matches!(http, LinkError::TooLong { .. }), "{http}");
+        assert!(matches!(http.fault, Fault::TooLong), "{http}");
         let huge = receive(&[0xff; 64]).await;
-        assert!(matches!(huge, LinkError::TooLong { .. }), "{huge}");
+        assert!(matches!(huge.fault, Fault::TooLong), "{huge}");
         let text = receive(b"\0\0\0\x05hello").await;
-        assert!(matches!(&text, LinkError::Garbage { length: 5, .. }), "{text}");
+        assert!(matches!(text.fault, Fault::Garbage { length: 5, .. }), "{text}");
         assert!(text.to_string().starts_with("peer 7: "), "{text}");
         let cut = receive(b"\0\0\0\x05hel").await;
-        assert!(matches!(cut, LinkError::Closed { .. } | LinkError::Io { .. }), "{cut}");
-        assert!(matches!(receive(b"").await, LinkError::Closed { .. }));
+        assert!(matches!(cut.fault, Fault::Closed | Fault::Io(_)), "{cut}");
+        assert!(matches!(receive(b"").await.fault, Fault::Closed));
     }
 
     #[tokio::test]
@@ -291,12 +257,12 @@ mod tests {
         deep.extend(std::iter::repeat_n(0x91_u8, 500_000));
         let mut frame = u32::try_from(deep.len()).unwrap().to_be_bytes().to_vec();
         frame.extend(&deep);
-        assert!(matches!(receive(&frame).await, LinkError::Garbage { .. }));
+        assert!(matches!(receive(&frame).await.fault, Fault::Garbage { .. }));
         // A call whose arguments claim to be four billion.
         let body = b"\x81\xa3Ask\x82\xa2id\x01\xa3ask\x81\xa4Rank\x92\0\x81\xa4Call\x84\xa6method\xa1m\xa4args\xdd\xff\xff\xff\xff";
         let mut frame = u32::try_from(body.len()).unwrap().to_be_bytes().to_vec();
         frame.extend(body);
-        assert!(matches!(receive(&frame).await, LinkError::Garbage { .. }));
+        assert!(matches!(receive(&frame).await.fault, Fault::Garbage { .. }));
     }
 
     #[tokio::test]

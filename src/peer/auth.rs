@@ -122,20 +122,19 @@ fn proof(token: &Token, side: Side, follower: &[u8], leader: &[u8]) -> blake3::H
 ///
 /// # Errors
 /// [`AuthError`]; the stream is of no use any more.
-pub async fn authenticate<S>(stream: &mut S, side: Side, token: &Token) -> Result<(), AuthError>
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-{
-    match timeout(LIMIT, exchange(stream, side, token)).await {
-        Ok(result) => result,
-        Err(_) => Err(AuthError::Slow),
-    }
+pub async fn authenticate(
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    side: Side,
+    token: &Token,
+) -> Result<(), AuthError> {
+    timeout(LIMIT, exchange(stream, side, token)).await.unwrap_or(Err(AuthError::Slow))
 }
 
-async fn exchange<S>(stream: &mut S, side: Side, token: &Token) -> Result<(), AuthError>
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-{
+async fn exchange(
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    side: Side,
+    token: &Token,
+) -> Result<(), AuthError> {
     let ours = opening(side);
     if side.connects() {
         stream.write_all(&ours).await?;

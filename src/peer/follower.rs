@@ -16,6 +16,7 @@ use super::leader::{WORD_PERIOD, resolve};
 use super::registry::missing_text;
 use super::stream::set_options;
 use crate::exit_code;
+use crate::log_limit::LogLimit;
 use crate::token::Token;
 
 /// Limit for a connection to be made.
@@ -24,6 +25,8 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 /// The same trouble is logged again after this long.
 const REPEAT: Duration = Duration::from_secs(30);
+/// Kinds of trouble that are told apart in that time.
+const TROUBLES: usize = 16;
 /// A leader that says nothing for this long is gone.
 const SILENCE: Duration = Duration::from_secs(4 * WORD_PERIOD.as_secs());
 /// Ranks that are held by another node are asked for again, for this long: its connection may be dead.
@@ -132,7 +135,7 @@ impl Finder {
         let began = Instant::now();
         let mut pause = BACKOFF.0;
         let mut last = String::from("not tried");
-        let mut logged: Option<(String, Instant)> = None;
+        let mut logged = LogLimit::new(REPEAT, TROUBLES);
         let mut held_since: Option<Instant> = None;
         let leader = self.leader.clone();
         loop {
@@ -164,11 +167,8 @@ impl Finder {
                 Err(Trouble::Again(reason) | Trouble::Refused(reason) | Trouble::Over(_, reason)) => reason,
             };
             self.tell(&reason, false);
-            let now = Instant::now();
-            let fresh = logged.as_ref().is_none_or(|(text, at)| *text != reason || now >= *at + REPEAT);
-            if fresh {
+            if logged.admit(reason.clone()).is_some() {
                 info!("waiting for the leader at {}: {reason}", self.leader);
-                logged = Some((reason.clone(), now));
             }
             last = reason;
             if began.elapsed() + pause >= limit {

@@ -17,12 +17,16 @@ fn invalid(text: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, text)
 }
 
+fn late(text: String) -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, text)
+}
+
 /// Writes a frame within `limit`.
-pub(super) async fn write<S, T>(stream: &mut S, value: &T, limit: Duration) -> io::Result<()>
-where
-    S: AsyncWrite + Unpin,
-    T: Serialize,
-{
+pub(super) async fn write(
+    stream: &mut (impl AsyncWrite + Unpin),
+    value: &impl Serialize,
+    limit: Duration,
+) -> io::Result<()> {
     let body = rmp_serde::to_vec_named(value).map_err(|error| invalid(error.to_string()))?;
     let length = u32::try_from(body.len()).unwrap_or(u32::MAX);
     if length > LONGEST {
@@ -30,10 +34,7 @@ where
     }
     let mut frame = length.to_be_bytes().to_vec();
     frame.extend_from_slice(&body);
-    match timeout(limit, stream.write_all(&frame)).await {
-        Ok(written) => written,
-        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("not read within {limit:?}"))),
-    }
+    timeout(limit, stream.write_all(&frame)).await.map_err(|_| late(format!("not read within {limit:?}")))?
 }
 
 /// Reads a frame within `limit`. Not to be called again when it was given up.
@@ -51,10 +52,7 @@ where
         stream.read_exact(&mut body).await?;
         msgpack::decode(&body).map_err(|error| invalid(error.to_string()))
     };
-    match timeout(limit, frame).await {
-        Ok(read) => read,
-        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("nothing for {limit:?}"))),
-    }
+    timeout(limit, frame).await.map_err(|_| late(format!("nothing for {limit:?}")))?
 }
 
 /// For `crate::fuzz`: the first frame of a follower, and the words of a leader.

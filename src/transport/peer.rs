@@ -1,7 +1,6 @@
 //! The two halves of a connecting socket.
 
 use std::collections::VecDeque;
-use std::fmt;
 use std::io::{self, IoSlice};
 use std::sync::Arc;
 
@@ -23,6 +22,7 @@ const MIN_READ: usize = 512;
 const MAX_READ: usize = 128 * 1024;
 
 /// The reading half of a connecting socket.
+#[derive(Debug)]
 pub struct PeerReceiver {
     address: String,
     stream: Either<tcp::OwnedReadHalf, unix::OwnedReadHalf>,
@@ -33,6 +33,7 @@ pub struct PeerReceiver {
 }
 
 /// The writing half of a connecting socket. `send` returns when the kernel has the bytes.
+#[derive(Debug)]
 pub struct PeerSender {
     address: String,
     stream: Arc<WriteHalf>,
@@ -41,18 +42,6 @@ pub struct PeerSender {
     /// What comes before `tail`.
     chunks: VecDeque<Bytes>,
     queued: usize,
-}
-
-impl fmt::Debug for PeerReceiver {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("PeerReceiver").field(&self.address).finish()
-    }
-}
-
-impl fmt::Debug for PeerSender {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("PeerSender").field(&self.address).finish()
-    }
 }
 
 impl PeerReceiver {
@@ -232,6 +221,7 @@ impl PeerSender {
     }
 }
 
+#[derive(Debug)]
 pub(super) enum WriteHalf {
     Tcp(tcp::OwnedWriteHalf),
     Unix(unix::OwnedWriteHalf),

@@ -16,7 +16,7 @@ use crate::driver::handles::{
     About, Delivery, EdgeAsk, EdgeNote, Envelope, GetState, HandleError, LinkAsk, NodeAsk, NodeEvent,
     NodeState, RankAsk, RankEvent, RankSnapshot, ReplyTo, Slots, decode, encode,
 };
-use crate::link::codec::{LinkError, LinkStream, Wire, frame};
+use crate::link::codec::{Fault, LinkError, LinkStream, Wire, frame};
 use crate::link::mutation::{self, Mutation};
 use crate::link::wire::{FromNode, LINK_VERSION, ToNode};
 
@@ -109,11 +109,7 @@ impl Task {
                     None => links_open = false,
                 },
                 message = receive(&mut self.connection) => {
-                    let handled = match message {
-                        Ok(message) => self.message(message),
-                        Err(error) => Err(error),
-                    };
-                    if let Err(error) = handled {
+                    if let Err(error) = message.and_then(|message| self.message(message)) {
                         self.disconnected(&error);
                     }
                 }
@@ -144,7 +140,7 @@ impl Task {
     fn connected(&mut self, stream: LinkStream) {
         if self.connection.is_some() {
             let peer = stream.peer().to_owned();
-            self.disconnected(&LinkError::Closed { peer });
+            self.disconnected(&LinkError { peer, fault: Fault::Closed });
         }
         let now = Instant::now();
         let mut wire = Wire::new(stream);
@@ -169,6 +165,10 @@ impl Task {
         for id in earlier {
             self.send(id);
         }
+    }
+
+    fn error(&self, fault: Fault) -> LinkError {
+        LinkError { peer: self.options.name.clone(), fault }
     }
 
     fn disconnected(&mut self, error: &LinkError) {
@@ -199,8 +199,7 @@ impl Task {
 
     /// The process at the other end is dead.
     fn gone(&mut self, reason: &str) {
-        let peer = self.options.name.clone();
-        self.disconnected(&LinkError::Closed { peer });
+        self.disconnected(&self.error(Fault::Closed));
         self.held.clear();
         for publish in self.snapshots.values() {
             publish.send_modify(|snapshot| {
@@ -253,7 +252,7 @@ impl Task {
         let keepalive = self.options.keepalive;
         if let Some(connection) = &mut self.connection {
             if now - connection.heard >= keepalive.dead {
-                let error = LinkError::Silent { peer: connection.wire.peer(), limit: keepalive.dead };
+                let error = connection.wire.error(Fault::Silent(keepalive.dead));
                 self.disconnected(&error);
             } else if now - connection.said >= keepalive.ping
                 && connection.wire.waiting() == 0
@@ -360,14 +359,11 @@ impl Task {
                 connection.greeted = true;
                 Ok(())
             }
-            FromNode::Hello { version } => {
-                Err(LinkError::Version { peer: connection.wire.peer(), theirs: version })
+            FromNode::Hello { version } => Err(connection.wire.error(Fault::Version(version))),
+            _ if !connection.greeted => {
+                let fault = Fault::Unexpected { expected: "a greeting", got: "another message" };
+                Err(connection.wire.error(fault))
             }
-            _ if !connection.greeted => Err(LinkError::Unexpected {
-                peer: connection.wire.peer(),
-                expected: "a greeting",
-                got: "another message",
-            }),
             FromNode::Pong => {
                 if let Some(sent) = connection.pinged.take() {
                     self.publish.send_modify(|status| status.rtt = Some(sent.elapsed()));
@@ -388,18 +384,17 @@ impl Task {
 
     /// The first answer on a connection: what was missed is reported.
     fn state(&mut self, result: Result<Bytes, String>) -> Result<(), LinkError> {
-        let peer = self.options.name.clone();
         let state = result.and_then(|state| decode::<NodeState>(&state));
         let mut state = state.map_err(|error| {
             tracing::warn!(error, "the state behind a link");
-            LinkError::Unexpected { peer: peer.clone(), expected: "its state", got: "an error" }
+            self.error(Fault::Unexpected { expected: "its state", got: "an error" })
         })?;
         if let Some(wanted) = &self.options.about
             && state.about.as_ref() != Some(wanted)
         {
             let about = state.about.unwrap_or_else(|| "something unknown".to_owned());
             self.publish.send_modify(|status| status.stranger = true);
-            return Err(LinkError::Stranger { peer, about, wanted: wanted.clone() });
+            return Err(self.error(Fault::Stranger { about, wanted: wanted.clone() }));
         }
         for (rank, publish) in &self.snapshots {
             let snapshot = state.ranks.get(rank).map(|known| known.snapshot.clone()).unwrap_or_default();
@@ -422,7 +417,7 @@ impl Task {
         }
         self.view = state;
         self.report(NodeEvent::Connected(Box::new((*told).clone())))?;
-        tracing::debug!(peer, "link made");
+        tracing::debug!(peer = self.options.name, "link made");
         self.publish.send_modify(|status| {
             status.connected = true;
             status.stranger = false;
@@ -445,7 +440,7 @@ impl Task {
     fn event(&mut self, event: NodeEvent) -> Result<(), LinkError> {
         if self.outbox.len() >= MAX_EVENTS && !event.can_be_spared() {
             // Not applied: it is reported with the state of the next connection.
-            return Err(LinkError::Overflow { peer: self.options.name.clone(), what: "events" });
+            return Err(self.error(Fault::Overflow("events")));
         }
         self.view.apply_event(&event);
         match event {
@@ -475,7 +470,7 @@ impl Task {
         if event.can_be_spared() {
             return Ok(());
         }
-        Err(LinkError::Overflow { peer: self.options.name.clone(), what: "events" })
+        Err(self.error(Fault::Overflow("events")))
     }
 }
 

@@ -17,7 +17,7 @@ use crate::driver::handles::{
     CloseRoutes, Envelope, HandleError, HeldCall, LinkAsk, NodeAsk, NodeEvent, NodeState, RankAsk,
     RankSnapshot, Release, ReplyTo, StageState, Verdict, decode, encode,
 };
-use crate::link::codec::{LinkError, LinkStream, Wire, frame};
+use crate::link::codec::{Fault, LinkError, LinkStream, Wire, frame};
 use crate::link::mutation::{self, Mutation};
 use crate::link::wire::{FromNode, LINK_VERSION, ToNode};
 
@@ -134,11 +134,7 @@ impl Task {
                 },
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => self.timeout(),
                 message = receive(&mut self.connection) => {
-                    let handled = match message {
-                        Ok(message) => self.message(message),
-                        Err(error) => Err(error),
-                    };
-                    if let Err(error) = handled {
+                    if let Err(error) = message.and_then(|message| self.message(message)) {
                         self.disconnected(&error);
                     }
                 }
@@ -197,8 +193,7 @@ impl Task {
         if let Some(connection) = &self.connection
             && now - connection.heard >= self.options.keepalive.dead
         {
-            let error =
-                LinkError::Silent { peer: connection.wire.peer(), limit: self.options.keepalive.dead };
+            let error = connection.wire.error(Fault::Silent(self.options.keepalive.dead));
             self.disconnected(&error);
         }
         if self.listener().is_none() {
@@ -228,20 +223,19 @@ impl Task {
                 Ok(())
             }
             (_, ToNode::Hello { version, .. }) => {
-                let peer = connection.wire.peer();
+                let error = connection.wire.error(Fault::Version(version));
                 // It learns our version, which is the last that it hears.
                 self.push(&FromNode::Hello { version: LINK_VERSION });
                 if let Some(mut refused) = self.connection.take() {
                     self.alone_since = Instant::now();
                     self.options.tracker.spawn(async move { refused.wire.finish(LAST_FLUSH).await });
                 }
-                Err(LinkError::Version { peer, theirs: version })
+                Err(error)
             }
-            (None, _) => Err(LinkError::Unexpected {
-                peer: connection.wire.peer(),
-                expected: "a greeting",
-                got: "another message",
-            }),
+            (None, _) => {
+                let fault = Fault::Unexpected { expected: "a greeting", got: "another message" };
+                Err(connection.wire.error(fault))
+            }
             (Some(_), ToNode::Ping) => {
                 self.push(&FromNode::Pong);
                 Ok(())
@@ -292,7 +286,7 @@ impl Task {
             return;
         }
         if waiting >= FULL {
-            let error = LinkError::Overflow { peer: connection.wire.peer(), what: "events" };
+            let error = connection.wire.error(Fault::Overflow("events"));
             return self.disconnected(&error);
         }
         match frame(&FromNode::Event(event)) {
