@@ -7,7 +7,7 @@ use dp_sidecar_protocol::EngineIndex;
 use tokio::sync::watch;
 
 use super::Run;
-use super::drain::{DrainError, Drained};
+use super::drain::Drained;
 use super::nodes::Gathered;
 use super::runtime::Answers;
 use super::updates;
@@ -64,14 +64,12 @@ impl Answers for Handles {
             Command::UpdateAbort => updates::abort(&self.updates).await?,
             Command::Pause { mode, deadline_ms } => {
                 let deadline = deadline_ms.map_or(self.run.config.pause_deadline, Duration::from_millis);
-                self.control.pause(mode, deadline, PATIENCE).await.map_err(control_error)?;
+                self.control.pause(mode, deadline, PATIENCE).await?;
             }
-            Command::Drain => {
-                self.drained.begin(&self.control, &self.ranks, PATIENCE).await.map_err(drain_error)?;
-            }
+            Command::Drain => self.drained.begin(&self.control, &self.ranks, PATIENCE).await?,
             Command::Resume => {
-                if !self.drained.end(&self.ranks).await.map_err(drain_error)? {
-                    self.control.resume(PATIENCE).await.map_err(control_error)?;
+                if !self.drained.end(&self.ranks).await? {
+                    self.control.resume(PATIENCE).await?;
                 }
             }
             Command::FrontendAdd { address } => {
@@ -99,30 +97,25 @@ impl Handles {
         let commands = &self.attachments.commands;
         let done = ask(commands, "attachment", what, LOCAL_ANSWER, command).await;
         done.map_err(|error| match error {
-            HandleError::Gone { .. } => unavailable(),
+            HandleError::Gone { .. } => stopping(),
             HandleError::Deadline { .. } => AdminError::new(ErrorKind::Timeout, error.to_string()),
             HandleError::Failed(text) => AdminError::new(ErrorKind::Failed, &*text),
         })
     }
 }
 
-fn unavailable() -> AdminError {
+pub(super) fn stopping() -> AdminError {
     AdminError::new(ErrorKind::Unavailable, "the sidecar is stopping")
 }
 
-fn drain_error(error: DrainError) -> AdminError {
-    match error {
-        DrainError::Control(error) => control_error(error),
-        DrainError::Ranks(error) => AdminError::new(ErrorKind::Failed, error.to_string()),
+impl From<ControlError> for AdminError {
+    fn from(error: ControlError) -> Self {
+        let kind = match &error {
+            ControlError::Busy { .. } => ErrorKind::Busy,
+            ControlError::Incomplete { .. } => ErrorKind::Unavailable,
+            ControlError::Ranks { .. } => ErrorKind::Failed,
+            ControlError::Gone => return stopping(),
+        };
+        Self::new(kind, error.to_string())
     }
-}
-
-fn control_error(error: ControlError) -> AdminError {
-    let kind = match &error {
-        ControlError::Busy { .. } => ErrorKind::Busy,
-        ControlError::Incomplete { .. } => ErrorKind::Unavailable,
-        ControlError::Ranks { .. } => ErrorKind::Failed,
-        ControlError::Gone => return unavailable(),
-    };
-    AdminError::new(kind, error.to_string())
 }

@@ -7,7 +7,8 @@ use parking_lot::Mutex;
 use tokio::time::{Instant, timeout_at};
 use tracing::{debug, info, trace, warn};
 
-use crate::driver::control::{ControlError, ControlGuard, ControlHandle};
+use crate::api::{AdminError, ErrorKind};
+use crate::driver::control::{ControlGuard, ControlHandle};
 use crate::driver::handles::{Admission, HandleError, RankHandle};
 use crate::driver::rank::SNAPSHOT_LAG;
 use crate::link::server::SNAPSHOT_INTERVAL;
@@ -27,18 +28,18 @@ impl Drained {
         control: &ControlHandle,
         ranks: &[RankHandle],
         patience: Duration,
-    ) -> Result<(), DrainError> {
+    ) -> Result<(), AdminError> {
         if self.0.lock().is_some() {
             return Ok(());
         }
-        let guard = control.acquire("sidecar drain", patience).await.map_err(DrainError::Control)?;
+        let guard = control.acquire("sidecar drain", patience).await?;
         guard.doing("drained until `sidecar resume`");
         if let Err(error) = gates(ranks, false).await {
             if let Err(error) = gates(ranks, true).await {
                 warn!(%error, "a gate stays closed");
             }
             guard.release().await;
-            return Err(DrainError::Ranks(error));
+            return Err(failed(&error));
         }
         settle().await;
         info!("drained: new requests are held until `sidecar resume`, or until the next sidecar takes over");
@@ -47,19 +48,24 @@ impl Drained {
     }
 
     /// Opens the gates again. False if there was no drain, or if the engines are paused besides.
-    pub(super) async fn end(&self, ranks: &[RankHandle]) -> Result<bool, DrainError> {
+    pub(super) async fn end(&self, ranks: &[RankHandle]) -> Result<bool, AdminError> {
         let Some(guard) = self.0.lock().take() else {
             return Ok(false);
         };
         let paused = guard.paused_by.is_some();
         if let Err(error) = gates(ranks, true).await {
             *self.0.lock() = Some(guard);
-            return Err(DrainError::Ranks(error));
+            return Err(failed(&error));
         }
         guard.release().await;
         info!("not drained any more");
         Ok(!paused)
     }
+}
+
+/// A rank does not answer.
+fn failed(error: &HandleError) -> AdminError {
+    AdminError::new(ErrorKind::Failed, error.to_string())
 }
 
 /// Waits until the ranks' numbers include what passed the gates just before they closed.
@@ -103,15 +109,6 @@ async fn changed(ranks: &[RankHandle], until: Instant) {
     if timeout_at(until.min(soon), any).await.is_err() {
         trace!("no rank changed");
     }
-}
-
-/// A drain cannot begin or end.
-#[derive(Debug)]
-pub(super) enum DrainError {
-    /// Somebody else has the engines.
-    Control(ControlError),
-    /// A rank does not answer.
-    Ranks(HandleError),
 }
 
 /// Opens or closes the gates for new requests.

@@ -45,7 +45,7 @@ impl Begun {
         let children = keeper.client.list().await.unwrap_or_default();
         let adopted = children.iter().any(|child| engine_rank(&child.name).is_some());
         let introduction = facts::introduction(&self.run.config, self.run.state.run_id()).await;
-        let (view, seen) = watch::channel(LeaderView::new());
+        let (view, seen) = watch::channel(LeaderView::default());
         let finder = Finder {
             leader: nodes.leader.clone(),
             token: nodes.token.clone(),

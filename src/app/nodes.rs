@@ -64,10 +64,6 @@ pub(super) struct Remote {
 }
 
 impl Remote {
-    pub(super) fn ranks(&self) -> Vec<EngineIndex> {
-        self.introduction.ranks()
-    }
-
     /// Tells the follower that the deployment stops.
     pub(super) async fn shutdown(&self) {
         if let Err(error) = self.handles.link.ask_within(SHUTDOWN, Shutdown {}).await {
@@ -105,7 +101,7 @@ pub(super) fn connect(
     let update = UpdateNode {
         id,
         name,
-        ranks: remote.ranks(),
+        ranks: remote.introduction.ranks(),
         stage: Some(remote.handles.stage.clone()),
         events: stage_events,
     };

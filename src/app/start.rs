@@ -89,7 +89,7 @@ pub(super) async fn start(
     let remotes: &[Remote] = gathered.as_ref().map_or(&[], |gathered| &gathered.remotes);
 
     let mut edges = vec![(own_ranks.clone(), local.relay.handles.edge.clone())];
-    edges.extend(remotes.iter().map(|remote| (remote.ranks(), remote.handles.edge.clone())));
+    edges.extend(remotes.iter().map(|remote| (remote.introduction.ranks(), remote.handles.edge.clone())));
     let first = |(ranks, edge): &(Vec<EngineIndex>, EdgeHandle)| Some((*ranks.first()?, edge.clone()));
     let edges_by_rank = edges.iter().filter_map(first).collect();
     let coordinator = coordinator::spawn(
@@ -151,7 +151,7 @@ pub(super) async fn start(
     let mut node_peers = BTreeMap::from([(THIS_NODE, this_node)]);
     for remote in remotes {
         let peers = NodePeers {
-            ranks: remote.ranks(),
+            ranks: remote.introduction.ranks(),
             handshake: remote.handles.handshake.clone(),
             processes: local.processes.as_ref().map(|_| remote.handles.processes.clone()),
         };

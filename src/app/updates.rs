@@ -2,6 +2,7 @@
 
 use dp_sidecar_protocol::machine::weight_update::Outcome;
 
+use super::commands::stopping;
 use crate::api::{AdminError, ErrorKind, Reply, Response, UNKNOWN, UpdateReport, WeightsStatus};
 use crate::driver::weight_update::{UpdateError, UpdateHandle, UpdateRun};
 
@@ -10,11 +11,11 @@ pub(super) async fn follow(
     run: Result<UpdateRun, UpdateError>,
     client: &Reply,
 ) -> Result<Response, AdminError> {
-    let mut run = run.map_err(failed)?;
+    let mut run = run?;
     while let Some(event) = run.events.recv().await {
         client.progress(event.into());
     }
-    let record = run.record().await.map_err(failed)?;
+    let record = run.record().await?;
     match record.outcome() {
         Outcome::RefusedBusy => Err(AdminError::new(ErrorKind::Busy, record.message)),
         _ => Ok(Response::Update(UpdateReport::from(&record))),
@@ -23,7 +24,7 @@ pub(super) async fn follow(
 
 /// Reports of the last updates.
 pub(super) async fn history(updates: &UpdateHandle, limit: usize) -> Result<Response, AdminError> {
-    let records = updates.history(limit).await.map_err(failed)?;
+    let records = updates.history(limit).await?;
     Ok(Response::Updates(records.iter().map(UpdateReport::from).collect()))
 }
 
@@ -32,13 +33,15 @@ pub(super) async fn abort(updates: &UpdateHandle) -> Result<(), AdminError> {
     if updates.status().running.is_none() {
         return Err(AdminError::new(ErrorKind::Unavailable, "no update is running"));
     }
-    updates.abort().await.map_err(failed)
+    Ok(updates.abort().await?)
 }
 
-fn failed(error: UpdateError) -> AdminError {
-    match error {
-        UpdateError::NotRunning { .. } => AdminError::new(ErrorKind::Unavailable, error.to_string()),
-        _ => AdminError::new(ErrorKind::Unavailable, "the sidecar is stopping"),
+impl From<UpdateError> for AdminError {
+    fn from(error: UpdateError) -> Self {
+        match error {
+            UpdateError::NotRunning { .. } => Self::new(ErrorKind::Unavailable, error.to_string()),
+            _ => stopping(),
+        }
     }
 }
 

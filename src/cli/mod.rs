@@ -25,7 +25,7 @@ use crate::config::LogFormat;
 use crate::driver::handles::GroupKind;
 use crate::exit_code;
 use crate::relay::Purpose;
-use crate::relay::process::{self, RelayConfig};
+use crate::relay::process;
 use crate::supervisor::keeper::{self, KeeperConfig};
 use crate::{tasks, telemetry};
 
@@ -87,7 +87,7 @@ fn relay(args: RelayArgs) -> u8 {
     };
     let ranks = args.start_rank..args.start_rank.saturating_add(args.ranks);
     let purpose = Purpose { ranks, frontend_slots: args.frontend_slots, kind };
-    match process::run(RelayConfig { state_dir: args.state_dir, purpose }) {
+    match process::run(&args.state_dir, &purpose) {
         Ok(()) => exit_code::OK,
         Err(error) => {
             tracing::error!(%error, "the relay process failed");

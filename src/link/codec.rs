@@ -179,6 +179,14 @@ impl Wire {
         decode(&frame).map_err(|detail| self.error(Fault::Garbage { length: frame.len(), detail }))
     }
 
+    /// The next message of `wire`; waits for ever while there is none. Cancel safe.
+    pub(super) async fn next_of<T: DeserializeOwned>(wire: Option<&mut Self>) -> Result<T, LinkError> {
+        match wire {
+            Some(wire) => wire.next().await,
+            None => std::future::pending().await,
+        }
+    }
+
     /// Writes what is queued, within a time limit.
     pub(super) async fn finish(&mut self, limit: Duration) -> Result<(), LinkError> {
         match tokio::time::timeout(limit, poll_fn(|cx| self.poll_write(cx))).await {

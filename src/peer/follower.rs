@@ -41,16 +41,9 @@ pub struct LeaderView {
     pub since: Instant,
 }
 
-impl LeaderView {
-    /// Not yet connected.
-    pub fn new() -> Self {
-        Self { state: "not connected yet".to_owned(), up: false, since: Instant::now() }
-    }
-}
-
 impl Default for LeaderView {
     fn default() -> Self {
-        Self::new()
+        Self { state: "not connected yet".to_owned(), up: false, since: Instant::now() }
     }
 }
 

@@ -68,7 +68,7 @@ impl Setup {
             token: token("the secret of all"),
             introduction,
             strict: true,
-            view: watch::Sender::new(LeaderView::new()),
+            view: watch::Sender::new(LeaderView::default()),
         }
     }
 

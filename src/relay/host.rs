@@ -329,12 +329,10 @@ impl Host {
             self.since = Instant::now();
             self.next_try = Instant::now() + RECONNECT;
             self.hopeless += 1;
+            let detail = status.detail.unwrap_or_default();
             if status.stranger {
-                let detail = status.detail.unwrap_or_default();
-                return self.stop(&detail, self.options.kill_grace).await;
-            }
-            if self.hopeless >= HOPELESS {
-                let detail = status.detail.unwrap_or_default();
+                self.stop(&detail, self.options.kill_grace).await;
+            } else if self.hopeless >= HOPELESS {
                 self.stop(&format!("it does not answer: {detail}"), Duration::ZERO).await;
             }
         }

@@ -1,7 +1,7 @@
 //! `sidecar relay`.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use dp_sidecar_protocol::EngineIndex;
@@ -31,15 +31,6 @@ const RANK_END: Duration = Duration::from_secs(5);
 /// For the other tasks to end.
 const TASKS_END: Duration = Duration::from_secs(2);
 
-/// How a relay process is started.
-#[derive(Clone, Debug)]
-pub struct RelayConfig {
-    /// The state directory.
-    pub state_dir: PathBuf,
-    /// What it is for.
-    pub purpose: Purpose,
-}
-
 /// The relay process cannot run.
 #[derive(Debug, Error)]
 pub enum RelayError {
@@ -58,29 +49,29 @@ pub enum RelayError {
 ///
 /// # Errors
 /// Its sockets or its runtime cannot be made.
-pub fn run(config: RelayConfig) -> Result<(), RelayError> {
+pub fn run(state_dir: &Path, purpose: &Purpose) -> Result<(), RelayError> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("relay").build();
     let runtime = runtime.map_err(RelayError::Runtime)?;
-    let result = runtime.block_on(serve(config));
+    let result = runtime.block_on(serve(state_dir, purpose));
     runtime.shutdown_timeout(TASKS_END);
     result
 }
 
-async fn serve(config: RelayConfig) -> Result<(), RelayError> {
+async fn serve(state_dir: &Path, purpose: &Purpose) -> Result<(), RelayError> {
     let mut terminate = signal(SignalKind::terminate()).map_err(RelayError::Runtime)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(RelayError::Runtime)?;
-    let path = socket(&config.state_dir);
+    let path = socket(state_dir);
     let listener = net::bind(&path).and_then(UnixListener::from_std);
     let listener = listener.map_err(|source| RelayError::Io { path, source })?;
     // Sockets of an earlier relay process have no owner: the keeper runs one at a time.
-    let ipc = config.state_dir.join(IPC);
+    let ipc = state_dir.join(IPC);
     files::absent_is_fine(std::fs::remove_dir_all(&ipc))
         .map_err(|source| RelayError::Io { path: ipc.clone(), source })?;
     let dir = PrivateDir::create(ipc)?;
     let tracker = TaskTracker::new();
     let (events, reported) = mpsc::channel(server::EVENTS);
     let (ranks_end, rank_tasks) = (CancellationToken::new(), TaskTracker::new());
-    let Purpose { ranks, frontend_slots, kind } = config.purpose.clone();
+    let Purpose { ranks, frontend_slots, kind } = purpose.clone();
     let ranks: Vec<RankHandle> = ranks
         .map(|r| {
             let rank_config = RankConfig {
@@ -97,10 +88,10 @@ async fn serve(config: RelayConfig) -> Result<(), RelayError> {
     let services =
         Services { ranks, edge: Some(edge.handle), edge_state: Some(edge.state), ..Services::default() };
     let options = ServerOptions {
-        initial: NodeState { about: Some(config.purpose.to_string()), ..NodeState::default() },
+        initial: NodeState { about: Some(purpose.to_string()), ..NodeState::default() },
         ..ServerOptions::new("the relay process", tracker.clone(), stop.clone())
     };
-    info!(pid = std::process::id(), purpose = %config.purpose, "relay process listens");
+    info!(pid = std::process::id(), %purpose, "relay process listens");
     let server = server::serve(options, streams, services, reported);
     let mut server = tokio::spawn(named(Task::RelayServer, server));
     let why = tokio::select! {
@@ -133,7 +124,7 @@ async fn serve(config: RelayConfig) -> Result<(), RelayError> {
         error!(tasks = tracker.len(), "tasks did not end in time");
     }
     transport::linger().await;
-    if let Err(error) = std::fs::remove_file(socket(&config.state_dir)) {
+    if let Err(error) = std::fs::remove_file(socket(state_dir)) {
         warn!(%error, "relay socket");
     }
     Ok(())

@@ -112,10 +112,7 @@ async fn open(
         super::check_socket_path(path.as_ref())?;
         Target::Ipc(path.into())
     } else {
-        return Err(TransportError::Address {
-            address: address.to_owned(),
-            reason: "expected tcp://host:port or ipc://path".to_owned(),
-        });
+        return Err(TransportError::address(address, "expected tcp://host:port or ipc://path"));
     };
     let deadline = Instant::now() + limit;
     let late = |stage| TransportError::Timeout { address: address.to_owned(), stage, limit };
@@ -133,10 +130,7 @@ async fn open(
         Err(GreetError::Protocol(reason)) => {
             return Err(TransportError::Protocol { address: address.to_owned(), reason });
         }
-        Err(error) => {
-            let reason = error.to_string();
-            return Err(TransportError::Disconnected { address: address.to_owned(), reason });
-        }
+        Err(error) => return Err(TransportError::disconnected(address, error)),
     }
     let (reader, writer) = match stream {
         Either::Left(tcp) => {

@@ -1,10 +1,13 @@
 //! What can go wrong on a socket.
 
+use std::fmt::Display;
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use thiserror::Error;
+
+use super::paths::SUN_PATH_LIMIT;
 
 /// A socket did not do what it should. Each variant names the address.
 #[derive(Debug, Error)]
@@ -18,15 +21,13 @@ pub enum TransportError {
     },
     /// A unix socket path does not fit into `sun_path`.
     #[error(
-        "socket path {} has {length} bytes, the limit is {limit}: choose a shorter state directory",
+        "socket path {} has {length} bytes, the limit is {SUN_PATH_LIMIT}: choose a shorter state directory",
         path.display()
     )]
     PathTooLong {
         path: PathBuf,
         /// Its length in bytes.
         length: usize,
-        /// The most the kernel takes.
-        limit: usize,
     },
     /// A file or directory could not be prepared.
     #[error("cannot prepare {}: {source}", path.display())]
@@ -63,4 +64,18 @@ pub enum TransportError {
     /// The connection is closed.
     #[error("{address} is disconnected: {reason}")]
     Disconnected { address: String, reason: String },
+}
+
+impl TransportError {
+    pub(super) fn address(address: impl Display, reason: impl Display) -> Self {
+        Self::Address { address: address.to_string(), reason: reason.to_string() }
+    }
+
+    pub(super) fn bind(address: impl Display, error: impl Display) -> Self {
+        Self::Bind { address: address.to_string(), reason: error.to_string() }
+    }
+
+    pub(super) fn disconnected(address: impl Display, reason: impl Display) -> Self {
+        Self::Disconnected { address: address.to_string(), reason: reason.to_string() }
+    }
 }

@@ -21,7 +21,7 @@ use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
@@ -122,11 +122,10 @@ impl GuardedRouter {
     /// [`TransportError::InUse`] if the port is taken, [`TransportError::Bind`] otherwise.
     pub async fn bind(address: SocketAddr, limits: GuardLimits) -> Result<Self, TransportError> {
         let failed = |error: io::Error| {
-            let address = address.to_string();
             if error.kind() == io::ErrorKind::AddrInUse {
-                TransportError::InUse { address }
+                TransportError::InUse { address: address.to_string() }
             } else {
-                TransportError::Bind { address, reason: error.to_string() }
+                TransportError::bind(address, error)
             }
         };
         let listener = TcpListener::bind(address).await.map_err(failed)?;
@@ -274,12 +273,6 @@ async fn exchange(
         if due.is_none() && (!buffer.is_empty() || decoder.is_inside()) {
             due = Some(Instant::now() + limits.message);
         }
-        let late = async {
-            match due {
-                Some(due) => tokio::time::sleep_until(due).await,
-                None => std::future::pending().await,
-            }
-        };
         tokio::select! {
             read = reader.read_buf(&mut buffer) => match read {
                 Ok(0) | Err(_) if due.is_none() => return Ok(()),
@@ -294,7 +287,7 @@ async fn exchange(
                     Err(_) => return Err(format!("it does not read for {:?}", limits.message)),
                 }
             }
-            () = late => {
+            () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {
                 return Err(format!(
                     "expected the rest of a message within {:?}, it did not come",
                     limits.message

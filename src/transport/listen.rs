@@ -126,10 +126,8 @@ impl RouterSender {
         for frame in frames {
             message.push_back(frame);
         }
-        self.sender.send(message).await.map_err(|error| TransportError::Disconnected {
-            address: self.address.clone(),
-            reason: error.to_string(),
-        })
+        let sent = self.sender.send(message).await;
+        sent.map_err(|error| TransportError::disconnected(&self.address, error))
     }
 }
 
@@ -210,23 +208,14 @@ pub(super) async fn bind<S: Socket>(socket: &mut S, address: &str) -> Result<Str
     if let Some(path) = address.strip_prefix("ipc://") {
         // `ipc://*` panics in the crate, `ipc://@name` makes a file of that name.
         if !path.starts_with('/') {
-            return Err(TransportError::Address {
-                address: address.to_owned(),
-                reason: "expected an absolute path".to_owned(),
-            });
+            return Err(TransportError::address(address, "expected an absolute path"));
         }
         unlink_stale_socket(path.as_ref())?;
     } else if !address.starts_with("tcp://") || address.contains('*') {
-        return Err(TransportError::Address {
-            address: address.to_owned(),
-            reason: "expected tcp://address:port or ipc:///path".to_owned(),
-        });
+        return Err(TransportError::address(address, "expected tcp://address:port or ipc:///path"));
     }
-    socket
-        .bind(address)
-        .await
-        .map(|endpoint| endpoint.to_string())
-        .map_err(|error| TransportError::Bind { address: address.to_owned(), reason: error.to_string() })
+    let bound = socket.bind(address).await.map_err(|error| TransportError::bind(address, error))?;
+    Ok(bound.to_string())
 }
 
 async fn connection_error(address: &str, error: &ZmqError) {

@@ -52,10 +52,8 @@ impl PrivateDir {
     pub fn ipc_address(&self, file_name: &str) -> Result<String, TransportError> {
         let path = self.path.join(file_name);
         check_socket_path(&path)?;
-        path.to_str().map(|path| format!("ipc://{path}")).ok_or_else(|| TransportError::Address {
-            address: path.display().to_string(),
-            reason: "not valid UTF-8".to_owned(),
-        })
+        let text = path.to_str().ok_or_else(|| TransportError::address(path.display(), "not valid UTF-8"))?;
+        Ok(format!("ipc://{text}"))
     }
 }
 
@@ -66,7 +64,7 @@ impl PrivateDir {
 pub fn check_socket_path(path: &Path) -> Result<(), TransportError> {
     let length = path.as_os_str().len();
     if length > SUN_PATH_LIMIT {
-        return Err(TransportError::PathTooLong { path: path.to_owned(), length, limit: SUN_PATH_LIMIT });
+        return Err(TransportError::PathTooLong { path: path.to_owned(), length });
     }
     Ok(())
 }

@@ -97,7 +97,7 @@ impl PeerReceiver {
         }
         let room = self.buffer.capacity() - self.buffer.len();
         match self.stream.read_buf(&mut self.buffer).await {
-            Ok(0) => Err(self.disconnected("the peer closed the connection".to_owned())),
+            Ok(0) => Err(TransportError::disconnected(&self.address, "the peer closed the connection")),
             Ok(count) => {
                 if count == room {
                     self.chunk = (self.chunk * 2).min(MAX_READ);
@@ -106,12 +106,8 @@ impl PeerReceiver {
                 }
                 Ok(())
             }
-            Err(error) => Err(self.disconnected(error.to_string())),
+            Err(error) => Err(TransportError::disconnected(&self.address, error)),
         }
-    }
-
-    fn disconnected(&self, reason: String) -> TransportError {
-        TransportError::Disconnected { address: self.address.clone(), reason }
     }
 }
 
@@ -176,10 +172,12 @@ impl PeerSender {
                 count += 1;
             }
             let mut written = match self.stream.try_write_vectored(&slices[..count]) {
-                Ok(0) => return Err(self.disconnected("it closed its receiving side".to_owned())),
+                Ok(0) => {
+                    return Err(TransportError::disconnected(&self.address, "it closed its receiving side"));
+                }
                 Ok(written) => written,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
-                Err(error) => return Err(self.disconnected(error.to_string())),
+                Err(error) => return Err(TransportError::disconnected(&self.address, error)),
             };
             self.queued = self.queued.saturating_sub(written);
             while let Some(chunk) = self.chunks.front_mut() {
@@ -202,7 +200,7 @@ impl PeerSender {
     pub async fn flush(&mut self) -> Result<(), TransportError> {
         while !self.try_flush()? {
             let writable = self.stream.writable().await;
-            writable.map_err(|error| self.disconnected(error.to_string()))?;
+            writable.map_err(|error| TransportError::disconnected(&self.address, error))?;
         }
         Ok(())
     }
@@ -214,10 +212,6 @@ impl PeerSender {
             // An error shows again at the next flush.
             let _ = stream.writable().await;
         }
-    }
-
-    fn disconnected(&self, reason: String) -> TransportError {
-        TransportError::Disconnected { address: self.address.clone(), reason }
     }
 }
 

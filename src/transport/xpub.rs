@@ -5,7 +5,6 @@
 //! written by that connection's task.
 
 use std::io;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -93,15 +92,9 @@ impl XpubListener {
     /// As [`super::RouterListener::bind`].
     pub async fn bind(address: &str, send_timeout: Duration) -> Result<Self, TransportError> {
         let path = address.strip_prefix("ipc://").filter(|path| path.starts_with('/'));
-        let path = Path::new(path.ok_or_else(|| TransportError::Address {
-            address: address.to_owned(),
-            reason: "expected ipc:///path".to_owned(),
-        })?);
-        unlink_stale_socket(path)?;
-        let listener = UnixListener::bind(path).map_err(|error| TransportError::Bind {
-            address: address.to_owned(),
-            reason: error.to_string(),
-        })?;
+        let path = path.ok_or_else(|| TransportError::address(address, "expected ipc:///path"))?;
+        unlink_stale_socket(path.as_ref())?;
+        let listener = UnixListener::bind(path).map_err(|error| TransportError::bind(address, error))?;
         let stop = CancellationToken::new();
         let shared = Arc::new(Shared {
             address: address.to_owned(),
@@ -175,10 +168,7 @@ impl From<Frames> for Encoded {
 
 impl Shared {
     fn stuck(&self) -> TransportError {
-        TransportError::Disconnected {
-            address: self.address.clone(),
-            reason: "the subscriber does not read".to_owned(),
-        }
+        TransportError::disconnected(&self.address, "the subscriber does not read")
     }
 
     fn close(&self) {

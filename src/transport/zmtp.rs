@@ -80,20 +80,13 @@ pub fn check_ready(command: &[u8], expected_type: &str) -> Result<(), String> {
     if name != b"READY" {
         return Err(format!("command {:?}, expected READY", String::from_utf8_lossy(name)));
     }
-    while !rest.is_empty() {
-        let key = take(&mut rest, 1).ok_or("a READY that ends early")?;
-        let value = take(&mut rest, 4).ok_or("a READY that ends early")?;
-        if key.eq_ignore_ascii_case(b"Socket-Type") {
-            if value == expected_type.as_bytes() {
-                return Ok(());
-            }
-            return Err(format!(
-                "socket type {:?}, expected {expected_type}",
-                String::from_utf8_lossy(value)
-            ));
+    match property(command, "Socket-Type") {
+        Some(value) if value == expected_type.as_bytes() => Ok(()),
+        Some(value) => {
+            Err(format!("socket type {:?}, expected {expected_type}", String::from_utf8_lossy(value)))
         }
+        None => Err("a READY without Socket-Type".to_owned()),
     }
-    Err("a READY without Socket-Type".to_owned())
 }
 
 /// A property of the peer's READY.

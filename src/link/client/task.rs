@@ -108,7 +108,7 @@ impl Task {
                     Some(Link::Gone(reason)) => self.gone(&reason),
                     None => links_open = false,
                 },
-                message = receive(&mut self.connection) => {
+                message = Wire::next_of(self.connection.as_mut().map(|of| &mut of.wire)) => {
                     if let Err(error) = message.and_then(|message| self.message(message)) {
                         self.disconnected(&error);
                     }
@@ -471,13 +471,5 @@ impl Task {
             return Ok(());
         }
         Err(self.error(Fault::Overflow("events")))
-    }
-}
-
-/// The next message; waits for ever while there is no connection.
-async fn receive(connection: &mut Option<Connection>) -> Result<FromNode, LinkError> {
-    match connection {
-        Some(connection) => connection.wire.next().await,
-        None => std::future::pending().await,
     }
 }

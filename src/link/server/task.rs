@@ -133,7 +133,7 @@ impl Task {
                     None => streams_open = false,
                 },
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => self.timeout(),
-                message = receive(&mut self.connection) => {
+                message = Wire::next_of(self.connection.as_mut().map(|of| &mut of.wire)) => {
                     if let Err(error) = message.and_then(|message| self.message(message)) {
                         self.disconnected(&error);
                     }
@@ -498,13 +498,5 @@ impl Task {
         }
         state.stage = stage;
         state
-    }
-}
-
-/// The next message; waits for ever while there is no connection.
-async fn receive(connection: &mut Option<Connection>) -> Result<ToNode, LinkError> {
-    match connection {
-        Some(connection) => connection.wire.next().await,
-        None => std::future::pending().await,
     }
 }
