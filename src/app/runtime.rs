@@ -227,12 +227,9 @@ pub(super) fn ended_by(why: Why) -> RunEnd {
 }
 
 pub(super) async fn asked(outside: &mut watch::Receiver<Asked>) -> Why {
-    loop {
-        if let Some(why) = outside.borrow_and_update().why {
-            return why;
-        }
-        if outside.changed().await.is_err() {
-            return std::future::pending().await;
-        }
+    let asked = outside.wait_for(|asked| asked.why.is_some()).await.map(|asked| asked.why);
+    match asked {
+        Ok(Some(why)) => why,
+        _ => std::future::pending().await,
     }
 }

@@ -1,7 +1,6 @@
 //! What a node says about itself before anything is started, and how two nodes are compared.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -35,32 +34,13 @@ pub struct Introduction {
     pub unknown: BTreeSet<String>,
 }
 
-/// A value that is not the same on two nodes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Difference {
-    /// Which value.
-    pub name: String,
-    /// The leader's.
-    pub expected: Option<String>,
-    /// The other node's.
-    pub actual: Option<String>,
-}
-
-impl fmt::Display for Difference {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let text = |value: &Option<String>| match value {
-            None => "(not given)".to_owned(),
-            Some(value) if value.is_empty() => "(given)".to_owned(),
-            Some(value) => shortened(value),
-        };
-        write!(f, "{}: expected {}, found {}", self.name, text(&self.expected), text(&self.actual))
-    }
-}
-
-fn shortened(text: &str) -> String {
-    match text.char_indices().nth(SHOWN) {
-        Some((end, _)) => format!("{}...", &text[..end]),
-        None => text.to_owned(),
+/// A value in an error message.
+fn shown(value: Option<&String>) -> String {
+    let Some(value) = value else { return "(not given)".to_owned() };
+    match value.char_indices().nth(SHOWN) {
+        Some((end, _)) => format!("{}...", &value[..end]),
+        None if value.is_empty() => "(given)".to_owned(),
+        None => value.clone(),
     }
 }
 
@@ -79,19 +59,16 @@ impl Introduction {
         format!("node {} ({})", self.host, ranks_text(self.start_rank, self.size_local))
     }
 
-    /// All values in which `other` differs from this node, the leader.
-    pub fn differences(&self, other: &Self) -> Vec<Difference> {
+    /// All values in which `other` differs from this node, the leader, for people.
+    pub fn differences(&self, other: &Self) -> Vec<String> {
         let names: BTreeSet<&String> = self.values.keys().chain(other.values.keys()).collect();
         names
             .into_iter()
             .filter(|name| !self.unknown.contains(*name) && !other.unknown.contains(*name))
             .filter_map(|name| {
                 let (expected, actual) = (self.values.get(name), other.values.get(name));
-                (expected != actual).then(|| Difference {
-                    name: name.clone(),
-                    expected: expected.cloned(),
-                    actual: actual.cloned(),
-                })
+                (expected != actual)
+                    .then(|| format!("{name}: expected {}, found {}", shown(expected), shown(actual)))
             })
             .collect()
     }

@@ -60,8 +60,7 @@ impl Registry {
         connection: u64,
     ) -> Result<(), Refusal> {
         let who = format!("{} at {}", introduction.name(), peer.ip());
-        let mut faults: Vec<String> =
-            self.own.differences(&introduction).iter().map(ToString::to_string).collect();
+        let mut faults = self.own.differences(&introduction);
         if introduction.size_local == 0
             || u32::from(introduction.start_rank) + u32::from(introduction.size_local) > u32::from(self.size)
         {
