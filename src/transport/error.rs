@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use super::paths::SUN_PATH_LIMIT;
+/// Longest path of a unix socket: `sun_path` has 108 bytes, the last one is the terminating zero.
+pub(super) const SUN_PATH_LIMIT: usize = 107;
 
 /// A socket did not do what it should. Each variant names the address.
 #[derive(Debug, Error)]

@@ -7,9 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use super::TransportError;
-
-/// Longest path of a unix socket: `sun_path` has 108 bytes, the last one is the terminating zero.
-pub(super) const SUN_PATH_LIMIT: usize = 107;
+use super::error::SUN_PATH_LIMIT;
 
 /// A directory that only we may enter. Sockets without authentication live here.
 #[derive(Clone, Debug)]
