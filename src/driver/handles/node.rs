@@ -193,7 +193,11 @@ impl NodeState {
             NodeAsk::Rank(rank, ask) => self.rank(*rank).apply_ask(ask),
             NodeAsk::Edge(EdgeAsk::EdgePrepare(ask)) => {
                 let known = self.rank(ask.rank);
-                if known.edge.is_none_or(|edge| edge < ask.incarnation) {
+                // It may come after the preparation of a later life, which it is of no interest to: the two are asked
+                // of different tasks.
+                if known.prepared.is_none_or(|prepared| prepared <= ask.incarnation)
+                    && known.edge.is_none_or(|edge| edge < ask.incarnation)
+                {
                     known.edge = Some(ask.incarnation);
                     known.subscribed = false;
                     known.wave_report = None;
@@ -263,13 +267,13 @@ impl NodeState {
         }
     }
 
-    /// The engine that a command makes room for has registered already: only the answer is outstanding.
+    /// The engine that a command makes room for is there already: only the answer is outstanding.
     pub fn is_begun(&self, ask: &NodeAsk) -> bool {
         match ask {
-            NodeAsk::Rank(rank, RankAsk::Prepare(ask)) => self
-                .ranks
-                .get(rank)
-                .is_some_and(|known| known.prepared == Some(ask.incarnation) && known.registered.is_some()),
+            NodeAsk::Rank(rank, RankAsk::Prepare(ask)) => self.ranks.get(rank).is_some_and(|known| {
+                let there = known.registered.is_some() || known.subscribed;
+                known.prepared == Some(ask.incarnation) && there
+            }),
             _ => false,
         }
     }
@@ -390,9 +394,9 @@ impl NodeState {
                 let reason = reason.to_owned();
                 lost.push(NodeEvent::RouteLost(RouteLost { frontend, rank, api_server, reason }));
             }
+            known.edge = None;
             if let Some(incarnation) = known.prepared {
                 known.clear();
-                known.edge = None;
                 lost.push(NodeEvent::Rank(RankEvent::Lost { rank, incarnation, reason: reason.to_owned() }));
             }
         }
@@ -411,7 +415,7 @@ impl RankReport {
             {
                 self.clear();
                 self.prepared = Some(ask.incarnation);
-                // The two may come in any order: they are asked of different tasks.
+                // The coordinator's sockets may have been prepared before.
                 self.edge = self.edge.filter(|edge| *edge >= ask.incarnation);
             }
             RankAsk::EngineReady(ask) if self.prepared == Some(ask.incarnation) => {
