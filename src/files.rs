@@ -1,7 +1,9 @@
-//! Files that are replaced as a whole, and files that may be absent. Everything here blocks.
+//! Files that are replaced as a whole, files that may be absent, and files that say which process runs. Everything here
+//! blocks.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 /// What a file holds; `None` if there is no such file.
@@ -49,6 +51,18 @@ fn put(dir: &Path, name: &str, write: impl FnOnce(&mut File) -> io::Result<()>) 
         fs::remove_file(&temporary).ok();
     }
     result
+}
+
+/// Takes the lock on a private file, which then holds the pid of this process. `None`: another process has it.
+pub(crate) fn lock_with_pid(path: &Path) -> io::Result<Option<File>> {
+    let mut file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path)?;
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => return Ok(None),
+        locked => locked?,
+    }
+    file.set_len(0)?;
+    file.write_all(format!("{}\n", std::process::id()).as_bytes())?;
+    Ok(Some(file))
 }
 
 #[cfg(test)]

@@ -47,6 +47,7 @@ cfg_if! {
 }
 
 pub mod cli;
+mod duration;
 mod files;
 mod log_limit;
 mod msgpack;

@@ -1,7 +1,7 @@
 //! Where the weights of a state directory are in shared memory, and who has them: the one thing that the keeper and
 //! the staging area must agree on, because the keeper removes the segments when neither engines nor a sidecar are left.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -29,11 +29,8 @@ pub fn open_segment(path: &Path) -> io::Result<File> {
         .mode(0o600)
         .custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed())
         .open(path)?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(io::ErrorKind::WouldBlock.into()),
-        Err(TryLockError::Error(error)) => Err(error),
-    }
+    file.try_lock()?;
+    Ok(file)
 }
 
 /// Removes the segments of a state directory's run id, after a planned end or when neither engines nor a sidecar are

@@ -1,11 +1,13 @@
 //! The state directory: private, used by one sidecar at a time, with a run id of its own.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
+
+use crate::files;
 
 /// Lock of the running sidecar; holds its pid.
 pub const LOCK_FILE: &str = "lock";
@@ -77,7 +79,12 @@ impl StateDir {
             return Err(StateDirError::Foreign { path, owner: metadata.uid(), expected });
         }
         fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).map_err(io_error(&path))?;
-        let lock = take_lock(&path)?;
+        let lock_path = path.join(LOCK_FILE);
+        let Some(lock) = files::lock_with_pid(&lock_path).map_err(io_error(&lock_path))? else {
+            let pid = fs::read_to_string(&lock_path).unwrap_or_default();
+            let pid = Some(pid.trim()).filter(|pid| !pid.is_empty()).unwrap_or("unknown").to_owned();
+            return Err(StateDirError::InUse { path, pid });
+        };
         let id_path = path.join(RUN_ID_FILE);
         let run_id = match fs::read_to_string(&id_path) {
             Ok(text) if uuid::Uuid::parse_str(text.trim()).is_ok() => text.trim().to_owned(),
@@ -104,36 +111,6 @@ impl StateDir {
     pub fn admin_socket(path: &Path) -> PathBuf {
         path.join(ADMIN_SOCKET)
     }
-}
-
-fn take_lock(dir: &Path) -> Result<File, StateDirError> {
-    let path = dir.join(LOCK_FILE);
-    let io_error = |error| StateDirError::Io { path: path.clone(), error };
-    let mut lock = OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .read(true)
-        .write(true)
-        .mode(0o600)
-        .open(&path)
-        .map_err(io_error)?;
-    match lock.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => {
-            let mut pid = String::new();
-            let _ = lock.read_to_string(&mut pid);
-            let pid = match pid.trim() {
-                "" => "unknown".to_owned(),
-                pid => pid.to_owned(),
-            };
-            let path = dir.to_owned();
-            return Err(StateDirError::InUse { path, pid });
-        }
-        Err(TryLockError::Error(error)) => return Err(io_error(error)),
-    }
-    lock.set_len(0).map_err(io_error)?;
-    lock.write_all(format!("{}\n", std::process::id()).as_bytes()).map_err(io_error)?;
-    Ok(lock)
 }
 
 #[cfg(test)]

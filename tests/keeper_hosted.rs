@@ -82,7 +82,7 @@ impl Hosted {
 
     async fn status(&self) -> Option<Status> {
         let mut client = AdminClient::connect(&self.state()).await.ok()?;
-        match client.call(AdminCommand::Status, PATIENCE).await {
+        match client.call(AdminCommand::Status).await {
             Ok(Response::Status(status)) => Some(*status),
             _ => None,
         }
@@ -209,7 +209,7 @@ async fn the_stop_command_ends_it_as_sigterm_does() {
     let mut hosted = Hosted::start("").await;
     hosted.serving().await;
     let mut client = AdminClient::connect(&hosted.state()).await.unwrap();
-    let answer = client.call(AdminCommand::Stop, PATIENCE).await.unwrap();
+    let answer = client.call(AdminCommand::Stop).await.unwrap();
     assert_eq!(answer, Response::Done);
     let (code, stderr) = hosted.end().await;
     assert_eq!(code, Some(0), "{stderr}");

@@ -12,13 +12,15 @@ use tokio::time::timeout;
 use tokio_util::codec::{FramedRead, LinesCodec};
 
 use super::server::HEARTBEAT;
-use crate::api::{AdminError, Command, Request, Response, UpdateProgress, UpdateReport};
+use crate::api::{AdminError, Command, Request, Response, Status, UpdateProgress, UpdateReport};
 use crate::state_dir::StateDir;
 
 /// Longest answer line in bytes: the status of a large deployment.
 const ANSWER_LIMIT: usize = 8 * 1024 * 1024;
 /// How long a connection may take.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+/// How much longer an answer may take than the sidecar takes for it.
+const MARGIN: Duration = Duration::from_secs(5);
 /// Between two lines of an update; the sidecar repeats the last one every [`HEARTBEAT`].
 const SILENCE_LIMIT: Duration = HEARTBEAT.saturating_mul(6);
 
@@ -65,10 +67,18 @@ impl AdminClient {
         Ok(Self { answers: FramedRead::new(read, codec), requests })
     }
 
-    /// Gives a command and waits for its answer, at most `limit`.
-    pub async fn call(&mut self, command: Command, limit: Duration) -> Result<Response, ClientError> {
+    /// Gives a command and waits for its answer.
+    pub async fn call(&mut self, command: Command) -> Result<Response, ClientError> {
+        let limit = command.limit() + MARGIN;
         self.send(command).await?;
         self.receive(limit).await
+    }
+
+    pub async fn status(&mut self) -> Result<Status, ClientError> {
+        match self.call(Command::Status).await? {
+            Response::Status(status) => Ok(*status),
+            other => Err(unexpected(&other)),
+        }
     }
 
     /// Starts an update ([`Command::Update`]) or follows one, tells each step, and returns its report.

@@ -29,15 +29,8 @@ const REQUEST_LIMIT: usize = 64 * 1024;
 const IDLE_LIMIT: Duration = Duration::from_secs(60);
 /// How long a client may take to read an answer.
 const WRITE_LIMIT: Duration = Duration::from_secs(10);
-/// How long the sidecar may take for an answer that needs no engine.
+/// How long answers may take when the sidecar ends.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
-/// How long it may take to pause or resume all engines, on top of the pause's own deadline.
-const CONTROL_LIMIT: Duration = Duration::from_secs(180);
-/// Pause deadline assumed when the client leaves it to the sidecar.
-const PAUSE_LIMIT: Duration = Duration::from_secs(3600);
-/// How long an update may take. The transaction has limits of its own for each phase; this only
-/// keeps a connection from living for ever.
-const UPDATE_LIMIT: Duration = Duration::from_secs(24 * 3600);
 /// The last progress is repeated when nothing happened for this long, so that a client can tell a
 /// long phase from a dead sidecar.
 pub(super) const HEARTBEAT: Duration = Duration::from_secs(5);
@@ -140,7 +133,7 @@ impl Client {
         if let Err(error) = check(&command) {
             return self.send(&Response::Error(error)).await;
         }
-        let limit = limit_of(&command);
+        let limit = command.limit();
         let mut last = matches!(command, Command::Update(_) | Command::UpdateFollow { .. }).then(waiting);
         let until = Instant::now() + limit;
         let (command, mut answers) = AdminCommand::new(command);
@@ -202,24 +195,6 @@ fn waiting() -> UpdateProgress {
         done: 0,
         total: 0,
         event: None,
-    }
-}
-
-/// How long the answer may take.
-fn limit_of(command: &Command) -> Duration {
-    match command {
-        Command::Pause { deadline_ms, .. } => {
-            deadline_ms.map_or(PAUSE_LIMIT, Duration::from_millis).saturating_add(CONTROL_LIMIT)
-        }
-        Command::Resume | Command::Drain | Command::FrontendRemove { .. } => CONTROL_LIMIT,
-        Command::Update(_) | Command::UpdateFollow { .. } => UPDATE_LIMIT,
-        Command::Status
-        | Command::Version
-        | Command::FrontendAdd { .. }
-        | Command::FrontendList
-        | Command::UpdateAbort
-        | Command::UpdateHistory { .. }
-        | Command::Stop => ANSWER_LIMIT,
     }
 }
 

@@ -4,6 +4,8 @@
 //! A client sends one [`Request`]; the sidecar answers with one [`Response`], or, for an update, with any number of
 //! [`Response::Progress`] and then one last answer.
 
+use std::time::Duration;
+
 use dp_sidecar_protocol::UpdateId;
 use dp_sidecar_protocol::machine::weight_update::PauseMode;
 use serde::{Deserialize, Serialize};
@@ -13,6 +15,16 @@ use super::{FrontendStatus, Status, UpdateProgress, UpdateReport, UpdateRequest,
 
 /// Version of this protocol. The server refuses a request of another version.
 pub const ADMIN_PROTOCOL: u32 = 2;
+
+/// An answer that needs no engine.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// To pause or resume all engines, on top of the pause's own deadline.
+const CONTROL_LIMIT: Duration = Duration::from_secs(180);
+/// Pause deadline assumed when the client leaves it to the sidecar.
+const PAUSE_LIMIT: Duration = Duration::from_secs(3600);
+/// The transaction of an update has limits of its own for each phase; this only keeps a connection from living for
+/// ever.
+const UPDATE_LIMIT: Duration = Duration::from_secs(24 * 3600);
 
 /// What a client sends.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -75,6 +87,26 @@ pub enum Command {
     Drain,
     /// Stop the sidecar and everything it started.
     Stop,
+}
+
+impl Command {
+    /// How long the sidecar may take for its answer.
+    pub fn limit(&self) -> Duration {
+        match self {
+            Self::Pause { deadline_ms, .. } => {
+                deadline_ms.map_or(PAUSE_LIMIT, Duration::from_millis).saturating_add(CONTROL_LIMIT)
+            }
+            Self::Resume | Self::Drain | Self::FrontendRemove { .. } => CONTROL_LIMIT,
+            Self::Update(_) | Self::UpdateFollow { .. } => UPDATE_LIMIT,
+            Self::Status
+            | Self::Version
+            | Self::FrontendAdd { .. }
+            | Self::FrontendList
+            | Self::UpdateAbort
+            | Self::UpdateHistory { .. }
+            | Self::Stop => ANSWER_LIMIT,
+        }
+    }
 }
 
 /// What kind of refusal or failure an [`Response::Error`] is.

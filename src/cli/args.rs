@@ -4,13 +4,14 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Arg, Args, Parser, Subcommand};
 use dp_sidecar_protocol::machine::weight_update::PauseMode;
 
 use super::children::{KeeperArgs, RelayArgs};
-use super::values::{ModelKind, Source, parse_duration, parse_lora, parse_source, pause_mode};
+use super::values::{ModelKind, Source, parse_lora, parse_source, pause_mode};
 use crate::api::{AdapterChange, Retain};
 use crate::config::{Lifeline, LogFormat};
+use crate::duration;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -45,6 +46,9 @@ All options of `run`: sidecar run --help. Exit codes: sidecar --help.";
 
 const USAGE: &str = "sidecar [run] --dp-rank R [OPTIONS] [-- MODEL [VLLM FLAGS]...]
        sidecar <COMMAND> [OPTIONS]";
+
+/// The one option of `run` that is for a single command line.
+pub(super) const DRY_RUN: &str = "dry-run";
 
 /// The examples and the exit codes.
 fn long_help() -> String {
@@ -106,191 +110,145 @@ pub(super) enum Command {
 
 /// `sidecar run`.
 #[derive(Debug, Args)]
-#[command(override_usage = USAGE, after_help = EXAMPLES, after_long_help = long_help())]
+#[command(override_usage = USAGE, after_help = EXAMPLES, after_long_help = long_help(), mut_args = with_variable)]
 pub(super) struct RunArgs {
+    #[command(flatten, next_help_heading = "Deployment")]
+    pub deployment: DeploymentArgs,
+    #[command(flatten, next_help_heading = "Nodes")]
+    pub nodes: NodesArgs,
+    #[command(flatten, next_help_heading = "Frontends")]
+    pub frontends: FrontendsArgs,
+    #[command(flatten, next_help_heading = "Processes")]
+    pub processes: ProcessArgs,
+    #[command(flatten, next_help_heading = "Weights")]
+    pub weights: WeightArgs,
+    /// The model and vLLM's flags, unchanged. Without them the sidecar waits for engines that are started separately.
+    #[arg(last = true, value_name = "MODEL [VLLM FLAGS]")]
+    pub vllm: Vec<String>,
+}
+
+/// Every option of `run` can also be given as a variable: `SIDECAR_DP_RANK` for `--dp-rank`.
+fn with_variable(option: Arg) -> Arg {
+    match option.get_long() {
+        Some(name) if name != DRY_RUN => {
+            let variable = format!("SIDECAR_{}", name.to_uppercase().replace('-', "_"));
+            option.env(variable)
+        }
+        _ => option,
+    }
+}
+
+#[derive(Debug, Args)]
+pub(super) struct DeploymentArgs {
     /// First DP rank of this node (vLLM: --data-parallel-start-rank, -dpr).
-    #[arg(
-        long,
-        visible_alias = "data-parallel-start-rank",
-        env = "SIDECAR_DP_RANK",
-        value_name = "R",
-        help_heading = "Deployment"
-    )]
+    #[arg(long, visible_alias = "data-parallel-start-rank", value_name = "R")]
     pub dp_rank: Option<u16>,
 
     /// DP ranks of the whole deployment (-dp).
-    #[arg(
-        long,
-        env = "SIDECAR_DATA_PARALLEL_SIZE",
-        default_value_t = 1,
-        value_name = "N",
-        help_heading = "Deployment"
-    )]
+    #[arg(long, default_value_t = 1, value_name = "N")]
     pub data_parallel_size: u16,
 
     /// DP ranks of this node (-dpl); all, if this is the node of rank 0 and there is no --leader.
-    #[arg(long, env = "SIDECAR_DATA_PARALLEL_SIZE_LOCAL", value_name = "L", help_heading = "Deployment")]
+    #[arg(long, value_name = "L")]
     pub data_parallel_size_local: Option<u16>,
 
-    /// With several nodes: address at which the sidecar of rank 0 listens for the others.
-    #[arg(long, env = "SIDECAR_LEADER", value_name = "HOST:PORT", help_heading = "Nodes")]
-    pub leader: Option<String>,
-
-    /// File with the secret that all nodes of the deployment share, at least 16 bytes. Used for mutual
-    /// authentication; never sent over the network.
-    #[arg(long, env = "SIDECAR_AUTH_TOKEN_FILE", value_name = "FILE", help_heading = "Nodes")]
-    pub auth_token_file: Option<PathBuf>,
-
-    /// Accept uploads and updates over HTTP at this address, on the node of rank 0. Clients send the secret of
-    /// --auth-token-file as a bearer token; without that file only a loopback address is allowed. [default: off]
-    #[arg(long, env = "SIDECAR_HTTP", value_name = "HOST:PORT", help_heading = "Nodes")]
-    pub http: Option<String>,
-
-    /// Address at which other nodes reach this one. [default: that of its connection to the leader; on
-    /// the leader's node the host of --leader]
-    #[arg(long, env = "SIDECAR_PEER_ADDRESS", value_name = "IP", help_heading = "Nodes")]
-    pub peer_address: Option<IpAddr>,
-
-    /// How long engines keep running without a leader before their sidecar stops them and exits (exit code 7).
-    #[arg(
-        long,
-        env = "SIDECAR_LEADER_TIMEOUT",
-        default_value = "600s",
-        value_parser = parse_duration,
-        value_name = "TIME",
-        help_heading = "Nodes"
-    )]
-    pub leader_timeout: Duration,
-
     /// Handshake address for engines that are started separately (-dpa).
-    #[arg(
-        long,
-        env = "SIDECAR_DATA_PARALLEL_ADDRESS",
-        default_value = "127.0.0.1",
-        value_name = "ADDR",
-        help_heading = "Deployment"
-    )]
+    #[arg(long, default_value = "127.0.0.1", value_name = "ADDR")]
     pub data_parallel_address: String,
 
     /// Port of that address (-dpp).
-    #[arg(
-        long,
-        env = "SIDECAR_DATA_PARALLEL_RPC_PORT",
-        default_value_t = 29550,
-        value_name = "P",
-        help_heading = "Deployment"
-    )]
+    #[arg(long, default_value_t = 29550, value_name = "P")]
     pub data_parallel_rpc_port: u16,
 
     /// Whether the ranks are independent (dense) or step in lockstep (MoE). `auto` counts the
     /// experts in the model's configuration, as vLLM does.
-    #[arg(long, env = "SIDECAR_MODEL_KIND", value_enum, default_value_t, help_heading = "Deployment")]
+    #[arg(long, value_enum, default_value_t)]
     pub model_kind: ModelKind,
 
     /// Model whose configuration gives the kind, when the sidecar does not start the engines.
-    #[arg(long, env = "SIDECAR_MODEL", value_name = "PATH", help_heading = "Deployment")]
+    #[arg(long, value_name = "PATH")]
     pub model: Option<String>,
+}
 
+#[derive(Debug, Args)]
+pub(super) struct NodesArgs {
+    /// With several nodes: address at which the sidecar of rank 0 listens for the others.
+    #[arg(long, value_name = "HOST:PORT")]
+    pub leader: Option<String>,
+
+    /// File with the secret that all nodes of the deployment share, at least 16 bytes. Used for mutual
+    /// authentication; never sent over the network.
+    #[arg(long, value_name = "FILE")]
+    pub auth_token_file: Option<PathBuf>,
+
+    /// Accept uploads and updates over HTTP at this address, on the node of rank 0. Clients send the secret of
+    /// --auth-token-file as a bearer token; without that file only a loopback address is allowed. [default: off]
+    #[arg(long, value_name = "HOST:PORT")]
+    pub http: Option<String>,
+
+    /// Address at which other nodes reach this one. [default: that of its connection to the leader; on
+    /// the leader's node the host of --leader]
+    #[arg(long, value_name = "IP")]
+    pub peer_address: Option<IpAddr>,
+
+    /// How long engines keep running without a leader before their sidecar stops them and exits (exit code 7).
+    #[arg(long, default_value = "600s", value_parser = duration::parse, value_name = "TIME")]
+    pub leader_timeout: Duration,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct FrontendsArgs {
     /// Attach to the frontend with this handshake address as soon as it is reachable, and again whenever it
     /// comes back. Repeatable; at runtime: `sidecar frontend add`.
-    #[arg(
-        long,
-        env = "SIDECAR_FRONTEND",
-        value_name = "HOST:PORT",
-        value_delimiter = ',',
-        help_heading = "Frontends"
-    )]
+    #[arg(long, value_name = "HOST:PORT", value_delimiter = ',')]
     pub frontend: Vec<String>,
 
     /// Frontend API servers that can be attached at the same time.
-    #[arg(
-        long,
-        env = "SIDECAR_FRONTEND_SLOTS",
-        default_value_t = 8,
-        value_name = "K",
-        help_heading = "Frontends"
-    )]
+    #[arg(long, default_value_t = 8, value_name = "K")]
     pub frontend_slots: u32,
 
     /// Also start and supervise one frontend.
-    #[arg(long, env = "SIDECAR_SERVE", help_heading = "Frontends")]
+    #[arg(long)]
     pub serve: bool,
 
     /// HTTP port of that frontend.
-    #[arg(long, env = "SIDECAR_PORT", value_name = "PORT", requires = "serve", help_heading = "Frontends")]
+    #[arg(long, value_name = "PORT", requires = "serve")]
     pub port: Option<u16>,
 
     /// HTTP host of that frontend.
-    #[arg(long, env = "SIDECAR_HOST", value_name = "HOST", requires = "serve", help_heading = "Frontends")]
+    #[arg(long, value_name = "HOST", requires = "serve")]
     pub host: Option<String>,
 
     /// API server processes of that frontend (-asc).
-    #[arg(
-        long,
-        env = "SIDECAR_API_SERVER_COUNT",
-        value_name = "N",
-        requires = "serve",
-        help_heading = "Frontends"
-    )]
+    #[arg(long, value_name = "N", requires = "serve")]
     pub api_server_count: Option<u32>,
+}
 
+#[derive(Debug, Args)]
+pub(super) struct ProcessArgs {
     /// The vllm program.
-    #[arg(
-        long,
-        env = "SIDECAR_VLLM_BIN",
-        default_value = "vllm",
-        value_name = "PATH",
-        help_heading = "Processes"
-    )]
+    #[arg(long, default_value = "vllm", value_name = "PATH")]
     pub vllm_bin: PathBuf,
 
     /// Devices of this node, in order; by default those of CUDA_VISIBLE_DEVICES (HIP_, ROCR_), or
     /// all that NVML counts.
-    #[arg(long, env = "SIDECAR_DEVICE_IDS", value_name = "IDS", help_heading = "Processes")]
+    #[arg(long, value_name = "IDS")]
     pub device_ids: Option<String>,
 
     /// Time limit for the start of an engine.
-    #[arg(
-        long,
-        env = "SIDECAR_STARTUP_TIMEOUT",
-        default_value = "1800s",
-        value_parser = parse_duration,
-        value_name = "TIME",
-        help_heading = "Processes"
-    )]
+    #[arg(long, default_value = "1800s", value_parser = duration::parse, value_name = "TIME")]
     pub startup_timeout: Duration,
 
     /// How long running requests may take to finish when everything is stopped.
-    #[arg(
-        long,
-        env = "SIDECAR_SHUTDOWN_TIMEOUT",
-        default_value = "20s",
-        value_parser = parse_duration,
-        value_name = "TIME",
-        help_heading = "Processes"
-    )]
+    #[arg(long, default_value = "20s", value_parser = duration::parse, value_name = "TIME")]
     pub shutdown_timeout: Duration,
 
     /// Additional grace period before SIGKILL.
-    #[arg(
-        long,
-        env = "SIDECAR_KILL_GRACE",
-        default_value = "10s",
-        value_parser = parse_duration,
-        value_name = "TIME",
-        help_heading = "Processes"
-    )]
+    #[arg(long, default_value = "10s", value_parser = duration::parse, value_name = "TIME")]
     pub kill_grace: Duration,
 
     /// How long vLLM keeps running without a sidecar before it is stopped.
-    #[arg(
-        long,
-        env = "SIDECAR_ORPHAN_GRACE",
-        default_value = "60s",
-        value_parser = parse_duration,
-        value_name = "TIME",
-        help_heading = "Processes"
-    )]
+    #[arg(long, default_value = "60s", value_parser = duration::parse, value_name = "TIME")]
     pub orphan_grace: Duration,
 
     /// On SIGTERM or SIGINT exit without stopping anything else: engines, frontends and requests continue for
@@ -299,43 +257,47 @@ pub(super) struct RunArgs {
     /// New requests are held meanwhile, and running requests may finish before the sidecar exits, within
     /// --shutdown-timeout; those that take longer continue without it. `sidecar stop` and the end of the lifeline
     /// stop everything all the same. The exit code is 0.
-    #[arg(long, env = "SIDECAR_KEEP_ENGINES", help_heading = "Processes")]
+    #[arg(long)]
     pub keep_engines: bool,
 
     /// Restarts of a rank (of the group, for MoE) in a row before the sidecar gives up.
-    #[arg(
-        long,
-        env = "SIDECAR_MAX_RESTARTS",
-        default_value_t = 5,
-        value_name = "N",
-        help_heading = "Processes"
-    )]
+    #[arg(long, default_value_t = 5, value_name = "N")]
     pub max_restarts: u32,
 
     /// Stop as on SIGTERM when this pipe is closed (for ssh, Ray actors and other launchers).
-    #[arg(long, env = "SIDECAR_LIFELINE", value_enum, default_value_t, help_heading = "Processes")]
+    #[arg(long, value_enum, default_value_t)]
     pub lifeline: Lifeline,
 
+    /// Accept engines of a vLLM version that this sidecar was not tested with.
+    #[arg(long)]
+    pub allow_untested_vllm: bool,
+
+    /// Private directory for sockets, logs and the lock; subcommands find the sidecar by it.
+    /// [default: $XDG_RUNTIME_DIR/dp-sidecar/R, or /tmp/dp-sidecar-UID/R]
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+
+    /// How logs are written to stderr; RUST_LOG chooses what.
+    #[arg(long, value_enum, default_value_t)]
+    pub log_format: LogFormat,
+
+    /// Take the accelerators from this JSON file instead of NVML, for trying things out.
+    #[arg(long, hide = true, value_name = "FILE")]
+    pub accel_file: Option<PathBuf>,
+
+    /// Print what would be started and where each value comes from, and start nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct WeightArgs {
     /// How long a `wait` pause may take before running requests are aborted.
-    #[arg(
-        long,
-        env = "SIDECAR_PAUSE_DEADLINE",
-        default_value = "30s",
-        value_parser = parse_duration,
-        value_name = "TIME",
-        help_heading = "Weights"
-    )]
+    #[arg(long, default_value = "30s", value_parser = duration::parse, value_name = "TIME")]
     pub pause_deadline: Duration,
 
     /// How long engines may take to load the weights of an update; what has not answered then is restarted.
-    #[arg(
-        long,
-        env = "SIDECAR_LOAD_TIMEOUT",
-        default_value = "900s",
-        value_parser = parse_duration,
-        value_name = "TIME",
-        help_heading = "Weights"
-    )]
+    #[arg(long, default_value = "900s", value_parser = duration::parse, value_name = "TIME")]
     pub load_timeout: Duration,
 
     /// Allocate the shared memory for updates at the start: two segments as large as the model.
@@ -343,33 +305,8 @@ pub(super) struct RunArgs {
     /// Memory is several times slower the first time it is written. Without this flag the first two updates allocate
     /// it while they stage, and a node that never sees an update allocates none. With it, a lack of memory is
     /// reported at the start. The model's files must be on this node.
-    #[arg(long, env = "SIDECAR_PREFAULT", help_heading = "Weights")]
+    #[arg(long)]
     pub prefault: bool,
-
-    /// Accept engines of a vLLM version that this sidecar was not tested with.
-    #[arg(long, env = "SIDECAR_ALLOW_UNTESTED_VLLM", help_heading = "Processes")]
-    pub allow_untested_vllm: bool,
-
-    /// Private directory for sockets, logs and the lock; subcommands find the sidecar by it.
-    /// [default: $XDG_RUNTIME_DIR/dp-sidecar/R, or /tmp/dp-sidecar-UID/R]
-    #[arg(long, env = "SIDECAR_STATE_DIR", value_name = "DIR", help_heading = "Processes")]
-    pub state_dir: Option<PathBuf>,
-
-    /// How logs are written to stderr; RUST_LOG chooses what.
-    #[arg(long, env = "SIDECAR_LOG_FORMAT", value_enum, default_value_t, help_heading = "Processes")]
-    pub log_format: LogFormat,
-
-    /// Take the accelerators from this JSON file instead of NVML, for trying things out.
-    #[arg(long, env = "SIDECAR_ACCEL_FILE", hide = true, value_name = "FILE", help_heading = "Processes")]
-    pub accel_file: Option<PathBuf>,
-
-    /// Print what would be started and where each value comes from, and start nothing.
-    #[arg(long, help_heading = "Processes")]
-    pub dry_run: bool,
-
-    /// The model and vLLM's flags, unchanged. Without them the sidecar waits for engines that are started separately.
-    #[arg(last = true, value_name = "MODEL [VLLM FLAGS]")]
-    pub vllm: Vec<String>,
 }
 
 const DRAIN: &str = "\
@@ -387,7 +324,7 @@ hold stays in both cases.";
 #[derive(Debug, Args)]
 pub(super) struct DrainArgs {
     /// How long to wait for running requests.
-    #[arg(long, default_value = "600s", value_parser = parse_duration, value_name = "TIME")]
+    #[arg(long, default_value = "600s", value_parser = duration::parse, value_name = "TIME")]
     pub limit: Duration,
     #[command(flatten)]
     pub target: Target,
@@ -436,7 +373,7 @@ pub(super) struct UpdateArgs {
     #[arg(long, value_parser = pause_mode(), default_value_t)]
     pub mode: PauseMode,
     /// With `wait`: abort what still runs after this long. [default: as the sidecar was started]
-    #[arg(long, value_parser = parse_duration, value_name = "TIME")]
+    #[arg(long, value_parser = duration::parse, value_name = "TIME")]
     pub pause_deadline: Option<Duration>,
     /// Refuse unless the engines hold this version now.
     #[arg(long, value_name = "V")]
@@ -499,7 +436,7 @@ pub(super) struct PauseArgs {
     #[arg(long, value_parser = pause_mode(), default_value_t)]
     pub mode: PauseMode,
     /// With `wait`: abort what still runs after this long. [default: as the sidecar was started]
-    #[arg(long, value_parser = parse_duration, value_name = "TIME")]
+    #[arg(long, value_parser = duration::parse, value_name = "TIME")]
     pub pause_deadline: Option<Duration>,
     /// Which sidecar.
     #[command(flatten)]

@@ -1,21 +1,21 @@
 //! From the command line to a checked [`Config`]. Every check says what is wrong and what would be
 //! right; all of them end the program with exit code 2.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs};
+use std::net::{IpAddr, Ipv4Addr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
 use super::args::RunArgs;
 use super::values::ModelKind;
-use crate::config::devices::{self, DeviceError, Visible};
+use crate::config::devices::{self, DeviceError};
 use crate::config::model::{self, ModelError};
 use crate::config::{Config, Engines, Http, Nodes, Serve, check_host_port};
 use crate::driver::handles::GroupKind;
 use crate::state_dir::StateDir;
 use crate::supervisor::command::VllmLaunch;
 use crate::supervisor::environment;
-use crate::supervisor::flags::{FlagError, Managed, VllmFlags};
+use crate::supervisor::flags::{FlagError, VllmFlags};
 use crate::token::Token;
 
 /// vLLM's default HTTP port.
@@ -38,14 +38,19 @@ pub(super) enum UsageError {
     Model(#[from] ModelError),
 }
 
-fn check(ok: bool, text: impl FnOnce() -> String) -> Result<(), UsageError> {
+type Result<T> = std::result::Result<T, UsageError>;
+
+fn check(ok: bool, text: impl FnOnce() -> String) -> Result<()> {
     if ok { Ok(()) } else { Err(UsageError::Check(text())) }
 }
 
-/// What is asked of the surroundings, so that tests need not have them.
+fn refuse<T>(text: impl Into<String>) -> Result<T> {
+    Err(UsageError::Check(text.into()))
+}
+
+/// What the command line is checked against, besides itself: tests need not have it.
 #[derive(Debug)]
-pub(super) struct Surroundings {
-    /// The environment.
+pub(super) struct Environment {
     pub variables: Vec<(String, String)>,
     /// Number of devices NVML sees.
     pub nvml_count: u32,
@@ -55,152 +60,121 @@ pub(super) struct Surroundings {
     pub cwd: Option<PathBuf>,
 }
 
-impl Surroundings {
+impl Environment {
+    /// That of this process, on a machine with so many devices.
+    pub(super) fn own(nvml_count: u32) -> Self {
+        Self {
+            variables: environment::own(),
+            nvml_count,
+            // The path stays right when the binary is replaced by a newer one while it runs.
+            exe: std::env::current_exe().unwrap_or_else(|_| PathBuf::from("/proc/self/exe")),
+            cwd: std::env::current_dir().ok(),
+        }
+    }
+
     fn variable(&self, name: &str) -> Option<String> {
         self.variables.iter().find(|(key, _)| key == name).map(|(_, value)| value.clone())
+    }
+
+    fn absolute(&self, path: &Path) -> PathBuf {
+        self.cwd.as_ref().map_or_else(|| path.to_owned(), |cwd| cwd.join(path))
+    }
+
+    /// Where the state of a sidecar is.
+    pub(super) fn state_dir(&self, given: Option<&Path>, start_rank: u16) -> PathBuf {
+        match given {
+            Some(path) => self.absolute(path),
+            None => StateDir::default_path(self.variable("XDG_RUNTIME_DIR").as_deref(), start_rank),
+        }
     }
 }
 
 /// A checked configuration and what people should know about it.
 #[derive(Debug)]
 pub(super) struct Built {
-    /// The configuration.
     pub config: Config,
     /// Things that are allowed but probably not meant.
     pub notes: Vec<String>,
 }
 
 /// Checks the arguments and builds the configuration.
-pub(super) fn build(args: &RunArgs, surroundings: &Surroundings) -> Result<Built, UsageError> {
-    let mut notes = Vec::new();
+pub(super) fn build(args: &RunArgs, environment: &Environment) -> Result<Built> {
     let (start_rank, size, size_local) = ranks(args)?;
-    let nodes = nodes(args, start_rank, size, size_local, surroundings, &mut notes)?;
-    let http = http(args, start_rank, nodes.as_ref(), surroundings, &mut notes)?;
-    let address = resolve(&args.data_parallel_address)?;
-    check(args.data_parallel_rpc_port != 0, || {
+    let flags = if args.vllm.is_empty() { None } else { Some(VllmFlags::parse(&args.vllm)?) };
+    let mut checks = Checks { args, environment, flags, start_rank, size, size_local, notes: Vec::new() };
+    let nodes = checks.nodes()?;
+    let http = checks.http(nodes.as_ref())?;
+    let address = resolve(&args.deployment.data_parallel_address)?;
+    check(args.deployment.data_parallel_rpc_port != 0, || {
         "--data-parallel-rpc-port: expected a port above 0, because engines connect to it".to_owned()
     })?;
-    for frontend in &args.frontend {
-        check_host_port(frontend)
-            .map_err(|error| UsageError::Check(format!("--frontend {frontend:?}: {error}")))?;
+    for frontend in &args.frontends.frontend {
+        host_port("--frontend", frontend)?;
     }
-    check((1..=1024).contains(&args.frontend_slots), || {
-        format!("--frontend-slots {}: 1 to 1024 expected", args.frontend_slots)
+    check((1..=1024).contains(&args.frontends.frontend_slots), || {
+        format!("--frontend-slots {}: 1 to 1024 expected", args.frontends.frontend_slots)
     })?;
-    let state_dir = state_dir(args.state_dir.as_deref(), start_rank, surroundings);
-    let flags = if args.vllm.is_empty() { None } else { Some(VllmFlags::parse(&args.vllm)?) };
-    if let Some(flags) = &flags {
-        agree(flags, args, start_rank, size, size_local, address)?;
-    }
-    // One rank has nobody to step in lockstep with: vLLM starts an ordinary engine then.
-    let kind = if size == 1 { GroupKind::Independent } else { kind(args, flags.as_ref(), surroundings)? };
-    let serve = serve(args, flags.as_ref(), surroundings, &mut notes)?;
-    let prefault = prefault(args, flags.as_ref(), surroundings)?;
-    let engines = match flags {
-        None => Engines::Attach,
-        Some(flags) => {
-            let clean = environment::clean(surroundings.variables.clone());
-            if !clean.removed.is_empty() {
-                notes.push(format!("not passed on to vLLM: {}", clean.removed.join(", ")));
-            }
-            let visible = visible_devices(args, surroundings);
-            let devices =
-                devices::slices(visible.as_ref(), usize::from(size_local), flags.world_size as usize)?;
-            Engines::Spawn(VllmLaunch {
-                bin: args.vllm_bin.clone(),
-                model: flags.model,
-                common_flags: flags.common,
-                frontend_flags: flags.frontend,
-                env: clean.variables,
-                devices,
-                cwd: surroundings.cwd.clone(),
-            })
-        }
+    checks.agree(address)?;
+    let kind = checks.kind()?;
+    let serve = checks.serve()?;
+    let prefault = checks.prefault()?;
+    let engines = checks.engines()?;
+    let config = Config {
+        start_rank,
+        size,
+        size_local,
+        address,
+        rpc_port: args.deployment.data_parallel_rpc_port,
+        group_address: IpAddr::V4(Ipv4Addr::LOCALHOST),
+        kind,
+        frontends: args.frontends.frontend.clone(),
+        frontend_slots: args.frontends.frontend_slots,
+        serve,
+        engines,
+        state_dir: environment.state_dir(args.processes.state_dir.as_deref(), start_rank),
+        orphan_grace: args.processes.orphan_grace,
+        startup_timeout: args.processes.startup_timeout,
+        shutdown_timeout: args.processes.shutdown_timeout,
+        kill_grace: args.processes.kill_grace,
+        pause_deadline: args.weights.pause_deadline,
+        load_timeout: args.weights.load_timeout,
+        prefault,
+        allow_untested_vllm: args.processes.allow_untested_vllm,
+        max_restarts: args.processes.max_restarts,
+        keep_engines: args.processes.keep_engines,
+        nodes,
+        http,
+        lifeline: args.processes.lifeline,
+        accel_file: args.processes.accel_file.clone(),
+        exe: environment.exe.clone(),
     };
-    Ok(Built {
-        config: Config {
-            start_rank,
-            size,
-            size_local,
-            address,
-            rpc_port: args.data_parallel_rpc_port,
-            group_address: IpAddr::V4(Ipv4Addr::LOCALHOST),
-            kind,
-            frontends: args.frontend.clone(),
-            frontend_slots: args.frontend_slots,
-            serve,
-            engines,
-            state_dir,
-            orphan_grace: args.orphan_grace,
-            startup_timeout: args.startup_timeout,
-            shutdown_timeout: args.shutdown_timeout,
-            kill_grace: args.kill_grace,
-            pause_deadline: args.pause_deadline,
-            load_timeout: args.load_timeout,
-            prefault,
-            allow_untested_vllm: args.allow_untested_vllm,
-            max_restarts: args.max_restarts,
-            keep_engines: args.keep_engines,
-            nodes,
-            http,
-            lifeline: args.lifeline,
-            accel_file: args.accel_file.clone(),
-            exe: surroundings.exe.clone(),
-        },
-        notes,
-    })
-}
-
-/// Where the state of a sidecar is.
-pub(super) fn state_dir(given: Option<&Path>, start_rank: u16, surroundings: &Surroundings) -> PathBuf {
-    match given {
-        Some(path) => match &surroundings.cwd {
-            Some(cwd) => cwd.join(path),
-            None => path.to_owned(),
-        },
-        None => {
-            let runtime = surroundings.variable("XDG_RUNTIME_DIR");
-            StateDir::default_path(runtime.as_deref(), start_rank)
-        }
-    }
-}
-
-/// The devices this node may use.
-pub(super) fn visible_devices(args: &RunArgs, surroundings: &Surroundings) -> Option<Visible> {
-    devices::visible(
-        args.device_ids.as_deref(),
-        |name| surroundings.variable(name),
-        || surroundings.nvml_count,
-    )
+    Ok(Built { config, notes: checks.notes })
 }
 
 /// First rank, all ranks, ranks of this node. vLLM accepts most of what is refused here, and then
 /// hangs or starts the wrong ranks.
-fn ranks(args: &RunArgs) -> Result<(u16, u16, u16), UsageError> {
-    let Some(start) = args.dp_rank else {
-        return Err(UsageError::Check(
-            "--dp-rank is required: the first DP rank of this node (0 on the first node)".to_owned(),
-        ));
+fn ranks(args: &RunArgs) -> Result<(u16, u16, u16)> {
+    let Some(start) = args.deployment.dp_rank else {
+        return refuse("--dp-rank is required: the first DP rank of this node (0 on the first node)");
     };
-    let size = args.data_parallel_size;
+    let size = args.deployment.data_parallel_size;
     check(size > 0, || "--data-parallel-size 0: at least 1 expected".to_owned())?;
     check(start < size, || {
         format!("--dp-rank {start}: ranks are 0 to {} with --data-parallel-size {size}", size - 1)
     })?;
-    let local = match args.data_parallel_size_local {
+    let local = match args.deployment.data_parallel_size_local {
         Some(local) => local,
-        None if args.leader.is_some() => {
-            return Err(UsageError::Check(
-                "--data-parallel-size-local is required with --leader: the number of ranks on this node"
-                    .to_owned(),
-            ));
+        None if args.nodes.leader.is_some() => {
+            return refuse(
+                "--data-parallel-size-local is required with --leader: the number of ranks on this node",
+            );
         }
         None if start == 0 => size,
         None => {
-            return Err(UsageError::Check(format!(
+            return refuse(format!(
                 "--data-parallel-size-local is required with --dp-rank {start} (vLLM itself would \
                  silently start rank 0 and all others on this node)"
-            )));
+            ));
         }
     };
     check(local > 0, || "--data-parallel-size-local 0: expected at least 1".to_owned())?;
@@ -214,96 +188,11 @@ fn ranks(args: &RunArgs) -> Result<(u16, u16, u16), UsageError> {
     Ok((start, size, local))
 }
 
-/// Where the other nodes are.
-fn nodes(
-    args: &RunArgs,
-    start: u16,
-    size: u16,
-    local: u16,
-    surroundings: &Surroundings,
-    notes: &mut Vec<String>,
-) -> Result<Option<Nodes>, UsageError> {
-    if local == size {
-        if args.leader.is_some() {
-            notes.push(format!("--leader is not used: all {size} ranks are on this node"));
-        }
-        return Ok(None);
-    }
-    let here = format!("ranks {start} to {} of {size} are on this node", start + local - 1);
-    let Some(leader) = &args.leader else {
-        return Err(UsageError::Check(format!(
-            "--leader is required: HOST:PORT of the sidecar of rank 0, because only {here}"
-        )));
-    };
-    check_host_port(leader).map_err(|error| UsageError::Check(format!("--leader {leader:?}: {error}")))?;
-    let Some(file) = &args.auth_token_file else {
-        return Err(UsageError::Check(format!(
-            "--auth-token-file is required with --leader: a file with the deployment's secret, because {here}"
-        )));
-    };
-    if let Some(address) = args.peer_address {
-        check(!address.is_unspecified() && !address.is_multicast(), || {
-            format!("--peer-address {address}: expected an address of this node")
-        })?;
-    }
-    if start > 0 {
-        let leader_only = "only the sidecar of rank 0 has frontends";
-        check(!args.serve, || format!("--serve: {leader_only}, {here}"))?;
-        check(args.frontend.is_empty(), || format!("--frontend: {leader_only}, {here}"))?;
-    }
-    let token = token(file, surroundings, notes)?;
-    Ok(Some(Nodes {
-        leader: leader.clone(),
-        token,
-        address: args.peer_address,
-        leader_timeout: args.leader_timeout,
-    }))
+fn host_port(option: &str, address: &str) -> Result<()> {
+    check_host_port(address).or_else(|error| refuse(format!("{option} {address:?}: {error}")))
 }
 
-/// The secret of the deployment.
-fn token(file: &Path, surroundings: &Surroundings, notes: &mut Vec<String>) -> Result<Token, UsageError> {
-    let file = match &surroundings.cwd {
-        Some(cwd) => cwd.join(file),
-        None => file.to_owned(),
-    };
-    let (token, loose) = Token::read(&file)
-        .map_err(|error| UsageError::Check(format!("--auth-token-file {}: {error}", file.display())))?;
-    if loose {
-        notes.push(format!(
-            "--auth-token-file {}: other users can read it; run chmod 600 on it",
-            file.display()
-        ));
-    }
-    Ok(token)
-}
-
-/// Where clients come over HTTP, and what they must know.
-fn http(
-    args: &RunArgs,
-    start: u16,
-    nodes: Option<&Nodes>,
-    surroundings: &Surroundings,
-    notes: &mut Vec<String>,
-) -> Result<Option<Http>, UsageError> {
-    let Some(text) = &args.http else { return Ok(None) };
-    let fail = |reason: String| UsageError::Check(format!("--http {text:?}: {reason}"));
-    if start > 0 {
-        return Err(fail("only the sidecar of rank 0 accepts uploads".to_owned()));
-    }
-    let address = text.to_socket_addrs().map_err(|error| fail(format!("expected HOST:PORT: {error}")))?;
-    let address = address.into_iter().next().ok_or_else(|| fail("the host has no address".to_owned()))?;
-    let token = match (nodes, &args.auth_token_file) {
-        (Some(nodes), _) => Some(nodes.token.clone()),
-        (None, Some(file)) => Some(token(file, surroundings, notes)?),
-        (None, None) => None,
-    };
-    if token.is_none() && !address.ip().is_loopback() {
-        return Err(fail("without --auth-token-file only a loopback address is allowed".to_owned()));
-    }
-    Ok(Some(Http { address, token }))
-}
-
-fn resolve(address: &str) -> Result<IpAddr, UsageError> {
+fn resolve(address: &str) -> Result<IpAddr> {
     let failed = |detail: String| UsageError::Check(format!("--data-parallel-address {address:?}: {detail}"));
     if address.trim().is_empty() {
         return Err(failed("the address is empty".to_owned()));
@@ -311,178 +200,260 @@ fn resolve(address: &str) -> Result<IpAddr, UsageError> {
     let literal = address.trim_start_matches('[').trim_end_matches(']');
     let ip = match literal.parse::<IpAddr>() {
         Ok(ip) => ip,
-        Err(_) => {
-            let found: Vec<SocketAddr> = (address, 0)
-                .to_socket_addrs()
-                .map_err(|error| failed(format!("cannot be resolved: {error}")))?
-                .collect();
+        Err(_) => (address, 0)
+            .to_socket_addrs()
+            .map_err(|error| failed(format!("cannot be resolved: {error}")))?
             // ZMQ peers get an IP, and IPv4 needs no brackets anywhere.
-            let v4 = found.iter().find(|found| found.is_ipv4());
-            v4.or_else(|| found.first())
-                .map(SocketAddr::ip)
-                .ok_or_else(|| failed("it resolves to no address".to_owned()))?
-        }
+            .min_by_key(|found| found.is_ipv6())
+            .ok_or_else(|| failed("it resolves to no address".to_owned()))?
+            .ip(),
     };
-    if ip.is_unspecified() {
-        return Ok(IpAddr::V4(Ipv4Addr::LOCALHOST));
-    }
-    Ok(ip)
+    Ok(if ip.is_unspecified() { IpAddr::V4(Ipv4Addr::LOCALHOST) } else { ip })
 }
 
-/// Managed flags that the user repeated after `--` must say the same.
-fn agree(
-    flags: &VllmFlags,
-    args: &RunArgs,
+/// The command line while it is checked.
+struct Checks<'a> {
+    args: &'a RunArgs,
+    environment: &'a Environment,
+    /// What follows `--`, if anything does.
+    flags: Option<VllmFlags>,
     start_rank: u16,
     size: u16,
     size_local: u16,
-    address: IpAddr,
-) -> Result<(), UsageError> {
-    for (managed, value) in &flags.managed {
-        let (name, ours) = match managed {
-            Managed::Size => ("--data-parallel-size", size.to_string()),
-            Managed::SizeLocal => ("--data-parallel-size-local", size_local.to_string()),
-            Managed::StartRank => ("--data-parallel-start-rank", start_rank.to_string()),
-            Managed::Address => ("--data-parallel-address", address.to_string()),
-            Managed::RpcPort => ("--data-parallel-rpc-port", args.data_parallel_rpc_port.to_string()),
+    notes: Vec<String>,
+}
+
+impl Checks<'_> {
+    /// Where the other nodes are.
+    fn nodes(&mut self) -> Result<Option<Nodes>> {
+        let Self { args, start_rank: start, size, size_local: local, .. } = *self;
+        if local == size {
+            if args.nodes.leader.is_some() {
+                self.notes.push(format!("--leader is not used: all {size} ranks are on this node"));
+            }
+            return Ok(None);
+        }
+        let here = format!("ranks {start} to {} of {size} are on this node", start + local - 1);
+        let Some(leader) = &args.nodes.leader else {
+            return refuse(format!(
+                "--leader is required: HOST:PORT of the sidecar of rank 0, because only {here}"
+            ));
         };
-        let same = match managed {
-            Managed::Address => *value == ours || *value == args.data_parallel_address,
-            _ => *value == ours,
+        host_port("--leader", leader)?;
+        let Some(file) = &args.nodes.auth_token_file else {
+            return refuse(format!(
+                "--auth-token-file is required with --leader: a file with the deployment's secret, because {here}"
+            ));
         };
-        check(same, || {
-            format!("{name}: {value} after `--`, but {ours} for the sidecar; give it before `--`")
-        })?;
+        if let Some(address) = args.nodes.peer_address {
+            check(!address.is_unspecified() && !address.is_multicast(), || {
+                format!("--peer-address {address}: expected an address of this node")
+            })?;
+        }
+        if start > 0 {
+            let leader_only = "only the sidecar of rank 0 has frontends";
+            check(!args.frontends.serve, || format!("--serve: {leader_only}, {here}"))?;
+            check(args.frontends.frontend.is_empty(), || format!("--frontend: {leader_only}, {here}"))?;
+        }
+        Ok(Some(Nodes {
+            leader: leader.clone(),
+            token: self.token(file)?,
+            address: args.nodes.peer_address,
+            leader_timeout: args.nodes.leader_timeout,
+        }))
     }
-    Ok(())
-}
 
-fn kind(
-    args: &RunArgs,
-    flags: Option<&VllmFlags>,
-    surroundings: &Surroundings,
-) -> Result<GroupKind, UsageError> {
-    match args.model_kind {
-        ModelKind::Dense => return Ok(GroupKind::Independent),
-        ModelKind::Moe => return Ok(GroupKind::Lockstep),
-        ModelKind::Auto => {}
-    }
-    if let Some(flag) = flags.and_then(|flags| flags.model_overrides.as_ref()) {
-        return Err(UsageError::Check(format!(
-            "--model-kind: dense or moe is required, because {flag} may change what the model's files \
-             say"
-        )));
-    }
-    let Some((model, revision)) = model(args, flags, surroundings) else {
-        return Err(UsageError::Check(
-            "--model-kind: dense or moe (or --model PATH) is required, because no model is named \
-             after `--`"
-                .to_owned(),
-        ));
-    };
-    let cache = model::cache_path(|name| surroundings.variable(name));
-    Ok(model::kind_of(&model, revision, &cache)?)
-}
-
-/// The model as it is found from here, a path or a name, and its revision.
-fn model<'a>(
-    args: &RunArgs,
-    flags: Option<&'a VllmFlags>,
-    surroundings: &Surroundings,
-) -> Option<(String, Option<&'a str>)> {
-    let model = flags.and_then(|flags| flags.model.as_deref()).or(args.model.as_deref())?;
-    let path = match &surroundings.cwd {
-        Some(cwd) if cwd.join(model).is_dir() => cwd.join(model).display().to_string(),
-        _ => model.to_owned(),
-    };
-    Some((path, flags.and_then(|flags| flags.revision.as_deref())))
-}
-
-/// Where the model is whose size is taken in shared memory at the start.
-fn prefault(
-    args: &RunArgs,
-    flags: Option<&VllmFlags>,
-    surroundings: &Surroundings,
-) -> Result<Option<PathBuf>, UsageError> {
-    if !args.prefault {
-        return Ok(None);
-    }
-    let cache = model::cache_path(|name| surroundings.variable(name));
-    let found = model(args, flags, surroundings);
-    let directory =
-        found.as_ref().and_then(|(model, revision)| model::directory_of(model, *revision, &cache));
-    match (directory, found) {
-        (Some(directory), _) => Ok(Some(directory)),
-        (None, Some((model, _))) => Err(UsageError::Check(format!(
-            "--prefault: the size of the model's files must be known, but {model} is neither a directory on this \
-             node nor in the Hugging Face cache {}",
-            cache.display()
-        ))),
-        (None, None) => Err(UsageError::Check(
-            "--prefault: name the model after `--` (or with --model PATH), because its size must be known"
-                .to_owned(),
-        )),
-    }
-}
-
-fn serve(
-    args: &RunArgs,
-    flags: Option<&VllmFlags>,
-    surroundings: &Surroundings,
-    notes: &mut Vec<String>,
-) -> Result<Option<Serve>, UsageError> {
-    let Some(flags) = flags else {
-        check(!args.serve, || "--serve: give the model and vLLM's flags after `--`".to_owned())?;
-        return Ok(None);
-    };
-    if !args.serve {
-        let mut unused = flags.frontend.clone();
-        unused.extend(flags.host.iter().map(|_| "--host".to_owned()));
-        unused.extend(flags.port.iter().map(|_| "--port".to_owned()));
-        unused.retain(|token| token.starts_with('-'));
-        if !unused.is_empty() {
-            notes.push(format!(
-                "without --serve {} have no effect: these are flags of the frontend",
-                unused.join(" ")
+    /// The secret of the deployment.
+    fn token(&mut self, file: &Path) -> Result<Token> {
+        let file = self.environment.absolute(file);
+        let (token, loose) = Token::read(&file)
+            .or_else(|error| refuse(format!("--auth-token-file {}: {error}", file.display())))?;
+        if loose {
+            self.notes.push(format!(
+                "--auth-token-file {}: other users can read it; run chmod 600 on it",
+                file.display()
             ));
         }
-        return Ok(None);
+        Ok(token)
     }
-    fn one<T: PartialEq + ToString>(
-        name: &str,
-        ours: Option<T>,
-        theirs: Option<T>,
-    ) -> Result<Option<T>, UsageError> {
-        match (ours, theirs) {
-            (Some(ours), Some(theirs)) if ours != theirs => Err(UsageError::Check(format!(
-                "{name}: {} before `--`, but {} after it",
-                ours.to_string(),
-                theirs.to_string()
-            ))),
-            (ours, theirs) => Ok(ours.or(theirs)),
+
+    /// Where clients come over HTTP, and what they must know.
+    fn http(&mut self, nodes: Option<&Nodes>) -> Result<Option<Http>> {
+        let Some(text) = &self.args.nodes.http else { return Ok(None) };
+        let fail = |reason: String| UsageError::Check(format!("--http {text:?}: {reason}"));
+        if self.start_rank > 0 {
+            return Err(fail("only the sidecar of rank 0 accepts uploads".to_owned()));
         }
+        let address = text
+            .to_socket_addrs()
+            .map_err(|error| fail(format!("expected HOST:PORT: {error}")))?
+            .next()
+            .ok_or_else(|| fail("the host has no address".to_owned()))?;
+        let token = match (nodes, &self.args.nodes.auth_token_file) {
+            (Some(nodes), _) => Some(nodes.token.clone()),
+            (None, Some(file)) => Some(self.token(file)?),
+            (None, None) => None,
+        };
+        if token.is_none() && !address.ip().is_loopback() {
+            return Err(fail("without --auth-token-file only a loopback address is allowed".to_owned()));
+        }
+        Ok(Some(Http { address, token }))
     }
-    let port = one("--port", args.port, flags.port)?.unwrap_or(HTTP_PORT);
-    let host = one("--host", args.host.clone(), flags.host.clone())?;
-    let count = one("--api-server-count", args.api_server_count, flags.api_server_count)?;
-    let mut api_server_count = count.unwrap_or(1);
-    check(api_server_count > 0, || "--api-server-count 0: at least 1 expected with --serve".to_owned())?;
-    check(api_server_count <= args.frontend_slots, || {
-        format!(
-            "--api-server-count {api_server_count}: each API server takes one of \
-             --frontend-slots {}",
-            args.frontend_slots
-        )
-    })?;
-    let rust = surroundings
-        .variable("VLLM_USE_RUST_FRONTEND")
-        .is_some_and(|value| !matches!(value.as_str(), "" | "0"));
-    if rust && api_server_count > 1 {
-        notes.push(
-            "VLLM_USE_RUST_FRONTEND is set: one API server is started, whatever --api-server-count says"
-                .to_owned(),
+
+    /// Managed flags that the user repeated after `--` must say the same.
+    fn agree(&self, address: IpAddr) -> Result<()> {
+        let deployment = &self.args.deployment;
+        let expected = [
+            ("--data-parallel-size", self.size.to_string()),
+            ("--data-parallel-size-local", self.size_local.to_string()),
+            ("--data-parallel-start-rank", self.start_rank.to_string()),
+            ("--data-parallel-address", address.to_string()),
+            ("--data-parallel-rpc-port", deployment.data_parallel_rpc_port.to_string()),
+        ];
+        for (flag, value) in self.flags.iter().flat_map(|flags| &flags.managed) {
+            for (_, ours) in expected.iter().filter(|(name, _)| name == flag) {
+                let as_given =
+                    *flag == "--data-parallel-address" && *value == deployment.data_parallel_address;
+                check(value == ours || as_given, || {
+                    format!("{flag}: {value} after `--`, but {ours} for the sidecar; give it before `--`")
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn kind(&self) -> Result<GroupKind> {
+        // One rank has nobody to step in lockstep with: vLLM starts an ordinary engine then.
+        if self.size == 1 {
+            return Ok(GroupKind::Independent);
+        }
+        match self.args.deployment.model_kind {
+            ModelKind::Dense => return Ok(GroupKind::Independent),
+            ModelKind::Moe => return Ok(GroupKind::Lockstep),
+            ModelKind::Auto => {}
+        }
+        if let Some(flag) = self.flags.as_ref().and_then(|flags| flags.model_overrides.as_ref()) {
+            return refuse(format!(
+                "--model-kind: dense or moe is required, because {flag} may change what the model's files \
+                 say"
+            ));
+        }
+        let Some((model, revision)) = self.model() else {
+            return refuse(
+                "--model-kind: dense or moe (or --model PATH) is required, because no model is named \
+                 after `--`",
+            );
+        };
+        Ok(model::kind_of(&model, revision, &self.cache())?)
+    }
+
+    /// The model as it is found from here, a path or a name, and its revision.
+    fn model(&self) -> Option<(String, Option<&str>)> {
+        let flags = self.flags.as_ref();
+        let model = flags.and_then(|flags| flags.model.as_ref()).or(self.args.deployment.model.as_ref())?;
+        let path = self.environment.absolute(Path::new(model));
+        let path = if path.is_dir() { path.display().to_string() } else { model.clone() };
+        Some((path, flags.and_then(|flags| flags.revision.as_deref())))
+    }
+
+    fn cache(&self) -> PathBuf {
+        model::cache_path(|name| self.environment.variable(name))
+    }
+
+    /// Where the model is whose size is taken in shared memory at the start.
+    fn prefault(&self) -> Result<Option<PathBuf>> {
+        if !self.args.weights.prefault {
+            return Ok(None);
+        }
+        let Some((model, revision)) = self.model() else {
+            return refuse(
+                "--prefault: name the model after `--` (or with --model PATH), because its size must be known",
+            );
+        };
+        let cache = self.cache();
+        let directory = model::directory_of(&model, revision, &cache);
+        check(directory.is_some(), || {
+            format!(
+                "--prefault: the size of the model's files must be known, but {model} is neither a directory on \
+                 this node nor in the Hugging Face cache {}",
+                cache.display()
+            )
+        })?;
+        Ok(directory)
+    }
+
+    fn serve(&mut self) -> Result<Option<Serve>> {
+        let args = &self.args.frontends;
+        let Some(flags) = &self.flags else {
+            check(!args.serve, || "--serve: give the model and vLLM's flags after `--`".to_owned())?;
+            return Ok(None);
+        };
+        if !args.serve {
+            let host = flags.host.as_ref().map(|_| "--host");
+            let port = flags.port.map(|_| "--port");
+            let unused = flags.frontend.iter().map(String::as_str).chain(host).chain(port);
+            let unused: Vec<&str> = unused.filter(|token| token.starts_with('-')).collect();
+            if !unused.is_empty() {
+                self.notes.push(format!(
+                    "without --serve {} have no effect: these are flags of the frontend",
+                    unused.join(" ")
+                ));
+            }
+            return Ok(None);
+        }
+        let port = either("--port", args.port, flags.port)?.unwrap_or(HTTP_PORT);
+        let host = either("--host", args.host.clone(), flags.host.clone())?;
+        let count = either("--api-server-count", args.api_server_count, flags.api_server_count)?;
+        let mut api_server_count = count.unwrap_or(1);
+        check(api_server_count > 0, || "--api-server-count 0: at least 1 expected with --serve".to_owned())?;
+        check(api_server_count <= args.frontend_slots, || {
+            format!(
+                "--api-server-count {api_server_count}: each API server takes one of \
+                 --frontend-slots {}",
+                args.frontend_slots
+            )
+        })?;
+        let rust = self.environment.variable("VLLM_USE_RUST_FRONTEND");
+        if rust.is_some_and(|value| !matches!(value.as_str(), "" | "0")) && api_server_count > 1 {
+            self.notes.push(
+                "VLLM_USE_RUST_FRONTEND is set: one API server is started, whatever --api-server-count says"
+                    .to_owned(),
+            );
+            api_server_count = 1;
+        }
+        Ok(Some(Serve { host, port, api_server_count }))
+    }
+
+    fn engines(&mut self) -> Result<Engines> {
+        let Some(flags) = self.flags.take() else { return Ok(Engines::Attach) };
+        let clean = environment::clean(self.environment.variables.clone());
+        if !clean.removed.is_empty() {
+            self.notes.push(format!("not passed on to vLLM: {}", clean.removed.join(", ")));
+        }
+        let visible = devices::visible(
+            self.args.processes.device_ids.as_deref(),
+            |name| self.environment.variable(name),
+            || self.environment.nvml_count,
         );
-        api_server_count = 1;
+        let ranks = usize::from(self.size_local);
+        Ok(Engines::Spawn(VllmLaunch {
+            bin: self.args.processes.vllm_bin.clone(),
+            model: flags.model,
+            common_flags: flags.common,
+            frontend_flags: flags.frontend,
+            env: clean.variables,
+            devices: devices::slices(visible.as_ref(), ranks, flags.world_size as usize)?,
+            cwd: self.environment.cwd.clone(),
+        }))
     }
-    Ok(Some(Serve { host, port, api_server_count: Some(api_server_count) }))
+}
+
+/// An option that may be given before `--` or after it, but not differently.
+fn either<T: PartialEq + ToString>(name: &str, ours: Option<T>, theirs: Option<T>) -> Result<Option<T>> {
+    match (ours, theirs) {
+        (Some(ours), Some(theirs)) if ours != theirs => {
+            refuse(format!("{name}: {} before `--`, but {} after it", ours.to_string(), theirs.to_string()))
+        }
+        (ours, theirs) => Ok(ours.or(theirs)),
+    }
 }

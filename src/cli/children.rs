@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::values::{ModelKind, parse_duration};
+use super::values::ModelKind;
+use crate::duration;
 
 /// `sidecar keeper`.
 #[derive(Debug, Args)]
@@ -17,10 +18,10 @@ pub(super) struct KeeperArgs {
     #[arg(long)]
     pub run_id: String,
     /// Stop everything after this long without an owner.
-    #[arg(long, value_parser = parse_duration)]
+    #[arg(long, value_parser = duration::parse)]
     pub orphan_grace: Duration,
     /// Grace between SIGTERM and SIGKILL.
-    #[arg(long, value_parser = parse_duration)]
+    #[arg(long, value_parser = duration::parse)]
     pub kill_grace: Duration,
 }
 

@@ -2,32 +2,21 @@
 
 use std::future::Future;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use serde::Serialize;
 
 use super::args::Target;
-use super::build::{self, Surroundings};
+use super::build::Environment;
 use crate::admin::client::{AdminClient, ClientError};
 use crate::api::{Command, ErrorKind, Response};
 use crate::config::LogFormat;
 use crate::exit_code;
-use crate::supervisor::environment;
 use crate::telemetry;
-
-/// How long a simple answer may take.
-pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(15);
 
 impl Target {
     /// The state directory that is meant.
     pub(super) fn state_dir(&self) -> PathBuf {
-        let surroundings = Surroundings {
-            variables: environment::own(),
-            nvml_count: 0,
-            exe: PathBuf::new(),
-            cwd: std::env::current_dir().ok(),
-        };
-        build::state_dir(self.state_dir.as_deref(), self.dp_rank, &surroundings)
+        Environment::own(0).state_dir(self.state_dir.as_deref(), self.dp_rank)
     }
 }
 
@@ -67,18 +56,22 @@ fn code_of(error: &ClientError) -> u8 {
 }
 
 /// One command, one answer.
-pub(super) async fn call(
-    target: &Target,
-    command: Command,
-    limit: Duration,
-) -> Result<Response, ClientError> {
-    let mut client = AdminClient::connect(&target.state_dir()).await?;
-    client.call(command, limit).await
+pub(super) async fn call(target: &Target, command: Command) -> Result<Response, ClientError> {
+    AdminClient::connect(&target.state_dir()).await?.call(command).await
 }
 
 /// Prints a value as indented JSON.
 pub(super) fn print_json(value: &impl Serialize) {
-    match serde_json::to_string_pretty(value) {
+    print(serde_json::to_string_pretty(value));
+}
+
+/// Prints a value as a line of JSON.
+pub(super) fn print_line(value: &impl Serialize) {
+    print(serde_json::to_string(value));
+}
+
+fn print(json: serde_json::Result<String>) {
+    match json {
         Ok(text) => println!("{text}"),
         Err(error) => eprintln!("error: {error}"),
     }

@@ -3,22 +3,18 @@
 use std::time::Duration;
 
 use super::args::{DrainArgs, FrontendAction, FrontendArgs, PauseArgs, Target, VersionArgs};
-use super::client::{ANSWER_LIMIT, call, print_json, run};
+use super::client::{call, print_json, run};
 use super::status;
 use crate::admin::client::{AdminClient, unexpected};
 use crate::api::{Command, RelayVersion, Response};
+use crate::duration::millis;
 use crate::exit_code;
 
-/// How long pausing or resuming may take on top of the pause's own deadline.
-const CONTROL_LIMIT: Duration = Duration::from_secs(200);
 /// How often a drain looks at the running requests.
 const DRAIN_PERIOD: Duration = Duration::from_millis(250);
-/// Pause deadline assumed when it is left to the sidecar.
-const PAUSE_LIMIT: Duration = Duration::from_secs(3600);
-
-fn done(target: &Target, command: Command, limit: Duration, text: &str) -> u8 {
+fn done(target: &Target, command: Command, text: &str) -> u8 {
     run(async {
-        match call(target, command, limit).await? {
+        match call(target, command).await? {
             Response::Done => {
                 println!("{text}");
                 Ok(exit_code::OK)
@@ -30,34 +26,27 @@ fn done(target: &Target, command: Command, limit: Duration, text: &str) -> u8 {
 
 /// `sidecar pause`.
 pub(super) fn pause(args: &PauseArgs) -> u8 {
-    let command = Command::Pause {
-        mode: args.mode,
-        deadline_ms: args.pause_deadline.map(crate::supervisor::keeper::wire::millis),
-    };
-    let limit = args.pause_deadline.unwrap_or(PAUSE_LIMIT) + CONTROL_LIMIT;
-    done(&args.target, command, limit, "all engines are paused")
+    let command = Command::Pause { mode: args.mode, deadline_ms: args.pause_deadline.map(millis) };
+    done(&args.target, command, "all engines are paused")
 }
 
 /// `sidecar resume`.
 pub(super) fn resume(target: &Target) -> u8 {
-    done(target, Command::Resume, CONTROL_LIMIT, "all engines are resumed")
+    done(target, Command::Resume, "all engines are resumed")
 }
 
 /// `sidecar drain`.
 pub(super) fn drain(args: &DrainArgs) -> u8 {
     run(async {
         let mut client = AdminClient::connect(&args.target.state_dir()).await?;
-        match client.call(Command::Drain, CONTROL_LIMIT).await? {
+        match client.call(Command::Drain).await? {
             Response::Done => println!("new requests are held until `sidecar resume`"),
             other => return Err(unexpected(&other)),
         }
         let until = tokio::time::Instant::now() + args.limit;
         let mut told = None;
         loop {
-            let status = match client.call(Command::Status, ANSWER_LIMIT).await? {
-                Response::Status(status) => status,
-                other => return Err(unexpected(&other)),
-            };
+            let status = client.status().await?;
             let running: u64 = status.engines.iter().map(|engine| engine.in_flight).sum();
             let held: u64 = status.engines.iter().map(|engine| engine.held).sum();
             if told != Some((running, held)) {
@@ -81,7 +70,7 @@ pub(super) fn drain(args: &DrainArgs) -> u8 {
 
 /// `sidecar stop`.
 pub(super) fn stop(target: &Target) -> u8 {
-    done(target, Command::Stop, ANSWER_LIMIT, "the sidecar stops")
+    done(target, Command::Stop, "the sidecar stops")
 }
 
 /// `sidecar version`.
@@ -91,7 +80,7 @@ pub(super) fn version(args: &VersionArgs) -> u8 {
         println!("command   {command}");
     }
     run(async {
-        let answer = call(&args.target, Command::Version, ANSWER_LIMIT).await;
+        let answer = call(&args.target, Command::Version).await;
         if args.json {
             let mut all = serde_json::json!({ "command": command });
             if let (Ok(Response::Version(report)), Some(all)) = (&answer, all.as_object_mut()) {
@@ -126,17 +115,15 @@ pub(super) fn frontend(args: &FrontendArgs) -> u8 {
         FrontendAction::Add { address, target } => done(
             target,
             Command::FrontendAdd { address: address.clone() },
-            ANSWER_LIMIT,
             &format!("will attach to frontend {address} when it is reachable; see `sidecar frontend list`"),
         ),
         FrontendAction::Remove { address, target } => done(
             target,
             Command::FrontendRemove { address: address.clone() },
-            CONTROL_LIMIT,
             &format!("frontend {address} is removed"),
         ),
         FrontendAction::List { json, target } => run(async {
-            match call(target, Command::FrontendList, ANSWER_LIMIT).await? {
+            match call(target, Command::FrontendList).await? {
                 Response::Frontends(list) => {
                     if *json {
                         print_json(&list);

@@ -98,12 +98,8 @@ fn relay(args: RelayArgs) -> u8 {
 
 fn keeper(args: KeeperArgs) -> u8 {
     telemetry::init(LogFormat::Text);
-    let config = KeeperConfig {
-        state_dir: args.state_dir,
-        orphan_grace: args.orphan_grace,
-        kill_grace: args.kill_grace,
-        run_id: args.run_id,
-    };
+    let KeeperArgs { state_dir, run_id, orphan_grace, kill_grace } = args;
+    let config = KeeperConfig { state_dir, orphan_grace, kill_grace, run_id };
     match keeper::run(config) {
         Ok(()) => exit_code::OK,
         Err(error) => {

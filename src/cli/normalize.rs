@@ -1,46 +1,30 @@
 //! Makes the command line digestible for clap: vLLM's multi-letter short forms, underscores in
 //! names, and `run` as the default subcommand. Nothing after `--` is touched.
 
-use crate::supervisor::flags::flag_name;
+use clap::{Arg, CommandFactory as _};
 
-/// Words that name a subcommand.
-const SUBCOMMANDS: &[&str] = &[
-    "run",
-    "update",
-    "status",
-    "pause",
-    "resume",
-    "version",
-    "frontend",
-    "drain",
-    "stop",
-    "keeper",
-    "relay",
-    "coordinator",
-    "help",
-];
+use super::args::Cli;
+use crate::supervisor::flags::{SHORT_FORMS, flag_name};
 
-/// vLLM's flags that belong after `--`.
-const BEHIND_DASHES: &[&str] = &[
-    "--tensor-parallel-size",
-    "--pipeline-parallel-size",
-    "--prefill-context-parallel-size",
-    "--nnodes",
-    "--node-rank",
-    "--data-parallel-rank",
-    "--data-parallel-backend",
-    "--data-parallel-hybrid-lb",
-    "--data-parallel-external-lb",
-    "--data-parallel-multi-port-external-lb",
-    "--max-model-len",
-    "--headless",
-];
+/// Flags of vLLM alone that have no short form.
+const VLLM_FLAGS: &[&str] = &["--max-model-len", "--headless"];
+
+/// Whether a flag of vLLM stands where the sidecar's own are: it belongs after `--`.
+fn is_misplaced(name: &str) -> bool {
+    let of_vllm = SHORT_FORMS.iter().map(|(_, long)| long).chain(VLLM_FLAGS).any(|long| *long == name);
+    let is_option = |option: &Arg| {
+        let aliases = option.get_all_aliases().unwrap_or_default();
+        option.get_long().into_iter().chain(aliases).any(|long| name.strip_prefix("--") == Some(long))
+    };
+    let command = Cli::command();
+    of_vllm && !command.find_subcommand("run").is_some_and(|run| run.get_arguments().any(is_option))
+}
 
 /// Rewrites `args` (without the program's name).
 pub(super) fn normalize(args: Vec<String>) -> Result<Vec<String>, String> {
     let mut normal = Vec::with_capacity(args.len() + 1);
     let first = args.first().map(String::as_str);
-    let named = first.is_some_and(|word| SUBCOMMANDS.contains(&word));
+    let named = first.is_some_and(|word| Cli::command().find_subcommand(word).is_some());
     let global = matches!(first, None | Some("-h" | "--help" | "-V" | "--version"));
     if !named && !global {
         normal.push("run".to_owned());
@@ -59,7 +43,7 @@ pub(super) fn normalize(args: Vec<String>) -> Result<Vec<String>, String> {
             continue;
         }
         let (name, value) = flag_name(&arg);
-        if BEHIND_DASHES.contains(&name.as_str()) {
+        if is_misplaced(&name) {
             return Err(format!("{arg}: this is a vLLM flag; give it after `--` and the model"));
         }
         match value {

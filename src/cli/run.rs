@@ -2,16 +2,14 @@
 
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory};
-use serde::Serialize;
 
-use super::args::{Cli, RunArgs};
-use super::build::{self, Built, Surroundings};
-use super::table::Table;
+use super::args::{Cli, DRY_RUN, RunArgs};
+use super::build::{self, Built, Environment};
+use super::table::table;
 use crate::app;
 use crate::config::{Config, Engines, Role};
 use crate::driver::attachment;
@@ -19,20 +17,11 @@ use crate::driver::handles::GroupKind;
 use crate::exit_code::{self, RunEnd};
 use crate::state_dir::{StateDir, StateDirError};
 use crate::supervisor::command::shell_line;
-use crate::supervisor::{environment, keeper};
+use crate::supervisor::keeper;
 use crate::{tasks, telemetry};
 
 /// How long tasks that hang may delay the end of the process.
 const RUNTIME_LIMIT: Duration = Duration::from_secs(5);
-
-/// Last line of a run on stderr.
-#[derive(Debug, Serialize)]
-struct LastWord<'a> {
-    exit: u8,
-    reason: &'a str,
-    /// First DP rank of the node.
-    node_rank: u16,
-}
 
 /// An option of `run`, its value, and who gave it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,7 +45,7 @@ pub(super) fn origins(matches: &ArgMatches) -> Vec<Origin> {
     };
     run.get_arguments()
         .filter_map(|argument| {
-            let name = argument.get_long().filter(|name| *name != "dry-run")?;
+            let name = argument.get_long().filter(|name| *name != DRY_RUN)?;
             let id = argument.get_id().as_str();
             let origin = match matches.value_source(id)? {
                 ValueSource::CommandLine => "flag".to_owned(),
@@ -72,13 +61,13 @@ pub(super) fn origins(matches: &ArgMatches) -> Vec<Origin> {
 
 /// Runs the sidecar; returns the exit code.
 pub(super) fn run(args: &RunArgs, origins: &[Origin]) -> u8 {
-    telemetry::init(args.log_format);
-    let node_rank = args.dp_rank.unwrap_or(0);
+    telemetry::init(args.processes.log_format);
+    let node_rank = args.deployment.dp_rank.unwrap_or(0);
     tasks::exit_on_panic(move |reason| last_word(exit_code::INTERNAL, reason, node_rank));
-    let surroundings = surroundings(args);
-    let end = match build::build(args, &surroundings) {
+    let devices = crate::gpu::count(args.processes.accel_file.as_deref());
+    let end = match build::build(args, &Environment::own(devices)) {
         Err(error) => RunEnd::new(exit_code::USAGE, error.to_string()),
-        Ok(built) if args.dry_run => {
+        Ok(built) if args.processes.dry_run => {
             print!("{}", describe(&built, origins));
             return exit_code::OK;
         }
@@ -88,23 +77,14 @@ pub(super) fn run(args: &RunArgs, origins: &[Origin]) -> u8 {
     end.code
 }
 
+/// The last line of a run on stderr, for programs; `node_rank` is the first DP rank of the node.
 fn last_word(exit: u8, reason: &str, node_rank: u16) {
     if exit != exit_code::OK {
         eprintln!("error: {reason}");
     }
-    if let Ok(line) = serde_json::to_string(&LastWord { exit, reason, node_rank }) {
-        eprintln!("{line}");
-    }
-}
-
-fn surroundings(args: &RunArgs) -> Surroundings {
-    Surroundings {
-        variables: environment::own(),
-        nvml_count: crate::gpu::count(args.accel_file.as_deref()),
-        // The path stays right when the binary is replaced by a newer one while it runs.
-        exe: std::env::current_exe().unwrap_or_else(|_| PathBuf::from("/proc/self/exe")),
-        cwd: std::env::current_dir().ok(),
-    }
+    // In one piece: other threads may be writing, too.
+    let line = serde_json::json!({ "exit": exit, "reason": reason, "node_rank": node_rank }).to_string();
+    eprintln!("{line}");
 }
 
 fn host(built: Built) -> RunEnd {
@@ -112,7 +92,7 @@ fn host(built: Built) -> RunEnd {
         tracing::warn!("{note}");
     }
     if let Engines::Spawn(launch) = &built.config.engines
-        && !launch.finds_bin()
+        && launch.find(&launch.bin).is_none()
     {
         let text = format!("{}: no such program; give --vllm-bin, or add vllm to PATH", launch.bin.display());
         return RunEnd::new(exit_code::PREFLIGHT, text);
@@ -220,11 +200,10 @@ fn describe(built: &Built, origins: &[Origin]) -> String {
         text.push_str(&format!("{}: {}\n", spec.name, shell_line(&spec.argv)));
     }
     text.push_str("(port 0: a free loopback port, chosen at each start)\n\nvalues\n");
-    let mut table = Table::new(&["option", "value", "from"]);
-    for Origin { name, value, origin } in origins {
-        table.row(vec![format!("--{name}"), value.clone(), origin.clone()]);
-    }
-    text.push_str(&table.render());
+    let values = origins
+        .iter()
+        .map(|Origin { name, value, origin }| [format!("--{name}"), value.clone(), origin.clone()]);
+    text.push_str(&table(["option", "value", "from"], values));
     for note in &built.notes {
         text.push_str(&format!("note: {note}\n"));
     }

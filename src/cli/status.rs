@@ -4,15 +4,13 @@ use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
 use super::args::StatusArgs;
-use super::client::{ANSWER_LIMIT, call, print_json, run};
-use super::table::Table;
-use crate::admin::client::{AdminClient, ClientError, unexpected};
-use crate::api::{
-    Command, EngineStatus, FrontendStatus, NodeStatus, ReportStatus, Response, Status, UpdateReport,
-};
+use super::client::{print_json, run};
+use super::table::table;
+use crate::admin::client::{AdminClient, ClientError};
+use crate::api::{EngineStatus, FrontendStatus, NodeStatus, ReportStatus, Status, UpdateReport};
 use crate::driver::handles::GroupKind;
 use crate::exit_code;
-use crate::gpu::GpuReport;
+use crate::gpu::{GpuDevice, GpuReport};
 use crate::peer::introduction::ranks_text;
 
 /// Between two pictures of `--watch`.
@@ -23,25 +21,21 @@ const CLEAR: &str = "\x1b[H\x1b[2J\x1b[3J";
 /// `sidecar status`.
 pub(super) fn status(args: &StatusArgs) -> u8 {
     run(async {
+        let mut client = AdminClient::connect(&args.target.state_dir()).await?;
         if args.watch {
-            return watch(args).await;
+            return watch(&mut client).await;
         }
-        match call(&args.target, Command::Status, ANSWER_LIMIT).await? {
-            Response::Status(status) => {
-                if args.json {
-                    print_json(&status);
-                } else {
-                    print!("{}", render(&status));
-                }
-                Ok(exit_code::OK)
-            }
-            other => Err(unexpected(&other)),
+        let status = client.status().await?;
+        if args.json {
+            print_json(&status);
+        } else {
+            print!("{}", render(&status));
         }
+        Ok(exit_code::OK)
     })
 }
 
-async fn watch(args: &StatusArgs) -> Result<u8, ClientError> {
-    let mut client = AdminClient::connect(&args.target.state_dir()).await?;
+async fn watch(client: &mut AdminClient) -> Result<u8, ClientError> {
     let mut ticks = tokio::time::interval(PERIOD);
     let clear = if std::io::stdout().is_terminal() { CLEAR } else { "" };
     loop {
@@ -49,16 +43,11 @@ async fn watch(args: &StatusArgs) -> Result<u8, ClientError> {
             _ = ticks.tick() => {}
             _ = tokio::signal::ctrl_c() => return Ok(exit_code::OK),
         }
-        match client.call(Command::Status, ANSWER_LIMIT).await? {
-            Response::Status(status) => {
-                let mut stdout = std::io::stdout().lock();
-                let picture = format!("{clear}{}", render(&status));
-                // A closed pipe (`| head`) is the end, not a failure.
-                if stdout.write_all(picture.as_bytes()).is_err() || stdout.flush().is_err() {
-                    return Ok(exit_code::OK);
-                }
-            }
-            other => return Err(unexpected(&other)),
+        let picture = format!("{clear}{}", render(&client.status().await?));
+        let mut stdout = std::io::stdout().lock();
+        // A closed pipe (`| head`) is the end, not a failure.
+        if stdout.write_all(picture.as_bytes()).is_err() || stdout.flush().is_err() {
+            return Ok(exit_code::OK);
         }
     }
 }
@@ -116,16 +105,10 @@ pub(super) fn render(status: &Status) -> String {
         ));
     }
     if !status.nodes.is_empty() {
-        text.push_str("\nnodes\n");
-        text.push_str(&nodes(&status.nodes));
+        text.push_str(&format!("\nnodes\n{}", nodes(&status.nodes)));
     }
-    text.push_str("\nengines\n");
-    text.push_str(&engines(&status.engines));
-    text.push_str("\nfrontends\n");
-    text.push_str(&frontends(&status.frontends));
-    text.push_str("\ndevices\n");
-    text.push_str(&gpus(&status.gpus));
-    text
+    let (engines, frontends) = (engines(&status.engines), frontends(&status.frontends));
+    text + &format!("\nengines\n{engines}\nfrontends\n{frontends}\ndevices\n{}", gpus(&status.gpus))
 }
 
 fn weights(status: &Status) -> String {
@@ -161,27 +144,25 @@ pub(super) fn update_line(report: &UpdateReport) -> String {
 }
 
 fn nodes(nodes: &[NodeStatus]) -> String {
-    let mut table = Table::new(&["ranks", "host", "address", "link", ">for", ">rtt", "detail"]);
-    for node in nodes {
-        let rtt = node.rtt_us.map(|us| format!("{us} us"));
-        table.row(vec![
+    let row = |node: &NodeStatus| {
+        [
             ranks_text(node.start_rank, node.size_local),
             node.host.clone(),
             optional(node.address.as_ref()),
             node.link.clone(),
             optional(node.since_s.map(duration)),
-            optional(rtt),
+            optional(node.rtt_us.map(|us| format!("{us} us"))),
             node.detail.clone().unwrap_or_default(),
-        ]);
-    }
-    table.render()
+        ]
+    };
+    table(["ranks", "host", "address", "link", ">for", ">rtt", "detail"], nodes.iter().map(row))
 }
 
 fn engines(engines: &[EngineStatus]) -> String {
     if engines.is_empty() {
         return "  none\n".to_owned();
     }
-    let mut table = Table::new(&[
+    let columns = [
         ">rank",
         "state",
         ">pid",
@@ -193,9 +174,9 @@ fn engines(engines: &[EngineStatus]) -> String {
         ">in flight",
         ">held",
         ">restarts",
-    ]);
-    for engine in engines {
-        table.row(vec![
+    ];
+    let row = |engine: &EngineStatus| {
+        [
             engine.rank.to_string(),
             engine.state.clone(),
             optional(engine.pid),
@@ -207,9 +188,9 @@ fn engines(engines: &[EngineStatus]) -> String {
             engine.in_flight.to_string(),
             engine.held.to_string(),
             engine.restarts.to_string(),
-        ]);
-    }
-    let mut text = table.render();
+        ]
+    };
+    let mut text = table(columns, engines.iter().map(row));
     for engine in engines {
         if let Some(error) = &engine.last_error {
             // Of an engine that serves again it is history; log lines in it are indented.
@@ -225,19 +206,18 @@ pub(super) fn frontends(frontends: &[FrontendStatus]) -> String {
     if frontends.is_empty() {
         return "  none\n".to_owned();
     }
-    let mut table = Table::new(&["address", "state", ">slots", ">in flight", ">attached", "detail"]);
-    for frontend in frontends {
+    let row = |frontend: &FrontendStatus| {
         let attachment = &frontend.attachment;
-        table.row(vec![
+        [
             attachment.address.clone(),
             attachment.state.clone(),
             attachment.api_servers.to_string(),
             frontend.in_flight.to_string(),
             format!("{}x", attachment.attachments),
             attachment.detail.clone().unwrap_or_default(),
-        ]);
-    }
-    table.render()
+        ]
+    };
+    table(["address", "state", ">slots", ">in flight", ">attached", "detail"], frontends.iter().map(row))
 }
 
 fn gpus(report: &GpuReport) -> String {
@@ -245,32 +225,30 @@ fn gpus(report: &GpuReport) -> String {
         let reason = report.reason.as_deref().unwrap_or("no devices");
         return format!("  none ({reason})\n");
     }
-    let mut table =
-        Table::new(&[">index", "name", "uuid", ">memory", ">use", ">temp", ">ecc errors", "pids"]);
-    for device in &report.devices {
+    let row = |device: &GpuDevice| {
         let memory = match (device.memory_used, device.memory_total) {
             (Some(used), Some(total)) => format!("{:.1} / {:.1} GiB", gib(used), gib(total)),
             (None, Some(total)) => format!("{:.1} GiB", gib(total)),
             _ => "-".to_owned(),
         };
-        let pids: Option<Vec<String>> = device
-            .processes
-            .as_ref()
-            .map(|list| list.iter().map(|process| process.pid.to_string()).collect());
-        table.row(vec![
+        let pids = device.processes.as_ref().map(|list| {
+            let pids: Vec<String> = list.iter().map(|process| process.pid.to_string()).collect();
+            pids.join(" ")
+        });
+        [
             device.index.to_string(),
             optional(device.name.as_ref()),
             optional(device.uuid.as_ref()),
             memory,
-            device.utilization.map_or_else(|| "-".to_owned(), |percent| format!("{percent}%")),
-            device.temperature.map_or_else(|| "-".to_owned(), |degrees| format!("{degrees} C")),
+            optional(device.utilization.map(|percent| format!("{percent}%"))),
+            optional(device.temperature.map(|degrees| format!("{degrees} C"))),
             optional(device.ecc_uncorrected),
-            pids.map_or_else(|| "-".to_owned(), |pids| pids.join(" ")),
-        ]);
-    }
-    let driver =
-        report.driver_version.as_ref().map_or_else(String::new, |version| format!("  driver {version}\n"));
-    format!("{driver}{}", table.render())
+            optional(pids),
+        ]
+    };
+    let columns = [">index", "name", "uuid", ">memory", ">use", ">temp", ">ecc errors", "pids"];
+    let driver = report.driver_version.as_ref().map(|version| format!("  driver {version}\n"));
+    driver.unwrap_or_default() + &table(columns, report.devices.iter().map(row))
 }
 
 #[expect(clippy::cast_precision_loss, reason = "shown with one digit")]
@@ -278,7 +256,8 @@ fn gib(bytes: u64) -> f64 {
     bytes as f64 / (1u64 << 30) as f64
 }
 
-fn optional(value: Option<impl ToString>) -> String {
+/// What is not known is a dash.
+pub(super) fn optional(value: Option<impl ToString>) -> String {
     value.map_or_else(|| "-".to_owned(), |value| value.to_string())
 }
 

@@ -5,17 +5,17 @@ use std::path::{Path, PathBuf};
 use dp_sidecar_protocol::{UpdateId, WeightVersion};
 
 use super::args::UpdateArgs;
-use super::client::{ANSWER_LIMIT, print_json, run};
+use super::client::{print_json, print_line, run};
 use super::progress::View;
-use super::status::update_line;
-use super::table::Table;
+use super::status::{optional, update_line};
+use super::table::table;
 use super::values::Source;
 use crate::admin::client::{AdminClient, ClientError, unexpected};
 use crate::api::{
     AdapterChange, Command, ErrorKind, ReportStatus, Response, UpdateReport, UpdateRequest, UpdateSource,
 };
+use crate::duration::millis;
 use crate::exit_code;
-use crate::supervisor::keeper::wire::millis;
 
 /// Where an update that is to be followed is looked for when it has ended.
 const SEARCHED: usize = 1000;
@@ -33,7 +33,7 @@ pub(super) fn update(args: &UpdateArgs) -> u8 {
     run(async {
         match command {
             Command::UpdateAbort => {
-                AdminClient::connect(&state_dir).await?.call(Command::UpdateAbort, ANSWER_LIMIT).await?;
+                AdminClient::connect(&state_dir).await?.call(Command::UpdateAbort).await?;
                 Ok(exit_code::OK)
             }
             Command::UpdateHistory { limit } => {
@@ -105,10 +105,7 @@ async fn follow(args: &UpdateArgs, state_dir: &Path, command: Command) -> Result
         (report, _) => report?,
     };
     if args.events {
-        match serde_json::to_string(&report) {
-            Ok(line) => println!("{line}"),
-            Err(error) => eprintln!("error: {error}"),
-        }
+        print_line(&report);
     } else if args.json {
         print_json(&report);
     } else if report.status == ReportStatus::Committed {
@@ -124,7 +121,7 @@ async fn follow(args: &UpdateArgs, state_dir: &Path, command: Command) -> Result
 
 async fn history(state_dir: &Path, limit: usize) -> Result<Vec<UpdateReport>, ClientError> {
     let mut client = AdminClient::connect(state_dir).await?;
-    match client.call(Command::UpdateHistory { limit }, ANSWER_LIMIT).await? {
+    match client.call(Command::UpdateHistory { limit }).await? {
         Response::Updates(reports) => Ok(reports),
         other => Err(unexpected(&other)),
     }
@@ -136,20 +133,19 @@ fn listed(reports: &[UpdateReport]) -> String {
     for report in reports {
         text.push_str(&update_line(report));
         text.push('\n');
-        let mut table = Table::new(&[">rank", "state", ">pause ms", ">load ms", ">rollback ms", "errors"]);
-        let number = |ms: Option<u64>| ms.map_or_else(|| "-".to_owned(), |ms| ms.to_string());
-        for (rank, of) in &report.engines {
-            table.row(vec![
+        let engines = report.engines.iter().map(|(rank, of)| {
+            [
                 rank.to_string(),
                 of.state.to_string(),
-                number(of.pause_ms),
-                number(of.load_ms),
-                number(of.rollback_ms),
+                optional(of.pause_ms),
+                optional(of.load_ms),
+                optional(of.rollback_ms),
                 of.errors.join("; "),
-            ]);
-        }
-        if !report.engines.is_empty() {
-            text.push_str(&table.render());
+            ]
+        });
+        if engines.len() > 0 {
+            let columns = [">rank", "state", ">pause ms", ">load ms", ">rollback ms", "errors"];
+            text.push_str(&table(columns, engines));
         }
     }
     text

@@ -1,7 +1,5 @@
 //! How flags spell the values of types that know nothing of the command line.
 
-use std::time::Duration;
-
 use clap::ValueEnum;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use dp_sidecar_protocol::machine::weight_update::PauseMode;
@@ -68,23 +66,6 @@ pub(super) fn parse_lora(text: &str) -> Result<AdapterChange, String> {
     }
 }
 
-/// Reads `90`, `90s`, `1.5m`, `500ms`, `2h`; seconds without a unit.
-pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
-    let text = text.trim();
-    let digits = text.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let factor = match unit.trim() {
-        "" | "s" => 1.0,
-        "ms" => 0.001,
-        "m" | "min" => 60.0,
-        "h" => 3600.0,
-        other => return Err(format!("unit {other:?}, expected ms, s, m or h")),
-    };
-    let number: f64 =
-        number.parse().map_err(|_| "expected a number with or without a unit, like 30s".to_owned())?;
-    Duration::try_from_secs_f64(number * factor).map_err(|error| error.to_string())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -100,22 +81,5 @@ mod tests {
             assert_eq!(mode.as_str().parse(), Ok(mode));
         }
         assert!("sleep".parse::<PauseMode>().is_err());
-    }
-
-    #[test]
-    fn durations_have_units() {
-        for (text, expected) in [
-            ("60", Duration::from_secs(60)),
-            ("60s", Duration::from_secs(60)),
-            ("1.5m", Duration::from_secs(90)),
-            ("250ms", Duration::from_millis(250)),
-            ("0", Duration::ZERO),
-            ("2h", Duration::from_secs(7200)),
-        ] {
-            assert_eq!(parse_duration(text), Ok(expected), "{text}");
-        }
-        for text in ["", "s", "-1", "5x", "1e9999h", "."] {
-            assert!(parse_duration(text).is_err(), "{text}");
-        }
     }
 }

@@ -100,8 +100,7 @@ impl Config {
             push_flags(&mut argv, &[("--host", host.clone())]);
         }
         // vLLM's default is one API server per rank; the sidecar must know how many slots it takes.
-        let count = serve.api_server_count.unwrap_or(1);
-        push_flags(&mut argv, &[("--api-server-count", count.to_string())]);
+        push_flags(&mut argv, &[("--api-server-count", serve.api_server_count.to_string())]);
         self.push_shutdown_timeout(&mut argv);
         argv.extend_from_slice(&launch.common_flags);
         argv.extend_from_slice(&launch.frontend_flags);

@@ -125,8 +125,8 @@ pub struct Serve {
     pub host: Option<String>,
     /// HTTP port.
     pub port: u16,
-    /// API server processes; 1 if absent.
-    pub api_server_count: Option<u32>,
+    /// API server processes.
+    pub api_server_count: u32,
 }
 
 /// What ends a run besides signals and commands.

@@ -14,7 +14,7 @@ use super::introduction::Introduction;
 use crate::config::{Config, Engines, model};
 use crate::supervisor::command::VllmLaunch;
 use crate::supervisor::flags::flag_name;
-use crate::supervisor::installed::{in_cwd, vllm_version};
+use crate::supervisor::installed::vllm_version;
 
 /// Limit for reading the headers of the model's files.
 const FILES_LIMIT: Duration = Duration::from_secs(120);
@@ -94,7 +94,7 @@ pub async fn introduction(config: &Config, run_id: &str) -> Introduction {
 }
 
 fn is_path(model: &str, launch: &VllmLaunch) -> bool {
-    model.starts_with(['/', '.']) || in_cwd(launch, Path::new(model)).is_dir()
+    model.starts_with(['/', '.']) || launch.in_cwd(Path::new(model)).is_dir()
 }
 
 /// The engines' flags by full name, without those of one node. The last one counts, as for argparse.
@@ -126,12 +126,12 @@ fn flags(tokens: &[String]) -> BTreeMap<String, String> {
 /// Digest of what tells a model from another without reading all of it.
 async fn model_files(launch: &VllmLaunch) -> Result<String, String> {
     let name = launch.model.clone().ok_or("no model is named")?;
-    let path = in_cwd(launch, Path::new(&name));
+    let path = launch.in_cwd(Path::new(&name));
     let name = if path.is_dir() { path.display().to_string() } else { name };
     let flags = flags(&launch.common_flags);
     let revision = flags.get("--revision").cloned();
     let cache = match flag_value(&launch.common_flags, "--download-dir") {
-        Some(directory) => in_cwd(launch, Path::new(directory)),
+        Some(directory) => launch.in_cwd(Path::new(directory)),
         None => model::cache_path(|name| launch.env.get(name).cloned()),
     };
     let work = tokio::task::spawn_blocking(move || {

@@ -20,8 +20,8 @@ use tokio_util::task::TaskTracker;
 
 use super::keeper::wire::{
     self, Answer, ChildInfo, ExitReport, ExitStatus, FromKeeper, KeeperEvent, Request, SpawnSpec, ToKeeper,
-    millis,
 };
+use crate::duration::millis;
 use crate::tasks::{Task, named};
 
 /// Commands waiting for the client task.
@@ -61,6 +61,18 @@ pub struct KeeperOptions {
     pub keep: BTreeSet<String>,
     /// Joins the client's task.
     pub tasks: TaskTracker,
+}
+
+impl KeeperOptions {
+    fn failed(&self, detail: impl Into<String>) -> KeeperError {
+        KeeperError::Start { state_dir: self.state_dir.clone(), detail: detail.into() }
+    }
+
+    /// Kills a keeper that lives but does not answer. Returns whether no keeper is left.
+    async fn kill_unresponsive(&self) -> Result<bool, KeeperError> {
+        let killed = launch::kill_unresponsive(&self.state_dir).await;
+        killed.map_err(|error| self.failed(format!("the old keeper's pid file: {error}")))
+    }
 }
 
 /// Something is wrong with the keeper, or it refused.
@@ -311,15 +323,11 @@ impl ClientTask {
             let mut link = Link::new(stream);
             let limit = (options.kill_grace + SHUTDOWN_MARGIN) * SHUTDOWN_STAGES;
             tracing::info!("telling the keeper of an earlier sidecar to stop everything");
-            let own = link.exchange(Request::Own, INTRODUCTION_LIMIT).await;
-            let ended = match own {
-                Ok(_) => {
-                    let request = Request::Shutdown { grace_ms: millis(options.kill_grace) };
-                    link.exchange(request, limit).await
-                }
-                Err(error) => Err(error),
+            let ended = async {
+                link.exchange(Request::Own, INTRODUCTION_LIMIT).await?;
+                link.exchange(Request::Shutdown { grace_ms: millis(options.kill_grace) }, limit).await
             };
-            match ended {
+            match ended.await {
                 // It closes the connection when it really ends; then its socket is free.
                 Ok(_) => {
                     let end = async { while link.receive().await.is_ok() {} };
@@ -328,23 +336,14 @@ impl ClientTask {
                 Err(error) => tracing::warn!(error, "the old keeper does not stop"),
             }
         }
-        match launch::kill_unresponsive(&options.state_dir).await {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(KeeperError::Start {
-                state_dir: options.state_dir.clone(),
-                detail: "the old keeper cannot be killed".to_owned(),
-            }),
-            Err(error) => Err(KeeperError::Start {
-                state_dir: options.state_dir.clone(),
-                detail: format!("the old keeper's pid file: {error}"),
-            }),
-        }
+        let gone = options.kill_unresponsive().await?;
+        if gone { Ok(()) } else { Err(options.failed("the old keeper cannot be killed")) }
     }
 
     /// Removes what a dead keeper left behind and starts a new one.
     async fn start_keeper(&mut self, sessions: BTreeSet<i32>) -> Result<Link, KeeperError> {
         let options = &self.options;
-        let failed = |detail: String| KeeperError::Start { state_dir: options.state_dir.clone(), detail };
+        let failed = |detail: String| options.failed(detail);
         let removed = leftovers::remove(&options.run_id, sessions, options.kill_grace)
             .await
             .map_err(|error| failed(format!("search for leftovers: {error}")))?;
@@ -464,10 +463,7 @@ impl ClientTask {
     /// is started.
     async fn replace(&mut self) -> Result<Link, KeeperError> {
         // It may be alive but unreachable (it closed the connection, or does not read).
-        launch::kill_unresponsive(&self.options.state_dir).await.map_err(|error| KeeperError::Start {
-            state_dir: self.options.state_dir.clone(),
-            detail: format!("the old keeper's pid file: {error}"),
-        })?;
+        self.options.kill_unresponsive().await?;
         let sessions = self.children.values().filter_map(|child| i32::try_from(child.pid).ok()).collect();
         let started = self.start_keeper(sessions).await;
         for (name, known) in std::mem::take(&mut self.children) {

@@ -54,20 +54,21 @@ pub fn engine_rank(name: &str) -> Option<u16> {
 }
 
 impl VllmLaunch {
-    /// Whether the program is there, as the keeper will look for it.
-    pub fn finds_bin(&self) -> bool {
-        let in_directory = |directory: &Path| {
-            let path = match &self.cwd {
-                Some(cwd) => cwd.join(directory).join(&self.bin),
-                None => directory.join(&self.bin),
-            };
+    /// A path of the command line, as vLLM will see it.
+    pub fn in_cwd(&self, path: &Path) -> PathBuf {
+        self.cwd.as_ref().map_or_else(|| path.to_owned(), |cwd| cwd.join(path))
+    }
+
+    /// A program by name or path, as the keeper will look for it.
+    pub fn find(&self, program: &Path) -> Option<PathBuf> {
+        let is_program = |path: &PathBuf| {
             path.metadata().is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0)
         };
-        if self.bin.components().count() > 1 {
-            return in_directory(Path::new(""));
+        if program.components().count() > 1 {
+            return Some(self.in_cwd(program)).filter(is_program);
         }
         let path = self.env.get("PATH").map_or("/bin:/usr/bin", String::as_str);
-        path.split(':').any(|entry| in_directory(Path::new(entry)))
+        path.split(':').map(|entry| self.in_cwd(Path::new(entry)).join(program)).find(is_program)
     }
 
     /// `vllm serve MODEL`, to be followed by flags.

@@ -82,12 +82,12 @@ const FRONTEND_FLAGS: &[(&str, Arity)] = &[
 ];
 
 /// Flags the sidecar sets itself. The user's must agree.
-const MANAGED_FLAGS: &[(&str, Managed)] = &[
-    ("--data-parallel-size", Managed::Size),
-    ("--data-parallel-size-local", Managed::SizeLocal),
-    ("--data-parallel-start-rank", Managed::StartRank),
-    ("--data-parallel-address", Managed::Address),
-    ("--data-parallel-rpc-port", Managed::RpcPort),
+const MANAGED_FLAGS: &[&str] = &[
+    "--data-parallel-size",
+    "--data-parallel-size-local",
+    "--data-parallel-start-rank",
+    "--data-parallel-address",
+    "--data-parallel-rpc-port",
 ];
 
 /// Flags that cannot be used with hosted engines, and why.
@@ -125,21 +125,6 @@ pub const SHORT_FORMS: &[(&str, &str)] = &[
     ("-r", "--node-rank"),
 ];
 
-/// A managed flag.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Managed {
-    /// `--data-parallel-size`.
-    Size,
-    /// `--data-parallel-size-local`.
-    SizeLocal,
-    /// `--data-parallel-start-rank`.
-    StartRank,
-    /// `--data-parallel-address`.
-    Address,
-    /// `--data-parallel-rpc-port`.
-    RpcPort,
-}
-
 /// The flags after `--` make no sense.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum FlagError {
@@ -169,15 +154,13 @@ pub struct VllmFlags {
     /// Flags for the frontend only.
     pub frontend: Vec<String>,
     /// Managed flags that the user gave as well, with their values.
-    pub managed: Vec<(Managed, String)>,
+    pub managed: Vec<(&'static str, String)>,
     /// `--host`, if given.
     pub host: Option<String>,
     /// `--port`, if given.
     pub port: Option<u16>,
     /// `--api-server-count`, if given.
     pub api_server_count: Option<u32>,
-    /// `--shutdown-timeout` is among the common flags.
-    pub has_shutdown_timeout: bool,
     /// Processes (devices) of one rank: TP x PP x PCP.
     pub world_size: u32,
     /// `--revision`, if given.
@@ -224,8 +207,8 @@ impl VllmFlags {
                 .ok_or_else(|| FlagError::NoValue { flag: name.to_owned() })
         };
         let one = usize::from(inline.is_none());
-        if let Some((_, managed)) = MANAGED_FLAGS.iter().find(|(flag, _)| *flag == name) {
-            self.managed.push((*managed, value()?.to_owned()));
+        if let Some(managed) = MANAGED_FLAGS.iter().find(|flag| **flag == name) {
+            self.managed.push((managed, value()?.to_owned()));
             return Ok(one);
         }
         match name {
@@ -254,7 +237,6 @@ impl VllmFlags {
             "--config" | "--hf-overrides" | "--hf-config-path" | "--config-format" => {
                 self.model_overrides = Some(name.to_owned());
             }
-            "--shutdown-timeout" => self.has_shutdown_timeout = true,
             "--host" => {
                 self.host = Some(value()?.to_owned());
                 return Ok(one);
@@ -353,11 +335,13 @@ mod tests {
              --shutdown-timeout 5 --seed -1",
         )
         .unwrap();
-        assert_eq!(flags.managed, [(Managed::Size, "2".to_owned()), (Managed::SizeLocal, "1".to_owned())]);
+        assert_eq!(
+            flags.managed,
+            [("--data-parallel-size", "2".to_owned()), ("--data-parallel-size-local", "1".to_owned())]
+        );
         assert_eq!(flags.port, Some(81));
         assert_eq!(flags.host.as_deref(), Some("::1"));
         assert_eq!(flags.api_server_count, Some(3));
-        assert!(flags.has_shutdown_timeout);
         assert_eq!(flags.common.join(" "), "--shutdown-timeout 5 --seed -1");
         assert!(flags.frontend.is_empty());
     }

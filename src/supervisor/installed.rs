@@ -25,9 +25,9 @@ const ANSWER: u64 = 4096;
 /// # Errors
 /// Says what stood in the way; then the version is unknown before an engine has started.
 pub async fn vllm_version(launch: &VllmLaunch) -> Result<String, String> {
-    let bin = find(launch, &launch.bin).ok_or("no such program")?;
+    let bin = launch.find(&launch.bin).ok_or("no such program")?;
     let (program, args) = interpreter(&bin)?;
-    let program = find(launch, &program).unwrap_or(program);
+    let program = launch.find(&program).unwrap_or(program);
     let mut command = Command::new(&program);
     command
         .args(args)
@@ -61,16 +61,6 @@ pub async fn vllm_version(launch: &VllmLaunch) -> Result<String, String> {
     Ok(version.to_owned())
 }
 
-/// A program by name or path, as the keeper will find it.
-fn find(launch: &VllmLaunch, program: &Path) -> Option<PathBuf> {
-    if program.components().count() > 1 {
-        let path = in_cwd(launch, program);
-        return path.is_file().then_some(path);
-    }
-    let path = launch.env.get("PATH").map_or("/bin:/usr/bin", String::as_str);
-    path.split(':').map(|entry| in_cwd(launch, Path::new(entry)).join(program)).find(|path| path.is_file())
-}
-
 /// The interpreter named in a script's first line, and its arguments.
 fn interpreter(script: &Path) -> Result<(PathBuf, Vec<String>), String> {
     let mut start = Vec::new();
@@ -102,9 +92,4 @@ fn interpreter(script: &Path) -> Result<(PathBuf, Vec<String>), String> {
     } else {
         Err(unknown())
     }
-}
-
-/// A path of the command line, as vLLM will see it.
-pub fn in_cwd(launch: &VllmLaunch, path: &Path) -> PathBuf {
-    launch.cwd.as_ref().map_or_else(|| path.to_owned(), |cwd| cwd.join(path))
 }

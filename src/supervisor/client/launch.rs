@@ -34,7 +34,7 @@ pub(super) async fn connect(state_dir: &Path) -> Option<UnixStream> {
 
 /// Starts a keeper and connects to it.
 pub(super) async fn start(options: &KeeperOptions, run_id: &str) -> Result<(Child, UnixStream), KeeperError> {
-    let failed = |detail: String| KeeperError::Start { state_dir: options.state_dir.clone(), detail };
+    let failed = |detail: String| options.failed(detail);
     let log_path = options.state_dir.join(LOG_FILE);
     if fs::metadata(&log_path).is_ok_and(|log| log.len() > LOG_LIMIT) {
         let _ = fs::rename(&log_path, log_path.with_extension("log.1"));
@@ -100,7 +100,7 @@ pub(super) async fn start(options: &KeeperOptions, run_id: &str) -> Result<(Chil
 }
 
 fn seconds(duration: Duration) -> String {
-    format!("{}", duration.as_secs_f64())
+    duration.as_secs_f64().to_string()
 }
 
 fn last_lines(log: &Path) -> String {

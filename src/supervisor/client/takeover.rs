@@ -8,7 +8,8 @@ use tokio::time::timeout;
 
 use super::launch;
 use super::{ClientTask, INTRODUCTION_LIMIT, Inherited, KeeperOptions, Known, Link, SHUTDOWN_MARGIN};
-use crate::supervisor::keeper::wire::{Answer, FromKeeper, KeeperEvent, Request, ToKeeper, millis};
+use crate::duration::millis;
+use crate::supervisor::keeper::wire::{Answer, FromKeeper, KeeperEvent, Request, ToKeeper};
 
 /// File of the state directory that names the deployment its keeper works for.
 pub(super) const CONFIGURATION_FILE: &str = "configuration";

@@ -120,9 +120,8 @@ impl Child {
         self.pid
     }
 
-    /// Name and life.
-    pub fn label(&self) -> (String, u64) {
-        (self.name.clone(), self.incarnation)
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// For the list of children.
@@ -144,7 +143,7 @@ impl Child {
         match self.life {
             Life::Running => {
                 self.output.note(&format!("told to stop within {grace:?}"));
-                if let Some(main) = self.main_process() {
+                if let Some(main) = Process::read(self.pid) {
                     main.signal(Signal::TERM);
                 }
                 self.life = Life::Stopping { kill_at: wanted };
@@ -221,10 +220,6 @@ impl Child {
                 vec![self.pid]
             }
         }
-    }
-
-    fn main_process(&self) -> Option<Process> {
-        Process::read(self.pid)
     }
 
     /// How the main process ended, without reaping it.

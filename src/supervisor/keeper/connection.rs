@@ -1,14 +1,15 @@
 //! One connection to the keeper's socket: bytes in, requests out, answers back, never blocking.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 
+use super::read_available;
 use super::wire::{self, FromKeeper, ToKeeper};
 
 /// A peer that does not read is cut off when this much waits for it.
 const OUTBOX_LIMIT: usize = 4 * 1024 * 1024;
 /// Read at most this much in one turn.
-const TURN: usize = 1024 * 1024;
+const TURN: u64 = 1024 * 1024;
 
 /// A connected peer.
 #[derive(Debug)]
@@ -42,27 +43,11 @@ impl Connection {
     /// Reads what is there and returns the complete requests. A peer that breaks the rules is
     /// closed.
     pub fn read(&mut self) -> Vec<ToKeeper> {
-        let mut buffer = [0; 16 * 1024];
-        let mut total = 0;
-        while total < TURN {
-            match self.stream.read(&mut buffer) {
-                Ok(0) => {
-                    self.closed = true;
-                    break;
-                }
-                Ok(count) => {
-                    self.inbox.extend_from_slice(&buffer[..count]);
-                    total += count;
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => {
-                    tracing::warn!(connection = self.id, %error, "read failed");
-                    self.closed = true;
-                    break;
-                }
-            }
-        }
+        let open = read_available(&mut self.stream, TURN, &mut self.inbox).unwrap_or_else(|error| {
+            tracing::warn!(connection = self.id, %error, "read failed");
+            false
+        });
+        self.closed |= !open;
         let mut requests = Vec::new();
         loop {
             match wire::decode(&mut self.inbox) {

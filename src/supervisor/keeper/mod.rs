@@ -19,8 +19,7 @@ pub mod server;
 pub mod wire;
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -29,7 +28,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use self::server::Keeper;
-use crate::net;
+use crate::{files, net};
 
 /// Socket of the keeper inside the state directory.
 pub const SOCKET: &str = "keeper.sock";
@@ -62,7 +61,10 @@ pub fn run(config: KeeperConfig) -> io::Result<()> {
     // Fails only if it leads one already.
     let _ = nix::unistd::setsid();
     std::env::set_current_dir(&config.state_dir)?;
-    let lock = lock_pid_file(&config.state_dir)?;
+    // Only one keeper of a state directory can have it.
+    let Some(lock) = files::lock_with_pid(&config.state_dir.join(PID_FILE))? else {
+        return Err(io::Error::other(format!("{PID_FILE}: another keeper holds the lock")));
+    };
     prctl::set_child_subreaper(true)?;
     let mut mask = SigSet::empty();
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGCHLD] {
@@ -89,22 +91,6 @@ pub fn is_alive(state_dir: &Path) -> bool {
     matches!(locked, Ok(Err(TryLockError::WouldBlock)))
 }
 
-/// Takes the lock that only one keeper of a state directory can hold, and writes the pid.
-fn lock_pid_file(state_dir: &Path) -> io::Result<File> {
-    let path = state_dir.join(PID_FILE);
-    let mut file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path)?;
-    match file.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => {
-            return Err(io::Error::other(format!("{}: another keeper holds the lock", path.display())));
-        }
-        Err(TryLockError::Error(error)) => return Err(error),
-    }
-    file.set_len(0)?;
-    file.write_all(format!("{}\n", std::process::id()).as_bytes())?;
-    Ok(file)
-}
-
 /// Tells the sidecar, which holds the other end of stdout, and lets go of that pipe.
 fn announce() -> io::Result<()> {
     let mut stdout = io::stdout().lock();
@@ -114,4 +100,13 @@ fn announce() -> io::Result<()> {
     let null = OpenOptions::new().write(true).open("/dev/null")?;
     nix::unistd::dup2_stdout(&null)?;
     Ok(())
+}
+
+/// Reads what is there, at most `limit` bytes. False: the other end is closed.
+fn read_available(from: impl Read, limit: u64, into: &mut Vec<u8>) -> io::Result<bool> {
+    match from.take(limit).read_to_end(into) {
+        Ok(count) => Ok(count as u64 == limit),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(true),
+        Err(error) => Err(error),
+    }
 }

@@ -3,9 +3,11 @@
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
-use std::io::{self, PipeReader, Read, Write};
+use std::io::{PipeReader, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
+
+use super::read_available;
 
 /// A log file is moved to `<name>.log.1` when it has this many bytes.
 pub const LOG_LIMIT: u64 = 32 * 1024 * 1024;
@@ -14,7 +16,7 @@ pub const LAST_LINES: usize = 50;
 /// Longest kept line; the rest of a line is in the log file only.
 const LINE_LIMIT: usize = 2048;
 /// Read at most this much from one child before others get their turn.
-const TURN: usize = 256 * 1024;
+const TURN: u64 = 256 * 1024;
 
 /// The last lines of a stream of bytes. A carriage return starts the line over, as on a terminal,
 /// so that progress bars do not push out what matters.
@@ -138,28 +140,16 @@ impl Output {
         let Some(pipe) = &mut self.pipe else {
             return;
         };
-        let mut buffer = [0; 16 * 1024];
-        let mut total = 0;
-        while total < TURN {
-            match pipe.read(&mut buffer) {
-                Ok(0) => {
-                    self.pipe = None;
-                    return;
-                }
-                Ok(count) => {
-                    self.log.write(&buffer[..count]);
-                    self.tail.push(&buffer[..count]);
-                    total += count;
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => {
-                    tracing::warn!(%error, "output of a child cannot be read");
-                    self.pipe = None;
-                    return;
-                }
-            }
+        let mut bytes = Vec::new();
+        let open = read_available(pipe, TURN, &mut bytes).unwrap_or_else(|error| {
+            tracing::warn!(%error, "output of a child cannot be read");
+            false
+        });
+        if !open {
+            self.pipe = None;
         }
+        self.log.write(&bytes);
+        self.tail.push(&bytes);
     }
 
     /// Writes a line of the keeper's own into the log.

@@ -223,10 +223,9 @@ impl Keeper {
     /// Handles a request; `None` if it is answered later.
     fn handle(&mut self, now: Instant, from: u64, seq: u64, request: Request) -> Option<Answer> {
         match request {
-            Request::Ping => Some(self.introduce()),
             Request::Own => {
                 self.owned_by(from);
-                Some(self.introduce())
+                Some(Answer::Keeper { pid: std::process::id(), run_id: self.config.run_id.clone() })
             }
             Request::TakeOver { orphan_grace_ms, kill_grace_ms } => {
                 if self.shutdown.is_some() {
@@ -246,14 +245,12 @@ impl Keeper {
             Request::Spawn { spec } => Some(self.spawn(&spec)),
             Request::Stop { name, grace_ms } => {
                 let grace = Duration::from_millis(grace_ms);
-                let mut found = false;
-                for child in &mut self.children {
-                    if child.label().0 == name {
-                        child.stop(now, grace);
-                        found = true;
-                    }
-                }
-                Some(if found { Answer::Done } else { failed(format!("no child {name:?}")) })
+                // There is one of a name at most.
+                let Some(child) = self.children.iter_mut().find(|child| child.name() == name) else {
+                    return Some(failed(format!("no child {name:?}")));
+                };
+                child.stop(now, grace);
+                Some(Answer::Done)
             }
             Request::List => {
                 Some(Answer::Children { children: self.children.iter().map(Child::info).collect() })
@@ -272,10 +269,6 @@ impl Keeper {
         {
             known.closed = old != connection;
         }
-    }
-
-    fn introduce(&self) -> Answer {
-        Answer::Keeper { pid: std::process::id(), run_id: self.config.run_id.clone() }
     }
 
     fn spawn(&mut self, spec: &SpawnSpec) -> Answer {

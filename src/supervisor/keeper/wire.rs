@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -131,8 +130,6 @@ pub enum Request {
         /// How long each stage of the order may take, in milliseconds.
         grace_ms: u64,
     },
-    /// Are you there?
-    Ping,
 }
 
 /// What the keeper answers.
@@ -150,7 +147,7 @@ pub enum Answer {
         /// Living children.
         children: Vec<ChildInfo>,
     },
-    /// To [`Request::Ping`] and [`Request::Own`].
+    /// To [`Request::Own`].
     Keeper {
         /// Pid of the keeper.
         pid: u32,
@@ -266,11 +263,6 @@ pub fn decode<T: DeserializeOwned>(buffer: &mut Vec<u8>) -> Result<Option<T>, Wi
         Some((&version, _)) => Err(WireError::Version(version)),
         None => Err(WireError::Length(0)),
     }
-}
-
-/// Milliseconds of a duration, for the wire.
-pub fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
