@@ -30,6 +30,13 @@ pub struct GpuReport {
     pub devices: Vec<GpuDevice>,
 }
 
+impl GpuReport {
+    /// There are none, or they cannot be asked.
+    fn none(reason: impl Into<String>) -> Self {
+        Self { source: "none".to_owned(), reason: Some(reason.into()), ..Self::default() }
+    }
+}
+
 /// One device. A field that the device or driver does not support is `None`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -79,7 +86,7 @@ pub struct NoneAccel {
 
 impl Accelerators for NoneAccel {
     fn report(&mut self) -> GpuReport {
-        GpuReport { source: "none".to_owned(), reason: Some(self.reason.clone()), ..GpuReport::default() }
+        GpuReport::none(&*self.reason)
     }
 }
 
@@ -97,10 +104,7 @@ impl Accelerators for FakeAccel {
             .and_then(|text| serde_json::from_slice::<GpuReport>(&text).map_err(|error| error.to_string()));
         match read {
             Ok(report) => GpuReport { source: "fake".to_owned(), ..report },
-            Err(error) => {
-                let reason = format!("{}: {error}", self.file.display());
-                NoneAccel { reason }.report()
-            }
+            Err(error) => GpuReport::none(format!("{}: {error}", self.file.display())),
         }
     }
 }
@@ -144,23 +148,16 @@ impl GpuMonitor {
     }
 
     async fn report_within(&self, limit: Duration) -> GpuReport {
-        let unknown = |reason: &str| GpuReport {
-            source: "none".to_owned(),
-            reason: Some(reason.to_owned()),
-            ..GpuReport::default()
-        };
         let (reply, answer) = oneshot::channel();
         match self.asks.try_send(reply) {
             Ok(()) => {}
-            Err(TrySendError::Full(_)) => {
-                return unknown("the driver has not answered for a while");
-            }
-            Err(TrySendError::Disconnected(_)) => return unknown("its thread has ended"),
+            Err(TrySendError::Full(_)) => return GpuReport::none("the driver has not answered for a while"),
+            Err(TrySendError::Disconnected(_)) => return GpuReport::none("its thread has ended"),
         }
         match tokio::time::timeout(limit, answer).await {
             Ok(Ok(report)) => report,
-            Ok(Err(_)) => unknown("its thread has ended"),
-            Err(_) => unknown("the driver does not answer"),
+            Ok(Err(_)) => GpuReport::none("its thread has ended"),
+            Err(_) => GpuReport::none("the driver does not answer"),
         }
     }
 }
@@ -173,14 +170,8 @@ pub fn count(file: Option<&Path>) -> u32 {
         // The asker may have given up.
         let _ = sender.send(detect(file.as_deref()).report().devices.len());
     });
-    match asked {
-        Ok(_) => receiver
-            .recv_timeout(REPORT_LIMIT * 3)
-            .ok()
-            .and_then(|count| u32::try_from(count).ok())
-            .unwrap_or(0),
-        Err(_) => 0,
-    }
+    let count = asked.ok().and_then(|_| receiver.recv_timeout(REPORT_LIMIT * 3).ok());
+    count.and_then(|count| u32::try_from(count).ok()).unwrap_or(0)
 }
 
 #[cfg(test)]

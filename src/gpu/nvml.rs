@@ -5,7 +5,7 @@ use nvml_wrapper::enum_wrappers::device::{EccCounter, MemoryError, TemperatureSe
 use nvml_wrapper::enums::device::UsedGpuMemory;
 use nvml_wrapper::error::NvmlError;
 
-use super::{Accelerators, GpuDevice, GpuProcess, GpuReport, NoneAccel};
+use super::{Accelerators, GpuDevice, GpuProcess, GpuReport};
 
 /// NVML, opened. The library is loaded when it is opened, not when this program is: a machine
 /// without a driver runs the same binary.
@@ -77,9 +77,9 @@ impl Accelerators for NvmlAccel {
                     *self = new;
                     self.read().map_err(|error| error.to_string())
                 });
-                again.unwrap_or_else(|reason| NoneAccel { reason }.report())
+                again.unwrap_or_else(GpuReport::none)
             }
-            Err(error) => NoneAccel { reason: error.to_string() }.report(),
+            Err(error) => GpuReport::none(error.to_string()),
         }
     }
 }
