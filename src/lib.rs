@@ -52,6 +52,7 @@ mod files;
 mod log_limit;
 mod msgpack;
 mod net;
+mod parallel;
 
 #[cfg(any(test, feature = "test-support"))]
 pub mod fuzz;

@@ -8,10 +8,10 @@ mod fit;
 #[cfg(test)]
 pub(crate) mod tests;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt;
 use std::fs::File;
-use std::io::Read as _;
+use std::io::{self, ErrorKind, Read as _};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -136,11 +136,8 @@ struct Faults<'a>(&'a [Fault]);
 impl fmt::Display for Faults<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let count = self.0.len();
-        write!(f, "{count} tensor fault{}: ", if count == 1 { "" } else { "s" })?;
-        for (at, fault) in self.0.iter().take(LISTED).enumerate() {
-            let comma = if at == 0 { "" } else { "; " };
-            write!(f, "{comma}{fault}")?;
-        }
+        let listed: Vec<String> = self.0.iter().take(LISTED).map(ToString::to_string).collect();
+        write!(f, "{count} tensor fault{}: {}", if count == 1 { "" } else { "s" }, listed.join("; "))?;
         if count > LISTED {
             write!(f, "; and {} more", count - LISTED)?;
         }
@@ -188,18 +185,14 @@ pub struct Manifest {
 impl Manifest {
     /// Reads the headers of a directory. Blocks; reads no tensor data.
     pub fn read(path: &Path) -> Result<Self, ManifestError> {
-        let meta = std::fs::metadata(path).map_err(|error| ManifestError::NotADirectory {
-            path: path.to_owned(),
-            reason: match error.kind() {
-                std::io::ErrorKind::NotFound => "no such directory".to_owned(),
-                _ => error.to_string(),
-            },
-        })?;
-        if !meta.is_dir() {
-            return Err(ManifestError::NotADirectory {
-                path: path.to_owned(),
-                reason: "not a directory".to_owned(),
-            });
+        let problem = match std::fs::metadata(path) {
+            Ok(meta) if meta.is_dir() => None,
+            Ok(_) => Some("not a directory".to_owned()),
+            Err(error) if error.kind() == ErrorKind::NotFound => Some("no such directory".to_owned()),
+            Err(error) => Some(error.to_string()),
+        };
+        if let Some(reason) = problem {
+            return Err(ManifestError::NotADirectory { path: path.to_owned(), reason });
         }
         let index = read_index(path)?;
         let names = match &index {
@@ -268,34 +261,30 @@ impl Manifest {
     /// Compares with the manifest of the checkpoint the model was started from: same names, shapes and
     /// element types, nothing missing, nothing more.
     pub fn check_against(&self, model: &Self) -> Result<(), ManifestError> {
-        let by_name = |manifest: &Self| -> BTreeMap<String, Tensor> {
-            let tensors = manifest.tensors.iter().cloned();
-            tensors.map(|tensor| (tensor.name.clone(), tensor)).collect()
-        };
-        let (ours, wanted) = (by_name(self), by_name(model));
+        let (ours, wanted) = (self.by_name(), model.by_name());
         let mut faults = Vec::new();
         for (name, expected) in &wanted {
             let Some(actual) = ours.get(name) else {
-                faults.push(Fault::Missing { name: name.clone() });
+                faults.push(Fault::Missing { name: (*name).to_owned() });
                 continue;
             };
             if actual.shape != expected.shape {
                 faults.push(Fault::Shape {
-                    name: name.clone(),
+                    name: (*name).to_owned(),
                     expected: expected.shape.clone(),
                     actual: actual.shape.clone(),
                 });
             }
             if actual.dtype != expected.dtype {
                 faults.push(Fault::Dtype {
-                    name: name.clone(),
+                    name: (*name).to_owned(),
                     expected: expected.dtype.clone(),
                     actual: actual.dtype.clone(),
                 });
             }
         }
         for name in ours.keys().filter(|name| !wanted.contains_key(*name)) {
-            faults.push(Fault::Unexpected { name: name.clone() });
+            faults.push(Fault::Unexpected { name: (*name).to_owned() });
         }
         self.fail_on(faults)
     }
@@ -317,6 +306,23 @@ impl Manifest {
         }
     }
 
+    fn by_name(&self) -> BTreeMap<&str, &Tensor> {
+        self.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect()
+    }
+
+    /// Opens all files, in their order.
+    pub(crate) fn open(&self) -> Result<Vec<File>, ManifestError> {
+        let open = |(at, file): (usize, &ManifestFile)| {
+            File::open(self.path.join(&file.name)).map_err(|error| self.unreadable(at, &error))
+        };
+        self.files.iter().enumerate().map(open).collect()
+    }
+
+    /// The file at this position cannot be opened or read.
+    pub(crate) fn unreadable(&self, file: usize, error: &io::Error) -> ManifestError {
+        unreadable(&self.path.join(&self.files[file].name), error)
+    }
+
     fn fail_on(&self, faults: Vec<Fault>) -> Result<(), ManifestError> {
         if faults.is_empty() {
             return Ok(());
@@ -325,11 +331,11 @@ impl Manifest {
     }
 }
 
-fn unreadable(path: &Path, error: &std::io::Error) -> ManifestError {
+fn unreadable(path: &Path, error: &io::Error) -> ManifestError {
     ManifestError::Unreadable {
         path: path.to_owned(),
         reason: match error.kind() {
-            std::io::ErrorKind::NotFound => "no such file".to_owned(),
+            ErrorKind::NotFound => "no such file".to_owned(),
             _ => error.to_string(),
         },
     }
@@ -359,7 +365,7 @@ fn read_index(dir: &Path) -> Result<Option<BTreeMap<String, String>>, ManifestEr
     let path = dir.join(INDEX);
     let file = match File::open(&path) {
         Ok(file) => file,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(unreadable(&path, &error)),
     };
     let mut text = Vec::new();
@@ -427,14 +433,19 @@ pub fn header_end(start: &[u8], len: u64) -> Result<Option<u64>, String> {
     let Some(length) = start.first_chunk() else {
         return if len < 8 { Err(format!("{len} bytes long, expected at least 8")) } else { Ok(None) };
     };
-    let length = u64::from_le_bytes(*length);
-    if length > MAX_HEADER {
-        return Err(format!("{length} bytes long, at most {MAX_HEADER} are allowed"));
-    }
+    let length = header_length(*length)?;
     if 8 + length > len {
         return Err(format!("{length} bytes long, in a file of {len}"));
     }
     Ok(Some(8 + length))
+}
+
+fn header_length(first: [u8; 8]) -> Result<u64, String> {
+    let length = u64::from_le_bytes(first);
+    if length > MAX_HEADER {
+        return Err(format!("{length} bytes long, at most {MAX_HEADER} are allowed"));
+    }
+    Ok(length)
 }
 
 fn read_header(dir: &Path, name: &str) -> Result<(ManifestFile, Vec<Tensor>), ManifestError> {
@@ -448,11 +459,8 @@ fn read_header(dir: &Path, name: &str) -> Result<(ManifestFile, Vec<Tensor>), Ma
     }
     let mut length = [0; 8];
     file.read_exact(&mut length).map_err(|error| unreadable(&path, &error))?;
-    let length = u64::from_le_bytes(length);
-    if length > MAX_HEADER {
-        let reason = format!("{length} bytes long, at most {MAX_HEADER} are allowed");
-        return Err(ManifestError::Header { path, reason });
-    }
+    let length =
+        header_length(length).map_err(|reason| ManifestError::Header { path: path.clone(), reason })?;
     if actual < 8 + length {
         return Err(too_short(8 + length));
     }
@@ -472,7 +480,8 @@ fn parse_header(
     let fail = |reason: String| ManifestError::Header { path: path.to_owned(), reason };
     let Header(mut entries) = serde_json::from_slice(text).map_err(|error| fail(error.to_string()))?;
     entries.sort_by(|(a_name, a), (b_name, b)| (a.data_offsets, a_name).cmp(&(b.data_offsets, b_name)));
-    let mut tensors = Vec::new();
+    let mut tensors = Vec::with_capacity(entries.len());
+    let mut names = HashSet::with_capacity(entries.len());
     let mut next = 0u64;
     for (tensor, info) in entries {
         let (start, end) = (info.data_offsets.0 as u64, info.data_offsets.1 as u64);
@@ -484,8 +493,8 @@ fn parse_header(
             )));
         }
         // The same name twice is reported as a duplicate by the caller, wherever its data lies.
-        let twice = || tensors.iter().any(|other: &Tensor| other.name == tensor);
-        if start != next && !twice() {
+        let twice = !names.insert(tensor.clone());
+        if start != next && !twice {
             return Err(fail(format!(
                 "{tensor} starts at byte {start}, expected {next}: tensors overlap or leave a hole"
             )));

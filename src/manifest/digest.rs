@@ -3,17 +3,20 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::thread;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
 use super::{Manifest, ManifestError, Tensor, unreadable};
+use crate::parallel;
 
 /// Read and hashed at once by one thread.
 const CHUNK: usize = 4 << 20;
 /// From this size on a chunk is hashed by several threads.
 const LARGE: u64 = 64 << 20;
+
+/// Most threads that hash.
+const THREADS: usize = 16;
 
 /// How far the hashing is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,53 +44,28 @@ impl Manifest {
         progress: &(dyn Fn(Progress) + Sync),
         cancel: &AtomicBool,
     ) -> Result<Digests, ManifestError> {
-        let files = self
-            .files
-            .iter()
-            .map(|file| {
-                let path = self.path.join(&file.name);
-                File::open(&path).map_err(|error| unreadable(&path, &error))
-            })
-            .collect::<Result<Vec<_>, _>>()?;
+        let files = self.open()?;
         let total = self.bytes();
         let done = AtomicU64::new(0);
-        let next = AtomicUsize::new(0);
-        let failed: Mutex<Option<ManifestError>> = Mutex::new(None);
         let found: Mutex<BTreeMap<String, String>> = Mutex::new(BTreeMap::new());
-        let stop = || cancel.load(Ordering::Relaxed) || failed.lock().is_some();
-        let work = || {
+        let chunk_done = |bytes: u64| {
+            let done = done.fetch_add(bytes, Ordering::Relaxed) + bytes;
+            progress(Progress { done, total });
+            if cancel.load(Ordering::Relaxed) { Err(self.cancelled()) } else { Ok(()) }
+        };
+        let worker = || {
             let mut buffer = vec![0; CHUNK];
-            while let Some(tensor) = self.tensors.get(next.fetch_add(1, Ordering::Relaxed)) {
-                let chunk_done = |bytes: u64| {
-                    let done = done.fetch_add(bytes, Ordering::Relaxed) + bytes;
-                    progress(Progress { done, total });
-                    !stop()
-                };
-                match self.hash_tensor(&files[tensor.file], tensor, &mut buffer, &chunk_done) {
-                    Ok(Some(digest)) => {
-                        found.lock().insert(tensor.name.clone(), digest);
-                    }
-                    Ok(None) => return,
-                    Err(error) => {
-                        failed.lock().get_or_insert(error);
-                        return;
-                    }
-                }
+            let (files, found, chunk_done) = (&files, &found, &chunk_done);
+            move |at: usize| {
+                let tensor: &Tensor = &self.tensors[at];
+                let digest = self.hash_tensor(&files[tensor.file], tensor, &mut buffer, chunk_done)?;
+                found.lock().insert(tensor.name.clone(), digest);
+                Ok(())
             }
         };
-        let cores = thread::available_parallelism().map_or(1, usize::from);
-        let threads = cores.min(16).min(self.tensors.len().max(1));
-        thread::scope(|scope| {
-            for _ in 1..threads {
-                scope.spawn(work);
-            }
-            work();
-        });
-        if let Some(error) = failed.into_inner() {
-            return Err(error);
-        }
+        parallel::for_each(self.tensors.len(), THREADS, worker)?;
         if cancel.load(Ordering::Relaxed) {
-            return Err(ManifestError::Cancelled { path: self.path.clone() });
+            return Err(self.cancelled());
         }
         self.check_unchanged()?;
         let tensors = found.into_inner();
@@ -99,8 +77,8 @@ impl Manifest {
         file: &File,
         tensor: &Tensor,
         buffer: &mut [u8],
-        chunk_done: &dyn Fn(u64) -> bool,
-    ) -> Result<Option<String>, ManifestError> {
+        chunk_done: &dyn Fn(u64) -> Result<(), ManifestError>,
+    ) -> Result<String, ManifestError> {
         let mut hasher = blake3::Hasher::new();
         let mut at = 0;
         while at < tensor.len {
@@ -108,18 +86,20 @@ impl Manifest {
             let size = left.min(buffer.len());
             let chunk = &mut buffer[..size];
             file.read_exact_at(chunk, tensor.start + at)
-                .map_err(|error| unreadable(&self.path.join(&self.files[tensor.file].name), &error))?;
+                .map_err(|error| self.unreadable(tensor.file, &error))?;
             if tensor.len >= LARGE {
                 hasher.update_rayon(chunk);
             } else {
                 hasher.update(chunk);
             }
             at += size as u64;
-            if !chunk_done(size as u64) {
-                return Ok(None);
-            }
+            chunk_done(size as u64)?;
         }
-        Ok(Some(hasher.finalize().to_hex().to_string()))
+        Ok(hasher.finalize().to_hex().to_string())
+    }
+
+    fn cancelled(&self) -> ManifestError {
+        ManifestError::Cancelled { path: self.path.clone() }
     }
 
     /// Whether the files are still those whose headers were read.
@@ -135,10 +115,8 @@ impl Manifest {
     }
 
     fn whole(&self, digests: &BTreeMap<String, String>) -> String {
-        let by_name: BTreeMap<&str, &Tensor> =
-            self.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
         let mut hasher = blake3::Hasher::new();
-        for (name, tensor) in by_name {
+        for (name, tensor) in self.by_name() {
             let shape: Vec<String> = tensor.shape.iter().map(ToString::to_string).collect();
             let digest = digests.get(name).map_or("", String::as_str);
             let line = format!("{name}\0{}\0{}\0{digest}\n", tensor.dtype, shape.join(","));

@@ -228,6 +228,29 @@ fn garbage_is_refused_whatever_it_is() {
     }
 }
 
+#[test]
+fn every_name_that_a_header_of_100_000_has_twice_is_found() {
+    let names = 0..100_000;
+    let entry =
+        |at: usize| format!(r#""tensor.{at}":{{"dtype":"U8","shape":[1],"data_offsets":[{at},{}]}}"#, at + 1);
+    // The second entry of a name covers the same byte, so it does not begin where the one before ends.
+    let entries: Vec<String> = names.clone().chain(names.clone()).map(entry).collect();
+    let header = format!("{{{}}}", entries.join(","));
+    let mut start = (header.len() as u64).to_le_bytes().to_vec();
+    start.extend_from_slice(header.as_bytes());
+    let length = (start.len() + names.len()) as u64;
+    let file = ("model.safetensors", length, &start[..]);
+    let error = Manifest::from_headers(Path::new("dir"), [file]).unwrap_err();
+    let ManifestError::Tensors { faults, .. } = error else { panic!("{error}") };
+    let name = |fault| match fault {
+        Fault::Duplicate { name, .. } => name,
+        other => panic!("{other}"),
+    };
+    let faults: Vec<String> = faults.into_iter().map(name).collect();
+    let twice: BTreeSet<&String> = faults.iter().collect();
+    assert_eq!((faults.len(), twice.len()), (names.len(), names.len()));
+}
+
 fn write_index(dir: &Path, entries: &[(&str, &str)]) {
     let map: BTreeMap<&str, &str> = entries.iter().copied().collect();
     let text = json!({"metadata": {}, "weight_map": map}).to_string();
