@@ -42,7 +42,6 @@ pub const TARGETS: [(&str, Target); 14] = [
     ("engine", engine),
     ("frontend", frontend),
     ("handshake", handshake),
-    ("hop", crate::staging::fuzz_hop),
     ("http", crate::http::fuzz),
     ("index", index),
     ("keeper", keeper),
@@ -50,6 +49,7 @@ pub const TARGETS: [(&str, Target); 14] = [
     ("manifest", manifest),
     ("peer", crate::peer::fuzz),
     ("scan", scan),
+    ("transfer", crate::staging::fuzz_transfer),
     ("zmtp", zmtp),
 ];
 

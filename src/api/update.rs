@@ -210,14 +210,34 @@ pub struct StageProgress {
     pub done: u64,
     /// Bytes of the checkpoint.
     pub total: u64,
-    /// Verified chunks, and all.
-    pub chunks: (u64, u64),
+    pub chunks: Chunks,
     /// Bytes that came over the network (payload).
     pub received: u64,
     /// Bytes taken from the current segment.
     pub reused: u64,
     /// Milliseconds since it began.
     pub ms: u64,
+}
+
+/// Chunks of a checkpoint. Written as a pair.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "(u64, u64)", into = "(u64, u64)")]
+pub struct Chunks {
+    /// Verified ones.
+    pub done: u64,
+    pub total: u64,
+}
+
+impl From<(u64, u64)> for Chunks {
+    fn from((done, total): (u64, u64)) -> Self {
+        Self { done, total }
+    }
+}
+
+impl From<Chunks> for (u64, u64) {
+    fn from(chunks: Chunks) -> Self {
+        (chunks.done, chunks.total)
+    }
 }
 
 /// How an update ended, in the words of reports, answer codes of HTTP and exit codes; see [`Outcome`] for more.

@@ -12,11 +12,11 @@ use super::Run;
 use super::local::{QUEUE, internal};
 use crate::driver::handles::{NodeEvent, StageEvent, StageHandle};
 use crate::exit_code::RunEnd;
-use crate::peer::hop::TokenAuth;
 use crate::peer::introduction::ranks_text;
+use crate::peer::transfer::TokenAuth;
 use crate::shared_memory::{self, SHM_DIR};
 use crate::staging::upload::UploadRequests;
-use crate::staging::{self, HopAuth, NoAuth, StageConfig};
+use crate::staging::{self, NoAuth, StageConfig, TransferAuth};
 use crate::state_dir::StateDir;
 use crate::tasks::{Task, named};
 
@@ -28,7 +28,7 @@ pub(super) fn start(
 ) -> Result<StageHandle, RunEnd> {
     let Run { config, state, tracker, stop, .. } = run;
     let name = format!("node of {}", ranks_text(config.start_rank, config.size_local));
-    let (host, auth): (IpAddr, Arc<dyn HopAuth>) = match &config.nodes {
+    let (host, auth): (IpAddr, Arc<dyn TransferAuth>) = match &config.nodes {
         Some(nodes) => (
             nodes.address.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)),
             Arc::new(TokenAuth(nodes.token.clone())),

@@ -8,6 +8,7 @@ use dp_sidecar_protocol::EngineIndex;
 use dp_sidecar_protocol::machine::weight_update::{NodeId, Phase, RankProgress};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use super::client::print_line;
 use crate::api::{StageProgress, UpdateEvent, UpdateProgress};
 
 /// Shows the steps of an update.
@@ -53,10 +54,7 @@ impl View {
                 let Some(event) = &step.event else {
                     return;
                 };
-                match serde_json::to_string(event) {
-                    Ok(line) => println!("{line}"),
-                    Err(error) => eprintln!("error: {error}"),
-                }
+                print_line(event);
             }
             // Not every byte count gets a line, every phase and message does.
             Kind::Lines => {
@@ -145,8 +143,7 @@ impl Bars {
 
 /// Chunks, rate, and what did not have to travel.
 fn staged(progress: &StageProgress, rate: u64) -> String {
-    let (done, all) = progress.chunks;
-    let mut text = format!("{done} of {all} chunks");
+    let mut text = format!("{} of {} chunks", progress.chunks.done, progress.chunks.total);
     if rate > 0 {
         text.push_str(&format!(", {}/s", indicatif::HumanBytes(rate)));
     }
@@ -169,10 +166,11 @@ fn style(template: &str) -> ProgressStyle {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::api::Chunks;
 
     #[test]
     fn chunks_rate_and_reuse_are_told() {
-        let mut progress = StageProgress { chunks: (3, 8), ..StageProgress::default() };
+        let mut progress = StageProgress { chunks: Chunks { done: 3, total: 8 }, ..StageProgress::default() };
         assert_eq!(staged(&progress, 0), "3 of 8 chunks");
         progress.reused = 1024;
         assert_eq!(staged(&progress, 2 << 20), "3 of 8 chunks, 2.00 MiB/s, 1.00 KiB unchanged");

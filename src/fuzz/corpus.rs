@@ -109,7 +109,7 @@ fn between_nodes(corpus: &mut Corpus) {
         opening.extend([1; 33]);
         corpus.entry("auth").or_default().push(opening);
     }
-    corpus.entry("hop").or_default().extend(crate::staging::hop_corpus());
+    corpus.entry("transfer").or_default().extend(crate::staging::transfer_corpus());
 }
 
 fn of_the_keeper(corpus: &mut Corpus) {

@@ -138,7 +138,7 @@ macro_rules! bounded_runs {
 }
 
 bounded_runs! {
-    auth coordinator engine frontend handshake hop http index keeper link manifest peer scan zmtp
+    auth coordinator engine frontend handshake http index keeper link manifest peer scan transfer zmtp
 }
 
 /// For `scripts/fuzz` where there is no libFuzzer: `DP_SIDECAR_FUZZ=target:seconds`. Otherwise there is nothing to do.

@@ -13,7 +13,8 @@ use tokio::time::timeout;
 
 use super::Context;
 use super::answers::HttpError;
-use crate::staging::upload::{UploadFile, UploadStatus, UploadedFile};
+use crate::staging::FileSize;
+use crate::staging::upload::{UploadStatus, UploadedFile};
 
 /// A body from which nothing came for this long is given up.
 const BODY_IDLE: Duration = Duration::from_secs(30);
@@ -25,7 +26,7 @@ const UPLOAD_LENGTH: HeaderName = HeaderName::from_static("upload-length");
 #[serde(deny_unknown_fields)]
 pub(super) struct CreateBody {
     id: String,
-    files: Vec<UploadFile>,
+    files: Vec<FileSize>,
 }
 
 pub(super) async fn create(

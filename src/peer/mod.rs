@@ -5,13 +5,13 @@ pub mod auth;
 pub mod facts;
 pub mod follower;
 mod frame;
-pub mod hop;
 pub mod introduction;
 pub mod leader;
 pub mod registry;
 pub mod stream;
 #[cfg(test)]
 mod tests;
+pub mod transfer;
 
 #[cfg(any(test, feature = "test-support"))]
 pub(crate) use frame::fuzz;

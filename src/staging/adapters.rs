@@ -8,7 +8,7 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use super::error::StageError;
+use super::error::{Doing as _, StageError};
 use crate::driver::handles::{ADAPTER_FILE, AdapterPlace};
 use crate::files;
 use crate::manifest::Manifest;
@@ -25,32 +25,30 @@ type Result<T> = std::result::Result<T, StageError>;
 /// The adapters of a node, each in a directory named by its whole digest.
 #[derive(Debug)]
 pub(super) struct Adapters {
-    node: String,
     dir: PathBuf,
     /// Hashed since this process began.
     checked: BTreeSet<String>,
 }
 
 impl Adapters {
-    pub(super) fn new(node: &str, state_dir: &Path) -> Self {
-        Self { node: node.to_owned(), dir: state_dir.join(FOLDER), checked: BTreeSet::new() }
+    pub(super) fn new(state_dir: &Path) -> Self {
+        Self { dir: state_dir.join(FOLDER), checked: BTreeSet::new() }
     }
 
     /// Where an adapter is; copied from `source` if it is the same one. Blocks.
     pub(super) fn take(&mut self, digest: &str, source: Option<&Path>) -> Result<AdapterPlace> {
-        let place = self.place(digest)?;
-        if let Some(here) = self.here(digest, &place) {
+        let home = self.dir_of(digest)?;
+        if let Some(here) = self.here(digest, &home) {
             return Ok(here);
         }
-        let part = place.with_extension(PART);
+        let part = home.with_extension(PART);
         if let Some(source) = source.filter(|source| digest_of(source).as_deref() == Some(digest)) {
-            self.create(&part)?;
+            create(&part)?;
             let (from, to) = (source.join(ADAPTER_FILE), part.join(ADAPTER_FILE));
             let copied = fs::copy(&from, &to).and_then(|_| File::open(&to)?.sync_all());
-            copied
-                .map_err(|error| self.io(format!("copying {} to {}", from.display(), to.display()), error))?;
+            copied.doing(|| format!("copying {} to {}", from.display(), to.display()))?;
             // It may have been replaced meanwhile.
-            if let Ok(here) = self.complete(digest, &place, &part) {
+            if let Ok(here) = self.complete(digest, &home, &part) {
                 return Ok(here);
             }
         }
@@ -66,31 +64,31 @@ impl Adapters {
         size: u64,
         bytes: &[u8],
     ) -> Result<AdapterPlace> {
-        let place = self.place(digest)?;
-        if let Some(here) = self.here(digest, &place) {
+        let home = self.dir_of(digest)?;
+        if let Some(here) = self.here(digest, &home) {
             return Ok(here);
         }
-        let part = place.with_extension(PART);
+        let part = home.with_extension(PART);
         let path = part.join(ADAPTER_FILE);
         let before = length(&path);
         if before > size {
             // Of another attempt, which knew another file.
-            self.remove(&part)?;
+            remove(&part)?;
             return Ok(AdapterPlace::Lacks { from: 0 });
         }
         if offset != before {
             return Ok(AdapterPlace::Lacks { from: before });
         }
-        self.create(&part)?;
+        create(&part)?;
         let last = before + bytes.len() as u64 >= size;
         let written = || {
             let mut file = File::options().create(true).append(true).mode(0o600).open(&path)?;
             file.write_all(bytes)?;
             if last { file.sync_all() } else { Ok(()) }
         };
-        written().map_err(|error| self.io(format!("writing {}", path.display()), error))?;
+        written().doing(|| format!("writing {}", path.display()))?;
         if last {
-            return self.complete(digest, &place, &part);
+            return self.complete(digest, &home, &part);
         }
         Ok(AdapterPlace::Lacks { from: length(&path) })
     }
@@ -98,32 +96,31 @@ impl Adapters {
     /// Removes all others. Blocks.
     pub(super) fn keep(&mut self, digests: &BTreeSet<String>) -> Result<()> {
         self.checked.retain(|digest| digests.contains(digest));
-        let entries = match fs::read_dir(&self.dir) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(error) => return Err(self.io(format!("reading {}", self.dir.display()), error)),
-        };
+        if !self.dir.exists() {
+            return Ok(());
+        }
+        let entries = fs::read_dir(&self.dir).doing(|| format!("reading {}", self.dir.display()))?;
         for entry in entries.filter_map(std::result::Result::ok) {
             if !entry.file_name().to_str().is_some_and(|name| digests.contains(name)) {
-                self.remove(&entry.path())?;
+                remove(&entry.path())?;
             }
         }
         Ok(())
     }
 
-    fn here(&mut self, digest: &str, place: &Path) -> Option<AdapterPlace> {
-        let here = || AdapterPlace::Here { path: place.display().to_string() };
-        if self.checked.contains(digest) && place.join(ADAPTER_FILE).is_file() {
+    fn here(&mut self, digest: &str, home: &Path) -> Option<AdapterPlace> {
+        let here = || AdapterPlace::Here { path: home.display().to_string() };
+        if self.checked.contains(digest) && home.join(ADAPTER_FILE).is_file() {
             return Some(here());
         }
-        match digest_of(place) {
+        match digest_of(home) {
             Some(actual) if actual == digest => {
                 self.checked.insert(digest.to_owned());
                 Some(here())
             }
             Some(actual) => {
-                tracing::warn!(path = %place.display(), actual, "an adapter is damaged and not used");
-                let _ = fs::remove_dir_all(place);
+                tracing::warn!(path = %home.display(), actual, "an adapter is damaged and not used");
+                let _ = fs::remove_dir_all(home);
                 None
             }
             None => None,
@@ -131,45 +128,38 @@ impl Adapters {
     }
 
     /// All bytes are there: they are the adapter, or they are removed.
-    fn complete(&mut self, digest: &str, place: &Path, part: &Path) -> Result<AdapterPlace> {
+    fn complete(&mut self, digest: &str, home: &Path, part: &Path) -> Result<AdapterPlace> {
         let actual = digest_of(part);
         if actual.as_deref() != Some(digest) {
-            self.remove(part)?;
+            remove(part)?;
             let actual = actual.as_deref().unwrap_or("none, it cannot be read");
-            let reason = format!("digest of the adapter is {actual}, expected {digest}");
-            return Err(StageError::Refused { node: self.node.clone(), reason });
+            return Err(StageError::Refused(format!("digest of the adapter is {actual}, expected {digest}")));
         }
         // What is there is damaged, or `here` would have found it.
-        self.remove(place)?;
-        let renamed = fs::rename(part, place).and_then(|()| File::open(&self.dir)?.sync_all());
-        renamed.map_err(|error| self.io(format!("renaming {}", part.display()), error))?;
+        remove(home)?;
+        let renamed = fs::rename(part, home).and_then(|()| File::open(&self.dir)?.sync_all());
+        renamed.doing(|| format!("renaming {}", part.display()))?;
         self.checked.insert(digest.to_owned());
-        Ok(AdapterPlace::Here { path: place.display().to_string() })
+        Ok(AdapterPlace::Here { path: home.display().to_string() })
     }
 
     /// Digests come from peers and become names of directories.
-    fn place(&self, digest: &str) -> Result<PathBuf> {
+    fn dir_of(&self, digest: &str) -> Result<PathBuf> {
         let plain = digest.len() == DIGEST && digest.bytes().all(|byte| byte.is_ascii_hexdigit());
         if !plain {
-            let reason = format!("{digest:?} is no digest of an adapter");
-            return Err(StageError::Refused { node: self.node.clone(), reason });
+            return Err(StageError::Refused(format!("{digest:?} is no digest of an adapter")));
         }
         Ok(self.dir.join(digest))
     }
+}
 
-    fn create(&self, part: &Path) -> Result<()> {
-        let created = fs::DirBuilder::new().recursive(true).mode(0o700).create(part);
-        created.map_err(|error| self.io(format!("creating {}", part.display()), error))
-    }
+fn create(part: &Path) -> Result<()> {
+    let created = fs::DirBuilder::new().recursive(true).mode(0o700).create(part);
+    created.doing(|| format!("creating {}", part.display()))
+}
 
-    fn remove(&self, path: &Path) -> Result<()> {
-        let removed = files::absent_is_fine(fs::remove_dir_all(path));
-        removed.map_err(|error| self.io(format!("removing {}", path.display()), error))
-    }
-
-    fn io(&self, what: String, error: io::Error) -> StageError {
-        StageError::Io { node: self.node.clone(), what, error }
-    }
+fn remove(path: &Path) -> Result<()> {
+    files::absent_is_fine(fs::remove_dir_all(path)).doing(|| format!("removing {}", path.display()))
 }
 
 /// Removes all adapters of a state directory, after a planned end.

@@ -1,14 +1,15 @@
 //! The two segments of a node and what they hold, also over restarts.
 
+use std::convert::Infallible;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use dp_sidecar_protocol::UpdateId;
 
-use super::digest::{Digest, root};
-use super::error::StageError;
+use super::config::StageConfig;
+use super::digest::{Contents, Digest, root};
+use super::error::{Doing as _, StageError};
 use super::fill::{Fill, Origin};
 use super::journal::{Journal, Noted};
 use super::layout::Layout;
@@ -16,17 +17,18 @@ use super::mapping::{Mapping, Segment};
 use super::records::{Records, Role, SegmentRecord};
 use crate::api::Retain;
 use crate::driver::handles::{StageState, StagedVersion};
-use crate::files;
 use crate::shared_memory::{SEGMENTS, segment_path};
+use crate::{files, parallel};
 
+/// Most threads that hash what is in the segments.
+const THREADS: usize = 16;
 /// A segment may be longer than its content by this much, in bytes.
 const SLACK: u64 = 16 << 20;
 
 /// What a segment held before it is filled anew.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Old {
-    /// Digests of chunks, where known, and the layout they are of.
-    known: Option<(Arc<Layout>, Vec<Option<Digest>>)>,
+    known: Option<Contents>,
     /// Something is there, nobody knows what: a sidecar ended while it was filled.
     unknown: bool,
 }
@@ -37,10 +39,10 @@ impl Old {
         if self.unknown {
             return true;
         }
-        self.known.as_ref().is_some_and(|(old, digests)| {
-            old.chunk_size() == layout.chunk_size()
-                && digests.get(chunk as usize) == Some(&Some(digest))
-                && old.length(chunk) == layout.length(chunk)
+        self.known.as_ref().is_some_and(|old| {
+            old.layout.chunk_size() == layout.chunk_size()
+                && old.digests.get(chunk as usize) == Some(&Some(digest))
+                && old.layout.length(chunk) == layout.length(chunk)
         })
     }
 }
@@ -54,6 +56,13 @@ pub(super) struct Whole {
     pub(super) digests: Arc<Vec<Digest>>,
     /// Its memory, all chunks valid.
     pub(super) mapping: Arc<Mapping>,
+}
+
+impl Whole {
+    fn contents(&self) -> Contents {
+        let digests = self.digests.iter().copied().map(Some).collect();
+        Contents { layout: Arc::clone(self.mapping.layout()), digests }
+    }
 }
 
 /// An upload that a predecessor took, with what is there of it.
@@ -70,16 +79,50 @@ pub(super) struct Kept {
 /// A segment on its way to be filled.
 #[derive(Debug)]
 pub(super) struct Spare {
+    config: Arc<StageConfig>,
     slot: usize,
     pub(super) segment: Segment,
     /// What it held.
     pub(super) old: Old,
+    /// Bytes that the other segment takes, or is going to take.
+    pub(super) beside: u64,
 }
 
 impl Spare {
     /// Name of the segment.
     pub(super) const fn name(&self) -> &'static str {
         SEGMENTS[self.slot]
+    }
+
+    /// Makes it large enough, within the limits, unless `stop` says that nobody wants it any more. Blocks.
+    pub(super) fn allocate(&mut self, size: u64, stop: &dyn Fn() -> bool) -> Result<(), StageError> {
+        let before = self.segment.size().unwrap_or(0);
+        let needed = size.max(before).saturating_add(self.beside);
+        if let Some(limit) = self.config.max_memory
+            && needed > limit
+        {
+            return Err(StageError::Limit { needed, limit });
+        }
+        self.segment.allocate(size, SLACK, stop).map_err(|error| match error.kind() {
+            io::ErrorKind::Interrupted => StageError::Cancelled,
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                let dir = self.config.shm_dir.clone();
+                let free =
+                    rustix::fs::statvfs(&dir).map_or(0, |stat| stat.f_bavail.saturating_mul(stat.f_frsize));
+                StageError::NoSpace { dir, needed: size.saturating_sub(before), free }
+            }
+            _ => {
+                let what = format!("allocating {size} bytes in {}", self.segment.path().display());
+                StageError::Io { what, error }
+            }
+        })
+    }
+
+    /// Makes it ready to be filled with a checkpoint of this layout. Blocks.
+    pub(super) fn prepare(&mut self, layout: Layout, stop: &dyn Fn() -> bool) -> Result<Fill, StageError> {
+        self.allocate(layout.segment_size(), stop)?;
+        let mapping = self.segment.map(Arc::new(layout), false);
+        Ok(Fill::new(mapping.doing(|| "mapping the segment".to_owned())?))
     }
 }
 
@@ -92,6 +135,17 @@ enum Content {
     /// Candidates for reuse.
     Left(Old),
     Whole(Role, Whole),
+}
+
+impl Content {
+    /// What is there of use when it is filled anew.
+    fn into_old(self) -> Old {
+        match self {
+            Self::Left(old) => old,
+            Self::Whole(_, whole) => Old { known: Some(whole.contents()), unknown: false },
+            Self::Nothing | Self::Away => Old::default(),
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -121,11 +175,7 @@ impl Slot {
 /// The two segments of a node.
 #[derive(Debug)]
 pub(super) struct Area {
-    node: String,
-    shm_dir: PathBuf,
-    state_dir: PathBuf,
-    run_id: String,
-    max_memory: Option<u64>,
+    config: Arc<StageConfig>,
     slots: [Slot; 2],
 }
 
@@ -134,31 +184,19 @@ impl Area {
     ///
     /// # Errors
     /// `segments.json` cannot be read.
-    pub(super) fn open(config: &super::StageConfig) -> io::Result<Self> {
-        let mut area = Self {
-            node: config.node.clone(),
-            shm_dir: config.shm_dir.clone(),
-            state_dir: config.state_dir.clone(),
-            run_id: config.run_id.clone(),
-            max_memory: config.max_memory,
-            slots: Default::default(),
-        };
+    pub(super) fn open(config: Arc<StageConfig>) -> io::Result<Self> {
         let mut records = Records::read(&config.state_dir)?;
-        for (at, name) in SEGMENTS.iter().enumerate() {
-            let path = segment_path(&area.shm_dir, &area.run_id, name);
+        let slots = SEGMENTS.map(|name| {
+            let path = segment_path(&config.shm_dir, &config.run_id, name);
             if !path.exists() {
-                continue;
+                return Slot::default();
             }
-            let slot = match found(&path, records.segments.remove(*name)) {
-                Ok(slot) => slot,
-                Err(error) => {
-                    tracing::warn!(segment = %path.display(), %error, "a segment is not used");
-                    Slot::default()
-                }
-            };
-            area.slots[at] = slot;
-        }
-        Ok(area)
+            found(&path, records.segments.remove(name)).unwrap_or_else(|error| {
+                tracing::warn!(segment = %path.display(), %error, "a segment is not used");
+                Slot::default()
+            })
+        });
+        Ok(Self { config, slots })
     }
 
     pub(super) fn state(&self) -> StageState {
@@ -187,10 +225,7 @@ impl Area {
     /// more, from before a byte is written. Blocks.
     pub(super) fn take(&mut self, retain: Retain) -> Result<Spare, StageError> {
         if self.slots.iter().any(|slot| matches!(slot.content, Content::Away)) {
-            return Err(StageError::Refused {
-                node: self.node.clone(),
-                reason: "the spare segment is in use".to_owned(),
-            });
+            return Err(StageError::Refused("the spare segment is in use".to_owned()));
         }
         let current = self.slots.iter().position(|slot| slot.role() == Some(Role::Current));
         let used = self.slots.iter().position(|slot| slot.segment.is_some());
@@ -206,27 +241,14 @@ impl Area {
 
     fn take_slot(&mut self, at: usize) -> Result<Spare, StageError> {
         let slot = &mut self.slots[at];
-        let old = match std::mem::replace(&mut slot.content, Content::Away) {
-            Content::Left(old) => old,
-            Content::Whole(_, whole) => Old {
-                known: Some((
-                    Arc::clone(whole.mapping.layout()),
-                    whole.digests.iter().copied().map(Some).collect(),
-                )),
-                unknown: false,
-            },
-            Content::Nothing | Content::Away => Old::default(),
-        };
+        let old = std::mem::replace(&mut slot.content, Content::Away).into_old();
+        let path = segment_path(&self.config.shm_dir, &self.config.run_id, SEGMENTS[at]);
         let segment = match slot.segment.take() {
             Some(segment) => Ok(segment),
-            None => {
-                let path = segment_path(&self.shm_dir, &self.run_id, SEGMENTS[at]);
-                Segment::open(&path).map_err(|error| self.io(format!("opening {}", path.display()), error))
-            }
+            None => Segment::open(&path).doing(|| format!("opening {}", path.display())),
         };
-        let saved = segment.and_then(|segment| self.save().map(|()| segment));
-        match saved {
-            Ok(segment) => Ok(Spare { slot: at, segment, old }),
+        match segment.and_then(|segment| self.save().map(|()| segment)) {
+            Ok(segment) => Ok(self.spare(at, segment, old)),
             Err(error) => {
                 self.slots[at].content = Content::Left(old);
                 Err(error)
@@ -234,11 +256,15 @@ impl Area {
         }
     }
 
+    fn spare(&self, slot: usize, segment: Segment, old: Old) -> Spare {
+        Spare { config: Arc::clone(&self.config), slot, segment, old, beside: self.slots[1 - slot].size }
+    }
+
     /// The upload that a predecessor took, if its segment is there. Its chunks are hashed. Blocks.
     pub(super) fn kept_upload(&mut self) -> Option<Kept> {
         let kept = self.find_upload();
         if kept.is_none()
-            && let Err(error) = Journal::remove(&self.state_dir)
+            && let Err(error) = Journal::remove(&self.config.state_dir)
         {
             tracing::warn!(%error, "the notes of an upload cannot be removed");
         }
@@ -246,7 +272,7 @@ impl Area {
     }
 
     fn find_upload(&mut self) -> Option<Kept> {
-        let noted = Journal::read(&self.state_dir).unwrap_or_else(|error| {
+        let noted = Journal::read(&self.config.state_dir).unwrap_or_else(|error| {
             tracing::warn!(%error, "the upload of a predecessor is lost");
             None
         })?;
@@ -265,21 +291,19 @@ impl Area {
             }
         };
         let fill = Arc::new(Fill::new(mapping));
-        for_all(&digests, |chunk, digest| {
+        for_each_chunk(&digests, |chunk, digest| {
             if let Some(expected) = digest
                 && let Some(claim) = fill.mapping().claim(chunk)
                 && Digest::of(&claim) == *expected
             {
                 fill.finish(claim, *expected, Origin::Read);
             }
-            true
-        });
-        let old = match std::mem::replace(&mut slot.content, Content::Away) {
-            Content::Left(old) => old,
-            _ => Old { known: None, unknown: true },
-        };
+            Ok::<(), Infallible>(())
+        })
+        .ok();
+        let old = std::mem::replace(&mut slot.content, Content::Away).into_old();
         let segment = slot.segment.take()?;
-        Some(Kept { id, spare: Spare { slot: at, segment, old }, fill, journal })
+        Some(Kept { id, spare: self.spare(at, segment, old), fill, journal })
     }
 
     /// Takes the segments that have no version, to be made ready before they are needed. Blocks.
@@ -302,35 +326,29 @@ impl Area {
         Ok(taken)
     }
 
-    /// Bytes that the other segment takes.
-    pub(super) fn besides(&self, spare: &Spare) -> u64 {
-        self.slots[1 - spare.slot].size
-    }
-
     /// A segment comes back: with a complete version, or with chunks of it. No upload has it any more.
     pub(super) fn give_back(
         &mut self,
         spare: Spare,
-        chunks: Option<(Arc<Layout>, Vec<Option<Digest>>)>,
+        contents: Option<Contents>,
         whole: Option<Whole>,
     ) -> Result<(), StageError> {
-        let removed = Journal::remove(&self.state_dir);
-        let removed = removed.map_err(|error| self.io("removing the notes of an upload".to_owned(), error));
+        let removed = Journal::remove(&self.config.state_dir);
+        let removed = removed.doing(|| "removing the notes of an upload".to_owned());
         let slot = &mut self.slots[spare.slot];
         slot.size = spare.segment.size().unwrap_or(0);
         slot.segment = Some(spare.segment);
-        slot.content = match (whole, chunks) {
+        slot.content = match (whole, contents) {
             (Some(whole), _) => Content::Whole(Role::Staged, whole),
             (None, None) => Content::Left(spare.old),
-            (None, Some((layout, mut digests))) => {
+            (None, Some(mut contents)) => {
                 // A chunk that was not touched may still hold what it held.
-                if let Some((old, old_digests)) = spare.old.known.filter(|(old, _)| **old == *layout) {
-                    debug_assert_eq!(old.chunks(), layout.chunks());
-                    for (digest, old) in digests.iter_mut().zip(old_digests) {
+                if let Some(old) = spare.old.known.filter(|old| old.layout == contents.layout) {
+                    for (digest, old) in contents.digests.iter_mut().zip(old.digests) {
                         *digest = digest.or(old);
                     }
                 }
-                Content::Left(Old { known: Some((layout, digests)), unknown: spare.old.unknown })
+                Content::Left(Old { known: Some(contents), unknown: spare.old.unknown })
             }
         };
         let saved = self.save();
@@ -343,10 +361,7 @@ impl Area {
             return Ok(());
         }
         if self.whole(Role::Staged).is_none_or(|whole| whole.version.id != *id) {
-            return Err(StageError::Refused {
-                node: self.node.clone(),
-                reason: format!("update {id} is not staged"),
-            });
+            return Err(StageError::Refused(format!("update {id} is not staged")));
         }
         for slot in &mut self.slots {
             if let Content::Whole(role, _) = &mut slot.content {
@@ -364,62 +379,18 @@ impl Area {
     /// A staged version is one no more; its bytes stay as candidates.
     pub(super) fn discard(&mut self, id: &UpdateId) -> Result<(), StageError> {
         for slot in &mut self.slots {
-            if slot.whole(Role::Staged).is_some_and(|whole| whole.version.id == *id)
-                && let Content::Whole(_, whole) = std::mem::take(&mut slot.content)
-            {
-                let digests = whole.digests.iter().copied().map(Some).collect();
-                let known = Some((Arc::clone(whole.mapping.layout()), digests));
-                slot.content = Content::Left(Old { known, unknown: false });
+            if slot.whole(Role::Staged).is_some_and(|whole| whole.version.id == *id) {
+                slot.content = Content::Left(std::mem::take(&mut slot.content).into_old());
             }
         }
         self.save()
     }
 
-    /// Makes a taken segment large enough, within the limits, unless `stop` says that nobody wants it any more. Blocks.
-    pub(super) fn allocate(
-        limits: &Limits,
-        spare: &mut Spare,
-        size: u64,
-        stop: &dyn Fn() -> bool,
-    ) -> Result<(), StageError> {
-        let node = || limits.node.clone();
-        let before = spare.segment.size().unwrap_or(0);
-        let needed = size.max(before).saturating_add(limits.besides);
-        if let Some(limit) = limits.max_memory
-            && needed > limit
-        {
-            return Err(StageError::Limit { node: node(), needed, limit });
-        }
-        spare.segment.allocate(size, SLACK, stop).map_err(|error| match error.kind() {
-            io::ErrorKind::Interrupted => StageError::Cancelled { node: node() },
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                let free = rustix::fs::statvfs(&limits.shm_dir)
-                    .map_or(0, |stat| stat.f_bavail.saturating_mul(stat.f_frsize));
-                let dir = limits.shm_dir.clone();
-                StageError::NoSpace { node: node(), dir, needed: size.saturating_sub(before), free }
-            }
-            _ => {
-                let what = format!("allocating {size} bytes in {}", spare.segment.path().display());
-                StageError::Io { node: node(), what, error }
-            }
-        })
-    }
-
-    /// What a job needs to know to allocate.
-    pub(super) fn limits(&self, spare: &Spare) -> Limits {
-        Limits {
-            node: self.node.clone(),
-            shm_dir: self.shm_dir.clone(),
-            max_memory: self.max_memory,
-            besides: self.besides(spare),
-        }
-    }
-
     fn remove(&mut self, at: usize) -> Result<(), StageError> {
         let slot = std::mem::take(&mut self.slots[at]);
         if let Some(segment) = slot.segment {
-            let what = format!("removing {}", segment.path().display());
-            files::absent_is_fine(segment.remove()).map_err(|error| self.io(what, error))?;
+            let path = segment.path().to_owned();
+            files::absent_is_fine(segment.remove()).doing(|| format!("removing {}", path.display()))?;
         }
         Ok(())
     }
@@ -428,45 +399,18 @@ impl Area {
         let mut records = Records::default();
         for (name, slot) in SEGMENTS.iter().zip(&self.slots) {
             let record = match &slot.content {
-                Content::Nothing | Content::Away => continue,
-                Content::Left(old) => match &old.known {
-                    Some((layout, digests)) if !old.unknown => {
-                        SegmentRecord::new(Role::Left, layout, digests.iter().copied(), None)
-                    }
-                    _ => continue,
-                },
-                Content::Whole(role, whole) => SegmentRecord::new(
-                    *role,
-                    whole.mapping.layout(),
-                    whole.digests.iter().copied().map(Some),
-                    Some(whole.version.clone()),
-                ),
+                Content::Left(Old { known: Some(contents), unknown: false }) => {
+                    SegmentRecord::new(Role::Left, contents, None)
+                }
+                Content::Whole(role, whole) => {
+                    SegmentRecord::new(*role, &whole.contents(), Some(whole.version.clone()))
+                }
+                Content::Nothing | Content::Away | Content::Left(_) => continue,
             };
             records.segments.insert((*name).to_owned(), record);
         }
-        records
-            .write(&self.state_dir)
-            .map_err(|error| self.io(format!("writing {}", Records::path(&self.state_dir).display()), error))
-    }
-
-    fn io(&self, what: String, error: io::Error) -> StageError {
-        StageError::Io { node: self.node.clone(), what, error }
-    }
-}
-
-/// What allocation must keep to.
-#[derive(Clone, Debug)]
-pub(super) struct Limits {
-    node: String,
-    shm_dir: PathBuf,
-    max_memory: Option<u64>,
-    besides: u64,
-}
-
-impl Limits {
-    /// The other segment will have at least so many bytes.
-    pub(super) fn beside(self, size: u64) -> Self {
-        Self { besides: self.besides.max(size), ..self }
+        let dir = &self.config.state_dir;
+        records.write(dir).doing(|| format!("writing {}", Records::path(dir).display()))
     }
 }
 
@@ -474,66 +418,45 @@ impl Limits {
 fn found(path: &Path, record: Option<SegmentRecord>) -> io::Result<Slot> {
     let mut segment = Segment::open(path)?;
     let size = segment.size()?;
-    let anything = Content::Left(Old { known: None, unknown: true });
-    let Some((record, layout)) = record.and_then(|record| Some((record.clone(), record.layout()?))) else {
-        return Ok(Slot { segment: Some(segment), content: anything, size });
+    let content = match record {
+        Some(record) => checked(&mut segment, record)?,
+        None => None,
     };
-    let digests = record.digests();
-    let content = match (record.role, record.version, digests.iter().copied().collect::<Option<Vec<_>>>()) {
-        (Role::Left, ..) => Content::Left(Old { known: Some((Arc::new(layout), digests)), unknown: false }),
-        (role, Some(version), Some(digests)) => {
-            let layout = Arc::new(layout);
-            let mapping = segment.map(Arc::clone(&layout), true)?;
-            match check(&mapping, &digests) {
-                Some(chunk) => {
-                    let chunk = layout.describe(chunk);
-                    tracing::warn!(
-                        segment = %path.display(), chunk, version = %version.version,
-                        "a version in shared memory is damaged and not used"
-                    );
-                    anything
-                }
-                None if version.checkpoint.digest.as_ref() != Some(&root(&layout, &digests)) => anything,
-                None => Content::Whole(role, Whole { version, digests: Arc::new(digests), mapping }),
-            }
-        }
-        _ => anything,
-    };
+    let content = content.unwrap_or(Content::Left(Old { known: None, unknown: true }));
     Ok(Slot { segment: Some(segment), content, size })
 }
 
-/// Hashes all chunks; the number of one that is not what it should be.
-fn check(mapping: &Mapping, digests: &[Digest]) -> Option<u32> {
-    let bad = AtomicU32::new(u32::MAX);
-    for_all(digests, |chunk, expected| {
-        let good = mapping.bytes(chunk).map(Digest::of) == Some(*expected);
-        if !good {
-            bad.store(chunk, Ordering::Relaxed);
-        }
-        good
+/// What the record says is in the segment, unless that is not so.
+fn checked(segment: &mut Segment, record: SegmentRecord) -> io::Result<Option<Content>> {
+    let Some(contents) = record.contents() else { return Ok(None) };
+    if record.role == Role::Left {
+        return Ok(Some(Content::Left(Old { known: Some(contents), unknown: false })));
+    }
+    let digests = contents.digests.into_iter().collect::<Option<Vec<_>>>();
+    let (Some(version), Some(digests)) = (record.version, digests) else { return Ok(None) };
+    let layout = contents.layout;
+    let mapping = segment.map(Arc::clone(&layout), true)?;
+    let hashed = for_each_chunk(&digests, |chunk, expected| match mapping.bytes(chunk).map(Digest::of) {
+        Some(actual) if actual == *expected => Ok(()),
+        _ => Err(chunk),
     });
-    let bad = bad.into_inner();
-    (bad != u32::MAX).then_some(bad)
+    if let Err(chunk) = hashed {
+        tracing::warn!(
+            segment = %segment.path().display(), chunk = layout.describe(chunk), version = %version.version,
+            "a version in shared memory is damaged and not used"
+        );
+        return Ok(None);
+    }
+    let intact = version.checkpoint.digest.as_ref() == Some(&root(&layout, &digests));
+    let whole = Whole { version, digests: Arc::new(digests), mapping };
+    Ok(intact.then_some(Content::Whole(record.role, whole)))
 }
 
-/// Does something for all chunks, on all cores, until one says that it is enough.
-fn for_all<T: Sync>(digests: &[T], work: impl Fn(u32, &T) -> bool + Sync) {
-    let next = AtomicU32::new(0);
-    let stop = AtomicBool::new(false);
-    let work = || {
-        while !stop.load(Ordering::Relaxed) {
-            let chunk = next.fetch_add(1, Ordering::Relaxed);
-            let Some(digest) = digests.get(chunk as usize) else { return };
-            if !work(chunk, digest) {
-                stop.store(true, Ordering::Relaxed);
-            }
-        }
-    };
-    let cores = std::thread::available_parallelism().map_or(1, usize::from).min(16);
-    std::thread::scope(|scope| {
-        for _ in 1..cores {
-            scope.spawn(work);
-        }
-        work();
-    });
+fn for_each_chunk<T: Sync, E: Send>(
+    digests: &[T],
+    work: impl Fn(u32, &T) -> Result<(), E> + Sync,
+) -> Result<(), E> {
+    // A layout has fewer chunks than `u32::MAX`.
+    let work = |at: usize| u32::try_from(at).map_or(Ok(()), |chunk| work(chunk, &digests[at]));
+    parallel::for_each(digests.len(), THREADS, || work)
 }

@@ -16,27 +16,35 @@ use crate::shared_memory::SHM_DIR;
 /// Bytes of a chunk by default.
 pub(super) const CHUNK: u32 = 4 << 20;
 
-/// Which end of a hop this node is.
+/// Which end of a transfer this node is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HopSide {
+pub enum TransferSide {
     /// It connected, and sends.
     Sender,
     /// It accepted, and receives.
     Receiver,
 }
 
-/// Proves to the other node of a hop that both know the token, before anything else is said.
-pub trait HopAuth: Send + Sync + fmt::Debug {
+/// Proves to the other node of a transfer that both know the token, before anything else is said.
+pub trait TransferAuth: Send + Sync + fmt::Debug {
     /// Gives the stream back when both sides are who they should be. The caller sets the deadline.
-    fn authenticate(&self, stream: TcpStream, side: HopSide) -> BoxFuture<'static, io::Result<TcpStream>>;
+    fn authenticate(
+        &self,
+        stream: TcpStream,
+        side: TransferSide,
+    ) -> BoxFuture<'static, io::Result<TcpStream>>;
 }
 
-/// Lets everybody in: for tests, and for a deployment on one node, where no hop exists.
+/// Lets everybody in: for tests, and for a deployment on one node, where nothing is transferred.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NoAuth;
 
-impl HopAuth for NoAuth {
-    fn authenticate(&self, stream: TcpStream, _side: HopSide) -> BoxFuture<'static, io::Result<TcpStream>> {
+impl TransferAuth for NoAuth {
+    fn authenticate(
+        &self,
+        stream: TcpStream,
+        _side: TransferSide,
+    ) -> BoxFuture<'static, io::Result<TcpStream>> {
         Box::pin(async move { Ok(stream) })
     }
 }
@@ -62,12 +70,12 @@ pub struct StageConfig {
     pub max_memory: Option<u64>,
     /// Take memory for two checkpoints of this one's size at the start.
     pub prefault: Option<PathBuf>,
-    /// A hop on which nothing moves for this long has failed.
+    /// A transfer in which nothing moves for this long has failed.
     pub idle_limit: Duration,
     /// The node before must connect within this time.
     pub accept_limit: Duration,
-    /// Authenticates hops.
-    pub auth: Arc<dyn HopAuth>,
+    /// Authenticates transfers.
+    pub auth: Arc<dyn TransferAuth>,
     /// Uploads of this node, see [`super::upload::channel`]; none on followers.
     pub uploads: Option<UploadRequests>,
 }
@@ -79,7 +87,7 @@ impl StageConfig {
         state_dir: impl Into<PathBuf>,
         run_id: impl Into<String>,
         data_host: IpAddr,
-        auth: Arc<dyn HopAuth>,
+        auth: Arc<dyn TransferAuth>,
     ) -> Self {
         Self {
             node: node.into(),

@@ -1,10 +1,11 @@
 //! Digests of chunks, and of a checkpoint made of them.
 
 use std::fmt;
+use std::sync::Arc;
 
 use super::layout::Layout;
 
-/// XXH3-128 of some bytes. Finds damage, not malice: hops are authenticated, not signed.
+/// XXH3-128 of some bytes. Finds damage, not malice: transfers are authenticated, not signed.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Digest([u8; 16]);
 
@@ -46,6 +47,14 @@ impl fmt::Debug for Digest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }
+}
+
+/// What is known of the chunks of a segment.
+#[derive(Clone, Debug)]
+pub(super) struct Contents {
+    pub(super) layout: Arc<Layout>,
+    /// One for each chunk.
+    pub(super) digests: Vec<Option<Digest>>,
 }
 
 /// Digest of a whole checkpoint, see `protocol/docs/staging.md`: `xxh3:` and 32 hex digits.

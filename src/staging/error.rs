@@ -2,30 +2,23 @@
 
 use std::io;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use thiserror::Error;
 
-use super::digest::Digest;
 use crate::manifest::ManifestError;
 
-/// Staging failed, or was refused.
+/// Staging failed, or was refused. Which node this is about is said with [`StageError::on`].
 #[derive(Debug, Error)]
 pub(super) enum StageError {
     /// The checkpoint is not what the model needs, or cannot be read.
-    #[error("{node}: {error}")]
-    Manifest {
-        /// Which node found it.
-        node: String,
-        error: ManifestError,
-    },
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
     /// The files cannot be laid out in a segment.
-    #[error("{node}: checkpoint: {reason}")]
-    Layout { node: String, reason: String },
+    #[error("checkpoint: {0}")]
+    Layout(String),
     /// The file system of the segments is too small.
-    #[error("{node}: {}: {needed} more bytes of shared memory are needed, {free} are free", dir.display())]
+    #[error("{}: {needed} more bytes of shared memory are needed, {free} are free", dir.display())]
     NoSpace {
-        node: String,
         /// Where segments are kept.
         dir: PathBuf,
         /// Bytes.
@@ -34,69 +27,62 @@ pub(super) enum StageError {
         free: u64,
     },
     /// More than the configured memory.
-    #[error("{node}: {needed} bytes of shared memory are needed, at most {limit} are allowed")]
+    #[error("{needed} bytes of shared memory are needed, at most {limit} are allowed")]
     Limit {
-        node: String,
         /// Bytes, of all segments.
         needed: u64,
         /// Bytes.
         limit: u64,
     },
     /// The system refused something.
-    #[error("{node}: {what}: {error}")]
+    #[error("{what}: {error}")]
     Io {
-        node: String,
         /// What was done with which file or address.
         what: String,
         error: io::Error,
     },
     /// The connection to a neighbour failed, or was used wrongly.
     #[error("transfer {from} -> {to}: {reason}")]
-    Hop {
+    Transfer {
         /// The sending node.
         from: String,
         /// The receiving node.
         to: String,
         reason: String,
     },
-    /// Nothing came over a hop for too long.
-    #[error("transfer {from} -> {to}: no byte {what} for {limit:?}")]
-    Silent {
-        /// The sending node.
-        from: String,
-        /// The receiving node.
-        to: String,
-        /// `came` or `was taken`.
-        what: &'static str,
-        limit: Duration,
-    },
-    /// A chunk arrived damaged twice.
-    #[error("transfer {from} -> {to}: {chunk} has digest {actual}, expected {expected}, twice")]
-    BadChunk {
-        /// The sending node.
-        from: String,
-        /// The receiving node.
-        to: String,
-        /// Number, file and bytes.
-        chunk: String,
-        /// As announced.
-        expected: Digest,
-        /// As arrived.
-        actual: Digest,
-    },
     /// The bytes as a whole are not those that were announced.
-    #[error("{node}: digest of the checkpoint is {actual}, expected {expected}")]
+    #[error("digest of the checkpoint is {actual}, expected {expected}")]
     Root {
-        node: String,
         /// As announced.
         expected: String,
         /// As found.
         actual: String,
     },
     /// It cannot be done now.
-    #[error("{node}: {reason}")]
-    Refused { node: String, reason: String },
+    #[error("{0}")]
+    Refused(String),
     /// It was called off.
-    #[error("{node}: staging was cancelled")]
-    Cancelled { node: String },
+    #[error("staging was cancelled")]
+    Cancelled,
+}
+
+impl StageError {
+    /// Its text, with the node on which it occurred. A transfer names its two nodes itself.
+    pub(super) fn on(&self, node: &str) -> String {
+        match self {
+            Self::Transfer { .. } => self.to_string(),
+            _ => format!("{node}: {self}"),
+        }
+    }
+}
+
+/// Adds to an error of the system what was being done.
+pub(super) trait Doing<T> {
+    fn doing(self, what: impl FnOnce() -> String) -> Result<T, StageError>;
+}
+
+impl<T> Doing<T> for io::Result<T> {
+    fn doing(self, what: impl FnOnce() -> String) -> Result<T, StageError> {
+        self.map_err(|error| StageError::Io { what: what(), error })
+    }
 }

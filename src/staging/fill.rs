@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-use super::digest::{Digest, root};
+use super::digest::{Contents, Digest, root};
 use super::error::StageError;
 use super::layout::Layout;
 use super::mapping::{Claim, Mapping};
-use crate::api::StageProgress;
+use crate::api::{Chunks, StageProgress};
+use crate::duration::millis;
 
 /// Most digests in one announcement.
 const BATCH: usize = 512;
@@ -42,8 +43,8 @@ pub(super) enum Work {
     Ended,
 }
 
-#[derive(Debug, Default)]
-struct Down {
+#[derive(Clone, Debug, Default)]
+struct Downstream {
     /// Entries of `known` that were told.
     announced: usize,
     all_told: bool,
@@ -55,19 +56,16 @@ struct Down {
     done: bool,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Inner {
     digests: Vec<Option<Digest>>,
     /// Chunks in the order in which their digests became known.
     known: Vec<u32>,
     valid: Vec<bool>,
-    chunks: u32,
-    done: u64,
-    received: u64,
-    reused: u64,
+    progress: StageProgress,
     cancelled: bool,
     failure: Option<Arc<StageError>>,
-    down: Option<Down>,
+    down: Option<Downstream>,
 }
 
 /// The filling of one segment.
@@ -85,21 +83,27 @@ pub(super) struct Fill {
 impl Fill {
     /// Nothing is known yet.
     pub(super) fn new(mapping: Arc<Mapping>) -> Self {
-        let chunks = mapping.layout().chunks() as usize;
+        let chunks = mapping.layout().chunks();
+        let inner = Inner {
+            digests: vec![None; chunks as usize],
+            known: Vec::with_capacity(chunks as usize),
+            valid: vec![false; chunks as usize],
+            progress: StageProgress {
+                total: mapping.layout().bytes(),
+                chunks: Chunks { done: 0, total: u64::from(chunks) },
+                ..StageProgress::default()
+            },
+            cancelled: false,
+            failure: None,
+            down: None,
+        };
+        Self::with(mapping, inner)
+    }
+
+    fn with(mapping: Arc<Mapping>, inner: Inner) -> Self {
         Self {
             mapping,
-            inner: Mutex::new(Inner {
-                digests: vec![None; chunks],
-                known: Vec::with_capacity(chunks),
-                valid: vec![false; chunks],
-                chunks: 0,
-                done: 0,
-                received: 0,
-                reused: 0,
-                cancelled: false,
-                failure: None,
-                down: None,
-            }),
+            inner: Mutex::new(inner),
             down_changed: Condvar::new(),
             lead_changed: Condvar::new(),
             started: Instant::now(),
@@ -108,30 +112,23 @@ impl Fill {
 
     /// All chunks are there: to be passed on.
     pub(super) fn full(mapping: Arc<Mapping>, digests: &[Digest]) -> Self {
-        let fill = Self::new(mapping);
-        {
-            let mut inner = fill.inner.lock();
-            inner.known = fill.layout().order();
-            inner.digests = digests.iter().copied().map(Some).collect();
-            inner.valid.fill(true);
-            inner.chunks = fill.layout().chunks();
-            inner.done = fill.layout().bytes();
-            inner.reused = inner.done;
-        }
+        let mut fill = Self::new(mapping);
+        let known = fill.layout().order();
+        let inner = fill.inner.get_mut();
+        inner.known = known;
+        inner.digests = digests.iter().copied().map(Some).collect();
+        inner.valid.fill(true);
+        inner.progress.chunks.done = inner.progress.chunks.total;
+        inner.progress.done = inner.progress.total;
+        inner.progress.reused = inner.progress.total;
         fill
     }
 
     /// What was filled, without its failure and without a next node.
     pub(super) fn again(&self) -> Self {
-        let again = Self::new(Arc::clone(&self.mapping));
-        {
-            let (old, mut new) = (self.inner.lock(), again.inner.lock());
-            new.digests.clone_from(&old.digests);
-            new.known.clone_from(&old.known);
-            new.valid.clone_from(&old.valid);
-            (new.chunks, new.done) = (old.chunks, old.done);
-        }
-        again
+        let inner = self.inner.lock().clone();
+        let inner = Inner { cancelled: false, failure: None, down: None, ..inner };
+        Self::with(Arc::clone(&self.mapping), inner)
     }
 
     /// The layout of the segment.
@@ -163,19 +160,18 @@ impl Fill {
         }
         claim.finish();
         inner.valid[chunk as usize] = true;
-        inner.chunks += 1;
-        inner.done += bytes;
+        inner.progress.chunks.done += 1;
+        inner.progress.done += bytes;
         if origin == Origin::Reused {
-            inner.reused += bytes;
+            inner.progress.reused += bytes;
         }
         if let Some(down) = &mut inner.down
             && down.wanted[chunk as usize]
         {
             down.ready.push_back(chunk);
         }
-        let layout = self.layout();
-        let (_, offset) = layout.place(chunk);
-        let lead = offset == 0 || inner.chunks == layout.chunks();
+        let (_, offset) = self.layout().locate(chunk);
+        let lead = offset == 0 || inner.is_complete();
         drop(inner);
         self.down_changed.notify_all();
         if lead {
@@ -186,7 +182,7 @@ impl Fill {
 
     /// Payload came over the network.
     pub(super) fn count_received(&self, bytes: u64) {
-        self.inner.lock().received += bytes;
+        self.inner.lock().progress.received += bytes;
     }
 
     /// All digests, if all are known.
@@ -194,10 +190,12 @@ impl Fill {
         self.inner.lock().digests.iter().copied().collect()
     }
 
-    /// Digests of the chunks that are valid.
-    pub(super) fn valid_digests(&self) -> Vec<Option<Digest>> {
+    /// The chunks that are valid.
+    pub(super) fn contents(&self) -> Contents {
         let inner = self.inner.lock();
-        inner.digests.iter().zip(&inner.valid).map(|(digest, valid)| digest.filter(|_| *valid)).collect()
+        let digests = inner.digests.iter().zip(&inner.valid);
+        let digests = digests.map(|(digest, valid)| digest.filter(|_| *valid)).collect();
+        Contents { layout: Arc::clone(self.layout()), digests }
     }
 
     pub(super) fn digest(&self, chunk: u32) -> Option<Digest> {
@@ -211,25 +209,19 @@ impl Fill {
 
     /// Are all chunks valid?
     pub(super) fn complete(&self) -> bool {
-        self.inner.lock().chunks == self.layout().chunks()
+        self.inner.lock().is_complete()
     }
 
     /// How far it is.
     pub(super) fn progress(&self) -> StageProgress {
-        let inner = self.inner.lock();
-        StageProgress {
-            done: inner.done,
-            total: self.layout().bytes(),
-            chunks: (u64::from(inner.chunks), u64::from(self.layout().chunks())),
-            received: inner.received,
-            reused: inner.reused,
-            ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
-        }
+        StageProgress { ms: millis(self.started.elapsed()), ..self.inner.lock().progress }
     }
 
-    /// It has failed; the first cause sticks.
+    /// It has failed; the first cause sticks. That the job has ended is none.
     pub(super) fn fail(&self, error: StageError) {
-        self.inner.lock().failure.get_or_insert_with(|| Arc::new(error));
+        if !matches!(error, StageError::Cancelled) {
+            self.inner.lock().failure.get_or_insert_with(|| Arc::new(error));
+        }
         self.wake();
     }
 
@@ -258,7 +250,7 @@ impl Fill {
     /// From now on there is a next node.
     pub(super) fn open_down(&self) {
         let wanted = vec![false; self.layout().chunks() as usize];
-        self.inner.lock().down = Some(Down { wanted, ..Down::default() });
+        self.inner.lock().down = Some(Downstream { wanted, ..Downstream::default() });
     }
 
     /// The next node wants a chunk. False: there is no such chunk.
@@ -323,6 +315,10 @@ impl Fill {
 }
 
 impl Inner {
+    const fn is_complete(&self) -> bool {
+        self.progress.chunks.done == self.progress.chunks.total
+    }
+
     fn know(&mut self, chunk: u32, digest: Digest) -> bool {
         let Some(slot) = self.digests.get_mut(chunk as usize) else { return false };
         match slot {

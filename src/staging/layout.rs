@@ -18,13 +18,13 @@ const MAX_CHUNKS: u64 = 1 << 24;
 /// Shortest and longest chunk, in bytes.
 const CHUNK_SIZES: Range<u32> = 4096..(64 << 20) + 1;
 
-/// A file and its length.
+/// A file of a checkpoint and its length.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct FileSize {
-    /// Its plain name.
-    pub(super) name: String,
-    /// Bytes.
-    pub(super) size: u64,
+pub struct FileSize {
+    /// Plain file name, ending in `.safetensors`.
+    pub name: String,
+    /// Its length in bytes.
+    pub size: u64,
 }
 
 /// The layout of a checkpoint in a segment.
@@ -123,21 +123,21 @@ impl Layout {
     }
 
     /// Position of the chunk's file, and the chunk's first byte in it.
-    pub(super) fn place(&self, chunk: u32) -> (usize, u64) {
+    pub(super) fn locate(&self, chunk: u32) -> (usize, u64) {
         let file = self.first.partition_point(|first| *first <= chunk) - 1;
         (file, u64::from(chunk - self.first[file]) * u64::from(self.chunk))
     }
 
     /// Bytes of a chunk.
     pub(super) fn length(&self, chunk: u32) -> u32 {
-        let (file, offset) = self.place(chunk);
+        let (file, offset) = self.locate(chunk);
         let left = self.files[file].size - offset;
         u32::try_from(left).map_or(self.chunk, |left| left.min(self.chunk))
     }
 
     /// For errors: number, file and bytes of a chunk.
     pub(super) fn describe(&self, chunk: u32) -> String {
-        let (file, offset) = self.place(chunk);
+        let (file, offset) = self.locate(chunk);
         let end = offset + u64::from(self.length(chunk));
         format!("chunk {chunk} ({}, bytes {offset} to {end})", self.files[file].name)
     }
@@ -171,7 +171,7 @@ mod tests {
             let layout = layout(4096, &sizes).unwrap();
             let mut covered = vec![0; sizes.len()];
             for chunk in 0..layout.chunks() {
-                let (file, offset) = layout.place(chunk);
+                let (file, offset) = layout.locate(chunk);
                 prop_assert_eq!(covered[file], offset);
                 covered[file] += u64::from(layout.length(chunk));
                 let extent = layout.extents()[file];

@@ -13,12 +13,13 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Weak};
 
 use memmap2::{Advice, MmapRaw};
+use rustix::fs::FallocateFlags;
 
 use super::layout::Layout;
 use crate::shared_memory;
 
 /// Memory is taken and touched in pieces of this many bytes.
-pub(super) const PIECE: u64 = 32 << 20;
+const PIECE: u64 = 32 << 20;
 /// Nobody has it; its bytes mean nothing yet.
 const EMPTY: u8 = 0;
 /// A [`Claim`] has it.
@@ -69,19 +70,15 @@ impl Segment {
             }
             self.raw = None;
             // Piece by piece: hundreds of gigabytes take a minute.
-            let mut at = before;
-            while at < size {
+            for (at, piece) in pieces(before, size) {
                 if stop() {
                     return Err(io::ErrorKind::Interrupted.into());
                 }
-                let piece = PIECE.min(size - at);
-                rustix::fs::fallocate(&self.file, rustix::fs::FallocateFlags::empty(), at, piece).map_err(
-                    |error| {
-                        let _ = self.file.set_len(before);
-                        io::Error::from(error)
-                    },
-                )?;
-                at += piece;
+                let taken = rustix::fs::fallocate(&self.file, FallocateFlags::empty(), at, piece);
+                if let Err(error) = taken {
+                    let _ = self.file.set_len(before);
+                    return Err(error.into());
+                }
             }
         } else if before - size > slack {
             self.raw = None;
@@ -117,12 +114,9 @@ impl Segment {
     /// A mapping is in use, or there is no memory.
     pub(super) fn touch(&mut self, stop: &dyn Fn() -> bool) -> io::Result<()> {
         self.unused()?;
-        let (size, mut at) = (self.size()?, 0);
-        while at < size && !stop() {
-            populate(&*self.raw()?, at, PIECE.min(size - at))?;
-            at += PIECE;
-        }
-        Ok(())
+        let raw = self.raw()?;
+        let mut pieces = pieces(0, self.size()?).take_while(|_| !stop());
+        pieces.try_for_each(|(at, length)| populate(&raw, at, length))
     }
 
     fn raw(&mut self) -> io::Result<Arc<MmapRaw>> {
@@ -193,6 +187,15 @@ impl Mapping {
         let size = self.layout.chunk_size() as usize;
         (chunk as usize * size, self.layout.length(chunk) as usize)
     }
+}
+
+/// Start and length of the pieces in which a range of a segment is worked through.
+pub(super) fn pieces(mut from: u64, to: u64) -> impl Iterator<Item = (u64, u64)> {
+    std::iter::from_fn(move || {
+        let piece = (from, PIECE.min(to.saturating_sub(from)));
+        from += piece.1;
+        (piece.1 > 0).then_some(piece)
+    })
 }
 
 fn populate(raw: &MmapRaw, start: u64, length: u64) -> io::Result<()> {

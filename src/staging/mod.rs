@@ -9,7 +9,6 @@ mod config;
 mod digest;
 mod error;
 mod fill;
-mod hop;
 mod job;
 mod journal;
 mod layout;
@@ -21,6 +20,7 @@ mod source;
 mod task;
 #[cfg(test)]
 mod tests;
+mod transfer;
 pub mod upload;
 
 use std::io;
@@ -33,11 +33,12 @@ use tokio_util::task::TaskTracker;
 use crate::driver::handles::{StageEvent, StageHandle, queue};
 use crate::tasks::{Task, named};
 pub use adapters::remove_adapters;
-pub use config::{HopAuth, HopSide, NoAuth, StageConfig};
+pub use config::{NoAuth, StageConfig, TransferAuth, TransferSide};
+pub use layout::FileSize;
 #[cfg(test)]
-pub(crate) use hop::wire::corpus as hop_corpus;
+pub(crate) use transfer::testing::corpus as transfer_corpus;
 #[cfg(any(test, feature = "test-support"))]
-pub(crate) use hop::wire::fuzz as fuzz_hop;
+pub(crate) use transfer::testing::fuzz as fuzz_transfer;
 
 /// Starts the staging task. It ends when `stop` is cancelled or all handles are gone; segments stay for a
 /// successor with the same state directory, see [`crate::shared_memory::remove_segments`]. What a predecessor left is hashed before the

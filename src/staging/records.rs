@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::digest::Digest;
+use super::digest::{Contents, Digest};
 use super::layout::{FileSize, Layout};
 use crate::driver::handles::StagedVersion;
 use crate::files;
@@ -39,27 +40,23 @@ pub(super) struct SegmentRecord {
 }
 
 impl SegmentRecord {
-    pub(super) fn new(
-        role: Role,
-        layout: &Layout,
-        digests: impl Iterator<Item = Option<Digest>>,
-        version: Option<StagedVersion>,
-    ) -> Self {
+    pub(super) fn new(role: Role, contents: &Contents, version: Option<StagedVersion>) -> Self {
         let text =
-            |digest: Option<Digest>| digest.map_or_else(|| "-".to_owned(), |digest| digest.to_string());
+            |digest: &Option<Digest>| digest.map_or_else(|| "-".to_owned(), |digest| digest.to_string());
         Self {
             role,
             version,
-            chunk: layout.chunk_size(),
-            files: layout.files().to_vec(),
-            digests: digests.map(text).collect(),
+            chunk: contents.layout.chunk_size(),
+            files: contents.layout.files().to_vec(),
+            digests: contents.digests.iter().map(text).collect(),
         }
     }
 
-    /// Its layout, if it makes sense.
-    pub(super) fn layout(&self) -> Option<Layout> {
+    /// What the segment holds, if the record makes sense.
+    pub(super) fn contents(&self) -> Option<Contents> {
         let layout = Layout::new(self.chunk, self.files.clone()).ok()?;
-        (layout.chunks() as usize == self.digests.len()).then_some(layout)
+        let digests = self.digests();
+        (layout.chunks() as usize == digests.len()).then(|| Contents { layout: Arc::new(layout), digests })
     }
 
     /// Its digests, as far as known.
@@ -93,16 +90,11 @@ impl Records {
             return Ok(Self::default());
         };
         match serde_json::from_slice::<Self>(&bytes) {
-            Ok(records) if records.format == FORMAT => Ok(records),
-            Ok(records) => {
-                tracing::warn!(format = records.format, expected = FORMAT, "{FILE} is not used");
-                Ok(Self::default())
-            }
-            Err(error) => {
-                tracing::warn!(%error, "{FILE} is not used");
-                Ok(Self::default())
-            }
+            Ok(records) if records.format == FORMAT => return Ok(records),
+            Ok(records) => tracing::warn!(format = records.format, expected = FORMAT, "{FILE} is not used"),
+            Err(error) => tracing::warn!(%error, "{FILE} is not used"),
         }
+        Ok(Self::default())
     }
 
     /// Durable when it returns. Blocks.

@@ -21,15 +21,15 @@ impl Reuse {
     /// In what the segment held before, and in the current version.
     pub(super) fn new(old: Old, current: Option<&Whole>) -> Self {
         let current = current.map(|whole| {
-            let places = (0u32..).zip(whole.digests.iter()).map(|(chunk, digest)| (*digest, chunk));
-            (Arc::clone(&whole.mapping), places.collect())
+            let chunks = (0u32..).zip(whole.digests.iter()).map(|(chunk, digest)| (*digest, chunk));
+            (Arc::clone(&whole.mapping), chunks.collect())
         });
         Self { old, current }
     }
 
     /// Is it worth looking?
     pub(super) fn may_have(&self, layout: &Layout, chunk: u32, digest: Digest) -> bool {
-        self.old.may_hold(layout, chunk, digest) || self.place(digest).is_some()
+        self.old.may_hold(layout, chunk, digest) || self.in_current(digest).is_some()
     }
 
     /// Makes the chunk valid if it is found. True also if somebody else has it in hand.
@@ -38,7 +38,7 @@ impl Reuse {
         if self.old.may_hold(fill.layout(), chunk, digest) && Digest::of(&claim) == digest {
             return fill.finish(claim, digest, Origin::Reused);
         }
-        let Some(bytes) = self.place(digest) else { return false };
+        let Some(bytes) = self.in_current(digest) else { return false };
         if bytes.len() != claim.len() {
             return false;
         }
@@ -47,8 +47,8 @@ impl Reuse {
         Digest::of(&claim) == digest && fill.finish(claim, digest, Origin::Reused)
     }
 
-    fn place(&self, digest: Digest) -> Option<&[u8]> {
-        let (mapping, places) = self.current.as_ref()?;
-        mapping.bytes(*places.get(&digest)?)
+    fn in_current(&self, digest: Digest) -> Option<&[u8]> {
+        let (mapping, chunks) = self.current.as_ref()?;
+        mapping.bytes(*chunks.get(&digest)?)
     }
 }

@@ -3,7 +3,6 @@
 mod prefault;
 mod uploads;
 
-use std::collections::VecDeque;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -20,16 +19,16 @@ use tracing::{error, info, warn};
 
 use self::prefault::Prefault;
 use super::adapters::Adapters;
-use super::area::{Area, Kept, Limits, Spare, Whole};
+use super::area::{Area, Kept, Spare, Whole};
 use super::config::StageConfig;
-use super::error::StageError;
+use super::error::{Doing as _, StageError};
 use super::fill::Fill;
 use super::job::{Job, Origin, Outcome};
 use super::journal::Journal;
 use super::layout::{FileSize, Layout};
 use super::probe::probe;
 use super::records::Role;
-use super::upload::{Ask, Session, UploadError, UploadFile, UploadRequests, UploadStatus};
+use super::upload::{Ask, IDLE_LIMIT, Session, UploadError, UploadRequests, UploadStatus};
 use crate::api::{Retain, StageProgress};
 use crate::driver::handles::{
     AdapterPlace, Envelope, HandleError, ReplyTo, StageEvent, StageRequest, StageSource, StageSpec,
@@ -42,8 +41,6 @@ use crate::tasks::{Task as TaskName, rehearse};
 const HEADERS_LIMIT: Duration = Duration::from_secs(60);
 /// After `stop` a job may take this long to end.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
-/// An upload that nobody touches can be displaced, and one that an update takes has failed, after this long.
-const UPLOAD_IDLE: Duration = Duration::from_secs(60);
 /// Most discards waiting for the job to end.
 const DISCARDS: usize = 16;
 
@@ -68,10 +65,10 @@ struct Running {
 /// An upload that has the spare segment.
 struct Uploading {
     id: String,
-    files: Vec<UploadFile>,
+    files: Vec<FileSize>,
     /// None while it is prepared, and while a job has it.
     spare: Option<Spare>,
-    created: VecDeque<oneshot::Sender<std::result::Result<UploadStatus, UploadError>>>,
+    created: Vec<oneshot::Sender<std::result::Result<UploadStatus, UploadError>>>,
 }
 
 struct Task {
@@ -103,25 +100,21 @@ pub(super) async fn run(
         let config = Arc::clone(&config);
         let takes_uploads = uploads.is_some();
         tokio::task::spawn_blocking(move || {
-            let mut area = Area::open(&config)?;
+            let mut area = Area::open(config)?;
             let kept = takes_uploads.then(|| area.kept_upload()).flatten();
             io::Result::Ok((area, kept))
         })
         .await
     };
-    let (area, kept) = match opened {
-        Ok(Ok(opened)) => opened,
-        Ok(Err(error)) => {
-            error!(%error, "the staging area cannot be opened");
-            return;
-        }
+    let (area, kept) = match opened.map_err(io::Error::from).flatten() {
+        Ok(opened) => opened,
         Err(error) => {
             error!(%error, "the staging area cannot be opened");
             return;
         }
     };
     let (notes, mut noted) = mpsc::channel(4);
-    let adapters = Adapters::new(&config.node, &config.state_dir);
+    let adapters = Adapters::new(&config.state_dir);
     let prefault = Prefault::new(&config);
     let mut task = Task {
         config,
@@ -197,24 +190,20 @@ impl Task {
                 self.with_area(move |area| area.discard(&id)).await
             }
             StageRequest::TakeAdapter { digest, path } => {
-                let source = path.map(PathBuf::from);
-                self.with_adapters(reply, move |adapters| {
-                    adapters.take(&digest, source.as_deref()).map(Some)
+                return self.with_adapters(reply, move |adapters| {
+                    adapters.take(&digest, path.as_deref().map(Path::new)).map(Some)
                 });
-                return;
             }
             StageRequest::AdapterPiece { digest, offset, size, bytes } => {
-                self.with_adapters(reply, move |adapters| {
+                return self.with_adapters(reply, move |adapters| {
                     adapters.piece(&digest, offset, size, &bytes).map(Some)
                 });
-                return;
             }
             StageRequest::KeepAdapters { digests } => {
-                self.with_adapters(reply, move |adapters| adapters.keep(&digests).map(|()| None));
-                return;
+                return self.with_adapters(reply, move |adapters| adapters.keep(&digests).map(|()| None));
             }
         };
-        let answer = result.map(|()| self.state()).map_err(|error| HandleError::failed(error.to_string()));
+        let answer = result.map(|()| self.state()).map_err(|error| self.failed(&error));
         reply.send::<StageRequest>(answer);
     }
 
@@ -232,14 +221,14 @@ impl Task {
             if running.spec == spec {
                 return Ok(());
             }
-            return Err(self.refused(format!("update {} is being staged", running.spec.id)));
+            return Err(refused(format!("update {} is being staged", running.spec.id)));
         }
         self.retain = spec.retain;
-        let area = self.area.as_ref().ok_or_else(|| self.refused("the segments are lost"))?;
+        let area = self.area.as_ref().ok_or_else(|| refused("the segments are lost"))?;
         let there = match spec.source {
             StageSource::Current => {
                 let current = area.whole(Role::Current).cloned();
-                Some(current.ok_or_else(|| self.refused("no version is current in shared memory"))?)
+                Some(current.ok_or_else(|| refused("no version is current in shared memory"))?)
             }
             _ => area.by_id(&spec.id).cloned(),
         };
@@ -248,15 +237,7 @@ impl Task {
                 self.start(spec, Origin::Whole(whole), None);
                 return Ok(());
             }
-            let bytes: u64 = whole.mapping.layout().bytes();
-            let chunks = u64::from(whole.mapping.layout().chunks());
-            let progress = StageProgress {
-                done: bytes,
-                total: bytes,
-                chunks: (chunks, chunks),
-                reused: bytes,
-                ..StageProgress::default()
-            };
+            let progress = Fill::full(whole.mapping, &whole.digests).progress();
             let checkpoint = whole.version.checkpoint;
             self.tell(StageEvent::Staged { id: spec.id, checkpoint, progress }).await;
             return Ok(());
@@ -279,11 +260,7 @@ impl Task {
                     let address = listener.local_addr()?;
                     Ok((listener, address))
                 });
-                let (listener, address) = bound.map_err(|error| StageError::Io {
-                    node: self.config.node.clone(),
-                    what: format!("listening on {at}"),
-                    error,
-                })?;
+                let (listener, address) = bound.doing(|| format!("listening on {at}"))?;
                 let spare = self.take(spec.retain).await?;
                 self.start(spec, Origin::Upstream(listener, spare), Some(address));
             }
@@ -293,7 +270,6 @@ impl Task {
 
     /// Reads the headers of a directory and compares them with the model's.
     async fn read_directory(&self, path: String, model_path: Option<String>) -> Result<Manifest> {
-        let node = self.config.node.clone();
         let read = tokio::task::spawn_blocking({
             let path = PathBuf::from(&path);
             move || {
@@ -301,14 +277,14 @@ impl Task {
                 if let Some(model_path) = model_path {
                     manifest.check_against(&Manifest::read(Path::new(&model_path))?)?;
                 }
-                Ok(manifest)
+                Ok::<_, StageError>(manifest)
             }
         });
         match timeout(HEADERS_LIMIT, read).await {
-            Ok(Ok(read)) => read.map_err(|error| StageError::Manifest { node, error }),
-            Ok(Err(error)) => Err(self.refused(format!("reading {path} failed: {error}"))),
+            Ok(Ok(read)) => read,
+            Ok(Err(error)) => Err(refused(format!("reading {path} failed: {error}"))),
             Err(_) => {
-                Err(self.refused(format!("reading the headers in {path} took longer than {HEADERS_LIMIT:?}")))
+                Err(refused(format!("reading the headers in {path} took longer than {HEADERS_LIMIT:?}")))
             }
         }
     }
@@ -319,27 +295,14 @@ impl Task {
     }
 
     fn start(&mut self, spec: StageSpec, origin: Origin, address: Option<SocketAddr>) {
-        let area = self.area.as_ref();
-        let current = area.and_then(|area| area.whole(Role::Current)).cloned();
+        let current = self.area.as_ref().and_then(|area| area.whole(Role::Current)).cloned();
         let passing = matches!(origin, Origin::Whole(_));
-        let limits = match &origin {
-            Origin::Directory(_, spare) | Origin::Upstream(_, spare) => area.map(|area| area.limits(spare)),
-            Origin::Upload(..) | Origin::Whole(_) => None,
-        };
-        let stall_limit = matches!(origin, Origin::Upload(..)).then_some(UPLOAD_IDLE);
         let cancel = CancellationToken::new();
         let progress = Arc::new(Mutex::new(StageProgress::default()));
         let job = Job {
-            node: self.config.node.clone(),
+            config: Arc::clone(&self.config),
             spec: spec.clone(),
-            origin: Some(origin),
             current,
-            limits,
-            chunk: self.config.chunk,
-            idle_limit: self.config.idle_limit,
-            accept_limit: self.config.accept_limit,
-            stall_limit,
-            auth: Arc::clone(&self.config.auth),
             cancel: cancel.clone(),
             runtime: Handle::current(),
         };
@@ -347,13 +310,13 @@ impl Task {
         let (notes, events) = (self.notes.clone(), self.events.clone());
         let (id, shown) = (spec.id.clone(), Arc::clone(&progress));
         self.tracker.spawn_blocking(move || {
-            let tell = |progress| {
+            let report = |progress| {
                 *shown.lock() = progress;
                 // Progress that nobody has time for is dropped.
                 let _ = events.try_send(StageEvent::Progress { id: id.clone(), progress });
             };
             rehearse(TaskName::StagingThread);
-            let outcome = job.run(&tell);
+            let outcome = job.run(origin, &report);
             // The task waits for it, unless it has ended.
             let _ = notes.blocking_send(Note::Ended(Box::new(outcome)));
         });
@@ -369,14 +332,14 @@ impl Task {
 
     async fn ended(&mut self, outcome: Outcome) {
         let Some(running) = self.running.take() else { return };
-        let Outcome { id, spare, chunks, result, progress } = outcome;
+        let Outcome { spare, contents, mut result, progress } = outcome;
+        let id = running.spec.id;
         let discarded = running.cancel.is_cancelled();
-        let upload = match &running.spec.source {
-            StageSource::Upload(name) if !running.passing => Some(name.clone()),
+        let upload = match running.spec.source {
+            StageSource::Upload(name) if !running.passing => Some(name),
             _ => None,
         };
         let kept_upload = upload.as_deref().filter(|_| result.is_err() || discarded);
-        let mut result = result;
         if let Some(spare) = spare {
             if let Some(uploading) = self.uploading.as_mut().filter(|_| kept_upload.is_some()) {
                 // The trainer need not send it again.
@@ -390,7 +353,7 @@ impl Task {
                     self.uploading = None;
                 }
                 let whole = result.as_ref().ok().filter(|_| !discarded).cloned();
-                let given = self.with_area(move |area| area.give_back(spare, chunks, whole)).await;
+                let given = self.with_area(move |area| area.give_back(spare, contents, whole)).await;
                 if let Err(error) = given {
                     error!(%error, "what is in shared memory cannot be noted");
                     result = Err(Arc::new(error));
@@ -405,7 +368,7 @@ impl Task {
             }
             Err(error) => {
                 warn!(update = %id, %error, "staging failed");
-                self.tell(StageEvent::Failed { id, error: error.to_string() }).await;
+                self.tell(StageEvent::Failed { id, error: error.on(&self.config.node) }).await;
             }
         }
         for reply in running.discards {
@@ -440,7 +403,7 @@ impl Task {
         &mut self,
         work: impl FnOnce(&mut Area) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        let Some(mut area) = self.area.take() else { return Err(self.refused("the segments are lost")) };
+        let Some(mut area) = self.area.take() else { return Err(refused("the segments are lost")) };
         let done = tokio::task::spawn_blocking(move || {
             let result = work(&mut area);
             (area, result)
@@ -450,7 +413,7 @@ impl Task {
                 self.area = Some(area);
                 result
             }
-            Err(error) => Err(self.refused(format!("the segments are lost: {error}"))),
+            Err(error) => Err(refused(format!("the segments are lost: {error}"))),
         }
     }
 
@@ -460,20 +423,20 @@ impl Task {
         reply: ReplyTo,
         work: impl FnOnce(&mut Adapters) -> Result<Option<AdapterPlace>> + Send + 'static,
     ) {
-        let (mut state, adapters) = (self.state(), Arc::clone(&self.adapters));
+        let (state, adapters, config) = (self.state(), Arc::clone(&self.adapters), Arc::clone(&self.config));
         self.tracker.spawn_blocking(move || {
             let done = work(&mut adapters.lock());
-            reply.send::<StageRequest>(match done {
-                Ok(place) => {
-                    state.adapter = place;
-                    Ok(state)
-                }
-                Err(error) => Err(HandleError::failed(error.to_string())),
-            });
+            let done = done.map(|adapter| StageState { adapter, ..state });
+            let answer = done.map_err(|error| HandleError::failed(error.on(&config.node)));
+            reply.send::<StageRequest>(answer);
         });
     }
 
-    fn refused(&self, reason: impl Into<String>) -> StageError {
-        StageError::Refused { node: self.config.node.clone(), reason: reason.into() }
+    fn failed(&self, error: &StageError) -> HandleError {
+        HandleError::failed(error.on(&self.config.node))
     }
+}
+
+fn refused(reason: impl Into<String>) -> StageError {
+    StageError::Refused(reason.into())
 }

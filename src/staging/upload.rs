@@ -13,20 +13,15 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::digest::Digest;
 use super::fill::{Fill, Origin};
 use super::journal::Journal;
+use super::layout::FileSize;
 use super::mapping::Claim;
 
+/// An upload that nobody touches can be displaced, and one that an update takes has failed, after this long.
+pub(super) const IDLE_LIMIT: Duration = Duration::from_secs(60);
 /// Requests waiting for the staging task.
 const REQUESTS: usize = 16;
 /// So many uploads that have ended are remembered.
 const REMEMBERED: usize = 8;
-
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct UploadFile {
-    /// Plain file name, ending in `.safetensors`.
-    pub name: String,
-    /// Its length in bytes.
-    pub size: u64,
-}
 
 /// What is there of one file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,7 +83,7 @@ pub enum UploadError {
 /// What uploads ask of the staging task.
 #[derive(Debug)]
 pub(super) enum Ask {
-    Create { id: String, files: Vec<UploadFile>, reply: oneshot::Sender<Result<UploadStatus, UploadError>> },
+    Create { id: String, files: Vec<FileSize>, reply: oneshot::Sender<Result<UploadStatus, UploadError>> },
     Discard { id: String, reply: oneshot::Sender<Result<(), UploadError>> },
 }
 
@@ -147,7 +142,7 @@ pub fn channel() -> (Uploads, UploadRequests) {
 
 impl Uploads {
     /// Takes room for an upload. The same id with the same files again: what is there of it.
-    pub async fn create(&self, id: &str, files: Vec<UploadFile>) -> Result<UploadStatus, UploadError> {
+    pub async fn create(&self, id: &str, files: Vec<FileSize>) -> Result<UploadStatus, UploadError> {
         let (reply, answer) = oneshot::channel();
         self.ask(id, Ask::Create { id: id.to_owned(), files, reply }, answer).await
     }
@@ -303,7 +298,7 @@ impl Session {
             .collect();
         let mut received = 0;
         for chunk in 0..layout.chunks() {
-            let (file, offset) = layout.place(chunk);
+            let (file, offset) = layout.locate(chunk);
             let whole = [(0, layout.length(chunk) as usize)];
             let ranges = match state.partial.get(&chunk) {
                 Some(partial) => partial.ranges.as_slice(),

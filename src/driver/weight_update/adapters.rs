@@ -10,6 +10,7 @@ use super::super::handles::{ADAPTER_FILE, AdapterPlace};
 
 use super::lora::{LoraOp, LoraRequest, LoraState, lora};
 use super::*;
+use crate::api::Chunks;
 
 /// Bytes of a piece. Other messages of the peer link wait for one at most.
 const PIECE: u64 = 512 << 10;
@@ -111,7 +112,7 @@ impl Preparation<'_> {
         let progress = StageProgress {
             done,
             total,
-            chunks: (done.div_ceil(PIECE), total.div_ceil(PIECE)),
+            chunks: Chunks { done: done.div_ceil(PIECE), total: total.div_ceil(PIECE) },
             received: done,
             ms,
             ..StageProgress::default()

@@ -30,12 +30,10 @@ impl Prefault {
     /// Begins with the size of the model.
     pub(super) fn new(config: &StageConfig) -> Self {
         let Some(path) = config.prefault.clone() else { return Self::Done };
-        let (node, chunk) = (config.node.clone(), config.chunk);
+        let chunk = config.chunk;
         Self::Measuring(spawn_blocking(move || {
-            let manifest =
-                Manifest::read(&path).map_err(|error| StageError::Manifest { node: node.clone(), error })?;
-            let layout = Layout::of(&manifest, chunk);
-            layout.map(|layout| layout.segment_size()).map_err(|reason| StageError::Refused { node, reason })
+            let layout = Layout::of(&Manifest::read(&path)?, chunk).map_err(StageError::Layout)?;
+            Ok(layout.segment_size())
         }))
     }
 
@@ -57,32 +55,28 @@ impl Task {
         if staged || self.running.is_some() || self.uploading.is_some() {
             return;
         }
-        let taken = self.with_area(move |area| {
-            let spares = area.take_idle()?;
-            Ok(spares.into_iter().map(|spare| (area.limits(&spare).beside(size), spare)).collect::<Vec<_>>())
-        });
-        let mut spares = match taken.await {
+        let mut spares = match self.with_area(Area::take_idle).await {
             Ok(spares) => spares,
             Err(error) => return self.give_up_prefault(&error),
         };
-        let (cancel, node) = (CancellationToken::new(), self.config.node.clone());
+        let cancel = CancellationToken::new();
         let stopped = cancel.clone();
         let thread = spawn_blocking(move || {
             let began = Instant::now();
             let stop = || stopped.is_cancelled();
-            let take = |(limits, spare): &mut (Limits, Spare)| {
-                Area::allocate(limits, spare, size, &stop)?;
-                spare.segment.touch(&stop).map_err(|error| {
-                    let what = format!("taking {size} bytes in {}", spare.segment.path().display());
-                    StageError::Io { node: node.clone(), what, error }
-                })
+            let take = |spare: &mut Spare| {
+                // The other one gets as much.
+                spare.beside = spare.beside.max(size);
+                spare.allocate(size, &stop)?;
+                let touched = spare.segment.touch(&stop);
+                touched.doing(|| format!("taking {size} bytes in {}", spare.segment.path().display()))
             };
             let done = spares.iter_mut().try_for_each(take);
             if done.is_ok() && !stop() {
                 let segments = spares.len();
                 info!(size, segments, took = ?began.elapsed(), "shared memory for updates is taken");
             }
-            (spares.into_iter().map(|(_, spare)| spare).collect(), done)
+            (spares, done)
         });
         self.prefault = Prefault::Running { size, cancel, thread };
     }
@@ -94,7 +88,7 @@ impl Task {
             Step::Measured(Ok(Ok(size))) => self.prefault = Prefault::Wanted(size),
             Step::Measured(Ok(Err(error))) => self.give_up_prefault(&error),
             Step::Taken(Ok((spares, done))) => match self.give_back_all(spares).await.and(done) {
-                Ok(()) | Err(StageError::Cancelled { .. }) => {}
+                Ok(()) | Err(StageError::Cancelled) => {}
                 Err(error) => self.give_up_prefault(&error),
             },
             Step::Measured(Err(error)) | Step::Taken(Err(error)) => {

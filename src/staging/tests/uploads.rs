@@ -1,7 +1,8 @@
 use super::*;
-use crate::staging::upload::{UploadError, UploadFile, UploadStatus};
+use crate::staging::FileSize;
+use crate::staging::upload::{UploadError, UploadStatus};
 
-fn files(dir: &Path) -> Vec<(UploadFile, Vec<u8>)> {
+fn files(dir: &Path) -> Vec<(FileSize, Vec<u8>)> {
     let mut names: Vec<_> = std::fs::read_dir(dir)
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
@@ -9,7 +10,7 @@ fn files(dir: &Path) -> Vec<(UploadFile, Vec<u8>)> {
     names.sort();
     let file = |name: String| {
         let bytes = std::fs::read(dir.join(&name)).unwrap();
-        (UploadFile { name, size: bytes.len() as u64 }, bytes)
+        (FileSize { name, size: bytes.len() as u64 }, bytes)
     };
     names.into_iter().map(file).collect()
 }
@@ -179,7 +180,7 @@ async fn bad_uploads_are_refused() {
     let unknown = UploadError::Unknown { id: "up".to_owned() };
     assert_eq!(uploads.write("up", "x", 0, &[1]).unwrap_err(), unknown);
     assert_eq!(uploads.discard("up").await.unwrap_err(), unknown);
-    let bad = vec![UploadFile { name: "../x.safetensors".to_owned(), size: 1 }];
+    let bad = vec![FileSize { name: "../x.safetensors".to_owned(), size: 1 }];
     assert!(matches!(uploads.create("up", bad).await.unwrap_err(), UploadError::Invalid { .. }));
     create(node, "up", dir.path()).await.unwrap();
     let (file, bytes) = files(dir.path()).remove(0);

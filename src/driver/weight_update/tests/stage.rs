@@ -10,7 +10,7 @@ use super::super::super::handles::{
     StageState, StagedVersion, queue,
 };
 use super::*;
-use crate::api::StageProgress;
+use crate::api::{Chunks, StageProgress};
 
 /// What a staging area does next.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -186,7 +186,12 @@ impl FakeStage {
             bytes: 3,
             digest: Some(format!("xxh3:{content}")),
         };
-        let progress = StageProgress { done: 3, total: 3, chunks: (1, 1), ..StageProgress::default() };
+        let progress = StageProgress {
+            done: 3,
+            total: 3,
+            chunks: Chunks { done: 1, total: 1 },
+            ..StageProgress::default()
+        };
         {
             let mut area = self.area.lock();
             area.state.running = None;

@@ -7,23 +7,23 @@ use futures::future::BoxFuture;
 use tokio::net::TcpStream;
 
 use super::auth::{AuthError, Side, authenticate};
-use crate::staging::{HopAuth, HopSide};
+use crate::staging::{TransferAuth, TransferSide};
 use crate::token::Token;
 
 /// Lets in who knows the secret of the deployment.
 #[derive(Clone, Debug)]
 pub struct TokenAuth(pub Token);
 
-impl HopAuth for TokenAuth {
+impl TransferAuth for TokenAuth {
     fn authenticate(
         &self,
         mut stream: TcpStream,
-        side: HopSide,
+        side: TransferSide,
     ) -> BoxFuture<'static, io::Result<TcpStream>> {
         let token = self.0.clone();
         let side = match side {
-            HopSide::Sender => Side::Sender,
-            HopSide::Receiver => Side::Receiver,
+            TransferSide::Sender => Side::Sender,
+            TransferSide::Receiver => Side::Receiver,
         };
         Box::pin(async move {
             match authenticate(&mut stream, side, &token).await {

@@ -1,4 +1,4 @@
-//! Making the connection of a hop: accept or connect, authenticate, all under deadlines.
+//! Making the connection of a transfer: accept or connect, authenticate, all under deadlines.
 
 use std::io;
 use std::net::SocketAddr;
@@ -10,7 +10,7 @@ use futures::stream::FuturesUnordered;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::super::config::{HopAuth, HopSide};
+use crate::staging::config::{TransferAuth, TransferSide};
 
 /// Connecting to, or authenticating, one peer takes no longer.
 const AUTH_LIMIT: Duration = Duration::from_secs(5);
@@ -21,9 +21,9 @@ const CANDIDATES: usize = 16;
 ///
 /// # Errors
 /// Nobody came by `until`, or the socket fails.
-pub(in super::super) async fn accept(
+pub(in crate::staging) async fn accept(
     listener: &TcpListener,
-    auth: &Arc<dyn HopAuth>,
+    auth: &Arc<dyn TransferAuth>,
     until: Instant,
 ) -> io::Result<(std::net::TcpStream, SocketAddr)> {
     let mut candidates = FuturesUnordered::new();
@@ -31,7 +31,7 @@ pub(in super::super) async fn accept(
         tokio::select! {
             accepted = listener.accept(), if candidates.len() < CANDIDATES => {
                 let (stream, peer) = accepted?;
-                let proof = auth.authenticate(stream, HopSide::Receiver);
+                let proof = auth.authenticate(stream, TransferSide::Receiver);
                 candidates.push(async move { (peer, timeout(AUTH_LIMIT, proof).await) });
             }
             Some((peer, proof)) = candidates.next() => match proof {
@@ -50,13 +50,13 @@ pub(in super::super) async fn accept(
 ///
 /// # Errors
 /// It cannot be reached by then, or refuses.
-pub(in super::super) async fn connect(
+pub(in crate::staging) async fn connect(
     address: SocketAddr,
-    auth: &Arc<dyn HopAuth>,
+    auth: &Arc<dyn TransferAuth>,
 ) -> io::Result<std::net::TcpStream> {
     let until = Instant::now() + AUTH_LIMIT;
     let late = |what: &str| io::Error::new(io::ErrorKind::TimedOut, format!("{what} within {AUTH_LIMIT:?}"));
     let stream = timeout_at(until, TcpStream::connect(address)).await.map_err(|_| late("not reached"))??;
-    let proof = auth.authenticate(stream, HopSide::Sender);
+    let proof = auth.authenticate(stream, TransferSide::Sender);
     timeout_at(until, proof).await.map_err(|_| late("not authenticated"))??.into_std()
 }
