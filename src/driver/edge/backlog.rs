@@ -8,9 +8,9 @@ use bytes::Bytes;
 /// of an end and the beginning after it.
 const EDGES: usize = 16;
 
-/// Something an engine told its DP coordinator.
+/// Something an engine reported to its DP coordinator.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Told {
+pub(super) enum Reported {
     /// It receives from now on what is published.
     Subscribed,
     /// End or beginning of a wave.
@@ -32,24 +32,24 @@ impl Backlog {
         !self.subscribed && self.edges.is_empty() && self.load.is_none()
     }
 
-    pub(super) fn keep(&mut self, told: Told) {
-        match told {
-            Told::Subscribed => self.subscribed = true,
-            Told::Edge(frame) => {
+    pub(super) fn keep(&mut self, reported: Reported) {
+        match reported {
+            Reported::Subscribed => self.subscribed = true,
+            Reported::Edge(frame) => {
                 if self.edges.len() == EDGES {
                     self.edges.pop_front();
                 }
                 self.edges.push_back(frame);
             }
-            Told::Load(frame) => self.load = Some(frame),
+            Reported::Load(frame) => self.load = Some(frame),
         }
     }
 
-    pub(super) fn take(&mut self) -> Option<Told> {
+    pub(super) fn take(&mut self) -> Option<Reported> {
         if std::mem::take(&mut self.subscribed) {
-            return Some(Told::Subscribed);
+            return Some(Reported::Subscribed);
         }
-        self.edges.pop_front().map(Told::Edge).or_else(|| self.load.take().map(Told::Load))
+        self.edges.pop_front().map(Reported::Edge).or_else(|| self.load.take().map(Reported::Load))
     }
 }
 
@@ -66,17 +66,17 @@ mod tests {
         let mut backlog = Backlog::default();
         assert!(backlog.is_empty());
         for number in 0..100 {
-            backlog.keep(Told::Load(frame(number)));
-            backlog.keep(Told::Edge(frame(100 + number)));
+            backlog.keep(Reported::Load(frame(number)));
+            backlog.keep(Reported::Edge(frame(100 + number)));
         }
-        backlog.keep(Told::Subscribed);
+        backlog.keep(Reported::Subscribed);
         let mut all = Vec::new();
-        while let Some(told) = backlog.take() {
-            all.push(told);
+        while let Some(reported) = backlog.take() {
+            all.push(reported);
         }
-        let mut expected = vec![Told::Subscribed];
-        expected.extend((200 - EDGES..200).map(|number| Told::Edge(frame(number))));
-        expected.push(Told::Load(frame(99)));
+        let mut expected = vec![Reported::Subscribed];
+        expected.extend((200 - EDGES..200).map(|number| Reported::Edge(frame(number))));
+        expected.push(Reported::Load(frame(99)));
         assert_eq!(all, expected);
         assert!(backlog.is_empty());
     }

@@ -12,7 +12,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
 use super::EdgeState;
-use super::backlog::{Backlog, Told};
+use super::backlog::{Backlog, Reported};
 use crate::driver::handles::{EdgeEvent, NodeEvent};
 use crate::tasks::{Task, named};
 use crate::transport::{
@@ -86,11 +86,11 @@ impl Reader {
         let rank = self.rank.0;
         let mut subscriptions = true;
         loop {
-            let told = tokio::select! {
+            let reported = tokio::select! {
                 permit = self.events.reserve(), if !self.backlog.is_empty() => {
                     let Ok(permit) = permit else { return };
-                    if let Some(told) = self.backlog.take() {
-                        permit.send(event(self.rank, self.incarnation, told));
+                    if let Some(reported) = self.backlog.take() {
+                        permit.send(event(self.rank, self.incarnation, reported));
                     }
                     continue;
                 }
@@ -113,7 +113,7 @@ impl Reader {
                         self.state.send_modify(|state| {
                             state.subscribed.insert(self.rank, self.incarnation);
                         });
-                        Told::Subscribed
+                        Reported::Subscribed
                     }
                     Ok(_) => continue,
                     Err(error) => {
@@ -123,43 +123,43 @@ impl Reader {
                     }
                 },
             };
-            if !self.deliver(told) {
+            if !self.deliver(reported) {
                 return;
             }
         }
     }
 
     /// Notes what the report says about waves.
-    fn report(&self, frame: bytes::Bytes) -> Told {
+    fn report(&self, frame: bytes::Bytes) -> Reported {
         if reports_load(&frame) {
-            return Told::Load(frame);
+            return Reported::Load(frame);
         }
         // What cannot be read is for the DP coordinator to complain about.
-        let Ok(view) = OutputsView::parse(&frame) else { return Told::Load(frame) };
-        let Some((wave, running)) = view.wave_edge() else { return Told::Load(frame) };
+        let Ok(view) = OutputsView::parse(&frame) else { return Reported::Load(frame) };
+        let Some((wave, running)) = view.wave_edge() else { return Reported::Load(frame) };
         self.state.send_if_modified(|state| state.note(wave, running));
-        Told::Edge(frame)
+        Reported::Edge(frame)
     }
 
     /// Hands an event over, or keeps it. False if it can never be delivered.
-    fn deliver(&mut self, told: Told) -> bool {
+    fn deliver(&mut self, reported: Reported) -> bool {
         if !self.backlog.is_empty() {
-            self.backlog.keep(told);
+            self.backlog.keep(reported);
             return true;
         }
         match self.events.try_reserve() {
-            Ok(permit) => permit.send(event(self.rank, self.incarnation, told)),
-            Err(TrySendError::Full(())) => self.backlog.keep(told),
+            Ok(permit) => permit.send(event(self.rank, self.incarnation, reported)),
+            Err(TrySendError::Full(())) => self.backlog.keep(reported),
             Err(TrySendError::Closed(())) => return false,
         }
         true
     }
 }
 
-fn event(rank: EngineIndex, incarnation: Incarnation, told: Told) -> NodeEvent {
-    NodeEvent::Edge(match told {
-        Told::Subscribed => EdgeEvent::Subscribed { rank, incarnation },
-        Told::Edge(frame) | Told::Load(frame) => EdgeEvent::Report { rank, incarnation, frame },
+fn event(rank: EngineIndex, incarnation: Incarnation, reported: Reported) -> NodeEvent {
+    NodeEvent::Edge(match reported {
+        Reported::Subscribed => EdgeEvent::Subscribed { rank, incarnation },
+        Reported::Edge(frame) | Reported::Load(frame) => EdgeEvent::Report { rank, incarnation, frame },
     })
 }
 
