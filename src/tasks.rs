@@ -89,24 +89,26 @@ pub async fn named<F: Future>(task: Task, future: F) -> F::Output {
 /// Ends the process with exit code 1 after any panic, from now on. `last_word` is called with the reason.
 pub fn exit_on_panic(last_word: impl Fn(&str) + Send + Sync + 'static) {
     std::panic::set_hook(Box::new(move |panic| {
+        // Reading symbols waits for nobody, but may take longer than the log has.
+        let trace = Backtrace::capture();
+        let trace = (trace.status() == BacktraceStatus::Captured).then(|| trace.to_string());
         let _ = thread::Builder::new().spawn(|| {
             thread::park_timeout(LOG_LIMIT);
             exit();
         });
-        last_word(&report(panic));
+        last_word(&report(panic, trace));
         exit();
     }));
 }
 
-fn report(panic: &PanicHookInfo<'_>) -> String {
+fn report(panic: &PanicHookInfo<'_>, trace: Option<String>) -> String {
     let thread = thread::current();
     let who = CURRENT.try_with(|task| format!("task {}", task.name()));
     let who = who.unwrap_or_else(|_| format!("thread {}", thread.name().unwrap_or("without a name")));
     let at = panic.location().map(ToString::to_string).unwrap_or_default();
     let what = panic.payload_as_str().unwrap_or("no reason was given");
     tracing::error!(%who, %at, what, "a panic ends this process");
-    let trace = Backtrace::capture();
-    if trace.status() == BacktraceStatus::Captured {
+    if let Some(trace) = trace {
         tracing::error!("{trace}");
     }
     format!("{who} panicked at {at}: {what}")
