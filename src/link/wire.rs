@@ -11,7 +11,7 @@ use uuid::Uuid;
 use crate::driver::handles::{NodeAsk, NodeEvent};
 
 /// Version of the link. Another one is refused.
-pub const LINK_VERSION: u32 = 2;
+pub const LINK_VERSION: u32 = 3;
 /// Longest frame, in bytes. Weights do not travel on the link.
 pub const MAX_FRAME: usize = 16 << 20;
 
