@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use dp_sidecar::api::CoordinatorSnapshot;
-use dp_sidecar::driver::coordinator::{CoordinatorConfig, EVENTS, spawn};
+use dp_sidecar::driver::coordinator::{EVENTS, spawn};
 use dp_sidecar::driver::edge::{self, EdgeState};
 use dp_sidecar::driver::handles::{
     CoordinatorCommand, CoordinatorHandle, EdgePrepare, ForFrontendCoordinator, GroupKind, ask,
@@ -15,7 +15,7 @@ use dp_sidecar::transport::PrivateDir;
 use dp_sidecar_protocol::layout::{Layout, VllmVersion};
 use dp_sidecar_protocol::machine::coordinator::Adopted;
 use dp_sidecar_protocol::output::{OutputsView, start_wave_message, stats_message, wave_complete_message};
-use dp_sidecar_protocol::stats::SchedulerStats;
+use dp_sidecar_protocol::stats::{Load, SchedulerStats};
 use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Wave};
 use tempfile::TempDir;
 use tokio::sync::mpsc;
@@ -45,7 +45,7 @@ impl Setup {
         let (reports, events) = mpsc::channel(EVENTS);
         let edge = edge::spawn(private, reports, &tracker);
         let edges = vec![((0..size).map(EngineIndex).collect(), edge.handle)];
-        let handle = spawn(CoordinatorConfig::new(kind, size), edges, events, &tracker);
+        let handle = spawn(kind, size, edges, events, &tracker);
         Self { handle, context: zmq::Context::new(), tracker, dir }
     }
 
@@ -126,7 +126,11 @@ fn start_dp_wave(wave: u8, exclude: Option<u8>) -> Vec<Vec<u8>> {
 }
 
 fn load(waiting: u64, step: u64) -> Bytes {
-    let stats = SchedulerStats { num_waiting_reqs: waiting, step_counter: step, ..SchedulerStats::default() };
+    let stats = SchedulerStats {
+        load: Load { waiting, ..Load::default() },
+        step_counter: step,
+        ..SchedulerStats::default()
+    };
     stats_message(&layout(), EngineIndex(0), stats.encode(), 0.0)
 }
 
@@ -137,7 +141,7 @@ async fn told(messages: &mut mpsc::Receiver<ForFrontendCoordinator>) -> String {
     assert_eq!(view.engine_index, message.rank);
     let stats = view.stats().map(|stats| stats.unwrap());
     let what = match (stats, view.wave_complete, view.start_wave) {
-        (Some(stats), None, None) => format!("waiting {}", stats.num_waiting_reqs),
+        (Some(stats), None, None) => format!("waiting {}", stats.load.waiting),
         (None, Some(wave), None) => format!("wave complete {wave}"),
         (None, None, Some(wave)) => format!("start wave {wave}"),
         other => panic!("{other:?}"),
@@ -282,9 +286,8 @@ async fn a_successor_goes_on_with_the_wave_and_wakes_the_group() {
     assert!(timeout(PATIENCE, events.recv()).await.unwrap().is_some());
 
     let ranks: Vec<EngineIndex> = state.subscribed.keys().copied().collect();
-    let config = CoordinatorConfig::new(GroupKind::Lockstep, 2);
     let edges = vec![(ranks.clone(), edge.handle.clone())];
-    setup.handle = spawn(config, edges, events, &setup.tracker);
+    setup.handle = spawn(GroupKind::Lockstep, 2, edges, events, &setup.tracker);
     let adopted = |rank| Adopted { rank, incarnation: Incarnation(1), ready: true, admitted: true };
     let adopted: Vec<Adopted> = ranks.into_iter().map(adopted).collect();
     setup.tell(CoordinatorCommand::Adopt { wave: state.wave, engines: adopted }).await;

@@ -2,6 +2,7 @@
 //! mistaken for a slot.
 
 use std::fmt;
+use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
@@ -85,6 +86,54 @@ impl EngineIdentity {
     /// Reads an identity frame; anything but two bytes is not an engine.
     pub fn from_frame(frame: &[u8]) -> Option<Self> {
         <[u8; 2]>::try_from(frame).ok().map(Self)
+    }
+}
+
+/// How the ranks of a deployment depend on each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum GroupKind {
+    /// Dense models (vLLM 0.14.1 and later): each rank runs, pauses, dies and restarts alone.
+    #[default]
+    Independent,
+    /// MoE models: the ranks step in lockstep, pause by consensus, and live and die together.
+    Lockstep,
+}
+
+impl GroupKind {
+    pub const ALL: [Self; 2] = [Self::Independent, Self::Lockstep];
+
+    /// The kind of ranks that step in lockstep, or do not.
+    pub const fn of(lockstep: bool) -> Self {
+        if lockstep { Self::Lockstep } else { Self::Independent }
+    }
+
+    pub const fn is_lockstep(self) -> bool {
+        matches!(self, Self::Lockstep)
+    }
+
+    /// The kind of model that has such ranks, as the flag `--model-kind` spells it. Read again by [`FromStr`].
+    pub const fn model(self) -> &'static str {
+        match self {
+            Self::Independent => "dense",
+            Self::Lockstep => "moe",
+        }
+    }
+}
+
+/// What the ranks are, as in `independent ranks`.
+impl fmt::Display for GroupKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
+    }
+}
+
+impl FromStr for GroupKind {
+    type Err = String;
+
+    fn from_str(model: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|kind| kind.model() == model);
+        found.ok_or_else(|| format!("model kind {model:?}: dense or moe expected"))
     }
 }
 

@@ -278,7 +278,8 @@ impl Layout {
         self.version.at_least(11, 1)
     }
 
-    /// Whether lockstep engines pause by consensus and resume through a barrier.
+    /// Whether lockstep engines pause by consensus and resume through a barrier; paused ones drop START_DP_WAVE
+    /// then, while earlier ones start to step.
     pub const fn two_phase_pause(&self) -> bool {
         self.version.at_least(21, 0)
     }

@@ -28,7 +28,7 @@ mod write;
 pub use error::DecodeError;
 pub use frames::Frames;
 pub use ids::{
-    CallId, ClientIndex, EngineIdentity, EngineIndex, FrontendId, Incarnation, PausedBy, Slot, UpdateId,
-    Wave, WeightVersion,
+    CallId, ClientIndex, EngineIdentity, EngineIndex, FrontendId, GroupKind, Incarnation, PausedBy, Slot,
+    UpdateId, Wave, WeightVersion,
 };
 pub use time::Time;

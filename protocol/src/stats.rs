@@ -16,7 +16,7 @@ pub struct Load {
     pub waiting: u64,
     /// `num_running_reqs`.
     pub running: u64,
-    /// `kv_cache_usage`, 0 to 1; published to frontends since 0.27.0.
+    /// `kv_cache_usage`, 0 to 1; filled in for the coordinator, and published to frontends, since 0.27.0.
     pub kv_cache_usage: f64,
 }
 
@@ -29,16 +29,11 @@ impl Load {
 /// What the DP coordinator needs of `SchedulerStats`. Missing keys are zero, as in vLLM.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct SchedulerStats {
-    /// Requests being processed.
-    pub num_running_reqs: u64,
-    /// Requests in the queue.
-    pub num_waiting_reqs: u64,
+    pub load: Load,
     /// Steps within the wave.
     pub step_counter: u64,
     /// The engine's wave; 0 from dense engines.
     pub current_wave: u64,
-    /// Part of the KV cache in use, 0 to 1. Filled in for the coordinator since 0.27.0.
-    pub kv_cache_usage: f64,
 }
 
 impl SchedulerStats {
@@ -64,11 +59,11 @@ impl SchedulerStats {
     fn field(&mut self, key: &str, scanner: &mut Scanner<'_>) -> Result<bool, ScanError> {
         const NUMBER: &str = "int of 0 or more";
         match key {
-            "num_running_reqs" => self.num_running_reqs = scanner.integer(NUMBER)?,
-            "num_waiting_reqs" => self.num_waiting_reqs = scanner.integer(NUMBER)?,
+            "num_running_reqs" => self.load.running = scanner.integer(NUMBER)?,
+            "num_waiting_reqs" => self.load.waiting = scanner.integer(NUMBER)?,
             "step_counter" => self.step_counter = scanner.integer(NUMBER)?,
             "current_wave" => self.current_wave = scanner.integer(NUMBER)?,
-            "kv_cache_usage" => self.kv_cache_usage = scanner.float()?,
+            "kv_cache_usage" => self.load.kv_cache_usage = scanner.float()?,
             _ => {
                 scanner.skip()?;
                 return Ok(false);
@@ -81,16 +76,17 @@ impl SchedulerStats {
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(100);
         write::map(&mut out, 5);
-        write::str(&mut out, "num_running_reqs");
-        write::uint(&mut out, self.num_running_reqs);
-        write::str(&mut out, "num_waiting_reqs");
-        write::uint(&mut out, self.num_waiting_reqs);
-        write::str(&mut out, "step_counter");
-        write::uint(&mut out, self.step_counter);
-        write::str(&mut out, "current_wave");
-        write::uint(&mut out, self.current_wave);
+        for (key, number) in [
+            ("num_running_reqs", self.load.running),
+            ("num_waiting_reqs", self.load.waiting),
+            ("step_counter", self.step_counter),
+            ("current_wave", self.current_wave),
+        ] {
+            write::str(&mut out, key);
+            write::uint(&mut out, number);
+        }
         write::str(&mut out, "kv_cache_usage");
-        write::float(&mut out, self.kv_cache_usage);
+        write::float(&mut out, self.load.kv_cache_usage);
         out
     }
 }

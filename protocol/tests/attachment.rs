@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use dp_sidecar_protocol::handshake::{Addresses, ConfigValue, Init};
-use dp_sidecar_protocol::machine::attachment::{Action, Attachment, Config, Engines, Event, Snapshot, State};
+use dp_sidecar_protocol::machine::attachment::{Action, Attachment, Engines, Event, STALL, Snapshot, State};
 use dp_sidecar_protocol::{EngineIndex, Time, Wave};
 
 const A: u64 = 1;
@@ -36,7 +36,7 @@ fn init(api_servers: u32, coordinator: bool, size: Option<i64>) -> Bytes {
 impl Bench {
     /// A deployment with all handshake sockets connected to the frontend.
     fn connected(size: u16, lockstep: bool) -> Self {
-        let mut bench = Self { machine: Attachment::new(Config::new("host:7200")), now: Time::ZERO };
+        let mut bench = Self { machine: Attachment::new("host:7200", STALL), now: Time::ZERO };
         bench.event(Event::FreeSlots(4));
         bench.event(Event::EnginesComplete(Engines {
             size,
@@ -252,7 +252,7 @@ fn too_many_api_servers_are_refused_with_numbers_and_go_on_when_slots_are_free()
 
 #[test]
 fn a_process_that_cannot_fit_gets_no_hello_and_is_looked_at_again() {
-    let mut machine = Attachment::new(Config::new("host:7200"));
+    let mut machine = Attachment::new("host:7200", STALL);
     machine.handle_event(
         Time::ZERO,
         Event::EnginesComplete(Engines { size: 2, lockstep: false, parallel_config_hash: None }),
@@ -274,7 +274,7 @@ fn a_process_that_cannot_fit_gets_no_hello_and_is_looked_at_again() {
 
 #[test]
 fn an_incomplete_deployment_names_the_missing_ranks() {
-    let mut machine = Attachment::new(Config::new("host:7200"));
+    let mut machine = Attachment::new("host:7200", STALL);
     let missing = (3..20).map(EngineIndex).collect();
     machine.handle_event(Time::ZERO, Event::EnginesMissing(missing));
     assert_eq!(machine.poll_action(), None);

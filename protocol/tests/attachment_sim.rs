@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use dp_sidecar_protocol::handshake::{Addresses, ConfigValue, Init};
-use dp_sidecar_protocol::machine::attachment::{Action, Attachment, Attempt, Config, Engines, Event, State};
+use dp_sidecar_protocol::machine::attachment::{Action, Attachment, Attempt, Engines, Event, STALL, State};
 use dp_sidecar_protocol::{EngineIndex, Time, Wave};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -122,7 +122,7 @@ impl World {
             sequence: 0,
             queue: BTreeMap::new(),
             last: BTreeMap::new(),
-            machine: Attachment::new(Config::new("frontend:1")),
+            machine: Attachment::new("frontend:1", STALL),
             size,
             lockstep,
             process: None,
@@ -509,7 +509,7 @@ impl World {
     fn restart(&mut self) {
         self.note(|| "the sidecar is killed".to_owned());
         let record = self.record.take();
-        self.machine = Attachment::new(Config::new("frontend:1"));
+        self.machine = Attachment::new("frontend:1", STALL);
         let of_attempt = |item: &Item| match item {
             Item::Machine(event) => {
                 !matches!(event, Event::EnginesComplete(_) | Event::EnginesMissing(_) | Event::FreeSlots(_))

@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use dp_sidecar_protocol::machine::control::{Action, Config, Control, Event, OwnerId};
+use dp_sidecar_protocol::machine::control::{Action, Control, Event, Grant, OwnerId};
 use dp_sidecar_protocol::machine::held_call::{HeldCall, Verdict};
 use dp_sidecar_protocol::machine::mutation::Mutation;
-use dp_sidecar_protocol::{EngineIndex, FrontendId, PausedBy, Time};
+use dp_sidecar_protocol::{EngineIndex, FrontendId, GroupKind, PausedBy, Time};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rmpv::Value;
@@ -14,7 +14,7 @@ use rmpv::Value;
 use super::laws;
 
 fn control(ranks: u16, lockstep: bool) -> Control {
-    let mut control = Control::new(Config::new((0..ranks).map(EngineIndex), lockstep));
+    let mut control = Control::new((0..ranks).map(EngineIndex), GroupKind::of(lockstep));
     for rank in 0..ranks {
         let rank = EngineIndex(rank);
         control.handle_event(Time::ZERO, Event::EngineUp { rank });
@@ -136,10 +136,9 @@ fn calls_are_refused_with_the_name_and_phase_of_the_running_update() {
     let granted = actions(&mut control);
     assert!(matches!(&granted[0], Action::Decide { verdict: Verdict::Refuse(text), .. }
         if text.contains("update u1 is running")));
-    assert!(matches!(
-        &granted[1],
-        Action::Granted { owner: OwnerId(9), paused_by: None, external_weights: false, asleep: false }
-    ));
+    assert!(
+        matches!(&granted[1], Action::Granted { owner: OwnerId(9), grant } if *grant == Grant::default())
+    );
     let doing = Event::Doing { owner: OwnerId(9), what: "loading".to_owned() };
     control.handle_event(at(2), doing);
     control.handle_event(at(3), held(1, 1, 1, "resume_scheduler"));
@@ -175,7 +174,7 @@ fn a_waiting_update_goes_before_rounds_that_are_ready() {
     let all = actions(&mut control);
     assert!(matches!(&all[0], Action::Decide { ticket: 2, verdict: Verdict::Refuse(_), .. }), "{all:?}");
     let by_frontend = Some(PausedBy::Frontend { id: FrontendId(1) });
-    assert!(matches!(&all[1], Action::Granted { paused_by, .. } if *paused_by == by_frontend), "{all:?}");
+    assert!(matches!(&all[1], Action::Granted { grant, .. } if grant.paused_by == by_frontend), "{all:?}");
 }
 
 #[test]
@@ -304,7 +303,10 @@ fn weights_that_a_frontend_loads_make_the_current_version_unknown() {
     control.handle_event(at(0), answered(0, 1));
     control.handle_event(at(1), acquire(1, "update u1", 0));
     let granted = actions(&mut control);
-    assert!(matches!(granted.last(), Some(Action::Granted { external_weights: true, .. })));
+    assert!(matches!(
+        granted.last(),
+        Some(Action::Granted { grant: Grant { external_weights: true, .. }, .. })
+    ));
     control.handle_event(at(2), Event::WeightsKnown { owner: OwnerId(1) });
     assert!(!control.snapshot().external_weights);
 }

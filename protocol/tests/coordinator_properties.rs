@@ -3,11 +3,10 @@
 
 use std::time::Duration;
 
-use dp_sidecar_protocol::machine::coordinator::{
-    Action, Config, Coordinator, CoordinatorRules, Event, Exclude, GroupKind, Report, Stamp,
-};
+use dp_sidecar_protocol::layout::{Layout, VllmVersion};
+use dp_sidecar_protocol::machine::coordinator::{Action, Config, Coordinator, Event, Exclude, Report, Stamp};
 use dp_sidecar_protocol::stats::Load;
-use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Time, Wave};
+use dp_sidecar_protocol::{EngineIndex, FrontendId, GroupKind, Incarnation, Time, Wave};
 use proptest::prelude::*;
 
 const SIZE: u16 = 3;
@@ -45,10 +44,14 @@ fn report() -> impl Strategy<Value = Report> {
     })
 }
 
+fn layout(minor: u16) -> Layout {
+    Layout::closest(VllmVersion::new(0, minor, 0))
+}
+
 fn event() -> impl Strategy<Value = Event> {
     let target = proptest::option::of(rank().prop_map(Exclude::Index));
     prop_oneof![
-        1 => (11..35_u16).prop_map(|minor| Event::Rules(CoordinatorRules::of(minor, 0))),
+        1 => (11..35_u16).prop_map(|minor| Event::Version(Box::new(layout(minor)))),
         6 => (rank(), incarnation())
             .prop_map(|(rank, incarnation)| Event::Subscribed { rank, incarnation }),
         6 => (rank(), incarnation(), report()).prop_map(|(rank, incarnation, report)| {
@@ -67,10 +70,10 @@ fn event() -> impl Strategy<Value = Event> {
 
 fn config() -> impl Strategy<Value = Config> {
     (any::<bool>(), any::<bool>(), any::<bool>()).prop_map(|(lockstep, upstream, publish)| {
-        let kind = if lockstep { GroupKind::Lockstep } else { GroupKind::Independent };
+        let kind = GroupKind::of(lockstep);
         let mut config = Config::hosted(kind, SIZE);
         if upstream {
-            config = Config::upstream(kind, SIZE, CoordinatorRules::default());
+            config = Config::upstream(kind, SIZE, layout(32));
         }
         config.publish = publish;
         config

@@ -7,11 +7,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use dp_sidecar_protocol::machine::coordinator::{
-    Action, Config, Coordinator, CoordinatorRules, Event, Exclude, GroupKind, Report, Stamp,
-};
+use dp_sidecar_protocol::layout::{Layout, VllmVersion};
+use dp_sidecar_protocol::machine::coordinator::{Action, Config, Coordinator, Event, Exclude, Report, Stamp};
 use dp_sidecar_protocol::stats::Load;
-use dp_sidecar_protocol::{EngineIndex, Incarnation, Time, Wave};
+use dp_sidecar_protocol::{EngineIndex, GroupKind, Incarnation, Time, Wave};
 use serde_json::{Value, json};
 
 const LIFE: Incarnation = Incarnation(1);
@@ -124,7 +123,7 @@ fn the_machine_does_what_the_real_dp_coordinator_did() {
     let trace: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
     let version: Vec<u16> =
         trace["vllm"].as_str().unwrap().split('.').map(|number| number.parse().unwrap()).collect();
-    let rules = CoordinatorRules::of(version[1], version[2]);
+    let layout = Layout::closest(VllmVersion::new(0, version[1], version[2]));
     let mut steps = 0;
     for run in trace["runs"].as_array().unwrap() {
         let kind = if run["wave_coordination"].as_bool().unwrap() {
@@ -134,7 +133,7 @@ fn the_machine_does_what_the_real_dp_coordinator_did() {
         };
         let size = run["engines"].as_u64().unwrap().try_into().unwrap();
         let mut replay = Replay {
-            machine: Coordinator::new(Config::upstream(kind, size, rules)),
+            machine: Coordinator::new(Config::upstream(kind, size, layout)),
             now: Time::from_millis(1_000_000_000),
             back: Vec::new(),
             front: Vec::new(),

@@ -13,8 +13,7 @@ use dp_sidecar_protocol::output::{self, EngineOutput, FinishReason, OutputsView}
 use dp_sidecar_protocol::positional::{self, Scanner, element};
 use dp_sidecar_protocol::registration::{EngineReadyResponse, detect_layout, with_dp_stats_address};
 use dp_sidecar_protocol::request::{FrontendMessage, check_frontend_message, encode_abort};
-use dp_sidecar_protocol::stats::Load;
-use dp_sidecar_protocol::stats::SchedulerStats;
+use dp_sidecar_protocol::stats::{Load, SchedulerStats};
 use dp_sidecar_protocol::utility::UtilityCall;
 use dp_sidecar_protocol::wave::{FrontendUpstream, Publication, StartDpWave};
 use dp_sidecar_protocol::{CallId, ClientIndex, EngineIndex, Wave};
@@ -163,11 +162,11 @@ fn compare_outputs(label: &str, view: &OutputsView<'_>, expect: &Json) {
         Some(stats) => {
             let stats = stats.unwrap();
             let wanted = &expect["stats"];
-            assert_eq!(stats.num_running_reqs, wanted["num_running_reqs"], "{label}");
-            assert_eq!(stats.num_waiting_reqs, wanted["num_waiting_reqs"], "{label}");
+            assert_eq!(stats.load.running, wanted["num_running_reqs"], "{label}");
+            assert_eq!(stats.load.waiting, wanted["num_waiting_reqs"], "{label}");
             assert_eq!(stats.step_counter, wanted["step_counter"], "{label}");
             assert_eq!(stats.current_wave, wanted["current_wave"], "{label}");
-            assert_eq!(stats.kv_cache_usage, wanted["kv_cache_usage"], "{label}");
+            assert_eq!(stats.load.kv_cache_usage, wanted["kv_cache_usage"], "{label}");
         }
         None => assert!(expect["stats"].is_null(), "{label}"),
     }
@@ -254,11 +253,9 @@ fn what_the_sidecar_says_for_an_engine_is_what_the_engine_would_say() {
 #[test]
 fn stats_of_a_few_keys_are_read_back() {
     let stats = SchedulerStats {
-        num_running_reqs: 300,
-        num_waiting_reqs: 2,
+        load: Load { running: 300, waiting: 2, kv_cache_usage: 0.75 },
         step_counter: 70000,
         current_wave: 5,
-        kv_cache_usage: 0.75,
     };
     assert_eq!(SchedulerStats::decode(&stats.encode()).unwrap(), stats);
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use dp_sidecar_protocol::handshake::Hello;
-use dp_sidecar_protocol::machine::handshake::{Action, Config, Event, Handshake, PeerId, Stage, Via};
+use dp_sidecar_protocol::machine::handshake::{Action, Config, Event, Handshake, PeerId, Report, Stage, Via};
 use dp_sidecar_protocol::{EngineIndex, Incarnation, Time};
 use proptest::prelude::*;
 
@@ -68,7 +68,7 @@ fn step(machine: &mut Handshake, event: Event) -> Vec<Action> {
 /// The only action, which must be a refusal.
 fn refusal(actions: &[Action]) -> (Option<u16>, &str) {
     match actions {
-        [Action::Refused { rank, error }] => (rank.map(|rank| rank.0), error),
+        [Action::Report(Report::Refused { rank, error })] => (rank.map(|rank| rank.0), error),
         other => panic!("expected one refusal, got {other:?}"),
     }
 }
@@ -94,7 +94,7 @@ fn two_engines_start_in_any_order_and_init_waits_for_nobody() {
             actions,
             [
                 Action::SendInit { peer: PeerId(rank.into()), init: INIT },
-                Action::Connected { rank: EngineIndex(rank), incarnation: Incarnation(1) },
+                Action::Report(Report::Connected { rank: EngineIndex(rank), incarnation: Incarnation(1) }),
             ]
         );
     }
@@ -102,12 +102,12 @@ fn two_engines_start_in_any_order_and_init_waits_for_nobody() {
         let actions = step(&mut machine, ready(rank.into(), rank, Some("h")));
         assert_eq!(
             actions,
-            [Action::Ready {
+            [Action::Report(Report::Ready {
                 rank: EngineIndex(rank),
                 incarnation: Incarnation(1),
                 parallel_config_hash: Some("h".to_owned()),
                 num_gpu_blocks: None,
-            }]
+            })]
         );
     }
     assert_eq!(machine.poll_timeout(), None);
@@ -200,7 +200,9 @@ fn ready_of_the_first_engine_is_not_taken_for_that_of_its_successor() {
     let actions = step(&mut machine, ready(1, 0, None));
     assert_says(refusal(&actions).1, &["another connection"]);
     let actions = step(&mut machine, ready(2, 0, None));
-    assert!(matches!(actions[0], Action::Ready { incarnation, .. } if incarnation == Incarnation(2)));
+    assert!(
+        matches!(actions[0], Action::Report(Report::Ready { incarnation, .. }) if incarnation == Incarnation(2))
+    );
 }
 
 #[test]
@@ -232,12 +234,12 @@ fn differing_hashes_name_both_ranks_and_both_values() {
     assert_says(error, &["rank 0", "aaaa", "rank 1", "bbbb"]);
     // The third is not disturbed.
     let actions = step(&mut machine, ready(2, 2, Some("aaaa")));
-    assert!(matches!(actions[0], Action::Ready { .. }));
+    assert!(matches!(actions[0], Action::Report(Report::Ready { .. })));
     // A new incarnation with the same flags as the others is welcome.
     step(&mut machine, expect(1, 2, false));
     step(&mut machine, hello(9, 1));
     let actions = step(&mut machine, ready(9, 1, Some("aaaa")));
-    assert!(matches!(actions[0], Action::Ready { .. }));
+    assert!(matches!(actions[0], Action::Report(Report::Ready { .. })));
 }
 
 #[test]
@@ -312,7 +314,7 @@ fn deadlines_apply_to_engines_that_have_init_and_progress_names_the_others() {
     );
     machine.handle_timeout(Time::from_millis(60_000));
     let actions = drain(&mut machine);
-    let Some(Action::Refused { rank, error }) = actions.first() else {
+    let Some(Action::Report(Report::Refused { rank, error })) = actions.first() else {
         panic!("{actions:?}");
     };
     assert_eq!(*rank, Some(EngineIndex(0)));
@@ -363,12 +365,12 @@ proptest! {
             prop_assert!(actions.len() <= 2, "{actions:?}");
             for action in actions {
                 match action {
-                    Action::Connected { rank, .. } => {
+                    Action::Report(Report::Connected { rank, .. }) => {
                         let (inits, _) = &mut seen[usize::from(rank.0)];
                         *inits += 1;
                         prop_assert_eq!(*inits, 1);
                     }
-                    Action::Ready { rank, .. } => {
+                    Action::Report(Report::Ready { rank, .. }) => {
                         let (inits, readies) = &mut seen[usize::from(rank.0)];
                         *readies += 1;
                         prop_assert_eq!((*inits, *readies), (1, 1));

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use dp_sidecar_protocol::machine::lifecycle::{Action, Event, Lifecycle, LifecycleConfig, Phase};
 use dp_sidecar_protocol::machine::restart::RestartPolicy;
-use dp_sidecar_protocol::{EngineIndex, Incarnation, Time};
+use dp_sidecar_protocol::{EngineIndex, GroupKind, Incarnation, Time};
 
 const R0: EngineIndex = EngineIndex(0);
 const R1: EngineIndex = EngineIndex(1);
@@ -12,7 +12,7 @@ const R1: EngineIndex = EngineIndex(1);
 fn machine(lockstep: bool, spawn: bool) -> Lifecycle {
     let config = LifecycleConfig {
         ranks: vec![R0, R1],
-        lockstep,
+        kind: GroupKind::of(lockstep),
         spawn,
         startup_timeout: Duration::from_secs(100),
         restart: RestartPolicy::default(),

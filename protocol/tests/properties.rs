@@ -12,8 +12,7 @@ use dp_sidecar_protocol::output::{
 use dp_sidecar_protocol::positional::{self, Scanner, element};
 use dp_sidecar_protocol::registration::{EngineReadyResponse, detect_layout, with_dp_stats_address};
 use dp_sidecar_protocol::request::{FrontendMessage, NewRequest, check_frontend_message, encode_abort};
-use dp_sidecar_protocol::stats::Load;
-use dp_sidecar_protocol::stats::SchedulerStats;
+use dp_sidecar_protocol::stats::{Load, SchedulerStats};
 use dp_sidecar_protocol::utility::{UtilityCall, UtilityOutput};
 use dp_sidecar_protocol::wave::{FrontendUpstream, Publication, StartDpWave};
 use dp_sidecar_protocol::{CallId, ClientIndex, EngineIndex, Wave};
@@ -247,9 +246,7 @@ proptest! {
         waves in any::<(Option<u64>, Option<u64>)>(),
     ) {
         let stats = stats.map(|(running, waiting, usage)| SchedulerStats {
-            num_running_reqs: u64::from(running),
-            num_waiting_reqs: u64::from(waiting),
-            kv_cache_usage: usage,
+            load: Load { running: running.into(), waiting: waiting.into(), kv_cache_usage: usage },
             ..SchedulerStats::default()
         });
         let new = NewOutputs {

@@ -17,7 +17,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::laws;
-use dp_sidecar_protocol::machine::coordinator::Mutation;
+use dp_sidecar_protocol::machine::mutation::Mutation;
 use world::{Outcome, World, law};
 
 fn seeds() -> u64 {

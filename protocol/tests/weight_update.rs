@@ -8,12 +8,12 @@ use dp_sidecar_protocol::machine::weight_update::{
     Action, Begin, Checkpoint, Config, Event, NodeId, Outcome, Participant, PauseMode, Phase, Record,
     Refusal, Target, WeightUpdate, WorkerReport, WorkerState,
 };
-use dp_sidecar_protocol::{EngineIndex, Incarnation, Time, UpdateId, WeightVersion};
+use dp_sidecar_protocol::{EngineIndex, GroupKind, Incarnation, Time, UpdateId, WeightVersion};
 
 const LIFE: Incarnation = Incarnation(1);
 
 fn machine(lockstep: bool) -> WeightUpdate {
-    let config = Config { lockstep, ..Config::default() };
+    let config = Config { kind: GroupKind::of(lockstep), ..Config::default() };
     WeightUpdate::new(config, WeightVersion::default(), None)
 }
 
@@ -195,7 +195,7 @@ fn an_update_goes_through_its_phases_in_order() {
     assert_eq!(record.paused_ms, Some(240));
     assert_eq!(record.phases[&Phase::Pausing], 100);
     assert_eq!(record.phases[&Phase::Loading], 100);
-    assert_eq!(record.ranks[&EngineIndex(1)].pause_ms, Some(100));
+    assert_eq!(record.ranks[&EngineIndex(1)].times.pause_ms, Some(100));
     assert_eq!(machine.poll_timeout(), None);
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use dp_sidecar_protocol::machine::coordinator::GroupKind;
+use dp_sidecar_protocol::GroupKind;
 use dp_sidecar_protocol::stats::Load;
 use dp_sidecar_protocol::{EngineIndex, Wave};
 use serde::{Deserialize, Serialize};

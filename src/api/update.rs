@@ -7,6 +7,8 @@ use dp_sidecar_protocol::machine::weight_update::{NodeId, Outcome, PauseMode, Ph
 use dp_sidecar_protocol::{EngineIndex, UpdateId, WeightVersion};
 use serde::{Deserialize, Serialize};
 
+pub use dp_sidecar_protocol::machine::weight_update::EngineTimes;
+
 /// A weight update, as it is asked for on the command line, the admin socket and over HTTP.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -145,7 +147,7 @@ impl From<UpdateEvent> for UpdateProgress {
                 (*phase, states.join(", "), done as u64, ranks.len() as u64)
             }
         };
-        Self { phase: phase.as_str().to_owned(), message, done, total, event: Some(event) }
+        Self { phase: phase.to_string(), message, done, total, event: Some(event) }
     }
 }
 
@@ -301,20 +303,4 @@ pub struct UpdateReport {
     /// lost on the way.
     #[serde(default)]
     pub warnings: Vec<String>,
-}
-
-/// What an update did on one engine.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct EngineTimes {
-    /// Where it was at the end.
-    pub state: RankProgress,
-    /// Milliseconds from the pause call to its answer.
-    pub pause_ms: Option<u64>,
-    /// Milliseconds of the load of the new weights.
-    pub load_ms: Option<u64>,
-    /// Milliseconds of the load of the previous weights.
-    pub rollback_ms: Option<u64>,
-    /// What went wrong, first cause first.
-    #[serde(default)]
-    pub errors: Vec<String>,
 }

@@ -52,7 +52,7 @@ impl Drained {
         let Some(guard) = self.0.lock().take() else {
             return Ok(false);
         };
-        let paused = guard.paused_by.is_some();
+        let paused = guard.grant.paused_by.is_some();
         if let Err(error) = gates(ranks, true).await {
             *self.0.lock() = Some(guard);
             return Err(failed(&error));

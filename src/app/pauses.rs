@@ -65,7 +65,7 @@ mod tests {
 
     use super::*;
     use crate::api::FrontendSnapshot;
-    use crate::driver::control::{self, ControlConfig};
+    use crate::driver::control;
     use crate::driver::handles::GroupKind;
     use crate::driver::test_ranks::FakeRank;
 
@@ -78,8 +78,7 @@ mod tests {
         let (snapshots, snapshot) = watch::channel(Vec::new());
         let (tracker, stop) = (TaskTracker::new(), CancellationToken::new());
         let handles = ranks.iter().map(|rank| rank.handle.clone()).collect();
-        let config = ControlConfig::new(GroupKind::Lockstep);
-        let control = control::spawn(&config, handles, held, &tracker, stop.clone());
+        let control = control::spawn(GroupKind::Lockstep, handles, held, &tracker, stop.clone());
         frontends_gone(&AttachmentHandle { commands, snapshot }, &control, &tracker, stop.clone());
         for rank in &ranks {
             rank.engine.lock().paused = true;

@@ -92,12 +92,7 @@ pub(super) async fn start(
     edges.extend(remotes.iter().map(|remote| (remote.introduction.ranks(), remote.handles.edge.clone())));
     let first = |(ranks, edge): &(Vec<EngineIndex>, EdgeHandle)| Some((*ranks.first()?, edge.clone()));
     let edges_by_rank = edges.iter().filter_map(first).collect();
-    let coordinator = coordinator::spawn(
-        coordinator::CoordinatorConfig::new(config.kind, config.size),
-        edges,
-        edge_events,
-        tracker,
-    );
+    let coordinator = coordinator::spawn(config.kind, config.size, edges, edge_events, tracker);
     let mut ranks = local.relay.handles.ranks.clone();
     ranks.extend(remotes.iter().flat_map(|remote| remote.handles.ranks.clone()));
 
@@ -113,13 +108,7 @@ pub(super) async fn start(
     let attachments =
         attachment::spawn(attachment_config, tracker, ranks.clone(), coordinator.clone(), deployment);
 
-    let control = control::spawn(
-        &control::ControlConfig::new(config.kind),
-        ranks.clone(),
-        held_calls,
-        tracker,
-        stop.clone(),
-    );
+    let control = control::spawn(config.kind, ranks.clone(), held_calls, tracker, stop.clone());
     pauses::frontends_gone(&attachments, &control, tracker, stop.clone());
     let readers =
         Readers { nodes: node_events, held, coordinator: engine_reports, attachments: attachments.clone() };

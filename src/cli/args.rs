@@ -8,7 +8,7 @@ use clap::{Arg, Args, Parser, Subcommand};
 use dp_sidecar_protocol::machine::weight_update::PauseMode;
 
 use super::children::{KeeperArgs, RelayArgs};
-use super::values::{ModelKind, Source, parse_lora, parse_source, pause_mode};
+use super::values::{ModelKind, Source, model_kind, parse_lora, parse_source, pause_mode};
 use crate::api::{AdapterChange, Retain};
 use crate::config::{Lifeline, LogFormat};
 use crate::duration;
@@ -162,7 +162,7 @@ pub(super) struct DeploymentArgs {
 
     /// Whether the ranks are independent (dense) or step in lockstep (MoE). `auto` counts the
     /// experts in the model's configuration, as vLLM does.
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, value_parser = model_kind(), default_value = "auto")]
     pub model_kind: ModelKind,
 
     /// Model whose configuration gives the kind, when the sidecar does not start the engines.

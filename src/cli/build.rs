@@ -4,14 +4,13 @@
 use std::net::{IpAddr, Ipv4Addr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 
+use dp_sidecar_protocol::GroupKind;
 use thiserror::Error;
 
 use super::args::RunArgs;
-use super::values::ModelKind;
 use crate::config::devices::{self, DeviceError};
 use crate::config::model::{self, ModelError};
 use crate::config::{Config, Engines, Http, Nodes, Serve, check_host_port};
-use crate::driver::handles::GroupKind;
 use crate::state_dir::StateDir;
 use crate::supervisor::command::VllmLaunch;
 use crate::supervisor::environment;
@@ -327,10 +326,8 @@ impl Checks<'_> {
         if self.size == 1 {
             return Ok(GroupKind::Independent);
         }
-        match self.args.deployment.model_kind {
-            ModelKind::Dense => return Ok(GroupKind::Independent),
-            ModelKind::Moe => return Ok(GroupKind::Lockstep),
-            ModelKind::Auto => {}
+        if let Some(kind) = self.args.deployment.model_kind {
+            return Ok(kind);
         }
         if let Some(flag) = self.flags.as_ref().and_then(|flags| flags.model_overrides.as_ref()) {
             return refuse(format!(

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
+use dp_sidecar_protocol::GroupKind;
 
-use super::values::ModelKind;
 use crate::duration;
 
 /// `sidecar keeper`.
@@ -42,5 +42,5 @@ pub(super) struct RelayArgs {
     pub frontend_slots: u32,
     /// How the ranks depend on each other.
     #[arg(long)]
-    pub kind: ModelKind,
+    pub kind: GroupKind,
 }

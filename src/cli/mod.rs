@@ -20,9 +20,7 @@ use clap::{CommandFactory, FromArgMatches};
 
 use self::args::{Cli, Command};
 use self::children::{KeeperArgs, RelayArgs};
-use self::values::ModelKind;
 use crate::config::LogFormat;
-use crate::driver::handles::GroupKind;
 use crate::exit_code;
 use crate::relay::Purpose;
 use crate::relay::process;
@@ -80,13 +78,8 @@ fn usage(problem: &str) -> u8 {
 
 fn relay(args: RelayArgs) -> u8 {
     telemetry::init(LogFormat::Text);
-    let kind = match args.kind {
-        ModelKind::Dense => GroupKind::Independent,
-        ModelKind::Moe => GroupKind::Lockstep,
-        ModelKind::Auto => return usage("--kind: dense or moe expected"),
-    };
     let ranks = args.start_rank..args.start_rank.saturating_add(args.ranks);
-    let purpose = Purpose { ranks, frontend_slots: args.frontend_slots, kind };
+    let purpose = Purpose { ranks, frontend_slots: args.frontend_slots, kind: args.kind };
     match process::run(&args.state_dir, &purpose) {
         Ok(()) => exit_code::OK,
         Err(error) => {

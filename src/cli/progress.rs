@@ -92,7 +92,7 @@ impl Bars {
                 self.node(*node, name, progress, *rate);
             }
             Some(UpdateEvent::Progress { phase, ranks }) => {
-                self.head.set_message(phase.as_str());
+                self.head.set_message(phase.to_string());
                 if *phase != Phase::Staging {
                     for (rank, state) in ranks {
                         self.engine(*rank, *state);

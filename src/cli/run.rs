@@ -13,7 +13,6 @@ use super::table::table;
 use crate::app;
 use crate::config::{Config, Engines, Role};
 use crate::driver::attachment;
-use crate::driver::handles::GroupKind;
 use crate::exit_code::{self, RunEnd};
 use crate::state_dir::{StateDir, StateDirError};
 use crate::supervisor::command::shell_line;
@@ -158,10 +157,7 @@ fn check_port(config: &Config) -> Result<(), RunEnd> {
 fn describe(built: &Built, origins: &[Origin]) -> String {
     let Config { start_rank, size, size_local, .. } = built.config;
     let config = &built.config;
-    let kind = match config.kind {
-        GroupKind::Independent => "dense (independent ranks)",
-        GroupKind::Lockstep => "moe (lockstep ranks)",
-    };
+    let kind = format!("{} ({} ranks)", config.kind.model(), config.kind);
     let last = start_rank + size_local - 1;
     let mut text = format!(
         "ranks {start_rank} to {last} of {size}, {kind}\nstate directory {}\n",

@@ -8,7 +8,6 @@ use super::client::{print_json, run};
 use super::table::table;
 use crate::admin::client::{AdminClient, ClientError};
 use crate::api::{EngineStatus, FrontendStatus, NodeStatus, ReportStatus, Status, UpdateReport};
-use crate::driver::handles::GroupKind;
 use crate::exit_code;
 use crate::gpu::{GpuDevice, GpuReport};
 use crate::peer::introduction::ranks_text;
@@ -56,10 +55,7 @@ async fn watch(client: &mut AdminClient) -> Result<u8, ClientError> {
 pub(super) fn render(status: &Status) -> String {
     let sidecar = &status.sidecar;
     let deployment = &status.deployment;
-    let kind = match deployment.kind {
-        GroupKind::Independent => "dense, independent ranks",
-        GroupKind::Lockstep => "moe, lockstep ranks",
-    };
+    let kind = format!("{}, {} ranks", deployment.kind.model(), deployment.kind);
     let mut text = format!(
         "sidecar {}  {}  pid {}  keeper {}  up {}\n",
         sidecar.version,
@@ -97,7 +93,7 @@ pub(super) fn render(status: &Status) -> String {
     if status.controller.paused {
         text.push_str("the engines are PAUSED\n");
     }
-    if deployment.kind == GroupKind::Lockstep {
+    if deployment.kind.is_lockstep() {
         text.push_str(&format!(
             "wave {}  {}\n",
             status.coordinator.wave,

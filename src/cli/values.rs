@@ -1,21 +1,24 @@
 //! How flags spell the values of types that know nothing of the command line.
 
-use clap::ValueEnum;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use dp_sidecar_protocol::GroupKind;
 use dp_sidecar_protocol::machine::weight_update::PauseMode;
 
 use crate::api::{AdapterChange, UpdateSource};
 
-/// How the model's ranks depend on each other.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub(super) enum ModelKind {
-    /// Look at the model's configuration.
-    #[default]
-    Auto,
-    /// Ranks are independent.
-    Dense,
-    /// Ranks step in lockstep.
-    Moe,
+/// What `--model-kind` says of the ranks; none: `auto`.
+pub(super) type ModelKind = Option<GroupKind>;
+
+/// Parser of `--model-kind`.
+pub(super) fn model_kind() -> impl TypedValueParser<Value = ModelKind> {
+    let auto = PossibleValue::new("auto").help("Look at the model's configuration");
+    let kinds = GroupKind::ALL.map(|kind| {
+        PossibleValue::new(kind.model()).help(match kind {
+            GroupKind::Independent => "Ranks are independent",
+            GroupKind::Lockstep => "Ranks step in lockstep",
+        })
+    });
+    PossibleValuesParser::new([auto].into_iter().chain(kinds)).map(|text| text.parse().ok())
 }
 
 /// Parser of `--mode`. Says in the long help what each mode does.

@@ -14,7 +14,7 @@ use crate::state_dir::StateDir;
 use crate::supervisor::KeeperOptions;
 use crate::supervisor::command::VllmLaunch;
 use crate::token::Token;
-use dp_sidecar_protocol::machine::coordinator::GroupKind;
+use dp_sidecar_protocol::GroupKind;
 
 /// Everything `sidecar run` needs to know. Built by the command line, checked, immutable.
 #[derive(Clone, Debug)]

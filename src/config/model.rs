@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use thiserror::Error;
 
-use dp_sidecar_protocol::machine::coordinator::GroupKind;
+use dp_sidecar_protocol::GroupKind;
 
 /// Keys that may hold the number of experts; the first that is present counts, even if it is null.
 const EXPERT_KEYS: &[&str] = &["num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts"];
@@ -64,11 +64,11 @@ pub fn kind_of(model: &str, revision: Option<&str>, cache: &Path) -> Result<Grou
     }
     if mistral {
         let has_experts = config.get("moe").is_some_and(|moe| !moe.is_null());
-        return Ok(kind(has_experts));
+        return Ok(GroupKind::of(has_experts));
     }
     let text_config = text_config(&config);
     match experts(text_config) {
-        Some(count) => Ok(kind(count > 0)),
+        Some(count) => Ok(GroupKind::of(count > 0)),
         None => {
             let model_type = |config: &Value| {
                 config.get("model_type").and_then(Value::as_str).unwrap_or_default().to_owned()
@@ -87,10 +87,6 @@ pub fn kind_of(model: &str, revision: Option<&str>, cache: &Path) -> Result<Grou
 pub fn directory_of(model: &str, revision: Option<&str>, cache: &Path) -> Option<PathBuf> {
     let directory = Path::new(model);
     if directory.is_dir() { Some(directory.to_owned()) } else { snapshot(model, revision, cache) }
-}
-
-fn kind(has_experts: bool) -> GroupKind {
-    if has_experts { GroupKind::Lockstep } else { GroupKind::Independent }
 }
 
 /// The language model's part of a configuration.

@@ -6,21 +6,22 @@ mod tests;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use dp_sidecar_protocol::machine::control::{Action, Config, Control, Event, OwnerId, Severity, Snapshot};
+use dp_sidecar_protocol::machine::control::{
+    Action, Control, Event, Grant, OwnerId, ROUND_TIMEOUT, Severity, Snapshot,
+};
 use dp_sidecar_protocol::machine::weight_update::PauseMode;
-use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, PausedBy, Time};
+use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, PausedBy};
 use futures::future::join_all;
 use rmpv::Value;
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
 
-use super::engine_calls;
 use super::handles::{GroupKind, HandleError, HeldCall, RankHandle, RankSnapshot, Release, Verdict};
+use super::{Clock, engine_calls, replace_if_other};
 use crate::tasks;
 
 /// Commands waiting for the task.
@@ -31,31 +32,6 @@ const DECISION_LIMIT: Duration = Duration::from_secs(10);
 const SLACK: Duration = Duration::from_secs(5);
 /// Limit for a resume by the operator. A lockstep resume is a barrier.
 const RESUME_LIMIT: Duration = Duration::from_secs(120);
-
-/// Settings of the control task.
-#[derive(Clone, Debug)]
-pub struct ControlConfig {
-    /// Dense or MoE.
-    pub kind: GroupKind,
-    /// How long to wait for the calls of the other ranks.
-    pub gather_timeout: Duration,
-    /// How long a round of a frontend may keep the lock.
-    pub round_timeout: Duration,
-    /// How long a pause outlives the frontend that asked for it.
-    pub pause_grace: Duration,
-}
-
-impl ControlConfig {
-    pub fn new(kind: GroupKind) -> Self {
-        let usual = Config::new([], false);
-        Self {
-            kind,
-            gather_timeout: usual.gather_timeout,
-            round_timeout: usual.round_timeout,
-            pause_grace: usual.pause_grace,
-        }
-    }
-}
 
 /// The engines cannot be controlled now, or did not do what they were told.
 #[derive(Clone, Debug, Error)]
@@ -90,7 +66,7 @@ enum Command {
     Acquire {
         name: String,
         patience: Duration,
-        reply: oneshot::Sender<Result<Grant, String>>,
+        reply: oneshot::Sender<GrantReply>,
         /// Dropped by the holder when it is done, or does not want the lock any more.
         held: oneshot::Receiver<()>,
     },
@@ -98,13 +74,8 @@ enum Command {
     Tell(Event, Option<oneshot::Sender<()>>),
 }
 
-#[derive(Debug)]
-struct Grant {
-    owner: OwnerId,
-    paused_by: Option<PausedBy>,
-    external_weights: bool,
-    asleep: bool,
-}
+/// The lock, or who does not give it up.
+type GrantReply = Result<(OwnerId, Grant), String>;
 
 /// Handle of the control task.
 #[derive(Clone, Debug)]
@@ -120,12 +91,8 @@ pub struct ControlHandle {
 pub struct ControlGuard {
     owner: OwnerId,
     commands: mpsc::Sender<Command>,
-    /// Who had paused the engines when the lock was taken.
-    pub paused_by: Option<PausedBy>,
-    /// A frontend has loaded weights since the last update.
-    pub external_weights: bool,
-    /// The engines are asleep: nothing can be loaded into them.
-    pub asleep: bool,
+    /// As the engines were when the lock was taken.
+    pub grant: Grant,
     _held: oneshot::Sender<()>,
 }
 
@@ -183,18 +150,11 @@ impl ControlHandle {
         let sent = self.commands.send(command).await;
         sent.map_err(|_| ControlError::Gone)?;
         let answer = tokio::time::timeout(patience + SLACK, answer).await;
-        let grant = answer
+        let (owner, grant) = answer
             .map_err(|_| ControlError::Busy { holder: "somebody who does not say".to_owned() })?
             .map_err(|_| ControlError::Gone)?
             .map_err(|holder| ControlError::Busy { holder })?;
-        Ok(ControlGuard {
-            owner: grant.owner,
-            commands: self.commands.clone(),
-            paused_by: grant.paused_by,
-            external_weights: grant.external_weights,
-            asleep: grant.asleep,
-            _held: keep,
-        })
+        Ok(ControlGuard { owner, commands: self.commands.clone(), grant, _held: keep })
     }
 
     /// A frontend is gone: what it has asked for is dropped, its pause becomes a lease.
@@ -264,7 +224,7 @@ impl ControlHandle {
     }
 
     async fn resume_all(&self, guard: &ControlGuard) -> Result<(), ControlError> {
-        if guard.paused_by.is_none() {
+        if guard.grant.paused_by.is_none() {
             return Ok(());
         }
         let ranks = self.serving()?;
@@ -280,8 +240,7 @@ impl ControlHandle {
     fn serving(&self) -> Result<Vec<RankHandle>, ControlError> {
         let (up, down): (Vec<_>, Vec<_>) =
             self.ranks.iter().cloned().partition(|rank| rank.snapshot.borrow().admitted);
-        let lockstep = self.kind == GroupKind::Lockstep;
-        if up.is_empty() || (lockstep && !down.is_empty()) {
+        if up.is_empty() || (self.kind.is_lockstep() && !down.is_empty()) {
             let ranks: Vec<String> = down.iter().map(|rank| rank.rank.to_string()).collect();
             return Err(ControlError::Incomplete { ranks: ranks.join(", ") });
         }
@@ -321,27 +280,20 @@ fn all_ok(
 /// Starts the task. It ends when `stop` is cancelled, or nobody can send held calls and commands any
 /// more.
 pub fn spawn(
-    config: &ControlConfig,
+    kind: GroupKind,
     ranks: Vec<RankHandle>,
     held: mpsc::Receiver<HeldCall>,
     tracker: &TaskTracker,
     stop: CancellationToken,
 ) -> ControlHandle {
     let (commands, inbox) = mpsc::channel(COMMANDS);
-    let machine = Control::new(Config {
-        lockstep: config.kind == GroupKind::Lockstep,
-        gather_timeout: config.gather_timeout,
-        round_timeout: config.round_timeout,
-        pause_grace: config.pause_grace,
-        ..Config::new(ranks.iter().map(|rank| rank.rank), false)
-    });
+    let machine = Control::new(ranks.iter().map(|rank| rank.rank), kind);
     let (publish, snapshot) = watch::channel(machine.snapshot());
-    let handle = ControlHandle { commands, snapshot, ranks: ranks.clone(), kind: config.kind };
+    let handle = ControlHandle { commands, snapshot, ranks: ranks.clone(), kind };
     let task = Task {
         machine,
         ranks: ranks.into_iter().map(|rank| (rank.rank, rank)).collect(),
-        started: Instant::now(),
-        round_timeout: config.round_timeout,
+        clock: Clock::start(),
         jobs: JoinSet::new(),
         owners: BTreeMap::new(),
         next_owner: 0,
@@ -366,11 +318,10 @@ enum Done {
 struct Task {
     machine: Control,
     ranks: BTreeMap<EngineIndex, RankHandle>,
-    started: Instant,
-    round_timeout: Duration,
+    clock: Clock,
     jobs: JoinSet<Done>,
     /// Who waits for the lock.
-    owners: BTreeMap<OwnerId, oneshot::Sender<Result<Grant, String>>>,
+    owners: BTreeMap<OwnerId, oneshot::Sender<GrantReply>>,
     next_owner: u64,
     /// Which life of each rank is up, as told to the machine.
     lives: BTreeMap<EngineIndex, Incarnation>,
@@ -393,8 +344,6 @@ impl Task {
         let (mut held_open, mut inbox_open) = (true, true);
         while held_open || inbox_open {
             self.perform();
-            let due = self.machine.poll_timeout();
-            let due = due.map(|due| self.started + due.since_start());
             let event = tokio::select! {
                 () = stop.cancelled() => break,
                 call = held.recv(), if held_open => {
@@ -418,22 +367,16 @@ impl Task {
                     Ok(Done::Nothing) => None,
                     Err(error) => { warn!(%error, "work of the control task failed"); None }
                 },
-                () = super::sleep_until(due) => {
-                    let now = self.now();
-                    self.machine.handle_timeout(now);
+                () = self.clock.reach(self.machine.poll_timeout()) => {
+                    self.machine.handle_timeout(self.clock.now());
                     None
                 }
             };
             if let Some(event) = event {
-                let now = self.now();
-                self.machine.handle_event(now, event);
+                self.machine.handle_event(self.clock.now(), event);
             }
         }
         self.jobs.shutdown().await;
-    }
-
-    fn now(&self) -> Time {
-        Time::from_start(self.started.elapsed())
     }
 
     fn command(&mut self, command: Command) -> Option<Event> {
@@ -474,7 +417,7 @@ impl Task {
             }
         });
         let known = self.lives.get(&rank).copied();
-        let now = self.now();
+        let now = self.clock.now();
         if known.is_some() && (!admitted || known != Some(incarnation)) {
             self.lives.remove(&rank);
             let reason = "the engine is not serving any more".to_owned();
@@ -496,10 +439,7 @@ impl Task {
             match action {
                 Action::Decide { rank, ticket, verdict } => self.decide(rank, ticket, verdict),
                 Action::Call { rank, operation, method, args } => self.call(rank, operation, method, args),
-                Action::Granted { owner, paused_by, external_weights, asleep } => {
-                    let grant = Grant { asleep, owner, paused_by, external_weights };
-                    self.answer(owner, Ok(grant));
-                }
+                Action::Granted { owner, grant } => self.answer(owner, Ok((owner, grant))),
                 Action::Denied { owner, holder } => self.answer(owner, Err(holder)),
                 Action::Note { severity, text } => match severity {
                     Severity::Info => info!("{text}"),
@@ -507,12 +447,7 @@ impl Task {
                 },
             }
         }
-        let snapshot = self.machine.snapshot();
-        self.publish.send_if_modified(|published| {
-            let changed = *published != snapshot;
-            *published = snapshot;
-            changed
-        });
+        self.publish.send_if_modified(|published| replace_if_other(published, self.machine.snapshot()));
         if let Some(told) = self.told.take()
             && told.send(()).is_err()
         {
@@ -521,7 +456,7 @@ impl Task {
     }
 
     /// An owner that has given up is noticed by the end of its other channel.
-    fn answer(&mut self, owner: OwnerId, answer: Result<Grant, String>) {
+    fn answer(&mut self, owner: OwnerId, answer: GrantReply) {
         if let Some(reply) = self.owners.remove(&owner)
             && reply.send(answer).is_err()
         {
@@ -537,7 +472,7 @@ impl Task {
         if let Verdict::Refuse(text) = &verdict {
             info!(rank = rank.0, ticket, "{text}");
         }
-        let limit = if forward { self.round_timeout + SLACK } else { DECISION_LIMIT };
+        let limit = if forward { ROUND_TIMEOUT + SLACK } else { DECISION_LIMIT };
         self.jobs.spawn(async move {
             let answer = handle.ask_within(limit, Release { ticket, verdict }).await;
             if forward {
@@ -557,7 +492,7 @@ impl Task {
 
     fn call(&mut self, rank: EngineIndex, operation: u64, method: &'static str, args: Vec<Value>) {
         let handle = self.ranks.get(&rank).cloned();
-        let limit = self.round_timeout;
+        let limit = ROUND_TIMEOUT;
         self.jobs.spawn(async move {
             let answer = match handle {
                 None => Err(HandleError::failed("no such rank")),

@@ -10,12 +10,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use dp_sidecar_protocol::layout::Layout;
-use dp_sidecar_protocol::machine::coordinator::{
-    Action, Config, Coordinator, CoordinatorRules, Event, Exclude, Report, Stamp,
-};
+use dp_sidecar_protocol::machine::coordinator::{Action, Config, Coordinator, Event, Exclude, Report, Stamp};
 use dp_sidecar_protocol::output::{OutputsView, start_wave_message, stats_message, wave_complete_message};
-use dp_sidecar_protocol::stats::{Load, SchedulerStats};
-use dp_sidecar_protocol::{DecodeError, EngineIndex, FrontendId, Incarnation, Time, Wave};
+use dp_sidecar_protocol::stats::SchedulerStats;
+use dp_sidecar_protocol::{DecodeError, EngineIndex, FrontendId, Incarnation, Wave};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, Sleep};
 use tokio_util::task::TaskTracker;
@@ -25,6 +23,7 @@ use super::handles::{
     CoordinatorCommand, CoordinatorHandle, EdgeEvent, EdgeHandle, ForFrontendCoordinator, GroupKind,
     NodeEvent,
 };
+use super::{Clock, replace_if_other};
 use crate::api::CoordinatorSnapshot;
 use crate::tasks::{Task as TaskName, named};
 
@@ -44,24 +43,11 @@ const SNAPSHOT_INTERVAL: Duration = Duration::from_millis(100);
 /// Until the next try to send what did not fit in the queue of a frontend or a node.
 const FLUSH_INTERVAL: Duration = Duration::from_millis(10);
 
-/// What the coordinator task needs to know.
-#[derive(Debug)]
-pub struct CoordinatorConfig {
-    /// Set-up of the machine.
-    pub machine: Config,
-}
-
-impl CoordinatorConfig {
-    /// For hosted engines and attached frontends.
-    pub fn new(kind: GroupKind, size: u16) -> Self {
-        Self { machine: Config::hosted(kind, size) }
-    }
-}
-
-/// Starts the task. `edges` are the edge tasks of all nodes and the ranks behind each, `events` is what they report
+/// Starts the task for `size` hosted engines. `edges` are the edge tasks of all nodes and the ranks behind each, `events` is what they report
 /// (a channel of [`EVENTS`]).
 pub fn spawn(
-    config: CoordinatorConfig,
+    kind: GroupKind,
+    size: u16,
     edges: Vec<(Vec<EngineIndex>, EdgeHandle)>,
     events: mpsc::Receiver<NodeEvent>,
     tracker: &TaskTracker,
@@ -69,7 +55,7 @@ pub fn spawn(
     let (commands, receiver) = mpsc::channel(COMMANDS);
     let (publish, snapshot) = watch::channel(CoordinatorSnapshot::default());
     let mut task = Task {
-        machine: Coordinator::new(config.machine),
+        machine: Coordinator::new(Config::hosted(kind, size)),
         edges: Edges::new(edges),
         noted: Some((Wave(0), false)),
         layout: Layout::newest(),
@@ -77,7 +63,7 @@ pub fn spawn(
         publish,
         loads_due: None,
         flush_due: None,
-        began: Instant::now(),
+        clock: Clock::start(),
         handled: None,
     };
     task.publish_snapshot();
@@ -98,16 +84,12 @@ struct Task {
     loads_due: Option<Instant>,
     /// Something waits for room in the queue of a frontend or a node; it is tried again at this time.
     flush_due: Option<Instant>,
-    began: Instant,
+    clock: Clock,
     /// The report that is being handled.
     handled: Option<(Bytes, Kind)>,
 }
 
 impl Task {
-    fn now(&self) -> Time {
-        Time::from_start(self.began.elapsed())
-    }
-
     async fn run(
         mut self,
         mut commands: mpsc::Receiver<CoordinatorCommand>,
@@ -143,14 +125,12 @@ impl Task {
     }
 
     fn due(&self) -> Option<Instant> {
-        let machine = self.machine.poll_timeout();
-        let machine = machine.map(|time| self.began + time.since_start());
+        let machine = self.machine.poll_timeout().map(|time| self.clock.at(time));
         [machine, self.loads_due, self.flush_due].into_iter().flatten().min()
     }
 
     fn timeout(&mut self) {
-        let now = self.now();
-        self.machine.handle_timeout(now);
+        self.machine.handle_timeout(self.clock.now());
         self.perform();
         let now = Instant::now();
         if self.flush_due.is_some_and(|due| due <= now) {
@@ -174,8 +154,7 @@ impl Task {
                 if report.wave_complete.is_none() && report.start_wave.is_none()
         );
         let wake = matches!(event, Event::Wake { .. });
-        let now = self.now();
-        self.machine.handle_event(now, event);
+        self.machine.handle_event(self.clock.now(), event);
         self.perform();
         if only_load {
             self.loads_due.get_or_insert_with(|| Instant::now() + SNAPSHOT_INTERVAL);
@@ -191,7 +170,7 @@ impl Task {
             }
             CoordinatorCommand::EngineVersion { layout } => {
                 self.layout = layout;
-                self.event(Event::Rules(CoordinatorRules::from(&layout)));
+                self.event(Event::Version(Box::new(layout)));
             }
             CoordinatorCommand::Adopt { wave, engines } => {
                 let wave = wave.map_or(Wave(0), |(wave, _)| wave);
@@ -302,7 +281,7 @@ impl Task {
 
     /// A report of a rank, made here.
     fn encode(&self, rank: EngineIndex, report: &Report) -> Option<Bytes> {
-        let timestamp = self.began.elapsed().as_secs_f64();
+        let timestamp = self.clock.now().since_start().as_secs_f64();
         if let Some(wave) = report.wave_complete {
             return Some(wave_complete_message(&self.layout, rank, wave, timestamp));
         }
@@ -310,15 +289,8 @@ impl Task {
             return Some(start_wave_message(&self.layout, rank, wave, timestamp));
         }
         let (load, stamp) = report.stats?;
-        let stats = SchedulerStats {
-            num_running_reqs: load.running,
-            num_waiting_reqs: load.waiting,
-            step_counter: stamp.step,
-            current_wave: stamp.wave.0,
-            kv_cache_usage: load.kv_cache_usage,
-        };
-        let stats = stats.encode();
-        Some(stats_message(&self.layout, rank, stats, timestamp))
+        let stats = SchedulerStats { load, step_counter: stamp.step, current_wave: stamp.wave.0 };
+        Some(stats_message(&self.layout, rank, stats.encode(), timestamp))
     }
 
     fn publish_snapshot(&mut self) {
@@ -331,13 +303,7 @@ impl Task {
             subscribed: u32::from(machine.subscribed),
             in_step: machine.in_step,
         };
-        self.publish.send_if_modified(|current| {
-            let changed = *current != snapshot;
-            if changed {
-                *current = snapshot;
-            }
-            changed
-        });
+        self.publish.send_if_modified(|current| replace_if_other(current, snapshot));
     }
 }
 
@@ -354,15 +320,10 @@ fn set(timer: std::pin::Pin<&mut Sleep>, due: Option<Instant>) -> bool {
 /// What an engine reports in one message.
 fn read_report(frame: &[u8]) -> Result<Report, DecodeError> {
     let view = OutputsView::parse(frame)?;
-    let stats = view.stats().transpose()?.map(|stats| {
-        let load = Load {
-            waiting: stats.num_waiting_reqs,
-            running: stats.num_running_reqs,
-            kv_cache_usage: stats.kv_cache_usage,
-        };
-        let stamp = Stamp { wave: Wave(stats.current_wave), step: stats.step_counter };
-        (load, stamp)
-    });
+    let stats = view
+        .stats()
+        .transpose()?
+        .map(|stats| (stats.load, Stamp { wave: Wave(stats.current_wave), step: stats.step_counter }));
     Ok(Report { stats, wave_complete: view.wave_complete, start_wave: view.start_wave })
 }
 

@@ -5,15 +5,14 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
-use dp_sidecar_protocol::Time;
-use dp_sidecar_protocol::machine::restart::{self, Restart};
+use dp_sidecar_protocol::machine::restart::Restart;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
 use super::handles::{AttachmentCommand, AttachmentHandle, Origin, ask};
-use super::init;
+use super::{Clock, init};
 use crate::config::Config;
 use crate::supervisor::client::KeeperClient;
 use crate::supervisor::command::FRONTEND;
@@ -41,7 +40,7 @@ pub async fn run(
     mut events: mpsc::Receiver<KeeperEvent>,
     stop: CancellationToken,
 ) -> FrontendExit {
-    let began = Instant::now();
+    let clock = Clock::start();
     let mut policy = Restart::new(init::restart_policy(&config));
     let mut found = match running(&config, &keeper, &attachments, &mut events, recorded).await {
         Ok(found) => found,
@@ -67,6 +66,7 @@ pub async fn run(
     loop {
         incarnation += 1;
         let again = found.take().is_some();
+        policy.started();
         let spawned = if again { Ok(()) } else { spawn(&config, &keeper, incarnation, address).await };
         let reason = match spawned {
             Ok(()) => match until_exit(&config, &keeper, &mut events, incarnation, &stop).await {
@@ -90,18 +90,14 @@ pub async fn run(
         if !attached && incarnation == first && !again {
             return FrontendExit::Failed { reason: format!("frontend failed to start: {reason}") };
         }
-        let now = || Time::from_start(began.elapsed());
         if attached {
-            policy.handle_event(now(), restart::Event::Ready);
+            policy.ready(clock.now());
         }
-        policy.handle_event(now(), restart::Event::Failed { reason: reason.clone() });
-        let until = match policy.snapshot() {
-            restart::State::GivenUp(why) => {
-                let reason = format!("frontend is not started again: {why}");
-                return FrontendExit::Failed { reason };
+        let until = match policy.failed(clock.now(), &reason) {
+            Ok(until) => clock.at(until),
+            Err(why) => {
+                return FrontendExit::Failed { reason: format!("frontend is not started again: {why}") };
             }
-            restart::State::Waiting { until } => began + until.since_start(),
-            _ => Instant::now(),
         };
         warn!(%reason, delay = ?until - Instant::now(), "frontend ended; starting it again");
         tokio::select! {

@@ -22,7 +22,7 @@ use tokio::sync::{mpsc, oneshot};
 pub use self::ask::*;
 pub use attachments::*;
 pub use coordinator::*;
-pub use dp_sidecar_protocol::machine::coordinator::GroupKind;
+pub use dp_sidecar_protocol::GroupKind;
 pub use engines::*;
 pub use node::*;
 pub use rank::*;

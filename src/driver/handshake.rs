@@ -7,12 +7,12 @@ use std::task::Poll;
 use std::time::Duration;
 
 use dp_sidecar_protocol::machine::handshake::{Action, Config, Event, Handshake, PeerId, Via};
-use dp_sidecar_protocol::{EngineIndex, Incarnation, Time};
+use dp_sidecar_protocol::{EngineIndex, Incarnation};
 use thiserror::Error;
 use tokio::sync::mpsc;
-use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
+use super::Clock;
 use super::handles::{
     Envelope, Expect, Forget, HandleError, HandshakeAsk, HandshakeEvent, HandshakeHandle, Listen, NodeEvent,
     queue,
@@ -81,7 +81,7 @@ pub async fn spawn(
         peers: BTreeMap::new(),
         outbox: VecDeque::new(),
         said: LogLimit::new(REPEAT_INTERVAL, REFUSALS),
-        start: Instant::now(),
+        clock: Clock::start(),
     };
     tracker.spawn(tasks::named(tasks::Task::Handshake, task.run(inbox, events)));
     Ok(handle)
@@ -98,7 +98,7 @@ struct Task {
     outbox: VecDeque<HandshakeEvent>,
     /// Refusals of strangers that were reported.
     said: LogLimit<String>,
-    start: Instant,
+    clock: Clock,
 }
 
 impl Task {
@@ -108,7 +108,6 @@ impl Task {
         events: mpsc::Sender<NodeEvent>,
     ) {
         loop {
-            let due = self.machine.poll_timeout().map(|at| self.start + at.since_start());
             tokio::select! {
                 command = inbox.recv() => match command {
                     Some(command) => self.command(command).await,
@@ -123,25 +122,19 @@ impl Task {
                     }
                     Err(_) => return self.close().await,
                 },
-                () = super::sleep_until(due) => {
-                    let now = self.now();
-                    self.machine.handle_timeout(now);
+                () = self.clock.reach(self.machine.poll_timeout()) => {
+                    self.machine.handle_timeout(self.clock.now());
                 }
             }
             self.perform();
         }
     }
 
-    fn now(&self) -> Time {
-        Time::from_start(self.start.elapsed())
-    }
-
     async fn command(&mut self, Envelope { ask, reply, .. }: Envelope<HandshakeAsk>) {
         match ask {
             HandshakeAsk::Expect(expect) => reply.send::<Expect>(self.expect(expect).await),
             HandshakeAsk::Forget(Forget { rank, incarnation }) => {
-                let now = self.now();
-                self.machine.handle_event(now, Event::Forget { rank, incarnation });
+                self.machine.handle_event(self.clock.now(), Event::Forget { rank, incarnation });
                 self.close_own(rank, |own| own == incarnation);
                 reply.send::<Forget>(Ok(()));
             }
@@ -171,8 +164,8 @@ impl Task {
                 address
             }
         };
-        let now = self.now();
-        self.machine.handle_event(now, Event::Expect { rank, incarnation, own: listen == Listen::Own, init });
+        let own = listen == Listen::Own;
+        self.machine.handle_event(self.clock.now(), Event::Expect { rank, incarnation, own, init });
         Ok(address)
     }
 
@@ -190,8 +183,7 @@ impl Task {
                 Event::Closed { peer: PeerId(peer) }
             }
         };
-        let now = self.now();
-        self.machine.handle_event(now, event);
+        self.machine.handle_event(self.clock.now(), event);
     }
 
     fn perform(&mut self) {
@@ -205,26 +197,17 @@ impl Task {
                         tracing::debug!(peer = peer.0, "INIT could not be sent");
                     }
                 }
-                Action::Connected { rank, incarnation } => {
-                    tracing::debug!(%rank, %incarnation, "engine said HELLO, INIT is sent");
-                    self.outbox.push_back(HandshakeEvent::Connected { rank, incarnation });
+                Action::Report(HandshakeEvent::Refused { rank: None, error })
+                    if self.said.admit(error.clone()).is_none() =>
+                {
+                    tracing::debug!(error, "refused again");
                 }
-                Action::Ready { rank, incarnation, parallel_config_hash, num_gpu_blocks } => {
-                    tracing::debug!(%rank, %incarnation, "engine is READY");
-                    self.close_own(rank, |own| own == incarnation);
-                    self.outbox.push_back(HandshakeEvent::Ready {
-                        rank,
-                        incarnation,
-                        parallel_config_hash,
-                        num_gpu_blocks,
-                    });
-                }
-                Action::Refused { rank, error } => {
-                    if rank.is_some() || self.said.admit(error.clone()).is_some() {
-                        self.outbox.push_back(HandshakeEvent::Refused { rank, error });
-                    } else {
-                        tracing::debug!(error, "refused again");
+                Action::Report(report) => {
+                    tracing::debug!(?report, "handshake");
+                    if let HandshakeEvent::Ready { rank, incarnation, .. } = report {
+                        self.close_own(rank, |own| own == incarnation);
                     }
+                    self.outbox.push_back(report);
                 }
                 Action::Waiting { hello, ready } => {
                     if !hello.is_empty() {

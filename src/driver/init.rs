@@ -56,10 +56,7 @@ pub(super) fn check_kind(
     Err(format!(
         "registration of engine {rank}: data_parallel_size is {reported}, expected {expected} for a {} model; \
          see --model-kind",
-        match kind {
-            GroupKind::Independent => "dense",
-            GroupKind::Lockstep => "MoE",
-        }
+        kind.model()
     ))
 }
 

@@ -17,10 +17,39 @@ pub mod rank;
 pub(crate) mod test_ranks;
 pub mod weight_update;
 
-/// Sleeps until a machine's next deadline; for ever when it has none.
-async fn sleep_until(due: Option<tokio::time::Instant>) {
-    match due {
-        Some(due) => tokio::time::sleep_until(due).await,
-        None => std::future::pending().await,
+use dp_sidecar_protocol::Time;
+use tokio::time::Instant;
+
+/// Time as a machine sees it: since its driver was started.
+#[derive(Clone, Copy, Debug)]
+struct Clock(Instant);
+
+impl Clock {
+    fn start() -> Self {
+        Self(Instant::now())
     }
+
+    fn now(self) -> Time {
+        Time::from_start(self.0.elapsed())
+    }
+
+    /// When it is that time.
+    fn at(self, time: Time) -> Instant {
+        self.0 + time.since_start()
+    }
+
+    /// Sleeps until a machine's next deadline; for ever when it has none.
+    async fn reach(self, due: Option<Time>) {
+        match due {
+            Some(due) => tokio::time::sleep_until(self.at(due)).await,
+            None => std::future::pending().await,
+        }
+    }
+}
+
+/// Sets what is published. Whether it was something else.
+fn replace_if_other<T: PartialEq>(published: &mut T, now: T) -> bool {
+    let changed = *published != now;
+    *published = now;
+    changed
 }

@@ -23,13 +23,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use dp_sidecar_protocol::machine::weight_update::updates::{
-    Action, Ask, Conclusion, Engines, Event, Found, Grant, RunId, Seen, Staging, Ticket, Updates,
+    Action, Ask, Conclusion, Engines, Event, Found, RunId, Seen, Staging, Ticket, Updates,
 };
 use dp_sidecar_protocol::machine::weight_update::{
     Action as Step, Checkpoint, Commit, Committed, Event as Answer, Ledger, NodeId, Pause, PauseMode, Phase,
     RankProgress, Refusal,
 };
-use dp_sidecar_protocol::{EngineIndex, Incarnation, Time, UpdateId, WeightVersion};
+use dp_sidecar_protocol::{EngineIndex, Incarnation, UpdateId, WeightVersion};
 use futures::future::join_all;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{AbortHandle, JoinSet};
@@ -39,16 +39,16 @@ use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 
 use super::control::{ControlGuard, ControlHandle};
-use super::engine_calls;
 use super::handles::{Admission, EngineDown, HandleError, RankHandle};
-use crate::api::{AdapterChange, Retain, StageProgress, UpdateEvent, UpdateRequest, UpdateSource};
+use super::{Clock, engine_calls, replace_if_other};
+use crate::api::{Retain, StageProgress, UpdateEvent, UpdateRequest, UpdateSource};
 use crate::tasks;
 use handle::{Command, Follower, RestoreReply};
 pub use handle::{UpdateHandle, UpdateRun};
 use journal::Journal;
 use shim::EngineInfo;
 use stages::Stages;
-use staging::{Cancel, Checked, Job, Known};
+use staging::{Cancel, Known};
 pub use types::{FenceRequest, UpdateConfig, UpdateError, UpdateNode, UpdateRecord, UpdateSnapshot};
 
 /// Commands waiting for the task.
@@ -111,7 +111,7 @@ pub fn spawn(
         seen: BTreeMap::new(),
         control_seen: (None, false),
         staging: BTreeMap::new(),
-        started: Instant::now(),
+        clock: Clock::start(),
         jobs: JoinSet::new(),
         work: HashMap::new(),
         watches: JoinSet::new(),
@@ -207,7 +207,7 @@ struct Task {
     machine: Updates,
     /// Sets the flag of the tools when it is dropped.
     cancel: Cancel,
-    started: Instant,
+    clock: Clock,
     jobs: JoinSet<(Option<Event>, Extra)>,
     /// What each job is for.
     work: HashMap<tokio::task::Id, Action>,
@@ -248,8 +248,6 @@ impl Task {
         let farewell = loop {
             self.perform();
             self.publish();
-            let due = self.machine.poll_timeout();
-            let due = due.map(|due| self.started + due.since_start());
             tokio::select! {
                 () = stop.cancelled() => break None,
                 command = inbox.recv() => match command {
@@ -263,9 +261,8 @@ impl Task {
                     self.look();
                     self.watch(changed);
                 }
-                () = super::sleep_until(due) => {
-                    let now = self.now();
-                    self.machine.handle_timeout(now);
+                () = self.clock.reach(self.machine.poll_timeout()) => {
+                    self.machine.handle_timeout(self.clock.now());
                 }
             }
         };
@@ -280,14 +277,9 @@ impl Task {
         }
     }
 
-    fn now(&self) -> Time {
-        Time::from_start(self.started.elapsed())
-    }
-
     fn event(&mut self, event: Event) {
         self.look();
-        let now = self.now();
-        self.machine.handle_event(now, event);
+        self.machine.handle_event(self.clock.now(), event);
         self.perform();
     }
 
@@ -479,7 +471,7 @@ impl Task {
 
     /// Tells the machine what it has not seen yet.
     fn look(&mut self) {
-        let now = self.now();
+        let now = self.clock.now();
         for (rank, handle) in &self.tools.ranks {
             let seen = {
                 let snapshot = handle.snapshot.borrow();
@@ -520,11 +512,7 @@ impl Task {
             ranks: snapshot.ranks,
             last: self.last.clone(),
         };
-        self.publish.send_if_modified(|published| {
-            let changed = *published != status;
-            *published = status;
-            changed
-        });
+        self.publish.send_if_modified(|published| replace_if_other(published, status));
     }
 }
 

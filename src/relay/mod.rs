@@ -11,7 +11,8 @@ pub mod process;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use crate::driver::handles::GroupKind;
+use dp_sidecar_protocol::GroupKind;
+
 use crate::supervisor::command::RELAY;
 
 /// Name of the relay process among the keeper's children.
@@ -40,10 +41,6 @@ pub struct Purpose {
 impl std::fmt::Display for Purpose {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Range { start, end } = self.ranks;
-        let kind = match self.kind {
-            GroupKind::Independent => "independent",
-            GroupKind::Lockstep => "lockstep",
-        };
-        write!(f, "{kind} ranks {start}..{end}, {} frontend slots", self.frontend_slots)
+        write!(f, "{} ranks {start}..{end}, {} frontend slots", self.kind, self.frontend_slots)
     }
 }

@@ -224,10 +224,8 @@ fn manage(
 }
 
 fn settings(state_dir: &TempDir) -> AttachmentConfig {
-    let mut config = AttachmentConfig::default();
-    config.machine.stall = Duration::from_millis(800);
-    config.state_dir = Some(state_dir.path().to_owned());
-    config
+    let stall = Duration::from_millis(800);
+    AttachmentConfig { stall, state_dir: Some(state_dir.path().to_owned()), ..AttachmentConfig::default() }
 }
 
 impl Fixture {

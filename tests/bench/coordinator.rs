@@ -10,7 +10,7 @@ use std::io::Write as _;
 use std::path::Path;
 use std::time::Duration;
 
-use dp_sidecar::driver::coordinator::{CoordinatorConfig, EVENTS, spawn};
+use dp_sidecar::driver::coordinator::{EVENTS, spawn};
 use dp_sidecar::driver::edge;
 use dp_sidecar::driver::handles::{CoordinatorCommand, CoordinatorHandle, GroupKind};
 use dp_sidecar::transport::{Encoded, PrivateDir, XpubListener};
@@ -48,7 +48,7 @@ async fn serve(dir: &Path, engines: u16, nodes: u16) -> Result<(), Failure> {
         let edge = edge::spawn(sockets, reports.clone(), &tracker);
         edges.push((ranks.to_vec(), edge.handle));
     }
-    let coordinator = spawn(CoordinatorConfig::new(GroupKind::Lockstep, engines), edges, events, &tracker);
+    let coordinator = spawn(GroupKind::Lockstep, engines, edges, events, &tracker);
     let mut addresses = Vec::new();
     for rank in ranks {
         addresses.push(coordinator.prepare(rank, Incarnation(1), LIMIT).await?);

@@ -27,40 +27,18 @@ mod types;
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
-pub use types::{
-    Action, Adopted, Behaviour, CoordinatorRules, Event, Exclude, GroupKind, Note, Report, Snapshot, Stamp,
-};
+pub use types::{Action, Adopted, Behaviour, Event, Exclude, Note, Report, Snapshot, Stamp};
 
+use crate::layout::{FirstReq, Layout, VllmVersion};
+use crate::machine::mutation::{Mutation, mutated};
 use crate::stats::Load;
-use crate::{EngineIndex, FrontendId, Incarnation, Time, Wave};
+use crate::{EngineIndex, FrontendId, GroupKind, Incarnation, Time, Wave};
 use cadence::Cadence;
 
 /// Wakes that follow a START_DP_WAVE sooner than this are answered by one more at its end.
 const WAKE_INTERVAL: Duration = Duration::from_millis(2);
 /// A START_DP_WAVE of which nothing came is repeated after this.
 const WAKE_RETRY: Duration = Duration::from_millis(500);
-
-/// A bug, for the test that shows that the simulation finds it: three that were once in a DP
-/// coordinator, and what happens without the rules that only this one has.
-#[doc(hidden)]
-#[cfg_attr(not(feature = "mutations"), allow(dead_code, reason = "only tests switch them on"))]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mutation {
-    /// A FIRST_REQ with an old wave sets the wave back (vllm #46833).
-    StaleHintRewindsWave,
-    /// A FIRST_REQ with an old wave still excludes its engine (vllm #46833).
-    StaleHintKeepsExclude,
-    /// A START_DP_WAVE of ours counts as a running group (vllm #51481).
-    ForwardedWakeSetsRunning,
-    /// A group that was started again is used before it counts waves as the frontends do.
-    NoWaveForFreshGroup,
-    /// START_DP_WAVE is sent once, though paused engines drop it.
-    NoSecondStart,
-    /// A machine that takes over engines counts from 0.
-    AdoptFromZero,
-    /// A machine that takes over engines does not wake them.
-    AdoptWithoutWake,
-}
 
 /// How the machine is set up.
 #[derive(Clone, Debug)]
@@ -71,46 +49,30 @@ pub struct Config {
     pub size: u16,
     /// Whose rules it follows.
     pub behaviour: Behaviour,
-    /// The engines' version; [`Event::Rules`] corrects it.
-    pub rules: CoordinatorRules,
+    /// Of the engines' version; [`Event::Version`] corrects it.
+    pub layout: Layout,
     /// Frontends are connected directly: publish for them.
     pub publish: bool,
     /// A number no frontend's or engine's wave is above.
     pub wave: Wave,
-    /// For tests.
-    #[cfg(feature = "mutations")]
-    #[doc(hidden)]
-    pub mutation: Option<Mutation>,
 }
 
 impl Config {
-    #[cfg(feature = "mutations")]
-    fn mutated(&self, mutation: Mutation) -> bool {
-        self.mutation == Some(mutation)
-    }
-
-    #[cfg(not(feature = "mutations"))]
-    const fn mutated(&self, _: Mutation) -> bool {
-        false
-    }
-
     /// Hosted engines, attached frontends.
     pub fn hosted(kind: GroupKind, size: u16) -> Self {
         Self {
             kind,
             size,
             behaviour: Behaviour::Hosted,
-            rules: CoordinatorRules::default(),
+            layout: Layout::closest(VllmVersion::new(0, 32, 0)),
             publish: false,
             wave: Wave(0),
-            #[cfg(feature = "mutations")]
-            mutation: None,
         }
     }
 
     /// As `DPCoordinatorProc`, directly connected frontends.
-    pub fn upstream(kind: GroupKind, size: u16, rules: CoordinatorRules) -> Self {
-        Self { behaviour: Behaviour::Upstream, rules, publish: true, ..Self::hosted(kind, size) }
+    pub fn upstream(kind: GroupKind, size: u16, layout: Layout) -> Self {
+        Self { behaviour: Behaviour::Upstream, layout, publish: true, ..Self::hosted(kind, size) }
     }
 }
 
@@ -170,7 +132,7 @@ impl Coordinator {
             load: Load::default(),
             stamp: Stamp::default(),
         };
-        let lockstep = config.kind == GroupKind::Lockstep;
+        let lockstep = config.kind.is_lockstep();
         Self {
             wave: config.wave,
             running: false,
@@ -188,7 +150,7 @@ impl Coordinator {
 
     pub fn handle_event(&mut self, now: Time, event: Event) {
         match event {
-            Event::Rules(rules) => self.config.rules = rules,
+            Event::Version(layout) => self.config.layout = *layout,
             Event::Adopted { wave, engines } => self.adopted(now, wave, &engines),
             Event::Subscribed { rank, incarnation } => self.subscribed(now, rank, incarnation),
             Event::Report { rank, incarnation, report } => self.report(now, rank, incarnation, &report),
@@ -259,7 +221,7 @@ impl Coordinator {
     }
 
     fn lockstep(&self) -> bool {
-        self.config.kind == GroupKind::Lockstep
+        self.config.kind.is_lockstep()
     }
 
     fn hosted(&self) -> bool {
@@ -336,8 +298,7 @@ impl Coordinator {
     /// All engines of a new group are idle, at wave 0, and have read nothing but READY.
     fn form(&mut self, now: Time) {
         let fresh = self.wave == Wave(0) && !std::mem::take(&mut self.hinted);
-        self.in_step =
-            !self.lockstep() || !self.hosted() || fresh || self.config.mutated(Mutation::NoWaveForFreshGroup);
+        self.in_step = !self.lockstep() || !self.hosted() || fresh || mutated(Mutation::NoWaveForFreshGroup);
         if !self.in_step {
             self.send_wake(now);
         }
@@ -350,7 +311,7 @@ impl Coordinator {
         if !self.hosted() {
             let all = (0..self.config.size).map(EngineIndex).collect();
             self.send_ready(all);
-        } else if self.config.rules.ready_twice {
+        } else if self.config.layout.second_ready_tolerated() {
             self.send_ready(vec![index]);
         } else {
             self.push(Action::Note(Note::SecondReadyWithheld { rank: index }));
@@ -517,7 +478,7 @@ impl Coordinator {
         if !self.lockstep() {
             return;
         }
-        if !self.config.rules.first_request {
+        if self.config.layout.first_req() == FirstReq::None {
             self.push(Action::Note(Note::FirstRequestUnsupported));
             return;
         }
@@ -525,17 +486,18 @@ impl Coordinator {
             return;
         }
         let stale = wave < self.wave;
-        if stale && self.config.mutated(Mutation::StaleHintRewindsWave) {
+        if stale && mutated(Mutation::StaleHintRewindsWave) {
             self.wave = wave;
         }
         // A request with an old wave number does not start its engine in the current wave.
-        let exclude =
-            if stale && !self.config.mutated(Mutation::StaleHintKeepsExclude) { None } else { target };
+        let exclude = if stale && !mutated(Mutation::StaleHintKeepsExclude) { None } else { target };
         if self.hosted() {
             self.waking = Some(Waking { wave: self.wave, sent: now, again: false });
         }
         self.send_start(exclude);
-        if !self.hosted() && self.config.rules.first_request_sets_running {
+        // It takes its own START_DP_WAVE for a running group.
+        let sets_running = self.config.layout.first_req() == FirstReq::StartsAndSetsRunning;
+        if !self.hosted() && sets_running {
             self.running = true;
             self.publish(None);
         }
@@ -563,7 +525,7 @@ impl Coordinator {
 
     fn send_start(&mut self, exclude: Option<Exclude>) {
         self.push(Action::SendStartWave { wave: self.wave, exclude });
-        if self.config.mutated(Mutation::ForwardedWakeSetsRunning) {
+        if mutated(Mutation::ForwardedWakeSetsRunning) {
             self.running = true;
             self.waking = None;
             self.publish(None);
@@ -574,7 +536,7 @@ impl Coordinator {
         let waking = self.waking?;
         if waking.again {
             Some(waking.sent + WAKE_INTERVAL)
-        } else if self.config.rules.paused_ignores_start && !self.config.mutated(Mutation::NoSecondStart) {
+        } else if self.config.layout.two_phase_pause() && !mutated(Mutation::NoSecondStart) {
             Some(waking.sent + WAKE_RETRY)
         } else {
             // It would set paused engines in motion.

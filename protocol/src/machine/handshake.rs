@@ -12,6 +12,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 
 use crate::handshake::EngineMessage;
 use crate::{EngineIdentity, EngineIndex, Frames, Incarnation, Time};
@@ -84,23 +85,18 @@ pub enum Event {
     Closed { peer: PeerId },
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Action {
-    /// Send INIT to the engine.
-    SendInit {
-        peer: PeerId,
-        /// The payload.
-        init: Bytes,
-    },
-    /// HELLO was accepted.
+/// What an engine, or a stranger, has done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Report {
+    /// HELLO was accepted, and INIT sent.
     Connected { rank: EngineIndex, incarnation: Incarnation },
     /// READY was accepted.
     Ready {
         rank: EngineIndex,
         incarnation: Incarnation,
-        /// Hash of the parallel flags, if the engine sent one.
+        /// vLLM's hash of the parallel flags (lockstep engines since 0.12.0).
         parallel_config_hash: Option<String>,
-        /// Number of KV cache blocks, if the engine sent it (0.19.1 and older).
+        /// Up to 0.19.1 READY carries it; later the ready response does.
         num_gpu_blocks: Option<u64>,
     },
     /// A message was refused.
@@ -110,6 +106,17 @@ pub enum Action {
         /// Who, at which stage, expected and actual.
         error: String,
     },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Send INIT to the engine.
+    SendInit {
+        peer: PeerId,
+        /// The payload.
+        init: Bytes,
+    },
+    Report(Report),
     /// Progress: who is missing.
     Waiting {
         /// Ranks that have not said HELLO.
@@ -199,13 +206,11 @@ impl Handshake {
         for (rank, known) in &mut self.ranks {
             if known.stage == Stage::Connected && now.saturating_since(known.since) >= limit {
                 known.stage = Stage::Refused;
-                self.actions.push_back(Action::Refused {
-                    rank: Some(*rank),
-                    error: format!(
-                        "rank {rank} (incarnation {}) said HELLO and got INIT, but sent no READY within {limit:?}",
-                        known.incarnation
-                    ),
-                });
+                let error = format!(
+                    "rank {rank} (incarnation {}) said HELLO and got INIT, but sent no READY within {limit:?}",
+                    known.incarnation
+                );
+                self.actions.push_back(Action::Report(Report::Refused { rank: Some(*rank), error }));
             }
         }
         if self.next_progress.is_some_and(|due| due <= now) {
@@ -356,7 +361,8 @@ impl Handshake {
         known.peer = Some(peer);
         known.since = now;
         self.actions.push_back(Action::SendInit { peer, init: known.init.clone() });
-        self.actions.push_back(Action::Connected { rank, incarnation: known.incarnation });
+        let incarnation = known.incarnation;
+        self.actions.push_back(Action::Report(Report::Connected { rank, incarnation }));
     }
 
     fn ready(
@@ -418,12 +424,8 @@ impl Handshake {
             known.since = now;
             known.hash.clone_from(&hash);
         }
-        self.actions.push_back(Action::Ready {
-            rank,
-            incarnation,
-            parallel_config_hash: hash,
-            num_gpu_blocks,
-        });
+        let ready = Report::Ready { rank, incarnation, parallel_config_hash: hash, num_gpu_blocks };
+        self.actions.push_back(Action::Report(ready));
     }
 
     fn closed(&mut self, peer: PeerId) {
@@ -455,11 +457,11 @@ impl Handshake {
     }
 
     fn refuse(&mut self, error: String) {
-        self.actions.push_back(Action::Refused { rank: None, error });
+        self.actions.push_back(Action::Report(Report::Refused { rank: None, error }));
     }
 
     fn refuse_rank(&mut self, rank: EngineIndex, error: String) {
-        self.actions.push_back(Action::Refused { rank: Some(rank), error });
+        self.actions.push_back(Action::Report(Report::Refused { rank: Some(rank), error }));
     }
 
     fn missing(&self) -> (Vec<EngineIndex>, Vec<EngineIndex>) {

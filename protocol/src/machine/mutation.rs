@@ -29,6 +29,44 @@ pub enum Mutation {
     RetryBeforeTornDown,
     /// `attachment`: goes on when a route is lost.
     IgnoreLostRoutes,
+    /// `coordinator`: a FIRST_REQ with an old wave sets the wave back (vllm #46833).
+    StaleHintRewindsWave,
+    /// `coordinator`: a FIRST_REQ with an old wave still excludes its engine (vllm #46833).
+    StaleHintKeepsExclude,
+    /// `coordinator`: a START_DP_WAVE of ours counts as a running group (vllm #51481).
+    ForwardedWakeSetsRunning,
+    /// `coordinator`: a group that was started again is used before it counts waves as the frontends do.
+    NoWaveForFreshGroup,
+    /// `coordinator`: START_DP_WAVE is sent once, though paused engines drop it.
+    NoSecondStart,
+    /// `coordinator`: a machine that takes over engines counts from 0.
+    AdoptFromZero,
+    /// `coordinator`: a machine that takes over engines does not wake them.
+    AdoptWithoutWake,
+    /// `virtual_engine`: what was in flight on a lost engine is not answered.
+    ForgetInFlightAtDown,
+    /// `virtual_engine`: a slot is given away before the engine has confirmed.
+    ReuseSlotWithoutFence,
+    /// `weight_update`: goes on as if the commit record had been written.
+    SkipCommitRecord,
+    /// `weight_update`: resumes when the first rank has answered.
+    ResumeBeforeAllAcks,
+    /// `weight_update`: leaves the highest rank out of the pause.
+    ForgetOneRankInPause,
+    /// `weight_update`: rolls back only the ranks whose load failed.
+    RollBackFailedRanksOnly,
+    /// `weight_update`: takes an engine for fenced before that is in force.
+    TrustFences,
+    /// `weight_update`: touches engines before that is on record.
+    SkipBegunRecord,
+    /// `weight_update`: resumes what it takes over without loading the committed weights.
+    RecoverWithoutReload,
+    /// `weight_update`: work that was lost is not noticed.
+    DropJobLost,
+    /// `weight_update`: a restore that failed counts as under way for ever.
+    KeepFailedRestores,
+    /// `weight_update`: each restore decides for itself whether the committed weights are followed.
+    ForgetPerJob,
 }
 
 #[cfg(feature = "mutations")]

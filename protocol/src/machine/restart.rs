@@ -42,31 +42,6 @@ impl RestartPolicy {
     }
 }
 
-/// What happened to the process.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Event {
-    /// It was started.
-    Started,
-    /// It does its work (an engine: admitted).
-    Ready,
-    /// It ended, or could not be started, or was given up.
-    Failed {
-        /// Why, for people.
-        reason: String,
-    },
-    /// It was stopped on purpose: no restart is due, nor is one that was planned.
-    Stopped,
-    /// An operator wants it started whatever happened before.
-    Reset,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Action {
-    Start,
-    /// Do not start it any more.
-    GiveUp(GiveUp),
-}
-
 /// Too many failures.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GiveUp {
@@ -83,121 +58,57 @@ impl fmt::Display for GiveUp {
     }
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum State {
-    /// Never started, or stopped on purpose.
-    Stopped,
-    /// Started, not ready yet.
-    Starting,
-    /// Does its work since then.
-    Ready {
-        /// When it became ready.
-        since: Time,
-    },
-    /// Failed; will be started.
-    Waiting {
-        /// When.
-        until: Time,
-    },
-    /// Failed too often.
-    GivenUp(GiveUp),
-}
-
-/// The machine; one per process. Driven like all machines, see [`crate::machine`].
+/// What is known of the process; one per process.
 #[derive(Clone, Debug)]
 pub struct Restart {
     policy: RestartPolicy,
-    state: State,
+    /// It does its work since then.
+    ready: Option<Time>,
     /// When it failed, within the window.
     failures: VecDeque<Time>,
-    actions: VecDeque<Action>,
+    /// What follows from the last failure, until it is started.
+    next: Option<Result<Time, GiveUp>>,
 }
 
 impl Restart {
     /// Of a process that was not started yet.
-    pub fn new(policy: RestartPolicy) -> Self {
-        Self { policy, state: State::Stopped, failures: VecDeque::new(), actions: VecDeque::new() }
+    pub const fn new(policy: RestartPolicy) -> Self {
+        Self { policy, ready: None, failures: VecDeque::new(), next: None }
     }
 
-    pub fn handle_event(&mut self, now: Time, event: Event) {
-        match event {
-            Event::Started => self.state = State::Starting,
-            Event::Ready => {
-                if !matches!(self.state, State::Ready { .. }) {
-                    self.state = State::Ready { since: now };
-                }
-            }
-            Event::Failed { reason } => self.failed(now, reason),
-            Event::Stopped => self.state = State::Stopped,
-            Event::Reset => {
-                self.failures.clear();
-                if matches!(self.state, State::Stopped | State::Waiting { .. } | State::GivenUp(_)) {
-                    self.start();
-                }
-            }
+    /// It was started.
+    pub fn started(&mut self) {
+        (self.ready, self.next) = (None, None);
+    }
+
+    /// It does its work (an engine: admitted).
+    pub fn ready(&mut self, now: Time) {
+        self.ready.get_or_insert(now);
+        self.next = None;
+    }
+
+    /// It ended, or could not be started, or was given up; `last` says why, for people. When to start it again.
+    ///
+    /// # Errors
+    /// Never: it has failed too often.
+    pub fn failed(&mut self, now: Time, last: &str) -> Result<Time, GiveUp> {
+        // One end may be reported twice: by the process and by its connection.
+        if let Some(next) = &self.next {
+            return next.clone();
         }
-    }
-
-    /// The time of [`Self::poll_timeout`] has come.
-    pub fn handle_timeout(&mut self, now: Time) {
-        match self.state {
-            State::Waiting { until } if until <= now => self.start(),
-            State::Ready { .. } => self.forget_if_healthy(now),
-            _ => {}
-        }
-    }
-
-    #[must_use]
-    pub fn poll_action(&mut self) -> Option<Action> {
-        self.actions.pop_front()
-    }
-
-    /// When to call [`Self::handle_timeout`].
-    #[must_use]
-    pub fn poll_timeout(&self) -> Option<Time> {
-        match self.state {
-            State::Waiting { until } => Some(until),
-            State::Ready { since } if !self.failures.is_empty() => Some(since + self.policy.healthy_after),
-            _ => None,
-        }
-    }
-
-    pub fn snapshot(&self) -> State {
-        self.state.clone()
-    }
-
-    fn start(&mut self) {
-        self.state = State::Starting;
-        self.actions.push_back(Action::Start);
-    }
-
-    fn forget_if_healthy(&mut self, now: Time) {
-        if let State::Ready { since } = self.state
-            && now.saturating_since(since) >= self.policy.healthy_after
-        {
+        let RestartPolicy { budget, window, healthy_after, .. } = self.policy;
+        if self.ready.take().is_some_and(|since| now.saturating_since(since) >= healthy_after) {
             self.failures.clear();
         }
-    }
-
-    fn failed(&mut self, now: Time, last: String) {
-        // One end may be reported twice: by the process and by its connection.
-        if matches!(self.state, State::Waiting { .. } | State::GivenUp(_)) {
-            return;
-        }
-        self.forget_if_healthy(now);
-        let window = self.policy.window;
-        while self.failures.front().is_some_and(|failed| now.saturating_since(*failed) > window) {
-            self.failures.pop_front();
-        }
+        self.failures.retain(|failed| now.saturating_since(*failed) <= window);
         self.failures.push_back(now);
         let failures = u32::try_from(self.failures.len()).unwrap_or(u32::MAX);
-        if failures > self.policy.budget {
-            let why = GiveUp { failures, window, last };
-            self.actions.push_back(Action::GiveUp(why.clone()));
-            self.state = State::GivenUp(why);
+        let next = if failures > budget {
+            Err(GiveUp { failures, window, last: last.to_owned() })
         } else {
-            self.state = State::Waiting { until: now + self.policy.delay(failures) };
-        }
+            Ok(now + self.policy.delay(failures))
+        };
+        self.next.insert(next).clone()
     }
 }
 
@@ -217,94 +128,68 @@ mod tests {
         Time::from_millis(seconds * 1000)
     }
 
-    fn fail(machine: &mut Restart, now: Time) -> Option<Duration> {
-        machine.handle_event(now, Event::Failed { reason: "exit code 1".to_owned() });
-        machine.poll_timeout().map(|until| until - now)
+    fn fail(process: &mut Restart, now: Time) -> Option<Duration> {
+        process.failed(now, "exit code 1").ok().map(|until| until - now)
     }
 
-    fn restart(machine: &mut Restart) -> Time {
-        let due = machine.poll_timeout().unwrap();
-        machine.handle_timeout(due);
-        assert_eq!(machine.poll_action(), Some(Action::Start));
-        machine.handle_event(due, Event::Started);
+    /// It fails, and is started when that is due.
+    fn fail_and_start(process: &mut Restart, now: Time) -> Time {
+        let due = process.failed(now, "exit code 1").unwrap();
+        process.started();
         due
     }
 
     #[test]
     fn waits_double_up_to_the_cap_and_then_it_gives_up() {
-        let mut machine = Restart::new(POLICY);
-        machine.handle_event(at(0), Event::Started);
+        let mut process = Restart::new(POLICY);
+        process.started();
         let mut now = at(0);
         for seconds in [1, 2, 4, 5] {
-            assert_eq!(fail(&mut machine, now), Some(Duration::from_secs(seconds)));
-            assert_eq!(machine.poll_action(), None, "not before the wait is over");
-            now = restart(&mut machine);
+            let due = fail_and_start(&mut process, now);
+            assert_eq!(due - now, Duration::from_secs(seconds));
+            now = due;
         }
-        assert_eq!(fail(&mut machine, now), None);
-        let Some(Action::GiveUp(why)) = machine.poll_action() else {
-            panic!("expected to give up, is {:?}", machine.snapshot());
-        };
+        let why = process.failed(now, "exit code 1").unwrap_err();
         assert_eq!(why.to_string(), "failed 5 times within 100s, last: exit code 1");
-        assert_eq!(fail(&mut machine, now + Duration::from_secs(500)), None);
-        assert_eq!(machine.poll_action(), None, "once");
+        assert_eq!(process.failed(now + Duration::from_secs(500), "it ended"), Err(why), "once");
     }
 
     #[test]
     fn a_healthy_time_forgets_failures() {
-        let mut machine = Restart::new(POLICY);
-        machine.handle_event(at(0), Event::Started);
-        fail(&mut machine, at(0));
-        let started = restart(&mut machine);
-        fail(&mut machine, started);
-        let started = restart(&mut machine);
-        machine.handle_event(started, Event::Ready);
-        let healthy = machine.poll_timeout().unwrap();
-        assert_eq!(healthy, started + POLICY.healthy_after);
-        machine.handle_timeout(healthy);
-        assert_eq!(machine.poll_timeout(), None);
-        assert_eq!(fail(&mut machine, healthy), Some(POLICY.first_delay));
+        let mut process = Restart::new(POLICY);
+        process.started();
+        let started = fail_and_start(&mut process, at(0));
+        let started = fail_and_start(&mut process, started);
+        process.ready(started);
+        assert_eq!(fail(&mut process, started + POLICY.healthy_after), Some(POLICY.first_delay));
     }
 
     #[test]
     fn a_process_that_was_ready_too_briefly_is_not_forgiven() {
-        let mut machine = Restart::new(POLICY);
-        machine.handle_event(at(0), Event::Started);
-        fail(&mut machine, at(0));
-        let started = restart(&mut machine);
-        machine.handle_event(started, Event::Ready);
+        let mut process = Restart::new(POLICY);
+        process.started();
+        let started = fail_and_start(&mut process, at(0));
+        process.ready(started);
         let soon = started + Duration::from_secs(29);
-        assert_eq!(fail(&mut machine, soon), Some(Duration::from_secs(2)));
+        assert_eq!(fail(&mut process, soon), Some(Duration::from_secs(2)));
     }
 
     #[test]
     fn failures_outside_of_the_window_do_not_count() {
-        let mut machine = Restart::new(POLICY);
-        machine.handle_event(at(0), Event::Started);
+        let mut process = Restart::new(POLICY);
+        process.started();
         for round in 0..20 {
             let now = at(round * 60);
-            assert!(fail(&mut machine, now).is_some(), "round {round}");
-            restart(&mut machine);
+            assert!(fail(&mut process, now).is_some(), "round {round}");
+            process.started();
         }
     }
 
     #[test]
     fn one_end_reported_twice_is_one_failure() {
-        let mut machine = Restart::new(POLICY);
-        machine.handle_event(at(0), Event::Started);
-        let wait = fail(&mut machine, at(0));
-        assert_eq!(fail(&mut machine, at(0)), wait);
-    }
-
-    #[test]
-    fn stopping_cancels_a_planned_start_and_reset_starts_after_giving_up() {
-        let mut machine = Restart::new(POLICY);
-        machine.handle_event(at(0), Event::Started);
-        fail(&mut machine, at(0));
-        machine.handle_event(at(0), Event::Stopped);
-        machine.handle_timeout(at(100));
-        assert_eq!(machine.poll_action(), None);
-        machine.handle_event(at(100), Event::Reset);
-        assert_eq!(machine.poll_action(), Some(Action::Start));
-        assert_eq!(machine.poll_action(), None);
+        let mut process = Restart::new(POLICY);
+        process.started();
+        let wait = fail(&mut process, at(0));
+        assert_eq!(fail(&mut process, at(0)), wait);
     }
 }

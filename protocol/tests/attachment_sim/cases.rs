@@ -136,7 +136,7 @@ fn a_wave_of_the_frontend_is_passed_on_once_however_many_ranks_hear_it() {
 
 #[test]
 fn backoff_stays_within_its_bounds() {
-    let mut machine = Attachment::new(Config::new("frontend:1"));
+    let mut machine = Attachment::new("frontend:1", STALL);
     let mut now = Time::ZERO;
     machine.handle_event(
         now,

@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
+use dp_sidecar_protocol::layout::{Layout, VllmVersion};
 use dp_sidecar_protocol::machine::coordinator::{
-    Action, Adopted, Config, Coordinator, CoordinatorRules, Event, Exclude, GroupKind, Report, Stamp,
+    Action, Adopted, Config, Coordinator, Event, Exclude, Report, Stamp,
 };
 use dp_sidecar_protocol::stats::Load;
-use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Time, Wave};
+use dp_sidecar_protocol::{EngineIndex, FrontendId, GroupKind, Incarnation, Time, Wave};
 
 use super::{Line, Script};
 
@@ -48,11 +49,12 @@ impl Coordinated {
             _ => GroupKind::Lockstep,
         };
         let minor = line.number("minor").unwrap_or(32);
-        let rules = CoordinatorRules::of(minor, line.number("patch").unwrap_or(1));
+        let patch = line.number("patch").unwrap_or(1);
+        let layout = Layout::closest(VllmVersion::new(0, minor, patch));
         let mut config = Config::hosted(kind, self.size);
-        config.rules = rules;
+        config.layout = layout;
         if line.text("upstream").is_some() {
-            config = Config::upstream(kind, self.size, rules);
+            config = Config::upstream(kind, self.size, layout);
         }
         config.publish |= line.text("publish").is_some();
         config.wave = Wave(line.number("wave").unwrap_or(0));

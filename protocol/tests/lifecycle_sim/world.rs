@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use dp_sidecar_protocol::machine::lifecycle::{Action, Event, Lifecycle, LifecycleConfig, Phase};
 use dp_sidecar_protocol::machine::restart::RestartPolicy;
-use dp_sidecar_protocol::{EngineIndex, Incarnation, Time};
+use dp_sidecar_protocol::{EngineIndex, GroupKind, Incarnation, Time};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -55,7 +55,7 @@ fn node_of(rank: EngineIndex) -> usize {
 fn config(lockstep: bool) -> LifecycleConfig {
     LifecycleConfig {
         ranks: (0..RANKS).map(EngineIndex).collect(),
-        lockstep,
+        kind: GroupKind::of(lockstep),
         spawn: true,
         startup_timeout: Duration::from_secs(600),
         restart: RestartPolicy { budget: 100_000, ..RestartPolicy::default() },

@@ -2,10 +2,9 @@
 //! of its own. That one is our machine with vLLM's rules, which the differential test compares with
 //! vLLM's class.
 
-use dp_sidecar_protocol::machine::coordinator::{
-    Action, Config, Coordinator, CoordinatorRules, Event, GroupKind,
-};
-use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Time};
+use dp_sidecar_protocol::layout::{Layout, VllmVersion};
+use dp_sidecar_protocol::machine::coordinator::{Action, Config, Coordinator, Event};
+use dp_sidecar_protocol::{EngineIndex, FrontendId, GroupKind, Incarnation, Time};
 
 use super::engine_model::{RequestId, Version};
 
@@ -35,7 +34,7 @@ impl Frontend {
     }
 
     pub(crate) fn attached(id: FrontendId, version: Version, size: u16, now: Time) -> Self {
-        let config = Config::upstream(GroupKind::Lockstep, size, rules(version));
+        let config = Config::upstream(GroupKind::Lockstep, size, layout(version));
         let mut coordinator = Coordinator::new(config);
         for rank in 0..size {
             let event = Event::Subscribed { rank: EngineIndex(rank), incarnation: Incarnation(1) };
@@ -48,10 +47,11 @@ impl Frontend {
     }
 }
 
-pub(crate) fn rules(version: Version) -> CoordinatorRules {
-    match version {
-        Version::V28 => CoordinatorRules::of(28, 0),
-        Version::V32 => CoordinatorRules::of(32, 0),
-        Version::V33 => CoordinatorRules::of(33, 0),
-    }
+pub(crate) fn layout(version: Version) -> Layout {
+    let minor = match version {
+        Version::V28 => 28,
+        Version::V32 => 32,
+        Version::V33 => 33,
+    };
+    Layout::closest(VllmVersion::new(0, minor, 0))
 }

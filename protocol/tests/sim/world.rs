@@ -4,13 +4,12 @@
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::time::Duration;
 
-use dp_sidecar_protocol::machine::coordinator::{
-    Behaviour, Config, Coordinator, Event, GroupKind, Mutation, Report,
-};
-use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Time, Wave};
+use dp_sidecar_protocol::machine::coordinator::{Behaviour, Config, Coordinator, Event, Report};
+use dp_sidecar_protocol::machine::mutation::{self, Mutation};
+use dp_sidecar_protocol::{EngineIndex, FrontendId, GroupKind, Incarnation, Time, Wave};
 
 use super::engine_model::{Engine, Input, Output, Phase, RequestId, Version};
-use super::frontend_model::{Frontend, rules};
+use super::frontend_model::{Frontend, layout};
 pub(crate) use checks::law;
 
 #[path = "checks.rs"]
@@ -217,13 +216,13 @@ impl World {
             [Version::V28, Version::V32, Version::V32, Version::V33][usize::try_from(rng.below(4)).unwrap()];
         let size = u16::try_from(2 + rng.below(3)).unwrap();
         let mut config = Config::hosted(GroupKind::Lockstep, size);
-        config.rules = rules(version);
+        config.layout = layout(version);
         config.publish = topology == Topology::Stock;
         // The rules of 0.28 are known to strand requests around a pause; nobody is to follow them.
         if topology == Topology::Stock && version != Version::V28 && rng.chance(60) {
             config.behaviour = Behaviour::Upstream;
         }
-        config.mutation = mutation;
+        mutation::set(mutation);
         let fragile = config.behaviour == Behaviour::Upstream;
         let step_time = 100 + rng.below(900);
         let outside_left = 5 + rng.below(30);

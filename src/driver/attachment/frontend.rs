@@ -10,15 +10,15 @@ use dp_sidecar_protocol::machine::attachment::{
     Action, Attachment, Attempt, Engines, Event, Snapshot, State,
 };
 use dp_sidecar_protocol::registration::with_dp_stats_address;
-use dp_sidecar_protocol::{EngineIndex, Frames, FrontendId, Time};
+use dp_sidecar_protocol::{EngineIndex, Frames, FrontendId};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
+use super::super::Clock;
 use super::super::handles::{
     AdoptRoute, Ask, CloseRoutes, CoordinatorCommand, Deployment, EngineFacts, ForFrontendCoordinator,
-    GroupKind, OpenRoute, RankAsk, Reply,
+    OpenRoute, RankAsk, Reply,
 };
 use super::{Attached, Shared, sockets};
 use crate::api::FrontendSnapshot;
@@ -45,7 +45,7 @@ pub(super) struct Task {
     attempt: Option<Running>,
     events: mpsc::Sender<Event>,
     inbox: mpsc::Receiver<Event>,
-    start: Instant,
+    clock: Clock,
     shown: Option<Snapshot>,
     finished: bool,
     /// How a predecessor attached it.
@@ -79,18 +79,16 @@ impl Task {
         adopt: Option<Attached>,
         ended: DropGuard,
     ) -> Self {
-        let mut config = shared.config.machine.clone();
-        config.address.clone_from(&address);
         let (events, inbox) = mpsc::channel(EVENTS);
         Self {
+            machine: Attachment::new(&address, shared.config.stall),
             shared,
             number,
             address,
-            machine: Attachment::new(config),
             attempt: None,
             events,
             inbox,
-            start: Instant::now(),
+            clock: Clock::start(),
             shown: None,
             finished: false,
             adopt,
@@ -119,7 +117,6 @@ impl Task {
         let mut deployment_open = true;
         while !self.finished {
             self.publish();
-            let due = self.machine.poll_timeout().map(|at| self.start + at.since_start());
             let slots_matter = self
                 .shown
                 .as_ref()
@@ -142,9 +139,8 @@ impl Task {
                     reply = Some(asked.ok());
                     self.feed(Event::Remove);
                 }
-                () = crate::driver::sleep_until(due) => {
-                    let now = self.now();
-                    self.machine.handle_timeout(now);
+                () = self.clock.reach(self.machine.poll_timeout()) => {
+                    self.machine.handle_timeout(self.clock.now());
                     self.perform();
                 }
                 () = tokio::time::sleep(SLOTS_INTERVAL), if slots_matter => {
@@ -171,10 +167,6 @@ impl Task {
         }
     }
 
-    fn now(&self) -> Time {
-        Time::from_start(self.start.elapsed())
-    }
-
     /// Goes on where a predecessor was killed.
     fn adopt(&mut self, attached: &Attached) {
         let (size, kind) = {
@@ -182,7 +174,7 @@ impl Task {
             (deployment.size, deployment.kind)
         };
         let engines = &attached.engines;
-        let same = engines.size == size && engines.lockstep == (kind == GroupKind::Lockstep);
+        let same = engines.size == size && engines.lockstep == kind.is_lockstep();
         tracing::info!(
             frontend.addr = %self.address, id = attached.id.0, complete = attached.complete, same,
             "frontend of the previous sidecar"
@@ -195,7 +187,7 @@ impl Task {
 
     /// Hands an event to the machine. Slots are counted and claimed in one go with it.
     fn feed(&mut self, event: Event) {
-        let now = self.now();
+        let now = self.clock.now();
         {
             let mut claims = self.shared.claims.lock();
             let free = self.shared.free_slots(&claims, self.number);
@@ -220,7 +212,7 @@ impl Task {
                 .as_ref()
                 .filter(|running| Some(running.attempt) == snapshot.attempt)
                 .map(|running| running.id.0),
-            state: snapshot.state.name().to_owned(),
+            state: snapshot.state.to_string(),
             api_servers: snapshot.api_servers,
             detail: snapshot.detail.clone(),
             attachments: snapshot.attachments,
@@ -544,7 +536,7 @@ fn engines(deployment: &Deployment) -> Event {
     }
     Event::EnginesComplete(Engines {
         size: deployment.size,
-        lockstep: deployment.kind == GroupKind::Lockstep,
+        lockstep: deployment.kind.is_lockstep(),
         parallel_config_hash: deployment
             .engines
             .values()

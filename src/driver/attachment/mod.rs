@@ -46,8 +46,8 @@ pub struct AttachmentConfig {
     pub connect_timeout: Duration,
     /// For opening the data path of a rank to an API server.
     pub route_timeout: Duration,
-    /// Backoff and reports; the address is filled in.
-    pub machine: machine::Config,
+    /// A step of the handshake that takes longer is reported as the reason why a frontend is not attached.
+    pub stall: Duration,
     /// Where the frontends are written down, and those of a killed predecessor are found. None: nowhere.
     pub state_dir: Option<PathBuf>,
     /// Frontends on the command line: others that a predecessor had there are detached.
@@ -62,7 +62,7 @@ impl Default for AttachmentConfig {
             model: None,
             connect_timeout: Duration::from_secs(5),
             route_timeout: Duration::from_secs(120),
-            machine: machine::Config::new(""),
+            stall: machine::STALL,
             state_dir: None,
             flagged: BTreeSet::new(),
             supervises: false,

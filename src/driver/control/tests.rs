@@ -1,3 +1,5 @@
+use tokio::time::Instant;
+
 use super::super::test_ranks::{FakeRank, held};
 use super::*;
 
@@ -15,8 +17,7 @@ fn world(kind: GroupKind) -> World {
     let (calls, held) = mpsc::channel(16);
     let tracker = TaskTracker::new();
     let stop = CancellationToken::new();
-    let config = ControlConfig::new(kind);
-    let control = spawn(&config, handles, held, &tracker, stop.clone());
+    let control = spawn(kind, handles, held, &tracker, stop.clone());
     World { ranks, calls, control, tracker, stop }
 }
 
@@ -81,7 +82,7 @@ async fn the_guard_keeps_everybody_out_until_it_is_dropped() {
     assert_eq!(error.to_string(), "engines are controlled by update u1 (loading)");
     drop(guard);
     let guard = world.control.acquire("update u3", Duration::from_secs(1)).await.unwrap();
-    assert_eq!(guard.paused_by, None);
+    assert_eq!(guard.grant.paused_by, None);
     drop(guard);
     world.until(|state| state.holder.is_none()).await;
     world.end().await;

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Handle;
 use super::ask::asks;
+pub use dp_sidecar_protocol::machine::handshake::Report as HandshakeEvent;
 
 /// Where an engine's handshake comes in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,30 +44,6 @@ pub struct Expect {
 pub struct Forget {
     pub rank: EngineIndex,
     pub incarnation: Incarnation,
-}
-
-/// What the handshake task reports.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub enum HandshakeEvent {
-    /// HELLO came and INIT went out.
-    Connected { rank: EngineIndex, incarnation: Incarnation },
-    /// READY came, and it fits.
-    Ready {
-        rank: EngineIndex,
-        incarnation: Incarnation,
-        /// vLLM's hash of the parallel flags (lockstep engines since 0.12.0).
-        parallel_config_hash: Option<String>,
-        /// Up to 0.19.1 READY carries it; later the ready response does.
-        num_gpu_blocks: Option<u64>,
-    },
-    /// A peer broke the rules. Says who, stage, expected and actual. `rank` is set when the fault
-    /// disqualifies that rank's engine.
-    Refused {
-        /// The rank it concerns, if it is one of ours.
-        rank: Option<EngineIndex>,
-        /// The whole story, for the log.
-        error: String,
-    },
 }
 
 /// Handle of the handshake task.

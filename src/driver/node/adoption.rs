@@ -2,14 +2,14 @@
 
 use std::collections::BTreeMap;
 
+use dp_sidecar_protocol::EngineIndex;
 use dp_sidecar_protocol::machine::lifecycle::{Event, Found, Phase, RankLife};
 use dp_sidecar_protocol::registration::EngineReadyResponse;
-use dp_sidecar_protocol::{EngineIndex, Incarnation};
-use tracing::{error, info};
+use tracing::{debug, info};
 
-use super::{Facts, Node, Outcome};
+use super::{Facts, Node};
 use crate::driver::coordinator;
-use crate::driver::handles::{CoordinatorCommand, EngineFacts, GroupKind};
+use crate::driver::handles::{CoordinatorCommand, EngineFacts};
 use crate::driver::handles::{NodeState, RankReport};
 
 /// What the lifecycle machine has to know of a node's report.
@@ -56,11 +56,10 @@ impl Node {
             self.tell_coordinator(coordinator::adoption(&state, |rank| going_on.contains_key(&rank))).await;
         }
         for (rank, life) in going_on {
-            let incarnation = life.incarnation;
             let Some(facts) = self.facts.get(&rank) else {
                 continue;
             };
-            info!(rank = rank.0, incarnation = incarnation.0, pid = facts.pid, "engine goes on");
+            info!(rank = rank.0, incarnation = life.incarnation.0, pid = facts.pid, "engine goes on");
             let Some(known) = facts.known() else {
                 continue;
             };
@@ -72,9 +71,9 @@ impl Node {
         }
     }
 
-    async fn tell_coordinator(&self, command: CoordinatorCommand) {
+    pub(super) async fn tell_coordinator(&self, command: CoordinatorCommand) {
         if self.peers.coordinator.commands.send(command).await.is_err() {
-            error!("the coordinator task has ended");
+            debug!("the coordinator task has ended");
         }
     }
 
@@ -102,27 +101,11 @@ impl Node {
         }
     }
 
-    /// Has the update task make sure of the weights of engines that serve already.
-    pub(super) fn adopt(&mut self, ranks: Vec<(EngineIndex, Incarnation)>) {
-        let updates = self.peers.updates.clone();
-        let in_step = self.in_step();
-        self.work.spawn(async move {
-            let adopted = async {
-                in_step.await?;
-                updates.adopt(ranks.clone()).await.map_err(|error| error.to_string())
-            };
-            Outcome::Event(match adopted.await {
-                Ok(()) => Event::Restored { ranks },
-                Err(reason) => Event::RestoreFailed { ranks, reason },
-            })
-        });
-    }
-
     /// Waits until a lockstep group may be called. Engines of a restarted group count waves from zero, the
     /// frontends do not: until the DP coordinator has brought them together a call could meet a group that runs
     /// on one rank only.
     pub(super) fn in_step(&self) -> impl Future<Output = Result<(), String>> + Send + 'static {
-        let lockstep = self.config.kind == GroupKind::Lockstep;
+        let lockstep = self.config.kind.is_lockstep();
         let mut coordinator = self.peers.coordinator.snapshot.clone();
         async move {
             if !lockstep {

@@ -40,7 +40,7 @@ impl Node {
             NodeEvent::Process(event) => self.process_event(node, event),
             NodeEvent::Connected(state) => {
                 info!(%node, "node joined again");
-                let ranks = self.peers.nodes.get(&node).map(|n| n.ranks.clone()).unwrap_or_default();
+                let ranks = self.peers.ranks_of(node);
                 if !self.away.remove(&node) {
                     // Away too briefly to be noticed, but what was told meanwhile is lost all the same.
                     self.event(Event::NodeAway { ranks });
@@ -49,7 +49,7 @@ impl Node {
             }
             NodeEvent::Disconnected { reason } => {
                 warn!(%node, %reason, "node left; its engines keep running");
-                let ranks = self.peers.nodes.get(&node).map(|n| n.ranks.clone()).unwrap_or_default();
+                let ranks = self.peers.ranks_of(node);
                 self.away.insert(node);
                 self.event(Event::NodeAway { ranks });
             }
@@ -73,7 +73,7 @@ impl Node {
             }
             ProcessEvent::NodeStops { reason } => {
                 warn!(%node, %reason, "node stops; its ranks are down until it is back");
-                let ranks = self.peers.nodes.get(&node).map(|n| n.ranks.clone()).unwrap_or_default();
+                let ranks = self.peers.ranks_of(node);
                 self.event(Event::NodeAway { ranks });
             }
             ProcessEvent::KeeperAway => {
@@ -81,7 +81,7 @@ impl Node {
             }
             ProcessEvent::KeeperLost => {
                 self.keeper_away.remove(&node);
-                let ranks = self.peers.nodes.get(&node).map(|n| n.ranks.clone()).unwrap_or_default();
+                let ranks = self.peers.ranks_of(node);
                 for rank in &ranks {
                     if let Some(facts) = self.facts.get_mut(rank) {
                         facts.pid = None;
@@ -147,10 +147,7 @@ impl Node {
         );
         facts.vllm_version = version;
         facts.registration = Some((frame, layout));
-        let told = CoordinatorCommand::EngineVersion { layout };
-        if self.peers.coordinator.commands.send(told).await.is_err() {
-            error!("the coordinator task has ended");
-        }
+        self.tell_coordinator(CoordinatorCommand::EngineVersion { layout }).await;
         if let Ok(response) = &response
             && let Err(reason) = init::check_kind(self.config.kind, self.config.size, rank, response)
         {

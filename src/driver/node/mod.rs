@@ -18,16 +18,14 @@ use dp_sidecar_protocol::machine::lifecycle::{Action, Event, Lifecycle, Lifecycl
 use dp_sidecar_protocol::{EngineIndex, Incarnation, Time};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use super::handles::{
-    CoordinatorHandle, Deployment, GroupKind, HandshakeHandle, NodeEvent, NodeId, NodeState, ProcessHandle,
-    RankHandle,
+    CoordinatorHandle, Deployment, HandshakeHandle, NodeEvent, NodeId, NodeState, ProcessHandle, RankHandle,
 };
-use super::init;
 use super::weight_update::{FenceRequest, UpdateHandle};
+use super::{Clock, init};
 use crate::config::{Config, Engines};
 
 /// Limit for answers of our own tasks, and of other nodes.
@@ -83,6 +81,11 @@ pub struct NodePeers {
 }
 
 impl Peers {
+    /// What runs on a node.
+    fn ranks_of(&self, node: NodeId) -> Vec<EngineIndex> {
+        self.nodes.get(&node).map(|node| node.ranks.clone()).unwrap_or_default()
+    }
+
     /// Where a rank runs.
     fn node_of(&self, rank: EngineIndex) -> Option<(NodeId, &NodePeers)> {
         self.nodes.iter().find(|(_, node)| node.ranks.contains(&rank)).map(|(&id, node)| (id, node))
@@ -144,7 +147,7 @@ pub struct Node {
     /// Ports of the group's stores, per generation (lockstep).
     group_ports: Option<(Incarnation, Vec<u16>)>,
     work: JoinSet<Outcome>,
-    began: Instant,
+    clock: Clock,
     /// What the nodes report about engines that lived before this task did, for those who must know.
     reported: Vec<NodeState>,
     /// What happened after that.
@@ -171,7 +174,7 @@ impl Node {
         let machine = Lifecycle::resume(
             LifecycleConfig {
                 ranks: ranks.clone(),
-                lockstep: config.kind == GroupKind::Lockstep,
+                kind: config.kind,
                 spawn: matches!(config.engines, Engines::Spawn(_)),
                 startup_timeout: config.startup_timeout,
                 restart: init::restart_policy(&config),
@@ -191,16 +194,12 @@ impl Node {
             machine,
             group_ports: None,
             work: JoinSet::new(),
-            began: Instant::now(),
+            clock: Clock::start(),
             reported: states.values().cloned().collect(),
             early,
             away: BTreeSet::new(),
             keeper_away: BTreeSet::new(),
         }
-    }
-
-    fn now(&self) -> Time {
-        Time::from_start(self.began.elapsed())
     }
 
     /// Runs until told to stop, or until it cannot go on.
@@ -215,7 +214,6 @@ impl Node {
                 break exit;
             }
             self.publish();
-            let due = self.machine.poll_timeout().map(|t| self.began + t.since_start());
             tokio::select! {
                 biased;
                 () = inputs.stop.cancelled(), if !stopping => {
@@ -229,9 +227,8 @@ impl Node {
                 }
                 Some((node, event)) = inputs.nodes.recv() => self.node_event(node, event).await,
                 Some(done) = self.work.join_next() => self.work_done(done),
-                () = super::sleep_until(due) => {
-                    let now = self.now();
-                    self.machine.handle_timeout(now);
+                () = self.clock.reach(self.machine.poll_timeout()) => {
+                    self.machine.handle_timeout(self.clock.now());
                 }
             }
         };
@@ -241,9 +238,8 @@ impl Node {
     }
 
     fn event(&mut self, event: Event) {
-        let now = self.now();
         debug!(?event, "lifecycle");
-        self.machine.handle_event(now, event);
+        self.machine.handle_event(self.clock.now(), event);
     }
 
     /// Performs all actions; an exit ends the task.
@@ -256,7 +252,7 @@ impl Node {
                 Action::StopProcess { rank, incarnation } => self.stop_process(rank, incarnation),
                 Action::Down { rank, incarnation, reason } => self.down(rank, incarnation, reason).await,
                 Action::Restore { ranks } => self.restore(ranks).await,
-                Action::Adopt { ranks } => self.adopt(ranks),
+                Action::Adopt { ranks } => self.bring_to_committed(ranks, true),
                 Action::Admit { rank, incarnation } => self.admit(rank, incarnation).await,
                 Action::Fail { reason, timeout } => {
                     return Some(NodeExit::Failed { reason, timeout });

@@ -14,11 +14,10 @@ impl Node {
             Some((_, node)) => node.handshake.tell(forget).await.is_err(),
             None => false,
         };
-        let down = CoordinatorCommand::EngineDown { rank, incarnation };
-        let lost = self.peers.coordinator.commands.send(down).await.is_err() || lost;
         if lost {
-            debug!("a task has ended before the engine");
+            debug!("the handshake task has ended before the engine");
         }
+        self.tell_coordinator(CoordinatorCommand::EngineDown { rank, incarnation }).await;
         if let Some(handle) = self.peers.ranks.get(&rank)
             && let Err(error) = handle.tell(EngineDown { incarnation, reason }).await
         {
@@ -41,14 +40,24 @@ impl Node {
                 debug!(rank = rank.0, %error, "engine ready");
             }
         }
+        self.bring_to_committed(ranks, false);
+    }
+
+    /// Has the update task bring engines to the committed weights; `adopted`: make sure that those that serve already
+    /// have them.
+    pub(super) fn bring_to_committed(&mut self, ranks: Vec<(EngineIndex, Incarnation)>, adopted: bool) {
         let updates = self.peers.updates.clone();
         let in_step = self.in_step();
         self.work.spawn(async move {
-            let restored = async {
+            let brought = async {
                 in_step.await?;
-                updates.restore(ranks.clone()).await.map_err(|error| error.to_string())
+                let brought = match adopted {
+                    true => updates.adopt(ranks.clone()).await,
+                    false => updates.restore(ranks.clone()).await,
+                };
+                brought.map_err(|error| error.to_string())
             };
-            Outcome::Event(match restored.await {
+            Outcome::Event(match brought.await {
                 Ok(()) => Event::Restored { ranks },
                 Err(reason) => Event::RestoreFailed { ranks, reason },
             })
@@ -61,10 +70,7 @@ impl Node {
         {
             debug!(rank = rank.0, %error, "admit");
         }
-        let admitted = CoordinatorCommand::Admitted { rank };
-        if self.peers.coordinator.commands.send(admitted).await.is_err() {
-            debug!("the coordinator task has ended");
-        }
+        self.tell_coordinator(CoordinatorCommand::Admitted { rank }).await;
         info!(rank = rank.0, incarnation = incarnation.0, "engine admitted");
     }
 }

@@ -19,6 +19,7 @@ use super::calls::Calls;
 use super::engine::EngineSockets;
 use super::routes::{self, Route};
 use super::{Input, LAST_FLUSH, RankConfig, Source};
+use crate::driver::Clock;
 use crate::driver::handles::{
     Admission, Admit, AdoptRoute, CloseRoutes, EngineDown, EngineReady, Envelope, GroupKind, HandleError,
     NodeEvent, OpenRoute, Prepare, RankAsk, RankEvent, RankSnapshot, Release, ReplyTo, RouteLost,
@@ -54,7 +55,7 @@ pub(super) struct RankTask {
     outputs: mpsc::Sender<NodeEvent>,
     publish: watch::Sender<RankSnapshot>,
     machine: VirtualEngine,
-    start: Instant,
+    clock: Clock,
     sources: SelectAll<Source>,
     engine: Option<EngineSockets>,
     /// Numbers socket sets and routes, so that nothing late is taken for something new.
@@ -82,13 +83,12 @@ impl RankTask {
         outputs: mpsc::Sender<NodeEvent>,
         publish: watch::Sender<RankSnapshot>,
     ) -> Self {
-        let now = Instant::now();
         Self {
             machine: VirtualEngine::new(config.machine.clone()),
             config,
             outputs,
             publish,
-            start: now,
+            clock: Clock::start(),
             sources: SelectAll::new(),
             engine: None,
             next_epoch: 0,
@@ -100,7 +100,7 @@ impl RankTask {
             releases: BTreeMap::new(),
             events: VecDeque::new(),
             wake: false,
-            published: now,
+            published: Instant::now(),
             urgent: false,
             changed: true,
             refused: LogLimit::new(REFUSED_INTERVAL, 1),
@@ -111,17 +111,13 @@ impl RankTask {
         self.config.machine.rank
     }
 
-    fn now(&self) -> Time {
-        Time::from_start(self.start.elapsed())
-    }
-
     fn epoch(&mut self) -> u64 {
         self.next_epoch += 1;
         self.next_epoch
     }
 
     pub(super) async fn run(mut self, mut commands: mpsc::Receiver<Envelope<RankAsk>>) {
-        let mut timer = Box::pin(sleep_until(self.start));
+        let mut timer = Box::pin(sleep_until(self.published));
         let events = self.outputs.clone();
         let stop = self.config.stop.clone();
         let mut stopped = Box::pin(stop.cancelled());
@@ -140,8 +136,7 @@ impl RankTask {
                     }
                 }
                 () = &mut timer, if armed => {
-                    let now = self.now();
-                    self.machine.handle_timeout(now);
+                    self.machine.handle_timeout(self.clock.now());
                 }
                 Ok(permit) = events.reserve(), if !self.events.is_empty() => {
                     if let Some(event) = self.events.pop_front() {
@@ -167,8 +162,7 @@ impl RankTask {
 
     /// Sets the timer to what is due next.
     fn arm(&self, timer: &mut Pin<Box<Sleep>>) -> bool {
-        let machine = self.machine.poll_timeout();
-        let machine = machine.map(|time| self.start + time.since_start());
+        let machine = self.machine.poll_timeout().map(|time| self.clock.at(time));
         let snapshot = self.changed.then(|| self.published + SNAPSHOT_INTERVAL);
         let Some(due) = machine.into_iter().chain(snapshot).min() else {
             return false;
@@ -184,7 +178,7 @@ impl RankTask {
     async fn handle_input(&mut self, input: Input) {
         // A request that is held, for one, changes the snapshot without any action.
         self.changed = true;
-        let now = self.now();
+        let now = self.clock.now();
         match input {
             Input::Engine { generation, slot, batch } => {
                 let Some(incarnation) = self.incarnation_of(generation) else {
@@ -272,9 +266,7 @@ impl RankTask {
             "route lost"
         );
         self.events.push_back(NodeEvent::RouteLost(report));
-        let now = self.now();
-        let event = Event::CloseSlot { slot: Slot(slot) };
-        self.machine.handle_event(now, event);
+        self.machine.handle_event(self.clock.now(), Event::CloseSlot { slot: Slot(slot) });
     }
 
     // === actions ===
@@ -401,10 +393,9 @@ impl RankTask {
     /// Answers what is in flight, gives the answers a moment to get out, and ends.
     async fn stop(mut self) {
         if let Some(engine) = self.engine.take() {
-            let now = self.now();
-            let event =
-                Event::Down { incarnation: engine.incarnation, reason: "the sidecar stops".to_owned() };
-            self.machine.handle_event(now, event);
+            let reason = "the sidecar stops".to_owned();
+            let event = Event::Down { incarnation: engine.incarnation, reason };
+            self.machine.handle_event(self.clock.now(), event);
         }
         self.perform().await;
         let flush = async {

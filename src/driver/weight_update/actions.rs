@@ -3,7 +3,6 @@
 use dp_sidecar_protocol::machine::weight_update::{Adapter, Outcome, Target, WorkerReport, WorkerState};
 
 use super::jobs::StageJob;
-use super::nodes::NodesJob;
 use super::*;
 
 /// How often a node is told that what it staged is committed, before the next use at the latest.
@@ -46,9 +45,8 @@ impl Task {
                 self.spawn(action, async move {
                     match tools.control.acquire(owner, patience).await {
                         Ok(guard) => {
-                            let (external_weights, asleep) = (guard.external_weights, guard.asleep);
-                            let grant = Grant { paused: guard.paused_by.is_some(), external_weights, asleep };
-                            (Some(Event::Acquired { run, result: Ok(grant) }), Extra::Guard(guard))
+                            let result = Ok(guard.grant.clone());
+                            (Some(Event::Acquired { run, result }), Extra::Guard(guard))
                         }
                         Err(error) => {
                             (Some(Event::Acquired { run, result: Err(error.to_string()) }), Extra::Nothing)
@@ -272,21 +270,14 @@ impl Task {
             Some((handle, tools.node_of(rank), self.info(rank).cloned()))
         };
         let job = StageJob {
+            tools: tools.clone(),
+            id: active.id.clone(),
+            version: active.version.clone(),
+            request: active.request.clone(),
+            committed: committed.map(|committed| committed.commit),
+            nodes: nodes.clone(),
             engines: self.machine.lives().filter_map(engine).collect(),
-            call_timeout: tools.config.call_timeout,
-            nodes: NodesJob {
-                id: active.id.clone(),
-                version: active.version.clone(),
-                request: active.request.clone(),
-                committed: committed.map(|committed| committed.commit),
-                nodes: nodes.clone(),
-                model_paths: BTreeMap::new(),
-                stages: tools.stages.clone(),
-                known: tools.known.clone(),
-                cancel: tools.cancel.clone(),
-                limit: tools.config.machine.stage_timeout + SLACK,
-                notes: tools.notes.clone(),
-            },
+            model_paths: BTreeMap::new(),
         };
         let job = self.spawn(action, async move {
             match job.run().await {
@@ -316,7 +307,7 @@ impl Task {
                 .then_some(checkpoint),
             changes: active.and_then(|active| active.adapters.get(&node).cloned()).unwrap_or_default(),
             bring: (recovery && takes_adapters).then_some(committed),
-            place: (self.tools.stages.clone(), node),
+            tools: self.tools.clone(),
             limit,
         }
     }
@@ -333,7 +324,7 @@ impl Task {
         };
         let snapshot = self.machine.snapshot();
         if let Some(guard) = &active.guard {
-            guard.doing(snapshot.phase.as_str());
+            guard.doing(&snapshot.phase.to_string());
         }
         self.publish();
         if snapshot.phase == Phase::Idle {
@@ -374,13 +365,8 @@ impl Task {
         }
         active.record = Some(ended.clone());
         let unused = conclusion.recovery || !active.request.has_weights();
-        let areas = Areas {
-            stages: tools.stages.clone(),
-            nodes: if unused { Vec::new() } else { active.staged.clone() },
-            id: active.id.clone(),
-            commit: record.committed,
-            adapters: conclusion.adapters.clone(),
-        };
+        let nodes = if unused { Vec::new() } else { active.staged.clone() };
+        let (id, commit, adapters) = (record.id.clone(), record.committed, conclusion.adapters.clone());
         let guard = active.guard.take();
         self.spawn_plain(action, async move {
             if let Err(error) = admission(&tools.handles(&conclusion.gates), true, TELL_LIMIT).await {
@@ -399,7 +385,10 @@ impl Task {
                     warn!(%error, "the update's record was not written");
                 }
             }
-            areas.settle().await;
+            if let Some(digests) = &adapters {
+                tools.keep_adapters(digests).await;
+            }
+            tools.settle(&nodes, &id, commit).await;
             let guard = match guard {
                 Some(guard) => Some(guard),
                 // Lost with the work that was lost, or never had.
@@ -444,7 +433,7 @@ struct Load {
     changes: adapters::Changes,
     /// Adapters to be brought to.
     bring: Option<BTreeMap<String, Adapter>>,
-    place: (Stages, NodeId),
+    tools: Arc<Tools>,
     limit: Duration,
 }
 
@@ -458,82 +447,59 @@ impl Load {
         if reports.iter().any(|report| report.fault(&wanted).is_some()) {
             return Ok(reports);
         }
-        let changed = match (&self.bring, self.target) {
-            (Some(committed), _) => {
-                let place = (&self.place.0, self.place.1);
-                adapters::bring(handle, &self.id, committed, place, self.limit).await?;
-                None
-            }
-            (None, _) if self.changes.is_empty() => None,
-            (None, Target::New) => Some(adapters::apply(handle, &self.id, &self.changes, self.limit).await),
-            (None, Target::Previous) => {
-                Some(adapters::undo(handle, &self.id, &self.changes, self.limit).await)
-            }
-        };
-        match changed {
-            Some(report) if report.ok && self.checkpoint.is_some() => {}
+        if let Some(committed) = &self.bring {
+            self.tools.bring_adapters(handle, &self.id, committed, self.limit).await?;
+            return Ok(reports);
+        }
+        if self.changes.is_empty() {
+            return Ok(reports);
+        }
+        let mut report = adapters::change(handle, &self.id, self.target, &self.changes, self.limit).await;
+        if !report.ok || self.checkpoint.is_none() {
             // What it says of the weights holds no more when an adapter was not changed.
-            Some(mut report) => {
-                if self.checkpoint.is_some() && report.state == WorkerState::Unchanged {
-                    report.state = WorkerState::RestoredMeta;
-                }
-                reports = vec![report];
+            if self.checkpoint.is_some() && report.state == WorkerState::Unchanged {
+                report.state = WorkerState::RestoredMeta;
             }
-            None => {}
+            reports = vec![report];
         }
         Ok(reports)
     }
 }
 
-/// The staging areas that an update has used.
-struct Areas {
-    stages: Stages,
-    nodes: Vec<NodeId>,
-    id: UpdateId,
-    commit: bool,
-    /// Adapters that nodes are to keep, if that may have changed.
-    adapters: Option<BTreeSet<String>>,
-}
+impl Tools {
+    /// Has all nodes forget the adapters that are not committed.
+    async fn keep_adapters(&self, digests: &BTreeSet<String>) {
+        let kept = self.stages.all().into_iter().map(async |node| {
+            if let Err(error) = self.stages.keep_adapters(node, digests.clone()).await {
+                // They are in nobody's way; the next update of adapters removes them.
+                warn!("unused adapters are not removed: {error}");
+            }
+        });
+        join_all(kept).await;
+    }
 
-impl Areas {
-    /// Makes what was staged current, or discards it. What fails is made up for before the next use.
-    async fn settle(self) {
-        if let Some(digests) = &self.adapters {
-            let kept = self.stages.all().into_iter().map(async |node| {
-                if let Err(error) = self.stages.keep_adapters(node, digests.clone()).await {
-                    // They are in nobody's way; the next update of adapters removes them.
-                    warn!("unused adapters are not removed: {error}");
-                }
-            });
-            let _: Vec<()> = join_all(kept).await;
-        }
-        let nodes = self.nodes.iter().filter(|node| self.stages.has_stage(**node));
+    /// Makes what an update has staged current, or discards it. What fails is made up for before the next use.
+    async fn settle(&self, nodes: &[NodeId], id: &UpdateId, commit: bool) {
+        let nodes = nodes.iter().copied().filter(|node| self.stages.has_stage(*node));
         let settled = nodes.map(async |node| {
-            let mut left = SETTLE_ATTEMPTS;
-            loop {
-                left -= 1;
-                let result = match self.commit {
-                    true => self.stages.state(*node).await.map(|state| state.staged.is_some()),
-                    false => Ok(true),
-                };
-                let result = match (result, self.commit) {
-                    // Nothing was staged there: the engines have loaded from a directory.
-                    (Ok(false), _) => Ok(()),
-                    (Ok(true), true) => self.stages.commit(*node, &self.id).await.map(|_| ()),
-                    (Ok(true), false) => self.stages.discard(*node, &self.id).await.map(|_| ()),
-                    (Err(error), _) => Err(error),
-                };
-                match result {
+            for left in (0..SETTLE_ATTEMPTS).rev() {
+                match self.settle_once(node, id, commit).await {
                     Ok(()) => return,
-                    Err(error) if left == 0 => {
-                        warn!(id = %self.id, "staging area is not settled yet: {error}");
-                        return;
-                    }
+                    Err(error) if left == 0 => warn!(%id, "staging area is not settled yet: {error}"),
                     Err(_) => tokio::time::sleep(Duration::from_secs(1)).await,
                 }
             }
         });
-        let _: Vec<()> = join_all(settled).await;
+        join_all(settled).await;
+    }
+
+    async fn settle_once(&self, node: NodeId, id: &UpdateId, commit: bool) -> Result<(), String> {
+        if !commit {
+            self.stages.discard(node, id).await?;
+        } else if self.stages.state(node).await?.staged.is_some() {
+            self.stages.commit(node, id).await?;
+        } // else nothing was staged there: the engines have loaded from a directory.
+        Ok(())
     }
 }
 

@@ -3,11 +3,12 @@
 
 use std::path::Path;
 
-use dp_sidecar_protocol::machine::weight_update::{Adapter, WorkerReport, WorkerState};
+use dp_sidecar_protocol::machine::weight_update::{Adapter, Target, WorkerReport, WorkerState};
 use tokio::io::{AsyncReadExt as _, AsyncSeekExt as _};
 
 use super::super::handles::{ADAPTER_FILE, AdapterPlace};
 
+use super::jobs::StageJob;
 use super::lora::{LoraOp, LoraRequest, LoraState, lora};
 use super::*;
 use crate::api::Chunks;
@@ -29,27 +30,14 @@ pub(super) struct Prepared {
     pub(super) on_nodes: BTreeMap<NodeId, Changes>,
 }
 
-/// What is needed to prepare adapters.
-pub(super) struct Preparation<'a> {
-    pub(super) id: &'a UpdateId,
-    pub(super) stages: &'a Stages,
-    pub(super) nodes: &'a [NodeId],
-    pub(super) engines: &'a [(RankHandle, NodeId)],
-    pub(super) known: &'a Known,
-    /// Directory of the checkpoint that the engines were started from.
-    pub(super) model_path: &'a Path,
-    pub(super) cancel: &'a Arc<std::sync::atomic::AtomicBool>,
-    pub(super) notes: &'a mpsc::Sender<UpdateEvent>,
-    pub(super) limit: Duration,
-}
-
-impl Preparation<'_> {
+impl StageJob {
     /// Reads the adapters on the leader, brings them to every node, and has every engine check them. Nothing that
     /// serves is touched.
-    pub(super) async fn run(&self, changes: &[AdapterChange]) -> Result<Prepared, (NodeId, String)> {
-        let leader = self.stages.leader();
+    pub(super) async fn prepare_adapters(&self) -> Result<Prepared, (NodeId, String)> {
+        let stages = &self.tools.stages;
+        let (leader, limit) = (stages.leader(), self.limit());
         let mut all = Changes::new();
-        for change in changes {
+        for change in &self.request.adapters {
             let adapter = match &change.path {
                 Some(path) => {
                     let read = self.read(path).await;
@@ -62,18 +50,17 @@ impl Preparation<'_> {
             }
         }
         let placed = self.nodes.iter().map(async |node| {
-            let changes = tokio::time::timeout(self.limit, self.place(*node, &all)).await;
-            let late =
-                |_| Err(format!("{} has no adapters within {:?}", self.stages.name(*node), self.limit));
+            let changes = tokio::time::timeout(limit, self.place(*node, &all)).await;
+            let late = |_| Err(format!("{} has no adapters within {limit:?}", stages.name(*node)));
             changes.unwrap_or_else(late).map(|changes| (*node, changes)).map_err(|error| (*node, error))
         });
         let on_nodes: BTreeMap<NodeId, Changes> =
             futures::future::try_join_all(placed).await?.into_iter().collect();
-        let checks = self.engines.iter().map(async |(engine, node)| {
+        let checks = self.engines.iter().map(async |(engine, node, _)| {
             for (name, adapter) in on_nodes.get(node).into_iter().flatten() {
                 let Some(adapter) = adapter else { continue };
-                let request = request(self.id, LoraOp::Check, name, Some(adapter));
-                let checked = send(engine, &request, self.limit).await;
+                let request = request(&self.id, LoraOp::Check, name, Some(adapter));
+                let checked = send(engine, &request, limit).await;
                 checked.map_err(|(_, error)| (*node, format!("rank {}: {error}", engine.rank)))?;
             }
             Ok::<(), (NodeId, String)>(())
@@ -83,10 +70,12 @@ impl Preparation<'_> {
     }
 
     async fn read(&self, path: &Path) -> Result<Adapter, String> {
-        let (known, cancel) = (self.known.clone(), self.cancel.clone());
-        let (path, model) = (path.to_owned(), self.model_path.to_owned());
-        let read = tokio::task::spawn_blocking(move || known.adapter(&path, &model, &cancel)).await;
-        let (checkpoint, config) = read.map_err(|error| error.to_string())??;
+        let known =
+            [self.model_path(self.leader())].into_iter().chain(self.model_paths.values().map(String::as_str));
+        let model = PathBuf::from(known.into_iter().find(|path| !path.is_empty()).unwrap_or_default());
+        let path = path.to_owned();
+        let read = self.tools.look(move |known, cancel| known.adapter(&path, &model, cancel)).await;
+        let (checkpoint, config) = read?;
         Ok(Adapter { update: self.id.clone(), checkpoint, config })
     }
 
@@ -96,8 +85,8 @@ impl Preparation<'_> {
             let adapter = match adapter {
                 Some(adapter) => {
                     let began = Instant::now();
-                    let tell = |done, total| self.tell(node, began, done, total);
-                    let placed = on_node(self.stages, node, adapter, &tell).await;
+                    let tell = |done, total| self.tell_of_adapter(node, began, done, total);
+                    let placed = self.tools.place_adapter(node, adapter, &tell).await;
                     Some(placed.map_err(|error| format!("adapter {name}: {error}"))?)
                 }
                 None => None,
@@ -107,7 +96,7 @@ impl Preparation<'_> {
         Ok(placed)
     }
 
-    fn tell(&self, node: NodeId, began: Instant, done: u64, total: u64) {
+    fn tell_of_adapter(&self, node: NodeId, began: Instant, done: u64, total: u64) {
         let ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
         let progress = StageProgress {
             done,
@@ -118,94 +107,128 @@ impl Preparation<'_> {
             ..StageProgress::default()
         };
         let rate = done.saturating_mul(1000) / ms.max(1);
-        let name = self.stages.name(node);
-        self.notes.try_send(UpdateEvent::Staging { node, name, progress, rate }).ok();
+        let name = self.tools.stages.name(node);
+        self.tools.notes.try_send(UpdateEvent::Staging { node, name, progress, rate }).ok();
     }
 }
 
-/// Makes sure that a node has an adapter; gives it as engines of that node are to load it. A node that finds it neither
-/// in its store nor in the directory it came from gets it from the leader's store.
-pub(super) async fn on_node(
-    stages: &Stages,
-    node: NodeId,
-    adapter: &Adapter,
-    tell: &(dyn Fn(u64, u64) + Sync),
-) -> Result<Adapter, String> {
-    let Some(digest) = adapter.checkpoint.digest.as_deref().filter(|_| stages.has_stage(node)) else {
-        return Ok(adapter.clone());
-    };
-    let source = &adapter.checkpoint.path;
-    let path = match stages.take_adapter(node, digest, source).await? {
-        AdapterPlace::Here { path } => path,
-        AdapterPlace::Lacks { from } => {
-            let leader = stages.leader();
-            let own = match stages.take_adapter(leader, digest, source).await? {
-                AdapterPlace::Here { path } => path,
-                AdapterPlace::Lacks { .. } => {
-                    return Err(format!(
-                        "{}: it is not in {source} any more, and not kept here",
-                        stages.name(leader)
-                    ));
-                }
-            };
-            pass_on(stages, node, digest, &Path::new(&own).join(ADAPTER_FILE), from, tell).await?
-        }
-    };
-    Ok(Adapter { checkpoint: Checkpoint { path, ..adapter.checkpoint.clone() }, ..adapter.clone() })
-}
-
-/// Sends what a node lacks of a file, in pieces.
-async fn pass_on(
-    stages: &Stages,
-    node: NodeId,
-    digest: &str,
-    file: &Path,
-    mut from: u64,
-    tell: &(dyn Fn(u64, u64) + Sync),
-) -> Result<String, String> {
-    let failed = |error: std::io::Error| format!("reading {}: {error}", file.display());
-    let mut open = tokio::fs::File::open(file).await.map_err(failed)?;
-    let size = open.metadata().await.map_err(failed)?.len();
-    info!(digest, size, from, to = stages.name(node), "passing an adapter on");
-    let mut repeats = REPEATS;
-    loop {
-        let count = size.saturating_sub(from).min(PIECE);
-        let mut piece = vec![0; usize::try_from(count).unwrap_or_default()];
-        open.seek(std::io::SeekFrom::Start(from)).await.map_err(failed)?;
-        open.read_exact(&mut piece).await.map_err(failed)?;
-        let next = match stages.adapter_piece(node, digest, (from, size), piece.into()).await? {
-            AdapterPlace::Here { path } => {
-                tell(size, size);
-                return Ok(path);
-            }
-            AdapterPlace::Lacks { from } => from,
+impl Tools {
+    /// Makes sure that a node has an adapter; gives it as engines of that node are to load it. A node that finds it neither
+    /// in its store nor in the directory it came from gets it from the leader's store.
+    async fn place_adapter(
+        &self,
+        node: NodeId,
+        adapter: &Adapter,
+        tell: &(dyn Fn(u64, u64) + Sync),
+    ) -> Result<Adapter, String> {
+        let Some(digest) = adapter.checkpoint.digest.as_deref().filter(|_| self.stages.has_stage(node))
+        else {
+            return Ok(adapter.clone());
         };
-        if next <= from {
-            // What it had was of no use. Once may be, not for ever.
-            repeats -= 1;
-            if repeats == 0 {
-                return Err(format!("{} takes no bytes of the adapter", stages.name(node)));
+        let source = &adapter.checkpoint.path;
+        let path = match self.stages.take_adapter(node, digest, source).await? {
+            AdapterPlace::Here { path } => path,
+            AdapterPlace::Lacks { from } => {
+                let leader = self.stages.leader();
+                let own = match self.stages.take_adapter(leader, digest, source).await? {
+                    AdapterPlace::Here { path } => path,
+                    AdapterPlace::Lacks { .. } => {
+                        return Err(format!(
+                            "{}: it is not in {source} any more, and not kept here",
+                            self.stages.name(leader)
+                        ));
+                    }
+                };
+                self.pass_adapter_on(node, digest, &Path::new(&own).join(ADAPTER_FILE), from, tell).await?
             }
+        };
+        Ok(Adapter { checkpoint: Checkpoint { path, ..adapter.checkpoint.clone() }, ..adapter.clone() })
+    }
+
+    /// Sends what a node lacks of a file, in pieces.
+    async fn pass_adapter_on(
+        &self,
+        node: NodeId,
+        digest: &str,
+        file: &Path,
+        mut from: u64,
+        tell: &(dyn Fn(u64, u64) + Sync),
+    ) -> Result<String, String> {
+        let failed = |error: std::io::Error| format!("reading {}: {error}", file.display());
+        let mut open = tokio::fs::File::open(file).await.map_err(failed)?;
+        let size = open.metadata().await.map_err(failed)?.len();
+        info!(digest, size, from, to = self.stages.name(node), "passing an adapter on");
+        let mut repeats = REPEATS;
+        loop {
+            let count = size.saturating_sub(from).min(PIECE);
+            let mut piece = vec![0; usize::try_from(count).unwrap_or_default()];
+            open.seek(std::io::SeekFrom::Start(from)).await.map_err(failed)?;
+            open.read_exact(&mut piece).await.map_err(failed)?;
+            let next = match self.stages.adapter_piece(node, digest, (from, size), piece.into()).await? {
+                AdapterPlace::Here { path } => {
+                    tell(size, size);
+                    return Ok(path);
+                }
+                AdapterPlace::Lacks { from } => from,
+            };
+            if next <= from {
+                // What it had was of no use. Once may be, not for ever.
+                repeats -= 1;
+                if repeats == 0 {
+                    return Err(format!("{} takes no bytes of the adapter", self.stages.name(node)));
+                }
+            }
+            from = next;
+            tell(from.min(size), size);
         }
-        from = next;
-        tell(from.min(size), size);
+    }
+
+    /// Brings an engine to the committed adapters, whatever it has.
+    pub(super) async fn bring_adapters(
+        &self,
+        engine: &RankHandle,
+        id: &UpdateId,
+        committed: &BTreeMap<String, Adapter>,
+        limit: Duration,
+    ) -> Result<(), String> {
+        let node = self.node_of(engine.rank);
+        let listed = lora(engine, &request(id, LoraOp::List, "", None), limit).await?;
+        let there: BTreeSet<String> =
+            listed.iter().flat_map(|worker| &worker.adapters).map(|adapter| adapter.name.clone()).collect();
+        for name in there.iter().filter(|name| !committed.contains_key(*name)) {
+            let removed = send(engine, &request(id, LoraOp::Remove, name, None), limit).await;
+            removed.map_err(|(_, error)| error)?;
+        }
+        for (name, adapter) in committed {
+            let placed = tokio::time::timeout(limit, self.place_adapter(node, adapter, &|_, _| ())).await;
+            let late = |_| Err(format!("{} does not have it within {limit:?}", self.stages.name(node)));
+            let adapter = placed.unwrap_or_else(late).map_err(|error| format!("adapter {name}: {error}"))?;
+            let request = request(&adapter.update, LoraOp::Replace, name, Some(&adapter));
+            send(engine, &request, limit).await.map_err(|(_, error)| error)?;
+        }
+        Ok(())
     }
 }
 
-/// Makes the changes on a paused engine. The report stands for all its workers.
-pub(super) async fn apply(
+/// Makes the changes on a paused engine, or takes them back. The report stands for all its workers.
+pub(super) async fn change(
     engine: &RankHandle,
     id: &UpdateId,
+    target: Target,
     changes: &Changes,
     limit: Duration,
 ) -> WorkerReport {
     let mut touched = false;
     for (name, adapter) in changes {
-        let op = if adapter.is_some() { LoraOp::Replace } else { LoraOp::Remove };
-        match send(engine, &request(id, op, name, adapter.as_ref()), limit).await {
+        let (op, adapter) = match (target, adapter) {
+            (Target::Previous, _) => (LoraOp::Undo, None),
+            (Target::New, Some(adapter)) => (LoraOp::Replace, Some(adapter)),
+            (Target::New, None) => (LoraOp::Remove, None),
+        };
+        match send(engine, &request(id, op, name, adapter), limit).await {
             Ok(()) => touched = true,
             Err((state, error)) => {
-                let unchanged = state == LoraState::Unchanged && !touched;
+                let unchanged = state == LoraState::Unchanged && !touched && target == Target::New;
                 let state = if unchanged { WorkerState::Unchanged } else { WorkerState::Mixed };
                 let error_kind = Some("adapter".to_owned());
                 return WorkerReport { state, error: Some(error), error_kind, ..WorkerReport::default() };
@@ -213,47 +236,6 @@ pub(super) async fn apply(
         }
     }
     WorkerReport { ok: true, state: WorkerState::Loaded, ..WorkerReport::default() }
-}
-
-/// Takes the changes back.
-pub(super) async fn undo(
-    engine: &RankHandle,
-    id: &UpdateId,
-    changes: &Changes,
-    limit: Duration,
-) -> WorkerReport {
-    for name in changes.keys() {
-        if let Err((_, error)) = send(engine, &request(id, LoraOp::Undo, name, None), limit).await {
-            let error_kind = Some("adapter".to_owned());
-            return WorkerReport { error: Some(error), error_kind, ..WorkerReport::default() };
-        }
-    }
-    WorkerReport { ok: true, state: WorkerState::Loaded, ..WorkerReport::default() }
-}
-
-/// Brings an engine to the committed adapters, whatever it has.
-pub(super) async fn bring(
-    engine: &RankHandle,
-    id: &UpdateId,
-    committed: &BTreeMap<String, Adapter>,
-    (stages, node): (&Stages, NodeId),
-    limit: Duration,
-) -> Result<(), String> {
-    let listed = lora(engine, &request(id, LoraOp::List, "", None), limit).await?;
-    let there: BTreeSet<String> =
-        listed.iter().flat_map(|worker| &worker.adapters).map(|adapter| adapter.name.clone()).collect();
-    for name in there.iter().filter(|name| !committed.contains_key(*name)) {
-        let removed = send(engine, &request(id, LoraOp::Remove, name, None), limit).await;
-        removed.map_err(|(_, error)| error)?;
-    }
-    for (name, adapter) in committed {
-        let placed = tokio::time::timeout(limit, on_node(stages, node, adapter, &|_, _| ())).await;
-        let late = |_| Err(format!("{} does not have it within {limit:?}", stages.name(node)));
-        let adapter = placed.unwrap_or_else(late).map_err(|error| format!("adapter {name}: {error}"))?;
-        let request = request(&adapter.update, LoraOp::Replace, name, Some(&adapter));
-        send(engine, &request, limit).await.map_err(|(_, error)| error)?;
-    }
-    Ok(())
 }
 
 fn request(id: &UpdateId, op: LoraOp, name: &str, adapter: Option<&Adapter>) -> LoraRequest {

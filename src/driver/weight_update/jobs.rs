@@ -1,10 +1,7 @@
 //! Work in the background that takes more than one call: looking at engines, staging, and bringing engines to the
 //! committed weights.
 
-use std::path::Path;
-
-use super::adapters::Preparation;
-use super::nodes::NodesJob;
+use super::nodes::no_checkpoints;
 use super::*;
 
 /// What the driver keeps of the staging: how engines are to be called.
@@ -16,67 +13,94 @@ pub(super) struct Staged {
 
 /// Asks the engines' shims who they are, then stages on all nodes.
 pub(super) struct StageJob {
+    pub(super) tools: Arc<Tools>,
+    pub(super) id: UpdateId,
+    pub(super) version: WeightVersion,
+    pub(super) request: UpdateRequest,
+    /// What the engines hold; none: the start-up checkpoint.
+    pub(super) committed: Option<Commit>,
+    /// In the order of the chain: the leader first.
+    pub(super) nodes: Vec<NodeId>,
     pub(super) engines: Vec<(RankHandle, NodeId, Option<EngineInfo>)>,
-    pub(super) call_timeout: Duration,
-    /// Its model paths are found here.
-    pub(super) nodes: NodesJob,
+    /// Start-up checkpoint of each node: found by the job.
+    pub(super) model_paths: BTreeMap<NodeId, String>,
 }
 
 impl StageJob {
     pub(super) async fn run(mut self) -> Result<(Staging, Staged), (NodeId, String)> {
-        let limit = self.call_timeout;
-        let handles: Vec<(RankHandle, NodeId)> =
-            self.engines.iter().map(|(handle, node, _)| (handle.clone(), *node)).collect();
-        let asked = self.engines.into_iter().map(async |(handle, node, info)| {
+        let infos = self.ask_shims().await?;
+        let leader = self.leader();
+        let model_path = self.model_path(leader).to_owned();
+        let adapters = self.prepare_adapters().await?;
+        let startup = match self.committed {
+            None if !self.request.has_weights() => {
+                let at = (leader, model_path.as_str());
+                Some(self.tools.startup(at, at).await.map_err(|error| (leader, error))?)
+            }
+            _ => None,
+        };
+        let nodes = match self.request.has_weights() {
+            true => self.stage_weights().await?,
+            false => no_checkpoints(&self.nodes),
+        };
+        let staging = Staging { nodes, adapters: adapters.changes, startup, model_path };
+        Ok((staging, Staged { infos, adapters: adapters.on_nodes }))
+    }
+
+    async fn ask_shims(&mut self) -> Result<Infos, (NodeId, String)> {
+        let limit = self.tools.config.call_timeout;
+        let asked = self.engines.iter().map(async |(handle, node, info)| {
             let info = match info {
-                Some(info) => Ok(info),
-                None => shim::info(&handle, limit).await,
+                Some(info) => Ok(info.clone()),
+                None => shim::info(handle, limit).await,
             };
-            let failed = |error| (node, format!("rank {}: {error}", handle.rank));
-            info.map(|info| (handle.rank, node, info)).map_err(failed)
+            let failed = |error| (*node, format!("rank {}: {error}", handle.rank));
+            info.map(|info| (handle.rank, *node, info)).map_err(failed)
         });
         let answers = join_all(asked).await.into_iter().collect::<Result<Vec<_>, _>>()?;
         for (_, node, info) in &answers {
-            let path = self.nodes.model_paths.entry(*node).or_insert_with(|| info.model_path.clone());
+            let path = self.model_paths.entry(*node).or_insert_with(|| info.model_path.clone());
             if *path != info.model_path {
                 let (one, other) = (path, &info.model_path);
                 let error = format!("engines were started from different checkpoints: {one} and {other}");
                 return Err((*node, error));
             }
         }
-        let leader = self.nodes.nodes.first().copied().unwrap_or_default();
-        let model_path = self.nodes.model_paths.get(&leader).cloned().unwrap_or_default();
-        let any_path = self.nodes.model_paths.values().next().cloned().unwrap_or_default();
-        let infos = answers.into_iter().map(|(rank, _, info)| (rank, Some(info))).collect();
-        let request = &self.nodes.request;
-        let on_leader = |error| (leader, error);
-        let preparation = Preparation {
-            id: &self.nodes.id,
-            stages: &self.nodes.stages,
-            nodes: &self.nodes.nodes,
-            engines: &handles,
-            known: &self.nodes.known,
-            model_path: Path::new(if model_path.is_empty() { &any_path } else { &model_path }),
-            cancel: &self.nodes.cancel,
-            notes: &self.nodes.notes,
-            limit: self.nodes.limit,
-        };
-        let adapters = preparation.run(&request.adapters).await?;
-        let mut startup = None;
-        if !request.has_weights() && self.nodes.committed.is_none() {
-            let at = (leader, model_path.as_str());
-            let found =
-                nodes::startup(&self.nodes.stages, &self.nodes.known, &self.nodes.cancel, at, at).await;
-            startup = Some(found.map_err(on_leader)?);
-        }
-        let nodes = self.nodes.run().await?;
-        let nodes = nodes.into_iter().map(|(node, found)| (node, (found.new, found.previous))).collect();
-        let staging = Staging { nodes, adapters: adapters.changes, startup, model_path };
-        Ok((staging, Staged { infos, adapters: adapters.on_nodes }))
+        Ok(answers.into_iter().map(|(rank, _, info)| (rank, Some(info))).collect())
+    }
+
+    pub(super) fn leader(&self) -> NodeId {
+        self.nodes.first().copied().unwrap_or_default()
+    }
+
+    /// Directory of the checkpoint that the engines of a node were started from.
+    pub(super) fn model_path(&self, node: NodeId) -> &str {
+        self.model_paths.get(&node).map(String::as_str).unwrap_or_default()
+    }
+
+    /// For each part of it.
+    pub(super) fn limit(&self) -> Duration {
+        self.tools.config.machine.stage_timeout + SLACK
     }
 }
 
 impl Tools {
+    /// Looks at directories, which blocks, on a thread of its own.
+    pub(super) async fn look<T: Send + 'static>(
+        &self,
+        look: impl FnOnce(&Known, &AtomicBool) -> Result<T, String> + Send + 'static,
+    ) -> Result<T, String> {
+        let (known, cancel) = (self.known.clone(), self.cancel.clone());
+        let looked = tokio::task::spawn_blocking(move || look(&known, &cancel)).await;
+        looked.map_err(|error| error.to_string())?
+    }
+
+    /// Whether a directory still holds what it held when it was committed.
+    pub(super) async fn verify(&self, checkpoint: &Checkpoint) -> Result<(), String> {
+        let checkpoint = checkpoint.clone();
+        self.look(move |known, cancel| known.verify(&checkpoint, cancel)).await
+    }
+
     pub(super) fn node_of(&self, rank: EngineIndex) -> NodeId {
         self.places.get(&rank).copied().unwrap_or_default()
     }
@@ -200,10 +224,7 @@ impl Tools {
         let limit = self.config.machine.load_timeout;
         if info.is_some_and(|info| checkpoint.path == info.model_path) {
             // The engine has read that directory itself; it must still be what was committed.
-            let (known, cancel) = (self.known.clone(), self.cancel.clone());
-            let checkpoint = checkpoint.clone();
-            let verified = tokio::task::spawn_blocking(move || known.verify(&checkpoint, &cancel)).await;
-            verified.map_err(|error| error.to_string())??;
+            self.verify(checkpoint).await?;
         } else {
             info!(
                 rank = handle.rank.0, version = %commit.version, path = checkpoint.path,
@@ -218,8 +239,7 @@ impl Tools {
             }
         }
         if !commit.adapters.is_empty() {
-            let place = (&self.stages, self.node_of(handle.rank));
-            adapters::bring(handle, &commit.id, &commit.adapters, place, limit).await?;
+            self.bring_adapters(handle, &commit.id, &commit.adapters, limit).await?;
         }
         if !shim::stamp(handle, info, &commit.version, self.config.call_timeout).await? {
             warn!(rank = handle.rank.0, "outputs do not carry the weight version: its vllm is too old");
@@ -255,8 +275,7 @@ impl Tools {
                 let leader = self.stages.in_order(self.places.values().copied().collect());
                 let leader = leader.first().copied().unwrap_or(node);
                 let (own, leaders) = (path(node), path(leader));
-                let (own, leaders) = ((node, own.as_str()), (leader, leaders.as_str()));
-                nodes::startup(&self.stages, &self.known, &self.cancel, leaders, own).await
+                self.startup((leader, &leaders), (node, &own)).await
             }
         }
     }

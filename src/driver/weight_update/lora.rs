@@ -1,5 +1,6 @@
 //! LoRA adapters of engines, through the shim: `dp_sidecar_lora` of `protocol/docs/weight-update.md`.
 
+use std::fmt;
 use std::time::Duration;
 
 use dp_sidecar_protocol::UpdateId;
@@ -9,18 +10,16 @@ use serde::{Deserialize, Serialize};
 
 use super::super::engine_calls::worker_call;
 use super::super::handles::{HandleError, RankHandle};
-use super::shim::{PROTOCOL, map, source, text, worker_rank, workers};
+use super::shim::{PROTOCOL, map, reports, source};
 
 /// What is done with an adapter. Each of them may be sent again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum LoraOp {
     /// Read it and see whether this engine could load it. Nothing is touched; generation may go on, the engine
     /// stands still while it reads.
     Check,
-    /// Load it; a name that another update added is refused.
-    Add,
-    /// Load it in place of the one of that name, or of the one that frontends brought under that name.
+    /// Load it, in place of the one of that name, or of the one that frontends brought under that name.
     Replace,
     /// Forget the name. One that is not there is fine.
     Remove,
@@ -31,21 +30,16 @@ pub(super) enum LoraOp {
 }
 
 impl LoraOp {
-    /// Spelling of the contract.
-    pub(super) const fn as_str(self) -> &'static str {
-        match self {
-            Self::Check => "check",
-            Self::Add => "add",
-            Self::Replace => "replace",
-            Self::Remove => "remove",
-            Self::Undo => "undo",
-            Self::List => "list",
-        }
-    }
-
     /// Does it bring weights?
     pub(super) const fn loads(self) -> bool {
-        matches!(self, Self::Check | Self::Add | Self::Replace)
+        matches!(self, Self::Check | Self::Replace)
+    }
+}
+
+/// Spelling of the contract.
+impl fmt::Display for LoraOp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
     }
 }
 
@@ -71,7 +65,7 @@ pub(super) fn adapter_id(name: &str) -> u64 {
 }
 
 /// What a worker holds under the name afterwards.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum LoraState {
     /// What was asked for.
@@ -85,37 +79,26 @@ pub(super) enum LoraState {
 }
 
 /// An adapter in a worker.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 pub(super) struct LoraAdapter {
     pub name: String,
-    /// The update that brought it.
-    pub update_id: String,
-    /// Where it came from.
-    pub path: String,
-    /// Whole digest of its tensors, if it was computed.
-    pub digest: Option<String>,
 }
 
 /// Answer of one worker.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
 pub(super) struct LoraReport {
     /// Worker rank within its DP rank.
     pub rank: u32,
     /// Done as asked.
     pub ok: bool,
     pub state: LoraState,
-    /// Numbers under which the engine holds the adapter now: its own, and those of frontends.
-    pub ids: Vec<u64>,
-    /// [`LoraOp::Undo`] would change something.
-    pub undo: bool,
     /// Tensors in the file.
     pub tensors: u64,
     /// Their bytes.
     pub bytes: u64,
     /// Whole digest, if it was computed.
     pub digest: Option<String>,
-    /// Milliseconds it took.
-    pub ms: f64,
     pub error: Option<String>,
     /// `error_kind` of the shim.
     pub error_kind: Option<String>,
@@ -126,7 +109,7 @@ pub(super) struct LoraReport {
 impl LoraReport {
     /// Why this is not the answer that proves the request was carried out; `None` if it is.
     pub(super) fn fault(&self, request: &LoraRequest) -> Option<String> {
-        let who = format!("worker {}: adapter {}: {}", self.rank, request.name, request.op.as_str());
+        let who = format!("worker {}: adapter {}: {}", self.rank, request.name, request.op);
         if !self.ok || self.state != LoraState::Applied {
             let kind = self.error_kind.as_deref().unwrap_or("unknown");
             let error = self.error.as_deref().unwrap_or("no reason given");
@@ -165,14 +148,14 @@ pub(super) async fn lora(
         }
         Err(error) => return Err(error.to_string()),
     };
-    Ok(workers(&answer).iter().enumerate().map(report).collect())
+    Ok(reports(&answer))
 }
 
 fn encode(request: &LoraRequest) -> Value {
     let mut entries = vec![
         ("protocol", PROTOCOL.into()),
         ("update_id", request.id.0.as_str().into()),
-        ("op", request.op.as_str().into()),
+        ("op", request.op.to_string().into()),
         ("name", request.name.as_str().into()),
         ("id", adapter_id(&request.name).into()),
     ];
@@ -181,37 +164,6 @@ fn encode(request: &LoraRequest) -> Value {
         entries.push(("config", request.config.as_deref().map_or(Value::Nil, Value::from)));
     }
     map(entries)
-}
-
-/// What a worker does not say, or says wrongly, is taken for the worst.
-fn report((at, worker): (usize, &Value)) -> LoraReport {
-    let number = |key: &str| worker[key].as_u64().unwrap_or_default();
-    let list = |key: &str| worker[key].as_array().cloned().unwrap_or_default();
-    let state = match worker["state"].as_str() {
-        Some("applied") => LoraState::Applied,
-        Some("unchanged") => LoraState::Unchanged,
-        _ => LoraState::Mixed,
-    };
-    let adapter = |value: &Value| LoraAdapter {
-        name: text(value, "name").unwrap_or_default(),
-        update_id: text(value, "update_id").unwrap_or_default(),
-        path: text(value, "path").unwrap_or_default(),
-        digest: text(value, "digest"),
-    };
-    LoraReport {
-        rank: worker_rank(at, worker),
-        ok: worker["ok"].as_bool() == Some(true),
-        state,
-        ids: list("ids").iter().filter_map(Value::as_u64).collect(),
-        undo: worker["undo"].as_bool() == Some(true),
-        tensors: number("tensors"),
-        bytes: number("bytes"),
-        digest: text(worker, "digest"),
-        ms: worker["ms"].as_f64().unwrap_or_default(),
-        error: text(worker, "error"),
-        error_kind: text(worker, "error_kind"),
-        adapters: list("adapters").iter().map(adapter).collect(),
-    }
 }
 
 #[cfg(test)]
@@ -246,9 +198,9 @@ mod tests {
 
     #[test]
     fn only_what_loads_says_what_to_load() {
-        for op in [LoraOp::Check, LoraOp::Add, LoraOp::Replace, LoraOp::Remove, LoraOp::Undo, LoraOp::List] {
+        for op in [LoraOp::Check, LoraOp::Replace, LoraOp::Remove, LoraOp::Undo, LoraOp::List] {
             let map = encode(&request(op));
-            assert_eq!(map["op"], Value::from(op.as_str()));
+            assert_eq!(map["op"], Value::from(op.to_string()));
             assert_eq!(map["path"].as_str().is_some(), op.loads(), "{op:?}");
         }
     }
@@ -260,7 +212,7 @@ mod tests {
             map(vec![("ok", Value::from(true))]),
             map(vec![("ok", Value::from("yes")), ("state", Value::from("applied"))]),
         ] {
-            let report = report((1, &nonsense));
+            let report: LoraReport = reports(&Value::Array(vec![Value::Nil, nonsense.clone()])).remove(1);
             assert_eq!(report.rank, 1);
             assert!(report.fault(&request(LoraOp::Remove)).is_some(), "{nonsense}");
         }
@@ -276,14 +228,14 @@ mod tests {
             digest: Some("ab".to_owned()),
             ..LoraReport::default()
         };
-        assert_eq!(good.fault(&request(LoraOp::Add)), None);
+        assert_eq!(good.fault(&request(LoraOp::Replace)), None);
         for bad in [
             LoraReport { tensors: 3, ..good.clone() },
             LoraReport { bytes: 63, ..good.clone() },
             LoraReport { digest: Some("cd".to_owned()), ..good.clone() },
             LoraReport { state: LoraState::Unchanged, ..good.clone() },
         ] {
-            assert!(bad.fault(&request(LoraOp::Add)).is_some(), "{bad:?}");
+            assert!(bad.fault(&request(LoraOp::Replace)).is_some(), "{bad:?}");
         }
         let gone = LoraReport { tensors: 0, bytes: 0, digest: None, ..good };
         assert_eq!(gone.fault(&request(LoraOp::Remove)), None);

@@ -1,29 +1,16 @@
 //! Staging of an update on all nodes: where the bytes come from, and the way back.
 
 use super::super::handles::{StageSource, StageSpec, StageState};
+use super::jobs::StageJob;
 use super::*;
+
+/// The new checkpoint of each node, and the one to go back to.
+type Checkpoints = BTreeMap<NodeId, (Checkpoint, Option<Checkpoint>)>;
 
 /// At most so often the progress of a node is told.
 const SHOW: Duration = Duration::from_millis(250);
 /// The work behind a missing way back ends with this.
 const NO_WAY_BACK: &str = "--allow-no-rollback updates all the same";
-
-/// What is to be staged.
-pub(super) struct NodesJob {
-    pub(super) id: UpdateId,
-    pub(super) version: WeightVersion,
-    pub(super) request: UpdateRequest,
-    pub(super) committed: Option<Commit>,
-    /// In the order of the chain: the leader first.
-    pub(super) nodes: Vec<NodeId>,
-    /// Start-up checkpoint of each node.
-    pub(super) model_paths: BTreeMap<NodeId, String>,
-    pub(super) stages: Stages,
-    pub(super) known: Known,
-    pub(super) cancel: Arc<std::sync::atomic::AtomicBool>,
-    pub(super) limit: Duration,
-    pub(super) notes: mpsc::Sender<UpdateEvent>,
-}
 
 /// How the bytes reach the engines.
 enum Plan {
@@ -35,16 +22,15 @@ enum Plan {
     Chain(StageSource),
 }
 
-impl NodesJob {
-    pub(super) async fn run(self) -> Result<BTreeMap<NodeId, Checked>, (NodeId, String)> {
-        if !self.request.has_weights() {
-            // Adapters only: there is nothing to stage, and engines know the way back.
-            let nothing = |node: &NodeId| {
-                (*node, Checked { new: Checkpoint::default(), previous: Some(Checkpoint::default()) })
-            };
-            return Ok(self.nodes.iter().map(nothing).collect());
-        }
-        let leader = self.nodes.first().copied().unwrap_or_default();
+/// Where only adapters change: there is nothing to stage, and engines know the way back.
+pub(super) fn no_checkpoints(nodes: &[NodeId]) -> Checkpoints {
+    nodes.iter().map(|node| (*node, (Checkpoint::default(), Some(Checkpoint::default())))).collect()
+}
+
+impl StageJob {
+    pub(super) async fn stage_weights(&self) -> Result<Checkpoints, (NodeId, String)> {
+        let stages = &self.tools.stages;
+        let leader = self.leader();
         let on_leader = |error: String| (leader, error);
         let plan = self.plan(leader).await.map_err(on_leader)?;
         if matches!(plan, Plan::Directory) {
@@ -73,17 +59,17 @@ impl NodesJob {
                 model_path: self.model_paths.get(&node).cloned(),
             };
             let awaits_bytes = spec.source == StageSource::Upstream;
-            let begun = self.stages.begin(node, spec).await.map_err(|error| (node, error))?;
+            let begun = stages.begin(node, spec).await.map_err(|error| (node, error))?;
             if awaits_bytes {
-                let address = begun.data_address.ok_or_else(|| {
-                    (node, format!("{}: it opened no data address", self.stages.name(node)))
-                })?;
+                let address = begun
+                    .data_address
+                    .ok_or_else(|| (node, format!("{}: it opened no data address", stages.name(node))))?;
                 downstream = Some(address);
             }
         }
         let shown = self.nodes.iter().map(|node| self.show(*node));
         let staged = self.nodes.iter().map(async |node| {
-            let staged = self.stages.staged(*node, &self.id, self.limit).await;
+            let staged = stages.staged(*node, &self.id, self.limit()).await;
             self.tell(*node, 0);
             staged.map(|new| (*node, new)).map_err(|error| (*node, error))
         });
@@ -91,21 +77,21 @@ impl NodesJob {
             staged = futures::future::try_join_all(staged) => staged?,
             _ = join_all(shown) => Vec::new(),
         };
-        let both = |(node, new)| (node, Checked { new, previous: previous.get(&node).cloned().flatten() });
+        let both = |(node, new)| (node, (new, previous.get(&node).cloned().flatten()));
         Ok(staged.into_iter().map(both).collect())
     }
 
     fn tell(&self, node: NodeId, rate: u64) {
-        let seen = self.stages.seen(node).and_then(|seen| seen.borrow().progress.clone());
+        let seen = self.tools.stages.seen(node).and_then(|seen| seen.borrow().progress.clone());
         if let Some((_, progress)) = seen.filter(|(id, _)| *id == self.id) {
-            let name = self.stages.name(node);
-            self.notes.try_send(UpdateEvent::Staging { node, name, progress, rate }).ok();
+            let name = self.tools.stages.name(node);
+            self.tools.notes.try_send(UpdateEvent::Staging { node, name, progress, rate }).ok();
         }
     }
 
     /// Tells of a node's progress, for ever.
     async fn show(&self, node: NodeId) {
-        let Some(mut seen) = self.stages.seen(node) else {
+        let Some(mut seen) = self.tools.stages.seen(node) else {
             return std::future::pending().await;
         };
         let (mut told, mut done) = (Instant::now(), 0);
@@ -136,7 +122,7 @@ impl NodesJob {
         if !path.is_absolute() {
             return Err(format!("checkpoint {}: expected an absolute path", path.display()));
         }
-        if !self.nodes.iter().any(|node| self.stages.has_stage(*node)) {
+        if !self.nodes.iter().any(|node| self.tools.stages.has_stage(*node)) {
             return Ok(Plan::Directory);
         }
         // What a link points to: links such as `latest` are moved when the next checkpoint comes.
@@ -158,41 +144,39 @@ impl NodesJob {
         if self.nodes.len() == 1 {
             return Ok(true);
         }
-        let probes = join_all(self.nodes.iter().map(|node| self.stages.probe(*node, path))).await;
+        let probes = join_all(self.nodes.iter().map(|node| self.tools.stages.probe(*node, path))).await;
         let mut digests = probes.into_iter().collect::<Result<Vec<_>, _>>()?.into_iter();
         let Some(Some(first)) = digests.next() else {
-            return Err(format!("{} cannot read {path}", self.stages.name(leader)));
+            return Err(format!("{} cannot read {path}", self.tools.stages.name(leader)));
         };
         Ok(digests.all(|digest| digest.as_ref() == Some(&first)))
     }
 
     /// The state of a node, after what the last update may have left undone.
     async fn settled(&self, node: NodeId) -> Result<StageState, String> {
-        let mut state = self.stages.state(node).await?;
+        let mut state = self.tools.stages.state(node).await?;
         if let Some((running, _)) = state.running.clone() {
-            state = self.stages.discard(node, &running).await?;
+            state = self.tools.stages.discard(node, &running).await?;
         }
         let Some(staged) = &state.staged else {
             return Ok(state);
         };
         if self.committed.as_ref().is_some_and(|commit| *commit.weights_id() == staged.id) {
-            return self.stages.commit(node, &staged.id.clone()).await;
+            return self.tools.stages.commit(node, &staged.id.clone()).await;
         }
         if staged.id != self.id {
-            return self.stages.discard(node, &staged.id.clone()).await;
+            return self.tools.stages.discard(node, &staged.id.clone()).await;
         }
         Ok(state)
     }
 
     /// Engines load from the directory, as the leader sees it.
-    async fn leader_directory(&self, leader: NodeId) -> Result<BTreeMap<NodeId, Checked>, String> {
-        let job = Job {
-            source: self.request.path.clone().unwrap_or_default(),
-            model_path: PathBuf::from(self.model_paths.get(&leader).cloned().unwrap_or_default()),
-        };
+    async fn leader_directory(&self, leader: NodeId) -> Result<Checkpoints, String> {
+        let source = self.request.path.clone().unwrap_or_default();
+        let model_path = PathBuf::from(self.model_path(leader));
         let previous = self.previous_in(leader, leader, &StageState::default()).await?;
-        let (known, cancel, notes) = (self.known.clone(), self.cancel.clone(), self.notes.clone());
-        let new = tokio::task::spawn_blocking(move || {
+        let notes = self.tools.notes.clone();
+        let new = self.tools.look(move |known, cancel| {
             let shown = AtomicU64::new(0);
             let progress = |progress: crate::manifest::Progress| {
                 // About a hundred steps, and the last one.
@@ -204,16 +188,16 @@ impl NodesJob {
                     notes.try_send(event).ok();
                 }
             };
-            known.check(&job, &progress, &cancel)
+            known.check(&source, &model_path, &progress, cancel)
         });
-        let new = new.await.map_err(|error| error.to_string())??;
-        let mut all = BTreeMap::new();
+        let new = new.await?;
+        let mut all = Checkpoints::new();
         for &node in &self.nodes {
             let previous = match node == leader {
                 true => previous.clone(),
                 false => self.previous_in(leader, node, &StageState::default()).await?,
             };
-            all.insert(node, Checked { new: new.clone(), previous });
+            all.insert(node, (new.clone(), previous));
         }
         Ok(all)
     }
@@ -242,15 +226,8 @@ impl NodesJob {
 
     async fn way_back(&self, leader: NodeId, node: NodeId, state: &StageState) -> Result<Checkpoint, String> {
         let Some(commit) = &self.committed else {
-            let path = |node| self.model_paths.get(&node).map(String::as_str).unwrap_or_default();
-            return startup(
-                &self.stages,
-                &self.known,
-                &self.cancel,
-                (leader, path(leader)),
-                (node, path(node)),
-            )
-            .await;
+            let of = |node| (node, self.model_path(node));
+            return self.tools.startup(of(leader), of(node)).await;
         };
         if let Some(current) = state.current.as_ref().filter(|current| current.id == *commit.weights_id())
             && self.request.retain == Retain::Memory
@@ -260,14 +237,11 @@ impl NodesJob {
         if !commit.checkpoint.extents.is_empty() {
             return Err(format!(
                 "{} does not keep the current weights, {}, in memory",
-                self.stages.name(node),
+                self.tools.stages.name(node),
                 commit.version
             ));
         }
-        let (known, cancel, checkpoint) =
-            (self.known.clone(), self.cancel.clone(), commit.checkpoint.clone());
-        let verified = tokio::task::spawn_blocking(move || known.verify(&checkpoint, &cancel)).await;
-        verified.map_err(|error| error.to_string())?.map_err(|error| {
+        self.tools.verify(&commit.checkpoint).await.map_err(|error| {
             let path = &commit.checkpoint.path;
             format!("the directory of the current weights, {path}, cannot be used: {error}")
         })?;
@@ -275,26 +249,26 @@ impl NodesJob {
     }
 }
 
-/// The checkpoint that the engines of a node were started from, as the leader knows it.
-pub(super) async fn startup(
-    stages: &Stages,
-    known: &Known,
-    cancel: &Arc<std::sync::atomic::AtomicBool>,
-    (leader, leaders_path): (NodeId, &str),
-    (node, path): (NodeId, &str),
-) -> Result<Checkpoint, String> {
-    let (known, cancel, model) = (known.clone(), cancel.clone(), PathBuf::from(leaders_path));
-    let found = tokio::task::spawn_blocking(move || known.startup(&model, &cancel)).await;
-    let found = found.map_err(|error| error.to_string())??;
-    if node == leader {
-        return Ok(found);
+impl Tools {
+    /// The checkpoint that the engines of a node were started from, as the leader knows it.
+    pub(super) async fn startup(
+        &self,
+        (leader, leaders_path): (NodeId, &str),
+        (node, path): (NodeId, &str),
+    ) -> Result<Checkpoint, String> {
+        let model = PathBuf::from(leaders_path);
+        let found = self.look(move |known, cancel| known.startup(&model, cancel)).await?;
+        if node == leader {
+            return Ok(found);
+        }
+        let (ours, theirs) =
+            (self.stages.probe(leader, leaders_path).await?, self.stages.probe(node, path).await?);
+        if ours.is_none() || ours != theirs {
+            return Err(format!(
+                "{} was started from other files in {path} than the leader in {leaders_path}",
+                self.stages.name(node)
+            ));
+        }
+        Ok(Checkpoint { path: path.to_owned(), ..found })
     }
-    let (ours, theirs) = (stages.probe(leader, leaders_path).await?, stages.probe(node, path).await?);
-    if ours.is_none() || ours != theirs {
-        return Err(format!(
-            "{} was started from other files in {path} than the leader in {leaders_path}",
-            stages.name(node)
-        ));
-    }
-    Ok(Checkpoint { path: path.to_owned(), ..found })
 }

@@ -3,9 +3,11 @@
 use std::time::Duration;
 
 use dp_sidecar_protocol::layout::{Layout, VllmVersion};
-use dp_sidecar_protocol::machine::weight_update::{Checkpoint, Extent, WorkerReport, WorkerState};
+use dp_sidecar_protocol::machine::weight_update::{Checkpoint, WorkerReport};
 use dp_sidecar_protocol::{UpdateId, WeightVersion};
 use rmpv::Value;
+use serde::de::DeserializeOwned;
+use serde_json::json;
 
 use super::super::engine_calls::worker_call;
 use super::super::handles::{HandleError, RankHandle};
@@ -51,8 +53,9 @@ pub(super) async fn info(rank: &RankHandle, limit: Duration) -> Result<EngineInf
         Err(error) => return Err(error.to_string()),
     };
     let mut found: Option<EngineInfo> = None;
-    for (at, worker) in workers(&answer).iter().enumerate() {
-        let text = |key: &str| text(worker, key).unwrap_or_default();
+    let workers = answer.as_array().map_or(&[][..], Vec::as_slice);
+    for (at, worker) in workers.iter().enumerate() {
+        let text = |key: &str| worker[key].as_str().unwrap_or_default().to_owned();
         let protocol = worker["protocol"].as_u64();
         if protocol != Some(PROTOCOL) {
             let actual = protocol.map_or_else(|| "none".to_owned(), |p| p.to_string());
@@ -86,7 +89,7 @@ pub(super) async fn load(
     let kwargs = map(vec![("request", load_request(id, checkpoint))]);
     let answer =
         worker_call(rank, "dp_sidecar_load", kwargs, limit).await.map_err(|error| error.to_string())?;
-    Ok(workers(&answer).iter().enumerate().map(report).collect())
+    Ok(reports(&answer))
 }
 
 /// Request map of `dp_sidecar_load`.
@@ -96,7 +99,7 @@ fn load_request(id: &UpdateId, checkpoint: &Checkpoint) -> Value {
     map(entries)
 }
 
-/// What a request says about what is to be loaded. What lies in a segment is not hashed again.
+/// What a request says of the files that are to be read.
 pub(super) fn source(checkpoint: &Checkpoint) -> Vec<(&'static str, Value)> {
     let files = checkpoint.files.iter().map(|file| file.as_str().into());
     let digest = checkpoint.digest.as_deref().filter(|_| checkpoint.extents.is_empty());
@@ -109,48 +112,26 @@ pub(super) fn source(checkpoint: &Checkpoint) -> Vec<(&'static str, Value)> {
         ("digest_kind", digest.map_or("none", |_| "blake3").into()),
     ];
     if !checkpoint.extents.is_empty() {
-        let pair = |extent: &Extent| Value::Array(vec![extent.offset.into(), extent.length.into()]);
-        entries.push(("extents", Value::Array(checkpoint.extents.iter().map(pair).collect())));
+        let pairs = checkpoint.extents.iter().map(|e| Value::Array(vec![e.offset.into(), e.length.into()]));
+        entries.push(("extents", Value::Array(pairs.collect())));
     }
     entries
 }
 
-/// The answers of all workers.
-pub(super) fn workers(answer: &Value) -> &[Value] {
-    answer.as_array().map_or(&[], Vec::as_slice)
+/// Reports of the workers. What one does not say, or says wrongly, is taken for the worst: the default of `T`.
+pub(super) fn reports<T: DeserializeOwned + Default>(answer: &Value) -> Vec<T> {
+    let workers = answer.as_array().map_or(&[][..], Vec::as_slice);
+    workers.iter().enumerate().map(report).collect()
 }
 
-/// A text in a worker's answer.
-pub(super) fn text(answer: &Value, key: &str) -> Option<String> {
-    answer[key].as_str().map(str::to_owned)
-}
-
-/// The number that a worker gives itself, or its place among the answers.
-pub(super) fn worker_rank(at: usize, worker: &Value) -> u32 {
-    let rank = worker["rank"].as_u64().and_then(|rank| u32::try_from(rank).ok());
-    rank.unwrap_or_else(|| u32::try_from(at).unwrap_or(u32::MAX))
-}
-
-/// What a worker does not say, or says wrongly, is taken for the worst.
-fn report((at, worker): (usize, &Value)) -> WorkerReport {
-    let number = |key: &str| worker[key].as_u64().unwrap_or_default();
-    let state = match worker["state"].as_str() {
-        Some("loaded") => WorkerState::Loaded,
-        Some("unchanged") => WorkerState::Unchanged,
-        Some("restored-meta") => WorkerState::RestoredMeta,
-        _ => WorkerState::Mixed,
-    };
-    WorkerReport {
-        rank: worker_rank(at, worker),
-        ok: worker["ok"].as_bool() == Some(true),
-        state,
-        tensors: number("tensors"),
-        bytes: number("bytes"),
-        digest: text(worker, "digest"),
-        ms: worker["ms"].as_f64().unwrap_or_default(),
-        error: text(worker, "error"),
-        error_kind: text(worker, "error_kind"),
+fn report<T: DeserializeOwned + Default>((at, worker): (usize, &Value)) -> T {
+    let mut told = serde_json::Map::from_iter([("rank".to_owned(), at.into())]);
+    for (key, value) in worker.as_map().into_iter().flatten().filter(|(_, value)| !value.is_nil()) {
+        told.insert(key.as_str().unwrap_or_default().to_owned(), json!(value));
     }
+    let worst = |error: serde_json::Error| json!({ "rank": at, "error": format!("report: {error}") });
+    let read = serde_json::from_value(told.into());
+    read.or_else(|error| serde_json::from_value(worst(error))).unwrap_or_default()
 }
 
 /// Has an engine put a version on its outputs. False: its vLLM cannot.
@@ -174,6 +155,8 @@ pub(super) fn map(entries: Vec<(&str, Value)>) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use dp_sidecar_protocol::machine::weight_update::{Extent, WorkerState};
+
     use super::*;
 
     #[test]
@@ -181,7 +164,7 @@ mod tests {
         for nonsense in
             [Value::Nil, Value::from(3), map(vec![("ok", Value::from("yes")), ("state", Value::from(7))])]
         {
-            let report = report((4, &nonsense));
+            let report: WorkerReport = report((4, &nonsense));
             assert!(!report.ok);
             assert_eq!((report.rank, report.state), (4, WorkerState::Mixed));
             assert!(report.fault(&Checkpoint::default()).is_some());

@@ -29,21 +29,6 @@ struct Inner {
     digests: BTreeMap<PathBuf, (Vec<ManifestFile>, String)>,
 }
 
-/// What to check.
-#[derive(Clone, Debug)]
-pub(super) struct Job {
-    pub(super) source: PathBuf,
-    /// Directory of the command line's checkpoint.
-    pub(super) model_path: PathBuf,
-}
-
-/// Both checkpoints, of one node.
-#[derive(Clone, Debug)]
-pub(super) struct Checked {
-    pub(super) new: Checkpoint,
-    pub(super) previous: Option<Checkpoint>,
-}
-
 /// Calls the work off when dropped: a blocking task cannot be aborted.
 #[derive(Debug, Default)]
 pub(super) struct Cancel(Arc<AtomicBool>);
@@ -61,20 +46,20 @@ impl Drop for Cancel {
 }
 
 impl Known {
-    /// Checks the new directory against the model and hashes it. Blocks.
+    /// Checks a new directory against that of the command line's checkpoint, and hashes it. Blocks.
     pub(super) fn check(
         &self,
-        job: &Job,
+        source: &Path,
+        model_path: &Path,
         progress: &(dyn Fn(Progress) + Sync),
         cancel: &AtomicBool,
     ) -> Result<Checkpoint, String> {
-        let model = self.model(&job.model_path).map_err(|error| {
+        let model = self.model(model_path).map_err(|error| {
             format!("cannot read the checkpoint that the engines were started from: {error}")
         })?;
         // What a link points to: links such as `latest` are moved when the next checkpoint comes.
-        let source = job.source.canonicalize();
-        let source = source.as_ref().unwrap_or(&job.source);
-        let new = Manifest::read(source).map_err(|error| error.to_string())?;
+        let target = source.canonicalize();
+        let new = Manifest::read(target.as_deref().unwrap_or(source)).map_err(|error| error.to_string())?;
         new.check_against(&model).map_err(|error| error.to_string())?;
         let digest = self.digest(&new, progress, cancel).map_err(|error| error.to_string())?;
         Ok(new.checkpoint(Some(digest)))

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use dp_sidecar_protocol::machine::weight_update::updates::Failure;
 use dp_sidecar_protocol::machine::weight_update::{
-    Checkpoint, Config, NodeId, Outcome, Phase, RankProgress, RankRecord, Record, Refusal,
+    Checkpoint, Config, NodeId, Outcome, Phase, RankProgress, Record, Refusal,
 };
 use dp_sidecar_protocol::{EngineIndex, Incarnation, UpdateId, WeightVersion};
 use serde::{Deserialize, Serialize};
@@ -14,7 +14,7 @@ use thiserror::Error;
 use tokio::sync::mpsc;
 
 use super::super::handles::{GroupKind, StageEvent, StageHandle};
-use crate::api::{EngineTimes, ReportStatus, StageProgress, UNKNOWN, UpdateReport, UpdateRequest};
+use crate::api::{ReportStatus, StageProgress, UNKNOWN, UpdateReport, UpdateRequest};
 
 /// Settings of the update task.
 #[derive(Clone, Debug)]
@@ -35,7 +35,7 @@ impl UpdateConfig {
     pub fn new(kind: GroupKind, state_dir: impl Into<PathBuf>) -> Self {
         Self {
             state_dir: state_dir.into(),
-            machine: Config { lockstep: kind == GroupKind::Lockstep, ..Config::default() },
+            machine: Config { kind, ..Config::default() },
             call_timeout: Duration::from_secs(30),
             pause_deadline: Duration::from_secs(30),
             patience: Duration::from_secs(5),
@@ -118,13 +118,6 @@ impl From<&UpdateRecord> for UpdateReport {
     fn from(record: &UpdateRecord) -> Self {
         let UpdateRecord { message, version, record, .. } = record;
         let seconds = |ms: u64| Duration::from_millis(ms).as_secs_f64();
-        let times = |of: &RankRecord| EngineTimes {
-            state: of.state,
-            pause_ms: of.pause_ms,
-            load_ms: of.load_ms,
-            rollback_ms: of.rollback_ms,
-            errors: of.errors.clone(),
-        };
         let status = ReportStatus::from(&record.outcome);
         Self {
             id: record.id.clone(),
@@ -139,7 +132,7 @@ impl From<&UpdateRecord> for UpdateReport {
             total_s: seconds(record.total_ms),
             paused_s: seconds(record.paused_ms.unwrap_or_default()),
             bytes: record.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.bytes),
-            engines: record.ranks.iter().map(|(rank, of)| (*rank, times(of))).collect(),
+            engines: record.ranks.iter().map(|(rank, of)| (*rank, of.times.clone())).collect(),
             phases: record.phases.clone(),
             warnings: record.warnings.clone(),
         }
@@ -161,7 +154,7 @@ fn message(record: &Record, version: &WeightVersion) -> String {
             record
                 .ranks
                 .values()
-                .filter(|rank| !matches!(rank.state, RankProgress::Lost | RankProgress::Fenced))
+                .filter(|rank| !matches!(rank.times.state, RankProgress::Lost | RankProgress::Fenced))
                 .count(),
             seconds(record.total_ms),
             seconds(record.paused_ms.unwrap_or_default()),

@@ -30,7 +30,25 @@ use crate::handshake::{Addresses, Init};
 use crate::machine::mutation::{Mutation, mutated};
 use crate::{EngineIndex, Time};
 
-pub use types::{Action, Attempt, Config, Engines, Event, Snapshot, State};
+pub use types::{Action, Attempt, Engines, Event, Snapshot, State};
+
+/// First pause after a failed attempt; doubled up to [`BACKOFF_MAX`].
+const BACKOFF_MIN: Duration = Duration::from_millis(100);
+/// Longest pause between attempts.
+const BACKOFF_MAX: Duration = Duration::from_secs(1);
+/// Pause before a frontend is looked at again that was refused before HELLO.
+const REFUSED_RETRY: Duration = Duration::from_secs(5);
+/// Pause between the last handshake connection and the first HELLO, in which the loss of an
+/// earlier one is noticed: all must lead to the same process.
+const SETTLE: Duration = Duration::from_millis(100);
+/// A step of the handshake that takes longer than this is reported as the reason why the
+/// frontend is not attached. It is not given up: HELLO cannot be said twice.
+pub const STALL: Duration = Duration::from_secs(30);
+/// A frontend closes its handshake socket when it has READY of all engines. One that has not
+/// after this long is taken as attached, with a remark.
+const CONFIRM: Duration = Duration::from_secs(5);
+/// A frontend that is lost this soon after READY has probably refused it.
+const REFUSAL_WINDOW: Duration = Duration::from_secs(15);
 
 #[derive(Debug)]
 enum Phase {
@@ -78,7 +96,10 @@ enum After {
 /// The machine. See [`crate::machine`] for how to drive it.
 #[derive(Debug)]
 pub struct Attachment {
-    config: Config,
+    /// Handshake address of the frontend, for texts.
+    address: String,
+    /// See [`STALL`].
+    stall: Duration,
     phase: Phase,
     since: Time,
     /// The deployment as it is known now, if it is complete.
@@ -104,11 +125,13 @@ pub struct Attachment {
 }
 
 impl Attachment {
-    /// A machine that waits for the deployment.
-    pub fn new(config: Config) -> Self {
+    /// A machine that waits for the deployment; `address` is where the frontend's handshake socket is. A step of the
+    /// handshake stalls after `stall`, see [`STALL`].
+    pub fn new(address: impl Into<String>, stall: Duration) -> Self {
         Self {
-            backoff: config.backoff_min,
-            config,
+            backoff: BACKOFF_MIN,
+            address: address.into(),
+            stall,
             phase: Phase::Incomplete,
             since: Time::ZERO,
             known: None,
@@ -158,7 +181,7 @@ impl Attachment {
             Event::ProbeFailed { attempt, reason } if self.is(attempt) => {
                 if matches!(self.phase, Phase::Probing) {
                     if !self.refused {
-                        let address = &self.config.address;
+                        let address = &self.address;
                         let before = self.last_loss.as_ref();
                         let before =
                             before.map_or_else(String::new, |why| format!("; detached before: {why}"));
@@ -308,7 +331,7 @@ impl Attachment {
 
     fn enter_watched(&mut self, now: Time, phase: Phase) {
         self.enter(now, phase);
-        self.stall_at = Some(now + self.config.stall);
+        self.stall_at = Some(now + self.stall);
     }
 
     fn size(&self) -> u16 {
@@ -342,7 +365,7 @@ impl Attachment {
         }
         if let Some(error) = mismatch {
             self.refuse(error);
-            let until = now + self.config.refused_retry;
+            let until = now + REFUSED_RETRY;
             return self.enter(now, Phase::Backoff(until));
         }
         self.enter_watched(now, Phase::Connecting(BTreeSet::new()));
@@ -358,7 +381,7 @@ impl Attachment {
             connected.insert(rank);
             if connected.len() == usize::from(size) {
                 self.enter(now, Phase::Settling);
-                self.stall_at = Some(now + self.config.settle);
+                self.stall_at = Some(now + SETTLE);
             }
         }
     }
@@ -377,7 +400,7 @@ impl Attachment {
         if asked != rank {
             return;
         }
-        let address = self.config.address.clone();
+        let address = self.address.clone();
         let init = match Init::decode(payload) {
             Ok(init) => init,
             Err(error) => {
@@ -413,7 +436,7 @@ impl Attachment {
         if wanted > self.free_slots {
             let error = format!(
                 "frontend {} has {wanted} API servers, {} slots are free: start the sidecar with a larger --frontend-slots, or the frontend with a smaller --api-server-count",
-                self.config.address, self.free_slots
+                self.address, self.free_slots
             );
             self.refuse(error);
             if !matches!(self.phase, Phase::NoSlots) {
@@ -478,7 +501,7 @@ impl Attachment {
         {
             state.ready_sent = true;
             self.ready_at = Some(now);
-            self.stall_at = Some(now + self.config.confirm);
+            self.stall_at = Some(now + CONFIRM);
             self.refused = false;
             self.detail = None;
             if has_coordinator {
@@ -504,7 +527,7 @@ impl Attachment {
         self.enter(now, Phase::Attached);
         self.attachments += 1;
         self.refused = false;
-        self.backoff = self.config.backoff_min;
+        self.backoff = BACKOFF_MIN;
         self.close_handshake();
         self.actions.push_back(Action::Attached {
             attempt: self.attempt,

@@ -1,6 +1,8 @@
 //! What goes wrong, and what is said about it.
 
-use super::{Action, After, Attachment, Phase, api_servers, has_coordinator};
+use super::{
+    Action, After, Attachment, BACKOFF_MAX, CONFIRM, Phase, REFUSAL_WINDOW, api_servers, has_coordinator,
+};
 use crate::handshake::Init;
 use crate::machine::mutation::{Mutation, mutated};
 use crate::{EngineIndex, Time};
@@ -8,7 +10,7 @@ use crate::{EngineIndex, Time};
 impl Attachment {
     /// Why this INIT cannot be from a frontend of this deployment.
     pub(super) fn misfit(&self, init: &Init) -> Option<String> {
-        let address = &self.config.address;
+        let address = &self.address;
         let engines = self.engines.as_ref()?;
         if engines.size < 2 {
             return None;
@@ -29,9 +31,8 @@ impl Attachment {
     }
 
     pub(super) fn stalled(&mut self, now: Time) {
-        let address = self.config.address.clone();
+        let (address, stall) = (self.address.clone(), self.stall);
         let size = self.size();
-        let stall = self.config.stall;
         let has_coordinator = self.init.as_ref().is_some_and(has_coordinator);
         match &self.phase {
             Phase::Connecting(connected) => {
@@ -62,7 +63,7 @@ impl Attachment {
                 if open < needed {
                     self.detail = Some(format!("{open} of {needed} routes to frontend {address} are open"));
                     // Asked again: the routes have a deadline of their own.
-                    self.stall_at = Some(now + self.config.confirm);
+                    self.stall_at = Some(now + CONFIRM);
                 } else {
                     let remark = format!(
                         "frontend {address} has READY of all {size} ranks but keeps its handshake socket open: it may wait for more engines than {size}"
@@ -76,7 +77,7 @@ impl Attachment {
     }
 
     pub(super) fn handshake_lost(&mut self, now: Time, rank: EngineIndex, reason: &str) {
-        let address = self.config.address.clone();
+        let address = self.address.clone();
         let size = self.size();
         match &mut self.phase {
             Phase::Connecting(_) | Phase::Settling => {
@@ -125,12 +126,12 @@ impl Attachment {
     }
 
     pub(super) fn lost(&mut self, now: Time, reason: String) {
-        let soon = self.ready_at.is_some_and(|at| now.saturating_since(at) < self.config.refusal_window);
+        let soon = self.ready_at.is_some_and(|at| now.saturating_since(at) < REFUSAL_WINDOW);
         let hash = self.engines.as_ref().and_then(|engines| engines.parallel_config_hash.as_ref());
         if let (true, Some(hash)) = (soon, hash) {
             self.refuse(format!(
                 "frontend {} went away right after READY: either it was stopped, or its parallel flags differ from the engines' (their parallel_config_hash is {hash}; the frontend's log then says configuration mismatch) ({reason})",
-                self.config.address
+                self.address
             ));
         } else if !self.refused {
             self.detail = Some(reason.clone());
@@ -158,7 +159,7 @@ impl Attachment {
         self.init = None;
         self.ready_at = None;
         let until = now + self.backoff;
-        self.backoff = (self.backoff * 2).min(self.config.backoff_max);
+        self.backoff = (self.backoff * 2).min(BACKOFF_MAX);
         self.enter(now, Phase::Backoff(until));
     }
 

@@ -1,51 +1,12 @@
-//! Configuration, events, actions and snapshot of the attachment machine.
+//! Events, actions and snapshot of the attachment machine.
 
-use std::time::Duration;
+use std::fmt;
 
 use bytes::Bytes;
+use serde::Serialize;
 
 use crate::handshake::Addresses;
 use crate::{EngineIndex, Wave};
-
-/// Bounds of an attachment.
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// Handshake address of the frontend, for texts.
-    pub address: String,
-    /// First pause after a failed attempt; doubled up to `backoff_max`.
-    pub backoff_min: Duration,
-    /// Longest pause between attempts.
-    pub backoff_max: Duration,
-    /// Pause before a frontend is looked at again that was refused before HELLO.
-    pub refused_retry: Duration,
-    /// Pause between the last handshake connection and the first HELLO, in which the loss of an
-    /// earlier one is noticed: all must lead to the same process.
-    pub settle: Duration,
-    /// A step of the handshake that takes longer than this is reported as the reason why the
-    /// frontend is not attached. It is not given up: HELLO cannot be said twice.
-    pub stall: Duration,
-    /// A frontend closes its handshake socket when it has READY of all engines. One that has not
-    /// after this long is taken as attached, with a remark.
-    pub confirm: Duration,
-    /// A frontend that is lost this soon after READY has probably refused it.
-    pub refusal_window: Duration,
-}
-
-impl Config {
-    /// The usual bounds.
-    pub fn new(address: impl Into<String>) -> Self {
-        Self {
-            address: address.into(),
-            backoff_min: Duration::from_millis(100),
-            backoff_max: Duration::from_secs(1),
-            refused_retry: Duration::from_secs(5),
-            settle: Duration::from_millis(100),
-            stall: Duration::from_secs(30),
-            confirm: Duration::from_secs(5),
-            refusal_window: Duration::from_secs(15),
-        }
-    }
-}
 
 /// The engines that the frontend is going to see.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -192,7 +153,8 @@ pub enum Action {
 }
 
 /// State names as they are shown.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum State {
     /// The deployment is not complete, or nobody accepts at the address.
     Waiting,
@@ -209,18 +171,9 @@ pub enum State {
     Removed,
 }
 
-impl State {
-    /// The name for status output.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Waiting => "waiting",
-            Self::Connecting => "connecting",
-            Self::Handshake => "handshake",
-            Self::Registering => "registering",
-            Self::Attached => "attached",
-            Self::Refused => "refused",
-            Self::Removed => "removed",
-        }
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.serialize(f)
     }
 }
 

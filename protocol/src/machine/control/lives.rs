@@ -7,7 +7,7 @@ use rmpv::Value;
 use crate::machine::mutation::{Mutation, mutated};
 use crate::{EngineIndex, FrontendId, PausedBy, Time};
 
-use super::{Action, Control, Errand, Holder, Severity, list};
+use super::{Action, Control, Errand, Holder, PAUSE_GRACE, ROUND_TIMEOUT, Severity, list};
 
 impl Control {
     pub(super) fn engine_up(&mut self, rank: EngineIndex) {
@@ -47,7 +47,7 @@ impl Control {
         for round in gone.into_iter().chain(also_gone) {
             self.refuse(round, "the frontend is gone");
         }
-        let ends = now + self.config.pause_grace;
+        let ends = now + PAUSE_GRACE;
         if let Some(Holder::Round { round, lease_ends, .. }) = &mut self.holder
             && round.frontend == frontend
         {
@@ -59,7 +59,7 @@ impl Control {
                 Severity::Warning,
                 format!(
                     "frontend {frontend} is gone and left the engines paused; they are resumed in {:?}",
-                    self.config.pause_grace
+                    PAUSE_GRACE
                 ),
             );
         }
@@ -70,12 +70,12 @@ impl Control {
             return false;
         }
         // A lockstep group pauses together, so all of it must be there.
-        !self.config.lockstep || self.up == self.config.ranks
+        !self.kind.is_lockstep() || self.up == self.ranks
     }
 
     pub(super) fn lift_pause(&mut self, now: Time) {
         self.lease_ends = None;
-        if self.config.lockstep && (self.up != self.config.ranks || !self.pause_again.is_empty()) {
+        if self.kind.is_lockstep() && (self.up != self.ranks || !self.pause_again.is_empty()) {
             // The group is being started again, or just was: it comes up without a pause.
             self.set_paused(None);
             return;
@@ -92,7 +92,7 @@ impl Control {
     }
 
     pub(super) fn pause_restarted(&mut self, now: Time) {
-        let ranks = if self.config.lockstep { self.up.clone() } else { self.pause_again.clone() };
+        let ranks = if self.kind.is_lockstep() { self.up.clone() } else { self.pause_again.clone() };
         self.pause_again.clear();
         self.note(Severity::Info, format!("pausing rank {} again after its start", list(&ranks)));
         let args = [Value::from("keep"), Value::Boolean(false)];
@@ -121,7 +121,7 @@ impl Control {
             operation: self.next_operation,
             waiting: ranks.clone(),
             failures: Vec::new(),
-            deadline: now + self.config.round_timeout,
+            deadline: now + ROUND_TIMEOUT,
         });
         self.finish_errand_if_done();
     }

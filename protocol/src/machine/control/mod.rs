@@ -24,9 +24,9 @@ use rmpv::Value;
 
 use crate::machine::held_call::{HeldCall, Verdict};
 use crate::machine::mutation::{Mutation, mutated};
-use crate::{EngineIndex, FrontendId, PausedBy, Time};
+use crate::{EngineIndex, FrontendId, GroupKind, PausedBy, Time};
 
-pub use types::{Action, Event, OwnerId, Severity, Snapshot};
+pub use types::{Action, Event, Grant, OwnerId, Severity, Snapshot};
 
 /// Rounds kept waiting; more are refused.
 const MAX_ROUNDS: usize = 256;
@@ -43,32 +43,12 @@ const WEIGHT_METHODS: &[&str] = &[
     "update_weights",
 ];
 
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// All ranks of the deployment.
-    pub ranks: BTreeSet<EngineIndex>,
-    /// The engines step together (MoE).
-    pub lockstep: bool,
-    /// How long to wait for the calls of the other ranks.
-    pub gather_timeout: Duration,
-    /// How long a round may keep the lock. A pause in mode `wait` lasts as long as the longest response.
-    pub round_timeout: Duration,
-    /// How long a pause outlives the frontend that asked for it.
-    pub pause_grace: Duration,
-}
-
-impl Config {
-    /// Usual settings for these ranks.
-    pub fn new(ranks: impl IntoIterator<Item = EngineIndex>, lockstep: bool) -> Self {
-        Self {
-            ranks: ranks.into_iter().collect(),
-            lockstep,
-            gather_timeout: Duration::from_secs(5),
-            round_timeout: Duration::from_secs(1800),
-            pause_grace: Duration::from_secs(30),
-        }
-    }
-}
+/// How long to wait for the calls of the other ranks.
+const GATHER_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a round may keep the lock. A pause in mode `wait` lasts as long as the longest response.
+pub const ROUND_TIMEOUT: Duration = Duration::from_secs(1800);
+/// How long a pause outlives the frontend that asked for it.
+const PAUSE_GRACE: Duration = Duration::from_secs(30);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -183,7 +163,9 @@ struct Waiter {
 
 #[derive(Debug)]
 pub struct Control {
-    config: Config,
+    /// All ranks of the deployment.
+    ranks: BTreeSet<EngineIndex>,
+    kind: GroupKind,
     actions: VecDeque<Action>,
     up: BTreeSet<EngineIndex>,
     gathering: VecDeque<Round>,
@@ -203,9 +185,10 @@ pub struct Control {
 
 impl Control {
     /// A machine in front of engines that are all down yet.
-    pub const fn new(config: Config) -> Self {
+    pub fn new(ranks: impl IntoIterator<Item = EngineIndex>, kind: GroupKind) -> Self {
         Self {
-            config,
+            ranks: ranks.into_iter().collect(),
+            kind,
             actions: VecDeque::new(),
             up: BTreeSet::new(),
             gathering: VecDeque::new(),
@@ -277,11 +260,11 @@ impl Control {
                 continue;
             }
             let has = list(round.tickets.keys());
-            let missing = list(self.config.ranks.iter().filter(|rank| !round.tickets.contains_key(rank)));
+            let missing = list(self.ranks.iter().filter(|rank| !round.tickets.contains_key(rank)));
             let text = format!(
                 "{} came in for rank {has} only, not for rank {missing} within {:?}",
                 round.name(),
-                self.config.gather_timeout
+                GATHER_TIMEOUT
             );
             self.refuse(round, &text);
         }
@@ -336,14 +319,14 @@ impl Control {
             method: held.method.clone(),
             args: held.args.clone(),
             tickets: BTreeMap::from([(held.rank, held.ticket)]),
-            deadline: now + self.config.gather_timeout,
+            deadline: now + GATHER_TIMEOUT,
         };
         if let Some(Holder::Owner { .. }) = &self.holder {
             let text = self.busy_text();
             self.refuse(single, &text);
             return;
         }
-        if !self.config.ranks.contains(&held.rank) {
+        if !self.ranks.contains(&held.rank) {
             let text = format!("rank {} is not one of this deployment", held.rank);
             self.refuse(single, &text);
             return;
@@ -357,7 +340,7 @@ impl Control {
         if let Some(at) = fitting {
             let round = &mut self.gathering[at];
             round.tickets.insert(held.rank, held.ticket);
-            if round.tickets.len() < self.config.ranks.len() {
+            if round.tickets.len() < self.ranks.len() {
                 return;
             }
             let Some(complete) = self.gathering.remove(at) else {
@@ -368,7 +351,7 @@ impl Control {
             self.refuse(single, "too many control calls are waiting");
             return;
         }
-        if single.tickets.len() == self.config.ranks.len() {
+        if single.tickets.len() == self.ranks.len() {
             self.ready.push_back(single);
         } else {
             self.gathering.push_back(single);
@@ -428,12 +411,12 @@ impl Control {
         for round in gathering.into_iter().chain(ready) {
             self.refuse(round, &text);
         }
-        self.actions.push_back(Action::Granted {
-            owner: waiter.owner,
+        let grant = Grant {
             paused_by: self.paused_by.clone(),
             external_weights: self.external_weights,
             asleep: self.asleep,
-        });
+        };
+        self.actions.push_back(Action::Granted { owner: waiter.owner, grant });
     }
 
     fn holder_timeout(&mut self, now: Time) {
@@ -447,7 +430,7 @@ impl Control {
                     "{} was not answered by rank {} within {:?}",
                     round.name(),
                     list(waiting.iter()),
-                    self.config.round_timeout
+                    ROUND_TIMEOUT
                 );
                 for rank in std::mem::take(waiting) {
                     results.insert(rank, Err("not answered in time".to_owned()));

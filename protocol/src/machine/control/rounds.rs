@@ -8,13 +8,13 @@ use crate::machine::held_call::Verdict;
 use crate::machine::mutation::{Mutation, mutated};
 use crate::{EngineIndex, PausedBy, Time};
 
-use super::{Action, Control, Holder, Kind, Round, Severity, kind_of, list};
+use super::{Action, Control, Holder, Kind, ROUND_TIMEOUT, Round, Severity, kind_of, list};
 
 impl Control {
     /// Decides on a complete round and, unless that settles it, lets it have the lock.
     pub(super) fn run(&mut self, now: Time, round: Round) {
         let kind = kind_of(&round.method, &round.args);
-        let down: Vec<EngineIndex> = self.config.ranks.difference(&self.up).copied().collect();
+        let down: Vec<EngineIndex> = self.ranks.difference(&self.up).copied().collect();
         let paused = self.paused_by.is_some() || self.asleep;
         match kind {
             Kind::Resume | Kind::WakeUp if self.paused_by == Some(PausedBy::Operator) => {
@@ -32,14 +32,14 @@ impl Control {
                 self.answer(round, &Value::Boolean(true));
                 return;
             }
-            Kind::Pause | Kind::Resume if down.len() == self.config.ranks.len() => {
+            Kind::Pause | Kind::Resume if down.len() == self.ranks.len() => {
                 // Engines that start again are paused, or not, by what is remembered here.
                 let by = (kind == Kind::Pause).then_some(PausedBy::Frontend { id: round.frontend });
                 self.set_paused_by_round(by);
                 self.answer(round, &Value::Nil);
                 return;
             }
-            Kind::Pause | Kind::Resume if !self.config.lockstep => {}
+            Kind::Pause | Kind::Resume if !self.kind.is_lockstep() => {}
             _ if !down.is_empty() && !mutated(Mutation::RunInPart) => {
                 let text = format!("engine of rank {} is down", list(&down));
                 self.refuse(round, &text);
@@ -66,7 +66,7 @@ impl Control {
             waiting,
             results: BTreeMap::new(),
             lease_ends: None,
-            deadline: now + self.config.round_timeout,
+            deadline: now + ROUND_TIMEOUT,
         });
     }
 

@@ -90,6 +90,17 @@ pub enum Severity {
     Warning,
 }
 
+/// How the engines are when somebody takes the lock.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Grant {
+    /// Who had paused the engines before.
+    pub paused_by: Option<PausedBy>,
+    /// A frontend has loaded weights; which ones is unknown.
+    pub external_weights: bool,
+    /// The engines are asleep: their weights are not in place.
+    pub asleep: bool,
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub enum Action {
     /// Tell a rank what to do with a held call. The decisions of a round come together and must be sent
@@ -107,15 +118,7 @@ pub enum Action {
         args: Vec<Value>,
     },
     /// The lock is theirs.
-    Granted {
-        owner: OwnerId,
-        /// Who had paused the engines before.
-        paused_by: Option<PausedBy>,
-        /// A frontend has loaded weights; which ones is unknown.
-        external_weights: bool,
-        /// The engines are asleep: their weights are not in place.
-        asleep: bool,
-    },
+    Granted { owner: OwnerId, grant: Grant },
     /// Somebody else held the lock for too long.
     Denied {
         /// Who waited.

@@ -4,12 +4,13 @@
 //! what frontends were to be told. What cannot be lost, because the edges outlive the DP coordinator and note it: the
 //! newest wave.
 
-use super::{Adopted, Coordinator, EngineIndex, Mutation, Note, Report, Stage};
+use super::{Adopted, Coordinator, EngineIndex, Note, Report, Stage};
+use crate::machine::mutation::{Mutation, mutated};
 use crate::{Time, Wave};
 
 impl Coordinator {
     pub(super) fn adopted(&mut self, now: Time, wave: Wave, engines: &[Adopted]) {
-        if self.lockstep() && !self.config.mutated(Mutation::AdoptFromZero) {
+        if self.lockstep() && !mutated(Mutation::AdoptFromZero) {
             self.raise(wave);
         }
         for engine in engines {
@@ -104,7 +105,7 @@ impl Coordinator {
     /// runs, and costs one that does not a single step.
     fn wake_unknown(&mut self, now: Time) {
         self.running = false;
-        if !self.config.mutated(Mutation::AdoptWithoutWake) {
+        if !mutated(Mutation::AdoptWithoutWake) {
             self.send_wake(now);
         }
     }

@@ -1,30 +1,8 @@
 //! What goes into the DP coordinator machine and what comes out.
 
-use serde::{Deserialize, Serialize};
-
-use crate::layout::{FirstReq, Layout, VllmVersion};
+use crate::layout::Layout;
 use crate::stats::Load;
 use crate::{EngineIdentity, EngineIndex, FrontendId, Incarnation, Wave};
-
-/// How the ranks depend on each other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum GroupKind {
-    /// Dense models (vLLM 0.14.1 and later): each rank runs, pauses, dies and restarts alone.
-    Independent,
-    /// MoE models: the ranks step in lockstep, pause by consensus, and live and die together.
-    Lockstep,
-}
-
-impl GroupKind {
-    /// The kind of model that has it, as the flag `--model-kind` spells it.
-    pub const fn model(self) -> &'static str {
-        match self {
-            Self::Independent => "dense",
-            Self::Lockstep => "moe",
-        }
-    }
-}
 
 /// Whose rules the machine follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,48 +12,6 @@ pub enum Behaviour {
     /// Exactly those of `DPCoordinatorProc`; engines are never replaced and frontends are connected
     /// directly.
     Upstream,
-}
-
-/// What depends on the vLLM version of the engines.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CoordinatorRules {
-    /// Counts are `[waiting, running, kv_cache_usage]` (0.27.1 and later) instead of
-    /// `[waiting, running]`.
-    pub counts_with_kv_usage: bool,
-    /// Frontends send FIRST_REQ (up to 0.32); later the engines alone start waves.
-    pub first_request: bool,
-    /// `DPCoordinatorProc` takes its own START_DP_WAVE for a running group (up to 0.28). Only
-    /// [`Behaviour::Upstream`] does the same.
-    pub first_request_sets_running: bool,
-    /// Engines survive a second READY (0.17.1 and later).
-    pub ready_twice: bool,
-    /// Paused engines drop START_DP_WAVE (0.21.0 and later); earlier ones start to step.
-    pub paused_ignores_start: bool,
-}
-
-impl CoordinatorRules {
-    /// The rules of vLLM 0.`minor`.`patch`, or of the closest known version.
-    pub fn of(minor: u16, patch: u16) -> Self {
-        Self::from(&Layout::closest(VllmVersion::new(0, minor, patch)))
-    }
-}
-
-impl From<&Layout> for CoordinatorRules {
-    fn from(layout: &Layout) -> Self {
-        Self {
-            counts_with_kv_usage: layout.counts_arity() > 2,
-            first_request: layout.first_req() != FirstReq::None,
-            first_request_sets_running: layout.first_req() == FirstReq::StartsAndSetsRunning,
-            ready_twice: layout.second_ready_tolerated(),
-            paused_ignores_start: layout.two_phase_pause(),
-        }
-    }
-}
-
-impl Default for CoordinatorRules {
-    fn default() -> Self {
-        Self::of(32, 0)
-    }
 }
 
 /// At which step of which wave stats were taken. Ordered.
@@ -148,7 +84,7 @@ pub enum Event {
         engines: Vec<Adopted>,
     },
     /// The version of the engines is known, or has changed.
-    Rules(CoordinatorRules),
+    Version(Box<Layout>),
     /// An engine has subscribed (again).
     Subscribed {
         rank: EngineIndex,

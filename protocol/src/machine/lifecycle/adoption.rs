@@ -35,7 +35,7 @@ impl Lifecycle {
             // Had the deployment come up, an engine that does not start is no reason to end it.
             state.served = had_served;
             state.last_error = report.ended.clone();
-            match life(&rank).filter(|_| whole || !machine.config.lockstep) {
+            match life(&rank).filter(|_| whole || !machine.config.kind.is_lockstep()) {
                 Some(incarnation) => {
                     state.incarnation = incarnation;
                     state.process = spawn;
@@ -43,7 +43,7 @@ impl Lifecycle {
                     state.handshaken = true;
                     state.until = None;
                     // Whoever is admitted holds the committed weights, and so does its whole group.
-                    let adopt = if machine.config.lockstep { had_served } else { report.admitted };
+                    let adopt = if machine.config.kind.is_lockstep() { had_served } else { report.admitted };
                     let adopt = adopt || mutated(Mutation::AdoptUnrestored);
                     if adopt {
                         state.phase = Phase::Adopting;
@@ -59,7 +59,7 @@ impl Lifecycle {
         if !to_adopt.is_empty() {
             machine.actions.push_back(Action::Adopt { ranks: to_adopt });
         }
-        if machine.config.lockstep {
+        if machine.config.kind.is_lockstep() {
             if !to_restore.is_empty() {
                 machine.actions.push_back(Action::Restore { ranks: to_restore });
             }
@@ -159,7 +159,7 @@ impl Lifecycle {
                     Phase::Preparing => {
                         state.incarnation = stray;
                         self.discard(now, rank, report);
-                        if self.config.lockstep {
+                        if self.config.kind.is_lockstep() {
                             let reason = "a process of an earlier life is still there";
                             self.end_group(now, rank, reason, true);
                         }

@@ -1,7 +1,6 @@
 //! How lives end: lost, fenced, exited, stopped; and what follows.
 
 use super::{Action, Lifecycle, Phase};
-use crate::machine::restart;
 use crate::{EngineIndex, Incarnation, Time};
 
 impl Lifecycle {
@@ -24,7 +23,7 @@ impl Lifecycle {
             return;
         }
         self.end_rank(now, rank, reason);
-        if self.config.lockstep {
+        if self.config.kind.is_lockstep() {
             self.end_group(now, rank, reason, false);
         }
     }
@@ -35,7 +34,7 @@ impl Lifecycle {
             state.discarded = true;
         }
         self.end_rank(now, rank, reason);
-        if self.config.lockstep {
+        if self.config.kind.is_lockstep() {
             self.end_group(now, rank, reason, true);
         }
     }
@@ -44,24 +43,12 @@ impl Lifecycle {
     pub(super) fn end_group(&mut self, now: Time, rank: EngineIndex, reason: &str, at_no_charge: bool) {
         let others: Vec<EngineIndex> = self.ranks.keys().copied().filter(|&r| r != rank).collect();
         for other in others {
-            let phase = self.ranks.get(&other).map(|s| s.phase);
-            let active = matches!(
-                phase,
-                Some(
-                    Phase::Preparing
-                        | Phase::Starting
-                        | Phase::Connected
-                        | Phase::Ready
-                        | Phase::Restoring
-                        | Phase::Adopting
-                        | Phase::Serving
-                )
-            );
+            let alive = self.ranks.get(&other).is_some_and(|s| s.phase.is_alive());
             // Engines that somebody else starts may already be of the next generation.
             let same = self.config.spawn
                 || self.ranks.get(&other).map(|s| s.incarnation)
                     == self.ranks.get(&rank).map(|s| s.incarnation);
-            if active && same {
+            if alive && same {
                 let text = format!("lockstep group of engine {rank} ended: {reason}");
                 if let Some(state) = self.ranks.get_mut(&other) {
                     state.discarded |= at_no_charge;
@@ -78,16 +65,7 @@ impl Lifecycle {
             return;
         };
         let incarnation = state.incarnation;
-        let was_open = matches!(
-            state.phase,
-            Phase::Starting
-                | Phase::Connected
-                | Phase::Ready
-                | Phase::Restoring
-                | Phase::Adopting
-                | Phase::Serving
-        );
-        let handshake_only = matches!(state.phase, Phase::Preparing | Phase::Starting) && !spawn;
+        let was_alive = state.phase.is_alive();
         state.last_error = Some(reason.to_owned());
         state.phase = Phase::Stopping;
         state.until = None;
@@ -95,7 +73,7 @@ impl Lifecycle {
         self.actions.push_back(Action::Down { rank, incarnation, reason: reason.to_owned() });
         if spawn && state.process {
             self.actions.push_back(Action::StopProcess { rank, incarnation });
-        } else if spawn || handshake_only || was_open {
+        } else if spawn || was_alive {
             // Nothing to wait for: no process of ours. An engine of somebody else whose connection
             // closed is gone; one that is only fenced keeps its old sockets until they are replaced.
             self.gone(now, rank);
@@ -138,30 +116,22 @@ impl Lifecycle {
             self.report_stopped();
             return;
         }
-        if state.discarded {
+        // Where somebody else starts the engines, they decide when: be ready for HELLO at once.
+        if state.discarded || !spawn {
             state.phase = Phase::Waiting;
             state.until = Some(now);
             return;
         }
-        if !spawn {
-            // Whoever starts the engines decides when: be ready for HELLO at once.
-            state.phase = Phase::Waiting;
-            state.until = Some(now);
-            return;
-        }
-        let last = state.last_error.clone().unwrap_or_default();
-        let failed = restart::Event::Failed { reason: last };
-        state.restart.handle_event(now, failed);
-        match state.restart.snapshot() {
-            restart::State::Waiting { until } => {
+        match state.restart.failed(now, state.last_error.as_deref().unwrap_or_default()) {
+            Ok(until) => {
                 state.phase = Phase::Waiting;
                 state.until = Some(until);
             }
-            restart::State::GivenUp(why) => {
+            Err(why) => {
                 state.phase = Phase::GivenUp;
                 state.until = None;
                 let none_left =
-                    self.config.lockstep || self.ranks.values().all(|s| s.phase == Phase::GivenUp);
+                    self.config.kind.is_lockstep() || self.ranks.values().all(|s| s.phase == Phase::GivenUp);
                 if none_left {
                     self.failed = true;
                     let reason = format!("engine {rank} is not started again: {why}");
@@ -169,7 +139,6 @@ impl Lifecycle {
                     self.actions.push_back(Action::Fail { reason, timeout });
                 }
             }
-            other => debug_assert!(false, "a failed process is not {other:?}"),
         }
     }
 
@@ -186,20 +155,17 @@ impl Lifecycle {
             let incarnation = state.incarnation;
             state.process = false;
             state.registered = false;
-            match state.phase {
-                Phase::Waiting | Phase::GivenUp | Phase::Stopped => {}
-                _ => {
-                    let reason = "the keeper was killed; its processes were stopped".to_owned();
-                    state.last_error = Some(reason.clone());
-                    // Not the engine's fault: no back-off, nothing charged to its budget.
-                    state.phase = Phase::Waiting;
-                    state.until = Some(now);
-                    self.actions.push_back(Action::Down { rank, incarnation, reason });
-                    any = any.or(Some(rank));
-                }
+            if state.phase.is_alive() || state.phase == Phase::Stopping {
+                let reason = "the keeper was killed; its processes were stopped".to_owned();
+                state.last_error = Some(reason.clone());
+                // Not the engine's fault: no back-off, nothing charged to its budget.
+                state.phase = Phase::Waiting;
+                state.until = Some(now);
+                self.actions.push_back(Action::Down { rank, incarnation, reason });
+                any = any.or(Some(rank));
             }
         }
-        if let Some(rank) = any.filter(|_| self.config.lockstep) {
+        if let Some(rank) = any.filter(|_| self.config.kind.is_lockstep()) {
             self.end_group(now, rank, "the keeper of its node was killed", true);
         }
     }
@@ -213,15 +179,7 @@ impl Lifecycle {
         for (&rank, state) in &mut self.ranks {
             let incarnation = state.incarnation;
             state.until = None;
-            if matches!(
-                state.phase,
-                Phase::Starting
-                    | Phase::Connected
-                    | Phase::Ready
-                    | Phase::Restoring
-                    | Phase::Adopting
-                    | Phase::Serving
-            ) {
+            if state.phase.is_open() {
                 let reason = "the sidecar is stopping".to_owned();
                 self.actions.push_back(Action::Down { rank, incarnation, reason });
                 if spawn && state.process {

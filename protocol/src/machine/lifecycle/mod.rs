@@ -19,7 +19,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::machine::mutation::{Mutation, mutated};
-use crate::machine::restart::{self, Restart};
+use crate::machine::restart::Restart;
 use crate::{EngineIndex, Incarnation, Time};
 
 mod adoption;
@@ -152,7 +152,7 @@ impl Lifecycle {
                 _ => state.until = None,
             }
         }
-        if self.config.lockstep {
+        if self.config.kind.is_lockstep() {
             // One generation: the group starts only when every rank is free to.
             let all_waiting = self.away.is_empty()
                 && self
@@ -166,7 +166,7 @@ impl Lifecycle {
         if begin.is_empty() {
             return;
         }
-        if self.config.lockstep {
+        if self.config.kind.is_lockstep() {
             let generation = if self.config.spawn { self.next() } else { self.join_generation() };
             for rank in begin {
                 self.prepare(now, rank, generation);
@@ -213,7 +213,7 @@ impl Lifecycle {
         state.unsure = false;
         state.spawned = false;
         state.phase = Phase::Preparing;
-        state.restart.handle_event(now, restart::Event::Started);
+        state.restart.started();
         state.incarnation = incarnation;
         state.registered = false;
         state.handshaken = false;
@@ -295,7 +295,7 @@ impl Lifecycle {
                         state.phase = Phase::Serving;
                         state.served = true;
                         state.since = now;
-                        state.restart.handle_event(now, restart::Event::Ready);
+                        state.restart.ready(now);
                         self.actions.push_back(Action::Admit { rank, incarnation });
                     }
                 }
@@ -320,15 +320,8 @@ impl Lifecycle {
                 }
             }
             Event::Lost { rank, incarnation, reason } => {
-                let alive = [
-                    Phase::Starting,
-                    Phase::Connected,
-                    Phase::Ready,
-                    Phase::Restoring,
-                    Phase::Adopting,
-                    Phase::Serving,
-                ];
-                if self.current(rank, incarnation, &alive).is_some() {
+                let current = self.ranks.get(&rank).filter(|s| s.incarnation == incarnation);
+                if current.is_some_and(|s| s.phase.is_open()) {
                     self.lose(now, rank, &format!("engine {rank} was lost: {reason}"), false);
                 } else if !self.config.spawn && self.current(rank, incarnation, &[Phase::Stopping]).is_some()
                 {
@@ -337,10 +330,7 @@ impl Lifecycle {
             }
             Event::Exited { rank, incarnation, reason } => self.exited(now, rank, incarnation, &reason),
             Event::Fence { rank, reason } => {
-                let alive = self.ranks.get(&rank).is_some_and(|s| {
-                    !matches!(s.phase, Phase::Stopping | Phase::Waiting | Phase::GivenUp | Phase::Stopped)
-                });
-                if alive {
+                if self.ranks.get(&rank).is_some_and(|s| s.phase.is_alive()) {
                     self.lose(now, rank, &format!("engine {rank} is fenced: {reason}"), false);
                 }
             }
@@ -404,7 +394,7 @@ impl Lifecycle {
         state.phase = Phase::Ready;
         state.until = None;
         state.since = now;
-        if self.config.lockstep {
+        if self.config.kind.is_lockstep() {
             let generation = state.incarnation;
             let all = self.ranks.values().all(|s| s.phase == Phase::Ready && s.incarnation == generation);
             if all {
@@ -436,7 +426,7 @@ impl Lifecycle {
         let limits = reachable().filter(|s| s.phase != Phase::Waiting);
         let limit = limits.filter_map(|s| s.until).min();
         let waiting = reachable().filter(|s| s.phase == Phase::Waiting);
-        let begin = if self.config.lockstep && self.config.spawn {
+        let begin = if self.config.kind.is_lockstep() && self.config.spawn {
             // The group begins together, when the last of it may.
             let all = self.away.is_empty() && self.ranks.values().all(|s| s.phase == Phase::Waiting);
             waiting.filter_map(|s| s.until).max().filter(|_| all)

@@ -4,15 +4,15 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::machine::restart::RestartPolicy;
-use crate::{EngineIndex, Incarnation};
+use crate::{EngineIndex, GroupKind, Incarnation};
 
 /// What the machine needs to know in advance.
 #[derive(Clone, Debug)]
 pub struct LifecycleConfig {
     /// The ranks of the deployment, whichever node they run on.
     pub ranks: Vec<EngineIndex>,
-    /// MoE: all ranks share one fate.
-    pub lockstep: bool,
+    /// In lockstep all ranks share one fate.
+    pub kind: GroupKind,
     /// True when the sidecar starts the processes (through the keeper); false when somebody else does.
     pub spawn: bool,
     /// From the start of a process until READY; then it counts as failed. Not used for engines that
@@ -169,6 +169,21 @@ pub enum Phase {
     GivenUp,
     /// Stopped on request.
     Stopped,
+}
+
+impl Phase {
+    /// An engine may be there, and talk.
+    pub(super) const fn is_open(self) -> bool {
+        matches!(
+            self,
+            Self::Starting | Self::Connected | Self::Ready | Self::Restoring | Self::Adopting | Self::Serving
+        )
+    }
+
+    /// A life that has begun, and is not being ended.
+    pub(super) const fn is_alive(self) -> bool {
+        self.is_open() || matches!(self, Self::Preparing)
+    }
 }
 
 /// Plain data about one rank.

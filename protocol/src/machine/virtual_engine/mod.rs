@@ -267,17 +267,6 @@ pub struct VirtualEngine {
     engine_clock: f64,
     refused: u64,
     actions: VecDeque<Action>,
-    #[cfg(test)]
-    mutation: Option<Mutation>,
-}
-
-/// Mistakes that the simulation must notice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Mutation {
-    /// What was in flight on a lost engine is not answered.
-    ForgetInFlightAtDown,
-    /// A slot is given away before the engine has confirmed.
-    ReuseSlotWithoutFence,
 }
 
 impl VirtualEngine {
@@ -300,8 +289,6 @@ impl VirtualEngine {
             engine_clock: 0.001,
             refused: 0,
             actions: VecDeque::new(),
-            #[cfg(test)]
-            mutation: None,
             config,
         }
     }
@@ -416,17 +403,6 @@ impl VirtualEngine {
             }
         }
         self.pump();
-    }
-
-    #[cfg(test)]
-    fn mutated(&self, mutation: Mutation) -> bool {
-        self.mutation == Some(mutation)
-    }
-
-    #[cfg(not(test))]
-    #[expect(clippy::unused_self, reason = "the tests' variant reads a field")]
-    const fn mutated(&self, _mutation: Mutation) -> bool {
-        false
     }
 
     fn describe_engine(&self) -> String {

@@ -8,6 +8,7 @@ use bytes::Bytes;
 
 use super::{Engine, VirtualEngine};
 use crate::frames::Frames;
+use crate::machine::mutation::{Mutation, mutated};
 use crate::time::Time;
 
 /// An aborted request that the engine never reports as finished is forgotten after this long.
@@ -324,7 +325,7 @@ impl VirtualEngine {
                 self.requests.remove(id);
             }
             self.slots[slot].sent = 0;
-            if !live.is_empty() && !self.mutated(super::Mutation::ForgetInFlightAtDown) {
+            if !live.is_empty() && !mutated(Mutation::ForgetInFlightAtDown) {
                 self.answer_with_error(slot, live.iter().map(|id| &**id));
             }
             // The owner's load balancer counts them until it hears that they are finished.

@@ -18,10 +18,11 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::machine::held_call::Verdict;
 
-use super::{Action, Config, Event, Mutation, VirtualEngine};
+use super::{Action, Config, Event, VirtualEngine};
 use crate::frames::{ENGINE_CORE_DEAD, Frames, RequestType};
 use crate::ids::{CallId, ClientIndex, EngineIndex, FrontendId, Incarnation, Slot, Wave};
 use crate::layout::Layout;
+use crate::machine::mutation::{self, Mutation};
 use crate::output::{EngineOutput, FinishReason, NewOutput, NewOutputs};
 use crate::request::{self, FrontendMessage, NewRequest, check_frontend_message};
 use crate::time::Time;
@@ -90,8 +91,8 @@ impl World {
         config.hold_calls_for = Duration::from_millis(400);
         config.decide_within = Duration::from_secs(2);
         config.max_calls = 3;
-        let mut machine = VirtualEngine::new(config);
-        machine.mutation = mutation;
+        mutation::set(mutation);
+        let machine = VirtualEngine::new(config);
         Self {
             rng: ChaCha8Rng::seed_from_u64(seed),
             now: Time::ZERO,

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use super::calls::{Pending, WaitingCall};
 use super::requests::AbortOutcome;
-use super::{Action, Engine, Event, Mutation, NoFreeSlot, Owner, VirtualEngine, slot_of};
+use super::{Action, Engine, Event, NoFreeSlot, Owner, VirtualEngine, slot_of};
 use crate::ids::{CallId, ClientIndex, FrontendId, Slot};
+use crate::machine::mutation::{Mutation, mutated};
 use crate::request;
 use crate::time::Time;
 use crate::utility::UtilityCall;
@@ -110,7 +111,7 @@ impl VirtualEngine {
             let abort = request::encode_abort(on_engine.iter().map(|id| &**id));
             self.send_to_engine(number, abort);
         }
-        if self.mutated(Mutation::ReuseSlotWithoutFence) {
+        if mutated(Mutation::ReuseSlotWithoutFence) {
             self.free_slot(number);
             return;
         }

@@ -68,7 +68,7 @@ impl Ledger {
             }
         }
         for (rank, state) in &record.ranks {
-            if matches!(state.state, RankProgress::Fenced | RankProgress::Lost) {
+            if matches!(state.times.state, RankProgress::Fenced | RankProgress::Lost) {
                 self.suspects.insert(*rank, state.incarnation);
             } else {
                 self.suspects.remove(rank);

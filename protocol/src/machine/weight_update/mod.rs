@@ -28,10 +28,10 @@ mod vocabulary;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use crate::{EngineIndex, Incarnation, Time, UpdateId, WeightVersion};
+use crate::{EngineIndex, GroupKind, Incarnation, Time, UpdateId, WeightVersion};
 
 pub use ledger::{Begun, Ledger, Pause};
-pub use record::{Adapter, Commit, Committed, Outcome, RankRecord, Record, Snapshot};
+pub use record::{Adapter, Commit, Committed, EngineTimes, Outcome, RankRecord, Record, Snapshot};
 use run::Run;
 pub use types::{Action, Begin, Event, Recover, Refusal, Target};
 pub use vocabulary::{
@@ -44,8 +44,8 @@ const REMEMBERED: usize = 16;
 /// Settings that hold for all updates.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The engines step together (MoE): paused, resumed, fenced and restarted as one.
-    pub lockstep: bool,
+    /// Engines in lockstep are paused, resumed, fenced and restarted as one.
+    pub kind: GroupKind,
     /// For reading and hashing both directories.
     pub stage_timeout: Duration,
     /// For closing admission.
@@ -64,7 +64,7 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            lockstep: false,
+            kind: GroupKind::default(),
             stage_timeout: Duration::from_secs(3600),
             admission_timeout: Duration::from_secs(10),
             abort_pause_timeout: Duration::from_secs(60),
@@ -73,32 +73,6 @@ impl Default for Config {
             resume_timeout: Duration::from_secs(120),
         }
     }
-}
-
-/// Faults that can be put into the machine on purpose, to see that the simulation notices.
-#[cfg(test)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Mutation {
-    /// Goes on as if the commit record had been written.
-    SkipCommitRecord,
-    /// Resumes when the first rank has answered.
-    ResumeBeforeAllAcks,
-    /// Leaves the highest rank out of the pause.
-    ForgetOneRankInPause,
-    /// Rolls back only the ranks whose load failed.
-    RollBackFailedRanksOnly,
-    /// Takes an engine for fenced before that is in force.
-    TrustFences,
-    /// Touches engines before that is on record.
-    SkipBegunRecord,
-    /// Resumes what it takes over without loading the committed weights.
-    RecoverWithoutReload,
-    /// Work that was lost is not noticed.
-    DropJobLost,
-    /// A restore that failed counts as under way for ever.
-    KeepFailedRestores,
-    /// Each restore decides for itself whether the committed weights are followed.
-    ForgetPerJob,
 }
 
 #[derive(Debug)]
@@ -110,23 +84,13 @@ pub struct WeightUpdate {
     current: WeightVersion,
     /// Committed records, newest last.
     committed: VecDeque<Record>,
-    #[cfg(test)]
-    pub(crate) mutation: Option<Mutation>,
 }
 
 impl WeightUpdate {
     /// A machine in front of engines that hold `current`. `last` is the last committed record, if the
     /// journal has one.
     pub fn new(config: Config, current: WeightVersion, last: Option<Record>) -> Self {
-        Self {
-            config,
-            actions: VecDeque::new(),
-            run: None,
-            current,
-            committed: last.into_iter().collect(),
-            #[cfg(test)]
-            mutation: None,
-        }
+        Self { config, actions: VecDeque::new(), run: None, current, committed: last.into_iter().collect() }
     }
 
     /// Takes an event in. Never fails: what is wrong with it is ignored or comes out as an action.
@@ -140,10 +104,6 @@ impl WeightUpdate {
             }
             other => {
                 if let Some(run) = &mut self.run {
-                    #[cfg(test)]
-                    {
-                        run.mutation = self.mutation;
-                    }
                     run.handle(now, other, &self.config, &mut self.actions);
                 }
             }

@@ -95,11 +95,9 @@ pub enum Outcome {
     },
 }
 
-/// What happened to one rank.
-#[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
-pub struct RankRecord {
-    /// Which life of it.
-    pub incarnation: Incarnation,
+/// What an update did on one engine.
+#[derive(Clone, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct EngineTimes {
     /// Where it was at the end.
     pub state: RankProgress,
     /// Milliseconds from the first pause call to the answer that counted.
@@ -108,10 +106,20 @@ pub struct RankRecord {
     pub load_ms: Option<u64>,
     /// Milliseconds of the load of the previous weights.
     pub rollback_ms: Option<u64>,
+    /// What went wrong on it, first cause first.
+    #[serde(default)]
+    pub errors: Vec<String>,
+}
+
+/// What happened to one rank.
+#[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
+pub struct RankRecord {
+    /// Which life of it.
+    pub incarnation: Incarnation,
+    #[serde(flatten)]
+    pub times: EngineTimes,
     /// Answers of its workers to the last load.
     pub workers: Vec<WorkerReport>,
-    /// What went wrong on it, first cause first.
-    pub errors: Vec<String>,
 }
 
 /// What an update did.

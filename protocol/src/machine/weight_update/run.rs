@@ -9,6 +9,7 @@ mod recover;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
+use crate::machine::mutation::{Mutation, mutated};
 use crate::{EngineIndex, Incarnation, Time, UpdateId, WeightVersion};
 
 use super::Config;
@@ -100,8 +101,6 @@ pub(super) struct Run {
     phase_since: Time,
     paused_since: Option<Time>,
     deadline: Option<Time>,
-    #[cfg(test)]
-    pub(super) mutation: Option<super::Mutation>,
 }
 
 impl Run {
@@ -147,8 +146,6 @@ impl Run {
             phase_since: now,
             paused_since: None,
             deadline: Some(now + config.stage_timeout),
-            #[cfg(test)]
-            mutation: None,
         }
     }
 
@@ -175,7 +172,7 @@ impl Run {
     pub(super) fn ranks(&self) -> BTreeMap<EngineIndex, (Incarnation, RankProgress)> {
         self.ranks
             .iter()
-            .map(|(rank, state)| (*rank, (state.record.incarnation, state.record.state)))
+            .map(|(rank, state)| (*rank, (state.record.incarnation, state.record.times.state)))
             .collect()
     }
 
@@ -183,7 +180,7 @@ impl Run {
         snapshot.running = Some(self.begin.id.clone());
         snapshot.phase = self.phase;
         snapshot.past_commit_point = self.committed;
-        snapshot.ranks = self.ranks.iter().map(|(rank, state)| (*rank, state.record.state)).collect();
+        snapshot.ranks = self.ranks.iter().map(|(rank, state)| (*rank, state.record.times.state)).collect();
     }
 
     /// The record, once, when the run has ended.
@@ -389,7 +386,7 @@ impl Run {
             Step::RollingBack => {
                 self.enter(cx, Step::ResettingAfterRollback, Phase::RollingBack);
                 self.deadline = Some(cx.now + cx.config.commit_timeout);
-                self.reset_caches(cx, |rank| rank.record.rollback_ms.is_some());
+                self.reset_caches(cx, |rank| rank.record.times.rollback_ms.is_some());
             }
             Step::Finishing | Step::ResettingAfterRollback => self.start_resume(cx),
             Step::Resuming => self.finish(cx),
@@ -397,18 +394,13 @@ impl Run {
     }
 
     fn all_answered(&self) -> bool {
-        #[cfg(test)]
-        {
-            let early = self.mutation == Some(super::Mutation::ResumeBeforeAllAcks)
-                && matches!(self.step, Step::Loading | Step::Finishing);
-            if early && self.ranks.values().any(|state| !state.waiting) {
-                return true;
-            }
+        let early =
+            mutated(Mutation::ResumeBeforeAllAcks) && matches!(self.step, Step::Loading | Step::Finishing);
+        if early && self.ranks.values().any(|state| !state.waiting) {
+            return true;
         }
         // Later on all have been paused, so that a fenced one does not serve in any case.
-        let pausing = matches!(self.step, Step::Pausing { .. });
-        #[cfg(test)]
-        let pausing = pausing && self.mutation != Some(super::Mutation::TrustFences);
+        let pausing = matches!(self.step, Step::Pausing { .. }) && !mutated(Mutation::TrustFences);
         !self.ranks.values().any(|state| {
             (state.active && (state.waiting || state.stamping.is_some())) || (pausing && state.fencing)
         })

@@ -14,8 +14,10 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::PausedBy;
+use crate::machine::control::Grant;
+use crate::machine::mutation::{self, Mutation};
 
-use super::updates::{Action, Ask, Conclusion, Engines, Event, Grant, RunId, Seen, Staging, Ticket, Updates};
+use super::updates::{Action, Ask, Conclusion, Engines, Event, RunId, Seen, Staging, Ticket, Updates};
 use super::{Action as Step, Event as Answer, *};
 
 const SEEDS: u64 = 20_000;
@@ -148,7 +150,6 @@ struct World {
     seq: u64,
     queue: BTreeMap<(Time, u64), Happening>,
     machine: Updates,
-    mutation: Option<Mutation>,
     lockstep: bool,
     engines: Vec<Engine>,
     /// When the last message to each engine arrives.
@@ -201,7 +202,7 @@ struct World {
 
 fn config(lockstep: bool) -> Config {
     Config {
-        lockstep,
+        kind: GroupKind::of(lockstep),
         stage_timeout: Duration::from_secs(20),
         admission_timeout: Duration::from_secs(2),
         abort_pause_timeout: Duration::from_secs(5),
@@ -228,6 +229,7 @@ fn index(rank: usize) -> EngineIndex {
 
 impl World {
     fn new(seed: u64, mutation: Option<Mutation>) -> Self {
+        mutation::set(mutation);
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let lockstep = rng.random_bool(0.5);
         let nodes = rng.random_range(1..=2u16);
@@ -240,7 +242,6 @@ impl World {
             now: Time::ZERO,
             seq: 0,
             queue: BTreeMap::new(),
-            mutation,
             lockstep,
             engines: vec![Engine { alive: false, ..Engine::new(0) }; size],
             links: vec![Time::ZERO; size],

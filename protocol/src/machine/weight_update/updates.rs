@@ -15,11 +15,11 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::{Action as Step, Config, Event as Answer, WeightUpdate};
 use super::{Begun, Committed, Ledger, NodeId, Pause, RankProgress, Record, Recover, Refusal, Snapshot};
+use crate::machine::control::Grant;
+use crate::machine::mutation::{Mutation, mutated};
 use crate::{EngineIndex, Incarnation, Time, UpdateId, WeightVersion};
 
-pub use types::{
-    Action, Ask, Conclusion, Engines, Event, Failure, Found, Grant, RunId, Seen, Staging, Ticket,
-};
+pub use types::{Action, Ask, Conclusion, Engines, Event, Failure, Found, RunId, Seen, Staging, Ticket};
 
 /// How often work is begun that must be done in the end.
 const ATTEMPTS: u32 = 3;
@@ -121,8 +121,6 @@ pub struct Updates {
     /// Nodes that the transaction wants staged; gathered, since they depend on each other.
     to_stage: BTreeSet<NodeId>,
     open_gates: bool,
-    #[cfg(test)]
-    pub(super) mutation: Option<super::Mutation>,
 }
 
 impl Updates {
@@ -152,17 +150,11 @@ impl Updates {
             asked: None,
             to_stage: BTreeSet::new(),
             open_gates: false,
-            #[cfg(test)]
-            mutation: None,
         }
     }
 
     /// Takes an event in. Never fails: what is wrong with it is ignored or comes out as an action.
     pub fn handle_event(&mut self, now: Time, event: Event) {
-        #[cfg(test)]
-        {
-            self.machine.mutation = self.mutation;
-        }
         match event {
             Event::Asked(ask) => self.ask(ask),
             Event::Abort => self.machine.handle_event(now, Answer::Abort),
@@ -256,7 +248,7 @@ impl Updates {
     fn start_waiting(&mut self, now: Time) {
         if !self.asked.as_ref().is_some_and(Asked::has_begun) {
             // The first one decides whether the committed weights are followed.
-            while self.decides_per_job() || self.decided || self.jobs.is_empty() {
+            while mutated(Mutation::ForgetPerJob) || self.decided || self.jobs.is_empty() {
                 // An adoption may become a recovery, and there is one at a time of these.
                 let idle = self.asked.is_none() && !self.jobs.values().any(|job| job.adopted);
                 let next = self.waiting.iter().position(|job| idle || !job.adopted);
@@ -288,16 +280,6 @@ impl Updates {
         if self.control != before {
             self.save_ledger(None);
         }
-    }
-
-    #[cfg(test)]
-    fn decides_per_job(&self) -> bool {
-        self.mutation == Some(super::Mutation::ForgetPerJob)
-    }
-
-    #[cfg(not(test))]
-    const fn decides_per_job(&self) -> bool {
-        false
     }
 }
 

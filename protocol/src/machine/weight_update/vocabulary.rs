@@ -100,24 +100,22 @@ pub struct Participant {
 
 /// What a worker holds after a load (`state` of `dp_sidecar_load`, `docs/weight-update.md`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum WorkerState {
     /// The weights that were asked for.
-    #[serde(rename = "loaded")]
     Loaded,
     /// What it held before.
-    #[serde(rename = "unchanged")]
     Unchanged,
     /// Real tensors of undefined content: may be loaded again, must not serve.
-    #[serde(rename = "restored-meta")]
     RestoredMeta,
     /// Torn, and not cleaned up. Also what is assumed when a worker does not say.
     #[default]
-    #[serde(rename = "mixed")]
     Mixed,
 }
 
 /// Answer of one worker of an engine to a load.
 #[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct WorkerReport {
     /// Worker rank within its DP rank.
     pub rank: u32,
@@ -187,26 +185,10 @@ pub enum Phase {
     RollingBack,
 }
 
-impl Phase {
-    /// As in logs and records.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Idle => "idle",
-            Self::Staging => "staging",
-            Self::Prepared => "prepared",
-            Self::Pausing => "pausing",
-            Self::Loading => "loading",
-            Self::Verifying => "verifying",
-            Self::Committing => "committing",
-            Self::Resuming => "resuming",
-            Self::RollingBack => "rolling_back",
-        }
-    }
-}
-
+/// As in records.
 impl fmt::Display for Phase {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
+        self.serialize(f)
     }
 }
 

@@ -5,7 +5,7 @@ use super::*;
 impl RankTask {
     pub(super) async fn handle_command(&mut self, Envelope { ask, reply, .. }: Envelope<RankAsk>) {
         self.changed = true;
-        let now = self.now();
+        let now = self.clock.now();
         match ask {
             RankAsk::Prepare(Prepare { incarnation }) => {
                 let result = self.prepare(now, incarnation).await;
@@ -82,8 +82,7 @@ impl RankTask {
         if self.engine.as_ref().is_some_and(|engine| engine.incarnation == incarnation) {
             self.engine = None;
         }
-        let event = Event::Down { incarnation, reason };
-        self.machine.handle_event(now, event);
+        self.machine.handle_event(now, Event::Down { incarnation, reason });
     }
 
     /// What we saw ourselves says that the engine is gone.
@@ -96,9 +95,7 @@ impl RankTask {
         tracing::warn!(rank = %self.rank(), %incarnation, reason, "engine lost");
         let lost = RankEvent::Lost { rank: self.rank(), incarnation, reason: reason.clone() };
         self.events.push_back(NodeEvent::Rank(lost));
-        let now = self.now();
-        let event = Event::Down { incarnation, reason };
-        self.machine.handle_event(now, event);
+        self.machine.handle_event(self.clock.now(), Event::Down { incarnation, reason });
     }
 
     pub(super) fn open_route(&mut self, request: OpenRoute, reply: ReplyTo) {
@@ -137,9 +134,7 @@ impl RankTask {
                 reply.send::<OpenRoute>(Ok(Slot(slot)));
             }
             Err(error) => {
-                let now = self.now();
-                let event = Event::CloseSlot { slot: Slot(slot) };
-                self.machine.handle_event(now, event);
+                self.machine.handle_event(self.clock.now(), Event::CloseSlot { slot: Slot(slot) });
                 let error =
                     format!("route of DP rank {} to API server {}: {error}", self.rank(), request.api_server);
                 reply.send::<OpenRoute>(Err(HandleError::failed(error)));

@@ -2,6 +2,7 @@
 
 use super::nodes::{Nodes, nodes};
 use super::*;
+use crate::api::AdapterChange;
 
 fn adapter(dir: &Path, name: &str, seed: u8) -> PathBuf {
     let path = dir.join(name);

@@ -40,7 +40,7 @@ fn assemble(
     let (fences_to, fences) = mpsc::channel(16);
     let tracker = TaskTracker::new();
     let stop = CancellationToken::new();
-    let control = control::spawn(&ControlConfig::new(kind), handles.clone(), held, &tracker, stop.clone());
+    let control = control::spawn(kind, handles.clone(), held, &tracker, stop.clone());
     let config = UpdateConfig::new(kind, dir.path());
     let network = Network::default();
     let mut stages = Vec::new();

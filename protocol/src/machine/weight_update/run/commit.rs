@@ -125,7 +125,7 @@ impl Run {
             Ok(true) => {
                 state.waiting = false;
                 if !rolling_back {
-                    state.record.state = State::Stamped;
+                    state.record.times.state = State::Stamped;
                 }
                 cx.actions.push_back(Action::Progress);
                 self.advance(cx);
@@ -166,7 +166,7 @@ impl Run {
         for (rank, state) in self.ranks.iter_mut().filter(|(_, state)| state.active) {
             state.waiting = true;
             state.attempt = 1;
-            state.record.state = State::Resuming;
+            state.record.times.state = State::Resuming;
             cx.actions.push_back(Action::Resume {
                 rank: *rank,
                 incarnation: state.record.incarnation,
@@ -197,11 +197,11 @@ impl Run {
         match result {
             Ok(()) => {
                 state.waiting = false;
-                state.record.state = State::Resumed;
+                state.record.times.state = State::Resumed;
             }
             Err(error) if attempt < RESUME_ATTEMPTS => {
                 state.attempt += 1;
-                state.record.errors.push(format!("resume failed: {error}"));
+                state.record.times.errors.push(format!("resume failed: {error}"));
                 cx.actions.push_back(Action::Resume { rank, incarnation, attempt: attempt + 1 });
             }
             Err(error) => self.fence(cx, rank, &format!("resume failed: {error}")),

@@ -25,7 +25,7 @@ impl Run {
                 self.fail(text);
                 // A pause of a lockstep group cannot be cancelled: it must complete first. An
                 // independent engine may be resumed while it drains.
-                if !cx.config.lockstep {
+                if !cx.config.kind.is_lockstep() {
                     self.start_resume(cx);
                 }
             }
@@ -51,7 +51,7 @@ impl Run {
         if !known || self.step == Step::Ended {
             return;
         }
-        if !cx.config.lockstep {
+        if !cx.config.kind.is_lockstep() {
             self.drop_rank(rank, State::Lost, format!("engine was lost: {reason}"));
             self.warn(format!(
                 "rank {rank} was lost during {} ({reason}); it comes back at the committed version",
@@ -104,7 +104,7 @@ impl Run {
             return;
         }
         self.fail(format!("rank {rank} is fenced: {why}"));
-        let group = if cx.config.lockstep { self.active() } else { vec![rank] };
+        let group = if cx.config.kind.is_lockstep() { self.active() } else { vec![rank] };
         for member in group {
             let Some(state) = self.ranks.get(&member) else {
                 continue;
@@ -144,8 +144,8 @@ impl Run {
             state.active = false;
             state.waiting = false;
             state.stamping = None;
-            state.record.state = last;
-            state.record.errors.push(why);
+            state.record.times.state = last;
+            state.record.times.errors.push(why);
         }
     }
 

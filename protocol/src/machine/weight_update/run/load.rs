@@ -1,5 +1,6 @@
 //! The load of the new weights, or back to the previous ones.
 
+use crate::machine::mutation::{Mutation, mutated};
 use crate::{EngineIndex, Incarnation};
 
 use super::super::record::Commit;
@@ -29,10 +30,7 @@ impl Run {
                 Target::Previous => self.previous.get(&state.node).cloned().flatten(),
             };
             if target == Target::Previous {
-                #[cfg(test)]
-                if self.mutation == Some(super::super::Mutation::RollBackFailedRanksOnly)
-                    && state.record.state == State::Loaded
-                {
+                if mutated(Mutation::RollBackFailedRanksOnly) && state.record.times.state == State::Loaded {
                     continue;
                 }
                 if !(state.touched || (external && any_touched)) {
@@ -46,7 +44,7 @@ impl Run {
             state.waiting = true;
             state.attempt = 1;
             state.sent_at = cx.now;
-            state.record.state = match target {
+            state.record.times.state = match target {
                 Target::New => State::Loading,
                 Target::Previous => State::RollingBack,
             };
@@ -104,21 +102,21 @@ impl Run {
         match (target, &fault) {
             (Target::New, None) => {
                 state.touched = true;
-                state.record.load_ms = Some(took);
-                state.record.state = State::Loaded;
+                state.record.times.load_ms = Some(took);
+                state.record.times.state = State::Loaded;
             }
             (Target::New, Some(_)) => {
                 state.touched = !unchanged;
-                state.record.load_ms = Some(took);
-                state.record.state = State::LoadFailed;
+                state.record.times.load_ms = Some(took);
+                state.record.times.state = State::LoadFailed;
                 self.load_failed |= !self.begin.forward_only;
             }
             (Target::Previous, None) => {
                 state.touched = false;
-                state.record.rollback_ms = Some(took);
-                state.record.state = State::RolledBack;
+                state.record.times.rollback_ms = Some(took);
+                state.record.times.state = State::RolledBack;
             }
-            (Target::Previous, Some(_)) => state.record.rollback_ms = Some(took),
+            (Target::Previous, Some(_)) => state.record.times.rollback_ms = Some(took),
         }
         if let Some(fault) = fault {
             let fault = format!("rank {rank}: {fault}");
@@ -127,7 +125,7 @@ impl Run {
             } else if self.begin.forward_only {
                 self.load_again(cx, rank, fault, wanted);
             } else {
-                state.record.errors.push(fault.clone());
+                state.record.times.errors.push(fault.clone());
                 self.fail(fault);
             }
         }
@@ -145,14 +143,14 @@ impl Run {
         let Some(state) = self.ranks.get_mut(&rank) else {
             return;
         };
-        state.record.errors.push(fault.clone());
+        state.record.times.errors.push(fault.clone());
         if state.attempt >= LOAD_ATTEMPTS {
             self.fence(cx, rank, &fault);
             return;
         }
         state.attempt += 1;
         state.waiting = true;
-        state.record.state = State::Loading;
+        state.record.times.state = State::Loading;
         let incarnation = state.record.incarnation;
         let target = Target::New;
         cx.actions.push_back(Action::Load { rank, incarnation, target, checkpoint });
@@ -174,8 +172,7 @@ impl Run {
         self.enter(cx, Step::WritingCommit, Phase::Committing);
         self.deadline = Some(cx.now + cx.config.commit_timeout);
         cx.actions.push_back(Action::Progress);
-        #[cfg(test)]
-        if self.mutation == Some(super::super::Mutation::SkipCommitRecord) {
+        if mutated(Mutation::SkipCommitRecord) {
             self.commit_written(cx, Ok(()));
             return;
         }

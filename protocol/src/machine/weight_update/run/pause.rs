@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use crate::machine::mutation::{Mutation, mutated};
 use crate::{EngineIndex, Incarnation};
 
 use super::super::ledger::Begun;
@@ -67,8 +68,7 @@ impl Run {
     pub(super) fn write_begun(&mut self, cx: &mut Cx<'_>) {
         self.enter(cx, Step::WritingBegun, Phase::Prepared);
         self.deadline = Some(cx.now + cx.config.commit_timeout);
-        #[cfg(test)]
-        if self.mutation == Some(super::super::Mutation::SkipBegunRecord) {
+        if mutated(Mutation::SkipBegunRecord) {
             self.close_admission(cx);
             return;
         }
@@ -125,18 +125,14 @@ impl Run {
         let limit =
             if mode == PauseMode::Abort { cx.config.abort_pause_timeout } else { self.begin.pause_deadline };
         self.deadline = Some(cx.now + limit);
-        #[cfg(test)]
-        let forgotten = (self.mutation == Some(super::super::Mutation::ForgetOneRankInPause))
-            .then(|| self.active().pop())
-            .flatten();
+        let forgotten = mutated(Mutation::ForgetOneRankInPause).then(|| self.active().pop()).flatten();
         for (rank, state) in self.ranks.iter_mut().filter(|(_, state)| state.active) {
-            #[cfg(test)]
             if Some(*rank) == forgotten {
                 continue;
             }
             state.waiting = true;
             state.pause_failed = false;
-            state.record.state = State::Pausing;
+            state.record.times.state = State::Pausing;
             cx.actions.push_back(Action::Pause {
                 rank: *rank,
                 incarnation: state.record.incarnation,
@@ -161,13 +157,13 @@ impl Run {
             return;
         };
         state.waiting = false;
-        state.record.pause_ms = Some(millis(cx.now - state.sent_at));
+        state.record.times.pause_ms = Some(millis(cx.now - state.sent_at));
         match result {
-            Ok(()) => state.record.state = State::Paused,
+            Ok(()) => state.record.times.state = State::Paused,
             Err(error) => {
                 state.pause_failed = true;
-                state.record.state = State::Serving;
-                state.record.errors.push(format!("pause failed: {error}"));
+                state.record.times.state = State::Serving;
+                state.record.times.errors.push(format!("pause failed: {error}"));
                 self.fail(format!("rank {rank}: pause failed: {error}"));
             }
         }
@@ -183,7 +179,7 @@ impl Run {
             self.all_recovered_paused(cx);
         } else if failed == 0 && !self.aborted {
             self.start_load(cx, Target::New);
-        } else if failed == 0 || !cx.config.lockstep {
+        } else if failed == 0 || !cx.config.kind.is_lockstep() {
             // For an independent engine a resume without a pause is a no-op.
             self.start_resume(cx);
         } else if failed == all && matches!(self.step, Step::Pausing { attempt: 1, .. }) {

@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
+use crate::machine::mutation::{Mutation, mutated};
 use crate::{EngineIndex, Time};
 
 use super::super::Config;
@@ -70,9 +71,8 @@ impl Run {
         for rank in refused {
             self.fence(cx, rank, "it refused the pause");
         }
-        let reload = self.recovery.as_ref().is_some_and(|recovery| recovery.reload);
-        #[cfg(test)]
-        let reload = reload && self.mutation != Some(super::super::Mutation::RecoverWithoutReload);
+        let reload = self.recovery.as_ref().is_some_and(|recovery| recovery.reload)
+            && !mutated(Mutation::RecoverWithoutReload);
         if self.active().is_empty() {
             self.finish(cx);
         } else if reload {

@@ -49,7 +49,6 @@ impl World {
         let nodes = (0..self.engines.len()).map(|rank| (index(rank), self.node_of(rank))).collect();
         let (journal, ledger) = (self.journal.clone(), self.ledger.clone());
         self.machine = Updates::new(config(self.lockstep), nodes, journal, ledger);
-        self.machine.mutation = self.mutation;
         self.control_seen = (false, false);
         self.seen.fill(Seen::default());
         self.blind.clear();

@@ -32,8 +32,8 @@ impl World {
                     Err("engines are controlled by the operator".to_owned())
                 } else {
                     self.frontend_acts();
-                    let (paused, external_weights) = (self.paused_before, self.external);
-                    Ok(Grant { paused, external_weights, asleep: false })
+                    let paused_by = self.paused_before.then_some(PausedBy::Operator);
+                    Ok(Grant { paused_by, external_weights: self.external, asleep: false })
                 };
                 self.after(50, Happening::Event(epoch, Event::Acquired { run, result }));
             }
@@ -328,7 +328,7 @@ impl World {
             format!("machine says {version}, journal {current}")
         });
         if matches!(record.outcome, Outcome::Aborted | Outcome::RefusedInvalid) {
-            let loaded = record.ranks.values().any(|rank| rank.load_ms.is_some());
+            let loaded = record.ranks.values().any(|rank| rank.times.load_ms.is_some());
             self.law(Law::RefusalsTouchNothing, !loaded, || {
                 format!("{id}: {:?} after loads", record.outcome)
             });
@@ -336,7 +336,8 @@ impl World {
         for (rank, state) in &record.ranks {
             let rank = usize::from(rank.0);
             let engine = &self.engines[rank];
-            let gone = matches!(state.state, RankProgress::Fenced | RankProgress::Lost) || self.is_away(rank);
+            let gone =
+                matches!(state.times.state, RankProgress::Fenced | RankProgress::Lost) || self.is_away(rank);
             if !engine.alive || !engine.admitted || engine.hung || gone {
                 continue;
             }

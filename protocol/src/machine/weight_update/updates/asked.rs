@@ -22,7 +22,7 @@ impl Updates {
             return;
         }
         let unlocked = Grant { external_weights: self.control.1, ..Grant::default() };
-        match self.machine.check(&self.begin(&ask, &version, unlocked)) {
+        match self.machine.check(&self.begin(&ask, &version, &unlocked)) {
             Ok(None) => {}
             Ok(Some(record)) => {
                 self.actions.push_back(Action::Repeat(Box::new(record)));
@@ -50,7 +50,7 @@ impl Updates {
         run
     }
 
-    fn begin(&self, ask: &Ask, version: &WeightVersion, grant: Grant) -> Begin {
+    fn begin(&self, ask: &Ask, version: &WeightVersion, grant: &Grant) -> Begin {
         let participant = |(rank, life): (&EngineIndex, &Life)| {
             (*rank, Participant { incarnation: life.incarnation, node: self.node_of(*rank) })
         };
@@ -62,7 +62,7 @@ impl Updates {
             mode: ask.mode,
             pause_deadline: ask.pause_deadline,
             participants: self.lives.iter().map(participant).collect(),
-            paused_before: grant.paused,
+            paused_before: grant.paused_by.is_some(),
             external_weights: grant.external_weights || self.ledger.external_weights,
             forward_only: ask.forward_only,
         }
@@ -102,10 +102,10 @@ impl Updates {
             let seen = self.seen.get(rank).cloned().unwrap_or_default();
             seen.admitted || seen.incarnation == Incarnation(0)
         });
-        let begin = self.begin(ask, version, *grant);
+        let begin = self.begin(ask, version, grant);
         if !unreached.is_empty() {
             self.refuse_asked(Refusal::Unreached { ranks: unreached });
-        } else if self.config.lockstep && !missing.is_empty() {
+        } else if self.config.kind.is_lockstep() && !missing.is_empty() {
             self.refuse_asked(Refusal::Incomplete { ranks: missing });
         } else {
             if let Some(asked) = &mut self.asked {
@@ -236,7 +236,8 @@ impl Updates {
     }
 
     fn conclude(&mut self, record: Record) {
-        let weights_known = record.committed || record.ranks.values().any(|rank| rank.rollback_ms.is_some());
+        let weights_known =
+            record.committed || record.ranks.values().any(|rank| rank.times.rollback_ms.is_some());
         self.ledger.end(&record);
         self.ledger.external_weights &= !weights_known;
         let written = self.committed.as_mut().filter(|committed| committed.commit.id == record.id);

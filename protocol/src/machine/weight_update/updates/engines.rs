@@ -12,7 +12,7 @@ const PAUSE_DEADLINE: Duration = Duration::from_secs(30);
 
 impl Updates {
     pub(super) fn adopt(&mut self, job: Job) {
-        if self.config.lockstep && job.engines.len() < self.nodes.len() {
+        if self.config.kind.is_lockstep() && job.engines.len() < self.nodes.len() {
             let (known, all) = (job.engines.len(), self.nodes.len());
             let reason = format!("{known} of the {all} ranks of the lockstep group");
             let result = Err(Failure::Adopt { reason });
@@ -23,7 +23,7 @@ impl Updates {
     }
 
     pub(super) fn inspect(&mut self, job: Job) {
-        let undecided = !job.adopted && (!self.decided || self.decides_per_job());
+        let undecided = !job.adopted && (!self.decided || mutated(Mutation::ForgetPerJob));
         let commit = self.committed.as_ref().map(|committed| &committed.commit);
         let directory = commit.filter(|commit| undecided && commit.checkpoint.extents.is_empty());
         self.actions.push_back(Action::Inspect {
@@ -53,7 +53,7 @@ impl Updates {
             self.failed(ticket, Some(rank), reason.clone());
             return;
         }
-        if !self.decided || self.decides_per_job() {
+        if !self.decided || mutated(Mutation::ForgetPerJob) {
             // Those that serve are yet to be adopted: they hold the committed weights.
             let others_serve =
                 self.seen.iter().any(|(rank, seen)| seen.admitted && !engines.contains_key(rank));
@@ -86,7 +86,7 @@ impl Updates {
     pub(super) fn restored(&mut self, ticket: Ticket) {
         let committed = self.committed.as_ref().map(|committed| &committed.commit.id);
         if self.jobs.get(&ticket).is_some_and(|job| job.commit.as_ref() != committed)
-            && !self.decides_per_job()
+            && !mutated(Mutation::ForgetPerJob)
         {
             self.failed(ticket, None, "other weights were committed meanwhile".to_owned());
             return;
@@ -108,11 +108,7 @@ impl Updates {
     /// A restore or an adoption has failed; `rank`: on this one.
     pub(super) fn failed(&mut self, ticket: Ticket, rank: Option<EngineIndex>, reason: String) {
         let job = self.jobs.get(&ticket).cloned();
-        #[cfg(test)]
-        let kept = self.mutation == Some(super::super::Mutation::KeepFailedRestores);
-        #[cfg(not(test))]
-        let kept = false;
-        if !kept {
+        if !mutated(Mutation::KeepFailedRestores) {
             self.jobs.remove(&ticket);
         }
         let adopted = self.taken_over.remove(&ticket);
@@ -136,7 +132,7 @@ impl Updates {
         // It may have waited for long: those that were started again meanwhile are restored instead.
         let all = job.engines.len();
         job.engines.retain(|rank, life| self.seen.get(rank).is_none_or(|seen| seen.incarnation <= *life));
-        if job.engines.len() < all && (self.config.lockstep || job.engines.is_empty()) {
+        if job.engines.len() < all && (self.config.kind.is_lockstep() || job.engines.is_empty()) {
             let reason = "they were started again".to_owned();
             self.actions.push_back(Action::Answer { ticket, result: Err(Failure::Adopt { reason }) });
             return;
@@ -161,10 +157,9 @@ impl Updates {
         let paused = |rank: &EngineIndex| !stay_paused && found.paused.contains(rank);
         let reload = job.engines.iter().any(|(rank, life)| suspect(rank, life));
         let any = reload || job.engines.keys().any(paused);
-        let treated = job
-            .engines
-            .iter()
-            .filter(|(rank, life)| any && (self.config.lockstep || suspect(rank, life) || paused(rank)));
+        let treated = job.engines.iter().filter(|(rank, life)| {
+            any && (self.config.kind.is_lockstep() || suspect(rank, life) || paused(rank))
+        });
         let participants: BTreeMap<EngineIndex, Participant> = treated
             .map(|(rank, life)| (*rank, Participant { incarnation: *life, node: self.node_of(*rank) }))
             .collect();
@@ -231,7 +226,8 @@ impl Updates {
         let Job { ticket, mut engines, .. } = recovery.job;
         let fenced = matches!(record.outcome, Outcome::Degraded { .. });
         let reason = record.error.clone().unwrap_or_else(|| "engines were fenced".to_owned());
-        let result = if fenced && self.config.lockstep { Err(Failure::Adopt { reason }) } else { Ok(()) };
+        let result =
+            if fenced && self.config.kind.is_lockstep() { Err(Failure::Adopt { reason }) } else { Ok(()) };
         engines.retain(|rank, _| self.lives.contains_key(rank));
         self.trust(&engines);
         self.actions.push_back(Action::Answer { ticket, result });

@@ -4,8 +4,7 @@ use super::*;
 
 impl Updates {
     pub(super) fn job_lost(&mut self, now: Time, action: Action, error: &str) {
-        #[cfg(test)]
-        if self.mutation == Some(super::super::Mutation::DropJobLost) {
+        if mutated(Mutation::DropJobLost) {
             return;
         }
         let error = format!("its work was lost: {error}");
@@ -65,7 +64,7 @@ impl Updates {
             }
             Action::Conclude { run, conclusion, .. } => {
                 let closed = conclusion.record.ranks.iter().filter(|(rank, state)| {
-                    let gone = matches!(state.state, RankProgress::Fenced | RankProgress::Lost);
+                    let gone = matches!(state.times.state, RankProgress::Fenced | RankProgress::Lost);
                     conclusion.gates.contains(rank) && !gone
                 });
                 let closed = closed.map(|(rank, state)| (*rank, state.incarnation)).collect();

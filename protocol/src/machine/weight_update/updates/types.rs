@@ -9,6 +9,7 @@ use super::super::ledger::{Ledger, Pause};
 use super::super::record::{Adapter, Committed, Record};
 use super::super::types::{self as step, Refusal};
 use super::super::vocabulary::{Checkpoint, NodeId, PauseMode};
+use crate::machine::control::Grant;
 use crate::{EngineIndex, Incarnation, UpdateId, WeightVersion};
 
 /// Engines, each with the life that is meant.
@@ -58,17 +59,6 @@ pub struct Seen {
     pub admitted: bool,
     /// Weight version on its last output; `None`: unknown, or too old a vLLM.
     pub stamp: Option<String>,
-}
-
-/// What holds while the control lock is held.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub struct Grant {
-    /// The engines were paused when the lock was taken.
-    pub paused: bool,
-    /// A frontend has loaded weights since the last update.
-    pub external_weights: bool,
-    /// The engines are asleep: nothing can be loaded into them.
-    pub asleep: bool,
 }
 
 /// What engines and nodes say before anything is done to them.
