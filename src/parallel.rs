@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 /// Each thread does its pieces with a worker of its own. Blocks until all are done, or one has failed.
 ///
 /// # Errors
-/// That of the first piece that failed.
+/// That of the piece whose failure was noticed first, which need not be the lowest one.
 pub(crate) fn for_each<W, E>(count: usize, most: usize, worker: impl Fn() -> W + Sync) -> Result<(), E>
 where
     W: FnMut(usize) -> Result<(), E>,

@@ -11,8 +11,10 @@ use std::time::Duration;
 
 use crate::exit_code;
 
-/// A stderr that nobody reads must not keep the process from ending.
-const LOG_LIMIT: Duration = Duration::from_millis(500);
+/// A stderr that nobody reads must not keep the process from ending within a second.
+const LOG_LIMIT: Duration = Duration::from_millis(900);
+/// Of that, for reading the symbols of a backtrace.
+const TRACE_LIMIT: Duration = Duration::from_millis(400);
 
 tokio::task_local! {
     static CURRENT: Task;
@@ -89,29 +91,38 @@ pub async fn named<F: Future>(task: Task, future: F) -> F::Output {
 /// Ends the process with exit code 1 after any panic, from now on. `last_word` is called with the reason.
 pub fn exit_on_panic(last_word: impl Fn(&str) + Send + Sync + 'static) {
     std::panic::set_hook(Box::new(move |panic| {
-        // Reading symbols waits for nobody, but may take longer than the log has.
-        let trace = Backtrace::capture();
-        let trace = (trace.status() == BacktraceStatus::Captured).then(|| trace.to_string());
         let _ = thread::Builder::new().spawn(|| {
             thread::park_timeout(LOG_LIMIT);
             exit();
         });
-        last_word(&report(panic, trace));
+        last_word(&report(panic));
         exit();
     }));
 }
 
-fn report(panic: &PanicHookInfo<'_>, trace: Option<String>) -> String {
+fn report(panic: &PanicHookInfo<'_>) -> String {
     let thread = thread::current();
     let who = CURRENT.try_with(|task| format!("task {}", task.name()));
     let who = who.unwrap_or_else(|_| format!("thread {}", thread.name().unwrap_or("without a name")));
     let at = panic.location().map(ToString::to_string).unwrap_or_default();
     let what = panic.payload_as_str().unwrap_or("no reason was given");
     tracing::error!(%who, %at, what, "a panic ends this process");
-    if let Some(trace) = trace {
+    if let Some(trace) = backtrace() {
         tracing::error!("{trace}");
     }
     format!("{who} panicked at {at}: {what}")
+}
+
+/// If it is asked for. Its symbols are read beside, so that they cannot take the time of what is said after it.
+fn backtrace() -> Option<String> {
+    let trace = Backtrace::capture();
+    if trace.status() != BacktraceStatus::Captured {
+        return None;
+    }
+    let (text, read) = std::sync::mpsc::sync_channel(1);
+    thread::Builder::new().spawn(move || text.send(trace.to_string())).ok()?;
+    let late = |_| format!("reading the symbols of the backtrace takes longer than {TRACE_LIMIT:?}");
+    Some(read.recv_timeout(TRACE_LIMIT).unwrap_or_else(late))
 }
 
 /// Without destructors and handlers, which may wait for what the panic has left behind.

@@ -126,11 +126,16 @@ pub(super) fn reports<T: DeserializeOwned + Default>(answer: &Value) -> Vec<T> {
 
 fn report<T: DeserializeOwned + Default>((at, worker): (usize, &Value)) -> T {
     let mut told = serde_json::Map::from_iter([("rank".to_owned(), at.into())]);
-    for (key, value) in worker.as_map().into_iter().flatten().filter(|(_, value)| !value.is_nil()) {
-        told.insert(key.as_str().unwrap_or_default().to_owned(), json!(value));
-    }
+    let entries = worker.as_map().into_iter().flatten().filter(|(_, value)| !value.is_nil());
+    // JSON cannot hold every value of msgpack.
+    let read = entries
+        .map(|(key, value)| Ok((key.as_str().unwrap_or_default().to_owned(), serde_json::to_value(value)?)))
+        .collect::<serde_json::Result<Vec<_>>>()
+        .and_then(|entries| {
+            told.extend(entries);
+            serde_json::from_value(told.into())
+        });
     let worst = |error: serde_json::Error| json!({ "rank": at, "error": format!("report: {error}") });
-    let read = serde_json::from_value(told.into());
     read.or_else(|error| serde_json::from_value(worst(error))).unwrap_or_default()
 }
 
@@ -161,9 +166,14 @@ mod tests {
 
     #[test]
     fn an_answer_that_makes_no_sense_is_taken_for_torn_weights() {
-        for nonsense in
-            [Value::Nil, Value::from(3), map(vec![("ok", Value::from("yes")), ("state", Value::from(7))])]
-        {
+        // JSON has no such key.
+        let keyless = map(vec![("ok", true.into()), ("digest", Value::Map(vec![(Value::Nil, 1.into())]))]);
+        for nonsense in [
+            Value::Nil,
+            Value::from(3),
+            map(vec![("ok", Value::from("yes")), ("state", Value::from(7))]),
+            keyless,
+        ] {
             let report: WorkerReport = report((4, &nonsense));
             assert!(!report.ok);
             assert_eq!((report.rank, report.state), (4, WorkerState::Mixed));
