@@ -13,6 +13,7 @@ pub(crate) fn nil(out: &mut Vec<u8>) {
     done(encode::write_nil(out));
 }
 
+#[cfg(any(test, feature = "test-support"))]
 pub(crate) fn bool(out: &mut Vec<u8>, value: bool) {
     done(encode::write_bool(out, value));
 }
@@ -55,6 +56,7 @@ pub(crate) fn opt_str(out: &mut Vec<u8>, value: Option<&str>) {
 }
 
 /// Bytes, shorter than 4 GiB.
+#[cfg(any(test, feature = "test-support"))]
 pub(crate) fn bin(out: &mut Vec<u8>, value: &[u8]) {
     done(encode::write_bin(out, value));
 }
