@@ -6,7 +6,7 @@ use crate::machine::held_call::{HeldCall, Verdict};
 
 use super::{Action, CallError, Engine, Owner, VirtualEngine, slot_of};
 use crate::frames::Frames;
-use crate::ids::{CallId, ClientIndex, Slot};
+use crate::ids::{CallId, ClientIndex};
 use crate::time::Time;
 use crate::utility::{UtilityCall, UtilityOutput};
 
@@ -24,31 +24,13 @@ pub(super) struct Pending {
 }
 
 /// A frontend's call that has been checked; its client index is the slot's already.
+#[derive(Debug)]
 pub(super) struct CheckedCall {
+    /// Of the slot.
+    pub(super) number: usize,
     pub(super) call_id: CallId,
     pub(super) method: String,
-    /// Decoded for control calls only.
-    pub(super) args: Vec<rmpv::Value>,
     pub(super) frames: Frames,
-}
-
-/// A call of a frontend that waits until the engine is admitted.
-#[derive(Debug)]
-pub(super) struct WaitingCall {
-    call_id: CallId,
-    method: String,
-    frames: Frames,
-    deadline: Time,
-}
-
-/// A call of a frontend that waits for a decision.
-#[derive(Debug)]
-pub(super) struct HeldControl {
-    number: usize,
-    call_id: CallId,
-    method: String,
-    frames: Frames,
-    deadline: Time,
 }
 
 /// A call of our own.
@@ -71,8 +53,7 @@ impl VirtualEngine {
     ) {
         if !matches!(self.engine, Engine::Ready | Engine::Admitted) {
             let error = CallError::Down(self.describe_engine());
-            self.actions.push_back(Action::CallAnswered { token, result: Err(error) });
-            return;
+            return self.actions.push_back(Action::CallAnswered { token, result: Err(error) });
         }
         let call_id = self.new_call_id(0);
         let call = UtilityCall { client_index: ClientIndex(0), call_id, method, args };
@@ -91,88 +72,54 @@ impl VirtualEngine {
     }
 
     /// A frontend's call that only reads: passes it on, now or when the engine is there.
-    pub(super) fn forward_call(&mut self, now: Time, number: usize, call: CheckedCall) {
-        let CheckedCall { call_id, method, frames, .. } = call;
+    pub(super) fn forward_call(&mut self, now: Time, call: CheckedCall) {
         if self.engine == Engine::Admitted {
-            self.send_call(number, call_id, method, None, frames);
-            return;
-        }
-        if method == GET_SUPPORTED_TASKS
+            self.send_call(call, None);
+        } else if call.method == GET_SUPPORTED_TASKS
             && let Some(tasks) = self.supported_tasks.clone()
         {
-            self.answer_call(number, call_id, Ok(tasks));
-            return;
+            self.answer_call(call.number, call.call_id, Ok(tasks));
+        } else {
+            let deadline = now + self.config.hold_calls_for;
+            self.slots[call.number].waiting.push_back((deadline, call));
         }
-        self.slots[number].waiting.push_back(WaitingCall {
-            call_id,
-            method,
-            frames,
-            deadline: now + self.config.hold_calls_for,
-        });
     }
 
     /// A frontend's control call: hands it out for a decision.
-    pub(super) fn hold_call(&mut self, now: Time, number: usize, owner: Owner, call: CheckedCall) {
+    pub(super) fn hold_call(&mut self, now: Time, owner: Owner, call: CheckedCall, args: Vec<rmpv::Value>) {
         let ticket = self.next_ticket;
         self.next_ticket += 1;
-        self.held_control.insert(
-            ticket,
-            HeldControl {
-                number,
-                call_id: call.call_id,
-                method: call.method.clone(),
-                frames: call.frames,
-                deadline: now + self.config.decide_within,
-            },
-        );
         self.actions.push_back(Action::HeldCall(HeldCall {
             rank: self.config.rank,
             ticket,
             frontend: owner.frontend,
             api_server: owner.api_server,
-            method: call.method,
-            args: call.args,
+            method: call.method.clone(),
+            args,
         }));
+        self.held_control.insert(ticket, (now + self.config.decide_within, call));
     }
 
     /// Carries out the decision on a held call. Ends in [`Action::Released`] with this ticket.
     pub fn release(&mut self, ticket: u64, verdict: Verdict) {
-        let Some(held) = self.held_control.remove(&ticket) else {
-            self.actions.push_back(Action::Released {
-                ticket,
-                result: Err("the call has ended: its frontend has gone, or it expired".to_owned()),
-            });
-            return;
+        let Some((_, call)) = self.held_control.remove(&ticket) else {
+            let result = Err("the call has ended: its frontend has gone, or it expired".to_owned());
+            return self.actions.push_back(Action::Released { ticket, result });
         };
-        let answer = match verdict {
-            Verdict::Forward if self.engine == Engine::Admitted => {
-                let ticket = Some(ticket);
-                self.send_call(held.number, held.call_id, held.method, ticket, held.frames);
-                return;
-            }
-            Verdict::Forward => Err(self.describe_engine()),
-            Verdict::Answer(value) => Ok(value),
-            Verdict::Refuse(message) => Err(message),
+        let done = Ok(rmpv::Value::Nil);
+        let (answer, result) = match verdict {
+            Verdict::Forward if self.engine == Engine::Admitted => return self.send_call(call, Some(ticket)),
+            Verdict::Forward => (Err(self.describe_engine()), Err(self.describe_engine())),
+            Verdict::Answer(value) => (Ok(value), done),
+            Verdict::Refuse(message) => (Err(message), done),
         };
-        let result = match &answer {
-            // Forwarding was asked for, and did not happen.
-            Err(message) if *message == self.describe_engine() => Err(message.clone()),
-            _ => Ok(rmpv::Value::Nil),
-        };
-        self.answer_call(held.number, held.call_id, answer);
+        self.answer_call(call.number, call.call_id, answer);
         self.actions.push_back(Action::Released { ticket, result });
     }
 
-    fn send_call(
-        &mut self,
-        number: usize,
-        call_id: CallId,
-        method: String,
-        ticket: Option<u64>,
-        frames: Frames,
-    ) {
-        let pending = Pending { method, ticket, orphan: false };
-        self.slots[number].calls.insert(call_id, pending);
+    fn send_call(&mut self, call: CheckedCall, ticket: Option<u64>) {
+        let CheckedCall { number, call_id, method, frames } = call;
+        self.slots[number].calls.insert(call_id, Pending { method, ticket, orphan: false });
         self.send_to_engine(number, frames);
     }
 
@@ -180,14 +127,14 @@ impl VirtualEngine {
     pub(super) fn is_known_call(&self, number: usize, call_id: CallId) -> bool {
         let slot = &self.slots[number];
         slot.calls.contains_key(&call_id)
-            || slot.waiting.iter().any(|call| call.call_id == call_id)
-            || self.held_control.values().any(|held| held.number == number && held.call_id == call_id)
+            || slot.waiting.iter().any(|(_, call)| call.call_id == call_id)
+            || self.held_control.values().any(|(_, held)| held.number == number && held.call_id == call_id)
     }
 
     /// Calls of a slot that count against its bound.
     pub(super) fn calls_of(&self, number: usize) -> usize {
         let held = self.held_control.values();
-        self.slots[number].call_count() + held.filter(|held| held.number == number).count()
+        self.slots[number].call_count() + held.filter(|(_, held)| held.number == number).count()
     }
 
     /// An answer of the engine to a frontend's call. True if it is to be passed on.
@@ -217,25 +164,22 @@ impl VirtualEngine {
     /// The engine is admitted: passes on what waited for it.
     pub(super) fn send_waiting_calls(&mut self) {
         for number in 1..self.slots.len() {
-            while let Some(call) = self.slots[number].waiting.pop_front() {
-                self.send_call(number, call.call_id, call.method, None, call.frames);
+            while let Some((_, call)) = self.slots[number].waiting.pop_front() {
+                self.send_call(call, None);
             }
         }
     }
 
     /// The engine is gone: no call on it will be answered by it.
-    pub(super) fn fail_calls_in_flight(&mut self, reason: &str) {
-        let rank = self.config.rank;
+    pub(super) fn fail_calls_in_flight(&mut self) {
+        let down = self.describe_engine();
         for call in std::mem::take(&mut self.control_calls).into_values() {
-            let error = CallError::Down(format!("engine of DP rank {rank} is down: {reason}"));
-            self.actions.push_back(Action::CallAnswered { token: call.token, result: Err(error) });
+            let result = Err(CallError::Down(down.clone()));
+            self.actions.push_back(Action::CallAnswered { token: call.token, result });
         }
         for number in 1..self.slots.len() {
             for (call_id, pending) in std::mem::take(&mut self.slots[number].calls) {
-                let message = format!(
-                    "Call to {} method failed: engine of DP rank {rank} is down: {reason}",
-                    pending.method
-                );
+                let message = failed(&pending.method, &down);
                 if !pending.orphan {
                     self.answer_call(number, call_id, Err(message.clone()));
                 }
@@ -255,61 +199,42 @@ impl VirtualEngine {
             pending.orphan = true;
             pending.ticket.is_some()
         });
-        self.held_control.retain(|_, held| held.number != number);
+        self.held_control.retain(|_, (_, held)| held.number != number);
     }
 
     pub(super) fn expire_calls(&mut self, now: Time) {
-        let late: Vec<CallId> =
-            self.control_calls.iter().filter(|(_, call)| call.deadline <= now).map(|(id, _)| *id).collect();
-        for id in late {
-            if let Some(call) = self.control_calls.remove(&id) {
-                self.actions.push_back(Action::CallAnswered {
-                    token: call.token,
-                    result: Err(CallError::Deadline(call.timeout)),
-                });
-            }
+        for (_, call) in self.control_calls.extract_if(.., |_, call| call.deadline <= now) {
+            let result = Err(CallError::Deadline(call.timeout));
+            self.actions.push_back(Action::CallAnswered { token: call.token, result });
         }
         for number in 1..self.slots.len() {
-            while self.slots[number].waiting.front().is_some_and(|call| call.deadline <= now) {
-                let Some(call) = self.slots[number].waiting.pop_front() else {
-                    break;
-                };
-                let message = format!(
-                    "Call to {} method failed: waited for {:?}: {}",
-                    call.method,
-                    self.config.hold_calls_for,
-                    self.describe_engine()
-                );
-                self.refuse(slot_of(number), message.clone());
-                self.answer_call(number, call.call_id, Err(message));
+            while let Some((_, call)) = self.slots[number].waiting.pop_front_if(|(due, _)| *due <= now) {
+                let engine = self.describe_engine();
+                self.refuse_call(&call, &format!("waited for {:?}: {engine}", self.config.hold_calls_for));
             }
         }
-        // Tickets grow with time, so the first ones expire first.
-        while let Some(entry) = self.held_control.first_entry() {
-            if entry.get().deadline > now {
-                break;
-            }
-            let held = entry.remove();
-            let message = format!(
-                "Call to {} method failed: not decided within {:?}",
-                held.method, self.config.decide_within
-            );
-            self.refuse(slot_of(held.number), message.clone());
-            self.answer_call(held.number, held.call_id, Err(message));
+        let undecided: Vec<_> = self.held_control.extract_if(.., |_, (due, _)| *due <= now).collect();
+        for (_, (_, call)) in undecided {
+            self.refuse_call(&call, &format!("not decided within {:?}", self.config.decide_within));
         }
     }
 
     pub(super) fn next_call_deadline(&self) -> Option<Time> {
         let own = self.control_calls.values().map(|call| call.deadline);
         let waiting = self.slots.iter().filter_map(|slot| slot.waiting.front());
-        let held = self.held_control.values().next().map(|held| held.deadline);
-        own.chain(waiting.map(|call| call.deadline)).chain(held).min()
+        // Tickets grow with time, so the first one expires first.
+        let held = self.held_control.values().next();
+        own.chain(waiting.chain(held).map(|(due, _)| *due)).min()
     }
 
     /// Answers a frontend's call with a failure, and notes it.
-    pub(super) fn refuse_call(&mut self, slot: Slot, call_id: CallId, method: &str, reason: &str) {
-        let message = format!("Call to {method} method failed: {reason}");
-        self.refuse(slot, message.clone());
-        self.answer_call(slot.0 as usize, call_id, Err(message));
+    pub(super) fn refuse_call(&mut self, call: &CheckedCall, reason: &str) {
+        let message = failed(&call.method, reason);
+        self.refuse(slot_of(call.number), message.clone());
+        self.answer_call(call.number, call.call_id, Err(message));
     }
+}
+
+fn failed(method: &str, reason: &str) -> String {
+    format!("Call to {method} method failed: {reason}")
 }

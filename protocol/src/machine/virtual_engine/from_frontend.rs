@@ -15,7 +15,7 @@ use crate::time::Time;
 enum Checked {
     Add { id: String, resumable: bool, frames: Frames },
     Abort { ids: Vec<String> },
-    Utility { call: CheckedCall, policy: Policy },
+    Utility { call: CheckedCall, args: Vec<rmpv::Value>, policy: Policy },
 }
 
 impl VirtualEngine {
@@ -28,19 +28,18 @@ impl VirtualEngine {
         match self.check(slot, &frames) {
             Ok(Checked::Add { id, resumable, frames }) => self.add(now, slot, &id, resumable, frames),
             Ok(Checked::Abort { ids }) => self.abort(now, number, &ids, frames),
-            Ok(Checked::Utility { call, policy }) => {
+            Ok(Checked::Utility { call, args, policy }) => {
                 let call_id = call.call_id;
                 if self.is_known_call(number, call_id) {
                     self.refuse(slot, format!("call id {call_id} of {} is in use", call.method));
                 } else if let Policy::Refuse(reason) = policy {
-                    self.refuse_call(slot, call_id, &call.method, reason);
+                    self.refuse_call(&call, reason);
                 } else if self.calls_of(number) >= self.config.max_calls {
-                    let reason = format!("{} calls are in flight", self.config.max_calls);
-                    self.refuse_call(slot, call_id, &call.method, &reason);
+                    self.refuse_call(&call, &format!("{} calls are in flight", self.config.max_calls));
                 } else if policy == Policy::Control {
-                    self.hold_call(now, number, owner, call);
+                    self.hold_call(now, owner, call, args);
                 } else {
-                    self.forward_call(now, number, call);
+                    self.forward_call(now, call);
                 }
             }
             Err(refusal) => self.refuse_message(slot, &refusal),
@@ -64,21 +63,15 @@ impl VirtualEngine {
                 Checked::Abort { ids: ids.iter().map(|id| (*id).to_owned()).collect() }
             }
             FrontendMessage::Utility(utility) => {
-                let mut args = utility.decode_args();
-                let worker_method = args.first().and_then(rmpv::Value::as_str);
-                let policy = Policy::of(utility.method, worker_method);
-                if policy != Policy::Control {
-                    args.clear();
-                }
-                Checked::Utility {
-                    call: CheckedCall {
-                        call_id: utility.call_id,
-                        method: utility.method.to_owned(),
-                        args,
-                        frames: rewritten(&message),
-                    },
-                    policy,
-                }
+                let args = utility.decode_args();
+                let policy = Policy::of(utility.method, args.first().and_then(rmpv::Value::as_str));
+                let call = CheckedCall {
+                    number: slot.0 as usize,
+                    call_id: utility.call_id,
+                    method: utility.method.to_owned(),
+                    frames: rewritten(&message),
+                };
+                Checked::Utility { call, args, policy }
             }
         })
     }

@@ -39,7 +39,7 @@ use crate::machine::held_call::HeldCall;
 use crate::output;
 use crate::time::Time;
 
-use calls::{ControlCall, HeldControl};
+use calls::{CheckedCall, ControlCall};
 pub use policy::Policy;
 use requests::Requests;
 use slots::SlotState;
@@ -258,7 +258,8 @@ pub struct VirtualEngine {
     slots: Vec<SlotState>,
     requests: Requests,
     control_calls: BTreeMap<CallId, ControlCall>,
-    held_control: BTreeMap<u64, HeldControl>,
+    /// Calls of frontends that wait for a decision, by ticket, and how long they do.
+    held_control: BTreeMap<u64, (Time, CheckedCall)>,
     next_ticket: u64,
     next_call: u64,
     supported_tasks: Option<rmpv::Value>,
@@ -388,13 +389,12 @@ impl VirtualEngine {
 
     /// The engine is gone: everything that only it could answer is answered here.
     fn go_down(&mut self, reason: &str) {
-        if matches!(self.engine, Engine::Down(_)) {
-            self.engine = Engine::Down(reason.to_owned());
+        let before = std::mem::replace(&mut self.engine, Engine::Down(reason.to_owned()));
+        if matches!(before, Engine::Down(_)) {
             return;
         }
-        self.engine = Engine::Down(reason.to_owned());
         self.fail_requests_in_flight();
-        self.fail_calls_in_flight(reason);
+        self.fail_calls_in_flight();
         for number in 1..self.slots.len() {
             let slot = &mut self.slots[number];
             slot.touched = false;

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::calls::{Pending, WaitingCall};
+use super::calls::{CheckedCall, Pending};
 use super::requests::AbortOutcome;
 use super::{Action, Engine, Event, NoFreeSlot, Owner, VirtualEngine, slot_of};
 use crate::ids::{CallId, ClientIndex, FrontendId, Slot};
@@ -38,8 +38,8 @@ pub(super) struct SlotState {
     pub(super) sent: usize,
     /// Calls on the engine.
     pub(super) calls: BTreeMap<CallId, Pending>,
-    /// Calls that wait for the engine.
-    pub(super) waiting: VecDeque<WaitingCall>,
+    /// Calls that wait until the engine is admitted, and how long they do.
+    pub(super) waiting: VecDeque<(Time, CheckedCall)>,
     /// When the owner's frontend last got scheduler stats.
     pub(super) stats_at: Option<Time>,
 }
@@ -54,6 +54,13 @@ impl SlotState {
 
     pub(super) const fn is_draining(&self) -> bool {
         matches!(self.state, Use::Fenced(_) | Use::Settling(_))
+    }
+
+    const fn settles_until(&self) -> Option<Time> {
+        match self.state {
+            Use::Settling(deadline) => Some(deadline),
+            _ => None,
+        }
     }
 
     pub(super) fn call_count(&self) -> usize {
@@ -140,27 +147,21 @@ impl VirtualEngine {
 
     pub(super) fn free_if_settled(&mut self, number: usize) {
         let slot = &self.slots[number];
-        if matches!(slot.state, Use::Settling(_)) && slot.sent == 0 {
+        if slot.settles_until().is_some() && slot.sent == 0 {
             self.free_slot(number);
         }
     }
 
     pub(super) fn settle_slots(&mut self, now: Time) {
         for number in 1..self.slots.len() {
-            if let Use::Settling(deadline) = self.slots[number].state
-                && deadline <= now
-            {
+            if self.slots[number].settles_until().is_some_and(|deadline| deadline <= now) {
                 self.free_slot(number);
             }
         }
     }
 
     pub(super) fn next_settle_deadline(&self) -> Option<Time> {
-        let deadlines = self.slots.iter().filter_map(|slot| match slot.state {
-            Use::Settling(deadline) => Some(deadline),
-            _ => None,
-        });
-        deadlines.min()
+        self.slots.iter().filter_map(SlotState::settles_until).min()
     }
 
     pub(super) fn free_slot(&mut self, number: usize) {
