@@ -174,6 +174,7 @@ pub struct OutputPositions {
 pub const FINISH_REASON: usize = 5;
 
 /// What a DP coordinator does with a frontend's FIRST_REQ while the group is not running.
+#[cfg(any(test, feature = "test-support"))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FirstReq {
@@ -247,6 +248,7 @@ impl Layout {
     }
 
     /// What FIRST_REQ does.
+    #[cfg(any(test, feature = "test-support"))]
     pub const fn first_req(&self) -> FirstReq {
         if self.version.at_least(33, 0) {
             FirstReq::None

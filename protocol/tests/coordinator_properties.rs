@@ -75,7 +75,7 @@ fn config() -> impl Strategy<Value = Config> {
         if upstream {
             config = Config::upstream(kind, SIZE, layout(32));
         }
-        config.publish = publish;
+        config.upstream.publish = publish;
         config
     })
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use dp_sidecar_protocol::layout::{Layout, VllmVersion};
 use dp_sidecar_protocol::machine::coordinator::{Action, Config, Coordinator, Event, Exclude, Report, Stamp};
 use dp_sidecar_protocol::stats::Load;
+use dp_sidecar_protocol::wave::Publication;
 use dp_sidecar_protocol::{EngineIndex, GroupKind, Incarnation, Time, Wave};
 use serde_json::{Value, json};
 
@@ -55,21 +56,21 @@ impl Replay {
                     };
                     self.back.push(json!({"wave": wave.0, "exclude": exclude}));
                 }
-                Action::Publish { counts, wave, running } => {
-                    let counts = counts.map(|counts| {
-                        let entry = |l: &Load| json!([l.waiting, l.running, l.kv_cache_usage]);
-                        counts.iter().map(entry).collect::<Vec<_>>()
-                    });
-                    let mut message = json!({"counts": counts, "wave": wave.0, "running": running});
-                    if let Some(begin) = begin {
-                        let after = u64::try_from((self.now - begin).as_millis()).unwrap();
-                        message["after_ms"] = json!(after);
-                    }
-                    self.front.push(message);
-                }
                 Action::Note(_) => {}
                 other => panic!("{other:?} without frontends"),
             }
+        }
+        while let Some(Publication { counts, wave, running }) = self.machine.poll_publication() {
+            let counts = counts.map(|counts| {
+                let entry = |l: &Load| json!([l.waiting, l.running, l.kv_cache_usage]);
+                counts.iter().map(entry).collect::<Vec<_>>()
+            });
+            let mut message = json!({"counts": counts, "wave": wave.0, "running": running});
+            if let Some(begin) = begin {
+                let after = u64::try_from((self.now - begin).as_millis()).unwrap();
+                message["after_ms"] = json!(after);
+            }
+            self.front.push(message);
         }
     }
 

@@ -252,8 +252,6 @@ impl Task {
                     };
                     self.edges.start(wave, exclude);
                 }
-                // For frontends that are connected to vLLM's own DP coordinator; hosted groups have none.
-                Action::Publish { .. } => {}
                 Action::Forward { rank } => {
                     if let Some((frame, kind)) = self.handled.clone() {
                         let message = ForFrontendCoordinator { rank, frame };

@@ -2,8 +2,8 @@
 //! gate of the engines, and the load of each rank. See `docs/coordinator.md`.
 //!
 //! The transition table is that of vLLM's `DPCoordinatorProc` (`vllm/v1/engine/coordinator.py`
-//! 0.32.0), which [`Behaviour::Upstream`] follows to the letter; a trace of the real class is
-//! replayed against it. [`Behaviour::Hosted`] differs where the sidecar knows more or outlives the
+//! 0.32.0). For tests there is a machine that follows it to the letter (`upstream.rs`); a trace of the
+//! real class is replayed against it. The one here differs where the sidecar knows more or outlives the
 //! engines:
 //!
 //! * The wave never goes back, also over a restart of the group. Fresh engines count from 0, so the
@@ -21,19 +21,21 @@
 //! `running` is what engines report, never what a START_DP_WAVE of ours is expected to cause.
 
 mod adopt;
+#[cfg(any(test, feature = "test-support"))]
 mod cadence;
 mod types;
+#[cfg(any(test, feature = "test-support"))]
+mod upstream;
 
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
-pub use types::{Action, Adopted, Behaviour, Event, Exclude, Note, Report, Snapshot, Stamp};
+pub use types::{Action, Adopted, Event, Exclude, Note, Report, Snapshot, Stamp};
 
-use crate::layout::{FirstReq, Layout, VllmVersion};
+use crate::layout::{Layout, VllmVersion};
 use crate::machine::mutation::{Mutation, mutated};
 use crate::stats::Load;
 use crate::{EngineIndex, FrontendId, GroupKind, Incarnation, Time, Wave};
-use cadence::Cadence;
 
 /// Wakes that follow a START_DP_WAVE sooner than this are answered by one more at its end.
 const WAKE_INTERVAL: Duration = Duration::from_millis(2);
@@ -47,14 +49,13 @@ pub struct Config {
     pub kind: GroupKind,
     /// `--data-parallel-size`.
     pub size: u16,
-    /// Whose rules it follows.
-    pub behaviour: Behaviour,
     /// Of the engines' version; [`Event::Version`] corrects it.
     pub layout: Layout,
-    /// Frontends are connected directly: publish for them.
-    pub publish: bool,
     /// A number no frontend's or engine's wave is above.
     pub wave: Wave,
+    /// Differences from a machine in front of hosted engines and attached frontends.
+    #[cfg(any(test, feature = "test-support"))]
+    pub upstream: upstream::Differences,
 }
 
 impl Config {
@@ -63,16 +64,11 @@ impl Config {
         Self {
             kind,
             size,
-            behaviour: Behaviour::Hosted,
             layout: Layout::closest(VllmVersion::new(0, 32, 0)),
-            publish: false,
             wave: Wave(0),
+            #[cfg(any(test, feature = "test-support"))]
+            upstream: upstream::Differences::default(),
         }
-    }
-
-    /// As `DPCoordinatorProc`, directly connected frontends.
-    pub fn upstream(kind: GroupKind, size: u16, layout: Layout) -> Self {
-        Self { behaviour: Behaviour::Upstream, layout, publish: true, ..Self::hosted(kind, size) }
     }
 }
 
@@ -118,8 +114,9 @@ pub struct Coordinator {
     /// the group runs until it hears of a wave's end.
     hinted: bool,
     waking: Option<Waking>,
-    cadence: Cadence,
     actions: VecDeque<Action>,
+    #[cfg(any(test, feature = "test-support"))]
+    publisher: upstream::Publisher,
 }
 
 impl Coordinator {
@@ -142,18 +139,22 @@ impl Coordinator {
             in_step: !lockstep,
             hinted: false,
             waking: None,
-            cadence: Cadence::new(lockstep),
             actions: VecDeque::new(),
+            #[cfg(any(test, feature = "test-support"))]
+            publisher: upstream::Publisher::new(lockstep),
             config,
         }
     }
 
     pub fn handle_event(&mut self, now: Time, event: Event) {
+        #[cfg(any(test, feature = "test-support"))]
+        let before = (self.wave, self.running);
         match event {
             Event::Version(layout) => self.config.layout = *layout,
             Event::Adopted { wave, engines } => self.adopted(now, wave, &engines),
             Event::Subscribed { rank, incarnation } => self.subscribed(now, rank, incarnation),
             Event::Report { rank, incarnation, report } => self.report(now, rank, incarnation, &report),
+            #[cfg(any(test, feature = "test-support"))]
             Event::FirstRequest { target, wave } => self.first_request(now, target, wave),
             Event::StartWave { wave, .. } => {
                 // A frontend can be ahead only if the machine lost its memory. Falling behind is what
@@ -172,10 +173,8 @@ impl Coordinator {
                 self.frontends.remove(&frontend);
             }
         }
-        // The silence counts from when vLLM's coordinator enters its loop.
-        if self.config.publish && self.ready() {
-            self.cadence.rearm(now);
-        }
+        #[cfg(any(test, feature = "test-support"))]
+        self.event_handled(now, before);
     }
 
     /// The time of [`Self::poll_timeout`] has come.
@@ -183,10 +182,8 @@ impl Coordinator {
         if self.wake_deadline().is_some_and(|deadline| deadline <= now) {
             self.send_wake(now);
         }
-        let ranks = &self.ranks;
-        if let Some(counts) = self.cadence.due(now, || loads(ranks)) {
-            self.publish(Some(counts));
-        }
+        #[cfg(any(test, feature = "test-support"))]
+        self.publish_due(now);
     }
 
     #[must_use]
@@ -197,7 +194,10 @@ impl Coordinator {
     /// When to call [`Self::handle_timeout`].
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Time> {
-        [self.wake_deadline(), self.cadence.deadline()].into_iter().flatten().min()
+        let deadline = self.wake_deadline();
+        #[cfg(any(test, feature = "test-support"))]
+        let deadline = deadline.into_iter().chain(self.publisher.deadline()).min();
+        deadline
     }
 
     pub fn snapshot(&self) -> Snapshot {
@@ -224,23 +224,14 @@ impl Coordinator {
         self.config.kind.is_lockstep()
     }
 
-    fn hosted(&self) -> bool {
-        self.config.behaviour == Behaviour::Hosted
-    }
-
-    /// Past the READY gate.
-    fn ready(&self) -> bool {
-        self.formed || self.ranks.iter().all(|rank| rank.stage == Stage::Ready)
+    /// Always, but in tests.
+    #[cfg(not(any(test, feature = "test-support")))]
+    const fn hosted(&self) -> bool {
+        true
     }
 
     fn push(&mut self, action: Action) {
         self.actions.push_back(action);
-    }
-
-    fn publish(&mut self, counts: Option<Vec<Load>>) {
-        if self.config.publish {
-            self.push(Action::Publish { counts, wave: self.wave, running: self.running });
-        }
     }
 
     fn tell_all(&mut self, rank: EngineIndex, report: Report) {
@@ -369,7 +360,6 @@ impl Coordinator {
             let wave = self.wave;
             self.wave = Wave(wave.0.saturating_add(1));
             self.tell_all(EngineIndex(0), Report::wave_complete(wave));
-            self.publish(None);
         }
     }
 
@@ -423,14 +413,13 @@ impl Coordinator {
         }
         let mut forward = false;
         if let Some((load, stamp)) = report.stats {
-            let admitted = rank.admitted;
-            let ranks = &self.ranks;
-            self.cadence.stats(stamp, || loads(ranks));
+            #[cfg(any(test, feature = "test-support"))]
+            self.publisher.stats(stamp, &self.ranks);
             if let Some(rank) = self.rank(index) {
                 rank.load = load;
                 rank.stamp = stamp;
+                forward = rank.admitted;
             }
-            forward = admitted;
         }
         if self.lockstep() {
             if let Some(wave) = report.wave_complete {
@@ -453,7 +442,6 @@ impl Coordinator {
         self.in_step = true;
         self.waking = None;
         self.wave = Wave(wave.0.saturating_add(1));
-        self.publish(None);
         true
     }
 
@@ -464,7 +452,6 @@ impl Coordinator {
             self.running = true;
             self.waking = None;
             self.push(Action::SendStartWave { wave, exclude: Some(Exclude::Index(from)) });
-            self.publish(None);
             return true;
         }
         if wave < self.wave && self.hosted() {
@@ -472,35 +459,6 @@ impl Coordinator {
             self.wake(now);
         }
         false
-    }
-
-    fn first_request(&mut self, now: Time, target: Option<Exclude>, wave: Wave) {
-        if !self.lockstep() {
-            return;
-        }
-        if self.config.layout.first_req() == FirstReq::None {
-            self.push(Action::Note(Note::FirstRequestUnsupported));
-            return;
-        }
-        if self.running || !self.formed {
-            return;
-        }
-        let stale = wave < self.wave;
-        if stale && mutated(Mutation::StaleHintRewindsWave) {
-            self.wave = wave;
-        }
-        // A request with an old wave number does not start its engine in the current wave.
-        let exclude = if stale && !mutated(Mutation::StaleHintKeepsExclude) { None } else { target };
-        if self.hosted() {
-            self.waking = Some(Waking { wave: self.wave, sent: now, again: false });
-        }
-        self.send_start(exclude);
-        // It takes its own START_DP_WAVE for a running group.
-        let sets_running = self.config.layout.first_req() == FirstReq::StartsAndSetsRunning;
-        if !self.hosted() && sets_running {
-            self.running = true;
-            self.publish(None);
-        }
     }
 
     /// Something was sent to an engine: the others have to run with it.
@@ -528,7 +486,6 @@ impl Coordinator {
         if mutated(Mutation::ForwardedWakeSetsRunning) {
             self.running = true;
             self.waking = None;
-            self.publish(None);
         }
     }
 

@@ -7,6 +7,7 @@ use dp_sidecar_protocol::machine::coordinator::{
     Action, Adopted, Config, Coordinator, Event, Exclude, Report, Stamp,
 };
 use dp_sidecar_protocol::stats::Load;
+use dp_sidecar_protocol::wave::Publication;
 use dp_sidecar_protocol::{EngineIndex, FrontendId, GroupKind, Incarnation, Time, Wave};
 
 use super::{Line, Script};
@@ -56,7 +57,7 @@ impl Coordinated {
         if line.text("upstream").is_some() {
             config = Config::upstream(kind, self.size, layout);
         }
-        config.publish |= line.text("publish").is_some();
+        config.upstream.publish |= line.text("publish").is_some();
         config.wave = Wave(line.number("wave").unwrap_or(0));
         self.machine = Some(Coordinator::new(config));
     }
@@ -72,7 +73,10 @@ impl Coordinated {
 
     fn drain(&mut self) -> Vec<String> {
         let machine = self.machine();
-        std::iter::from_fn(|| machine.poll_action().map(|action| show(&action))).collect()
+        let mut output: Vec<String> =
+            std::iter::from_fn(|| machine.poll_action().map(|action| show(&action))).collect();
+        output.extend(std::iter::from_fn(|| machine.poll_publication().map(show_publication)));
+        output
     }
 
     fn sleep(&mut self, time: Duration) -> Vec<String> {
@@ -182,10 +186,6 @@ fn show(action: &Action) -> String {
             };
             format!("start-dp-wave wave={wave} exclude={exclude}")
         }
-        Action::Publish { counts, wave, running } => {
-            let counts = counts.as_deref().map_or_else(|| "none".to_owned(), loads);
-            format!("publish counts={counts} wave={wave} running={running}")
-        }
         Action::Forward { rank } => format!("forward as rank {rank}"),
         Action::Tell { frontend, rank, report } => {
             let to = frontend.map_or_else(|| "all".to_owned(), |id| format!("frontend {id}"));
@@ -193,6 +193,11 @@ fn show(action: &Action) -> String {
         }
         Action::Note(note) => format!("note {note:?}"),
     }
+}
+
+fn show_publication(Publication { counts, wave, running }: Publication) -> String {
+    let counts = counts.as_deref().map_or_else(|| "none".to_owned(), loads);
+    format!("publish counts={counts} wave={wave} running={running}")
 }
 
 fn show_report(report: &Report) -> String {

@@ -248,6 +248,7 @@ impl World {
             }
         }
         let actions: Vec<Action> = std::iter::from_fn(|| machine.poll_action()).collect();
+        let publications: Vec<_> = std::iter::from_fn(|| machine.poll_publication()).collect();
         let due = machine.poll_timeout();
         if let Some(due) = due
             && !std::mem::replace(&mut frontend.timer_set, true)
@@ -257,22 +258,20 @@ impl World {
         }
         for action in actions {
             self.note(|| format!("    -> frontend {id}: {action:?}"));
-            match action {
-                Action::SendStartWave { wave, .. } => {
-                    // Each virtual engine hears it; how many of them pass it on must not matter.
-                    for _ in 0..1 + self.rng.below(u64::from(self.size)) {
-                        let event = Event::StartWave { frontend: id, wave };
-                        if self.frontends[at].joined == self.session {
-                            self.send(Link::FromTheirs(id), Happening::ToMachine(self.session, event));
-                        }
+            if let Action::SendStartWave { wave, .. } = action {
+                // Each virtual engine hears it; how many of them pass it on must not matter.
+                for _ in 0..1 + self.rng.below(u64::from(self.size)) {
+                    let event = Event::StartWave { frontend: id, wave };
+                    if self.frontends[at].joined == self.session {
+                        self.send(Link::FromTheirs(id), Happening::ToMachine(self.session, event));
                     }
                 }
-                Action::Publish { wave, running, .. } => {
-                    let what = Happening::View { to: id, wave: wave.0, running };
-                    self.send(Link::MachineToFrontend(id), what);
-                }
-                _ => {}
             }
+        }
+        for publication in publications {
+            let (wave, running) = (publication.wave.0, publication.running);
+            self.note(|| format!("    -> frontend {id}: publish wave {wave} running {running}"));
+            self.send(Link::MachineToFrontend(id), Happening::View { to: id, wave, running });
         }
     }
 }

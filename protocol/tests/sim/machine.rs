@@ -54,6 +54,14 @@ impl World {
             self.note(|| format!("    -> {action:?}"));
             self.perform(action);
         }
+        while let Some(publication) = self.machine.poll_publication() {
+            let (wave, running) = (publication.wave.0, publication.running);
+            self.note(|| format!("    -> publish wave {wave} running {running}"));
+            for at in 0..self.frontends.len() {
+                let to = self.frontends[at].id;
+                self.send(Link::MachineToFrontend(to), Happening::View { to, wave, running });
+            }
+        }
         let due = self.machine.poll_timeout().map(|at| u64::try_from(at.since_start().as_micros()).unwrap());
         // One periodic publish after another is no progress: in stock topology the timer stops with
         // the rest of the world.
@@ -97,13 +105,6 @@ impl World {
                 for rank in 0..self.size {
                     let input = Input::StartWave { wave: wave.0, exclude };
                     self.publish_to_engine(rank, input);
-                }
-            }
-            Action::Publish { wave, running, .. } => {
-                for at in 0..self.frontends.len() {
-                    let to = self.frontends[at].id;
-                    let wave = wave.0;
-                    self.send(Link::MachineToFrontend(to), Happening::View { to, wave, running });
                 }
             }
             Action::Forward { rank } => {

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::time::Duration;
 
-use dp_sidecar_protocol::machine::coordinator::{Behaviour, Config, Coordinator, Event, Report};
+use dp_sidecar_protocol::machine::coordinator::{Config, Coordinator, Event, Report};
 use dp_sidecar_protocol::machine::mutation::{self, Mutation};
 use dp_sidecar_protocol::{EngineIndex, FrontendId, GroupKind, Incarnation, Time, Wave};
 
@@ -217,13 +217,13 @@ impl World {
         let size = u16::try_from(2 + rng.below(3)).unwrap();
         let mut config = Config::hosted(GroupKind::Lockstep, size);
         config.layout = layout(version);
-        config.publish = topology == Topology::Stock;
+        config.upstream.publish = topology == Topology::Stock;
         // The rules of 0.28 are known to strand requests around a pause; nobody is to follow them.
         if topology == Topology::Stock && version != Version::V28 && rng.chance(60) {
-            config.behaviour = Behaviour::Upstream;
+            config.upstream.exact = true;
         }
         mutation::set(mutation);
-        let fragile = config.behaviour == Behaviour::Upstream;
+        let fragile = config.upstream.exact;
         let step_time = 100 + rng.below(900);
         let outside_left = 5 + rng.below(30);
         let mut world = Self {

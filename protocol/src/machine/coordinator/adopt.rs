@@ -67,7 +67,6 @@ impl Coordinator {
             self.running = false;
             self.waking = None;
             self.tell_all(EngineIndex(0), Report::wave_complete(Wave(last)));
-            self.publish(None);
         }
     }
 

@@ -4,16 +4,6 @@ use crate::layout::Layout;
 use crate::stats::Load;
 use crate::{EngineIdentity, EngineIndex, FrontendId, Incarnation, Wave};
 
-/// Whose rules the machine follows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Behaviour {
-    /// Those of a sidecar that hosts the engines: see the module's documentation.
-    Hosted,
-    /// Exactly those of `DPCoordinatorProc`; engines are never replaced and frontends are connected
-    /// directly.
-    Upstream,
-}
-
 /// At which step of which wave stats were taken. Ordered.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Stamp {
@@ -99,6 +89,7 @@ pub enum Event {
         report: Report,
     },
     /// A directly connected frontend sends a request to paused engines.
+    #[cfg(any(test, feature = "test-support"))]
     FirstRequest {
         /// The engine that gets the request.
         target: Option<Exclude>,
@@ -138,14 +129,6 @@ pub enum Action {
         /// Who is not meant, though it gets the message.
         exclude: Option<Exclude>,
     },
-    /// Publish to the directly connected frontends.
-    Publish {
-        /// Load by rank; `None` when only wave or state changed.
-        counts: Option<Vec<Load>>,
-        wave: Wave,
-        /// Whether the group runs.
-        running: bool,
-    },
     /// Send the report that is being handled to every attached frontend's DP coordinator, as it came.
     Forward {
         /// Whose report it is.
@@ -181,6 +164,7 @@ pub enum Note {
     /// READY was withheld because the engine's version dies of a second one.
     SecondReadyWithheld { rank: EngineIndex },
     /// The engines' version has no FIRST_REQ.
+    #[cfg(any(test, feature = "test-support"))]
     FirstRequestUnsupported,
     /// Admitted without having been started.
     AdmittedWhileDown { rank: EngineIndex },
