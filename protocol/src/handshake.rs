@@ -8,7 +8,7 @@
 
 use bytes::Bytes;
 use rmpv::Value;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 use crate::error::DecodeError;
 use crate::layout::Layout;
@@ -31,12 +31,16 @@ impl Hello {
 
     pub fn encode(&self) -> Bytes {
         let Self { local, headless } = *self;
-        encoded(map([("status", "HELLO".into()), ("local", local.into()), ("headless", headless.into())]))
+        write::named(&map([
+            ("status", "HELLO".into()),
+            ("local", local.into()),
+            ("headless", headless.into()),
+        ]))
     }
 }
 
 /// Last message of an engine on the handshake socket.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ready {
     /// As in [`Hello`].
     pub local: bool,
@@ -66,7 +70,7 @@ impl Ready {
         if layout.ready_has_hash() && self.parallel_config_hash.is_some() {
             entries.push(("parallel_config_hash", text(self.parallel_config_hash.as_ref())));
         }
-        encoded(map(entries))
+        write::named(&map(entries))
     }
 }
 
@@ -84,13 +88,7 @@ impl EngineMessage {
     pub fn decode(frame: &[u8]) -> Result<Self, DecodeError> {
         const NAME: &str = "handshake message";
         let mut status = None;
-        let mut ready = Ready {
-            local: false,
-            headless: false,
-            num_gpu_blocks: None,
-            dp_stats_address: None,
-            parallel_config_hash: None,
-        };
+        let mut ready = Ready::default();
         let (mut local, mut headless) = (None, None);
         read_map(frame, NAME, |key, scanner| {
             match key {
@@ -100,12 +98,8 @@ impl EngineMessage {
                 "num_gpu_blocks" => {
                     ready.num_gpu_blocks = scanner.optional(|s| s.integer("int of 64 bits"))?;
                 }
-                "dp_stats_address" => {
-                    ready.dp_stats_address = read_text(scanner)?;
-                }
-                "parallel_config_hash" => {
-                    ready.parallel_config_hash = read_text(scanner)?;
-                }
+                "dp_stats_address" => ready.dp_stats_address = read_text(scanner)?,
+                "parallel_config_hash" => ready.parallel_config_hash = read_text(scanner)?,
                 _ => scanner.skip()?,
             }
             Ok(())
@@ -156,13 +150,15 @@ pub enum ConfigValue {
 
 /// Answer to HELLO (vLLM: `EngineHandshakeMetadata`). The engine sets every entry of
 /// `parallel_config` as an attribute of its `ParallelConfig`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Init {
     /// Where to connect.
     pub addresses: Addresses,
     /// Empty for dense engines since 0.14: see [`GroupPorts`].
+    #[serde(serialize_with = "as_map")]
     pub parallel_config: Vec<(String, ConfigValue)>,
     /// Hash of the parallel flags (0.12.0 and 0.13.0 only, informational).
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub parallel_config_hash: Option<String>,
 }
 
@@ -216,29 +212,9 @@ impl Init {
         }
     }
 
+    /// The message: this, as a map.
     pub fn encode(&self) -> Bytes {
-        let list = |of: &[String]| Value::Array(of.iter().map(|address| address.as_str().into()).collect());
-        let Addresses { inputs, outputs, coordinator_input, coordinator_output, .. } = &self.addresses;
-        let addresses = map([
-            ("inputs", list(inputs)),
-            ("outputs", list(outputs)),
-            ("coordinator_input", text(coordinator_input.as_ref())),
-            ("coordinator_output", text(coordinator_output.as_ref())),
-            ("frontend_stats_publish_address", text(self.addresses.frontend_stats_publish_address.as_ref())),
-        ]);
-        let config = self.parallel_config.iter().map(|(key, value)| {
-            let value = match value {
-                ConfigValue::Int(value) => (*value).into(),
-                ConfigValue::Str(value) => value.as_str().into(),
-                ConfigValue::Ints(values) => values.iter().copied().map(Value::from).collect(),
-            };
-            (key.as_str(), value)
-        });
-        let mut entries = vec![("addresses", addresses), ("parallel_config", map(config))];
-        if self.parallel_config_hash.is_some() {
-            entries.push(("parallel_config_hash", text(self.parallel_config_hash.as_ref())));
-        }
-        encoded(map(entries))
+        write::named(self)
     }
 
     /// Reads a frontend's INIT as strictly as an engine does. Fails if the address lists differ in
@@ -252,9 +228,7 @@ impl Init {
             match key {
                 "addresses" => addresses = Some(read_addresses(scanner)?),
                 "parallel_config" => parallel_config = Some(read_config(scanner)?),
-                "parallel_config_hash" => {
-                    parallel_config_hash = read_text(scanner)?;
-                }
+                "parallel_config_hash" => parallel_config_hash = read_text(scanner)?,
                 _ => scanner.skip()?,
             }
             Ok(())
@@ -276,6 +250,10 @@ impl Init {
     }
 }
 
+fn as_map<S: Serializer>(entries: &[(String, ConfigValue)], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(entries.iter().map(|(key, value)| (key, value)))
+}
+
 fn map<'a>(entries: impl IntoIterator<Item = (&'a str, Value)>) -> Value {
     Value::Map(entries.into_iter().map(|(key, value)| (key.into(), value)).collect())
 }
@@ -285,24 +263,14 @@ fn text(value: Option<&String>) -> Value {
     value.map_or(Value::Nil, |value| value.as_str().into())
 }
 
-fn encoded(value: Value) -> Bytes {
-    let mut out = Vec::with_capacity(128);
-    write::value(&mut out, &value);
-    out.into()
-}
-
 fn read_addresses(scanner: &mut Scanner<'_>) -> Result<Addresses, ScanError> {
     let mut addresses = Addresses::default();
     for _ in 0..scanner.map()? {
         match scanner.str()? {
             "inputs" => addresses.inputs = read_strings(scanner)?,
             "outputs" => addresses.outputs = read_strings(scanner)?,
-            "coordinator_input" => {
-                addresses.coordinator_input = read_text(scanner)?;
-            }
-            "coordinator_output" => {
-                addresses.coordinator_output = read_text(scanner)?;
-            }
+            "coordinator_input" => addresses.coordinator_input = read_text(scanner)?,
+            "coordinator_output" => addresses.coordinator_output = read_text(scanner)?,
             "frontend_stats_publish_address" => {
                 addresses.frontend_stats_publish_address = read_text(scanner)?;
             }
@@ -312,7 +280,7 @@ fn read_addresses(scanner: &mut Scanner<'_>) -> Result<Addresses, ScanError> {
     Ok(addresses)
 }
 
-fn read_text(scanner: &mut Scanner<'_>) -> Result<Option<String>, ScanError> {
+pub(crate) fn read_text(scanner: &mut Scanner<'_>) -> Result<Option<String>, ScanError> {
     scanner.optional(|s| s.str().map(str::to_owned))
 }
 

@@ -4,6 +4,7 @@
 //! wire only since 0.23.0 (`vllm_version` in the engine's ready response). A [`Layout`] is what the
 //! rest of the crate asks instead of comparing versions itself.
 
+use std::cell::Cell;
 use std::fmt;
 use std::str::FromStr;
 
@@ -344,53 +345,30 @@ impl Layout {
 }
 
 fn add_positions(version: VllmVersion) -> AddPositions {
+    let fields = Cell::new(5);
+    let next = || fields.replace(fields.get() + 1);
+    let only_if = |present: bool| present.then(next);
     // Fields in their order, with the versions that have each.
-    let eos = !version.at_least(17, 0);
-    let mut next = 5;
-    let mut take = |present: bool| {
-        present.then(|| {
-            next += 1;
-            next - 1
-        })
-    };
-    let eos_token_id = take(eos);
-    let arrival_time = take(true);
-    let lora_request = take(true);
-    let cache_salt = take(true);
-    let data_parallel_rank = take(true);
-    let prompt_embeds = take(true);
-    let prompt_is_token_ids = take(version.at_least(21, 0));
-    let client_index = take(true);
-    let current_wave = take(true);
-    let priority = take(true);
-    let trace_headers = take(true);
-    let resumable = take(version.at_least(15, 0));
-    let external_req_id = take(version.at_least(14, 0));
-    let reasoning_ended = take(version.at_least(16, 0));
-    let reasoning_parser_kwargs = take(version.at_least(20, 1));
-    let abort_immediately = take(version.at_least(21, 0));
-    let session_id = take(version.at_least(28, 0));
-    let kv_hints = take(version.at_least(31, 0));
     AddPositions {
-        eos_token_id,
-        arrival_time: arrival_time.unwrap_or_default(),
-        lora_request: lora_request.unwrap_or_default(),
-        cache_salt: cache_salt.unwrap_or_default(),
-        data_parallel_rank: data_parallel_rank.unwrap_or_default(),
-        prompt_embeds: prompt_embeds.unwrap_or_default(),
-        prompt_is_token_ids,
-        client_index: client_index.unwrap_or_default(),
-        current_wave: current_wave.unwrap_or_default(),
-        priority: priority.unwrap_or_default(),
-        trace_headers: trace_headers.unwrap_or_default(),
-        resumable,
-        external_req_id,
-        reasoning_ended,
-        reasoning_parser_kwargs,
-        abort_immediately,
-        session_id,
-        kv_hints,
-        fields: next,
+        eos_token_id: only_if(!version.at_least(17, 0)),
+        arrival_time: next(),
+        lora_request: next(),
+        cache_salt: next(),
+        data_parallel_rank: next(),
+        prompt_embeds: next(),
+        prompt_is_token_ids: only_if(version.at_least(21, 0)),
+        client_index: next(),
+        current_wave: next(),
+        priority: next(),
+        trace_headers: next(),
+        resumable: only_if(version.at_least(15, 0)),
+        external_req_id: only_if(version.at_least(14, 0)),
+        reasoning_ended: only_if(version.at_least(16, 0)),
+        reasoning_parser_kwargs: only_if(version.at_least(20, 1)),
+        abort_immediately: only_if(version.at_least(21, 0)),
+        session_id: only_if(version.at_least(28, 0)),
+        kv_hints: only_if(version.at_least(31, 0)),
+        fields: fields.get(),
     }
 }
 

@@ -302,32 +302,17 @@ impl NewOutputs {
         for output in &self.outputs {
             output.write(layout, &mut out);
         }
-        match &self.scheduler_stats {
-            Some(stats) => out.extend_from_slice(stats),
-            None => write::nil(&mut out),
-        }
+        write::optional(&mut out, self.scheduler_stats.as_deref(), Vec::extend_from_slice);
         write::float(&mut out, self.timestamp);
-        match &self.utility_output {
-            Some(utility) => utility.write(&mut out),
-            None => write::nil(&mut out),
-        }
-        match &self.finished_requests {
-            Some(ids) => {
-                write::array(&mut out, ids.len());
-                for id in ids {
-                    write::str(&mut out, id);
-                }
-            }
-            None => write::nil(&mut out),
-        }
+        write::optional(&mut out, self.utility_output.as_ref(), |out, utility| utility.write(out));
+        write::optional(&mut out, self.finished_requests.as_ref(), |out, ids| {
+            write::strs(out, ids.iter().map(String::as_str));
+        });
         for wave in [self.wave_complete, self.start_wave] {
-            match wave {
-                Some(wave) => write::uint(&mut out, wave.0),
-                None => write::nil(&mut out),
-            }
+            write::optional(&mut out, wave, |out, wave| write::uint(out, wave.0));
         }
         if layout.output.weight_version.is_some() {
-            write::opt_str(&mut out, self.weight_version.as_deref());
+            write::optional(&mut out, self.weight_version.as_deref(), write::str);
         }
         out.into()
     }

@@ -5,6 +5,7 @@
 //! recursion; what it returns borrows from the input. It never panics, and every length it reads is
 //! checked against the bytes that are there.
 
+use serde::Serialize;
 use thiserror::Error;
 
 use crate::error::DecodeError;
@@ -75,7 +76,8 @@ impl ScanError {
 }
 
 /// Type of a msgpack value.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Kind {
     /// `None`.
     Nil,
@@ -96,23 +98,13 @@ pub enum Kind {
     /// Extension type.
     Ext,
     /// `0xc1`.
+    #[serde(rename = "reserved byte")]
     Reserved,
 }
 
 impl std::fmt::Display for Kind {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Nil => "nil",
-            Self::Bool => "bool",
-            Self::Int => "int",
-            Self::Float => "float",
-            Self::Str => "str",
-            Self::Bin => "bin",
-            Self::Array => "array",
-            Self::Map => "map",
-            Self::Ext => "ext",
-            Self::Reserved => "reserved byte",
-        })
+        self.serialize(f)
     }
 }
 

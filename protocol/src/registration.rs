@@ -8,9 +8,9 @@ use bytes::Bytes;
 use thiserror::Error;
 
 use crate::error::DecodeError;
-use crate::handshake::read_map;
+use crate::handshake::{read_map, read_text};
 use crate::layout::{BadVersion, Layout, UnknownVersion, VllmVersion};
-use crate::positional::{self, Scanner};
+use crate::positional;
 use crate::write;
 
 const NAME: &str = "EngineCoreReadyResponse";
@@ -40,11 +40,10 @@ impl EngineReadyResponse {
             return Ok(ready);
         }
         read_map(frame, NAME, |key, scanner| {
-            let text = |s: &mut Scanner<'_>| s.optional(|s| s.str().map(str::to_owned));
             match key {
-                "dp_stats_address" => ready.dp_stats_address = text(scanner)?,
-                "dtype" => ready.dtype = text(scanner)?,
-                "vllm_version" => ready.vllm_version = text(scanner)?,
+                "dp_stats_address" => ready.dp_stats_address = read_text(scanner)?,
+                "dtype" => ready.dtype = read_text(scanner)?,
+                "vllm_version" => ready.vllm_version = read_text(scanner)?,
                 "data_parallel_size" => {
                     ready.data_parallel_size = scanner.optional(|s| s.integer("int of 64 bits"))?;
                 }
@@ -79,7 +78,7 @@ pub fn with_dp_stats_address(frame: &Bytes, address: Option<&str>) -> Result<Byt
         return Ok(frame.clone());
     };
     let mut value = Vec::new();
-    write::opt_str(&mut value, address);
+    write::optional(&mut value, address, write::str);
     Ok(positional::splice(frame, range, &value))
 }
 

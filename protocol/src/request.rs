@@ -254,26 +254,15 @@ fn check_utility(payload: &Bytes) -> Result<Utility<'_>, Refusal> {
     let index_at = IndexAt::Bytes(start..scanner.position());
     let call_id = scanner.int().map_err(fail("call_id"))?;
     if call_id < 0 {
-        return Err(RefusalKind::Value {
-            message: "UTILITY",
-            field: "call_id",
-            actual: call_id.to_string(),
-            expected: "0 or more".to_owned(),
-        }
-        .into());
+        return Err(value("UTILITY", "call_id", call_id, "0 or more").into());
     }
-    let refuse = |kind| Refusal { kind: Box::new(kind), request_id: None, call_id: Some(CallId(call_id)) };
+    let refuse = |kind: RefusalKind| Refusal { call_id: Some(CallId(call_id)), ..kind.into() };
     let client_index = client(client_index, "UTILITY").map_err(refuse)?;
     let method = scanner.str().map_err(fail("method")).map_err(refuse)?;
     let args_start = scanner.position();
     let args_kind = scanner.kind().map_err(fail("args")).map_err(refuse)?;
     if args_kind != Kind::Array {
-        return Err(refuse(RefusalKind::Value {
-            message: "UTILITY",
-            field: "args",
-            actual: args_kind.to_string(),
-            expected: "array".to_owned(),
-        }));
+        return Err(refuse(value("UTILITY", "args", args_kind, "array")));
     }
     scanner.skip_checked().map_err(fail("args")).map_err(refuse)?;
     scanner.finish().map_err(fail("end")).map_err(refuse)?;
@@ -299,19 +288,21 @@ fn check_method(method: &str, args: &[u8]) -> Result<(), RefusalKind> {
 }
 
 fn client(index: i128, message: &'static str) -> Result<ClientIndex, RefusalKind> {
-    u32::try_from(index).map(ClientIndex).map_err(|_| RefusalKind::Value {
-        message,
-        field: "client_index",
-        actual: index.to_string(),
-        expected: "0 or more, 32 bits".to_owned(),
-    })
+    let fits = u32::try_from(index).map(ClientIndex);
+    fits.map_err(|_| value(message, "client_index", index, "0 or more, 32 bits"))
+}
+
+fn value(
+    message: &'static str,
+    field: &'static str,
+    actual: impl ToString,
+    expected: impl Into<String>,
+) -> RefusalKind {
+    RefusalKind::Value { message, field, actual: actual.to_string(), expected: expected.into() }
 }
 
 pub fn encode_abort<'a>(request_ids: impl ExactSizeIterator<Item = &'a str>) -> Frames {
     let mut out = Vec::with_capacity(16 + request_ids.len() * 40);
-    write::array(&mut out, request_ids.len());
-    for id in request_ids {
-        write::str(&mut out, id);
-    }
+    write::strs(&mut out, request_ids);
     vec![RequestType::Abort.to_frame(), out.into()]
 }

@@ -28,10 +28,7 @@ impl StartDpWave {
         let mut out = Vec::with_capacity(8);
         write::array(&mut out, 2);
         write::uint(&mut out, self.wave.0);
-        match self.exclude {
-            Some(index) => write::uint(&mut out, u64::from(index.0)),
-            None => write::nil(&mut out),
-        }
+        write::optional(&mut out, self.exclude, |out, index| write::uint(out, u64::from(index.0)));
         vec![RequestType::StartDpWave.to_frame(), out.into()]
     }
 

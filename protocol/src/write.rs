@@ -2,7 +2,9 @@
 
 use std::fmt::Debug;
 
+use bytes::Bytes;
 use rmp::encode;
+use serde::Serialize;
 
 /// A `Vec` takes every byte: there is no error to hand on.
 fn done<T>(written: Result<T, impl Debug>) {
@@ -47,12 +49,18 @@ pub(crate) fn str(out: &mut Vec<u8>, value: &str) {
     done(encode::write_str(out, value));
 }
 
-/// A string or nil.
-pub(crate) fn opt_str(out: &mut Vec<u8>, value: Option<&str>) {
+/// What `write` makes of the value, or nil.
+pub(crate) fn optional<T>(out: &mut Vec<u8>, value: Option<T>, write: impl FnOnce(&mut Vec<u8>, T)) {
     match value {
-        Some(value) => str(out, value),
+        Some(value) => write(out, value),
         None => nil(out),
     }
+}
+
+/// An array of strings.
+pub(crate) fn strs<'a>(out: &mut Vec<u8>, values: impl ExactSizeIterator<Item = &'a str>) {
+    array(out, values.len());
+    values.for_each(|value| str(out, value));
 }
 
 /// Bytes, shorter than 4 GiB.
@@ -69,6 +77,13 @@ pub(crate) fn array(out: &mut Vec<u8>, length: usize) {
 /// Header of a map of fewer than 2^32 entries.
 pub(crate) fn map(out: &mut Vec<u8>, pairs: usize) {
     done(encode::write_map_len(out, pairs as u32));
+}
+
+/// A message of its own; structs become maps.
+pub(crate) fn named(message: &impl Serialize) -> Bytes {
+    let mut out = Vec::with_capacity(128);
+    done(rmp_serde::encode::write_named(&mut out, message));
+    out.into()
 }
 
 /// Any value.

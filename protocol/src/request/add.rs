@@ -1,7 +1,5 @@
 //! Checks of an ADD, `EngineCoreRequest` (`vllm/v1/engine/__init__.py`), field by field.
 
-use std::ops::Range;
-
 use bytes::Bytes;
 
 use crate::ids::{ClientIndex, Wave};
@@ -13,54 +11,39 @@ use super::{Add, IndexAt, Refusal, RefusalKind, client, params, tensor};
 
 /// Checks an ADD with everything in it.
 pub(super) fn check<'a>(layout: &Layout, payload: &'a Bytes, frames: &[Bytes]) -> Result<Add<'a>, Refusal> {
-    let fail = |at| move |error| RefusalKind::Malformed { message: "ADD", at, error };
     let mut scanner = Scanner::new(payload);
-    let fields = scanner.array().map_err(fail("top level"))?;
+    let fields = scanner.array().map_err(malformed("top level"))?;
     let header = scanner.position();
     let required = layout.add.required();
     if fields < required {
         return Err(RefusalKind::FieldCount { message: "ADD", actual: fields, expected: required }.into());
     }
-    let request_id = scanner.str().map_err(fail("request_id"))?;
-    let rest = check_add_fields(layout, &mut scanner, fields, frames);
-    let refuse =
-        |kind| Refusal { kind: Box::new(kind), request_id: Some(request_id.to_owned()), call_id: None };
-    let found = rest.map_err(refuse)?;
-    scanner.finish().map_err(fail("end")).map_err(refuse)?;
-    let position = layout.add.client_index;
-    let (client_index, index_at) = match found.client_index {
-        Some((index, range)) => (index, IndexAt::Bytes(range)),
-        None => (ClientIndex(0), IndexAt::Beyond { header, elements: fields, position }),
-    };
-    Ok(Add {
+    let request_id = scanner.str().map_err(malformed("request_id"))?;
+    let mut add = Add {
         request_id,
-        client_index,
-        current_wave: found.current_wave,
-        data_parallel_rank: found.data_parallel_rank,
-        index_at,
-    })
+        client_index: ClientIndex(0),
+        current_wave: Wave(0),
+        data_parallel_rank: None,
+        index_at: IndexAt::Beyond { header, elements: fields, position: layout.add.client_index },
+    };
+    check_fields(layout, &mut scanner, fields, frames, &mut add)
+        .and_then(|()| scanner.finish().map_err(malformed("end")))
+        .map_err(|kind| Refusal { request_id: Some(request_id.to_owned()), ..kind.into() })?;
+    Ok(add)
 }
 
-/// What is read from an ADD after the request id.
-#[derive(Default)]
-struct AddFields {
-    client_index: Option<(ClientIndex, Range<usize>)>,
-    current_wave: Wave,
-    data_parallel_rank: Option<i64>,
-}
-
-fn check_add_fields(
+/// What comes after the request id.
+fn check_fields(
     layout: &Layout,
     scanner: &mut Scanner<'_>,
     count: usize,
     frames: &[Bytes],
-) -> Result<AddFields, RefusalKind> {
-    let mut found = AddFields::default();
+    found: &mut Add<'_>,
+) -> Result<(), RefusalKind> {
     let mut has_params = false;
     for position in 1..count {
         match position {
-            1 => fields::optional(scanner, "prompt_token_ids", |s| fields::ints(s, "prompt_token_ids"))
-                .map(drop)?,
+            1 => fields::nil_or(scanner, "prompt_token_ids", fields::ints)?,
             2 => tensor::features(scanner, layout.mm_form(), frames)?,
             3 => {
                 has_params |=
@@ -71,11 +54,11 @@ fn check_add_fields(
                 has_params |=
                     fields::optional(scanner, "pooling_params", |s| params::pooling(s, layout))?.is_some();
             }
-            _ => check_later_field(layout, scanner, position, frames, &mut found)?,
+            _ => check_later_field(layout, scanner, position, frames, found)?,
         }
     }
     if has_params {
-        Ok(found)
+        Ok(())
     } else {
         Err(fields::wrong("sampling_params and pooling_params", Kind::Nil, "one of them"))
     }
@@ -86,7 +69,7 @@ fn check_later_field(
     scanner: &mut Scanner<'_>,
     position: usize,
     frames: &[Bytes],
-    found: &mut AddFields,
+    found: &mut Add<'_>,
 ) -> Result<(), RefusalKind> {
     const TEXT: &[Kind] = &[Kind::Nil, Kind::Str];
     let add = &layout.add;
@@ -94,7 +77,8 @@ fn check_later_field(
     if position == add.client_index {
         let start = scanner.position();
         let index = scanner.int().map_err(malformed("client_index"))?;
-        found.client_index = Some((client(index, "ADD")?, start..scanner.position()));
+        found.client_index = client(index, "ADD")?;
+        found.index_at = IndexAt::Bytes(start..scanner.position());
     } else if position == add.current_wave {
         let wave = scanner.integer("wave of 0 or more");
         found.current_wave = Wave(wave.map_err(malformed("current_wave"))?);
@@ -104,23 +88,23 @@ fn check_later_field(
     } else if position == add.arrival_time {
         fields::skip(scanner, "arrival_time", &[Kind::Float, Kind::Int])?;
     } else if position == add.lora_request {
-        fields::optional(scanner, "lora_request", |s| params::lora(s, layout))?;
+        fields::nil_or(scanner, "lora_request", |s, _| params::lora(s, layout))?;
     } else if position == add.cache_salt {
         fields::skip(scanner, "cache_salt", TEXT)?;
     } else if position == add.prompt_embeds {
-        fields::optional(scanner, "prompt_embeds", |s| tensor::tensor(s, "prompt_embeds", frames))?;
+        fields::nil_or(scanner, "prompt_embeds", |s, field| tensor::tensor(s, field, frames))?;
     } else if position == add.priority {
         fields::skip(scanner, "priority", &[Kind::Int])?;
     } else if position == add.trace_headers {
-        fields::optional(scanner, "trace_headers", |s| {
-            fields::map(s, "trace_headers", |s, _| fields::str(s, "trace_headers").map(drop))
+        fields::nil_or(scanner, "trace_headers", |s, field| {
+            fields::map(s, field, |s, _| fields::str(s, field).map(drop))
         })?;
     } else if here == add.eos_token_id {
         fields::skip(scanner, "eos_token_id", &[Kind::Nil, Kind::Int])?;
     } else if here == add.prompt_is_token_ids {
-        fields::optional(scanner, "prompt_is_token_ids", |s| {
-            for _ in 0..s.array().map_err(malformed("prompt_is_token_ids"))? {
-                fields::bool(s, "prompt_is_token_ids")?;
+        fields::nil_or(scanner, "prompt_is_token_ids", |s, field| {
+            for _ in 0..s.array().map_err(malformed(field))? {
+                fields::bool(s, field)?;
             }
             Ok(())
         })?;

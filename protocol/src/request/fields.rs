@@ -12,7 +12,7 @@ pub(super) fn malformed(field: &'static str) -> impl Fn(ScanError) -> RefusalKin
 }
 
 pub(super) fn wrong(field: &'static str, actual: impl ToString, expected: impl Into<String>) -> RefusalKind {
-    RefusalKind::Value { message: "ADD", field, actual: actual.to_string(), expected: expected.into() }
+    super::value("ADD", field, actual, expected)
 }
 
 /// The next value must be of one of `kinds`; returns which.
@@ -46,6 +46,15 @@ pub(super) fn optional<'a, T>(
     read: impl FnOnce(&mut Scanner<'a>) -> Result<T, RefusalKind>,
 ) -> Result<Option<T>, RefusalKind> {
     if scanner.nil().map_err(malformed(field))? { Ok(None) } else { read(scanner).map(Some) }
+}
+
+/// nil or what `read` takes, when only that matters.
+pub(super) fn nil_or<'a, T>(
+    scanner: &mut Scanner<'a>,
+    field: &'static str,
+    read: impl FnOnce(&mut Scanner<'a>, &'static str) -> Result<T, RefusalKind>,
+) -> Result<(), RefusalKind> {
+    optional(scanner, field, |s| read(s, field)).map(drop)
 }
 
 pub(super) fn str<'a>(scanner: &mut Scanner<'a>, field: &'static str) -> Result<&'a str, RefusalKind> {
@@ -118,5 +127,5 @@ pub(super) fn map<'a>(
 
 /// nil or a map with str keys and any values.
 pub(super) fn optional_map(scanner: &mut Scanner<'_>, field: &'static str) -> Result<(), RefusalKind> {
-    optional(scanner, field, |s| map(s, field, |s, _| s.skip_checked().map_err(malformed(field)))).map(|_| ())
+    nil_or(scanner, field, |s, field| map(s, field, |s, _| s.skip_checked().map_err(malformed(field))))
 }

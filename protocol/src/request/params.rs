@@ -11,7 +11,7 @@ use crate::positional::{Kind, Scanner};
 
 use super::RefusalKind;
 use super::fields::{
-    bool, float, int, ints, malformed, map, one_of, optional, optional_map, skip, str, strs, wrong,
+    bool, float, int, ints, malformed, map, nil_or, one_of, optional, optional_map, skip, str, strs, wrong,
 };
 use super::tensor;
 
@@ -75,7 +75,7 @@ fn sampling_field(
         "top_p" => positive(scanner, "top_p", 1.0)?,
         "top_k" => int(scanner, "top_k", -1).map(drop)?,
         "min_p" => float(scanner, "min_p", 0.0..=1.0).map(drop)?,
-        "seed" => optional(scanner, "seed", |s| int(s, "seed", ANY)).map(drop)?,
+        "seed" => nil_or(scanner, "seed", |s, field| int(s, field, ANY))?,
         "stop" => {
             seen.stops = if one_of(scanner, "stop", &[Kind::Nil, Kind::Str, Kind::Array])? == Kind::Str {
                 if str(scanner, "stop")?.is_empty() {
@@ -87,19 +87,19 @@ fn sampling_field(
             };
         }
         "bad_words" => {
-            optional(scanner, "bad_words", |s| strs(s, "bad_words", layout.bad_words_may_be_empty()))
-                .map(drop)?
+            nil_or(scanner, "bad_words", |s, field| strs(s, field, layout.bad_words_may_be_empty()))?;
         }
         "stop_token_ids" | "allowed_token_ids" | "logprob_token_ids" | "trace_decode_token_ids" => {
-            optional(scanner, "token ids", |s| ints(s, "token ids")).map(drop)?;
+            nil_or(scanner, "token ids", ints)?;
         }
         "_all_stop_token_ids" => ints(scanner, "_all_stop_token_ids")?,
-        "_bad_words_token_ids" => {
-            optional(scanner, "_bad_words_token_ids", |s| int_lists(s, "_bad_words_token_ids")).map(drop)?
-        }
+        "_bad_words_token_ids" => nil_or(scanner, "_bad_words_token_ids", int_lists)?,
         "prompt_logprob_token_ids" => {
-            optional(scanner, "prompt_logprob_token_ids", |s| prompt_logprob_ids(s, layout, frames))
-                .map(drop)?
+            // A list of int in 0.31, since 0.32 a numpy array.
+            let ndarray = layout.prompt_logprob_ids_are_ndarray();
+            nil_or(scanner, "prompt_logprob_token_ids", |s, field| {
+                if ndarray { tensor::ndarray(s, field, frames) } else { ints(s, field) }
+            })?;
         }
         "ignore_eos"
         | "detokenize"
@@ -120,34 +120,24 @@ fn sampling_field(
             seen.max_tokens = optional(scanner, "max_tokens", |s| int(s, "max_tokens", 1))?;
         }
         "min_tokens" => seen.min_tokens = int(scanner, "min_tokens", 0)?,
-        "logprobs" => optional(scanner, "logprobs", |s| int(s, "logprobs", -1)).map(drop)?,
-        "prompt_logprobs" => {
-            optional(scanner, "prompt_logprobs", |s| int(s, "prompt_logprobs", -1)).map(drop)?
-        }
-        "truncate_prompt_tokens" => {
-            optional(scanner, "truncate_prompt_tokens", |s| int(s, "truncate_prompt_tokens", -1)).map(drop)?
-        }
-        "thinking_token_budget" => {
-            optional(scanner, "thinking_token_budget", |s| int(s, "thinking_token_budget", -1)).map(drop)?
-        }
-        "stream_interval" => {
-            optional(scanner, "stream_interval", |s| int(s, "stream_interval", 1)).map(drop)?
-        }
+        "logprobs" => nil_or(scanner, "logprobs", |s, field| int(s, field, -1))?,
+        "prompt_logprobs" => nil_or(scanner, "prompt_logprobs", |s, field| int(s, field, -1))?,
+        "truncate_prompt_tokens" => nil_or(scanner, "truncate_prompt_tokens", |s, field| int(s, field, -1))?,
+        "thinking_token_budget" => nil_or(scanner, "thinking_token_budget", |s, field| int(s, field, -1))?,
+        "stream_interval" => nil_or(scanner, "stream_interval", |s, field| int(s, field, 1))?,
         "_eos_token_id" | "prompt_logprob_start" | "best_of" | "_real_n" => {
-            optional(scanner, "sampling_params", |s| int(s, "a number of sampling_params", ANY)).map(drop)?;
+            nil_or(scanner, "a number of sampling_params", |s, field| int(s, field, ANY))?;
         }
         "output_text_buffer_length" | "routed_experts_prompt_start" => {
             int(scanner, "a number of sampling_params", ANY).map(drop)?;
         }
         "output_kind" => output_kind(scanner)?,
-        "logit_bias" => optional(scanner, "logit_bias", logit_bias).map(drop)?,
+        "logit_bias" => nil_or(scanner, "logit_bias", logit_bias)?,
         "extra_args" => optional_map(scanner, "extra_args")?,
         "structured_outputs" => {
-            optional(scanner, "structured_outputs", |s| structured_outputs(s, layout)).map(drop)?
+            nil_or(scanner, "structured_outputs", |s, field| structured_outputs(s, field, layout))?;
         }
-        "repetition_detection" => {
-            optional(scanner, "repetition_detection", repetition_detection).map(drop)?;
-        }
+        "repetition_detection" => nil_or(scanner, "repetition_detection", repetition_detection)?,
         "guided_decoding" => skip(scanner, "guided_decoding", &[Kind::Nil, Kind::Map])?,
         _ => scanner.skip_checked().map_err(malformed("sampling_params"))?,
     }
@@ -173,77 +163,64 @@ fn int_lists(scanner: &mut Scanner<'_>, field: &'static str) -> Result<(), Refus
     Ok(())
 }
 
-/// A list of int in 0.31, since 0.32 a numpy array.
-fn prompt_logprob_ids(
-    scanner: &mut Scanner<'_>,
-    layout: &Layout,
-    frames: &[Bytes],
-) -> Result<(), RefusalKind> {
-    const FIELD: &str = "prompt_logprob_token_ids";
-    if layout.prompt_logprob_ids_are_ndarray() {
-        tensor::ndarray(scanner, FIELD, frames)
-    } else {
-        ints(scanner, FIELD)
-    }
-}
-
-fn logit_bias(scanner: &mut Scanner<'_>) -> Result<(), RefusalKind> {
-    const FIELD: &str = "logit_bias";
-    for _ in 0..scanner.map().map_err(malformed(FIELD))? {
-        int(scanner, FIELD, ANY)?;
-        scanner.float().map_err(malformed(FIELD))?;
+fn logit_bias(scanner: &mut Scanner<'_>, field: &'static str) -> Result<(), RefusalKind> {
+    for _ in 0..scanner.map().map_err(malformed(field))? {
+        int(scanner, field, ANY)?;
+        scanner.float().map_err(malformed(field))?;
     }
     Ok(())
 }
 
-fn structured_outputs(scanner: &mut Scanner<'_>, layout: &Layout) -> Result<(), RefusalKind> {
-    const FIELD: &str = "structured_outputs";
+fn structured_outputs(
+    scanner: &mut Scanner<'_>,
+    field: &'static str,
+    layout: &Layout,
+) -> Result<(), RefusalKind> {
     let mut constraints = 0;
-    map(scanner, FIELD, |scanner, key| {
+    map(scanner, field, |scanner, key| {
         let kinds: &[Kind] = match key {
             "json" => &[Kind::Nil, Kind::Str, Kind::Map],
             "regex" | "grammar" | "structural_tag" => &[Kind::Nil, Kind::Str],
             "choice" => &[Kind::Nil, Kind::Array],
             "json_object" => &[Kind::Nil, Kind::Bool],
             "whitespace_pattern" | "_backend" => {
-                return skip(scanner, FIELD, &[Kind::Nil, Kind::Str]);
+                return skip(scanner, field, &[Kind::Nil, Kind::Str]);
             }
             "disable_any_whitespace"
             | "disable_additional_properties"
             | "disable_fallback"
-            | "_backend_was_auto" => return bool(scanner, FIELD).map(drop),
-            _ => return scanner.skip_checked().map_err(malformed(FIELD)),
+            | "_backend_was_auto" => return bool(scanner, field).map(drop),
+            _ => return scanner.skip_checked().map_err(malformed(field)),
         };
-        if one_of(scanner, FIELD, kinds)? != Kind::Nil {
+        if one_of(scanner, field, kinds)? != Kind::Nil {
             constraints += 1;
         }
         if key == "choice" {
-            optional(scanner, FIELD, |s| strs(s, FIELD, true)).map(drop)
+            nil_or(scanner, field, |s, field| strs(s, field, true))
         } else {
-            scanner.skip_checked().map_err(malformed(FIELD))
+            scanner.skip_checked().map_err(malformed(field))
         }
     })?;
     if constraints > 1 || (constraints == 0 && layout.structured_outputs_need_one()) {
-        return Err(wrong(FIELD, format!("of {constraints} constraints"), "one constraint"));
+        return Err(wrong(field, format!("of {constraints} constraints"), "one constraint"));
     }
     Ok(())
 }
 
-fn repetition_detection(scanner: &mut Scanner<'_>) -> Result<(), RefusalKind> {
-    const FIELD: &str = "repetition_detection";
+fn repetition_detection(scanner: &mut Scanner<'_>, field: &'static str) -> Result<(), RefusalKind> {
     let (mut max, mut min, mut count) = (0, 0, 0);
-    map(scanner, FIELD, |scanner, key| {
+    map(scanner, field, |scanner, key| {
         match key {
-            "max_pattern_size" => max = int(scanner, FIELD, 0)?,
-            "min_pattern_size" => min = int(scanner, FIELD, 0)?,
-            "min_count" => count = int(scanner, FIELD, ANY)?,
-            _ => scanner.skip_checked().map_err(malformed(FIELD))?,
+            "max_pattern_size" => max = int(scanner, field, 0)?,
+            "min_pattern_size" => min = int(scanner, field, 0)?,
+            "min_count" => count = int(scanner, field, ANY)?,
+            _ => scanner.skip_checked().map_err(malformed(field))?,
         }
         Ok(())
     })?;
     if min > max || (max > 0 && count < 2) {
         return Err(wrong(
-            FIELD,
+            field,
             format!("min {min}, max {max}, count {count}"),
             "min at most max, count at least 2",
         ));
@@ -270,19 +247,19 @@ enum Item {
 impl Item {
     fn check(self, scanner: &mut Scanner<'_>, field: &'static str) -> Result<(), RefusalKind> {
         match self {
-            Self::OptionalInt => optional(scanner, field, |s| int(s, field, ANY)).map(drop),
+            Self::OptionalInt => nil_or(scanner, field, |s, field| int(s, field, ANY)),
             Self::OptionalBool => skip(scanner, field, &[Kind::Nil, Kind::Bool]),
-            Self::OptionalInts => optional(scanner, field, |s| ints(s, field)).map(drop),
+            Self::OptionalInts => nil_or(scanner, field, ints),
             Self::OptionalStr => skip(scanner, field, &[Kind::Nil, Kind::Str]),
             Self::OptionalMap => optional_map(scanner, field),
             Self::Bool => bool(scanner, field).map(drop),
-            Self::Truncation => optional(scanner, field, |s| int(s, field, -1)).map(drop),
+            Self::Truncation => nil_or(scanner, field, |s, field| int(s, field, -1)),
             // FINAL_ONLY.
             Self::OutputKind => match int(scanner, "output_kind", 2)? {
                 2 => Ok(()),
                 other => Err(wrong("output_kind", other, "2")),
             },
-            Self::Task => optional(scanner, field, |s| {
+            Self::Task => nil_or(scanner, field, |s, field| {
                 let task = str(s, field)?;
                 if TASKS.contains(&task) {
                     Ok(())
@@ -290,17 +267,15 @@ impl Item {
                     let task: String = task.chars().take(40).collect();
                     Err(wrong("task", format!("{task:?}"), TASKS.join(", ")))
                 }
-            })
-            .map(drop),
-            Self::LateChunking => optional(scanner, field, |s| {
+            }),
+            Self::LateChunking => nil_or(scanner, field, |s, field| {
                 let count = s.array().map_err(malformed(field))?;
                 if count == 0 || int(s, field, 1)? > i128::from(i64::MAX) {
                     return Err(wrong(field, "without chunk size", "a chunk size of 1 or more"));
                 }
                 s.skip_many(count - 1).map_err(malformed(field))
-            })
-            .map(drop),
-            Self::LateInteraction => optional(scanner, field, |s| {
+            }),
+            Self::LateInteraction => nil_or(scanner, field, |s, field| {
                 let count = s.array().map_err(malformed(field))?;
                 if count < 2 {
                     return Err(wrong(field, "too short", "mode and key"));
@@ -308,11 +283,10 @@ impl Item {
                 str(s, field)?;
                 str(s, field)?;
                 if count > 2 {
-                    optional(s, field, |s| int(s, field, ANY))?;
+                    nil_or(s, field, |s, field| int(s, field, ANY))?;
                 }
                 s.skip_many(count.saturating_sub(3)).map_err(malformed(field))
-            })
-            .map(drop),
+            }),
         }
     }
 }

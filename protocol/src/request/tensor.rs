@@ -110,7 +110,7 @@ pub(super) fn features(scanner: &mut Scanner<'_>, form: MmForm, frames: &[Bytes]
         fields::map(scanner, FIELD, |scanner, key| {
             missing.retain(|name| *name != key);
             match key {
-                "data" => fields::optional(scanner, FIELD, |s| item(s, form, frames)).map(|_| ()),
+                "data" => fields::nil_or(scanner, FIELD, |s, _| item(s, form, frames)),
                 "modality" | "identifier" => fields::str(scanner, FIELD).map(|_| ()),
                 "mm_hash" => fields::skip(scanner, "mm_hash", &[Kind::Nil, Kind::Str]),
                 "mm_position" => position(scanner, frames),
@@ -136,7 +136,7 @@ fn position(scanner: &mut Scanner<'_>, frames: &[Bytes]) -> Result<(), RefusalKi
         missing.retain(|name| *name != key);
         match key {
             "offset" | "length" => fields::int(scanner, FIELD, 0).map(|_| ()),
-            "is_embed" => fields::optional(scanner, FIELD, |s| tensor(s, FIELD, frames)).map(|_| ()),
+            "is_embed" => fields::nil_or(scanner, FIELD, |s, field| tensor(s, field, frames)),
             _ => scanner.skip_checked().map_err(malformed(FIELD)),
         }
     })?;
@@ -182,7 +182,7 @@ fn element<'a>(
         }
         missing.retain(|name| *name != key);
         match key {
-            "data" => fields::optional(scanner, FIELD, |s| nested(s, frames, 0)).map(|_| ()),
+            "data" => fields::nil_or(scanner, FIELD, |s, _| nested(s, frames, 0)),
             "field" if form == MmForm::Positional => positional_factory(scanner),
             "field" => factory(scanner),
             _ => {
