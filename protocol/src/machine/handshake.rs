@@ -164,6 +164,7 @@ pub struct Handshake {
 }
 
 /// Plain data about the handshakes.
+#[cfg(any(test, feature = "test-support"))]
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
     /// Stage and incarnation of each expected rank.
@@ -237,7 +238,8 @@ impl Handshake {
         ready.chain(self.next_progress).min()
     }
 
-    /// State for status and logs.
+    /// Plain data.
+    #[cfg(any(test, feature = "test-support"))]
     pub fn snapshot(&self) -> Snapshot {
         Snapshot {
             ranks: self
@@ -260,8 +262,9 @@ impl Handshake {
     }
 
     fn message(&mut self, now: Time, via: Via, peer: PeerId, identity: &[u8], frames: &Frames) {
-        let Some(rank) = self.rank_of(via, identity) else {
-            return;
+        let rank = match self.rank_of(via, identity) {
+            Ok(rank) => rank,
+            Err(error) => return self.refuse(error),
         };
         let [payload] = frames.as_slice() else {
             let error = format!("rank {rank}: handshake message of {} frames, expected 1", frames.len());
@@ -279,52 +282,37 @@ impl Handshake {
     }
 
     /// The rank behind an identity, if it is one of ours and came by the right listener.
-    fn rank_of(&mut self, via: Via, identity: &[u8]) -> Option<EngineIndex> {
+    fn rank_of(&self, via: Via, identity: &[u8]) -> Result<EngineIndex, String> {
         let ours = &self.config.ranks;
         let expected = match ours.len() {
             1 => format!("rank {}", ours.start),
             _ => format!("ranks {}..{}", ours.start, ours.end.saturating_sub(1)),
         };
         let Some(rank) = EngineIdentity::from_frame(identity).map(EngineIdentity::index) else {
-            self.refuse(format!(
+            return Err(format!(
                 "handshake message from a peer with a {}-byte identity {}, expected 2 bytes naming {expected}",
                 identity.len(),
                 hex(identity),
             ));
-            return None;
         };
-        if !ours.contains(&rank.0) {
-            self.refuse(format!(
-                "handshake message from rank {rank}, expected {expected}: check --data-parallel-size and --data-parallel-start-rank of that engine"
-            ));
-            return None;
-        }
+        let known = self.ranks.get(&rank);
         match via {
-            Via::Own { rank: owner, incarnation } => {
-                if owner != rank {
-                    self.refuse(format!(
-                        "handshake message from rank {rank} on the port made for rank {owner} (incarnation {incarnation})"
-                    ));
-                    return None;
-                }
-                let current = self.ranks.get(&rank).map(|known| known.incarnation);
-                if current != Some(incarnation) {
-                    self.refuse(format!(
-                        "handshake message from rank {rank}, incarnation {incarnation}, which has been given up"
-                    ));
-                    return None;
-                }
+            _ if !ours.contains(&rank.0) => Err(format!(
+                "handshake message from rank {rank}, expected {expected}: check --data-parallel-size and --data-parallel-start-rank of that engine"
+            )),
+            Via::Own { rank: owner, incarnation } if owner != rank => Err(format!(
+                "handshake message from rank {rank} on the port made for rank {owner} (incarnation {incarnation})"
+            )),
+            Via::Own { incarnation, .. } if known.is_none_or(|known| known.incarnation != incarnation) => {
+                Err(format!(
+                    "handshake message from rank {rank}, incarnation {incarnation}, which has been given up"
+                ))
             }
-            Via::Shared => {
-                if self.ranks.get(&rank).is_some_and(|known| known.own) {
-                    self.refuse(format!(
-                        "handshake message from rank {rank} on the shared address, but this sidecar starts rank {rank} itself: is a second engine with this rank running?"
-                    ));
-                    return None;
-                }
-            }
+            Via::Shared if known.is_some_and(|known| known.own) => Err(format!(
+                "handshake message from rank {rank} on the shared address, but this sidecar starts rank {rank} itself: is a second engine with this rank running?"
+            )),
+            _ => Ok(rank),
         }
-        Some(rank)
     }
 
     fn hello(&mut self, now: Time, via: Via, peer: PeerId, rank: EngineIndex) {
@@ -379,26 +367,21 @@ impl Handshake {
             ));
         };
         let incarnation = known.incarnation;
-        match known.stage {
-            Stage::Connected if known.peer == Some(peer) => {}
-            Stage::Connected => {
-                return self.refuse(format!(
-                    "READY from rank {rank} on another connection than its HELLO (incarnation {incarnation}): it belongs to an engine that has been given up, or to a second engine with this rank"
-                ));
-            }
+        let fault = match known.stage {
+            Stage::Connected if known.peer == Some(peer) => None,
+            Stage::Connected => Some(format!(
+                "READY from rank {rank} on another connection than its HELLO (incarnation {incarnation}): it belongs to an engine that has been given up, or to a second engine with this rank"
+            )),
             Stage::New => {
-                return self.refuse(format!(
-                    "READY from rank {rank} (incarnation {incarnation}), expected HELLO first"
-                ));
+                Some(format!("READY from rank {rank} (incarnation {incarnation}), expected HELLO first"))
             }
-            Stage::Ready => {
-                return self.refuse(format!("second READY from rank {rank} (incarnation {incarnation})"));
-            }
+            Stage::Ready => Some(format!("second READY from rank {rank} (incarnation {incarnation})")),
             Stage::Refused => {
-                return self.refuse(format!(
-                    "READY from rank {rank}, whose incarnation {incarnation} was refused before"
-                ));
+                Some(format!("READY from rank {rank}, whose incarnation {incarnation} was refused before"))
             }
+        };
+        if let Some(fault) = fault {
+            return self.refuse(fault);
         }
         let other = self
             .ranks
@@ -406,18 +389,13 @@ impl Handshake {
             .find(|(_, other)| other.stage == Stage::Ready && other.hash != hash)
             .map(|(index, other)| (*index, other.hash.clone()));
         if let Some((index, other)) = other {
-            if let Some(known) = self.ranks.get_mut(&rank) {
-                known.stage = Stage::Refused;
-            }
             let say = |hash: &Option<String>| hash.clone().unwrap_or_else(|| "none".to_owned());
-            return self.refuse_rank(
-                rank,
-                format!(
-                    "parallel_config_hash of rank {rank} is {}, that of rank {index} is {}: the engines run with different parallel flags, or different vLLM versions",
-                    say(&hash),
-                    say(&other),
-                ),
+            let error = format!(
+                "parallel_config_hash of rank {rank} is {}, that of rank {index} is {}: the engines run with different parallel flags, or different vLLM versions",
+                say(&hash),
+                say(&other),
             );
+            return self.disqualify(rank, error);
         }
         if let Some(known) = self.ranks.get_mut(&rank) {
             known.stage = Stage::Ready;
@@ -430,27 +408,25 @@ impl Handshake {
 
     fn closed(&mut self, peer: PeerId) {
         self.early.retain(|_, held| *held != peer);
-        let Some((rank, known)) = self.ranks.iter_mut().find(|(_, known)| known.peer == Some(peer)) else {
+        let Some((rank, known)) = self.ranks.iter().find(|(_, known)| known.peer == Some(peer)) else {
             return;
         };
         // After READY an engine closes its handshake connection; before, only death closes it.
         if known.stage == Stage::Connected {
-            known.stage = Stage::Refused;
             let error = format!(
                 "rank {rank} (incarnation {}) closed its handshake connection before READY: the engine died while it was starting",
                 known.incarnation
             );
             let rank = *rank;
-            self.refuse_rank(rank, error);
+            self.disqualify(rank, error);
         }
     }
 
     /// A message that no engine sends. From an engine that is starting it disqualifies that engine.
     fn broken(&mut self, rank: EngineIndex, peer: PeerId, error: String) {
-        match self.ranks.get_mut(&rank) {
+        match self.ranks.get(&rank) {
             Some(known) if known.stage == Stage::Connected && known.peer == Some(peer) => {
-                known.stage = Stage::Refused;
-                self.refuse_rank(rank, error);
+                self.disqualify(rank, error);
             }
             _ => self.refuse(error),
         }
@@ -460,7 +436,10 @@ impl Handshake {
         self.actions.push_back(Action::Report(Report::Refused { rank: None, error }));
     }
 
-    fn refuse_rank(&mut self, rank: EngineIndex, error: String) {
+    fn disqualify(&mut self, rank: EngineIndex, error: String) {
+        if let Some(known) = self.ranks.get_mut(&rank) {
+            known.stage = Stage::Refused;
+        }
         self.actions.push_back(Action::Report(Report::Refused { rank: Some(rank), error }));
     }
 
