@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{Action, Attachment, Engines, Phase, api_servers, has_coordinator};
+use super::{Action, Attachment, Engines, Phase};
 use crate::handshake::{Addresses, Init};
 use crate::{EngineIndex, Time};
 
@@ -23,7 +23,7 @@ impl Attachment {
         for rank in (0..self.size()).map(EngineIndex) {
             self.connect_coordinator(rank, &addresses);
         }
-        if self.init.as_ref().is_some_and(has_coordinator) {
+        if self.has_coordinator() {
             self.actions.push_back(Action::JoinCoordinator { attempt });
         }
         for rank in (0..self.size()).map(EngineIndex) {
@@ -35,7 +35,7 @@ impl Attachment {
 
     /// Attached again when all routes are there. Not when the DP coordinator has answered: it has nothing to say.
     pub(super) fn adopted(&mut self, now: Time, rank: EngineIndex, api_server: u32) {
-        let needed = usize::from(self.size()) * self.init.as_ref().map_or(0, api_servers) as usize;
+        let needed = self.routes_needed();
         if let Phase::Adopting(routes) = &mut self.phase {
             routes.insert((rank, api_server));
             if routes.len() == needed {

@@ -296,7 +296,7 @@ impl Attachment {
             Phase::Incomplete | Phase::Backoff(_) | Phase::Probing | Phase::Removed => None,
             _ => Some(self.attempt),
         };
-        let api_servers = self.init.as_ref().map_or(0, api_servers);
+        let api_servers = self.api_servers();
         let holds_slots = self.serves() || matches!(self.phase, Phase::TearingDown(_));
         Snapshot {
             state,
@@ -338,6 +338,27 @@ impl Attachment {
         self.engines.as_ref().map_or(0, |engines| engines.size)
     }
 
+    /// Of the frontend; 0 until INIT came.
+    fn api_servers(&self) -> u32 {
+        let inputs = self.init.as_ref().map_or(0, |init| init.addresses.inputs.len());
+        u32::try_from(inputs).unwrap_or(u32::MAX)
+    }
+
+    fn routes_needed(&self) -> usize {
+        usize::from(self.size()) * self.api_servers() as usize
+    }
+
+    fn has_coordinator(&self) -> bool {
+        let addresses = self.init.as_ref().map(|init| &init.addresses);
+        addresses.is_some_and(|a| a.coordinator_input.is_some() && a.coordinator_output.is_some())
+    }
+
+    /// There is nothing to remark any more.
+    fn accept(&mut self) {
+        self.refused = false;
+        self.detail = None;
+    }
+
     fn incomplete(&self) -> String {
         let ranks: Vec<String> = self.missing.iter().take(8).map(|r| r.to_string()).collect();
         let more = if self.missing.len() > 8 { ", .." } else { "" };
@@ -369,9 +390,8 @@ impl Attachment {
             return self.enter(now, Phase::Backoff(until));
         }
         self.enter_watched(now, Phase::Connecting(BTreeSet::new()));
-        for rank in 0..self.size() {
-            self.actions
-                .push_back(Action::ConnectHandshake { attempt: self.attempt, rank: EngineIndex(rank) });
+        for rank in (0..self.size()).map(EngineIndex) {
+            self.actions.push_back(Action::ConnectHandshake { attempt: self.attempt, rank });
         }
     }
 
@@ -414,11 +434,11 @@ impl Attachment {
                     .lost(now, format!("INIT to rank {rank} has other addresses than INIT to rank 0"));
             }
         } else {
-            if let Some(error) = self.misfit(&init) {
-                self.init = Some(init);
+            let misfit = self.misfit(&init);
+            self.init = Some(init);
+            if let Some(error) = misfit {
                 return self.unfit(now, error);
             }
-            self.init = Some(init);
         }
         let next = EngineIndex(rank.0 + 1);
         if next.0 < self.size() {
@@ -429,10 +449,10 @@ impl Attachment {
     }
 
     fn register(&mut self, now: Time) {
-        let Some(init) = self.init.clone() else {
+        let Some(Init { addresses, .. }) = self.init.clone() else {
             return;
         };
-        let wanted = api_servers(&init);
+        let wanted = self.api_servers();
         if wanted > self.free_slots {
             let error = format!(
                 "frontend {} has {wanted} API servers, {} slots are free: start the sidecar with a larger --frontend-slots, or the frontend with a smaller --api-server-count",
@@ -444,11 +464,9 @@ impl Attachment {
             }
             return;
         }
-        self.refused = false;
-        self.detail = None;
+        self.accept();
         self.enter_watched(now, Phase::Registering(Registering::default()));
         let attempt = self.attempt;
-        let addresses = init.addresses;
         for rank in (0..self.size()).map(EngineIndex) {
             self.connect_coordinator(rank, &addresses);
             for (api_server, (input, output)) in (0u32..).zip(addresses.inputs.iter().zip(&addresses.outputs))
@@ -482,15 +500,8 @@ impl Attachment {
     /// READY does not wait for the routes: frontends up to 0.16.0 bind their data sockets only after
     /// the handshake.
     fn advance(&mut self, now: Time) {
-        let size = usize::from(self.size());
-        let attempt = self.attempt;
-        let Some(init) = &self.init else {
-            return;
-        };
-        let api_servers = api_servers(init);
-        let routes_needed = size * api_servers as usize;
-        let has_coordinator = has_coordinator(init);
-        let stats_address = init.addresses.frontend_stats_publish_address.clone();
+        let (size, attempt) = (usize::from(self.size()), self.attempt);
+        let has_coordinator = self.has_coordinator();
         let Phase::Registering(state) = &mut self.phase else {
             return;
         };
@@ -502,23 +513,22 @@ impl Attachment {
             state.ready_sent = true;
             self.ready_at = Some(now);
             self.stall_at = Some(now + CONFIRM);
-            self.refused = false;
-            self.detail = None;
+            self.accept();
             if has_coordinator {
                 self.actions.push_back(Action::JoinCoordinator { attempt });
             }
-            for rank in 0..self.engines.as_ref().map_or(0, |engines| engines.size) {
-                self.actions.push_back(Action::SendReady {
-                    attempt,
-                    rank: EngineIndex(rank),
-                    stats_address: stats_address.clone(),
-                });
+            let addresses = self.init.as_ref().map(|init| &init.addresses);
+            let stats = addresses.and_then(|addresses| addresses.frontend_stats_publish_address.clone());
+            for rank in (0..self.size()).map(EngineIndex) {
+                let stats_address = stats.clone();
+                self.actions.push_back(Action::SendReady { attempt, rank, stats_address });
             }
         }
-        let Phase::Registering(state) = &self.phase else {
-            return;
-        };
-        if state.ready_sent && state.routes.len() == routes_needed && self.handshake_closed.len() == size {
+        if let Phase::Registering(state) = &self.phase
+            && state.ready_sent
+            && state.routes.len() == self.routes_needed()
+            && self.handshake_closed.len() == size
+        {
             self.attach(now);
         }
     }
@@ -529,10 +539,8 @@ impl Attachment {
         self.refused = false;
         self.backoff = BACKOFF_MIN;
         self.close_handshake();
-        self.actions.push_back(Action::Attached {
-            attempt: self.attempt,
-            api_servers: self.init.as_ref().map_or(0, api_servers),
-        });
+        let (attempt, api_servers) = (self.attempt, self.api_servers());
+        self.actions.push_back(Action::Attached { attempt, api_servers });
     }
 
     /// Once the frontend has closed all its sides; then there is nothing to remark.
@@ -542,12 +550,4 @@ impl Attachment {
             self.actions.push_back(Action::CloseHandshake { attempt: self.attempt });
         }
     }
-}
-
-fn api_servers(init: &Init) -> u32 {
-    u32::try_from(init.addresses.inputs.len()).unwrap_or(u32::MAX)
-}
-
-fn has_coordinator(init: &Init) -> bool {
-    init.addresses.coordinator_input.is_some() && init.addresses.coordinator_output.is_some()
 }

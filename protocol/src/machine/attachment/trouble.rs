@@ -1,8 +1,6 @@
 //! What goes wrong, and what is said about it.
 
-use super::{
-    Action, After, Attachment, BACKOFF_MAX, CONFIRM, Phase, REFUSAL_WINDOW, api_servers, has_coordinator,
-};
+use super::{Action, After, Attachment, BACKOFF_MAX, CONFIRM, Phase, REFUSAL_WINDOW};
 use crate::handshake::Init;
 use crate::machine::mutation::{Mutation, mutated};
 use crate::{EngineIndex, Time};
@@ -33,33 +31,26 @@ impl Attachment {
     pub(super) fn stalled(&mut self, now: Time) {
         let (address, stall) = (self.address.clone(), self.stall);
         let size = self.size();
-        let has_coordinator = self.init.as_ref().is_some_and(has_coordinator);
         match &self.phase {
             Phase::Connecting(connected) => {
                 let n = connected.len();
                 self.lost(now, format!("{n} of {size} handshake connections were accepted within {stall:?}"));
             }
             Phase::Settling => {
-                self.refused = false;
-                self.detail = None;
+                self.accept();
                 self.say_hello(now, EngineIndex(0));
             }
-            Phase::Hello(rank) => {
-                let rank = *rank;
-                self.refuse(format!(
-                    "frontend {address} accepts connections but has not answered HELLO of rank {rank} with INIT for {stall:?}"
-                ));
-            }
-            Phase::Registering(state) if !state.ready_sent && has_coordinator => {
+            Phase::Hello(rank) => self.refuse(format!(
+                "frontend {address} accepts connections but has not answered HELLO of rank {rank} with INIT for {stall:?}"
+            )),
+            Phase::Registering(state) if !state.ready_sent && self.has_coordinator() => {
                 let n = state.coordinator_ready.len();
                 self.refuse(format!(
                     "the DP coordinator of frontend {address} has broadcast READY to {n} of {size} ranks for {stall:?}: it waits for more engines, so its --data-parallel-size is probably larger than {size}, or it serves local engines of its own (--data-parallel-size-local must be 0)"
                 ));
             }
             Phase::Registering(state) if state.ready_sent => {
-                let api_servers = self.init.as_ref().map_or(0, api_servers);
-                let needed = usize::from(size) * api_servers as usize;
-                let open = state.routes.len();
+                let (open, needed) = (state.routes.len(), self.routes_needed());
                 if open < needed {
                     self.detail = Some(format!("{open} of {needed} routes to frontend {address} are open"));
                     // Asked again: the routes have a deadline of their own.
@@ -174,8 +165,7 @@ impl Attachment {
 
     pub(super) fn removed(&mut self, now: Time) {
         self.enter(now, Phase::Removed);
-        self.refused = false;
-        self.detail = None;
+        self.accept();
         self.actions.push_back(Action::Done);
     }
 }
