@@ -2,8 +2,9 @@
 //! too often. Used for engines and for supervised frontends.
 
 use std::collections::VecDeque;
-use std::fmt;
 use std::time::Duration;
+
+use thiserror::Error;
 
 use crate::Time;
 
@@ -43,19 +44,14 @@ impl RestartPolicy {
 }
 
 /// Too many failures.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("failed {failures} times within {window:?}, last: {last}")]
 pub struct GiveUp {
     /// How many failures there were within the window.
     pub failures: u32,
     pub window: Duration,
     /// The last failure.
     pub last: String,
-}
-
-impl fmt::Display for GiveUp {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "failed {} times within {:?}, last: {}", self.failures, self.window, self.last)
-    }
 }
 
 /// What is known of the process; one per process.

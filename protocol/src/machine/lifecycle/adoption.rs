@@ -96,13 +96,7 @@ impl Lifecycle {
             self.actions.push_back(Action::Down { rank, incarnation, reason });
         }
         match report.process.filter(|_| spawn) {
-            Some(incarnation) => {
-                state.phase = Phase::Stopping;
-                state.process = true;
-                state.discarded = true;
-                state.until = None;
-                self.actions.push_back(Action::StopProcess { rank, incarnation });
-            }
+            Some(incarnation) => self.stop_stray(rank, incarnation),
             None => {
                 state.phase = Phase::Waiting;
                 state.until = Some(now);
@@ -164,14 +158,7 @@ impl Lifecycle {
                             self.end_group(now, rank, reason, true);
                         }
                     }
-                    Phase::Waiting => {
-                        state.incarnation = stray;
-                        state.phase = Phase::Stopping;
-                        state.process = true;
-                        state.discarded = true;
-                        state.until = None;
-                        self.actions.push_back(Action::StopProcess { rank, incarnation: stray });
-                    }
+                    Phase::Waiting => self.stop_stray(rank, stray),
                     _ => self.actions.push_back(Action::StopProcess { rank, incarnation: stray }),
                 }
             }

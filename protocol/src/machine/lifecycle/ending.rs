@@ -105,6 +105,18 @@ impl Lifecycle {
         self.report_stopped();
     }
 
+    /// Stops a process that nobody waits for; the next life begins when it is gone, at no charge.
+    pub(super) fn stop_stray(&mut self, rank: EngineIndex, incarnation: Incarnation) {
+        if let Some(state) = self.ranks.get_mut(&rank) {
+            state.incarnation = incarnation;
+            state.phase = Phase::Stopping;
+            state.process = true;
+            state.discarded = true;
+            state.until = None;
+        }
+        self.actions.push_back(Action::StopProcess { rank, incarnation });
+    }
+
     /// Nothing is left of the incarnation: decide when the next one begins.
     pub(super) fn gone(&mut self, now: Time, rank: EngineIndex) {
         let spawn = self.config.spawn;

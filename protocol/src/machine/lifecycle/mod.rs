@@ -231,15 +231,13 @@ impl Lifecycle {
             Event::NodeBack { found } => self.node_back(now, &found),
             Event::KeeperLost { ranks } => self.keeper_lost(now, &ranks),
             Event::Prepared { rank, incarnation } => {
+                let spawn_until = self.config.spawn.then_some(now + self.config.startup_timeout);
                 if let Some(state) = self.current(rank, incarnation, &[Phase::Preparing]) {
                     state.phase = Phase::Starting;
                     state.since = now;
-                    if self.config.spawn {
-                        let until = now + self.config.startup_timeout;
-                        if let Some(state) = self.ranks.get_mut(&rank) {
-                            state.process = true;
-                            state.until = Some(until);
-                        }
+                    if spawn_until.is_some() {
+                        state.process = true;
+                        state.until = spawn_until;
                         self.actions.push_back(Action::Spawn { rank, incarnation });
                     }
                 }
@@ -263,9 +261,7 @@ impl Lifecycle {
                     self.exited(now, rank, incarnation, &reason);
                 }
             }
-            Event::Spawned { rank, incarnation } => {
-                self.spawned(rank, incarnation);
-            }
+            Event::Spawned { rank, incarnation } => self.spawned(rank, incarnation),
             Event::Connected { rank, incarnation } => {
                 self.prepared_early(now, rank, incarnation);
                 if let Some(state) = self.current(rank, incarnation, &[Phase::Starting]) {
@@ -273,20 +269,10 @@ impl Lifecycle {
                 }
             }
             Event::Registered { rank, incarnation } => {
-                self.prepared_early(now, rank, incarnation);
-                let phases = [Phase::Starting, Phase::Connected];
-                if let Some(state) = self.current(rank, incarnation, &phases) {
-                    state.registered = true;
-                    self.advance(now, rank);
-                }
+                self.heard(now, rank, incarnation, |state| state.registered = true);
             }
             Event::HandshakeReady { rank, incarnation } => {
-                self.prepared_early(now, rank, incarnation);
-                let phases = [Phase::Starting, Phase::Connected];
-                if let Some(state) = self.current(rank, incarnation, &phases) {
-                    state.handshaken = true;
-                    self.advance(now, rank);
-                }
+                self.heard(now, rank, incarnation, |state| state.handshaken = true);
             }
             Event::Restored { ranks } => {
                 for (rank, incarnation) in ranks {
@@ -343,24 +329,11 @@ impl Lifecycle {
         let Some(state) = self.ranks.get_mut(&rank) else {
             return;
         };
-        let current = state.incarnation == incarnation;
-        let (wanted, waiting) = match state.phase {
-            Phase::Waiting => (false, true),
-            Phase::Preparing | Phase::Stopping | Phase::GivenUp | Phase::Stopped => (false, false),
-            _ => (current, false),
-        };
-        if wanted {
-            state.spawned = true;
-            return;
+        match state.phase {
+            Phase::Waiting => self.stop_stray(rank, incarnation),
+            phase if phase.is_open() && state.incarnation == incarnation => state.spawned = true,
+            _ => self.actions.push_back(Action::StopProcess { rank, incarnation }),
         }
-        if waiting {
-            state.incarnation = incarnation;
-            state.phase = Phase::Stopping;
-            state.process = true;
-            state.discarded = true;
-            state.until = None;
-        }
-        self.actions.push_back(Action::StopProcess { rank, incarnation });
     }
 
     fn current(
@@ -384,17 +357,27 @@ impl Lifecycle {
         }
     }
 
-    fn advance(&mut self, now: Time, rank: EngineIndex) {
-        let Some(state) = self.ranks.get_mut(&rank) else {
+    /// The registration frame or READY came: its handshake is complete when both have.
+    fn heard(
+        &mut self,
+        now: Time,
+        rank: EngineIndex,
+        incarnation: Incarnation,
+        note: impl FnOnce(&mut RankState),
+    ) {
+        self.prepared_early(now, rank, incarnation);
+        let lockstep = self.config.kind.is_lockstep();
+        let Some(state) = self.current(rank, incarnation, &[Phase::Starting, Phase::Connected]) else {
             return;
         };
+        note(state);
         if !(state.registered && state.handshaken) {
             return;
         }
         state.phase = Phase::Ready;
         state.until = None;
         state.since = now;
-        if self.config.kind.is_lockstep() {
+        if lockstep {
             let generation = state.incarnation;
             let all = self.ranks.values().all(|s| s.phase == Phase::Ready && s.incarnation == generation);
             if all {
