@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use dp_sidecar_protocol::machine::weight_update::{
-    Action, Begin, Checkpoint, Config, Event, NodeId, Outcome, Participant, PauseMode, Phase, Record,
+    Action, Begin, Call, Checkpoint, Config, Event, NodeId, Outcome, Participant, PauseMode, Phase, Record,
     Refusal, Target, WeightUpdate, WorkerReport, WorkerState,
 };
 use dp_sidecar_protocol::{EngineIndex, GroupKind, Incarnation, Time, UpdateId, WeightVersion};
@@ -68,14 +68,14 @@ fn names(machine: &mut WeightUpdate) -> Vec<String> {
                 Action::Stage { node, .. } => format!("stage {node}"),
                 Action::WriteBegun { begun } => format!("begun {}", begun.id),
                 Action::CloseAdmission => "close".to_owned(),
-                Action::Pause { rank, mode, .. } => format!("pause {rank} {mode}"),
-                Action::Load { rank, checkpoint, .. } => format!("load {rank} {}", checkpoint.path),
+                Action::Pause { call, mode, .. } => format!("pause {} {mode}", call.rank),
+                Action::Load { call, checkpoint, .. } => format!("load {} {}", call.rank, checkpoint.path),
                 Action::WriteCommit { commit } => format!("commit {}", commit.version),
-                Action::SetVersion { rank, .. } => format!("version {rank}"),
-                Action::ResetCaches { rank, reset_running_requests, .. } => {
-                    format!("reset {rank} {reset_running_requests}")
+                Action::SetVersion { call, .. } => format!("version {}", call.rank),
+                Action::ResetCaches { call, reset_running_requests } => {
+                    format!("reset {} {reset_running_requests}", call.rank)
                 }
-                Action::Resume { rank, .. } => format!("resume {rank}"),
+                Action::Resume { call } => format!("resume {}", call.rank),
                 Action::OpenAdmission => "open".to_owned(),
                 Action::Fence { rank, .. } => format!("fence {rank}"),
                 Action::Refuse { .. } => "refuse".to_owned(),
@@ -105,29 +105,32 @@ fn stage(machine: &mut WeightUpdate, now: Time) {
     machine.handle_event(now, Event::BegunWritten { result: Ok(()) });
 }
 
+fn call(rank: u16, attempt: u32) -> Call {
+    Call { rank: EngineIndex(rank), incarnation: LIFE, attempt }
+}
+
 fn paused(machine: &mut WeightUpdate, now: Time, rank: u16, attempt: u32) {
-    let event = Event::Paused { rank: EngineIndex(rank), incarnation: LIFE, attempt, result: Ok(()) };
+    let event = Event::Paused { call: call(rank, attempt), result: Ok(()) };
     machine.handle_event(now, event);
 }
 
 fn loaded(machine: &mut WeightUpdate, now: Time, rank: u16, target: Target, workers: Vec<WorkerReport>) {
-    let event = Event::Loaded { rank: EngineIndex(rank), incarnation: LIFE, target, result: Ok(workers) };
+    let event = Event::Loaded { call: call(rank, 1), target, result: Ok(workers) };
     machine.handle_event(now, event);
 }
 
 fn reset(machine: &mut WeightUpdate, now: Time, rank: u16, attempt: u32, done: bool) {
-    let event = Event::CachesReset { rank: EngineIndex(rank), incarnation: LIFE, attempt, result: Ok(done) };
+    let event = Event::CachesReset { call: call(rank, attempt), result: Ok(done) };
     machine.handle_event(now, event);
 }
 
 fn stamped(machine: &mut WeightUpdate, now: Time, rank: u16) {
-    let (rank, attempt) = (EngineIndex(rank), 1);
-    let event = Event::VersionSet { rank, incarnation: LIFE, attempt, result: Ok(true) };
+    let event = Event::VersionSet { call: call(rank, 1), result: Ok(true) };
     machine.handle_event(now, event);
 }
 
 fn resumed(machine: &mut WeightUpdate, now: Time, rank: u16) {
-    let event = Event::Resumed { rank: EngineIndex(rank), incarnation: LIFE, attempt: 1, result: Ok(()) };
+    let event = Event::Resumed { call: call(rank, 1), result: Ok(()) };
     machine.handle_event(now, event);
 }
 

@@ -159,58 +159,53 @@ impl Task {
     fn step(&mut self, action: Action, run: RunId, step: Step) {
         let machine = &self.tools.config.machine;
         match step {
-            Step::Pause { rank, incarnation, attempt, mode, clear_cache } => {
+            Step::Pause { call, mode, clear_cache } => {
                 let deadline = |active: &Active| self.tools.config.pause_deadline_of(&active.request);
                 let wait = match &self.active {
                     Some(active) if mode != PauseMode::Abort => deadline(active),
                     _ => Duration::ZERO,
                 };
                 let limit = wait + machine.abort_pause_timeout + SLACK;
-                self.call(action, run, rank, async move |handle| Answer::Paused {
-                    rank,
-                    incarnation,
-                    attempt,
-                    result: nothing(engine_calls::pause(&handle, mode, clear_cache, limit).await),
+                self.call(action, run, call.rank, async move |handle| {
+                    let result = nothing(engine_calls::pause(&handle, mode, clear_cache, limit).await);
+                    Answer::Paused { call, result }
                 });
             }
-            Step::Load { rank, incarnation, target, checkpoint } => {
+            Step::Load { call, target, checkpoint } => {
+                let rank = call.rank;
                 let limit = machine.load_timeout + SLACK;
                 if target == Target::Previous {
                     warn!(rank = rank.0, path = checkpoint.path, "loading the previous weights");
                 }
                 let load = self.load_on(rank, target, checkpoint, limit);
-                self.call(action, run, rank, async move |handle| Answer::Loaded {
-                    rank,
-                    incarnation,
-                    target,
-                    result: load.run(&handle).await,
+                self.call(action, run, rank, async move |handle| {
+                    let result = load.run(&handle).await;
+                    Answer::Loaded { call, target, result }
                 });
             }
-            Step::SetVersion { rank, incarnation, attempt, version } => {
+            Step::SetVersion { call, version } => {
                 let limit = machine.commit_timeout + SLACK;
-                let info = self.infos.get(&rank).cloned().flatten();
-                self.call(action, run, rank, async move |handle| {
+                let info = self.info(call.rank).cloned();
+                self.call(action, run, call.rank, async move |handle| {
                     let result = shim::stamp(&handle, info.as_ref(), &version, limit).await;
-                    Answer::VersionSet { rank, incarnation, attempt, result }
+                    Answer::VersionSet { call, result }
                 });
             }
-            Step::ResetCaches { rank, incarnation, attempt, reset_running_requests } => {
+            Step::ResetCaches { call, reset_running_requests } => {
                 let limit = machine.commit_timeout + SLACK;
-                let connector_answers = self.info(rank).is_some_and(EngineInfo::connector_answers);
-                self.call(action, run, rank, async move |handle| {
+                let connector_answers = self.info(call.rank).is_some_and(EngineInfo::connector_answers);
+                self.call(action, run, call.rank, async move |handle| {
                     let answer =
                         engine_calls::reset_caches(&handle, reset_running_requests, connector_answers, limit);
                     let result = answer.await.map_err(|error| error.to_string());
-                    Answer::CachesReset { rank, incarnation, attempt, result }
+                    Answer::CachesReset { call, result }
                 });
             }
-            Step::Resume { rank, incarnation, attempt } => {
+            Step::Resume { call } => {
                 let limit = machine.resume_timeout + SLACK;
-                self.call(action, run, rank, async move |handle| Answer::Resumed {
-                    rank,
-                    incarnation,
-                    attempt,
-                    result: nothing(engine_calls::resume(&handle, limit).await),
+                self.call(action, run, call.rank, async move |handle| {
+                    let result = nothing(engine_calls::resume(&handle, limit).await);
+                    Answer::Resumed { call, result }
                 });
             }
             Step::Fence { rank, incarnation, why } => {

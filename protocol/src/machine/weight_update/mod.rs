@@ -35,7 +35,7 @@ pub use record::{Adapter, Commit, Committed, EngineTimes, Outcome, RankRecord, R
 use run::Run;
 pub use types::{Action, Begin, Event, Recover, Refusal, Target};
 pub use vocabulary::{
-    Checkpoint, Extent, NodeId, Participant, PauseMode, Phase, RankProgress, WorkerReport, WorkerState,
+    Call, Checkpoint, Extent, NodeId, Participant, PauseMode, Phase, RankProgress, WorkerReport, WorkerState,
 };
 
 /// How many committed ids are remembered, so that a repeated request is answered with the same record.

@@ -15,7 +15,7 @@ use crate::{EngineIndex, Incarnation, Time, UpdateId, WeightVersion};
 use super::Config;
 use super::record::{Outcome, RankRecord, Record, Snapshot};
 use super::types::{Action, Begin, Event};
-use super::vocabulary::{Checkpoint, NodeId, Participant, PauseMode, Phase, RankProgress};
+use super::vocabulary::{Call, Checkpoint, NodeId, Participant, PauseMode, Phase, RankProgress};
 
 /// How often a load is tried when there is nothing to go back to.
 const LOAD_ATTEMPTS: u32 = 2;
@@ -60,6 +60,13 @@ struct Rank {
     touched: bool,
     sent_at: Time,
     record: RankRecord,
+}
+
+impl Rank {
+    /// The call to it that was sent last, or is about to be; `index` is its own.
+    const fn call(&self, index: EngineIndex) -> Call {
+        Call { rank: index, incarnation: self.record.incarnation, attempt: self.attempt }
+    }
 }
 
 /// What is different when a sidecar takes over.
@@ -233,14 +240,7 @@ impl Run {
             Event::Staged { node, new, previous } => self.staged(cx, node, new, previous),
             Event::StageFailed { node, error } => {
                 if matches!(&self.step, Step::Staging { waiting } if waiting.contains(&node)) {
-                    if self.recovery.is_some() {
-                        self.fence_nodes(cx, &BTreeSet::from([node]), &error);
-                        self.advance(cx);
-                        return;
-                    }
-                    self.invalid = true;
-                    self.fail(error);
-                    self.finish(cx);
+                    self.stage_failed(cx, node, error);
                 }
             }
             Event::BegunWritten { result } => self.begun_written(cx, result),
@@ -254,19 +254,13 @@ impl Run {
                     self.give_up(cx, format!("admission could not be closed: {error}"));
                 }
             }
-            Event::Paused { rank, incarnation, attempt, result } => {
-                self.paused(cx, rank, incarnation, attempt, result)
-            }
-            Event::Loaded { rank, incarnation, target, result } => {
-                self.loaded(cx, rank, incarnation, target, result)
-            }
+            Event::Paused { call, result } => self.paused(cx, call, result),
+            Event::Loaded { call, target, result } => self.loaded(cx, call, target, result),
             Event::CommitWritten { result } => self.commit_written(cx, result),
             Event::CommitUnknown { error } => {
                 if self.step == Step::WritingCommit {
-                    self.commit_unknown(
-                        cx,
-                        format!("it is unknown whether the commit record was written: {error}"),
-                    );
+                    let error = format!("it is unknown whether the commit record was written: {error}");
+                    self.commit_unknown(cx, error);
                 }
             }
             Event::CallLost { rank, incarnation, error } => {
@@ -275,15 +269,9 @@ impl Run {
                     self.advance(cx);
                 }
             }
-            Event::VersionSet { rank, incarnation, attempt, result } => {
-                self.version_set(cx, rank, incarnation, attempt, result)
-            }
-            Event::CachesReset { rank, incarnation, attempt, result } => {
-                self.caches_reset(cx, rank, incarnation, attempt, result)
-            }
-            Event::Resumed { rank, incarnation, attempt, result } => {
-                self.resumed(cx, rank, incarnation, attempt, result)
-            }
+            Event::VersionSet { call, result } => self.version_set(cx, call, result),
+            Event::CachesReset { call, result } => self.caches_reset(cx, call, result),
+            Event::Resumed { call, result } => self.resumed(cx, call, result),
             Event::Fenced { rank, incarnation } => {
                 let state = self.ranks.get_mut(&rank);
                 if let Some(state) = state.filter(|state| state.record.incarnation == incarnation) {
@@ -313,7 +301,7 @@ impl Run {
                     nodes.join(", ")
                 );
                 if self.recovery.is_some() {
-                    self.fence_nodes(cx, &waiting, &error);
+                    self.fence_those(cx, &error, |state| waiting.contains(&state.node));
                 } else {
                     self.fail(error);
                     self.finish(cx);
@@ -384,8 +372,8 @@ impl Run {
             Step::Pausing { .. } => self.all_paused(cx),
             Step::Loading => self.all_loaded(cx),
             Step::RollingBack => {
-                self.enter(cx, Step::ResettingAfterRollback, Phase::RollingBack);
-                self.deadline = Some(cx.now + cx.config.commit_timeout);
+                let limit = cx.config.commit_timeout;
+                self.enter(Step::ResettingAfterRollback, Phase::RollingBack, limit, cx);
                 self.reset_caches(cx, |rank| rank.record.times.rollback_ms.is_some());
             }
             Step::Finishing | Step::ResettingAfterRollback => self.start_resume(cx),
@@ -408,8 +396,9 @@ impl Run {
 
     // --- small things ---
 
-    fn enter(&mut self, cx: &mut Cx<'_>, step: Step, phase: Phase) {
+    fn enter(&mut self, step: Step, phase: Phase, limit: Duration, cx: &mut Cx<'_>) {
         self.step = step;
+        self.deadline = Some(cx.now + limit);
         self.enter_phase(cx, phase);
     }
 

@@ -73,9 +73,9 @@ struct Engine {
     weights: Weights,
     paused: bool,
     /// Pause calls that are not answered yet: whose, which, how.
-    pausing: Vec<(Caller, u32, PauseMode)>,
+    pausing: Vec<(Caller, Call, PauseMode)>,
     /// Resume call in the lockstep barrier.
-    resuming: Option<(Caller, u32)>,
+    resuming: Option<(Caller, Call)>,
     /// What came while it was in the barrier.
     inbox: VecDeque<(Caller, Step)>,
     /// Version on its outputs.

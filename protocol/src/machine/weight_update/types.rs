@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::ledger::Begun;
 use super::record::{Commit, Outcome, Record};
-use super::vocabulary::{Checkpoint, NodeId, Participant, PauseMode, Phase, WorkerReport};
+use super::vocabulary::{Call, Checkpoint, NodeId, Participant, PauseMode, Phase, WorkerReport};
 use crate::{EngineIndex, Incarnation, UpdateId, WeightVersion};
 
 /// An update that is asked for.
@@ -98,19 +98,13 @@ pub enum Event {
     AdmissionFailed { error: String },
     /// A rank answered to [`Action::Pause`].
     Paused {
-        rank: EngineIndex,
-        /// Which life of it.
-        incarnation: Incarnation,
-        /// `attempt` of the action.
-        attempt: u32,
+        call: Call,
         /// The engine's answer.
         result: Result<(), String>,
     },
     /// A rank answered to [`Action::Load`].
     Loaded {
-        rank: EngineIndex,
-        /// Which life of it.
-        incarnation: Incarnation,
+        call: Call,
         /// `target` of the action.
         target: Target,
         /// One report per worker, or why there is none.
@@ -129,31 +123,19 @@ pub enum Event {
     },
     /// A rank answered to [`Action::SetVersion`].
     VersionSet {
-        rank: EngineIndex,
-        /// Which life of it.
-        incarnation: Incarnation,
-        /// `attempt` of the action.
-        attempt: u32,
+        call: Call,
         /// `Ok(false)`: its vLLM is too old to stamp outputs.
         result: Result<bool, String>,
     },
     /// A rank answered to [`Action::ResetCaches`].
     CachesReset {
-        rank: EngineIndex,
-        /// Which life of it.
-        incarnation: Incarnation,
-        /// `attempt` of the action.
-        attempt: u32,
+        call: Call,
         /// `Ok(false)`: not reset, blocks are in use.
         result: Result<bool, String>,
     },
     /// A rank answered to [`Action::Resume`].
     Resumed {
-        rank: EngineIndex,
-        /// Which life of it.
-        incarnation: Incarnation,
-        /// `attempt` of the action.
-        attempt: u32,
+        call: Call,
         /// The engine's answer.
         result: Result<(), String>,
     },
@@ -190,11 +172,8 @@ pub enum Action {
     /// Call `pause_scheduler(mode, clear_cache)`. All ranks' actions come together and must be sent
     /// without waiting for one another (a lockstep rank answers only when all have it).
     Pause {
-        rank: EngineIndex,
-        /// Which life of it.
-        incarnation: Incarnation,
-        /// 1, or more when the mode was changed after the deadline.
-        attempt: u32,
+        /// Not the first when the mode was changed after the deadline.
+        call: Call,
         /// What happens to running requests.
         mode: PauseMode,
         /// Always false: the caches are reset explicitly, so that the answer is seen.
@@ -202,9 +181,7 @@ pub enum Action {
     },
     /// Load through the shim. All ranks' actions come together.
     Load {
-        rank: EngineIndex,
-        /// Which life of it.
-        incarnation: Incarnation,
+        call: Call,
         /// Which of the two.
         target: Target,
         /// What to load, and what must be consumed.
@@ -213,33 +190,16 @@ pub enum Action {
     /// Make the commit record durable. This is the commit point.
     WriteCommit { commit: Commit },
     /// Call `set_weight_version(version)`.
-    SetVersion {
-        rank: EngineIndex,
-        /// Which life of it.
-        incarnation: Incarnation,
-        /// Counts from 1.
-        attempt: u32,
-        version: WeightVersion,
-    },
+    SetVersion { call: Call, version: WeightVersion },
     /// Call `reset_prefix_cache(reset_running_requests, ..)`, then the multi-modal and encoder caches.
     ResetCaches {
-        rank: EngineIndex,
-        /// Which life of it.
-        incarnation: Incarnation,
-        /// Counts from 1.
-        attempt: u32,
+        call: Call,
         /// Preempt what still holds blocks (kept requests are computed anew).
         reset_running_requests: bool,
     },
     /// Call `resume_scheduler()`. All ranks' actions come together and must be sent without waiting for
     /// one another (a lockstep rank blocks until all have it).
-    Resume {
-        rank: EngineIndex,
-        /// Which life of it.
-        incarnation: Incarnation,
-        /// Counts from 1.
-        attempt: u32,
-    },
+    Resume { call: Call },
     /// Open the gate at the virtual engines of all ranks. Fenced ranks are not admitted, so nothing
     /// reaches them.
     OpenAdmission,

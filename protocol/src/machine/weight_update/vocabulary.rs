@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::Incarnation;
+use crate::{EngineIndex, Incarnation};
 
 /// A node that takes part, numbered by the leader. Bytes are checked once per node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
@@ -96,6 +96,23 @@ pub struct Participant {
     pub incarnation: Incarnation,
     /// Where it runs.
     pub node: NodeId,
+}
+
+/// A call of an update to an engine. The answer names it again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Call {
+    pub rank: EngineIndex,
+    /// Which life of it.
+    pub incarnation: Incarnation,
+    /// Counts from 1.
+    pub attempt: u32,
+}
+
+impl Call {
+    /// The same once more.
+    pub(super) const fn again(self) -> Self {
+        Self { attempt: self.attempt + 1, ..self }
+    }
 }
 
 /// What a worker holds after a load (`state` of `dp_sidecar_load`, `docs/weight-update.md`).

@@ -1,10 +1,8 @@
 //! From the commit point on: stamp, caches, resume.
 
-use crate::{EngineIndex, Incarnation};
-
 use super::super::types::{Action, Target};
-use super::super::vocabulary::Phase;
 use super::super::vocabulary::RankProgress as State;
+use super::super::vocabulary::{Call, Phase};
 use super::{Cx, RESET_ATTEMPTS, RESUME_ATTEMPTS, Rank, Run, STAMP_ATTEMPTS, Step};
 
 impl Run {
@@ -25,24 +23,17 @@ impl Run {
     /// What the engines hold must follow the record, so they start again by it.
     pub(super) fn commit_unknown(&mut self, cx: &mut Cx<'_>, error: String) {
         self.fail(error);
-        for rank in self.active() {
-            self.fence(cx, rank, "it is unknown whether the update is committed");
-        }
+        self.fence_those(cx, "it is unknown whether the update is committed", |_| true);
         self.finish(cx);
     }
 
     /// All ranks hold the version that is, or already was, committed.
     pub(super) fn stamp_and_reset(&mut self, cx: &mut Cx<'_>) {
-        self.enter(cx, Step::Finishing, Phase::Committing);
-        self.deadline = Some(cx.now + cx.config.commit_timeout);
+        self.enter(Step::Finishing, Phase::Committing, cx.config.commit_timeout, cx);
         for (rank, state) in self.ranks.iter_mut().filter(|(_, state)| state.active) {
             state.stamping = Some(1);
-            cx.actions.push_back(Action::SetVersion {
-                rank: *rank,
-                incarnation: state.record.incarnation,
-                attempt: 1,
-                version: self.stamp.clone(),
-            });
+            let call = Call { attempt: 1, ..state.call(*rank) };
+            cx.actions.push_back(Action::SetVersion { call, version: self.stamp.clone() });
         }
         self.reset_caches(cx, |_| true);
     }
@@ -56,25 +47,15 @@ impl Run {
             }
             state.waiting = true;
             state.attempt = 1;
-            cx.actions.push_back(Action::ResetCaches {
-                rank: *rank,
-                incarnation: state.record.incarnation,
-                attempt: 1,
-                reset_running_requests,
-            });
+            let call = state.call(*rank);
+            cx.actions.push_back(Action::ResetCaches { call, reset_running_requests });
         }
         cx.actions.push_back(Action::Progress);
         self.advance(cx);
     }
 
-    pub(super) fn version_set(
-        &mut self,
-        cx: &mut Cx<'_>,
-        rank: EngineIndex,
-        incarnation: Incarnation,
-        attempt: u32,
-        result: Result<bool, String>,
-    ) {
+    pub(super) fn version_set(&mut self, cx: &mut Cx<'_>, call: Call, result: Result<bool, String>) {
+        let Call { rank, incarnation, attempt } = call;
         if self.step != Step::Finishing {
             return;
         }
@@ -91,10 +72,9 @@ impl Run {
                 self.warn(format!("rank {rank}: outputs do not carry the version: its vllm is too old"));
             }
             Err(_) if attempt < STAMP_ATTEMPTS => {
-                let attempt = attempt + 1;
-                state.stamping = Some(attempt);
+                state.stamping = Some(attempt + 1);
                 let version = self.stamp.clone();
-                cx.actions.push_back(Action::SetVersion { rank, incarnation, attempt, version });
+                cx.actions.push_back(Action::SetVersion { call: call.again(), version });
             }
             // A successor would not trust it, and clients would be told the wrong version.
             Err(error) => self.fence(cx, rank, &format!("the version could not be stamped: {error}")),
@@ -102,25 +82,16 @@ impl Run {
         self.advance(cx);
     }
 
-    pub(super) fn caches_reset(
-        &mut self,
-        cx: &mut Cx<'_>,
-        rank: EngineIndex,
-        incarnation: Incarnation,
-        attempt: u32,
-        result: Result<bool, String>,
-    ) {
+    pub(super) fn caches_reset(&mut self, cx: &mut Cx<'_>, call: Call, result: Result<bool, String>) {
+        let Call { rank, incarnation, attempt } = call;
         let rolling_back = match self.step {
             Step::Finishing => false,
             Step::ResettingAfterRollback => true,
             _ => return,
         };
-        let Some(state) = self.awaited(rank, incarnation) else {
+        let Some(state) = self.awaited(rank, incarnation).filter(|state| state.attempt == attempt) else {
             return;
         };
-        if state.attempt != attempt {
-            return;
-        }
         let why = match result {
             Ok(true) => {
                 state.waiting = false;
@@ -136,12 +107,8 @@ impl Run {
         };
         if attempt < RESET_ATTEMPTS {
             state.attempt += 1;
-            cx.actions.push_back(Action::ResetCaches {
-                rank,
-                incarnation,
-                attempt: attempt + 1,
-                reset_running_requests: true,
-            });
+            let again = Action::ResetCaches { call: call.again(), reset_running_requests: true };
+            cx.actions.push_back(again);
             return;
         }
         if rolling_back && !self.begin.external_weights {
@@ -161,39 +128,25 @@ impl Run {
             self.finish(cx);
             return;
         }
-        self.enter(cx, Step::Resuming, Phase::Resuming);
-        self.deadline = Some(cx.now + cx.config.resume_timeout);
+        self.enter(Step::Resuming, Phase::Resuming, cx.config.resume_timeout, cx);
         for (rank, state) in self.ranks.iter_mut().filter(|(_, state)| state.active) {
             state.waiting = true;
             state.attempt = 1;
             state.record.times.state = State::Resuming;
-            cx.actions.push_back(Action::Resume {
-                rank: *rank,
-                incarnation: state.record.incarnation,
-                attempt: 1,
-            });
+            cx.actions.push_back(Action::Resume { call: state.call(*rank) });
         }
         cx.actions.push_back(Action::Progress);
         self.advance(cx);
     }
 
-    pub(super) fn resumed(
-        &mut self,
-        cx: &mut Cx<'_>,
-        rank: EngineIndex,
-        incarnation: Incarnation,
-        attempt: u32,
-        result: Result<(), String>,
-    ) {
+    pub(super) fn resumed(&mut self, cx: &mut Cx<'_>, call: Call, result: Result<(), String>) {
+        let Call { rank, incarnation, attempt } = call;
         if self.step != Step::Resuming {
             return;
         }
-        let Some(state) = self.awaited(rank, incarnation) else {
+        let Some(state) = self.awaited(rank, incarnation).filter(|state| state.attempt == attempt) else {
             return;
         };
-        if state.attempt != attempt {
-            return;
-        }
         match result {
             Ok(()) => {
                 state.waiting = false;
@@ -202,7 +155,7 @@ impl Run {
             Err(error) if attempt < RESUME_ATTEMPTS => {
                 state.attempt += 1;
                 state.record.times.errors.push(format!("resume failed: {error}"));
-                cx.actions.push_back(Action::Resume { rank, incarnation, attempt: attempt + 1 });
+                cx.actions.push_back(Action::Resume { call: call.again() });
             }
             Err(error) => self.fence(cx, rank, &format!("resume failed: {error}")),
         }

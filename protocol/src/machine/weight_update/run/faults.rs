@@ -7,7 +7,7 @@ use crate::{EngineIndex, Incarnation};
 use super::super::types::Action;
 use super::super::vocabulary::Phase;
 use super::super::vocabulary::RankProgress as State;
-use super::{Cx, Run, Step, millis};
+use super::{Cx, Rank, Run, Step, millis};
 
 impl Run {
     pub(super) fn abort(&mut self, cx: &mut Cx<'_>) {
@@ -88,14 +88,16 @@ impl Run {
 
     /// Fences everybody who has not answered in this step.
     pub(super) fn fence_silent(&mut self, cx: &mut Cx<'_>, what: &str, limit: Duration) {
-        let silent: Vec<EngineIndex> = self
-            .ranks
-            .iter()
-            .filter(|(_, state)| state.active && (state.waiting || state.stamping.is_some()))
-            .map(|(rank, _)| *rank)
-            .collect();
-        for rank in silent {
-            self.fence(cx, rank, &format!("no answer to {what} within {limit:?}"));
+        let why = format!("no answer to {what} within {limit:?}");
+        self.fence_those(cx, &why, |state| state.waiting || state.stamping.is_some());
+    }
+
+    /// Fences those of the active engines.
+    pub(super) fn fence_those(&mut self, cx: &mut Cx<'_>, why: &str, which: impl Fn(&Rank) -> bool) {
+        let those = self.ranks.iter().filter(|(_, state)| state.active && which(state));
+        let those: Vec<EngineIndex> = those.map(|(rank, _)| *rank).collect();
+        for rank in those {
+            self.fence(cx, rank, why);
         }
     }
 

@@ -1,24 +1,22 @@
 //! The load of the new weights, or back to the previous ones.
 
+use crate::EngineIndex;
 use crate::machine::mutation::{Mutation, mutated};
-use crate::{EngineIndex, Incarnation};
 
 use super::super::record::Commit;
 use super::super::types::{Action, Target};
 use super::super::vocabulary::RankProgress as State;
-use super::super::vocabulary::{Checkpoint, Phase, WorkerReport, WorkerState};
+use super::super::vocabulary::{Call, Checkpoint, Phase, WorkerReport, WorkerState};
 use super::{Cx, LOAD_ATTEMPTS, Run, Step, millis};
 
 impl Run {
     pub(super) fn start_load(&mut self, cx: &mut Cx<'_>, target: Target) {
-        match target {
-            Target::New => {
-                self.loads_begun = true;
-                self.enter(cx, Step::Loading, Phase::Loading);
-            }
-            Target::Previous => self.enter(cx, Step::RollingBack, Phase::RollingBack),
-        }
-        self.deadline = Some(cx.now + cx.config.load_timeout);
+        let (step, phase, loading) = match target {
+            Target::New => (Step::Loading, Phase::Loading, State::Loading),
+            Target::Previous => (Step::RollingBack, Phase::RollingBack, State::RollingBack),
+        };
+        self.loads_begun |= target == Target::New;
+        self.enter(step, phase, cx.config.load_timeout, cx);
         let any_touched = self.ranks.values().any(|state| state.active && state.touched);
         let external = self.begin.external_weights;
         for rank in self.active() {
@@ -26,8 +24,8 @@ impl Run {
                 continue;
             };
             let checkpoint = match target {
-                Target::New => self.new.get(&state.node).cloned(),
-                Target::Previous => self.previous.get(&state.node).cloned().flatten(),
+                Target::New => self.new.get(&state.node),
+                Target::Previous => self.previous.get(&state.node).and_then(Option::as_ref),
             };
             if target == Target::Previous {
                 if mutated(Mutation::RollBackFailedRanksOnly) && state.record.times.state == State::Loaded {
@@ -37,23 +35,15 @@ impl Run {
                     continue;
                 }
             }
-            let Some(checkpoint) = checkpoint else {
+            let Some(checkpoint) = checkpoint.cloned() else {
                 self.fence(cx, rank, "there is no previous checkpoint to go back to");
                 continue;
             };
             state.waiting = true;
             state.attempt = 1;
             state.sent_at = cx.now;
-            state.record.times.state = match target {
-                Target::New => State::Loading,
-                Target::Previous => State::RollingBack,
-            };
-            cx.actions.push_back(Action::Load {
-                rank,
-                incarnation: state.record.incarnation,
-                target,
-                checkpoint,
-            });
+            state.record.times.state = loading;
+            cx.actions.push_back(Action::Load { call: state.call(rank), target, checkpoint });
         }
         cx.actions.push_back(Action::Progress);
         self.advance(cx);
@@ -62,8 +52,7 @@ impl Run {
     pub(super) fn loaded(
         &mut self,
         cx: &mut Cx<'_>,
-        rank: EngineIndex,
-        incarnation: Incarnation,
+        Call { rank, incarnation, .. }: Call,
         target: Target,
         result: Result<Vec<WorkerReport>, String>,
     ) {
@@ -151,9 +140,7 @@ impl Run {
         state.attempt += 1;
         state.waiting = true;
         state.record.times.state = State::Loading;
-        let incarnation = state.record.incarnation;
-        let target = Target::New;
-        cx.actions.push_back(Action::Load { rank, incarnation, target, checkpoint });
+        cx.actions.push_back(Action::Load { call: state.call(rank), target: Target::New, checkpoint });
     }
 
     pub(super) fn all_loaded(&mut self, cx: &mut Cx<'_>) {
@@ -169,8 +156,7 @@ impl Run {
         self.enter_phase(cx, Phase::Verifying);
         // Each report was compared with the manifest when it came; what is left is that all agree, which
         // follows from all being equal to the same manifest.
-        self.enter(cx, Step::WritingCommit, Phase::Committing);
-        self.deadline = Some(cx.now + cx.config.commit_timeout);
+        self.enter(Step::WritingCommit, Phase::Committing, cx.config.commit_timeout, cx);
         cx.actions.push_back(Action::Progress);
         if mutated(Mutation::SkipCommitRecord) {
             self.commit_written(cx, Ok(()));

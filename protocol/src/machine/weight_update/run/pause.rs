@@ -1,14 +1,11 @@
 //! Before the load: directories, admission, pause.
 
-use std::collections::BTreeSet;
-
 use crate::machine::mutation::{Mutation, mutated};
-use crate::{EngineIndex, Incarnation};
 
 use super::super::ledger::Begun;
 use super::super::types::{Action, Target};
 use super::super::vocabulary::RankProgress as State;
-use super::super::vocabulary::{Checkpoint, NodeId, PauseMode, Phase};
+use super::super::vocabulary::{Call, Checkpoint, NodeId, PauseMode, Phase};
 use super::{Cx, Run, Step, millis};
 
 impl Run {
@@ -32,9 +29,7 @@ impl Run {
             let error = format!(
                 "node {node} has other weights than the committed ones: digest {actual}, expected {expected}"
             );
-            self.fence_nodes(cx, &BTreeSet::from([node]), &error);
-            self.advance(cx);
-            return;
+            return self.stage_failed(cx, node, error);
         }
         if let Some((other, first)) = self.new.iter().next() {
             let same = first.tensors == new.tensors && first.bytes == new.bytes && first.digest == new.digest;
@@ -45,15 +40,7 @@ impl Run {
                     first.digest.as_deref().unwrap_or("none"),
                     new.digest.as_deref().unwrap_or("none"),
                 );
-                if self.recovery.is_some() {
-                    self.fence_nodes(cx, &BTreeSet::from([node]), &error);
-                    self.advance(cx);
-                    return;
-                }
-                self.invalid = true;
-                self.fail(error);
-                self.finish(cx);
-                return;
+                return self.stage_failed(cx, node, error);
             }
         }
         if previous.is_none() && self.recovery.is_none() {
@@ -64,10 +51,21 @@ impl Run {
         self.advance(cx);
     }
 
+    /// A node does not have what its engines are to load.
+    pub(super) fn stage_failed(&mut self, cx: &mut Cx<'_>, node: NodeId, error: String) {
+        if self.recovery.is_some() {
+            self.fence_those(cx, &error, |state| state.node == node);
+            self.advance(cx);
+        } else {
+            self.invalid = true;
+            self.fail(error);
+            self.finish(cx);
+        }
+    }
+
     /// From here on a sidecar that takes over must look after the engines.
     pub(super) fn write_begun(&mut self, cx: &mut Cx<'_>) {
-        self.enter(cx, Step::WritingBegun, Phase::Prepared);
-        self.deadline = Some(cx.now + cx.config.commit_timeout);
+        self.enter(Step::WritingBegun, Phase::Prepared, cx.config.commit_timeout, cx);
         if mutated(Mutation::SkipBegunRecord) {
             self.close_admission(cx);
             return;
@@ -101,16 +99,14 @@ impl Run {
 
     pub(super) fn close_admission(&mut self, cx: &mut Cx<'_>) {
         self.admission_closed = true;
-        self.enter(cx, Step::ClosingAdmission, Phase::Prepared);
-        self.deadline = Some(cx.now + cx.config.admission_timeout);
+        self.enter(Step::ClosingAdmission, Phase::Prepared, cx.config.admission_timeout, cx);
         cx.actions.push_back(Action::CloseAdmission);
     }
 
     pub(super) fn start_pause(&mut self, cx: &mut Cx<'_>) {
         self.paused_since = Some(cx.now);
         let mode = self.begin.mode;
-        let step = Step::Pausing { attempt: 0, mode };
-        self.enter(cx, step, Phase::Pausing);
+        self.enter_phase(cx, Phase::Pausing);
         for rank in self.ranks.values_mut() {
             rank.sent_at = cx.now;
         }
@@ -133,25 +129,14 @@ impl Run {
             state.waiting = true;
             state.pause_failed = false;
             state.record.times.state = State::Pausing;
-            cx.actions.push_back(Action::Pause {
-                rank: *rank,
-                incarnation: state.record.incarnation,
-                attempt,
-                mode,
-                clear_cache: false,
-            });
+            let call = Call { attempt, ..state.call(*rank) };
+            cx.actions.push_back(Action::Pause { call, mode, clear_cache: false });
         }
         cx.actions.push_back(Action::Progress);
     }
 
-    pub(super) fn paused(
-        &mut self,
-        cx: &mut Cx<'_>,
-        rank: EngineIndex,
-        incarnation: Incarnation,
-        attempt: u32,
-        result: Result<(), String>,
-    ) {
+    pub(super) fn paused(&mut self, cx: &mut Cx<'_>, call: Call, result: Result<(), String>) {
+        let Call { rank, incarnation, attempt } = call;
         let current = matches!(self.step, Step::Pausing { attempt: now, .. } if now == attempt);
         let Some(state) = current.then(|| self.awaited(rank, incarnation)).flatten() else {
             return;

@@ -5,15 +5,14 @@
 //! done what it was told before), loaded, stamped, their caches reset, resumed. There is no way back from it; an
 //! engine that does not follow is fenced.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 
+use crate::Time;
 use crate::machine::mutation::{Mutation, mutated};
-use crate::{EngineIndex, Time};
 
 use super::super::Config;
 use super::super::record::Record;
 use super::super::types::{Action, Begin, Recover, Target};
-use super::super::vocabulary::NodeId;
 use super::{Cx, Recovery, Run};
 
 impl Run {
@@ -49,28 +48,14 @@ impl Run {
     /// cannot be left as they are.
     pub(super) fn give_up(&mut self, cx: &mut Cx<'_>, error: String) {
         if self.recovery.is_some() {
-            for rank in self.active() {
-                self.fence(cx, rank, &error);
-            }
+            self.fence_those(cx, &error, |_| true);
         }
         self.fail(error);
         self.finish(cx);
     }
 
-    pub(super) fn fence_nodes(&mut self, cx: &mut Cx<'_>, nodes: &BTreeSet<NodeId>, why: &str) {
-        let there = |rank: &EngineIndex| self.ranks.get(rank).is_some_and(|rank| nodes.contains(&rank.node));
-        let ranks: Vec<EngineIndex> = self.active().into_iter().filter(there).collect();
-        for rank in ranks {
-            self.fence(cx, rank, why);
-        }
-    }
-
     pub(super) fn all_recovered_paused(&mut self, cx: &mut Cx<'_>) {
-        let refused: Vec<EngineIndex> =
-            self.ranks.iter().filter(|(_, rank)| rank.active && rank.pause_failed).map(|(r, _)| *r).collect();
-        for rank in refused {
-            self.fence(cx, rank, "it refused the pause");
-        }
+        self.fence_those(cx, "it refused the pause", |state| state.pause_failed);
         let reload = self.recovery.as_ref().is_some_and(|recovery| recovery.reload)
             && !mutated(Mutation::RecoverWithoutReload);
         if self.active().is_empty() {

@@ -75,11 +75,11 @@ impl World {
 
     pub(super) fn arrives(&mut self, rank: usize, caller: Caller, action: Step) {
         let life = match &action {
-            Step::Pause { incarnation, .. }
-            | Step::Load { incarnation, .. }
-            | Step::SetVersion { incarnation, .. }
-            | Step::ResetCaches { incarnation, .. }
-            | Step::Resume { incarnation, .. } => incarnation.0,
+            Step::Pause { call, .. }
+            | Step::Load { call, .. }
+            | Step::SetVersion { call, .. }
+            | Step::ResetCaches { call, .. }
+            | Step::Resume { call } => call.incarnation.0,
             _ => return,
         };
         if !self.living(rank, life) {
@@ -94,14 +94,14 @@ impl World {
             return;
         }
         match action {
-            Step::Pause { attempt, mode, clear_cache, .. } => {
+            Step::Pause { call, mode, clear_cache } => {
                 self.law(Law::CachesAreResetExplicitly, !clear_cache, || {
                     "pause asked to clear caches".to_owned()
                 });
-                self.pause_arrives(rank, caller, life, attempt, mode);
+                self.pause_arrives(rank, caller, call, mode);
             }
             Step::Load { .. } => self.load_arrives(rank, caller, action),
-            Step::SetVersion { rank: index, incarnation, attempt, version } => {
+            Step::SetVersion { call, version } => {
                 if self.fault(0.01) {
                     self.engines[rank].hung = true;
                     return;
@@ -112,10 +112,9 @@ impl World {
                     self.engines[rank].stamp = version.0;
                     Ok(true)
                 };
-                let event = Answer::VersionSet { rank: index, incarnation, attempt, result };
-                self.answer(Some(rank), caller, 50, event);
+                self.answer(Some(rank), caller, 50, Answer::VersionSet { call, result });
             }
-            Step::ResetCaches { rank: index, incarnation, attempt, reset_running_requests } => {
+            Step::ResetCaches { call, reset_running_requests } => {
                 let result = if self.fault(0.03) {
                     Err("broken".to_owned())
                 } else if self.fault(0.03)
@@ -126,38 +125,24 @@ impl World {
                     self.engines[rank].cache = None;
                     Ok(true)
                 };
-                let event = Answer::CachesReset { rank: index, incarnation, attempt, result };
-                self.answer(Some(rank), caller, 50, event);
+                self.answer(Some(rank), caller, 50, Answer::CachesReset { call, result });
             }
-            Step::Resume { attempt, .. } => self.resume_arrives(rank, caller, life, attempt),
+            Step::Resume { call } => self.resume_arrives(rank, caller, call),
             _ => {}
         }
     }
 
-    fn pause_arrives(
-        &mut self,
-        rank: usize,
-        caller: Caller,
-        incarnation: u64,
-        attempt: u32,
-        mode: PauseMode,
-    ) {
+    fn pause_arrives(&mut self, rank: usize, caller: Caller, call: Call, mode: PauseMode) {
         if self.fault(0.01) {
             self.engines[rank].hung = true;
             return;
         }
         if self.fault(0.02) {
-            let event = Answer::Paused {
-                rank: index(rank),
-                incarnation: Incarnation(incarnation),
-                attempt,
-                result: Err("no".to_owned()),
-            };
-            self.answer(Some(rank), caller, 50, event);
+            self.answer(Some(rank), caller, 50, Answer::Paused { call, result: Err("no".to_owned()) });
             return;
         }
         let engine = &mut self.engines[rank];
-        engine.pausing.push((caller, attempt, mode));
+        engine.pausing.push((caller, call, mode));
         match mode {
             PauseMode::Abort => engine.request = None,
             PauseMode::Keep => {
@@ -168,7 +153,7 @@ impl World {
             PauseMode::Wait => {}
         }
         let drain = if mode == PauseMode::Wait { 6_000 } else { 300 };
-        self.after(drain, Happening::Drained(rank, incarnation));
+        self.after(drain, Happening::Drained(rank, call.incarnation.0));
     }
 
     pub(super) fn drained(&mut self, rank: usize, incarnation: u64) {
@@ -189,14 +174,8 @@ impl World {
         }
         let engine = &mut self.engines[rank];
         engine.paused = true;
-        for (caller, attempt, _) in std::mem::take(&mut engine.pausing) {
-            let event = Answer::Paused {
-                rank: index(rank),
-                incarnation: Incarnation(incarnation),
-                attempt,
-                result: Ok(()),
-            };
-            self.answer(Some(rank), caller, 20, event);
+        for (caller, call, _) in std::mem::take(&mut engine.pausing) {
+            self.answer(Some(rank), caller, 20, Answer::Paused { call, result: Ok(()) });
         }
     }
 
@@ -213,10 +192,10 @@ impl World {
     }
 
     pub(super) fn load_ends(&mut self, rank: usize, caller: Caller, action: Step, before: Weights) {
-        let Step::Load { rank: index, incarnation, target, checkpoint: wanted } = action else {
+        let Step::Load { call, target, checkpoint: wanted } = action else {
             return;
         };
-        if !self.living(rank, incarnation.0) {
+        if !self.living(rank, call.incarnation.0) {
             return;
         }
         let report = |ok: bool, state: WorkerState, digest: Option<String>| WorkerReport {
@@ -259,43 +238,35 @@ impl World {
             Ok(vec![good])
         };
         self.engines[rank].weights = weights;
-        let event = Answer::Loaded { rank: index, incarnation, target, result };
-        self.answer(Some(rank), caller, 20, event);
+        self.answer(Some(rank), caller, 20, Answer::Loaded { call, target, result });
     }
 
-    fn resume_arrives(&mut self, rank: usize, caller: Caller, incarnation: u64, attempt: u32) {
-        let resumed = |rank: usize, incarnation: u64, attempt, result| Answer::Resumed {
-            rank: index(rank),
-            incarnation: Incarnation(incarnation),
-            attempt,
-            result,
-        };
+    fn resume_arrives(&mut self, rank: usize, caller: Caller, call: Call) {
         let torn = self.engines[rank].weights == Weights::Torn;
         self.law(Law::NothingTornServes, !torn, || format!("rank {rank} is resumed while torn"));
         let fails = self.fault(0.02) || (self.lockstep && !self.engines[rank].pausing.is_empty());
         if fails {
-            let event = resumed(rank, incarnation, attempt, Err("in flight".to_owned()));
-            self.answer(Some(rank), caller, 20, event);
+            let result = Err("in flight".to_owned());
+            self.answer(Some(rank), caller, 20, Answer::Resumed { call, result });
             return;
         }
         if !self.lockstep {
             self.engines[rank].paused = false;
             self.engines[rank].pausing.clear();
-            self.answer(Some(rank), caller, 20, resumed(rank, incarnation, attempt, Ok(())));
+            self.answer(Some(rank), caller, 20, Answer::Resumed { call, result: Ok(()) });
             return;
         }
         let paused = self.engines[rank].paused;
         self.law(Law::LockstepInStep, paused, || {
             format!("lockstep rank {rank} is resumed, but was not paused")
         });
-        self.engines[rank].resuming = Some((caller, attempt));
+        self.engines[rank].resuming = Some((caller, call));
         if self.engines.iter().all(|engine| engine.resuming.is_some()) {
             for at in 0..self.engines.len() {
                 let engine = &mut self.engines[at];
                 engine.paused = false;
-                let (caller, attempt) = engine.resuming.take().unwrap();
-                let life = engine.incarnation;
-                self.answer(Some(at), caller, 20, resumed(at, life, attempt, Ok(())));
+                let (caller, call) = engine.resuming.take().unwrap();
+                self.answer(Some(at), caller, 20, Answer::Resumed { call, result: Ok(()) });
             }
             for at in 0..self.engines.len() {
                 for (caller, action) in std::mem::take(&mut self.engines[at].inbox) {

@@ -89,11 +89,11 @@ impl World {
 
     fn take_step(&mut self, caller: Caller, step: Step) {
         match step {
-            Step::Pause { rank, .. }
-            | Step::Load { rank, .. }
-            | Step::SetVersion { rank, .. }
-            | Step::ResetCaches { rank, .. }
-            | Step::Resume { rank, .. } => self.call(usize::from(rank.0), caller, step),
+            Step::Pause { call, .. }
+            | Step::Load { call, .. }
+            | Step::SetVersion { call, .. }
+            | Step::ResetCaches { call, .. }
+            | Step::Resume { call } => self.call(usize::from(call.rank.0), caller, step),
             Step::Fence { rank, incarnation, .. } => {
                 let at = usize::from(rank.0);
                 if self.is_away(at) {

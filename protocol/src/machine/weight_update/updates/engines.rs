@@ -15,11 +15,13 @@ impl Updates {
         if self.config.kind.is_lockstep() && job.engines.len() < self.nodes.len() {
             let (known, all) = (job.engines.len(), self.nodes.len());
             let reason = format!("{known} of the {all} ranks of the lockstep group");
-            let result = Err(Failure::Adopt { reason });
-            self.actions.push_back(Action::Answer { ticket: job.ticket, result });
-            return;
+            return self.not_adopted(job.ticket, reason);
         }
         self.waiting.push_back(job);
+    }
+
+    fn not_adopted(&mut self, ticket: Ticket, reason: String) {
+        self.actions.push_back(Action::Answer { ticket, result: Err(Failure::Adopt { reason }) });
     }
 
     pub(super) fn inspect(&mut self, job: Job) {
@@ -133,9 +135,7 @@ impl Updates {
         let all = job.engines.len();
         job.engines.retain(|rank, life| self.seen.get(rank).is_none_or(|seen| seen.incarnation <= *life));
         if job.engines.len() < all && (self.config.kind.is_lockstep() || job.engines.is_empty()) {
-            let reason = "they were started again".to_owned();
-            self.actions.push_back(Action::Answer { ticket, result: Err(Failure::Adopt { reason }) });
-            return;
+            return self.not_adopted(ticket, "they were started again".to_owned());
         }
         if found.paused.is_empty()
             && job.engines.len() == self.nodes.len()
@@ -178,9 +178,7 @@ impl Updates {
             return;
         }
         if reload && self.ledger.pause.as_ref().is_some_and(|pause| pause.asleep) {
-            let reason = "engines sleep whose weights are not trusted".to_owned();
-            self.actions.push_back(Action::Answer { ticket, result: Err(Failure::Adopt { reason }) });
-            return;
+            return self.not_adopted(ticket, "engines sleep whose weights are not trusted".to_owned());
         }
         // An update that waits has not begun, or these engines would not have been looked at.
         self.refuse_asked(Refusal::TakenOver);
@@ -225,12 +223,13 @@ impl Updates {
     pub(super) fn recovered(&mut self, recovery: Recovery, record: &Record) {
         let Job { ticket, mut engines, .. } = recovery.job;
         let fenced = matches!(record.outcome, Outcome::Degraded { .. });
-        let reason = record.error.clone().unwrap_or_else(|| "engines were fenced".to_owned());
-        let result =
-            if fenced && self.config.kind.is_lockstep() { Err(Failure::Adopt { reason }) } else { Ok(()) };
         engines.retain(|rank, _| self.lives.contains_key(rank));
         self.trust(&engines);
-        self.actions.push_back(Action::Answer { ticket, result });
+        if fenced && self.config.kind.is_lockstep() {
+            let reason = record.error.clone().unwrap_or_else(|| "engines were fenced".to_owned());
+            return self.not_adopted(ticket, reason);
+        }
+        self.actions.push_back(Action::Answer { ticket, result: Ok(()) });
     }
 
     pub(super) fn rank_seen(&mut self, now: Time, rank: EngineIndex, seen: Seen) {

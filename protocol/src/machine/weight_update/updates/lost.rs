@@ -1,5 +1,6 @@
 //! Work that was lost: what becomes of whatever waits for it.
 
+use super::super::Call;
 use super::*;
 
 impl Updates {
@@ -50,8 +51,8 @@ impl Updates {
                 }
             }
             // It may be in force, or yet to be: to send it again could hang a lockstep group.
-            Action::Step { run, action: Step::Pause { rank, incarnation, .. }, .. }
-            | Action::Step { run, action: Step::Resume { rank, incarnation, .. }, .. } => {
+            Action::Step { run, action: Step::Pause { call, .. } | Step::Resume { call }, .. } => {
+                let Call { rank, incarnation, .. } = call;
                 self.reported(now, run, Answer::CallLost { rank, incarnation, error });
             }
             Action::Step { run, action, .. } => {
@@ -98,21 +99,11 @@ impl Updates {
 /// The answer to a call that was not made, or may be made again.
 pub(in super::super) fn failure(step: Step, error: String) -> Option<Answer> {
     Some(match step {
-        Step::Pause { rank, incarnation, attempt, .. } => {
-            Answer::Paused { rank, incarnation, attempt, result: Err(error) }
-        }
-        Step::Load { rank, incarnation, target, .. } => {
-            Answer::Loaded { rank, incarnation, target, result: Err(error) }
-        }
-        Step::SetVersion { rank, incarnation, attempt, .. } => {
-            Answer::VersionSet { rank, incarnation, attempt, result: Err(error) }
-        }
-        Step::ResetCaches { rank, incarnation, attempt, .. } => {
-            Answer::CachesReset { rank, incarnation, attempt, result: Err(error) }
-        }
-        Step::Resume { rank, incarnation, attempt } => {
-            Answer::Resumed { rank, incarnation, attempt, result: Err(error) }
-        }
+        Step::Pause { call, .. } => Answer::Paused { call, result: Err(error) },
+        Step::Load { call, target, .. } => Answer::Loaded { call, target, result: Err(error) },
+        Step::SetVersion { call, .. } => Answer::VersionSet { call, result: Err(error) },
+        Step::ResetCaches { call, .. } => Answer::CachesReset { call, result: Err(error) },
+        Step::Resume { call } => Answer::Resumed { call, result: Err(error) },
         _ => return None,
     })
 }
