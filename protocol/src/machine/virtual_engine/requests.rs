@@ -196,13 +196,8 @@ impl Requests {
         AbortOutcome::Forward
     }
 
-    /// Ids of a slot, with `aborted` as it stands.
-    pub(super) fn ids_of(&self, slot: usize) -> Vec<(Arc<str>, bool)> {
-        self.entries
-            .iter()
-            .filter(|(_, entry)| entry.slot == slot)
-            .map(|(id, entry)| (id.clone(), entry.aborted))
-            .collect()
+    pub(super) fn ids_of(&self, slot: usize) -> Vec<Arc<str>> {
+        self.entries.iter().filter(|(_, entry)| entry.slot == slot).map(|(id, _)| id.clone()).collect()
     }
 }
 

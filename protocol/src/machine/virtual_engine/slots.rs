@@ -104,7 +104,7 @@ impl VirtualEngine {
             return;
         }
         let mut on_engine: Vec<Arc<str>> = Vec::new();
-        for (id, _) in self.requests.ids_of(number) {
+        for id in self.requests.ids_of(number) {
             if self.requests.abort(now, &id, number) == AbortOutcome::Forward {
                 on_engine.push(id);
             }
@@ -165,7 +165,7 @@ impl VirtualEngine {
     }
 
     pub(super) fn free_slot(&mut self, number: usize) {
-        for (id, _) in self.requests.ids_of(number) {
+        for id in self.requests.ids_of(number) {
             self.requests.remove(&id);
         }
         let slot = &mut self.slots[number];
