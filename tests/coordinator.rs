@@ -9,7 +9,7 @@ use dp_sidecar::api::CoordinatorSnapshot;
 use dp_sidecar::driver::coordinator::{EVENTS, spawn};
 use dp_sidecar::driver::edge::{self, EdgeState};
 use dp_sidecar::driver::handles::{
-    CoordinatorCommand, CoordinatorHandle, EdgePrepare, ForFrontendCoordinator, GroupKind, ask,
+    CoordinatorCommand, CoordinatorHandle, EdgeHandle, EdgePrepare, ForFrontendCoordinator, GroupKind, ask,
 };
 use dp_sidecar::transport::PrivateDir;
 use dp_sidecar_protocol::layout::{Layout, VllmVersion};
@@ -32,6 +32,7 @@ fn layout() -> Layout {
 
 struct Setup {
     handle: CoordinatorHandle,
+    edge: EdgeHandle,
     context: zmq::Context,
     tracker: TaskTracker,
     dir: TempDir,
@@ -44,9 +45,9 @@ impl Setup {
         let tracker = TaskTracker::new();
         let (reports, events) = mpsc::channel(EVENTS);
         let edge = edge::spawn(private, reports, &tracker);
-        let edges = vec![((0..size).map(EngineIndex).collect(), edge.handle)];
+        let edges = vec![((0..size).map(EngineIndex).collect(), edge.handle.clone())];
         let handle = spawn(kind, size, edges, events, &tracker);
-        Self { handle, context: zmq::Context::new(), tracker, dir }
+        Self { handle, edge: edge.handle, context: zmq::Context::new(), tracker, dir }
     }
 
     async fn tell(&self, command: CoordinatorCommand) {
@@ -55,7 +56,7 @@ impl Setup {
 
     async fn prepare(&self, rank: u16, life: u64) -> (String, String) {
         let (rank, incarnation) = (EngineIndex(rank), Incarnation(life));
-        self.handle.prepare(rank, incarnation, PATIENCE).await.unwrap()
+        self.edge.ask_within(PATIENCE, EdgePrepare { rank, incarnation }).await.unwrap()
     }
 
     async fn engine(&self, rank: u16, life: u64) -> Engine {
@@ -93,6 +94,7 @@ impl Setup {
             CoordinatorCommand::Shutdown { reply }
         });
         asked.await.unwrap();
+        drop(self.edge);
         self.tracker.close();
         timeout(PATIENCE, self.tracker.wait()).await.unwrap();
     }

@@ -134,6 +134,7 @@ pub(super) async fn start(
     let (node_sender, node_snapshot) = watch::channel(BTreeMap::new());
     let this_node = NodePeers {
         ranks: own_ranks,
+        edge: local.relay.handles.edge.clone(),
         handshake: local.handshake.clone(),
         processes: local.processes.clone(),
     };
@@ -141,6 +142,7 @@ pub(super) async fn start(
     for remote in remotes {
         let peers = NodePeers {
             ranks: remote.introduction.ranks(),
+            edge: remote.handles.edge.clone(),
             handshake: remote.handles.handshake.clone(),
             processes: local.processes.as_ref().map(|_| remote.handles.processes.clone()),
         };

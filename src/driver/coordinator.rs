@@ -15,7 +15,7 @@ use dp_sidecar_protocol::output::{OutputsView, start_wave_message, stats_message
 use dp_sidecar_protocol::stats::SchedulerStats;
 use dp_sidecar_protocol::{DecodeError, EngineIndex, FrontendId, Incarnation, Wave};
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, Sleep};
+use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, info, trace, warn};
 
@@ -23,7 +23,7 @@ use super::handles::{
     CoordinatorCommand, CoordinatorHandle, EdgeEvent, EdgeHandle, ForFrontendCoordinator, GroupKind,
     NodeEvent,
 };
-use super::{Clock, replace_if_other};
+use super::{Clock, arm, replace_if_other};
 use crate::api::CoordinatorSnapshot;
 use crate::tasks::{Task as TaskName, named};
 
@@ -99,8 +99,11 @@ impl Task {
         let timer = tokio::time::sleep(Duration::ZERO);
         tokio::pin!(timer);
         loop {
-            let timed = set(timer.as_mut(), self.due());
+            let timed = arm(timer.as_mut(), self.due());
             tokio::select! {
+                // The loss of an engine is told before the next one is prepared; so it is heard of before anything
+                // that the next one reports.
+                biased;
                 command = commands.recv() => match command {
                     Some(CoordinatorCommand::Shutdown { reply }) => {
                         let _ = reply.send(Ok(()));
@@ -109,6 +112,7 @@ impl Task {
                     Some(command) => self.command(command),
                     None => return,
                 },
+                () = timer.as_mut(), if timed => self.timeout(),
                 received = events.recv_many(&mut batch, BATCH), if !events.is_closed() || !events.is_empty() => {
                     trace!(received, "reports");
                     for event in batch.drain(..) {
@@ -119,7 +123,6 @@ impl Task {
                         }
                     }
                 }
-                () = timer.as_mut(), if timed => self.timeout(),
             }
         }
     }
@@ -165,9 +168,6 @@ impl Task {
 
     fn command(&mut self, command: CoordinatorCommand) {
         match command {
-            CoordinatorCommand::Prepare { rank, incarnation, reply } => {
-                self.edges.prepare(rank, incarnation, reply);
-            }
             CoordinatorCommand::EngineVersion { layout } => {
                 self.layout = layout;
                 self.event(Event::Version(Box::new(layout)));
@@ -303,16 +303,6 @@ impl Task {
         };
         self.publish.send_if_modified(|current| replace_if_other(current, snapshot));
     }
-}
-
-/// Sets the timer if there is something to wait for. Leaves it alone if it is right already.
-fn set(timer: std::pin::Pin<&mut Sleep>, due: Option<Instant>) -> bool {
-    if let Some(due) = due
-        && timer.deadline() != due
-    {
-        timer.reset(due);
-    }
-    due.is_some()
 }
 
 /// What an engine reports in one message.

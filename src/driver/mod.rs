@@ -17,8 +17,10 @@ pub mod rank;
 pub(crate) mod test_ranks;
 pub mod weight_update;
 
+use std::pin::Pin;
+
 use dp_sidecar_protocol::Time;
-use tokio::time::Instant;
+use tokio::time::{Instant, Sleep};
 
 /// Time as a machine sees it: since its driver was started.
 #[derive(Clone, Copy, Debug)]
@@ -45,6 +47,16 @@ impl Clock {
             None => std::future::pending().await,
         }
     }
+}
+
+/// Sets the timer if there is something to wait for. Leaves it alone if it is right already.
+fn arm(timer: Pin<&mut Sleep>, due: Option<Instant>) -> bool {
+    if let Some(due) = due
+        && timer.deadline() != due
+    {
+        timer.reset(due);
+    }
+    due.is_some()
 }
 
 /// Sets what is published. Whether it was something else.

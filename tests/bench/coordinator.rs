@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use dp_sidecar::driver::coordinator::{EVENTS, spawn};
 use dp_sidecar::driver::edge;
-use dp_sidecar::driver::handles::{CoordinatorCommand, CoordinatorHandle, GroupKind};
+use dp_sidecar::driver::handles::{CoordinatorCommand, CoordinatorHandle, EdgePrepare, GroupKind};
 use dp_sidecar::transport::{Encoded, PrivateDir, XpubListener};
 use dp_sidecar_protocol::layout::Layout;
 use dp_sidecar_protocol::wave::{FrontendUpstream, Publication};
@@ -42,17 +42,17 @@ async fn serve(dir: &Path, engines: u16, nodes: u16) -> Result<(), Failure> {
     let (reports, events) = mpsc::channel(EVENTS);
     let ranks: Vec<EngineIndex> = (0..engines).map(EngineIndex).collect();
     let per_node = usize::from(engines.div_ceil(nodes.max(1)).max(1));
-    let mut edges = Vec::new();
+    let (mut edges, mut addresses) = (Vec::new(), Vec::new());
     for (node, ranks) in ranks.chunks(per_node).enumerate() {
         let sockets = PrivateDir::create(dir.join(node.to_string()))?;
         let edge = edge::spawn(sockets, reports.clone(), &tracker);
+        for &rank in ranks {
+            let prepare = EdgePrepare { rank, incarnation: Incarnation(1) };
+            addresses.push(edge.handle.ask_within(LIMIT, prepare).await?);
+        }
         edges.push((ranks.to_vec(), edge.handle));
     }
     let coordinator = spawn(GroupKind::Lockstep, engines, edges, events, &tracker);
-    let mut addresses = Vec::new();
-    for rank in ranks {
-        addresses.push(coordinator.prepare(rank, Incarnation(1), LIMIT).await?);
-    }
     let front = PrivateDir::create(dir.join("front"))?.ipc_address("front")?;
     let socket = XpubListener::bind(&front, LIMIT).await?;
     println!("{}", serde_json::json!({ "front": front, "engines": addresses }));

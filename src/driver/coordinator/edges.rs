@@ -9,9 +9,7 @@ use dp_sidecar_protocol::wave::StartDpWave;
 use dp_sidecar_protocol::{EngineIndex, Frames, Incarnation, Wave};
 use tokio::sync::mpsc;
 
-use crate::driver::handles::{
-    EdgeAsk, EdgeClose, EdgeHandle, EdgeNote, EdgePrepare, EdgePublish, Envelope, HandleError, ReplyTo,
-};
+use crate::driver::handles::{EdgeAsk, EdgeClose, EdgeHandle, EdgeNote, EdgePublish, Envelope, ReplyTo};
 
 /// The engines of one node.
 #[derive(Debug)]
@@ -41,26 +39,9 @@ impl Edges {
         Self { nodes: edges.into_iter().map(node).collect() }
     }
 
-    fn of(&mut self, rank: EngineIndex) -> Option<&mut Node> {
-        self.nodes.iter_mut().find(|node| node.ranks.contains(&rank))
-    }
-
-    /// Has the rank's edge bind sockets and answer.
-    pub(super) fn prepare(&mut self, rank: EngineIndex, incarnation: Incarnation, reply: ReplyTo) {
-        let Some(node) = self.of(rank) else {
-            return reply.forward(Err(HandleError::failed(format!("no node has rank {rank}"))));
-        };
-        node.pending.close.remove(&rank);
-        let prepare = EdgeAsk::from(EdgePrepare { rank, incarnation });
-        let limit = prepare.about().limit;
-        if let Err((envelope, error)) = node.handle.offer(Envelope { ask: prepare, limit, reply }) {
-            envelope.reply.forward(Err(error));
-        }
-    }
-
     /// Drops the sockets of an incarnation.
     pub(super) fn close(&mut self, rank: EngineIndex, incarnation: Incarnation) {
-        if let Some(node) = self.of(rank) {
+        if let Some(node) = self.nodes.iter_mut().find(|node| node.ranks.contains(&rank)) {
             node.pending.close.insert(rank, incarnation);
             node.flush();
         }
@@ -152,7 +133,7 @@ impl Pending {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::driver::handles::queue_of;
+    use crate::driver::handles::{EdgePrepare, queue_of};
 
     fn words(commands: &mut mpsc::Receiver<Envelope<EdgeAsk>>) -> Vec<String> {
         let mut all = Vec::new();

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 
 use super::ask::asks;
-use super::{Handle, HandleError, Reply, ReplyTo, answer};
+use super::{Handle, Reply};
 use crate::api::CoordinatorSnapshot;
 
 /// A message of a rank for a frontend's own DP coordinator, to be pushed as it is.
@@ -26,14 +26,6 @@ pub struct ForFrontendCoordinator {
 #[expect(clippy::large_enum_variant, reason = "the large one comes once in an engine's life")]
 #[derive(Debug)]
 pub enum CoordinatorCommand {
-    /// Bind fresh sockets for a rank's new incarnation.
-    Prepare {
-        rank: EngineIndex,
-        /// Its new incarnation.
-        incarnation: Incarnation,
-        /// Answered by the rank's edge, as [`EdgePrepare`].
-        reply: ReplyTo,
-    },
     /// The rank registered; from here its version is known.
     EngineVersion {
         /// Field positions and behaviour of its version.
@@ -153,30 +145,3 @@ pub enum EdgeEvent {
 
 /// Handle of the edge task of a node.
 pub type EdgeHandle = Handle<EdgeAsk>;
-
-impl CoordinatorHandle {
-    /// Has a rank's edge bind fresh sockets for a new incarnation, see [`EdgePrepare`].
-    ///
-    /// # Errors
-    /// The task or the edge has ended, or does not answer within `limit`.
-    pub async fn prepare(
-        &self,
-        rank: EngineIndex,
-        incarnation: Incarnation,
-        limit: Duration,
-    ) -> Result<(String, String), HandleError> {
-        let (reply, answered) = ReplyTo::channel();
-        let prepare = CoordinatorCommand::Prepare { rank, incarnation, reply };
-        let exchange = async {
-            let gone = HandleError::Gone { task: "coordinator" };
-            self.commands.send(prepare).await.map_err(|_| gone)?;
-            answer::<EdgePrepare>("edge", answered).await
-        };
-        match tokio::time::timeout(limit, exchange).await {
-            Ok(addresses) => addresses,
-            Err(_) => {
-                Err(HandleError::Deadline { what: format!("coordinator sockets of rank {rank}"), limit })
-            }
-        }
-    }
-}

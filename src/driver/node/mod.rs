@@ -22,7 +22,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use super::handles::{
-    CoordinatorHandle, Deployment, HandshakeHandle, NodeEvent, NodeId, NodeState, ProcessHandle, RankHandle,
+    CoordinatorHandle, Deployment, EdgeHandle, HandshakeHandle, NodeEvent, NodeId, NodeState, ProcessHandle,
+    RankHandle,
 };
 use super::weight_update::{FenceRequest, UpdateHandle};
 use super::{Clock, init};
@@ -74,6 +75,8 @@ pub struct Peers {
 pub struct NodePeers {
     /// The ranks that run there.
     pub ranks: Vec<EngineIndex>,
+    /// What their engines take for their DP coordinator.
+    pub edge: EdgeHandle,
     /// The handshake server that their engines say HELLO to.
     pub handshake: HandshakeHandle,
     /// Who starts them; none if somebody else does.

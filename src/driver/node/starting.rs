@@ -9,7 +9,7 @@ use tracing::debug;
 use super::{ANSWER, Facts, Node, Outcome};
 use crate::config::Engines;
 use crate::driver::handles::{
-    Expect, GroupKind, HandleError, Listen, Prepare, ProcessHandle, Spawn, StopEngine,
+    EdgePrepare, Expect, GroupKind, HandleError, Listen, Prepare, ProcessHandle, Spawn, StopEngine,
 };
 use crate::driver::init;
 
@@ -29,13 +29,12 @@ impl Node {
         else {
             return;
         };
-        let coordinator = self.peers.coordinator.clone();
-        let handshake = node.handshake.clone();
+        let (edge, handshake) = (node.edge.clone(), node.handshake.clone());
         let config = self.config.clone();
         self.work.spawn(async move {
             let prepared: Result<SocketAddr, HandleError> = async {
                 let slots = handle.ask_within(ANSWER, Prepare { incarnation }).await?;
-                let coordinator = coordinator.prepare(rank, incarnation, ANSWER).await?;
+                let coordinator = edge.ask_within(ANSWER, EdgePrepare { rank, incarnation }).await?;
                 let listen = match config.engines {
                     Engines::Spawn(_) => Listen::Own,
                     Engines::Attach => Listen::Shared,
