@@ -22,7 +22,7 @@ pub(super) enum Kind {
 #[derive(Debug)]
 struct Sink {
     sender: mpsc::Sender<ForFrontendCoordinator>,
-    /// What did not fit. Once something did not, everything goes this way until it is empty.
+    /// What does not fit stays here.
     wave: Option<ForFrontendCoordinator>,
     loads: BTreeMap<EngineIndex, Bytes>,
 }
@@ -50,13 +50,12 @@ impl Sinks {
         kind: Kind,
         message: &ForFrontendCoordinator,
     ) -> Vec<FrontendId> {
-        let mut gone = Vec::new();
         for (&frontend, sink) in &mut self.by_frontend {
-            if to.is_none_or(|one| one == frontend) && !sink.send(kind, message.clone()) {
-                gone.push(frontend);
+            if to.is_none_or(|one| one == frontend) {
+                sink.keep(kind, message.clone());
             }
         }
-        gone
+        self.flush()
     }
 
     /// Whether something waits for room in a queue.
@@ -66,35 +65,14 @@ impl Sinks {
 
     /// Sends what waits, as far as there is room; returns the frontends that are gone.
     pub(super) fn flush(&mut self) -> Vec<FrontendId> {
-        let mut gone = Vec::new();
-        for (&frontend, sink) in &mut self.by_frontend {
-            if sink.waiting() && !sink.flush() {
-                gone.push(frontend);
-            }
-        }
-        gone
+        let gone = self.by_frontend.iter_mut().filter_map(|(&of, sink)| (!sink.flush()).then_some(of));
+        gone.collect()
     }
 }
 
 impl Sink {
     fn waiting(&self) -> bool {
         self.wave.is_some() || !self.loads.is_empty()
-    }
-
-    /// False if the frontend is gone.
-    fn send(&mut self, kind: Kind, message: ForFrontendCoordinator) -> bool {
-        if self.waiting() {
-            self.keep(kind, message);
-            return true;
-        }
-        match self.sender.try_send(message) {
-            Ok(()) => true,
-            Err(TrySendError::Full(message)) => {
-                self.keep(kind, message);
-                true
-            }
-            Err(TrySendError::Closed(_)) => false,
-        }
     }
 
     fn keep(&mut self, kind: Kind, message: ForFrontendCoordinator) {
@@ -106,26 +84,20 @@ impl Sink {
         }
     }
 
+    /// False if the frontend is gone.
     fn flush(&mut self) -> bool {
-        while let Some((kind, message)) = self.take() {
-            match self.sender.try_send(message) {
-                Ok(()) => {}
-                Err(TrySendError::Full(message)) => {
-                    self.keep(kind, message);
-                    return true;
-                }
-                Err(TrySendError::Closed(_)) => return false,
+        while self.waiting() {
+            let permit = match self.sender.try_reserve() {
+                Ok(permit) => permit,
+                Err(TrySendError::Full(())) => return true,
+                Err(TrySendError::Closed(())) => return false,
+            };
+            let load = || self.loads.pop_first().map(|(rank, frame)| ForFrontendCoordinator { rank, frame });
+            if let Some(message) = self.wave.take().or_else(load) {
+                permit.send(message);
             }
         }
         true
-    }
-
-    fn take(&mut self) -> Option<(Kind, ForFrontendCoordinator)> {
-        if let Some(message) = self.wave.take() {
-            return Some((Kind::Wave, message));
-        }
-        let (rank, frame) = self.loads.pop_first()?;
-        Some((Kind::Load, ForFrontendCoordinator { rank, frame }))
     }
 }
 

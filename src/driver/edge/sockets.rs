@@ -2,10 +2,9 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use dp_sidecar_protocol::frames::SUBSCRIBE_ALL;
-use dp_sidecar_protocol::output::{OutputsView, reports_load};
 use dp_sidecar_protocol::{EngineIndex, Frames, Incarnation};
-use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
@@ -13,7 +12,7 @@ use tracing::{debug, warn};
 
 use super::EdgeState;
 use super::backlog::{Backlog, Reported};
-use crate::driver::handles::{EdgeEvent, NodeEvent};
+use crate::driver::handles::{EdgeEvent, NodeEvent, wave_edge};
 use crate::tasks::{Task, named};
 use crate::transport::{
     Encoded, PrivateDir, PullEvent, PullListener, TransportError, XpubListener, XpubPublisher,
@@ -86,73 +85,47 @@ impl Reader {
         let rank = self.rank.0;
         let mut subscriptions = true;
         loop {
-            let reported = tokio::select! {
+            tokio::select! {
+                // As long as there is room nothing is left out.
+                biased;
                 permit = self.events.reserve(), if !self.backlog.is_empty() => {
                     let Ok(permit) = permit else { return };
                     if let Some(reported) = self.backlog.take() {
                         permit.send(event(self.rank, self.incarnation, reported));
                     }
-                    continue;
                 }
-                event = pull.recv() => match event {
-                    // Stats and wave edges are single frames.
-                    PullEvent::Message(mut frames) if frames.len() == 1 => match frames.pop() {
-                        Some(frame) => self.report(frame),
-                        None => continue,
-                    },
-                    PullEvent::Message(frames) => {
-                        debug!(rank, frames = frames.len(), "report of several frames dropped");
-                        continue;
-                    }
-                    // The rank task notices the loss of the engine, and more surely.
-                    PullEvent::Disconnected => continue,
-                },
                 received = xpub.recv(), if subscriptions => match received {
                     Ok(frames) if is_subscription(&frames) => {
                         debug!(rank, incarnation = self.incarnation.0, "engine subscribed");
                         self.state.send_modify(|state| {
                             state.subscribed.insert(self.rank, self.incarnation);
                         });
-                        Reported::Subscribed
+                        self.backlog.keep(Reported::Subscribed);
                     }
-                    Ok(_) => continue,
+                    Ok(_) => {}
                     Err(error) => {
                         warn!(rank, %error, "the engine does not read what its DP coordinator publishes");
                         subscriptions = false;
-                        continue;
                     }
                 },
-            };
-            if !self.deliver(reported) {
-                return;
+                event = pull.recv() => match event {
+                    // Stats and wave edges are single frames.
+                    PullEvent::Message(frames) => match <[Bytes; 1]>::try_from(frames) {
+                        Ok([frame]) => self.backlog.keep(self.report(frame)),
+                        Err(frames) => debug!(rank, frames = frames.len(), "report of several frames dropped"),
+                    },
+                    // The rank task notices the loss of the engine, and more surely.
+                    PullEvent::Disconnected => {}
+                },
             }
         }
     }
 
-    /// Notes what the report says about waves.
-    fn report(&self, frame: bytes::Bytes) -> Reported {
-        if reports_load(&frame) {
-            return Reported::Load(frame);
-        }
-        // What cannot be read is for the DP coordinator to complain about.
-        let Ok(view) = OutputsView::parse(&frame) else { return Reported::Load(frame) };
-        let Some((wave, running)) = view.wave_edge() else { return Reported::Load(frame) };
+    /// Notes what the report says about waves. What cannot be read is for the DP coordinator to complain about.
+    fn report(&self, frame: Bytes) -> Reported {
+        let Some((wave, running)) = wave_edge(&frame) else { return Reported::Load(frame) };
         self.state.send_if_modified(|state| state.note(wave, running));
         Reported::Edge(frame)
-    }
-
-    /// Hands an event over, or keeps it. False if it can never be delivered.
-    fn deliver(&mut self, reported: Reported) -> bool {
-        if !self.backlog.is_empty() {
-            self.backlog.keep(reported);
-            return true;
-        }
-        match self.events.try_reserve() {
-            Ok(permit) => permit.send(event(self.rank, self.incarnation, reported)),
-            Err(TrySendError::Full(())) => self.backlog.keep(reported),
-            Err(TrySendError::Closed(())) => return false,
-        }
-        true
     }
 }
 

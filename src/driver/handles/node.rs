@@ -121,15 +121,16 @@ impl NodeEvent {
     pub fn can_be_spared(&self) -> bool {
         match self {
             Self::Wake(_) | Self::Snapshot(_) | Self::Stage(StageEvent::Progress { .. }) => true,
-            Self::Edge(EdgeEvent::Report { frame, .. }) => !is_wave_edge(frame),
+            Self::Edge(EdgeEvent::Report { frame, .. }) => wave_edge(frame).is_none(),
             _ => false,
         }
     }
 }
 
-/// Whether a report of an engine ends or begins a wave: what a sidecar must not miss.
-pub fn is_wave_edge(frame: &[u8]) -> bool {
-    !reports_load(frame) && OutputsView::parse(frame).is_ok_and(|view| view.wave_edge().is_some())
+/// The wave that ends or begins with a report of an engine, see [`OutputsView::wave_edge`]: what a sidecar must not
+/// miss.
+pub fn wave_edge(frame: &[u8]) -> Option<(Wave, bool)> {
+    if reports_load(frame) { None } else { OutputsView::parse(frame).ok()?.wave_edge() }
 }
 
 /// What a node knows.
@@ -303,7 +304,7 @@ impl NodeState {
                 known.subscribed |= known.edge == Some(*incarnation);
             }
             NodeEvent::Edge(EdgeEvent::Report { rank, incarnation, frame }) => {
-                if is_wave_edge(frame) && self.rank(*rank).edge == Some(*incarnation) {
+                if wave_edge(frame).is_some() && self.rank(*rank).edge == Some(*incarnation) {
                     self.rank(*rank).wave_report = Some(frame.clone());
                 }
             }
