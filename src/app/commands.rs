@@ -14,15 +14,13 @@ use super::updates;
 use crate::api::{AdminError, Command, ErrorKind, Reply, Response, Status};
 use crate::driver::control::{ControlError, ControlHandle};
 use crate::driver::handles::{
-    AttachmentCommand, AttachmentHandle, CoordinatorHandle, EdgeHandle, HandleError, Origin, RankHandle, ask,
+    AttachmentHandle, CoordinatorHandle, EdgeHandle, HandleError, Origin, RankHandle,
 };
 use crate::driver::node::NodeRank;
 use crate::driver::weight_update::UpdateHandle;
 use crate::gpu::GpuMonitor;
 use crate::supervisor::KeeperClient;
 
-/// Limit for answers of our own tasks.
-const LOCAL_ANSWER: Duration = Duration::from_secs(10);
 /// How long pause and resume wait for another controller before they are refused.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -73,13 +71,10 @@ impl Answers for Handles {
                 }
             }
             Command::FrontendAdd { address } => {
-                let what = format!("attachment to {address}");
-                let origin = Origin::Command;
-                self.attachment(what, |reply| AttachmentCommand::Add { address, origin, reply }).await?;
+                self.attachments.add(address, Origin::Command).await.map_err(refused)?;
             }
             Command::FrontendRemove { address } => {
-                let what = format!("detachment from {address}");
-                self.attachment(what, |reply| AttachmentCommand::Remove { address, reply }).await?;
+                self.attachments.remove(address).await.map_err(refused)?;
             }
             // Answered by the runtime.
             Command::Status | Command::Stop => {}
@@ -88,19 +83,12 @@ impl Answers for Handles {
     }
 }
 
-impl Handles {
-    async fn attachment(
-        &self,
-        what: String,
-        command: impl FnOnce(crate::driver::handles::Reply<()>) -> AttachmentCommand,
-    ) -> Result<(), AdminError> {
-        let commands = &self.attachments.commands;
-        let done = ask(commands, "attachment", what, LOCAL_ANSWER, command).await;
-        done.map_err(|error| match error {
-            HandleError::Gone { .. } => stopping(),
-            HandleError::Deadline { .. } => AdminError::new(ErrorKind::Timeout, error.to_string()),
-            HandleError::Failed(text) => AdminError::new(ErrorKind::Failed, &*text),
-        })
+/// Why a frontend was not added, or not removed.
+fn refused(error: HandleError) -> AdminError {
+    match error {
+        HandleError::Gone { .. } => stopping(),
+        HandleError::Deadline { .. } => AdminError::new(ErrorKind::Timeout, error.to_string()),
+        HandleError::Failed(text) => AdminError::new(ErrorKind::Failed, &*text),
     }
 }
 

@@ -29,7 +29,6 @@ use self::runtime::{Runtime, TASK_END, asked, ended_by, stop_keeper};
 use crate::admin::AdminServer;
 use crate::api::{AdminCommand, Status};
 use crate::config::{Config, Engines, Nodes, Role};
-use crate::driver::frontend::FrontendExit;
 use crate::driver::handles::{AttachmentCommand, CoordinatorCommand, HandleError, ask};
 use crate::driver::node::NodeExit;
 use crate::exit_code::{self, RunEnd};
@@ -189,7 +188,7 @@ pub(crate) struct Leading {
     handles: commands::Handles,
     node: Option<JoinHandle<NodeExit>>,
     stop_node: CancellationToken,
-    frontend: Option<JoinHandle<FrontendExit>>,
+    frontend: Option<JoinHandle<Result<(), String>>>,
     stop_frontend: CancellationToken,
 }
 
@@ -209,8 +208,8 @@ impl runtime::Role for Leading {
                 Err(error) => local::internal("node task", &error),
             },
             exit = ended(&mut self.frontend) => match exit {
-                Ok(FrontendExit::Failed { reason }) => RunEnd::new(exit_code::ENGINE_FAILED, reason),
-                Ok(FrontendExit::Stopped) => unasked(),
+                Ok(Err(reason)) => RunEnd::new(exit_code::ENGINE_FAILED, reason),
+                Ok(Ok(())) => unasked(),
                 Err(error) => local::internal("frontend task", &error),
             },
         }

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
 
 use dp_sidecar_protocol::EngineIndex;
 use tokio::sync::{mpsc, watch};
@@ -21,7 +20,7 @@ use crate::api::AdminCommand;
 use crate::driver::attachment::{self, AttachmentConfig};
 use crate::driver::frontend;
 use crate::driver::handles::{
-    AttachmentCommand, AttachmentHandle, Deployment, EdgeHandle, NodeId, NodeState, Origin, ask,
+    AttachmentCommand, AttachmentHandle, Deployment, EdgeHandle, NodeId, NodeState, Origin,
 };
 use crate::driver::node::{Inputs, Node, NodePeers, Outputs, Peers};
 use crate::driver::weight_update::{UpdateConfig, UpdateNode};
@@ -33,9 +32,6 @@ use crate::peer::introduction::Introduction;
 use crate::peer::leader::{Leader, RemoteNode};
 use crate::staging::upload::{self, Uploads};
 use crate::tasks::{Task, named};
-
-/// Limit for answers of our own tasks.
-const LOCAL_ANSWER: Duration = Duration::from_secs(10);
 
 /// This node, and the others with the leader that they came to.
 pub(super) type Joined = (Introduction, Leader, Vec<RemoteNode>);
@@ -167,12 +163,8 @@ pub(super) async fn start(
     let node = tokio::spawn(named(Task::Node, node.run(inputs)));
 
     for address in &config.frontends {
-        let what = format!("attachment to {address}");
-        let address = address.clone();
-        let add = |reply| AttachmentCommand::Add { address, origin: Origin::Flag, reply };
-        ask(&attachments.commands, "attachment", what, LOCAL_ANSWER, add)
-            .await
-            .map_err(|error| RunEnd::new(exit_code::USAGE, error.to_string()))?;
+        let added = attachments.add(address.clone(), Origin::Flag).await;
+        added.map_err(|error| RunEnd::new(exit_code::USAGE, error.to_string()))?;
     }
     listen_http(run, uploads, commands).await?;
     let frontend = config.serve.is_some().then(|| {

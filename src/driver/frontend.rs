@@ -11,27 +11,21 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
-use super::handles::{AttachmentCommand, AttachmentHandle, Origin, ask};
+use super::handles::{AttachmentHandle, Origin};
 use super::{Clock, init};
 use crate::config::Config;
 use crate::supervisor::client::KeeperClient;
 use crate::supervisor::command::FRONTEND;
 use crate::supervisor::keeper::wire::{ExitStatus, KeeperEvent};
 
-/// Limit for answers of our own tasks.
-const LOCAL_ANSWER: Duration = Duration::from_secs(10);
-
-/// Why the task ended.
-#[derive(Clone, Debug)]
-pub enum FrontendExit {
-    /// Told to.
-    Stopped,
-    /// It died too often, or at its first start.
-    Failed { reason: String },
-}
+/// For the keeper to tell of an exit.
+const EXIT_REPORT: Duration = Duration::from_secs(10);
 
 /// Runs the supervised frontend until `stop`; then it is stopped, and awaited. `recorded` is the address of that of a
 /// killed predecessor: if it still runs, it is the one.
+///
+/// # Errors
+/// It died too often, or at its first start.
 pub async fn run(
     config: Arc<Config>,
     recorded: Option<String>,
@@ -39,30 +33,19 @@ pub async fn run(
     attachments: AttachmentHandle,
     mut events: mpsc::Receiver<KeeperEvent>,
     stop: CancellationToken,
-) -> FrontendExit {
+) -> Result<(), String> {
     let clock = Clock::start();
     let mut policy = Restart::new(init::restart_policy(&config));
-    let mut found = match running(&config, &keeper, &attachments, &mut events, recorded).await {
-        Ok(found) => found,
-        Err(reason) => return FrontendExit::Failed { reason },
-    };
+    let mut found = running(&config, &keeper, &attachments, &mut events, recorded).await?;
     let mut incarnation = match &found {
         Some(found) => found.incarnation - 1,
         None => keeper.inherited().last_incarnation(FRONTEND),
     };
     // One address for all its lives: it is what the attachment waits for.
-    let address = match found.as_ref().map_or_else(free_address, |found| Ok(found.address)) {
-        Ok(address) => address,
-        Err(reason) => return FrontendExit::Failed { reason },
-    };
+    let address = found.as_ref().map_or_else(free_address, |found| Ok(found.address))?;
     let first = incarnation + 1;
-    let what = format!("attachment to {address}");
-    let wanted = ask(&attachments.commands, "attachment", what, LOCAL_ANSWER, |reply| {
-        AttachmentCommand::Add { address: address.to_string(), origin: Origin::Supervised, reply }
-    });
-    if let Err(error) = wanted.await {
-        return FrontendExit::Failed { reason: error.to_string() };
-    }
+    let wanted = attachments.add(address.to_string(), Origin::Supervised).await;
+    wanted.map_err(|error| error.to_string())?;
     loop {
         incarnation += 1;
         let again = found.take().is_some();
@@ -70,7 +53,7 @@ pub async fn run(
         let spawned = if again { Ok(()) } else { spawn(&config, &keeper, incarnation, address).await };
         let reason = match spawned {
             Ok(()) => match until_exit(&config, &keeper, &mut events, incarnation, &stop).await {
-                Ended::Stopped => return FrontendExit::Stopped,
+                Ended::Stopped => return Ok(()),
                 Ended::KeeperReplaced => {
                     warn!("the frontend was stopped with its keeper; starting it again");
                     continue;
@@ -80,7 +63,7 @@ pub async fn run(
             Err(reason) => reason,
         };
         if stop.is_cancelled() {
-            return FrontendExit::Stopped;
+            return Ok(());
         }
         let attached = attachments
             .snapshot
@@ -88,20 +71,16 @@ pub async fn run(
             .iter()
             .any(|f| f.address == address.to_string() && f.attachments > 0);
         if !attached && incarnation == first && !again {
-            return FrontendExit::Failed { reason: format!("frontend failed to start: {reason}") };
+            return Err(format!("frontend failed to start: {reason}"));
         }
         if attached {
             policy.ready(clock.now());
         }
-        let until = match policy.failed(clock.now(), &reason) {
-            Ok(until) => clock.at(until),
-            Err(why) => {
-                return FrontendExit::Failed { reason: format!("frontend is not started again: {why}") };
-            }
-        };
+        let until = policy.failed(clock.now(), &reason);
+        let until = clock.at(until.map_err(|why| format!("frontend is not started again: {why}"))?);
         warn!(%reason, delay = ?until - Instant::now(), "frontend ended; starting it again");
         tokio::select! {
-            () = stop.cancelled() => return FrontendExit::Stopped,
+            () = stop.cancelled() => return Ok(()),
             () = tokio::time::sleep_until(until) => {}
         }
     }
@@ -142,18 +121,16 @@ async fn running(
                     }
                 }
             };
-            if tokio::time::timeout(grace + LOCAL_ANSWER, gone).await.is_err() {
+            if tokio::time::timeout(grace + EXIT_REPORT, gone).await.is_err() {
                 return Err(format!("the previous sidecar's frontend (pid {}) does not end", child.pid));
             }
         }
         (None, _) => {}
     }
-    if let Some(address) = recorded {
-        let what = format!("end of the attachment to {address}");
-        let remove = |reply| AttachmentCommand::Remove { address, reply };
-        if let Err(error) = ask(&attachments.commands, "attachment", what, LOCAL_ANSWER, remove).await {
-            debug!(%error, "the frontend of the previous sidecar");
-        }
+    if let Some(address) = recorded
+        && let Err(error) = attachments.remove(address).await
+    {
+        debug!(%error, "the frontend of the previous sidecar");
     }
     Ok(None)
 }

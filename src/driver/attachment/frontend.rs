@@ -11,6 +11,7 @@ use dp_sidecar_protocol::machine::attachment::{
 };
 use dp_sidecar_protocol::registration::with_dp_stats_address;
 use dp_sidecar_protocol::{EngineIndex, Frames, FrontendId};
+use futures::future::join_all;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
@@ -18,7 +19,7 @@ use tokio_util::task::TaskTracker;
 use super::super::Clock;
 use super::super::handles::{
     AdoptRoute, Ask, CloseRoutes, CoordinatorCommand, Deployment, EngineFacts, ForFrontendCoordinator,
-    OpenRoute, RankAsk, Reply,
+    OpenRoute, RankAsk, RankHandle, Reply,
 };
 use super::{Attached, Shared, sockets};
 use crate::api::FrontendSnapshot;
@@ -71,6 +72,13 @@ struct Running {
     routed: bool,
 }
 
+impl Running {
+    /// Ends with the attempt.
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.tasks.spawn(self.stop.clone().run_until_cancelled_owned(task));
+    }
+}
+
 impl Task {
     pub(super) fn new(
         shared: Arc<Shared>,
@@ -114,7 +122,6 @@ impl Task {
         let first = engines(&deployment.borrow_and_update());
         self.feed(first);
         let mut reply = None;
-        let mut deployment_open = true;
         while !self.finished {
             self.publish();
             let slots_matter = self
@@ -122,18 +129,11 @@ impl Task {
                 .as_ref()
                 .is_some_and(|shown| shown.state == State::Refused && shown.attempt.is_some());
             tokio::select! {
-                event = self.inbox.recv() => {
-                    if let Some(event) = event {
-                        self.feed(event);
-                    }
+                Some(event) = self.inbox.recv() => self.feed(event),
+                Ok(()) = deployment.changed() => {
+                    let event = engines(&deployment.borrow_and_update());
+                    self.feed(event);
                 }
-                changed = deployment.changed(), if deployment_open => match changed {
-                    Ok(()) => {
-                        let event = engines(&deployment.borrow_and_update());
-                        self.feed(event);
-                    }
-                    Err(_) => deployment_open = false,
-                },
                 asked = &mut removed, if reply.is_none() => {
                     // A manager that has gone wants the same.
                     reply = Some(asked.ok());
@@ -148,19 +148,11 @@ impl Task {
                 }
             }
         }
-        if let Some(running) = self.attempt.take() {
-            self.shared.losses.lock().remove(&running.id);
-            running.stop.cancel();
-            running.tasks.close();
-            running.tasks.wait().await;
-        }
         self.stop.cancel();
         self.tasks.close();
         self.tasks.wait().await;
         self.shared.claims.lock().remove(&self.number);
-        if self.finished {
-            self.shared.records.lock().remove(&self.address);
-        }
+        self.shared.records.lock().remove(&self.address);
         self.shared.snapshots.send_modify(|all| all.retain(|shown| shown.address != self.address));
         if let Some(Some(reply)) = reply {
             let _ = reply.send(Ok(()));
@@ -235,8 +227,8 @@ impl Task {
                 Action::SendHello { rank, .. } => {
                     self.say(rank, Hello::HEADLESS.encode());
                 }
-                Action::ConnectCoordinator { rank, input, output, .. } => {
-                    self.connect_coordinator(rank, input, output)
+                Action::ConnectCoordinator { attempt, rank, input, output } => {
+                    self.connect_coordinator(attempt, rank, input, output)
                 }
                 Action::OpenRoute { rank, api_server, input, output, stats_address, .. } => {
                     self.open_route(rank, api_server, input, output, stats_address.as_deref())
@@ -250,9 +242,7 @@ impl Task {
                     }
                 }
                 Action::StartWave { wave } => {
-                    let Some(running) = &self.attempt else {
-                        continue;
-                    };
+                    let Some(running) = &self.attempt else { continue };
                     let command = CoordinatorCommand::StartWave { frontend: running.id, wave };
                     // The engines are woken by the request itself, too.
                     if self.shared.coordinator.commands.try_send(command).is_err() {
@@ -291,52 +281,50 @@ impl Task {
 
     /// What belongs to this attempt; the first call makes it.
     fn running(&mut self, attempt: Attempt) -> &mut Running {
-        let id = match &self.attempt {
-            Some(running) if running.attempt == attempt => running.id,
-            _ => self.shared.next_id(),
-        };
-        self.begin(attempt, id)
+        match self.attempt.take() {
+            Some(running) if running.attempt == attempt => self.attempt.insert(running),
+            _ => {
+                let id = self.shared.next_id();
+                self.begin(attempt, id)
+            }
+        }
     }
 
+    /// The one before was torn down.
     fn begin(&mut self, attempt: Attempt, id: FrontendId) -> &mut Running {
-        if self.attempt.as_ref().is_none_or(|running| running.attempt != attempt) {
-            if let Some(old) = self.attempt.take() {
-                old.stop.cancel();
-                self.shared.losses.lock().remove(&old.id);
-            }
-            let stop = CancellationToken::new();
-            let tasks = TaskTracker::new();
-            self.shared.losses.lock().insert(id, (attempt, self.events.clone()));
-            self.attempt = Some(Running {
-                attempt,
-                id,
-                engines: self.shared.deployment.borrow().engines.clone(),
-                stop,
-                tasks,
-                handshakes: BTreeMap::new(),
-                coordinator: BTreeMap::new(),
-                joined: false,
-                routed: false,
-            });
-        }
-        match &mut self.attempt {
-            Some(running) => running,
-            None => unreachable!("made above"),
-        }
+        self.shared.losses.lock().insert(id, (attempt, self.events.clone()));
+        self.attempt.insert(Running {
+            attempt,
+            id,
+            engines: self.shared.deployment.borrow().engines.clone(),
+            stop: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+            handshakes: BTreeMap::new(),
+            coordinator: BTreeMap::new(),
+            joined: false,
+            routed: false,
+        })
+    }
+
+    fn line(&self, attempt: Attempt, rank: EngineIndex) -> sockets::Line {
+        let limit = self.shared.config.connect_timeout;
+        sockets::Line { attempt, rank, limit, events: self.events.clone() }
     }
 
     fn connect_handshake(&mut self, attempt: Attempt, rank: EngineIndex) {
-        let task = sockets::HandshakeSocket {
-            address: format!("tcp://{}", self.address),
-            attempt,
-            rank,
-            limit: self.shared.config.connect_timeout,
-            events: self.events.clone(),
-        };
+        let (line, address) = (self.line(attempt, rank), format!("tcp://{}", self.address));
         let (sender, outgoing) = mpsc::channel(SOCKET_QUEUE);
         let running = self.running(attempt);
         running.handshakes.insert(rank, sender);
-        running.tasks.spawn(running.stop.clone().run_until_cancelled_owned(task.run(outgoing)));
+        running.spawn(line.handshake(address, outgoing));
+    }
+
+    fn connect_coordinator(&mut self, attempt: Attempt, rank: EngineIndex, input: String, output: String) {
+        let line = self.line(attempt, rank);
+        let (sender, outgoing) = mpsc::channel(SOCKET_QUEUE);
+        let running = self.running(attempt);
+        running.coordinator.insert(rank, sender);
+        running.spawn(line.coordinator(input, output, outgoing));
     }
 
     fn say(&self, rank: EngineIndex, payload: Bytes) {
@@ -366,19 +354,6 @@ impl Task {
             Some(payload) => self.say(rank, payload),
             None => tracing::error!(%rank, "facts of a registered engine are missing"),
         }
-    }
-
-    fn connect_coordinator(&mut self, rank: EngineIndex, input: String, output: String) {
-        let events = self.events.clone();
-        let limit = self.shared.config.connect_timeout;
-        let Some(running) = &mut self.attempt else {
-            return;
-        };
-        let (sender, outgoing) = mpsc::channel(SOCKET_QUEUE);
-        running.coordinator.insert(rank, sender);
-        let task =
-            sockets::CoordinatorSockets { input, output, attempt: running.attempt, rank, limit, events };
-        running.tasks.spawn(running.stop.clone().run_until_cancelled_owned(task.run(outgoing)));
     }
 
     fn open_route(
@@ -449,7 +424,7 @@ impl Task {
             };
             let _ = events.send(event).await;
         };
-        running.tasks.spawn(running.stop.clone().run_until_cancelled_owned(open));
+        running.spawn(open);
     }
 
     /// Asks the coordinator task for the engines' waves and stats, and hands them to the sockets of
@@ -476,7 +451,7 @@ impl Task {
                 }
             }
         };
-        running.tasks.spawn(running.stop.clone().run_until_cancelled_owned(pass));
+        running.spawn(pass);
     }
 
     /// Closes everything of the attempt, then reports it. Runs beside the machine.
@@ -498,13 +473,9 @@ impl Task {
                     let command = CoordinatorCommand::RemoveFrontend { frontend: running.id };
                     let _ = shared.coordinator.commands.send(command).await;
                 }
-                let routes = async {
-                    if running.routed {
-                        close_routes(&shared, running.id).await;
-                    }
-                };
-                let farewells = futures::future::join_all(farewell.iter().map(|to| sockets::say_dead(to)));
-                futures::future::join(routes, farewells).await;
+                let ranks = shared.ranks.iter().filter(|_| running.routed);
+                let routes = join_all(ranks.map(|handle| close_routes(handle, running.id)));
+                futures::join!(routes, join_all(farewell.iter().map(|to| sockets::say_dead(to))));
                 shared.records.lock().attached(&address, None);
             }
             let _ = events.send(Event::TornDown { attempt }).await;
@@ -513,18 +484,10 @@ impl Task {
     }
 }
 
-async fn close_routes(shared: &Shared, frontend: FrontendId) {
-    let closing = shared.ranks.iter().map(|handle| close_routes_of(shared, handle.rank, frontend));
-    futures::future::join_all(closing).await;
-}
-
 /// Closes all routes of an attachment on one rank.
-pub(super) async fn close_routes_of(shared: &Shared, rank: EngineIndex, frontend: FrontendId) {
-    let Some(handle) = shared.ranks.iter().find(|handle| handle.rank == rank) else {
-        return;
-    };
+pub(super) async fn close_routes(handle: &RankHandle, frontend: FrontendId) {
     if let Err(error) = handle.ask_within(CLOSE_LIMIT, CloseRoutes { frontend }).await {
-        tracing::warn!(%rank, %frontend, %error, "routes are not closed");
+        tracing::warn!(rank = %handle.rank, %frontend, %error, "routes are not closed");
     }
 }
 

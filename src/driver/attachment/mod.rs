@@ -290,10 +290,13 @@ impl Manager {
             .map(|(frontend, _)| frontend)
             .filter(|frontend| *frontend < self.first_id && !self.adopted.contains(frontend))
             .collect();
+        let Some(handle) = self.shared.ranks.iter().find(|handle| handle.rank == rank) else {
+            return;
+        };
         for frontend in strangers {
             tracing::warn!(%rank, %frontend, "closing routes of an unknown attachment");
-            let shared = self.shared.clone();
-            self.tasks.spawn(async move { frontend::close_routes_of(&shared, rank, frontend).await });
+            let handle = handle.clone();
+            self.tasks.spawn(async move { frontend::close_routes(&handle, frontend).await });
         }
     }
 }

@@ -101,41 +101,36 @@ impl Records {
     }
 
     pub(super) fn want(&mut self, address: &str, origin: Origin) {
-        let known = self.content.frontends.get_mut(address);
-        let changed = match known {
-            Some(record) => std::mem::replace(&mut record.origin, origin) != origin,
-            None => {
-                let record = Record { origin, attached: None };
-                self.content.frontends.insert(address.to_owned(), record);
-                true
-            }
-        };
-        if changed {
-            self.save();
-        }
+        self.change(|frontends| {
+            frontends.entry(address.to_owned()).or_insert(Record { origin, attached: None }).origin = origin;
+        });
     }
 
     /// None: it is not attached any more.
     pub(super) fn attached(&mut self, address: &str, attached: Option<Attached>) {
-        if let Some(record) = self.content.frontends.get_mut(address)
-            && record.attached != attached
-        {
-            record.attached = attached;
-            self.save();
-        }
+        self.change(|frontends| {
+            if let Some(record) = frontends.get_mut(address) {
+                record.attached = attached;
+            }
+        });
     }
 
     pub(super) fn complete(&mut self, address: &str) {
-        if let Some(record) = self.content.frontends.get_mut(address)
-            && let Some(attached) = &mut record.attached
-            && !std::mem::replace(&mut attached.complete, true)
-        {
-            self.save();
-        }
+        self.change(|frontends| {
+            if let Some(Record { attached: Some(attached), .. }) = frontends.get_mut(address) {
+                attached.complete = true;
+            }
+        });
     }
 
     pub(super) fn remove(&mut self, address: &str) {
-        if self.content.frontends.remove(address).is_some() {
+        self.change(|frontends| drop(frontends.remove(address)));
+    }
+
+    fn change(&mut self, change: impl FnOnce(&mut BTreeMap<String, Record>)) {
+        let before = self.content.frontends.clone();
+        change(&mut self.content.frontends);
+        if self.content.frontends != before {
             self.save();
         }
     }
@@ -163,8 +158,7 @@ fn read(dir: &Path) -> io::Result<Option<Content>> {
     };
     let content: Content = serde_json::from_slice(&bytes)?;
     if content.format != FORMAT {
-        let text = format!("format {}, expected {FORMAT}", content.format);
-        return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+        return Err(io::Error::other(format!("format {}, expected {FORMAT}", content.format)));
     }
     Ok(Some(content))
 }

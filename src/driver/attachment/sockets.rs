@@ -51,34 +51,37 @@ pub(super) async fn probe(
     Ok(look.await.unwrap_or_default())
 }
 
-/// The handshake socket of one rank.
-pub(super) struct HandshakeSocket {
-    pub(super) address: String,
+/// Whose sockets these are, and who hears of them.
+pub(super) struct Line {
     pub(super) attempt: Attempt,
     pub(super) rank: EngineIndex,
+    /// For one connection.
     pub(super) limit: Duration,
     pub(super) events: mpsc::Sender<Event>,
 }
 
-impl HandshakeSocket {
-    /// Sends what comes on `outgoing`, until that is closed or the connection is.
-    pub(super) async fn run(self, outgoing: mpsc::Receiver<Frames>) {
+impl Line {
+    /// The handshake socket: sends what comes on `outgoing`, until that is closed or the connection is.
+    pub(super) async fn handshake(self, address: String, outgoing: mpsc::Receiver<Frames>) {
         let (attempt, rank) = (self.attempt, self.rank);
-        if let Err(error) = self.exchange(outgoing).await {
-            let event = Event::HandshakeLost { attempt, rank, reason: error.to_string() };
-            let _ = self.events.send(event).await;
+        if let Err(error) = self.shake_hands(&address, outgoing).await {
+            self.report(Event::HandshakeLost { attempt, rank, reason: error.to_string() }).await;
         }
     }
 
-    async fn exchange(&self, mut outgoing: mpsc::Receiver<Frames>) -> Result<(), TransportError> {
+    async fn shake_hands(
+        &self,
+        address: &str,
+        mut outgoing: mpsc::Receiver<Frames>,
+    ) -> Result<(), TransportError> {
         let (attempt, rank) = (self.attempt, self.rank);
-        let dealer = Connected::dealer(&self.address, &rank.identity().0, self.limit).await?;
+        let dealer = Connected::dealer(address, &rank.identity().0, self.limit).await?;
         let (mut sender, mut receiver) = dealer.split();
         self.report(Event::HandshakeConnected { attempt, rank }).await;
         loop {
             tokio::select! {
                 frames = outgoing.recv() => match frames {
-                    Some(frames) => send(&self.address, sender.send(frames)).await?,
+                    Some(frames) => send(address, sender.send(frames)).await?,
                     None => return Ok(()),
                 },
                 received = receiver.recv() => {
@@ -89,43 +92,31 @@ impl HandshakeSocket {
         }
     }
 
-    async fn report(&self, event: Event) {
-        // The machine's task outlives this one.
-        let _ = self.events.send(event).await;
-    }
-}
-
-/// The subscriber and the push socket of one rank to the frontend's DP coordinator.
-pub(super) struct CoordinatorSockets {
-    pub(super) input: String,
-    pub(super) output: String,
-    pub(super) attempt: Attempt,
-    pub(super) rank: EngineIndex,
-    pub(super) limit: Duration,
-    pub(super) events: mpsc::Sender<Event>,
-}
-
-impl CoordinatorSockets {
-    /// Pushes what comes on `outgoing`, until the connection is closed.
-    pub(super) async fn run(self, outgoing: mpsc::Receiver<Bytes>) {
+    /// The subscriber to the frontend's DP coordinator at `input`, and the push socket to it at `output`: pushes what
+    /// comes on `outgoing`, until the connection is closed.
+    pub(super) async fn coordinator(self, input: String, output: String, outgoing: mpsc::Receiver<Bytes>) {
         let (attempt, rank) = (self.attempt, self.rank);
-        if let Err(error) = self.exchange(outgoing).await {
-            let event = Event::CoordinatorLost { attempt, rank, reason: error.to_string() };
-            let _ = self.events.send(event).await;
+        if let Err(error) = self.coordinate(&input, &output, outgoing).await {
+            self.report(Event::CoordinatorLost { attempt, rank, reason: error.to_string() }).await;
         }
     }
 
-    async fn exchange(&self, mut outgoing: mpsc::Receiver<Bytes>) -> Result<(), TransportError> {
-        let (mut push, mut gone) = Connected::push(&self.output, self.limit).await?.split();
-        let mut xsub = Connected::xsub(&self.input, self.limit).await?;
+    async fn coordinate(
+        &self,
+        input: &str,
+        output: &str,
+        mut outgoing: mpsc::Receiver<Bytes>,
+    ) -> Result<(), TransportError> {
+        let (mut push, mut gone) = Connected::push(output, self.limit).await?.split();
+        let mut xsub = Connected::xsub(input, self.limit).await?;
         xsub.subscribe().await?;
         loop {
             tokio::select! {
                 frame = outgoing.recv() => match frame {
-                    Some(frame) => send(&self.output, push.send(vec![frame])).await?,
+                    Some(frame) => send(output, push.send(vec![frame])).await?,
                     None => return Ok(()),
                 },
-                received = xsub.recv() => self.received(&received?).await,
+                received = xsub.recv() => self.received(input, &received?).await,
                 // A PULL sends nothing; this ends with the connection.
                 lost = gone.recv() => {
                     lost?;
@@ -134,7 +125,7 @@ impl CoordinatorSockets {
         }
     }
 
-    async fn received(&self, frames: &Frames) {
+    async fn received(&self, address: &str, frames: &Frames) {
         let (attempt, rank) = (self.attempt, self.rank);
         let event = match frames.as_slice() {
             [ready] if ready == COORDINATOR_READY => Event::CoordinatorReady { attempt, rank },
@@ -142,20 +133,22 @@ impl CoordinatorSockets {
                 match StartDpWave::decode(payload) {
                     Ok(start) => Event::StartWave { attempt, rank, wave: start.wave },
                     Err(error) => {
-                        tracing::warn!(address = self.input, %error, "message of a frontend's DP coordinator ignored");
+                        tracing::warn!(address, %error, "message of a frontend's DP coordinator ignored");
                         return;
                     }
                 }
             }
             other => {
-                tracing::warn!(
-                    address = self.input,
-                    frames = other.len(),
-                    "unknown message of a frontend's DP coordinator ignored"
-                );
+                let frames = other.len();
+                tracing::warn!(address, frames, "unknown message of a frontend's DP coordinator ignored");
                 return;
             }
         };
+        self.report(event).await;
+    }
+
+    async fn report(&self, event: Event) {
+        // The machine's task outlives this one.
         let _ = self.events.send(event).await;
     }
 }

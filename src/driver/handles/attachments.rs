@@ -1,12 +1,16 @@
 //! Handle of the attachments manager, and what it must know about the deployment.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use dp_sidecar_protocol::{EngineIndex, FrontendId};
 use tokio::sync::{mpsc, watch};
 
-use super::{EngineFacts, GroupKind, Reply, RouteLost};
+use super::{EngineFacts, GroupKind, HandleError, Reply, RouteLost, ask};
 use crate::api::FrontendSnapshot;
+
+/// For the manager to answer.
+const ANSWER: Duration = Duration::from_secs(10);
 
 /// What is known about the whole deployment. Complete when `engines` has all `size` ranks.
 #[derive(Clone, Debug)]
@@ -68,4 +72,20 @@ pub struct AttachmentHandle {
     pub commands: mpsc::Sender<AttachmentCommand>,
     /// All wanted frontends.
     pub snapshot: watch::Receiver<Vec<FrontendSnapshot>>,
+}
+
+impl AttachmentHandle {
+    /// See [`AttachmentCommand::Add`].
+    pub async fn add(&self, address: String, origin: Origin) -> Result<(), HandleError> {
+        let what = format!("attachment to {address}");
+        let command = |reply| AttachmentCommand::Add { address, origin, reply };
+        ask(&self.commands, "attachment", what, ANSWER, command).await
+    }
+
+    /// See [`AttachmentCommand::Remove`].
+    pub async fn remove(&self, address: String) -> Result<(), HandleError> {
+        let what = format!("detachment from {address}");
+        let command = |reply| AttachmentCommand::Remove { address, reply };
+        ask(&self.commands, "attachment", what, ANSWER, command).await
+    }
 }
