@@ -157,20 +157,12 @@ pub(super) fn exited(report: &ExitReport) -> Option<ProcessEvent> {
     if !report.left.is_empty() {
         error!(rank = rank.0, pids = ?report.left, "processes of the engine could not be ended");
     }
-    let incarnation = Incarnation(report.incarnation);
-    log_exit(rank, incarnation, report);
-    Some(ProcessEvent::Exited {
-        rank,
-        incarnation,
-        requested: report.requested,
-        reason: init::describe_exit(report),
-    })
-}
-
-fn log_exit(rank: EngineIndex, incarnation: Incarnation, report: &ExitReport) {
-    if report.requested {
-        info!(rank = rank.0, incarnation = incarnation.0, status = %report.status, "engine stopped");
+    let ExitReport { incarnation, status, requested, .. } = report;
+    if *requested {
+        info!(rank = rank.0, incarnation, %status, "engine stopped");
     } else {
-        warn!(rank = rank.0, incarnation = incarnation.0, status = %report.status, "engine exited");
+        warn!(rank = rank.0, incarnation, %status, "engine exited");
     }
+    let (incarnation, reason) = (Incarnation(*incarnation), init::describe_exit(report));
+    Some(ProcessEvent::Exited { rank, incarnation, requested: *requested, reason })
 }

@@ -3,9 +3,10 @@
 use bytes::Bytes;
 use dp_sidecar_protocol::{EngineIdentity, EngineIndex, Frames, Incarnation};
 use futures::future::FutureExt;
-use futures::stream::{self, AbortHandle, StreamExt, abortable};
+use futures::stream::{self, StreamExt};
+use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::{BATCH, Input, Source};
+use super::{BATCH, Input, Source, until};
 use crate::driver::handles::SlotAddresses;
 use crate::transport::{
     PrivateDir, PullEvent, PullListener, RouterEvent, RouterListener, RouterSender, TransportError,
@@ -28,15 +29,7 @@ pub(super) struct EngineSockets {
     pub(super) addresses: SlotAddresses,
     identity: EngineIdentity,
     slots: Vec<SlotSocket>,
-    aborts: Vec<AbortHandle>,
-}
-
-impl Drop for EngineSockets {
-    fn drop(&mut self) {
-        for abort in &self.aborts {
-            abort.abort();
-        }
-    }
+    _end: DropGuard,
 }
 
 impl EngineSockets {
@@ -48,15 +41,16 @@ impl EngineSockets {
         generation: u64,
         slot_count: u32,
     ) -> Result<(Self, Vec<Source>), TransportError> {
+        let closed = CancellationToken::new();
         let mut sockets = Self {
             incarnation,
             generation,
             addresses: SlotAddresses { inputs: Vec::new(), outputs: Vec::new() },
             identity: rank.identity(),
             slots: Vec::new(),
-            aborts: Vec::new(),
+            _end: closed.clone().drop_guard(),
         };
-        let mut sources: Vec<Source> = Vec::new();
+        let mut sources = Vec::new();
         for slot in 0..slot_count {
             let name = |kind| format!("{rank}.{incarnation}.{kind}{slot}");
             let input = RouterListener::bind(&dir.ipc_address(&name('i'))?).await?;
@@ -65,12 +59,8 @@ impl EngineSockets {
             sockets.addresses.outputs.push(output.address().to_owned());
             sockets.slots.push(SlotSocket { sender: input.sender(), registered: false, backlog: Vec::new() });
             let identity = Bytes::copy_from_slice(&sockets.identity.0);
-            let (source, abort) = abortable(input_source(input, identity, generation, slot));
-            sources.push(Box::pin(source));
-            sockets.aborts.push(abort);
-            let (source, abort) = abortable(output_source(output, generation, slot));
-            sources.push(Box::pin(source));
-            sockets.aborts.push(abort);
+            sources.push(until(&closed, input_source(input, identity, generation, slot)));
+            sources.push(until(&closed, output_source(output, generation, slot)));
         }
         Ok((sockets, sources))
     }

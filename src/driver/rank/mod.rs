@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use dp_sidecar_protocol::machine::virtual_engine;
 use dp_sidecar_protocol::{EngineIndex, Frames};
+use futures::stream::{BoxStream, Stream, StreamExt as _};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -82,8 +83,13 @@ enum Input {
     Writable { epoch: u64, slot: u32 },
 }
 
-/// A source of inputs. They end by being aborted, which drops their sockets.
-type Source = std::pin::Pin<Box<dyn futures::Stream<Item = Input> + Send>>;
+/// A source of inputs. The end of its engine or route drops its socket.
+type Source = BoxStream<'static, Input>;
+
+/// A source that ends when the engine or route that it belongs to is closed.
+fn until(closed: &CancellationToken, inputs: impl Stream<Item = Input> + Send + 'static) -> Source {
+    inputs.take_until(closed.clone().cancelled_owned()).boxed()
+}
 
 /// How long the last answers have to get out when the sidecar stops.
 const LAST_FLUSH: Duration = Duration::from_millis(500);

@@ -1,9 +1,10 @@
 //! Routes: the connections to one API server of a frontend.
 
 use dp_sidecar_protocol::{EngineIdentity, FrontendId};
-use futures::stream::{self, AbortHandle, abortable};
+use futures::stream;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::{BATCH, Input, Source};
+use super::{BATCH, Input, Source, until};
 use crate::driver::handles::OpenRoute;
 use crate::transport::{Connected, PeerReceiver, PeerSender, TransportError};
 
@@ -14,21 +15,11 @@ pub(super) struct Route {
     pub(super) api_server: u32,
     /// To the API server's output socket.
     pub(super) outputs: PeerSender,
-    /// Something was queued since the last flush.
-    pub(super) dirty: bool,
     /// The kernel takes nothing more; a source waits until it does.
     pub(super) blocked: bool,
     /// Keeps the connection to its input socket open; nothing is sent there after registration.
     _inputs: PeerSender,
-    aborts: [AbortHandle; 2],
-}
-
-impl Drop for Route {
-    fn drop(&mut self) {
-        for abort in &self.aborts {
-            abort.abort();
-        }
-    }
+    _end: DropGuard,
 }
 
 impl Route {
@@ -41,19 +32,19 @@ impl Route {
         let (dealer, push) = connections;
         let (inputs, requests) = dealer.split();
         let (outputs, end) = push.split();
-        let (requests, abort_requests) = abortable(request_source(requests, epoch, slot));
-        let (end, abort_end) = abortable(end_source(end, epoch, slot));
+        let closed = CancellationToken::new();
+        let requests = until(&closed, request_source(requests, epoch, slot));
+        let end = until(&closed, end_source(end, epoch, slot));
         let route = Self {
             epoch,
             frontend: request.frontend,
             api_server: request.api_server,
             outputs,
-            dirty: false,
             blocked: false,
             _inputs: inputs,
-            aborts: [abort_requests, abort_end],
+            _end: closed.drop_guard(),
         };
-        (route, [Box::pin(requests), Box::pin(end)])
+        (route, [requests, end])
     }
 }
 

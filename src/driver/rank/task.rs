@@ -2,9 +2,8 @@
 
 mod commands;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::future::pending;
-use std::pin::Pin;
 use std::time::Duration;
 
 use dp_sidecar_protocol::machine::virtual_engine::{self, Action, Event, VirtualEngine};
@@ -13,18 +12,18 @@ use futures::FutureExt;
 use futures::stream::{SelectAll, StreamExt};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, Sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::calls::Calls;
 use super::engine::EngineSockets;
 use super::routes::{self, Route};
 use super::{Input, LAST_FLUSH, RankConfig, Source};
-use crate::driver::Clock;
 use crate::driver::handles::{
     Admission, Admit, AdoptRoute, CloseRoutes, EngineDown, EngineReady, Envelope, GroupKind, HandleError,
     NodeEvent, OpenRoute, Prepare, RankAsk, RankEvent, RankSnapshot, Release, ReplyTo, RouteLost,
     SlotAddresses, Slots,
 };
+use crate::driver::{Clock, arm};
 use crate::log_limit::LogLimit;
 use crate::transport::{Connected, TransportError};
 
@@ -61,7 +60,8 @@ pub(super) struct RankTask {
     /// Numbers socket sets and routes, so that nothing late is taken for something new.
     next_epoch: u64,
     routes: BTreeMap<u32, Route>,
-    dirty: Vec<u32>,
+    /// Routes with something to write.
+    dirty: BTreeSet<u32>,
     opening: BTreeMap<u32, Opening>,
     connecting: JoinSet<Opened>,
     calls: Calls,
@@ -93,7 +93,7 @@ impl RankTask {
             engine: None,
             next_epoch: 0,
             routes: BTreeMap::new(),
-            dirty: Vec::new(),
+            dirty: BTreeSet::new(),
             opening: BTreeMap::new(),
             connecting: JoinSet::new(),
             calls: Calls::default(),
@@ -122,7 +122,7 @@ impl RankTask {
         let stop = self.config.stop.clone();
         let mut stopped = Box::pin(stop.cancelled());
         loop {
-            let armed = self.arm(&mut timer);
+            let armed = arm(timer.as_mut(), self.due());
             tokio::select! {
                 () = &mut stopped => break,
                 command = commands.recv() => match command {
@@ -160,17 +160,10 @@ impl RankTask {
         self.stop().await;
     }
 
-    /// Sets the timer to what is due next.
-    fn arm(&self, timer: &mut Pin<Box<Sleep>>) -> bool {
+    fn due(&self) -> Option<Instant> {
         let machine = self.machine.poll_timeout().map(|time| self.clock.at(time));
         let snapshot = self.changed.then(|| self.published + SNAPSHOT_INTERVAL);
-        let Some(due) = machine.into_iter().chain(snapshot).min() else {
-            return false;
-        };
-        if timer.deadline() != due {
-            timer.as_mut().reset(due);
-        }
-        true
+        machine.into_iter().chain(snapshot).min()
     }
 
     // === sockets ===
@@ -218,10 +211,7 @@ impl RankTask {
                     && route.epoch == epoch
                 {
                     route.blocked = false;
-                    if !route.dirty {
-                        route.dirty = true;
-                        self.dirty.push(slot);
-                    }
+                    self.dirty.insert(slot);
                 }
             }
         }
@@ -285,10 +275,7 @@ impl RankTask {
                 Action::ToFrontend { slot, frames } => {
                     if let Some(route) = self.routes.get_mut(&slot.0) {
                         route.outputs.push(frames);
-                        if !route.dirty {
-                            route.dirty = true;
-                            self.dirty.push(slot.0);
-                        }
+                        self.dirty.insert(slot.0);
                     }
                 }
                 Action::HeldCall(call) => self.events.push_back(NodeEvent::Held(call)),
@@ -337,27 +324,20 @@ impl RankTask {
             let Some(route) = self.routes.get_mut(&slot) else {
                 continue;
             };
-            route.dirty = false;
             let limit = self.config.max_queued_bytes;
-            let lost = if route.blocked {
-                None
-            } else {
-                match route.outputs.try_flush() {
-                    Ok(true) => None,
-                    Ok(false) => {
-                        route.blocked = true;
-                        self.sources.push(routes::writable_source(route, slot));
-                        None
-                    }
-                    Err(error) => Some(error.to_string()),
-                }
-            };
+            let flushed = if route.blocked { Ok(true) } else { route.outputs.try_flush() };
             let queued = route.outputs.queued();
-            if let Some(reason) = lost {
-                self.route_lost(slot, reason);
-            } else if queued > limit {
-                let reason = format!("it does not read: {queued} bytes queued, limit {limit}");
-                self.route_lost(slot, reason);
+            match flushed {
+                Err(error) => self.route_lost(slot, error.to_string()),
+                Ok(_) if queued > limit => {
+                    let reason = format!("it does not read: {queued} bytes queued, limit {limit}");
+                    self.route_lost(slot, reason);
+                }
+                Ok(true) => {}
+                Ok(false) => {
+                    route.blocked = true;
+                    self.sources.push(routes::writable_source(route, slot));
+                }
             }
         }
     }
