@@ -59,7 +59,7 @@ impl StageJob {
         let checks = self.engines.iter().map(async |(engine, node, _)| {
             for (name, adapter) in on_nodes.get(node).into_iter().flatten() {
                 let Some(adapter) = adapter else { continue };
-                let request = request(&self.id, LoraOp::Check, name, Some(adapter));
+                let request = LoraRequest { id: &self.id, op: LoraOp::Check, name, adapter: Some(adapter) };
                 let checked = send(engine, &request, limit).await;
                 checked.map_err(|(_, error)| (*node, format!("rank {}: {error}", engine.rank)))?;
             }
@@ -192,18 +192,20 @@ impl Tools {
         limit: Duration,
     ) -> Result<(), String> {
         let node = self.node_of(engine.rank);
-        let listed = lora(engine, &request(id, LoraOp::List, "", None), limit).await?;
+        let list = LoraRequest { id, op: LoraOp::List, name: "", adapter: None };
+        let listed = lora(engine, &list, limit).await?;
         let there: BTreeSet<String> =
             listed.iter().flat_map(|worker| &worker.adapters).map(|adapter| adapter.name.clone()).collect();
         for name in there.iter().filter(|name| !committed.contains_key(*name)) {
-            let removed = send(engine, &request(id, LoraOp::Remove, name, None), limit).await;
-            removed.map_err(|(_, error)| error)?;
+            let request = LoraRequest { id, op: LoraOp::Remove, name, adapter: None };
+            send(engine, &request, limit).await.map_err(|(_, error)| error)?;
         }
         for (name, adapter) in committed {
             let placed = tokio::time::timeout(limit, self.place_adapter(node, adapter, &|_, _| ())).await;
             let late = |_| Err(format!("{} does not have it within {limit:?}", self.stages.name(node)));
             let adapter = placed.unwrap_or_else(late).map_err(|error| format!("adapter {name}: {error}"))?;
-            let request = request(&adapter.update, LoraOp::Replace, name, Some(&adapter));
+            let request =
+                LoraRequest { id: &adapter.update, op: LoraOp::Replace, name, adapter: Some(&adapter) };
             send(engine, &request, limit).await.map_err(|(_, error)| error)?;
         }
         Ok(())
@@ -220,12 +222,13 @@ pub(super) async fn change(
 ) -> WorkerReport {
     let mut touched = false;
     for (name, adapter) in changes {
-        let (op, adapter) = match (target, adapter) {
-            (Target::Previous, _) => (LoraOp::Undo, None),
-            (Target::New, Some(adapter)) => (LoraOp::Replace, Some(adapter)),
-            (Target::New, None) => (LoraOp::Remove, None),
+        let op = match (target, adapter) {
+            (Target::Previous, _) => LoraOp::Undo,
+            (Target::New, Some(_)) => LoraOp::Replace,
+            (Target::New, None) => LoraOp::Remove,
         };
-        match send(engine, &request(id, op, name, adapter), limit).await {
+        let request = LoraRequest { id, op, name, adapter: adapter.as_ref() };
+        match send(engine, &request, limit).await {
             Ok(()) => touched = true,
             Err((state, error)) => {
                 let unchanged = state == LoraState::Unchanged && !touched && target == Target::New;
@@ -238,20 +241,10 @@ pub(super) async fn change(
     WorkerReport { ok: true, state: WorkerState::Loaded, ..WorkerReport::default() }
 }
 
-fn request(id: &UpdateId, op: LoraOp, name: &str, adapter: Option<&Adapter>) -> LoraRequest {
-    LoraRequest {
-        id: id.clone(),
-        op,
-        name: name.to_owned(),
-        source: adapter.map(|adapter| adapter.checkpoint.clone()),
-        config: adapter.map(|adapter| adapter.config.clone()),
-    }
-}
-
 /// The first fault, and the worst state that a worker is left in.
 async fn send(
     engine: &RankHandle,
-    request: &LoraRequest,
+    request: &LoraRequest<'_>,
     limit: Duration,
 ) -> Result<(), (LoraState, String)> {
     let workers = lora(engine, request, limit).await.map_err(|error| (LoraState::Mixed, error))?;

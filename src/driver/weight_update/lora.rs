@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::Duration;
 
 use dp_sidecar_protocol::UpdateId;
-use dp_sidecar_protocol::machine::weight_update::Checkpoint;
+use dp_sidecar_protocol::machine::weight_update::Adapter;
 use rmpv::Value;
 use serde::{Deserialize, Serialize};
 
@@ -44,16 +44,21 @@ impl fmt::Display for LoraOp {
 }
 
 /// What all workers of a rank are asked to do.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct LoraRequest {
-    pub id: UpdateId,
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LoraRequest<'a> {
+    pub id: &'a UpdateId,
     pub op: LoraOp,
     /// Name that requests of frontends use as `model`. Not looked at by `List`.
-    pub name: String,
-    /// `adapter_model.safetensors`, in a directory or in a segment; only where [`LoraOp::loads`].
-    pub source: Option<Checkpoint>,
-    /// Text of `adapter_config.json`; only where [`LoraOp::loads`].
-    pub config: Option<String>,
+    pub name: &'a str,
+    /// Where [`LoraOp::loads`].
+    pub adapter: Option<&'a Adapter>,
+}
+
+impl<'a> LoraRequest<'a> {
+    /// What is to be loaded.
+    fn source(&self) -> Option<&'a Adapter> {
+        self.adapter.filter(|_| self.op.loads())
+    }
 }
 
 /// Number under which engines load an adapter that no frontend has asked for yet. Made from the name, so that it
@@ -108,14 +113,14 @@ pub(super) struct LoraReport {
 
 impl LoraReport {
     /// Why this is not the answer that proves the request was carried out; `None` if it is.
-    pub(super) fn fault(&self, request: &LoraRequest) -> Option<String> {
+    pub(super) fn fault(&self, request: &LoraRequest<'_>) -> Option<String> {
         let who = format!("worker {}: adapter {}: {}", self.rank, request.name, request.op);
         if !self.ok || self.state != LoraState::Applied {
             let kind = self.error_kind.as_deref().unwrap_or("unknown");
             let error = self.error.as_deref().unwrap_or("no reason given");
             return Some(format!("{who} failed ({kind}): {error}"));
         }
-        let wanted = request.source.as_ref().filter(|_| request.op.loads())?;
+        let wanted = &request.source()?.checkpoint;
         if (self.tensors, self.bytes) != (wanted.tensors, wanted.bytes) {
             return Some(format!(
                 "{who}: read {} tensors of {} bytes, expected {} of {}",
@@ -137,7 +142,7 @@ impl LoraReport {
 /// The engine did not answer within `limit`, or has no such method: the shim is missing or too old.
 pub(super) async fn lora(
     rank: &RankHandle,
-    request: &LoraRequest,
+    request: &LoraRequest<'_>,
     limit: Duration,
 ) -> Result<Vec<LoraReport>, String> {
     let kwargs = map(vec![("request", encode(request))]);
@@ -151,40 +156,41 @@ pub(super) async fn lora(
     Ok(reports(&answer))
 }
 
-fn encode(request: &LoraRequest) -> Value {
+fn encode(request: &LoraRequest<'_>) -> Value {
     let mut entries = vec![
         ("protocol", PROTOCOL.into()),
         ("update_id", request.id.0.as_str().into()),
         ("op", request.op.to_string().into()),
-        ("name", request.name.as_str().into()),
-        ("id", adapter_id(&request.name).into()),
+        ("name", request.name.into()),
+        ("id", adapter_id(request.name).into()),
     ];
-    if let Some(checkpoint) = request.source.as_ref().filter(|_| request.op.loads()) {
-        entries.extend(source(checkpoint));
-        entries.push(("config", request.config.as_deref().map_or(Value::Nil, Value::from)));
+    if let Some(adapter) = request.source() {
+        entries.extend(source(&adapter.checkpoint));
+        entries.push(("config", adapter.config.as_str().into()));
     }
     map(entries)
 }
 
 #[cfg(test)]
 mod tests {
+    use dp_sidecar_protocol::machine::weight_update::Checkpoint;
+
     use super::*;
 
-    fn request(op: LoraOp) -> LoraRequest {
-        LoraRequest {
-            id: UpdateId("u".to_owned()),
-            op,
-            name: "style".to_owned(),
-            source: Some(Checkpoint {
-                path: "/adapters/style".to_owned(),
-                files: vec!["adapter_model.safetensors".to_owned()],
-                tensors: 4,
-                bytes: 64,
-                digest: Some("ab".to_owned()),
-                ..Checkpoint::default()
-            }),
-            config: None,
-        }
+    fn adapter() -> Adapter {
+        let checkpoint = Checkpoint {
+            path: "/adapters/style".to_owned(),
+            files: vec!["adapter_model.safetensors".to_owned()],
+            tensors: 4,
+            bytes: 64,
+            digest: Some("ab".to_owned()),
+            ..Checkpoint::default()
+        };
+        Adapter { update: UpdateId("u".to_owned()), checkpoint, config: "{}".to_owned() }
+    }
+
+    fn request(op: LoraOp, adapter: &Adapter) -> LoraRequest<'_> {
+        LoraRequest { id: &adapter.update, op, name: "style", adapter: Some(adapter) }
     }
 
     #[test]
@@ -199,9 +205,10 @@ mod tests {
     #[test]
     fn only_what_loads_says_what_to_load() {
         for op in [LoraOp::Check, LoraOp::Replace, LoraOp::Remove, LoraOp::Undo, LoraOp::List] {
-            let map = encode(&request(op));
+            let map = encode(&request(op, &adapter()));
             assert_eq!(map["op"], Value::from(op.to_string()));
             assert_eq!(map["path"].as_str().is_some(), op.loads(), "{op:?}");
+            assert_eq!(map["config"].as_str(), op.loads().then_some("{}"), "{op:?}");
         }
     }
 
@@ -214,7 +221,7 @@ mod tests {
         ] {
             let report: LoraReport = reports(&Value::Array(vec![Value::Nil, nonsense.clone()])).remove(1);
             assert_eq!(report.rank, 1);
-            assert!(report.fault(&request(LoraOp::Remove)).is_some(), "{nonsense}");
+            assert!(report.fault(&request(LoraOp::Remove, &adapter())).is_some(), "{nonsense}");
         }
     }
 
@@ -228,16 +235,16 @@ mod tests {
             digest: Some("ab".to_owned()),
             ..LoraReport::default()
         };
-        assert_eq!(good.fault(&request(LoraOp::Replace)), None);
+        assert_eq!(good.fault(&request(LoraOp::Replace, &adapter())), None);
         for bad in [
             LoraReport { tensors: 3, ..good.clone() },
             LoraReport { bytes: 63, ..good.clone() },
             LoraReport { digest: Some("cd".to_owned()), ..good.clone() },
             LoraReport { state: LoraState::Unchanged, ..good.clone() },
         ] {
-            assert!(bad.fault(&request(LoraOp::Replace)).is_some(), "{bad:?}");
+            assert!(bad.fault(&request(LoraOp::Replace, &adapter())).is_some(), "{bad:?}");
         }
         let gone = LoraReport { tensors: 0, bytes: 0, digest: None, ..good };
-        assert_eq!(gone.fault(&request(LoraOp::Remove)), None);
+        assert_eq!(gone.fault(&request(LoraOp::Remove, &adapter())), None);
     }
 }
