@@ -94,8 +94,8 @@ impl Bed {
         };
         assert_eq!(frame, Bytes::from_static(b"\x80"));
         let facts = Box::new(EngineFacts::of(Layout::newest()));
-        self.handle.tell(EngineReady { incarnation, facts }).await.unwrap();
-        self.handle.tell(Admit { incarnation }).await.unwrap();
+        self.handle.commands.tell(EngineReady { incarnation, facts }).await.unwrap();
+        self.handle.commands.tell(Admit { incarnation }).await.unwrap();
         engine
     }
 
@@ -446,7 +446,7 @@ async fn a_call_that_is_asked_for_again_is_made_once() {
     let key = uuid::Uuid::new_v4();
     let ask = move || Call { key, method: "pause_scheduler".to_owned(), args: Vec::new(), timeout: LIMIT };
     // The first one who asks is gone before the answer.
-    bed.handle.tell(ask()).await.unwrap();
+    bed.handle.commands.tell(ask()).await.unwrap();
     let call = engine.expect_call(Slot::CONTROL, "pause_scheduler");
     let handle = bed.handle.clone();
     let second = tokio::spawn(async move { handle.ask(ask()).await });

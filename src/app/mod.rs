@@ -222,7 +222,7 @@ impl runtime::Role for Leading {
         let quiet = async {
             let until = Instant::now() + limit;
             // An update opens the gates at its end; one that takes too long is finished by the successor.
-            let mut updates = self.handles.updates.watch();
+            let mut updates = self.handles.updates.snapshot.clone();
             let ended = updates.wait_for(|status| status.running.is_none());
             if tokio::time::timeout_at(until, ended).await.is_err() {
                 warn!("an update is running: the next sidecar will finish it or roll it back");

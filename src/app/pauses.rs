@@ -23,7 +23,7 @@ pub(super) fn frontends_gone(
     tracker: &TaskTracker,
     stop: CancellationToken,
 ) {
-    let (mut snapshots, mut state) = (attachments.snapshot.clone(), control.watch());
+    let (mut snapshots, mut state) = (attachments.snapshot.clone(), control.snapshot.clone());
     let control = control.clone();
     tracker.spawn(named(
         Task::PauseWatch,
@@ -93,7 +93,7 @@ mod tests {
             tokio::time::sleep(Duration::from_secs(100)).await;
             snapshots.send_replace(Vec::new());
         }
-        let mut state = control.watch();
+        let mut state = control.snapshot.clone();
         let resumed = state.wait_for(|state| state.paused_by.is_none());
         let resumed = tokio::time::timeout(Duration::from_secs(1000), resumed).await.is_ok();
         assert!(ranks.iter().all(|rank| rank.engine.lock().paused != resumed));

@@ -36,7 +36,7 @@ impl Handles {
             engines,
             frontends: self.frontends(),
             coordinator: self.coordinator.snapshot.borrow().clone(),
-            weights: updates::weights(&self.updates, self.control.snapshot().external_weights),
+            weights: updates::weights(&self.updates, self.control.snapshot.borrow().external_weights),
             controller: self.controller(),
             gpus,
             nodes: self
@@ -51,8 +51,8 @@ impl Handles {
     }
 
     fn controller(&self) -> ControllerStatus {
-        let snapshot = self.control.snapshot();
-        ControllerStatus { holder: snapshot.holder, paused: snapshot.paused_by.is_some() }
+        let snapshot = self.control.snapshot.borrow();
+        ControllerStatus { holder: snapshot.holder.clone(), paused: snapshot.paused_by.is_some() }
     }
 
     fn engines(&self) -> Vec<EngineStatus> {
@@ -60,8 +60,8 @@ impl Handles {
         let coordinator = self.coordinator.snapshot.borrow();
         // An admitted engine holds the committed weights; what its last output was stamped with may
         // be older.
-        let updates = self.updates.status();
-        let settled = updates.running.is_none() && !self.control.snapshot().external_weights;
+        let updates = self.updates.snapshot.borrow();
+        let settled = updates.running.is_none() && !self.control.snapshot.borrow().external_weights;
         let mut engines = Vec::with_capacity(self.ranks.len());
         for handle in &self.ranks {
             let snapshot = handle.snapshot.borrow();
@@ -121,7 +121,7 @@ impl Handles {
             sidecar: env!("CARGO_PKG_VERSION").to_owned(),
             relays,
             vllm,
-            weights: self.updates.status().version.0,
+            weights: self.updates.snapshot.borrow().version.0.clone(),
         }
     }
 }

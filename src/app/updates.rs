@@ -30,7 +30,7 @@ pub(super) async fn history(updates: &UpdateHandle, limit: usize) -> Result<Resp
 
 /// Ends the running update.
 pub(super) async fn abort(updates: &UpdateHandle) -> Result<(), AdminError> {
-    if updates.status().running.is_none() {
+    if updates.snapshot.borrow().running.is_none() {
         return Err(AdminError::new(ErrorKind::Unavailable, "no update is running"));
     }
     Ok(updates.abort().await?)
@@ -49,7 +49,7 @@ impl From<UpdateError> for AdminError {
 ///
 /// `external`: a frontend has loaded weights since the last update.
 pub(super) fn weights(updates: &UpdateHandle, external: bool) -> WeightsStatus {
-    let status = updates.status();
+    let status = updates.snapshot.borrow().clone();
     // Engines may have loaded it from shared memory.
     let loaded_from = status.committed.map(|checkpoint| checkpoint.path);
     let dir = status.source.filter(|source| source.starts_with('/')).or(loaded_from);

@@ -12,6 +12,7 @@ use dp_sidecar_protocol::machine::control::{
 use dp_sidecar_protocol::machine::weight_update::PauseMode;
 use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, PausedBy};
 use futures::future::join_all;
+use futures::stream::{SelectAll, StreamExt as _};
 use rmpv::Value;
 use thiserror::Error;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -20,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
 
-use super::handles::{GroupKind, HandleError, HeldCall, RankHandle, RankSnapshot, Release, Verdict};
+use super::handles::{CallResult, GroupKind, HandleError, HeldCall, RankHandle, Release, Verdict};
 use super::{Clock, engine_calls, replace_if_other};
 use crate::tasks;
 
@@ -81,7 +82,7 @@ type GrantReply = Result<(OwnerId, Grant), String>;
 #[derive(Clone, Debug)]
 pub struct ControlHandle {
     commands: mpsc::Sender<Command>,
-    snapshot: watch::Receiver<Snapshot>,
+    pub snapshot: watch::Receiver<Snapshot>,
     ranks: Vec<RankHandle>,
     kind: GroupKind,
 }
@@ -165,15 +166,6 @@ impl ControlHandle {
         }
     }
 
-    pub fn snapshot(&self) -> Snapshot {
-        self.snapshot.borrow().clone()
-    }
-
-    /// To wait for changes.
-    pub fn watch(&self) -> watch::Receiver<Snapshot> {
-        self.snapshot.clone()
-    }
-
     /// Pauses all engines for the operator. With `wait`, what still runs after `deadline` is aborted.
     pub async fn pause(
         &self,
@@ -194,22 +186,24 @@ impl ControlHandle {
         deadline: Duration,
     ) -> Result<(), ControlError> {
         let ranks = self.serving()?;
-        let limit = deadline + RESUME_LIMIT;
-        let first = self.on_all(&ranks, |rank| engine_calls::pause(rank, mode, false, limit));
+        let pause = |mode, limit| {
+            join_all(ranks.iter().map(move |rank| async move {
+                (rank.rank, engine_calls::pause(rank, mode, false, limit).await)
+            }))
+        };
+        let first = pause(mode, deadline + RESUME_LIMIT);
         tokio::pin!(first);
         let results = match tokio::time::timeout(deadline, &mut first).await {
             Ok(results) => results,
             Err(_) if mode != PauseMode::Abort => {
                 guard.doing("aborting what still runs");
-                let abort = |rank| engine_calls::pause(rank, PauseMode::Abort, false, RESUME_LIMIT);
                 // The first calls are answered together with the second ones.
-                let (_, second) = futures::join!(first, self.on_all(&ranks, abort));
+                let (_, second) = futures::join!(first, pause(PauseMode::Abort, RESUME_LIMIT));
                 second
             }
             Err(_) => first.await,
         };
-        let any_paused = results.iter().any(|(_, result)| result.is_ok());
-        if any_paused {
+        if results.iter().any(|(_, result)| result.is_ok()) {
             guard.set_paused(Some(PausedBy::Operator)).await;
         }
         all_ok("pause", results)
@@ -228,8 +222,8 @@ impl ControlHandle {
             return Ok(());
         }
         let ranks = self.serving()?;
-        let resume = |rank| engine_calls::resume(rank, RESUME_LIMIT);
-        let results = self.on_all(&ranks, resume).await;
+        let resume = async |rank: &RankHandle| (rank.rank, engine_calls::resume(rank, RESUME_LIMIT).await);
+        let results = join_all(ranks.iter().map(resume)).await;
         if results.iter().all(|(_, result)| result.is_ok()) {
             guard.set_paused(None).await;
         }
@@ -246,31 +240,12 @@ impl ControlHandle {
         }
         Ok(up)
     }
-
-    async fn on_all<'a, F>(
-        &self,
-        ranks: &'a [RankHandle],
-        call: impl Fn(&'a RankHandle) -> F,
-    ) -> Vec<(EngineIndex, Result<Value, HandleError>)>
-    where
-        F: Future<Output = Result<Value, HandleError>>,
-    {
-        let calls = ranks.iter().map(|rank| {
-            let answer = call(rank);
-            async move { (rank.rank, answer.await) }
-        });
-        join_all(calls).await
-    }
 }
 
-fn all_ok(
-    what: &'static str,
-    results: Vec<(EngineIndex, Result<Value, HandleError>)>,
-) -> Result<(), ControlError> {
-    let failures: Vec<String> = results
-        .into_iter()
-        .filter_map(|(rank, result)| Some(format!("rank {rank}: {}", result.err()?)))
-        .collect();
+fn all_ok(what: &'static str, results: Vec<(EngineIndex, CallResult)>) -> Result<(), ControlError> {
+    let failures =
+        results.into_iter().filter_map(|(rank, result)| Some(format!("rank {rank}: {}", result.err()?)));
+    let failures: Vec<String> = failures.collect();
     if failures.is_empty() {
         return Ok(());
     }
@@ -305,21 +280,12 @@ pub fn spawn(
     handle
 }
 
-/// What a piece of work in the background came to.
-enum Done {
-    Event(Event),
-    /// A rank's state has changed; its watcher wants to be started again.
-    Rank(EngineIndex),
-    /// The rank task has ended.
-    RankEnded(EngineIndex),
-    Nothing,
-}
-
 struct Task {
     machine: Control,
     ranks: BTreeMap<EngineIndex, RankHandle>,
     clock: Clock,
-    jobs: JoinSet<Done>,
+    /// Work in the background, and what the machine is to know of it.
+    jobs: JoinSet<Option<Event>>,
     /// Who waits for the lock.
     owners: BTreeMap<OwnerId, oneshot::Sender<GrantReply>>,
     next_owner: u64,
@@ -337,9 +303,10 @@ impl Task {
         mut inbox: mpsc::Receiver<Command>,
         stop: CancellationToken,
     ) {
+        let mut changes: SelectAll<_> = self.ranks.values().map(RankHandle::changes).collect();
         let ranks: Vec<EngineIndex> = self.ranks.keys().copied().collect();
         for rank in ranks {
-            self.rank_changed(rank);
+            self.look(rank);
         }
         let (mut held_open, mut inbox_open) = (true, true);
         while held_open || inbox_open {
@@ -355,18 +322,16 @@ impl Task {
                     command.and_then(|command| self.command(command))
                 }
                 Some(done) = self.jobs.join_next() => match done {
-                    Ok(Done::Event(event)) => {
-                        if let Event::Release { owner } = &event {
+                    Ok(event) => {
+                        if let Some(Event::Release { owner }) = &event {
                             // It may have given up before it was answered.
                             self.owners.remove(owner);
                         }
-                        Some(event)
+                        event
                     }
-                    Ok(Done::Rank(rank)) => { self.rank_changed(rank); None }
-                    Ok(Done::RankEnded(rank)) => self.rank_down(rank, "the rank task has ended"),
-                    Ok(Done::Nothing) => None,
                     Err(error) => { warn!(%error, "work of the control task failed"); None }
                 },
+                Some(rank) = changes.next() => { self.look(rank); None }
                 () = self.clock.reach(self.machine.poll_timeout()) => {
                     self.machine.handle_timeout(self.clock.now());
                     None
@@ -392,7 +357,7 @@ impl Task {
                 self.jobs.spawn(async move {
                     // Nothing is ever sent: it ends when the other half is dropped.
                     match held.await {
-                        Ok(()) | Err(_) => Done::Event(Event::Release { owner }),
+                        Ok(()) | Err(_) => Some(Event::Release { owner }),
                     }
                 });
                 Some(Event::Acquire { owner, name, patience })
@@ -400,38 +365,27 @@ impl Task {
         }
     }
 
-    /// Tells the machine about a rank, and waits for its next change.
-    fn rank_changed(&mut self, rank: EngineIndex) {
-        let Some(handle) = self.ranks.get(&rank) else {
+    /// Tells the machine whether a rank serves, and that it is another engine.
+    fn look(&mut self, rank: EngineIndex) {
+        let Some(RankHandle { snapshot, .. }) = self.ranks.get(&rank) else {
             return;
         };
-        let mut snapshot = handle.snapshot.clone();
-        let (admitted, incarnation) = {
-            let now: &RankSnapshot = &snapshot.borrow_and_update();
-            (now.admitted, now.incarnation)
-        };
-        self.jobs.spawn(async move {
-            match snapshot.changed().await {
-                Ok(()) => Done::Rank(rank),
-                Err(_) => Done::RankEnded(rank),
-            }
-        });
+        // Without its task it does not serve.
+        let ended = snapshot.has_changed().is_err();
+        let life = Some(snapshot.borrow()).filter(|of| of.admitted && !ended).map(|of| of.incarnation);
         let known = self.lives.get(&rank).copied();
         let now = self.clock.now();
-        if known.is_some() && (!admitted || known != Some(incarnation)) {
+        if known.is_some() && known != life {
             self.lives.remove(&rank);
             let reason = "the engine is not serving any more".to_owned();
             self.machine.handle_event(now, Event::EngineDown { rank, reason });
         }
-        if admitted && known != Some(incarnation) {
+        if let Some(incarnation) = life
+            && known != life
+        {
             self.lives.insert(rank, incarnation);
             self.machine.handle_event(now, Event::EngineUp { rank });
         }
-    }
-
-    fn rank_down(&mut self, rank: EngineIndex, reason: &str) -> Option<Event> {
-        self.lives.remove(&rank)?;
-        Some(Event::EngineDown { rank, reason: reason.to_owned() })
     }
 
     fn perform(&mut self) {
@@ -476,17 +430,14 @@ impl Task {
         self.jobs.spawn(async move {
             let answer = handle.ask_within(limit, Release { ticket, verdict }).await;
             if forward {
-                return Done::Event(Event::Answered {
-                    rank,
-                    ticket,
-                    result: answer.map_err(|error| error.to_string()),
-                });
+                let result = answer.map_err(|error| error.to_string());
+                return Some(Event::Answered { rank, ticket, result });
             }
             if let Err(error) = answer {
                 // The frontend may be gone, and its calls with it.
                 debug!(rank = rank.0, ticket, %error, "decision on a control call");
             }
-            Done::Nothing
+            None
         });
     }
 
@@ -502,11 +453,8 @@ impl Task {
                     method => handle.call(method, args, limit).await,
                 },
             };
-            Done::Event(Event::CallAnswered {
-                rank,
-                operation,
-                result: answer.map_err(|error| error.to_string()),
-            })
+            let result = answer.map_err(|error| error.to_string());
+            Some(Event::CallAnswered { rank, operation, result })
         });
     }
 }

@@ -27,10 +27,11 @@ use dp_sidecar_protocol::machine::weight_update::updates::{
 };
 use dp_sidecar_protocol::machine::weight_update::{
     Action as Step, Checkpoint, Commit, Committed, Event as Answer, Ledger, NodeId, Pause, PauseMode, Phase,
-    RankProgress, Refusal,
+    Refusal,
 };
 use dp_sidecar_protocol::{EngineIndex, Incarnation, UpdateId, WeightVersion};
 use futures::future::join_all;
+use futures::stream::{SelectAll, StreamExt as _};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
@@ -87,7 +88,7 @@ pub fn spawn(
     }
     let (commands, inbox) = mpsc::channel(COMMANDS);
     let (notes, noted) = mpsc::channel(EVENTS);
-    let (publish, status) = watch::channel(UpdateSnapshot::default());
+    let (publish, snapshot) = watch::channel(UpdateSnapshot::default());
     let places: BTreeMap<EngineIndex, NodeId> =
         nodes.iter().flat_map(|node| node.ranks.iter().map(|rank| (*rank, node.id))).collect();
     let all = ranks.iter().map(|rank| (rank.rank, places.get(&rank.rank).copied().unwrap_or_default()));
@@ -114,7 +115,6 @@ pub fn spawn(
         clock: Clock::start(),
         jobs: JoinSet::new(),
         work: HashMap::new(),
-        watches: JoinSet::new(),
         incoming: None,
         active: None,
         infos: Infos::new(),
@@ -126,7 +126,7 @@ pub fn spawn(
         faults: tests::jobs::faults(),
     };
     tracker.spawn(tasks::named(tasks::Task::WeightUpdate, task.run(inbox, noted, stop)));
-    Ok(UpdateHandle { commands, status })
+    Ok(UpdateHandle { commands, snapshot })
 }
 
 /// What engines say about themselves; `None`: the shim does not answer.
@@ -178,11 +178,12 @@ impl Active {
 }
 
 /// What a piece of work leaves with the driver.
-enum Extra {
-    Nothing,
-    Guard(ControlGuard),
-    Infos(Infos),
-    Staged(jobs::Staged),
+#[derive(Default)]
+struct Extra {
+    guard: Option<ControlGuard>,
+    infos: Infos,
+    /// With the directories that engines of each node load from.
+    adapters: BTreeMap<NodeId, adapters::Changes>,
 }
 
 /// What work needs.
@@ -211,8 +212,6 @@ struct Task {
     jobs: JoinSet<(Option<Event>, Extra)>,
     /// What each job is for.
     work: HashMap<tokio::task::Id, Action>,
-    /// Of a rank, or of the control task: it has changed.
-    watches: JoinSet<Option<EngineIndex>>,
     /// What the machine was told of the two.
     seen: BTreeMap<EngineIndex, Seen>,
     control_seen: (Option<Pause>, bool),
@@ -239,12 +238,9 @@ impl Task {
         mut noted: mpsc::Receiver<UpdateEvent>,
         stop: CancellationToken,
     ) {
+        let mut ranks: SelectAll<_> = self.tools.ranks.values().map(RankHandle::changes).collect();
+        let mut control = self.tools.control.snapshot.clone();
         self.look();
-        self.watch(None);
-        let ranks: Vec<EngineIndex> = self.tools.ranks.keys().copied().collect();
-        for rank in ranks {
-            self.watch(Some(rank));
-        }
         let farewell = loop {
             self.perform();
             self.publish();
@@ -257,10 +253,8 @@ impl Task {
                 },
                 Some(event) = noted.recv() => self.note(event),
                 Some(ended) = self.jobs.join_next_with_id() => self.ended(ended),
-                Some(Ok(changed)) = self.watches.join_next() => {
-                    self.look();
-                    self.watch(changed);
-                }
+                Some(_) = ranks.next() => self.look(),
+                Ok(()) = control.changed() => self.look(),
                 () = self.clock.reach(self.machine.poll_timeout()) => {
                     self.machine.handle_timeout(self.clock.now());
                 }
@@ -300,7 +294,7 @@ impl Task {
                     let records = actions::blocking(move || journal.history(limit)).await;
                     let told = |error: std::io::Error| warn!(%error, "the history cannot be read");
                     ignore_gone(reply.send(records.map_err(told).unwrap_or_default()));
-                    (None, Extra::Nothing)
+                    (None, Extra::default())
                 });
             }
             Command::Restore { ranks, reply } => {
@@ -387,7 +381,7 @@ impl Task {
     }
 
     fn spawn_plain(&mut self, action: Action, work: impl Future<Output = Option<Event>> + Send + 'static) {
-        self.spawn(action, async move { (work.await, Extra::Nothing) });
+        self.spawn(action, async move { (work.await, Extra::default()) });
     }
 
     fn ended(&mut self, ended: Result<(tokio::task::Id, (Option<Event>, Extra)), tokio::task::JoinError>) {
@@ -412,21 +406,13 @@ impl Task {
     }
 
     fn keep(&mut self, event: Option<&Event>, extra: Extra) {
-        let running = self.machine.run();
-        match (event, extra) {
-            (_, Extra::Infos(infos)) => self.infos.extend(infos),
-            (Some(Event::Acquired { run, .. }), Extra::Guard(guard)) if running == Some(*run) => {
-                if let Some(active) = &mut self.active {
-                    active.guard = Some(guard);
-                }
-            }
-            (Some(Event::Staged { run, .. }), Extra::Staged(staged)) if running == Some(*run) => {
-                self.infos.extend(staged.infos);
-                if let Some(active) = &mut self.active {
-                    active.adapters = staged.adapters;
-                }
-            }
-            _ => {}
+        self.infos.extend(extra.infos);
+        if let Some(Event::Acquired { run, .. } | Event::Staged { run, .. }) = event
+            && self.machine.run() == Some(*run)
+            && let Some(active) = &mut self.active
+        {
+            active.guard = extra.guard.or_else(|| active.guard.take());
+            active.adapters.extend(extra.adapters);
         }
     }
 
@@ -440,34 +426,6 @@ impl Task {
     }
 
     // --- engines come and go ---
-
-    /// Waits until a rank, or what the control task knows, is not what the machine was told.
-    fn watch(&mut self, of: Option<EngineIndex>) {
-        let Some(rank) = of else {
-            let (mut control, told) = (self.tools.control.watch(), self.control_seen.clone());
-            self.watches.spawn(async move {
-                if control.wait_for(|now| control_seen(now) != told).await.is_err() {
-                    std::future::pending::<()>().await;
-                }
-                None
-            });
-            return;
-        };
-        let Some(handle) = self.tools.ranks.get(&rank) else {
-            return;
-        };
-        let mut snapshot = handle.snapshot.clone();
-        let told = self.seen.get(&rank).cloned().unwrap_or_default();
-        self.watches.spawn(async move {
-            let differs = |now: &super::handles::RankSnapshot| {
-                (now.incarnation, now.admitted) != (told.incarnation, told.admitted)
-            };
-            if snapshot.wait_for(differs).await.is_err() {
-                std::future::pending::<()>().await;
-            }
-            Some(rank)
-        });
-    }
 
     /// Tells the machine what it has not seen yet.
     fn look(&mut self) {
@@ -483,7 +441,7 @@ impl Task {
                 self.machine.handle_event(now, Event::RankSeen { rank: *rank, seen });
             }
         }
-        let seen = control_seen(&self.tools.control.snapshot());
+        let seen = control_seen(&self.tools.control.snapshot.borrow());
         if self.control_seen != seen {
             self.control_seen = seen.clone();
             let (pause, external_weights) = seen;
@@ -492,27 +450,15 @@ impl Task {
     }
 
     fn publish(&self) {
-        let snapshot = self.machine.snapshot();
-        let between = |rank: &EngineIndex| {
-            matches!(
-                snapshot.ranks.get(rank),
-                Some(RankProgress::Loading | RankProgress::LoadFailed | RankProgress::RollingBack)
-            ) || (snapshot.ranks.get(rank) == Some(&RankProgress::Loaded) && !snapshot.past_commit_point)
-        };
-        let held = self.machine.lives().map(|(rank, _)| rank).filter(|rank| !between(rank));
         let committed = self.machine.committed().map(|committed| &committed.commit);
-        let status = UpdateSnapshot {
-            held: held.map(|rank| (rank, snapshot.version.clone())).collect(),
-            version: snapshot.version,
+        let snapshot = UpdateSnapshot {
+            version: self.machine.snapshot().version,
             committed: committed.map(|commit| commit.checkpoint.clone()),
             source: committed.map(|commit| commit.source.clone()),
-            staging: self.staging.clone(),
             running: self.active.as_ref().map(|active| active.id.clone()),
-            phase: snapshot.phase,
-            ranks: snapshot.ranks,
             last: self.last.clone(),
         };
-        self.publish.send_if_modified(|published| replace_if_other(published, status));
+        self.publish.send_if_modified(|published| replace_if_other(published, snapshot));
     }
 }
 

@@ -314,11 +314,11 @@ async fn requests_to_one_rank_keep_their_order_over_a_reconnect() {
     let mut bed = Bed::new();
     let handle = bed.handle();
     for incarnation in 1..=30 {
-        handle.tell(Admit { incarnation: Incarnation(incarnation) }).await.unwrap();
+        handle.commands.tell(Admit { incarnation: Incarnation(incarnation) }).await.unwrap();
     }
     bed.connect().await;
     for incarnation in 31..=60 {
-        handle.tell(Admit { incarnation: Incarnation(incarnation) }).await.unwrap();
+        handle.commands.tell(Admit { incarnation: Incarnation(incarnation) }).await.unwrap();
     }
     bed.logged("admit 60").await;
     let expected: Vec<String> = (1..=60).map(|incarnation| format!("admit {incarnation}")).collect();

@@ -79,8 +79,8 @@ async fn admit(
     for handle in handles {
         let facts = Box::new(EngineFacts::of(Layout::newest()));
         let ready = EngineReady { incarnation: FIRST, facts };
-        handle.tell(ready).await?;
-        handle.tell(Admit { incarnation: FIRST }).await?;
+        handle.commands.tell(ready).await?;
+        handle.commands.tell(Admit { incarnation: FIRST }).await?;
     }
     Ok(json!({ "admitted": handles.len() }))
 }

@@ -35,7 +35,7 @@ impl World {
     }
 
     async fn until(&self, holds: impl Fn(&Snapshot) -> bool) {
-        let mut snapshot = self.control.watch();
+        let mut snapshot = self.control.snapshot.clone();
         let wait = snapshot.wait_for(|snapshot| holds(snapshot));
         tokio::time::timeout(Duration::from_secs(20), wait).await.unwrap().unwrap();
     }
@@ -93,7 +93,7 @@ async fn the_operator_pauses_all_ranks_and_only_the_operator_resumes() {
     let world = world(GroupKind::Lockstep);
     let (control, long) = (&world.control, Duration::from_secs(10));
     control.pause(PauseMode::Abort, long, long).await.unwrap();
-    assert_eq!(control.snapshot().paused_by, Some(PausedBy::Operator));
+    assert_eq!(control.snapshot.borrow().paused_by, Some(PausedBy::Operator));
     for rank in &world.ranks {
         assert!(rank.engine.lock().paused);
     }

@@ -4,7 +4,6 @@
 //! the enum of its task's commands and that into an [`Envelope`]. Its answer comes back encoded, so that who passes
 //! a command on need not know it.
 
-use std::fmt;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -123,16 +122,11 @@ macro_rules! asks {
 pub(super) use asks;
 
 /// The way back of an answer. Dropped without one, the asker hears that the task has ended.
+#[derive(Debug)]
 pub struct ReplyTo(Option<oneshot::Sender<Result<Bytes, HandleError>>>);
 
 /// Where an answer comes in, encoded.
 pub type Answered = oneshot::Receiver<Result<Bytes, HandleError>>;
-
-impl fmt::Debug for ReplyTo {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("ReplyTo")
-    }
-}
 
 impl ReplyTo {
     /// For an asker that does not want to know.

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use dp_sidecar_protocol::layout::Layout;
 pub use dp_sidecar_protocol::machine::held_call::{HeldCall, Verdict};
 use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Slot};
+use futures::stream::{self, BoxStream, StreamExt as _};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use uuid::Uuid;
@@ -223,6 +224,7 @@ pub struct RankHandle {
 
 impl RankHandle {
     /// See [`Handle::ask`].
+    #[cfg(any(test, feature = "test-support"))]
     pub async fn ask<A: Ask>(&self, ask: A) -> Result<A::Answer, HandleError>
     where
         RankAsk: From<A>,
@@ -243,17 +245,23 @@ impl RankHandle {
         })
     }
 
-    /// See [`Handle::tell`].
-    pub async fn tell<A: Ask>(&self, ask: A) -> Result<(), HandleError>
-    where
-        RankAsk: From<A>,
-    {
-        self.commands.tell(ask).await
+    /// Yields the rank whenever it is in another life, admitted, or not admitted any more, and once more when its task
+    /// has ended.
+    pub fn changes(&self) -> BoxStream<'static, EngineIndex> {
+        let rank = self.rank;
+        let life = |now: &RankSnapshot| (now.incarnation, now.admitted);
+        let seen = life(&self.snapshot.borrow());
+        let changes = stream::unfold(Some((self.snapshot.clone(), seen)), move |watched| async move {
+            let (mut snapshot, seen) = watched?;
+            let now = snapshot.wait_for(|now| life(now) != seen).await.map(|now| life(&now));
+            Some((rank, now.ok().map(|now| (snapshot, now))))
+        });
+        changes.boxed()
     }
 
     /// Calls a method of the engine core on the control slot.
     pub async fn call(&self, method: &str, args: Vec<rmpv::Value>, timeout: Duration) -> CallResult {
         let call = Call { key: Uuid::new_v4(), method: method.to_owned(), args, timeout };
-        self.ask(call).await
+        self.ask_within(call.limit(), call).await
     }
 }

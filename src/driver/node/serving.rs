@@ -5,24 +5,28 @@ use dp_sidecar_protocol::{EngineIndex, Incarnation};
 use tracing::{debug, info};
 
 use super::{Facts, Node, Outcome};
-use crate::driver::handles::{Admit, CoordinatorCommand, EngineDown, EngineReady, Forget};
+use crate::driver::handles::{Admit, Ask, CoordinatorCommand, EngineDown, EngineReady, Forget, RankAsk};
 
 impl Node {
+    async fn tell_rank<A: Ask>(&self, rank: EngineIndex, ask: A)
+    where
+        RankAsk: From<A>,
+    {
+        if let Some(handle) = self.peers.ranks.get(&rank)
+            && let Err(error) = handle.commands.tell(ask).await
+        {
+            debug!(rank = rank.0, %error, "{}", A::NAME);
+        }
+    }
+
     pub(super) async fn down(&mut self, rank: EngineIndex, incarnation: Incarnation, reason: String) {
-        let forget = Forget { rank, incarnation };
-        let lost = match self.peers.node_of(rank) {
-            Some((_, node)) => node.handshake.tell(forget).await.is_err(),
-            None => false,
-        };
-        if lost {
+        if let Some((_, node)) = self.peers.node_of(rank)
+            && node.handshake.tell(Forget { rank, incarnation }).await.is_err()
+        {
             debug!("the handshake task has ended before the engine");
         }
         self.tell_coordinator(CoordinatorCommand::EngineDown { rank, incarnation }).await;
-        if let Some(handle) = self.peers.ranks.get(&rank)
-            && let Err(error) = handle.tell(EngineDown { incarnation, reason }).await
-        {
-            debug!(rank = rank.0, %error, "engine down");
-        }
+        self.tell_rank(rank, EngineDown { incarnation, reason }).await;
     }
 
     pub(super) async fn restore(&mut self, ranks: Vec<(EngineIndex, Incarnation)>) {
@@ -34,11 +38,7 @@ impl Node {
             self.outputs.deployment.send_modify(|d| {
                 d.engines.insert(rank, engine);
             });
-            if let Some(handle) = self.peers.ranks.get(&rank)
-                && let Err(error) = handle.tell(ready).await
-            {
-                debug!(rank = rank.0, %error, "engine ready");
-            }
+            self.tell_rank(rank, ready).await;
         }
         self.bring_to_committed(ranks, false);
     }
@@ -65,11 +65,7 @@ impl Node {
     }
 
     pub(super) async fn admit(&mut self, rank: EngineIndex, incarnation: Incarnation) {
-        if let Some(handle) = self.peers.ranks.get(&rank)
-            && let Err(error) = handle.tell(Admit { incarnation }).await
-        {
-            debug!(rank = rank.0, %error, "admit");
-        }
+        self.tell_rank(rank, Admit { incarnation }).await;
         self.tell_coordinator(CoordinatorCommand::Admitted { rank }).await;
         info!(rank = rank.0, incarnation = incarnation.0, "engine admitted");
     }

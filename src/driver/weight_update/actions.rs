@@ -43,21 +43,19 @@ impl Task {
                     });
                 }
                 self.spawn(action, async move {
-                    match tools.control.acquire(owner, patience).await {
-                        Ok(guard) => {
-                            let result = Ok(guard.grant.clone());
-                            (Some(Event::Acquired { run, result }), Extra::Guard(guard))
-                        }
-                        Err(error) => {
-                            (Some(Event::Acquired { run, result: Err(error.to_string()) }), Extra::Nothing)
-                        }
-                    }
+                    let acquired = tools.control.acquire(owner, patience).await;
+                    let result = acquired.as_ref().map(|guard| guard.grant.clone());
+                    let result = result.map_err(ToString::to_string);
+                    (
+                        Some(Event::Acquired { run, result }),
+                        Extra { guard: acquired.ok(), ..Extra::default() },
+                    )
                 });
             }
             Action::Inspect { ticket, engines, adopted, directory } => {
                 self.spawn(action, async move {
                     let (found, infos) = tools.inspect(&engines, adopted, directory.as_deref()).await;
-                    (Some(Event::Inspected { ticket, found }), Extra::Infos(infos))
+                    (Some(Event::Inspected { ticket, found }), Extra { infos, ..Extra::default() })
                 });
             }
             Action::Forget { ticket, why } => {
@@ -275,12 +273,11 @@ impl Task {
             model_paths: BTreeMap::new(),
         };
         let job = self.spawn(action, async move {
-            match job.run().await {
-                Ok((staging, staged)) => {
-                    (Some(Event::Staged { run, result: Ok(Box::new(staging)) }), Extra::Staged(staged))
-                }
-                Err(failed) => (Some(Event::Staged { run, result: Err(failed) }), Extra::Nothing),
-            }
+            let (result, extra) = match job.run().await {
+                Ok((staging, extra)) => (Ok(Box::new(staging)), extra),
+                Err(failed) => (Err(failed), Extra::default()),
+            };
+            (Some(Event::Staged { run, result }), extra)
         });
         if let Some(active) = &mut self.active {
             active.staged = nodes;
@@ -321,7 +318,6 @@ impl Task {
         if let Some(guard) = &active.guard {
             guard.doing(&snapshot.phase.to_string());
         }
-        self.publish();
         if snapshot.phase == Phase::Idle {
             return; // the record follows
         }

@@ -26,7 +26,7 @@ pub(super) struct Follower {
 #[derive(Clone, Debug)]
 pub struct UpdateHandle {
     pub(super) commands: mpsc::Sender<Command>,
-    pub(super) status: watch::Receiver<UpdateSnapshot>,
+    pub snapshot: watch::Receiver<UpdateSnapshot>,
 }
 
 /// An update that runs. Dropping it does not stop the update.
@@ -97,15 +97,6 @@ impl UpdateHandle {
     /// to the committed weights.
     pub async fn shutdown(&self, forget: bool) -> Result<(), UpdateError> {
         self.ask(|reply| Command::Shutdown { forget, reply }).await
-    }
-
-    pub fn status(&self) -> UpdateSnapshot {
-        self.status.borrow().clone()
-    }
-
-    /// To wait for changes.
-    pub fn watch(&self) -> watch::Receiver<UpdateSnapshot> {
-        self.status.clone()
     }
 
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, UpdateError> {

@@ -4,13 +4,6 @@
 use super::nodes::no_checkpoints;
 use super::*;
 
-/// What the driver keeps of the staging: how engines are to be called.
-pub(super) struct Staged {
-    pub(super) infos: Infos,
-    /// With the directories that engines of each node load from.
-    pub(super) adapters: BTreeMap<NodeId, adapters::Changes>,
-}
-
 /// Asks the engines' shims who they are, then stages on all nodes.
 pub(super) struct StageJob {
     pub(super) tools: Arc<Tools>,
@@ -27,7 +20,7 @@ pub(super) struct StageJob {
 }
 
 impl StageJob {
-    pub(super) async fn run(mut self) -> Result<(Staging, Staged), (NodeId, String)> {
+    pub(super) async fn run(mut self) -> Result<(Staging, Extra), (NodeId, String)> {
         let infos = self.ask_shims().await?;
         let leader = self.leader();
         let model_path = self.model_path(leader).to_owned();
@@ -44,7 +37,7 @@ impl StageJob {
             false => no_checkpoints(&self.nodes),
         };
         let staging = Staging { nodes, adapters: adapters.changes, startup, model_path };
-        Ok((staging, Staged { infos, adapters: adapters.on_nodes }))
+        Ok((staging, Extra { guard: None, infos, adapters: adapters.on_nodes }))
     }
 
     async fn ask_shims(&mut self) -> Result<Infos, (NodeId, String)> {
@@ -287,7 +280,7 @@ impl Tools {
         let request = FenceRequest { rank, incarnation, reason: why };
         let tell = async {
             if let Some(handle) = &handle
-                && let Err(error) = handle.tell(down).await
+                && let Err(error) = handle.commands.tell(down).await
             {
                 error!(rank = rank.0, %error, "fenced engine");
             }

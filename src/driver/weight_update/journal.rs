@@ -47,10 +47,8 @@ impl Journal {
         };
         let committed: Committed = serde_json::from_slice(&bytes)?;
         if committed.format != Committed::FORMAT {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                format!("format {}, expected {}", committed.format, Committed::FORMAT),
-            ));
+            let text = format!("format {}, expected {}", committed.format, Committed::FORMAT);
+            return Err(io::Error::other(text));
         }
         Ok(Some(committed))
     }

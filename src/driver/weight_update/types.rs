@@ -1,12 +1,11 @@
 //! What goes in and out of the update task.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use dp_sidecar_protocol::machine::weight_update::updates::Failure;
 use dp_sidecar_protocol::machine::weight_update::{
-    Checkpoint, Config, NodeId, Outcome, Phase, RankProgress, Record, Refusal,
+    Checkpoint, Config, NodeId, Outcome, RankProgress, Record, Refusal,
 };
 use dp_sidecar_protocol::{EngineIndex, Incarnation, UpdateId, WeightVersion};
 use serde::{Deserialize, Serialize};
@@ -14,7 +13,7 @@ use thiserror::Error;
 use tokio::sync::mpsc;
 
 use super::super::handles::{GroupKind, StageEvent, StageHandle};
-use crate::api::{ReportStatus, StageProgress, UNKNOWN, UpdateReport, UpdateRequest};
+use crate::api::{ReportStatus, UNKNOWN, UpdateReport, UpdateRequest};
 
 /// Settings of the update task.
 #[derive(Clone, Debug)]
@@ -177,24 +176,15 @@ fn message(record: &Record, version: &WeightVersion) -> String {
 }
 
 /// What is known about weights, for status.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct UpdateSnapshot {
     /// Label of the committed weights; `default` before the first update.
     pub version: WeightVersion,
     /// Where they are; none before the first update (the command line's checkpoint then).
     pub committed: Option<Checkpoint>,
     /// Where they came from: a directory, or `upload:ID`.
-    #[serde(default)]
     pub source: Option<String>,
-    /// How far the nodes are that stage the running update.
-    #[serde(default)]
-    pub staging: BTreeMap<NodeId, StageProgress>,
-    /// What each engine that can be updated holds. Not there: it is being started, or just loads.
-    pub held: BTreeMap<EngineIndex, WeightVersion>,
     pub running: Option<UpdateId>,
-    pub phase: Phase,
-    /// Where its ranks are.
-    pub ranks: BTreeMap<EngineIndex, RankProgress>,
     /// How the last one of this process ended.
     pub last: Option<UpdateRecord>,
 }

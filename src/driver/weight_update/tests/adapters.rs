@@ -46,7 +46,7 @@ async fn adapters_are_added_replaced_and_removed_on_all_engines_in_a_pause() {
     assert!(at("pause wait false") < at("lora replace style"), "{log:?}");
     assert!(at("lora replace style") < at("reset false true"), "{log:?}");
     assert!(!log.iter().any(|line| line.starts_with("load")), "{log:?}");
-    assert_eq!(nodes.updates.status().version.0, "default");
+    assert_eq!(nodes.updates.snapshot.borrow().version.0, "default");
     let record = nodes.adapters("u2", vec![change("style", Some(&two)), change("b", None)]).await;
     assert_eq!(*record.outcome(), Outcome::Committed, "{}", record.message);
     nodes.all_have(&[("style", &two)]);

@@ -33,7 +33,7 @@ async fn the_next_sidecar_brings_its_engines_to_what_was_committed() {
     world.restore_all().await.unwrap();
     world.all_hold("new");
     assert_eq!(world.engine(1).version, "v1");
-    assert_eq!(world.updates.status().version.0, "v1");
+    assert_eq!(world.updates.snapshot.borrow().version.0, "v1");
     // It also knows the update by name.
     let again = world.update(world.request("u1")).await;
     assert_eq!(again.record, record.record);
@@ -59,7 +59,7 @@ async fn a_committed_directory_that_is_gone_does_not_keep_a_new_sidecar_from_sta
     let world = world.next_sidecar().await;
     world.restore_all().await.unwrap();
     world.all_hold("start");
-    assert_eq!(world.updates.status().version.0, "default");
+    assert_eq!(world.updates.snapshot.borrow().version.0, "default");
     world.end().await;
 }
 
@@ -74,7 +74,7 @@ async fn weights_committed_for_another_model_are_not_loaded() {
     let world = world.next_sidecar().await;
     world.restore_all().await.unwrap();
     world.all_hold("other");
-    assert_eq!(world.updates.status().committed, None);
+    assert_eq!(world.updates.snapshot.borrow().committed, None);
     world.end().await;
 }
 
@@ -97,7 +97,7 @@ async fn an_independent_engine_lost_in_the_middle_is_brought_to_the_new_weights_
 async fn a_lockstep_group_that_is_not_complete_is_not_updated() {
     let world = world(GroupKind::Lockstep).await;
     world.ranks[1].lose();
-    world.control.watch().wait_for(|_| true).await.unwrap();
+    world.control.snapshot.clone().wait_for(|_| true).await.unwrap();
     // The loss reaches the task before a command that is sent later, or is found out by the pause.
     tokio::time::sleep(Duration::from_millis(10)).await;
     let record = world.update(world.request("u1")).await;
@@ -163,7 +163,7 @@ async fn weights_that_a_frontend_loaded_are_replaced_everywhere_even_by_a_rollba
         call.args = vec!["reload_weights".into()];
         world.calls.send(call).await.unwrap();
     }
-    let mut control = world.control.watch();
+    let mut control = world.control.snapshot.clone();
     control.wait_for(|state| state.external_weights).await.unwrap();
     let mut request = world.request("u1");
     request.from_version = Some(WeightVersion::default());
@@ -174,7 +174,7 @@ async fn weights_that_a_frontend_loaded_are_replaced_everywhere_even_by_a_rollba
     let record = world.update(world.request("u2")).await;
     assert_eq!(*record.outcome(), Outcome::RolledBack);
     world.all_hold("start");
-    assert!(!world.control.snapshot().external_weights);
+    assert!(!world.control.snapshot.borrow().external_weights);
     world.end().await;
 }
 

@@ -164,6 +164,6 @@ async fn committed_weights_are_followed_or_forgotten_by_all_engines() {
     let script = LoadScript::Fails("unchanged", "files");
     world.engine(1).loads.push_back(script);
     world.updates.restore(vec![world.life(1)]).await.unwrap_err();
-    assert_eq!(world.updates.status().version.0, "v1");
+    assert_eq!(world.updates.snapshot.borrow().version.0, "v1");
     world.end().await;
 }

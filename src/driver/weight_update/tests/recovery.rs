@@ -32,7 +32,7 @@ async fn without_an_open_update_engines_go_on_untouched() {
         assert_eq!(rank.take_log(), ["admission true"]);
     }
     nodes.all_hold_segments("u1");
-    assert_eq!(nodes.updates.status().version.0, "v-u1");
+    assert_eq!(nodes.updates.snapshot.borrow().version.0, "v-u1");
     let record = nodes.update(nodes.request("u2", "newer")).await;
     assert_eq!(*record.outcome(), Outcome::Committed, "{}", record.message);
     assert_eq!(nodes.updates.history(5).await.unwrap().len(), 2);
@@ -68,7 +68,7 @@ async fn an_update_without_a_commit_record_is_rolled_back() {
                 "admission true"
             ]
         );
-        let status = nodes.updates.status();
+        let status = nodes.updates.snapshot.borrow().clone();
         assert_eq!(status.version.0, "v-u1");
         let last = status.last.unwrap();
         assert_eq!((last.record.id.0.as_str(), last.outcome()), ("u2", &Outcome::RolledBack));
@@ -96,7 +96,7 @@ async fn the_first_update_of_all_is_rolled_back_to_the_start_up_checkpoint() {
     nodes.adopt_all().await.unwrap();
     let start = nodes.path("start");
     nodes.all_hold([&start, &start, &start, &start]);
-    assert_eq!(nodes.updates.status().version.0, "default");
+    assert_eq!(nodes.updates.snapshot.borrow().version.0, "default");
     nodes.end().await;
 }
 
@@ -119,7 +119,7 @@ async fn an_update_with_a_commit_record_is_rolled_forward() {
     nodes.clear_logs();
     nodes.adopt_all().await.unwrap();
     nodes.all_hold_segments("u1");
-    let last = nodes.updates.status().last.unwrap();
+    let last = nodes.updates.snapshot.borrow().last.clone().unwrap();
     assert_eq!((last.outcome(), last.record.recovered), (&Outcome::Committed, true), "{}", last.message);
     for stage in &nodes.stages {
         assert_eq!(stage.area.lock().state.current.as_ref().unwrap().id.0, "u1");
@@ -173,7 +173,7 @@ async fn engines_left_paused_are_resumed_unless_the_operator_has_paused_them() {
             assert_eq!(rank.engine.lock().paused, operator);
             assert!(!rank.take_log().iter().any(|line| line.starts_with("load")));
         }
-        let by = nodes.control.snapshot().paused_by;
+        let by = nodes.control.snapshot.borrow().paused_by.clone();
         assert_eq!(by, operator.then_some(PausedBy::Operator));
         nodes.end().await;
     }
@@ -189,7 +189,7 @@ async fn a_pause_of_a_frontend_outlives_the_leader_and_is_known_to_be_its_own() 
         rank.engine.lock().paused = true;
     }
     let by = Some(PausedBy::Frontend { id: FrontendId(1) });
-    nodes.control.watch().wait_for(|state| state.paused_by == by).await.unwrap();
+    nodes.control.snapshot.clone().wait_for(|state| state.paused_by == by).await.unwrap();
     let ledger = nodes.dir.path().join("ledger.json");
     while !ledger.exists() {
         tokio::time::sleep(Duration::from_millis(1)).await;
@@ -201,13 +201,13 @@ async fn a_pause_of_a_frontend_outlives_the_leader_and_is_known_to_be_its_own() 
         for rank in &nodes.ranks {
             assert!(rank.engine.lock().paused);
         }
-        assert_eq!(nodes.control.snapshot().paused_by, by);
+        assert_eq!(nodes.control.snapshot.borrow().paused_by, by);
     }
     // It is the frontend that resumes, not only the operator.
     for rank in 0..4 {
         nodes.calls.send(held(rank, 8, "resume_scheduler")).await.unwrap();
     }
-    nodes.control.watch().wait_for(|state| state.paused_by.is_none()).await.unwrap();
+    nodes.control.snapshot.clone().wait_for(|state| state.paused_by.is_none()).await.unwrap();
     nodes.end().await;
 }
 
