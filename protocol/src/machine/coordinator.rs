@@ -253,30 +253,34 @@ impl Coordinator {
 
     // --- engines come and go ---
 
-    fn subscribed(&mut self, now: Time, index: EngineIndex, incarnation: Incarnation) {
-        let Some(rank) = self.rank(index) else { return };
+    /// An engine is there: whether its life is new, and how far it was known to be. Nothing if that life is over.
+    fn appears(&mut self, index: EngineIndex, incarnation: Incarnation) -> Option<(bool, Stage)> {
+        let rank = self.rank(index)?;
         let (known, stage) = (rank.incarnation, rank.stage);
         let fresh = known.is_none_or(|known| incarnation > known);
         if known.is_some_and(|known| incarnation < known) || (!fresh && stage == Stage::Down) {
             self.push(Action::Note(Note::Stale { rank: index, incarnation }));
-            return;
+            return None;
         }
-        if !fresh {
-            self.subscribed_again(index, stage);
-            return;
-        }
-        if stage != Stage::Down {
+        if fresh && stage != Stage::Down {
             // Its predecessor's death was not reported, but it cannot be alive.
             self.take_down(index);
         }
-        let lockstep = self.lockstep();
-        if let Some(rank) = self.rank(index) {
+        if fresh && let Some(rank) = self.rank(index) {
             rank.incarnation = Some(incarnation);
             rank.stage = Stage::Subscribed;
             rank.admitted = false;
             rank.load = Load::default();
         }
-        if !lockstep && self.hosted() {
+        Some((fresh, stage))
+    }
+
+    fn subscribed(&mut self, now: Time, index: EngineIndex, incarnation: Incarnation) {
+        let Some((fresh, stage)) = self.appears(index, incarnation) else { return };
+        if !fresh {
+            return self.subscribed_again(index, stage);
+        }
+        if !self.lockstep() && self.hosted() {
             self.send_ready(vec![index]);
         } else if self.ranks.iter().all(|rank| rank.stage == Stage::Subscribed) {
             let all = (0..self.config.size).map(EngineIndex).collect();

@@ -4,7 +4,7 @@
 //! what frontends were to be told. What cannot be lost, because the edges outlive the DP coordinator and note it: the
 //! newest wave.
 
-use super::{Adopted, Coordinator, EngineIndex, Note, Report, Stage};
+use super::{Adopted, Coordinator, EngineIndex, Report, Stage};
 use crate::machine::mutation::{Mutation, mutated};
 use crate::{Time, Wave};
 
@@ -72,28 +72,10 @@ impl Coordinator {
 
     fn adopt(&mut self, engine: &Adopted) {
         let Adopted { rank: index, incarnation, ready, admitted } = *engine;
-        let Some(rank) = self.rank(index) else { return };
-        let (known, stage) = (rank.incarnation, rank.stage);
-        let fresh = known.is_none_or(|known| incarnation > known);
-        if known.is_some_and(|known| incarnation < known) || (!fresh && stage == Stage::Down) {
-            self.push(super::Action::Note(Note::Stale { rank: index, incarnation }));
-            return;
-        }
-        if fresh && stage != Stage::Down {
-            // Its predecessor's death was not reported, but it cannot be alive.
-            self.take_down(index);
-        }
+        let Some((fresh, stage)) = self.appears(index, incarnation) else { return };
         if let Some(rank) = self.rank(index) {
-            rank.incarnation = Some(incarnation);
-            if fresh {
-                rank.load = super::Load::default();
-                rank.admitted = false;
-            }
-            if ready || (!fresh && stage == Stage::Ready) {
-                rank.stage = Stage::Ready;
-            } else {
-                rank.stage = Stage::Subscribed;
-            }
+            let was_ready = !fresh && stage == Stage::Ready;
+            rank.stage = if ready || was_ready { Stage::Ready } else { Stage::Subscribed };
         }
         if admitted && ready {
             self.admitted(index);
