@@ -40,25 +40,15 @@ pub struct Begin {
 /// Engines that live on from before a restart of the sidecar are to be brought to the committed weights.
 #[derive(Clone, Debug)]
 pub struct Recover {
-    /// The update that was open, or a name for the recovery.
-    pub id: UpdateId,
+    /// The update that was open, or a name for the recovery; its participants are the engines that are taken over: of a
+    /// lockstep group all, or none.
+    pub begin: Begin,
     /// The update that was open has a commit record: it is rolled forward. Else it is rolled back.
     pub committed: bool,
-    /// What it was to bring.
-    pub to_version: WeightVersion,
-    pub source: String,
     /// The committed version, which all engines are brought to.
     pub version: WeightVersion,
     /// Its whole digest, if there is one: what a node has staged must be it.
     pub digest: Option<String>,
-    /// What happens to running requests.
-    pub mode: PauseMode,
-    /// How long the pause in this mode may take before all ranks are paused with `abort`.
-    pub pause_deadline: Duration,
-    /// The engines. Of a lockstep group all, or none.
-    pub participants: BTreeMap<EngineIndex, Participant>,
-    /// The operator has paused the engines: they are not resumed.
-    pub stay_paused: bool,
     /// They may hold other weights than the committed ones. Without it they are only resumed.
     pub reload: bool,
 }

@@ -12,7 +12,7 @@ use crate::machine::mutation::{Mutation, mutated};
 
 use super::super::Config;
 use super::super::record::Record;
-use super::super::types::{Action, Begin, Recover, Target};
+use super::super::types::{Action, Recover, Target};
 use super::{Cx, Recovery, Run};
 
 impl Run {
@@ -22,19 +22,7 @@ impl Run {
         config: &Config,
         actions: &mut VecDeque<Action>,
     ) -> Self {
-        let begin = Begin {
-            id: recover.id,
-            from_version: None,
-            to_version: recover.to_version,
-            source: recover.source,
-            mode: recover.mode,
-            pause_deadline: recover.pause_deadline,
-            participants: recover.participants,
-            paused_before: recover.stay_paused,
-            external_weights: true,
-            forward_only: true,
-        };
-        let mut run = Self::start(now, begin, None, config, actions);
+        let mut run = Self::start(now, recover.begin, None, config, actions);
         run.record = Record { recovered: true, ..run.record };
         run.committed = recover.committed;
         // The one before may have closed it.

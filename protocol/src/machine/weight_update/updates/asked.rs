@@ -254,7 +254,7 @@ impl Updates {
             return;
         };
         let (recovery, inherits, adapters) = match &asked.kind {
-            Kind::Recovery(recovery) => (true, recovery.recover.stay_paused, true),
+            Kind::Recovery(recovery) => (true, recovery.recover.begin.paused_before, true),
             // What a failed update has brought is left for its next try.
             Kind::Update(ask) => (false, false, record.committed && !ask.adapters.is_empty()),
         };
@@ -292,7 +292,9 @@ impl Asked {
     fn is_the_same(&self, ask: &Ask) -> bool {
         let same = match &self.kind {
             Kind::Update(own) => (&own.source, &own.adapters) == (&ask.source, &ask.adapters),
-            Kind::Recovery(recovery) => recovery.recover.source == ask.source && ask.adapters.is_empty(),
+            Kind::Recovery(recovery) => {
+                recovery.recover.begin.source == ask.source && ask.adapters.is_empty()
+            }
         };
         let version = ask.version.as_ref().is_none_or(|version| *version == self.version);
         same && version && self.id == ask.id

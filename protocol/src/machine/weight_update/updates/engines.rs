@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::super::{Outcome, Participant};
+use super::super::{Begin, Outcome, Participant};
 use super::*;
 
 /// How long a recovery waits for a control round that is under way; then it goes on without the lock.
@@ -185,20 +185,25 @@ impl Updates {
         let begun = self.ledger.begun.clone();
         let id = begun.as_ref().map_or_else(|| UpdateId("adoption".to_owned()), |begun| begun.id.clone());
         let open = begun.clone().unwrap_or_default();
+        let version = open.to_version.clone();
         let recover = Recover {
-            id: id.clone(),
             committed: begun.is_some() && committed.as_ref() == Some(&open.id),
-            to_version: open.to_version,
-            source: open.source,
             version: self.machine.snapshot().version,
             digest,
-            mode: open.mode,
-            pause_deadline: PAUSE_DEADLINE,
-            participants,
-            stay_paused,
             reload,
+            begin: Begin {
+                id: id.clone(),
+                from_version: None,
+                to_version: open.to_version,
+                source: open.source,
+                mode: open.mode,
+                pause_deadline: PAUSE_DEADLINE,
+                participants,
+                paused_before: stay_paused,
+                external_weights: true,
+                forward_only: true,
+            },
         };
-        let version = recover.to_version.clone();
         let kind = Kind::Recovery(Box::new(Recovery { recover, begun, job }));
         let run = self.take_up(id, version, kind);
         let owner = "recovery after a restart".to_owned();
