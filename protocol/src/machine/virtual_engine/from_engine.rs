@@ -49,9 +49,7 @@ impl VirtualEngine {
             return;
         }
         self.note_finished(number, &view);
-        if view.scheduler_stats.is_some() {
-            self.share_stats(now, number, &view, &frames);
-        }
+        self.share_stats(now, number, &view, &frames);
         if number != 0 {
             self.send_to_frontend(number, frames);
         }
