@@ -2,7 +2,6 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
-use std::sync::Arc;
 
 use tokio::sync::mpsc;
 use tokio_util::task::TaskTracker;
@@ -13,10 +12,9 @@ use super::local::{QUEUE, internal};
 use crate::driver::handles::{NodeEvent, StageEvent, StageHandle};
 use crate::exit_code::RunEnd;
 use crate::peer::introduction::ranks_text;
-use crate::peer::transfer::TokenAuth;
 use crate::shared_memory::{self, SHM_DIR};
 use crate::staging::upload::UploadRequests;
-use crate::staging::{self, NoAuth, StageConfig, TransferAuth};
+use crate::staging::{self, StageConfig};
 use crate::state_dir::StateDir;
 use crate::tasks::{Task, named};
 
@@ -28,17 +26,13 @@ pub(super) fn start(
 ) -> Result<StageHandle, RunEnd> {
     let Run { config, state, tracker, stop, .. } = run;
     let name = format!("node of {}", ranks_text(config.start_rank, config.size_local));
-    let (host, auth): (IpAddr, Arc<dyn TransferAuth>) = match &config.nodes {
-        Some(nodes) => (
-            nodes.address.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)),
-            Arc::new(TokenAuth(nodes.token.clone())),
-        ),
-        None => (Ipv4Addr::LOCALHOST.into(), Arc::new(NoAuth)),
-    };
+    let nodes = config.nodes.as_ref();
+    let host = nodes.and_then(|nodes| nodes.address).unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+    let token = nodes.map(|nodes| nodes.token.clone());
     let stage = StageConfig {
         uploads,
         prefault: config.prefault.clone(),
-        ..StageConfig::new(name, state.path().to_owned(), state.run_id().to_owned(), host, auth)
+        ..StageConfig::new(name, state.path().to_owned(), state.run_id().to_owned(), host, token)
     };
     staging::spawn(stage, events, tracker, stop.clone()).map_err(|e| internal("staging area", &e))
 }

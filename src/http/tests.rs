@@ -1,5 +1,4 @@
 use std::net::{IpAddr, Ipv4Addr};
-use std::sync::Arc;
 
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -11,7 +10,7 @@ use super::*;
 use dp_sidecar_protocol::{UpdateId, WeightVersion};
 
 use crate::api::{AdminError, Command, ErrorKind, ReportStatus, Response, UpdateProgress, UpdateReport};
-use crate::staging::{self, NoAuth, StageConfig, upload};
+use crate::staging::{self, StageConfig, upload};
 
 const LIMIT: Duration = Duration::from_secs(20);
 const SECRET: &str = "0123456789abcdef0123";
@@ -46,7 +45,7 @@ impl Server {
 
     fn open(&self, requests: upload::UploadRequests) {
         let host = IpAddr::V4(Ipv4Addr::LOCALHOST);
-        let mut config = StageConfig::new("node", self.dir.path(), "run", host, Arc::new(NoAuth));
+        let mut config = StageConfig::new("node", self.dir.path(), "run", host, None);
         config.shm_dir = self.dir.path().to_owned();
         config.chunk = 4096;
         config.uploads = Some(requests);

@@ -8,10 +8,9 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+pub use crate::driver::handles::LINK_VERSION;
 use crate::driver::handles::{NodeAsk, NodeEvent};
 
-/// Version of the link. Another one is refused.
-pub const LINK_VERSION: u32 = 3;
 /// Longest frame, in bytes. Weights do not travel on the link.
 pub const MAX_FRAME: usize = 16 << 20;
 

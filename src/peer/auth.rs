@@ -19,7 +19,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use crate::link::wire::LINK_VERSION;
+use crate::driver::handles::LINK_VERSION;
 use crate::token::Token;
 
 /// What every peer link begins with.

@@ -11,7 +11,6 @@ pub mod registry;
 pub mod stream;
 #[cfg(test)]
 mod tests;
-pub mod transfer;
 
 #[cfg(any(test, feature = "test-support"))]
 pub(crate) use frame::fuzz;

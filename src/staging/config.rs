@@ -1,53 +1,15 @@
 //! What the staging area of a node is made of.
 
-use std::fmt;
-use std::io;
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
-
-use futures::future::BoxFuture;
-use tokio::net::TcpStream;
 
 use super::upload::UploadRequests;
 use crate::shared_memory::SHM_DIR;
+use crate::token::Token;
 
 /// Bytes of a chunk by default.
 pub(super) const CHUNK: u32 = 4 << 20;
-
-/// Which end of a transfer this node is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TransferSide {
-    /// It connected, and sends.
-    Sender,
-    /// It accepted, and receives.
-    Receiver,
-}
-
-/// Proves to the other node of a transfer that both know the token, before anything else is said.
-pub trait TransferAuth: Send + Sync + fmt::Debug {
-    /// Gives the stream back when both sides are who they should be. The caller sets the deadline.
-    fn authenticate(
-        &self,
-        stream: TcpStream,
-        side: TransferSide,
-    ) -> BoxFuture<'static, io::Result<TcpStream>>;
-}
-
-/// Lets everybody in: for tests, and for a deployment on one node, where nothing is transferred.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct NoAuth;
-
-impl TransferAuth for NoAuth {
-    fn authenticate(
-        &self,
-        stream: TcpStream,
-        _side: TransferSide,
-    ) -> BoxFuture<'static, io::Result<TcpStream>> {
-        Box::pin(async move { Ok(stream) })
-    }
-}
 
 /// How a staging area is set up.
 #[derive(Debug)]
@@ -62,8 +24,6 @@ pub struct StageConfig {
     pub shm_dir: PathBuf,
     /// Address on which the node before this one in the chain finds it. A port is taken while it is awaited.
     pub data_host: IpAddr,
-    /// Port for it; 0: any.
-    pub data_port: u16,
     /// Bytes of a chunk, a multiple of 4096; 4 MiB by default. The sender's counts.
     pub chunk: u32,
     /// Refuse to use more shared memory than this, in bytes.
@@ -74,8 +34,9 @@ pub struct StageConfig {
     pub idle_limit: Duration,
     /// The node before must connect within this time.
     pub accept_limit: Duration,
-    /// Authenticates transfers.
-    pub auth: Arc<dyn TransferAuth>,
+    /// The secret that both ends of a transfer prove to know; none: everybody is let in, for a deployment on one node,
+    /// where nothing is transferred.
+    pub token: Option<Token>,
     /// Uploads of this node, see [`super::upload::channel`]; none on followers.
     pub uploads: Option<UploadRequests>,
 }
@@ -87,7 +48,7 @@ impl StageConfig {
         state_dir: impl Into<PathBuf>,
         run_id: impl Into<String>,
         data_host: IpAddr,
-        auth: Arc<dyn TransferAuth>,
+        token: Option<Token>,
     ) -> Self {
         Self {
             node: node.into(),
@@ -95,13 +56,12 @@ impl StageConfig {
             run_id: run_id.into(),
             shm_dir: PathBuf::from(SHM_DIR),
             data_host,
-            data_port: 0,
             chunk: CHUNK,
             max_memory: None,
             prefault: None,
             idle_limit: Duration::from_secs(10),
             accept_limit: Duration::from_secs(60),
-            auth,
+            token,
             uploads: None,
         }
     }

@@ -256,7 +256,7 @@ impl Job {
     /// Waits for the node before, and for what it wants to send.
     fn await_plan(&self, listener: TcpListener) -> Result<(Line, Plan), StageError> {
         let what = || "waiting for the node before".to_owned();
-        let StageConfig { node, idle_limit, auth, .. } = &*self.config;
+        let StageConfig { node, idle_limit, token, .. } = &*self.config;
         let until = tokio::time::Instant::now() + self.config.accept_limit;
         let listener = {
             let _in_runtime = self.runtime.enter();
@@ -264,7 +264,7 @@ impl Job {
         };
         loop {
             let (stream, peer) =
-                self.unless_cancelled(connect::accept(&listener, auth, until))?.doing(what)?;
+                self.unless_cancelled(connect::accept(&listener, token.as_ref(), until))?.doing(what)?;
             let mut line = Line::new(stream, *idle_limit, peer.to_string(), node.clone())?;
             let refusal = match receive::plan(&mut line, &|| self.cancel.is_cancelled()) {
                 Ok(plan) if plan.id == self.spec.id.0 => return Ok((line, plan)),
@@ -305,12 +305,15 @@ impl Job {
 
     /// Connects to the next node and feeds it.
     fn send_down(&self, fill: &Fill, address: SocketAddr) {
-        let StageConfig { node, idle_limit, auth, .. } = &*self.config;
+        let StageConfig { node, idle_limit, token, .. } = &*self.config;
         let (from, to) = (node.clone(), address.to_string());
-        let line = self.unless_cancelled(connect::connect(address, auth)).and_then(|reached| match reached {
-            Ok(stream) => Line::new(stream, *idle_limit, from, to),
-            Err(error) => Err(StageError::Transfer { from, to, reason: error.to_string() }),
-        });
+        let line =
+            self.unless_cancelled(connect::connect(address, token.as_ref())).and_then(
+                |reached| match reached {
+                    Ok(stream) => Line::new(stream, *idle_limit, from, to),
+                    Err(error) => Err(StageError::Transfer { from, to, reason: error.to_string() }),
+                },
+            );
         match line {
             Ok(line) => send::run(line, fill, &self.spec.id.0),
             Err(error) => fill.fail(error),

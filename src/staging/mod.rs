@@ -33,7 +33,7 @@ use tokio_util::task::TaskTracker;
 use crate::driver::handles::{StageEvent, StageHandle, queue};
 use crate::tasks::{Task, named};
 pub use adapters::remove_adapters;
-pub use config::{NoAuth, StageConfig, TransferAuth, TransferSide};
+pub use config::StageConfig;
 pub use layout::FileSize;
 #[cfg(test)]
 pub(crate) use transfer::testing::corpus as transfer_corpus;

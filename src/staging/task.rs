@@ -254,7 +254,7 @@ impl Task {
                 self.start(spec, Origin::Directory(Box::new(manifest), spare), None);
             }
             _ => {
-                let at = SocketAddr::new(self.config.data_host, self.config.data_port);
+                let at = SocketAddr::new(self.config.data_host, 0);
                 let bound = TcpListener::bind(at).and_then(|listener| {
                     listener.set_nonblocking(true)?;
                     let address = listener.local_addr()?;

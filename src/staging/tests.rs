@@ -10,7 +10,6 @@ mod uploads;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use dp_sidecar_protocol::machine::weight_update::Checkpoint;
@@ -22,7 +21,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::config::{NoAuth, StageConfig};
+use super::config::StageConfig;
 use super::upload::{Uploads, channel};
 use crate::api::{Retain, StageProgress};
 use crate::driver::handles::{
@@ -50,8 +49,7 @@ impl Place {
 
     fn config(&self) -> StageConfig {
         let host = IpAddr::V4(Ipv4Addr::LOCALHOST);
-        let mut config =
-            StageConfig::new(&self.name, self.dir.path().join("state"), "run", host, Arc::new(NoAuth));
+        let mut config = StageConfig::new(&self.name, self.dir.path().join("state"), "run", host, None);
         config.shm_dir = self.shm();
         config.chunk = CHUNK;
         config.accept_limit = Duration::from_secs(10);

@@ -8,7 +8,6 @@ use std::error::Error;
 use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -17,7 +16,7 @@ use dp_sidecar::driver::handles::{
     StageEvent, StageHandle, StageRequest, StageSource, StageSpec, StageState,
 };
 use dp_sidecar::shared_memory::{self, SHM_DIR};
-use dp_sidecar::staging::{self, NoAuth, StageConfig};
+use dp_sidecar::staging::{self, StageConfig};
 use dp_sidecar_protocol::{UpdateId, WeightVersion};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -119,7 +118,7 @@ impl Chain {
             std::fs::create_dir(&state)?;
             let run = format!("bench-{}-{node}", std::process::id());
             let host = IpAddr::V4(Ipv4Addr::LOCALHOST);
-            let config = StageConfig::new(format!("node {node}"), state, run.clone(), host, Arc::new(NoAuth));
+            let config = StageConfig::new(format!("node {node}"), state, run.clone(), host, None);
             let (events_in, events) = mpsc::channel(64);
             let handle = staging::spawn(config, events_in, &chain.tracker, chain.stop.clone())?;
             chain.nodes.push((handle, events));

@@ -2,7 +2,6 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt as _;
@@ -10,7 +9,8 @@ use futures::stream::FuturesUnordered;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::staging::config::{TransferAuth, TransferSide};
+use crate::peer::auth::{AuthError, Side, authenticate};
+use crate::token::Token;
 
 /// Connecting to, or authenticating, one peer takes no longer.
 const AUTH_LIMIT: Duration = Duration::from_secs(5);
@@ -23,7 +23,7 @@ const CANDIDATES: usize = 16;
 /// Nobody came by `until`, or the socket fails.
 pub(in crate::staging) async fn accept(
     listener: &TcpListener,
-    auth: &Arc<dyn TransferAuth>,
+    token: Option<&Token>,
     until: Instant,
 ) -> io::Result<(std::net::TcpStream, SocketAddr)> {
     let mut candidates = FuturesUnordered::new();
@@ -31,7 +31,7 @@ pub(in crate::staging) async fn accept(
         tokio::select! {
             accepted = listener.accept(), if candidates.len() < CANDIDATES => {
                 let (stream, peer) = accepted?;
-                let proof = auth.authenticate(stream, TransferSide::Receiver);
+                let proof = prove(stream, Side::Receiver, token);
                 candidates.push(async move { (peer, timeout(AUTH_LIMIT, proof).await) });
             }
             Some((peer, proof)) = candidates.next() => match proof {
@@ -52,11 +52,22 @@ pub(in crate::staging) async fn accept(
 /// It cannot be reached by then, or refuses.
 pub(in crate::staging) async fn connect(
     address: SocketAddr,
-    auth: &Arc<dyn TransferAuth>,
+    token: Option<&Token>,
 ) -> io::Result<std::net::TcpStream> {
     let until = Instant::now() + AUTH_LIMIT;
     let late = |what: &str| io::Error::new(io::ErrorKind::TimedOut, format!("{what} within {AUTH_LIMIT:?}"));
     let stream = timeout_at(until, TcpStream::connect(address)).await.map_err(|_| late("not reached"))??;
-    let proof = auth.authenticate(stream, TransferSide::Sender);
-    timeout_at(until, proof).await.map_err(|_| late("not authenticated"))??.into_std()
+    let proven = prove(stream, Side::Sender, token);
+    timeout_at(until, proven).await.map_err(|_| late("not authenticated"))??.into_std()
+}
+
+/// Proves to the other node that both know the secret, before anything else is said.
+async fn prove(mut stream: TcpStream, side: Side, token: Option<&Token>) -> io::Result<TcpStream> {
+    if let Some(token) = token {
+        authenticate(&mut stream, side, token).await.map_err(|error| match error {
+            AuthError::Io(error) => error,
+            error => io::Error::new(io::ErrorKind::PermissionDenied, error.to_string()),
+        })?;
+    }
+    Ok(stream)
 }
