@@ -69,8 +69,7 @@ impl Begun {
         let (events, reported) = mpsc::channel(server::EVENTS);
         let Local { relay, handshake, processes, keeper, gpus, .. } =
             local::start(&run, keeper, events.clone()).await?;
-        let stage_events = stage::events_of_node(events.clone(), &run.tracker);
-        let stage = stage::start(&run, None, stage_events)?;
+        let stage = stage::start(&run, None, events.clone())?;
         let ranks = relay.handles.ranks.clone();
         let services = Services {
             ranks: ranks.clone(),

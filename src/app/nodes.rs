@@ -13,15 +13,13 @@ use super::Run;
 use crate::api::NodeStatus;
 use crate::config::Nodes;
 use crate::driver::handles::{
-    AttachmentCommand, AttachmentHandle, HeldCall, NodeEvent, NodeId, NodeState, Shutdown, StageEvent,
+    AttachmentCommand, AttachmentHandle, HeldCall, NodeEvent, NodeId, NodeState, Shutdown,
 };
-use crate::driver::weight_update::UpdateNode;
+use crate::driver::weight_update::{StageReports, UpdateNode};
 use crate::exit_code::{self, RunEnd};
-use crate::link::LinkStream;
-use crate::link::client::{self, ClientOptions, Link, LinkStatus, NodeHandles};
+use crate::link::client::{self, ClientOptions, LinkStatus, NodeHandles};
 use crate::peer::introduction::Introduction;
 use crate::peer::leader::{BindError, GatherError, Leader, RemoteNode};
-use crate::peer::stream::PeerStream;
 use crate::tasks::{Task, named};
 
 /// The leader's own node.
@@ -71,38 +69,26 @@ impl Remote {
     }
 }
 
-/// Makes handles for a follower. What it reports goes to `events`.
+/// Makes handles for a follower. What it reports goes to `events`, and from there to `reports` what its staging area
+/// does.
 pub(super) fn connect(
     id: NodeId,
     node: RemoteNode,
     events: mpsc::Sender<NodeEvent>,
-    stage_events: mpsc::Receiver<StageEvent>,
+    reports: StageReports,
     run: &Run,
 ) -> (Remote, UpdateNode) {
-    let RemoteNode { introduction, mut connections, .. } = node;
+    let RemoteNode { introduction, connections } = node;
     let name = introduction.name();
     let options = ClientOptions::new(&*name, introduction.ranks(), run.stop.clone());
-    let (links, link_inbox) = mpsc::channel(1);
-    let peer = name.clone();
-    run.tracker.spawn(named(
-        Task::NodeLink,
-        run.stop.clone().run_until_cancelled_owned(async move {
-            while let Some(PeerStream { stream, dropped }) = connections.recv().await {
-                let stream = LinkStream::new(stream, &*peer).keeping(dropped);
-                if links.send(Link::Stream(stream)).await.is_err() {
-                    return;
-                }
-            }
-        }),
-    ));
-    let (handles, status) = client::spawn(options, link_inbox, events, &run.tracker);
+    let (handles, status) = client::spawn(options, connections, events, &run.tracker);
     let remote = Remote { id, introduction, handles, status };
     let update = UpdateNode {
         id,
         name,
         ranks: remote.introduction.ranks(),
         stage: Some(remote.handles.stage.clone()),
-        events: stage_events,
+        reports,
     };
     (remote, update)
 }
@@ -126,7 +112,7 @@ impl Readers {
         self,
         node: NodeId,
         mut events: mpsc::Receiver<NodeEvent>,
-        stage: mpsc::Sender<StageEvent>,
+        stage: StageReports,
         tracker: &TaskTracker,
     ) {
         tracker.spawn(named(Task::Queue, async move {
@@ -137,7 +123,10 @@ impl Readers {
                     NodeEvent::RouteLost(loss) => {
                         self.attachments.commands.send(AttachmentCommand::RouteLost(loss)).await.is_err()
                     }
-                    NodeEvent::Stage(event) => stage.send(event).await.is_err(),
+                    NodeEvent::Stage(event) => {
+                        stage.take(event);
+                        false
+                    }
                     // Of its relay process, whose state was told at the start; what was missed came as events.
                     NodeEvent::Connected(_) | NodeEvent::Disconnected { .. } if node == THIS_NODE => false,
                     event => {

@@ -4,25 +4,23 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 
 use tokio::sync::mpsc;
-use tokio_util::task::TaskTracker;
 use tracing::{error, info};
 
 use super::Run;
-use super::local::{QUEUE, internal};
-use crate::driver::handles::{NodeEvent, StageEvent, StageHandle};
+use super::local::internal;
+use crate::driver::handles::{NodeEvent, StageHandle};
 use crate::exit_code::RunEnd;
 use crate::peer::introduction::ranks_text;
 use crate::shared_memory::{self, SHM_DIR};
 use crate::staging::upload::UploadRequests;
 use crate::staging::{self, StageConfig};
 use crate::state_dir::StateDir;
-use crate::tasks::{Task, named};
 
 /// Starts the staging area. Weights of other nodes are taken at the address that those reach.
 pub(super) fn start(
     run: &Run,
     uploads: Option<UploadRequests>,
-    events: mpsc::Sender<StageEvent>,
+    events: mpsc::Sender<NodeEvent>,
 ) -> Result<StageHandle, RunEnd> {
     let Run { config, state, tracker, stop, .. } = run;
     let name = format!("node of {}", ranks_text(config.start_rank, config.size_local));
@@ -35,22 +33,6 @@ pub(super) fn start(
         ..StageConfig::new(name, state.path().to_owned(), state.run_id().to_owned(), host, token)
     };
     staging::spawn(stage, events, tracker, stop.clone()).map_err(|e| internal("staging area", &e))
-}
-
-/// Where the staging area of a follower reports.
-pub(super) fn events_of_node(
-    node: mpsc::Sender<NodeEvent>,
-    tracker: &TaskTracker,
-) -> mpsc::Sender<StageEvent> {
-    let (sender, mut events) = mpsc::channel(QUEUE);
-    tracker.spawn(named(Task::StageEvents, async move {
-        while let Some(event) = events.recv().await {
-            if node.send(NodeEvent::Stage(event)).await.is_err() {
-                return;
-            }
-        }
-    }));
-    sender
 }
 
 /// Frees the shared memory, when all engines of this node have ended with the sidecar. Adapters are kept for the

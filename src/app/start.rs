@@ -23,7 +23,7 @@ use crate::driver::handles::{
     AttachmentCommand, AttachmentHandle, Deployment, EdgeHandle, NodeId, NodeState, Origin,
 };
 use crate::driver::node::{Inputs, Node, NodePeers, Outputs, Peers};
-use crate::driver::weight_update::{UpdateConfig, UpdateNode};
+use crate::driver::weight_update::{StageReports, UpdateConfig, UpdateNode};
 use crate::driver::{control, coordinator, weight_update};
 use crate::exit_code::{self, RunEnd};
 use crate::http::HttpServer;
@@ -55,28 +55,28 @@ pub(super) async fn start(
     let mut reports = Vec::new();
     let mut reporter = |node| {
         let (events, reported) = mpsc::channel(server::EVENTS);
-        let (stage, stage_events) = mpsc::channel(QUEUE);
+        let stage = StageReports::default();
         reports.push((node, reported, stage.clone()));
-        (events, stage, stage_events)
+        (events, stage)
     };
-    let (events, stage, stage_events) = reporter(THIS_NODE);
-    let local = local::start(run, keeper, events).await?;
+    let (events, stage_reports) = reporter(THIS_NODE);
+    let local = local::start(run, keeper, events.clone()).await?;
     let (uploads, upload_requests) = upload::channel();
     let own_ranks: Vec<EngineIndex> = config.local_ranks().map(EngineIndex).collect();
     let this_node = UpdateNode {
         id: THIS_NODE,
         name: "this node".to_owned(),
         ranks: own_ranks.clone(),
-        stage: Some(stage::start(run, Some(upload_requests), stage)?),
-        events: stage_events,
+        stage: Some(stage::start(run, Some(upload_requests), events)?),
+        reports: stage_reports,
     };
     let mut update_nodes = vec![this_node];
     let gathered = nodes.map(|(own, leader, nodes)| {
         leader.welcome();
         let mut remotes = Vec::new();
         for (id, node) in (1..).zip(nodes) {
-            let (events, _, stage_events) = reporter(NodeId(id));
-            let (remote, update) = nodes::connect(NodeId(id), node, events, stage_events, run);
+            let (events, stage_reports) = reporter(NodeId(id));
+            let (remote, update) = nodes::connect(NodeId(id), node, events, stage_reports, run);
             remotes.push(remote);
             update_nodes.push(update);
         }

@@ -48,6 +48,7 @@ use handle::{Command, Follower, RestoreReply};
 pub use handle::{UpdateHandle, UpdateRun};
 use journal::Journal;
 use shim::EngineInfo;
+pub use stages::StageReports;
 use stages::Stages;
 use staging::{Cancel, Known};
 pub use types::{FenceRequest, UpdateConfig, UpdateError, UpdateNode, UpdateRecord, UpdateSnapshot};
@@ -98,7 +99,7 @@ pub fn spawn(
         tools: Arc::new(Tools {
             ranks: ranks.into_iter().map(|rank| (rank.rank, rank)).collect(),
             places,
-            stages: Stages::new(nodes, tracker, &stop),
+            stages: Stages::new(nodes),
             config,
             control,
             fences,

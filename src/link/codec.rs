@@ -95,6 +95,12 @@ impl LinkStream {
         Self { _kept: Some(Box::new(kept)), ..self }
     }
 
+    /// The connection itself.
+    #[cfg(test)]
+    pub(crate) fn io(&mut self) -> &mut impl LinkIo {
+        self.framed.get_mut()
+    }
+
     /// Who is at the other end.
     pub fn peer(&self) -> &str {
         &self.peer

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use thiserror::Error;
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, TcpStream, lookup_host};
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -21,10 +21,12 @@ use tracing::{debug, info, warn};
 use super::auth::{self, Side};
 use super::introduction::{Introduction, Word};
 use super::registry::{Claim, Refusal, Registry, missing_text};
-use super::stream::{OnDrop, PeerStream, set_options};
+use super::stream::set_options;
 use super::{frame, introduction};
 use crate::config::Nodes;
 use crate::exit_code;
+use crate::link::LinkStream;
+use crate::link::client::Link;
 use crate::log_limit::LogLimit;
 use crate::net;
 use crate::tasks::{Task, named};
@@ -96,7 +98,7 @@ pub struct RemoteNode {
     /// What it said about itself.
     pub introduction: Introduction,
     /// Its connections: the first is there at once, each later one replaces the one before.
-    pub connections: mpsc::Receiver<PeerStream>,
+    pub connections: mpsc::Receiver<Link>,
 }
 
 /// How far the gathering is.
@@ -108,15 +110,17 @@ enum Stage {
     Over(u8, String),
 }
 
+#[derive(Debug)]
 struct State {
     registry: Registry,
     /// Where a node's connections go, and come out until that end is taken.
-    connections: BTreeMap<u16, (mpsc::Sender<PeerStream>, Option<mpsc::Receiver<PeerStream>>)>,
+    connections: BTreeMap<u16, (mpsc::Sender<Link>, Option<mpsc::Receiver<Link>>)>,
     mismatches: Vec<String>,
     refused: LogLimit<IpAddr>,
     own_address: Option<IpAddr>,
 }
 
+#[derive(Debug)]
 struct Shared {
     token: Token,
     local: SocketAddr,
@@ -128,15 +132,9 @@ struct Shared {
 }
 
 /// The listening leader. Cheap to clone.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Leader {
     shared: Arc<Shared>,
-}
-
-impl std::fmt::Debug for Leader {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Leader").field("local", &self.shared.local).finish_non_exhaustive()
-    }
 }
 
 /// Resolves `host:port` to one address, IPv4 if there is one.
@@ -320,9 +318,9 @@ impl Shared {
         }
     }
 
-    /// One connection, until it is handed on.
+    /// One connection, to its end; what it carries is done by who it is handed on to.
     async fn serve(
-        self: &Arc<Self>,
+        &self,
         mut stream: TcpStream,
         peer: SocketAddr,
         stranger: tokio::sync::OwnedSemaphorePermit,
@@ -362,14 +360,16 @@ impl Shared {
                 return self.left(start_rank, connection);
             }
         };
-        let shared = self.clone();
-        let dropped = OnDrop::new(move || shared.left(start_rank, connection));
+        let (dropped, lost) = oneshot::channel::<()>();
+        let link = Link::Stream(LinkStream::new(stream, &*name).keeping(dropped));
         let sender = self.state.lock().connections.get(&start_rank).map(|(sender, _)| sender.clone());
-        if let Some(sender) = sender
-            && sender.send(PeerStream { stream, dropped }).await.is_err()
-        {
+        let sent = async move { sender?.send(link).await.ok() };
+        if sent.await.is_none() {
             debug!(node = %name, "no task accepts connections any more");
         }
+        // An error, always: it is only ever dropped.
+        let _ = lost.await;
+        self.left(start_rank, connection);
     }
 
     fn claim(&self, introduction: Introduction, peer: SocketAddr, connection: u64) -> Result<(), Refusal> {

@@ -1,6 +1,5 @@
-//! An authenticated connection between two nodes.
+//! Options of a connection between two nodes.
 
-use std::fmt;
 use std::io;
 
 use tokio::net::TcpStream;
@@ -13,34 +12,4 @@ const KEEP_ALIVE: KeepAlive = KeepAlive { idle: 10, interval: 5, probes: 3, unac
 pub(super) fn set_options(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     KEEP_ALIVE.apply(stream)
-}
-
-/// A connection for the link, and what has to be dropped with it.
-#[derive(Debug)]
-pub struct PeerStream {
-    pub stream: TcpStream,
-    pub dropped: OnDrop,
-}
-
-/// Does something when it is dropped.
-pub struct OnDrop(Option<Box<dyn FnOnce() + Send>>);
-
-impl OnDrop {
-    pub(super) fn new(action: impl FnOnce() + Send + 'static) -> Self {
-        Self(Some(Box::new(action)))
-    }
-}
-
-impl Drop for OnDrop {
-    fn drop(&mut self) {
-        if let Some(action) = self.0.take() {
-            action();
-        }
-    }
-}
-
-impl fmt::Debug for OnDrop {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("OnDrop").finish_non_exhaustive()
-    }
 }

@@ -14,6 +14,9 @@ use super::introduction::Introduction;
 use super::leader::{GatherError, Leader, RemoteNode};
 use crate::config::Nodes;
 use crate::exit_code;
+use crate::link::LinkStream;
+use crate::link::client::Link;
+use crate::link::codec::LinkIo;
 use crate::token::Token;
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -92,8 +95,16 @@ impl Setup {
     }
 }
 
+/// The next connection of a node.
+async fn next(node: &mut RemoteNode) -> LinkStream {
+    match node.connections.recv().await {
+        Some(Link::Stream(stream)) => stream,
+        other => panic!("{other:?}"),
+    }
+}
+
 /// Both ends of a link are the same connection.
-async fn check_link(one: &mut TcpStream, other: &mut TcpStream) {
+async fn check_link(one: &mut impl LinkIo, other: &mut impl LinkIo) {
     one.write_all(b"ask").await.unwrap();
     let mut asked = [0; 3];
     tokio::time::timeout(LIMIT, other.read_exact(&mut asked)).await.unwrap().unwrap();
@@ -112,12 +123,17 @@ async fn nodes_find_their_leader_in_any_start_order() {
     let starts: Vec<u16> = nodes.iter().map(|node| node.introduction.start_rank).collect();
     assert_eq!(starts, [2, 4]);
     for (node, found) in nodes.iter_mut().zip(&mut found) {
-        let mut stream = node.connections.recv().await.unwrap();
-        check_link(&mut stream.stream, &mut found.stream).await;
+        let mut stream = next(node).await;
+        check_link(stream.io(), &mut found.stream).await;
         assert!(leader.claims().iter().any(|claim| claim.alive));
     }
     drop((nodes, found));
-    assert!(leader.claims().iter().all(|claim| !claim.alive), "dropped links are down");
+    let down = async {
+        while leader.claims().iter().any(|claim| claim.alive) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(LIMIT, down).await.expect("dropped links are down");
     setup.end().await;
 }
 
@@ -145,20 +161,20 @@ async fn a_node_that_comes_again_gets_its_place_and_a_stranger_does_not() {
     let leader = setup.leader(4).await;
     let (nodes, first) = tokio::join!(Setup::gather(&leader), setup.find(node(2, 2, "dense")));
     let mut nodes = nodes.unwrap();
-    let held = nodes[0].connections.recv().await.unwrap();
+    let held = next(&mut nodes[0]).await;
     let other = Introduction { run_id: "another".into(), ..node(2, 2, "dense") };
     let refused = setup.find(other.clone()).await.unwrap_err();
     assert!(refused.to_string().contains("held by node host-2 (ranks 2 to 3)"), "{refused}");
     assert_eq!(refused.exit_code(), exit_code::MISMATCH);
     let mut again = setup.find(node(2, 2, "dense")).await.unwrap();
-    let mut stream = nodes[0].connections.recv().await.unwrap();
+    let mut stream = next(&mut nodes[0]).await;
     drop((first, held));
-    check_link(&mut again.stream, &mut stream.stream).await;
+    check_link(&mut again.stream, stream.io()).await;
     // Its successor on another machine, when it is gone.
     drop((again, stream));
     let mut successor = setup.find(other).await.unwrap();
-    let mut stream = nodes[0].connections.recv().await.unwrap();
-    check_link(&mut successor.stream, &mut stream.stream).await;
+    let mut stream = next(&mut nodes[0]).await;
+    check_link(&mut successor.stream, stream.io()).await;
     setup.end().await;
 }
 

@@ -30,7 +30,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::driver::handles::{StageEvent, StageHandle, queue};
+use crate::driver::handles::{NodeEvent, StageHandle, queue};
 use crate::tasks::{Task, named};
 pub use adapters::remove_adapters;
 pub use config::StageConfig;
@@ -48,7 +48,7 @@ pub(crate) use transfer::testing::fuzz as fuzz_transfer;
 /// `segments.json` in the state directory cannot be read.
 pub fn spawn(
     config: StageConfig,
-    events: mpsc::Sender<StageEvent>,
+    events: mpsc::Sender<NodeEvent>,
     tracker: &TaskTracker,
     stop: CancellationToken,
 ) -> io::Result<StageHandle> {

@@ -31,8 +31,8 @@ use super::records::Role;
 use super::upload::{Ask, IDLE_LIMIT, Session, UploadError, UploadRequests, UploadStatus};
 use crate::api::{Retain, StageProgress};
 use crate::driver::handles::{
-    AdapterPlace, Envelope, HandleError, ReplyTo, StageEvent, StageRequest, StageSource, StageSpec,
-    StageState,
+    AdapterPlace, Envelope, HandleError, NodeEvent, ReplyTo, StageEvent, StageRequest, StageSource,
+    StageSpec, StageState,
 };
 use crate::manifest::Manifest;
 use crate::tasks::{Task as TaskName, rehearse};
@@ -76,7 +76,7 @@ struct Task {
     /// Taken by what blocks.
     area: Option<Area>,
     adapters: Arc<Mutex<Adapters>>,
-    events: mpsc::Sender<StageEvent>,
+    events: mpsc::Sender<NodeEvent>,
     notes: mpsc::Sender<Note>,
     tracker: TaskTracker,
     running: Option<Running>,
@@ -90,7 +90,7 @@ struct Task {
 pub(super) async fn run(
     mut config: StageConfig,
     mut commands: mpsc::Receiver<Envelope<StageRequest>>,
-    events: mpsc::Sender<StageEvent>,
+    events: mpsc::Sender<NodeEvent>,
     tracker: TaskTracker,
     stop: CancellationToken,
 ) {
@@ -313,7 +313,7 @@ impl Task {
             let report = |progress| {
                 *shown.lock() = progress;
                 // Progress that nobody has time for is dropped.
-                let _ = events.try_send(StageEvent::Progress { id: id.clone(), progress });
+                let _ = events.try_send(NodeEvent::Stage(StageEvent::Progress { id: id.clone(), progress }));
             };
             rehearse(TaskName::StagingThread);
             let outcome = job.run(origin, &report);
@@ -395,7 +395,7 @@ impl Task {
 
     async fn tell(&self, event: StageEvent) {
         // Nobody listens when the sidecar stops.
-        let _ = self.events.send(event).await;
+        let _ = self.events.send(NodeEvent::Stage(event)).await;
     }
 
     /// Does something with the segments on a thread that may block.

@@ -25,7 +25,7 @@ use super::config::StageConfig;
 use super::upload::{Uploads, channel};
 use crate::api::{Retain, StageProgress};
 use crate::driver::handles::{
-    HandleError, StageEvent, StageHandle, StageRequest, StageSource, StageSpec, StageState,
+    HandleError, NodeEvent, StageEvent, StageHandle, StageRequest, StageSource, StageSpec, StageState,
 };
 use crate::manifest::tests::write;
 
@@ -73,7 +73,7 @@ impl Place {
 /// A running staging task.
 struct Node {
     handle: StageHandle,
-    events: mpsc::Receiver<StageEvent>,
+    events: mpsc::Receiver<NodeEvent>,
     tracker: TaskTracker,
     stop: CancellationToken,
     uploads: Uploads,
@@ -109,9 +109,12 @@ impl Node {
     async fn outcome(&mut self) -> Result<(Checkpoint, StageProgress), String> {
         loop {
             match timeout(LIMIT, self.events.recv()).await.unwrap().unwrap() {
-                StageEvent::Progress { .. } => {}
-                StageEvent::Staged { checkpoint, progress, .. } => return Ok((checkpoint, progress)),
-                StageEvent::Failed { error, .. } => return Err(error),
+                NodeEvent::Stage(StageEvent::Progress { .. }) => {}
+                NodeEvent::Stage(StageEvent::Staged { checkpoint, progress, .. }) => {
+                    return Ok((checkpoint, progress));
+                }
+                NodeEvent::Stage(StageEvent::Failed { error, .. }) => return Err(error),
+                other => panic!("{other:?}"),
             }
         }
     }

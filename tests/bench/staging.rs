@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use dp_sidecar::api::{Retain, StageProgress};
 use dp_sidecar::driver::handles::{
-    StageEvent, StageHandle, StageRequest, StageSource, StageSpec, StageState,
+    NodeEvent, StageEvent, StageHandle, StageRequest, StageSource, StageSpec, StageState,
 };
 use dp_sidecar::shared_memory::{self, SHM_DIR};
 use dp_sidecar::staging::{self, StageConfig};
@@ -103,7 +103,7 @@ fn write_checkpoint(dir: &Path, seed: u64, bytes: usize) -> Result<(), Failure> 
 }
 
 struct Chain {
-    nodes: Vec<(StageHandle, mpsc::Receiver<StageEvent>)>,
+    nodes: Vec<(StageHandle, mpsc::Receiver<NodeEvent>)>,
     runs: Vec<String>,
     tracker: TaskTracker,
     stop: CancellationToken,
@@ -152,12 +152,13 @@ impl Chain {
         for (_, events) in &mut self.nodes {
             loop {
                 match tokio::time::timeout(LIMIT, events.recv()).await?.ok_or("ended")? {
-                    StageEvent::Progress { .. } => {}
-                    StageEvent::Staged { progress, .. } => {
+                    NodeEvent::Stage(StageEvent::Progress { .. }) => {}
+                    NodeEvent::Stage(StageEvent::Staged { progress, .. }) => {
                         all.push(progress);
                         break;
                     }
-                    StageEvent::Failed { error, .. } => return Err(error.into()),
+                    NodeEvent::Stage(StageEvent::Failed { error, .. }) => return Err(error.into()),
+                    other => return Err(format!("{other:?}").into()),
                 }
             }
         }

@@ -45,7 +45,6 @@ const fn place(task: Task) -> Place {
         | Task::KeeperEvents
         | Task::Lifeline
         | Task::LinkClient
-        | Task::NodeLink
         | Task::Node
         | Task::Outside
         | Task::PauseWatch
@@ -54,7 +53,6 @@ const fn place(task: Task) -> Place {
         | Task::Processes
         | Task::Queue
         | Task::RelayHost
-        | Task::StageEvents
         | Task::Staging
         | Task::StagingThread
         | Task::WeightUpdate => Place::Leader,

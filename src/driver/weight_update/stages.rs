@@ -8,7 +8,6 @@ use super::super::handles::{
 };
 use super::*;
 use crate::api::StageProgress;
-use crate::tasks::{Task, named};
 
 /// For answers that need no bytes.
 const ANSWER: Duration = Duration::from_secs(30);
@@ -26,12 +25,23 @@ pub(super) struct Seen {
     ended: Option<(UpdateId, Result<Checkpoint, String>)>,
 }
 
+/// Where a node's staging area reports.
+#[derive(Clone, Debug, Default)]
+pub struct StageReports(Arc<watch::Sender<Seen>>);
+
+impl StageReports {
+    /// It has reported something.
+    pub fn take(&self, event: StageEvent) {
+        self.0.send_modify(|seen| seen.take(event));
+    }
+}
+
 #[derive(Debug)]
 struct Node {
     name: String,
     first: EngineIndex,
     handle: Option<StageHandle>,
-    seen: Arc<watch::Sender<Seen>>,
+    reports: StageReports,
 }
 
 /// All nodes.
@@ -43,25 +53,12 @@ pub(super) struct Stages {
 }
 
 impl Stages {
-    /// Listens to the nodes until `stop`.
-    pub(super) fn new(nodes: Vec<UpdateNode>, tracker: &TaskTracker, stop: &CancellationToken) -> Self {
-        let mut all = BTreeMap::new();
-        for node in nodes {
-            let seen = Arc::new(watch::Sender::new(Seen::default()));
-            let UpdateNode { id, name, ranks, stage, mut events } = node;
-            let publish = seen.clone();
-            tracker.spawn(named(
-                Task::StageEvents,
-                stop.clone().run_until_cancelled_owned(async move {
-                    while let Some(event) = events.recv().await {
-                        publish.send_modify(|seen| seen.take(event));
-                    }
-                }),
-            ));
+    pub(super) fn new(nodes: Vec<UpdateNode>) -> Self {
+        let node = |UpdateNode { id, name, ranks, stage, reports }| {
             let first = ranks.into_iter().min().unwrap_or(EngineIndex(u16::MAX));
-            all.insert(id, Node { name, first, handle: stage, seen });
-        }
-        Self { nodes: Arc::new(all), turn: Arc::new(Semaphore::new(1)) }
+            (id, Node { name, first, handle: stage, reports })
+        };
+        Self { nodes: Arc::new(nodes.into_iter().map(node).collect()), turn: Arc::new(Semaphore::new(1)) }
     }
 
     /// In the order of their first rank: the leader first.
@@ -90,7 +87,7 @@ impl Stages {
     }
 
     pub(super) fn seen(&self, node: NodeId) -> Option<watch::Receiver<Seen>> {
-        self.nodes.get(&node).map(|node| node.seen.subscribe())
+        self.nodes.get(&node).map(|node| node.reports.0.subscribe())
     }
 
     async fn ask(&self, node: NodeId, limit: Duration, request: StageRequest) -> Result<StageState, String> {
@@ -158,7 +155,7 @@ impl Stages {
 
     pub(super) async fn begin(&self, node: NodeId, spec: StageSpec) -> Result<StageState, String> {
         if let Some(known) = self.nodes.get(&node) {
-            known.seen.send_modify(|seen| {
+            known.reports.0.send_modify(|seen| {
                 if seen.ended.as_ref().is_some_and(|(id, _)| *id == spec.id) {
                     seen.ended = None;
                 }
@@ -183,8 +180,7 @@ impl Stages {
                 if let Some((_, result)) = ended {
                     return result.map_err(|error| format!("{name}: {error}"));
                 }
-                if let Ok(changed) = tokio::time::timeout(LOOK, seen.changed()).await {
-                    changed.map_err(|_| format!("{name}: its staging area has ended"))?;
+                if tokio::time::timeout(LOOK, seen.changed()).await.is_ok() {
                     continue;
                 }
                 let Ok(state) = self.state(node).await else {

@@ -10,9 +10,9 @@ use dp_sidecar_protocol::machine::weight_update::{
 use dp_sidecar_protocol::{EngineIndex, Incarnation, UpdateId, WeightVersion};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
-use tokio::sync::mpsc;
 
-use super::super::handles::{GroupKind, StageEvent, StageHandle};
+use super::super::handles::{GroupKind, StageHandle};
+use super::stages::StageReports;
 use crate::api::{ReportStatus, UNKNOWN, UpdateReport, UpdateRequest};
 
 /// Settings of the update task.
@@ -66,7 +66,7 @@ pub struct UpdateNode {
     /// Its staging area. None: engines load from directories only.
     pub stage: Option<StageHandle>,
     /// What the staging area reports.
-    pub events: mpsc::Receiver<StageEvent>,
+    pub reports: StageReports,
 }
 
 /// The final word on an update.

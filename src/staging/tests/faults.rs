@@ -195,7 +195,7 @@ async fn a_discard_ends_a_staging_at_once() {
     // The second node may have noticed the loss of the first before it was told to discard.
     for node in &mut chain.nodes {
         while let Ok(event) = node.events.try_recv() {
-            assert!(!matches!(event, StageEvent::Staged { .. }), "{event:?}");
+            assert!(!matches!(event, NodeEvent::Stage(StageEvent::Staged { .. })), "{event:?}");
         }
     }
     chain.update("u2", dir.path()).await;

@@ -46,7 +46,7 @@ fn assemble(
     let mut stages = Vec::new();
     let mut nodes = Vec::new();
     for node in 0..2u16 {
-        let (stage, handle, events) = FakeStage::start(node, &network);
+        let (stage, handle, reports) = FakeStage::start(node, &network);
         if let Some(before) = areas.as_ref().and_then(|areas| areas.get(usize::from(node))) {
             stage.area.lock().state = before.area.lock().state.clone();
         }
@@ -56,7 +56,7 @@ fn assemble(
             name: format!("node {node}"),
             ranks: vec![EngineIndex(node * 2), EngineIndex(node * 2 + 1)],
             stage: Some(handle),
-            events,
+            reports,
         });
     }
     let updates = spawn(config, handles, nodes, control.clone(), fences_to, &tracker, stop.clone()).unwrap();

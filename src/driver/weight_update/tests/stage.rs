@@ -41,14 +41,14 @@ pub(super) type Network = Arc<Mutex<BTreeMap<SocketAddr, (FakeStage, StageSpec)>
 pub(super) struct FakeStage {
     node: u16,
     pub(super) area: Arc<Mutex<Area>>,
-    events: mpsc::Sender<StageEvent>,
+    reports: StageReports,
 }
 
 impl FakeStage {
-    pub(super) fn start(node: u16, network: &Network) -> (Self, StageHandle, mpsc::Receiver<StageEvent>) {
+    pub(super) fn start(node: u16, network: &Network) -> (Self, StageHandle, StageReports) {
         let (handle, mut inbox) = queue("staging");
-        let (events, reports) = mpsc::channel(64);
-        let this = Self { node, area: Arc::default(), events };
+        let reports = StageReports::default();
+        let this = Self { node, area: Arc::default(), reports: reports.clone() };
         let (served, network) = (this.clone(), network.clone());
         tokio::spawn(async move {
             while let Some(Envelope { ask, reply, .. }) = inbox.recv().await {
@@ -140,7 +140,7 @@ impl FakeStage {
             match area.scripts.pop_front() {
                 Some(Script::Fails) => {
                     let error = "disk full".to_owned();
-                    self.events.try_send(StageEvent::Failed { id: spec.id, error }).unwrap();
+                    self.reports.take(StageEvent::Failed { id: spec.id, error });
                     return Ok(());
                 }
                 Some(Script::Hangs) => {
@@ -199,6 +199,6 @@ impl FakeStage {
             let (id, version) = (spec.id.clone(), spec.version.clone());
             area.state.staged = Some(StagedVersion { id, version, checkpoint: checkpoint.clone() });
         }
-        self.events.send(StageEvent::Staged { id: spec.id, checkpoint, progress }).await.ok();
+        self.reports.take(StageEvent::Staged { id: spec.id, checkpoint, progress });
     }
 }
