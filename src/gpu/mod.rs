@@ -5,7 +5,7 @@
 
 mod nvml;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use crate::tasks::{Task, rehearse};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
-pub use self::nvml::NvmlAccel;
+use self::nvml::NvmlAccel;
 
 /// How long a report may take.
 pub const REPORT_LIMIT: Duration = Duration::from_secs(3);
@@ -72,51 +72,28 @@ pub struct GpuProcess {
     pub memory: Option<u64>,
 }
 
-/// A source of facts about accelerators.
-pub trait Accelerators: Send {
-    /// What is known now. May block.
-    fn report(&mut self) -> GpuReport;
-}
+/// Says what is known about accelerators now. May block.
+pub type Accelerators = Box<dyn FnMut() -> GpuReport + Send>;
 
-/// There are none, or they cannot be asked.
-#[derive(Clone, Debug)]
-pub struct NoneAccel {
-    pub reason: String,
-}
-
-impl Accelerators for NoneAccel {
-    fn report(&mut self) -> GpuReport {
-        GpuReport::none(&*self.reason)
-    }
-}
-
-/// Accelerators out of a JSON file (a [`GpuReport`]), for tests and for trying things out.
-#[derive(Clone, Debug)]
-pub struct FakeAccel {
-    /// The file; read again for each report.
-    pub file: PathBuf,
-}
-
-impl Accelerators for FakeAccel {
-    fn report(&mut self) -> GpuReport {
-        let read = std::fs::read(&self.file)
-            .map_err(|error| error.to_string())
-            .and_then(|text| serde_json::from_slice::<GpuReport>(&text).map_err(|error| error.to_string()));
-        match read {
-            Ok(report) => GpuReport { source: "fake".to_owned(), ..report },
-            Err(error) => GpuReport::none(format!("{}: {error}", self.file.display())),
-        }
-    }
-}
-
-/// The accelerators of this machine, or those of a file.
-pub fn detect(file: Option<&Path>) -> Box<dyn Accelerators> {
-    match file {
-        Some(file) => Box::new(FakeAccel { file: file.to_owned() }),
+/// The accelerators of this machine; or those of a JSON file (a [`GpuReport`]), which is read again for each report, for
+/// tests and for trying things out.
+pub fn detect(file: Option<&Path>) -> Accelerators {
+    match file.map(Path::to_owned) {
+        Some(file) => Box::new(move || of_file(&file)),
         None => match NvmlAccel::open() {
-            Ok(nvml) => Box::new(nvml),
-            Err(reason) => Box::new(NoneAccel { reason }),
+            Ok(mut nvml) => Box::new(move || nvml.report()),
+            Err(reason) => Box::new(move || GpuReport::none(&*reason)),
         },
+    }
+}
+
+fn of_file(file: &Path) -> GpuReport {
+    let read = std::fs::read(file)
+        .map_err(|error| error.to_string())
+        .and_then(|text| serde_json::from_slice::<GpuReport>(&text).map_err(|error| error.to_string()));
+    match read {
+        Ok(report) => GpuReport { source: "fake".to_owned(), ..report },
+        Err(error) => GpuReport::none(format!("{}: {error}", file.display())),
     }
 }
 
@@ -129,14 +106,14 @@ pub struct GpuMonitor {
 impl GpuMonitor {
     /// Starts the thread. `open` runs on it, because opening NVML may block, too. The thread ends
     /// when the last monitor is dropped; one that hangs inside the driver ends with the process.
-    pub fn start(open: impl FnOnce() -> Box<dyn Accelerators> + Send + 'static) -> std::io::Result<Self> {
+    pub fn start(open: impl FnOnce() -> Accelerators + Send + 'static) -> std::io::Result<Self> {
         let (asks, queue) = sync_channel::<oneshot::Sender<GpuReport>>(4);
         std::thread::Builder::new().name("accelerators".to_owned()).spawn(move || {
             let mut accelerators = open();
             while let Ok(reply) = queue.recv() {
                 rehearse(Task::Accelerators);
                 // The asker may have given up.
-                let _ = reply.send(accelerators.report());
+                let _ = reply.send(accelerators());
             }
         })?;
         Ok(Self { asks })
@@ -168,7 +145,7 @@ pub fn count(file: Option<&Path>) -> u32 {
     let (sender, receiver) = sync_channel(1);
     let asked = std::thread::Builder::new().name("accelerators".to_owned()).spawn(move || {
         // The asker may have given up.
-        let _ = sender.send(detect(file.as_deref()).report().devices.len());
+        let _ = sender.send(detect(file.as_deref())().devices.len());
     });
     let count = asked.ok().and_then(|_| receiver.recv_timeout(REPORT_LIMIT * 3).ok());
     count.and_then(|count| u32::try_from(count).ok()).unwrap_or(0)
@@ -176,6 +153,8 @@ pub fn count(file: Option<&Path>) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use super::*;
 
     fn file(text: &str) -> (tempfile::TempDir, PathBuf) {
@@ -188,7 +167,7 @@ mod tests {
     #[test]
     fn a_machine_without_a_driver_has_none_and_says_why() {
         // On a machine with a driver this is the real thing, and has no reason to give.
-        let report = detect(None).report();
+        let report = detect(None)();
         match report.source.as_str() {
             "none" => {
                 assert!(report.devices.is_empty());
@@ -206,7 +185,7 @@ mod tests {
                 "devices":[{"index":0,"uuid":"GPU-a","memory_total":1024},{"index":1}]}"#,
         );
         assert_eq!(count(Some(&path)), 2);
-        let report = detect(Some(&path)).report();
+        let report = detect(Some(&path))();
         assert_eq!(report.source, "fake");
         assert_eq!(report.devices[0].memory_total, Some(1024));
         assert_eq!(report.devices[0].temperature, None);
@@ -217,36 +196,28 @@ mod tests {
     fn a_broken_file_is_an_answer_too() {
         let (_dir, path) = file("{");
         assert_eq!(count(Some(&path)), 0);
-        let report = detect(Some(&path)).report();
+        let report = detect(Some(&path))();
         assert!(report.reason.unwrap().contains("accel.json"));
     }
 
     #[tokio::test]
     async fn the_monitor_answers_from_its_own_thread() {
-        struct Named;
-        impl Accelerators for Named {
-            fn report(&mut self) -> GpuReport {
-                GpuReport {
-                    source: std::thread::current().name().unwrap_or("").to_owned(),
-                    ..GpuReport::default()
-                }
-            }
-        }
-        let monitor = GpuMonitor::start(|| Box::new(Named)).unwrap();
+        let named = || GpuReport {
+            source: std::thread::current().name().unwrap_or("").to_owned(),
+            ..GpuReport::default()
+        };
+        let monitor = GpuMonitor::start(move || Box::new(named)).unwrap();
         assert_eq!(monitor.report().await.source, "accelerators");
     }
 
     #[tokio::test]
     async fn a_driver_that_hangs_delays_nobody_beyond_the_limit() {
-        struct Hanging(std::sync::mpsc::Receiver<()>);
-        impl Accelerators for Hanging {
-            fn report(&mut self) -> GpuReport {
-                let _ = self.0.recv();
-                GpuReport::default()
-            }
-        }
-        let (release, hang) = std::sync::mpsc::channel();
-        let monitor = GpuMonitor::start(|| Box::new(Hanging(hang))).unwrap();
+        let (release, hang) = std::sync::mpsc::channel::<()>();
+        let hanging = move || {
+            let _ = hang.recv();
+            GpuReport::default()
+        };
+        let monitor = GpuMonitor::start(|| Box::new(hanging)).unwrap();
         let report = monitor.report_within(Duration::from_millis(30)).await;
         assert_eq!(report.reason.as_deref(), Some("the driver does not answer"));
         drop(release);

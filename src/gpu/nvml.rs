@@ -5,22 +5,38 @@ use nvml_wrapper::enum_wrappers::device::{EccCounter, MemoryError, TemperatureSe
 use nvml_wrapper::enums::device::UsedGpuMemory;
 use nvml_wrapper::error::NvmlError;
 
-use super::{Accelerators, GpuDevice, GpuProcess, GpuReport};
+use super::{GpuDevice, GpuProcess, GpuReport};
 
 /// NVML, opened. The library is loaded when it is opened, not when this program is: a machine
 /// without a driver runs the same binary.
 #[derive(Debug)]
-pub struct NvmlAccel {
+pub(super) struct NvmlAccel {
     nvml: Nvml,
 }
 
 impl NvmlAccel {
     /// Opens NVML; the error says why there is none.
-    pub fn open() -> Result<Self, String> {
+    pub(super) fn open() -> Result<Self, String> {
         match Nvml::init() {
             Ok(nvml) => Ok(Self { nvml }),
             Err(NvmlError::LibloadingError(error)) => Err(format!("no NVIDIA management library: {error}")),
             Err(error) => Err(error.to_string()),
+        }
+    }
+
+    /// What is known now. May block.
+    pub(super) fn report(&mut self) -> GpuReport {
+        match self.read() {
+            Ok(report) => report,
+            // The driver was reloaded under us: open it anew, once.
+            Err(NvmlError::Uninitialized | NvmlError::GpuLost | NvmlError::DriverNotLoaded) => {
+                let again = Self::open().and_then(|new| {
+                    *self = new;
+                    self.read().map_err(|error| error.to_string())
+                });
+                again.unwrap_or_else(GpuReport::none)
+            }
+            Err(error) => GpuReport::none(error.to_string()),
         }
     }
 
@@ -63,23 +79,6 @@ impl NvmlAccel {
                     })
                     .collect()
             }),
-        }
-    }
-}
-
-impl Accelerators for NvmlAccel {
-    fn report(&mut self) -> GpuReport {
-        match self.read() {
-            Ok(report) => report,
-            // The driver was reloaded under us: open it anew, once.
-            Err(NvmlError::Uninitialized | NvmlError::GpuLost | NvmlError::DriverNotLoaded) => {
-                let again = Self::open().and_then(|new| {
-                    *self = new;
-                    self.read().map_err(|error| error.to_string())
-                });
-                again.unwrap_or_else(GpuReport::none)
-            }
-            Err(error) => GpuReport::none(error.to_string()),
         }
     }
 }
