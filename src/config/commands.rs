@@ -51,16 +51,14 @@ impl Config {
         let local = self.local_ranks().position(|own| own == rank)?;
         let mut argv = launch.serve();
         argv.push("--headless".to_owned());
-        push_flags(
-            &mut argv,
-            &[
-                ("--data-parallel-size", self.size.to_string()),
-                ("--data-parallel-size-local", "1".to_owned()),
-                ("--data-parallel-start-rank", rank.to_string()),
-                ("--data-parallel-address", handshake.ip().to_string()),
-                ("--data-parallel-rpc-port", handshake.port().to_string()),
-            ],
-        );
+        let flags = [
+            ("--data-parallel-size", self.size.to_string()),
+            ("--data-parallel-size-local", "1".to_owned()),
+            ("--data-parallel-start-rank", rank.to_string()),
+            ("--data-parallel-address", handshake.ip().to_string()),
+            ("--data-parallel-rpc-port", handshake.port().to_string()),
+        ];
+        push_flags(&mut argv, flags);
         // No --shutdown-timeout: the sidecar has drained when it stops an engine. With one, vLLM waits
         // that long for workers that hang in their teardown (seen on 0.32.0: 25 s instead of 5).
         argv.extend_from_slice(&launch.common_flags);
@@ -85,23 +83,22 @@ impl Config {
             return None;
         };
         let serve = self.serve.as_ref()?;
-        let mut argv = launch.serve();
-        push_flags(
-            &mut argv,
-            &[
-                ("--data-parallel-size", self.size.to_string()),
-                ("--data-parallel-size-local", "0".to_owned()),
-                ("--data-parallel-address", handshake.ip().to_string()),
-                ("--data-parallel-rpc-port", handshake.port().to_string()),
-                ("--port", serve.port.to_string()),
-            ],
-        );
-        if let Some(host) = &serve.host {
-            push_flags(&mut argv, &[("--host", host.clone())]);
-        }
+        let mut flags = vec![
+            ("--data-parallel-size", self.size.to_string()),
+            ("--data-parallel-size-local", "0".to_owned()),
+            ("--data-parallel-address", handshake.ip().to_string()),
+            ("--data-parallel-rpc-port", handshake.port().to_string()),
+            ("--port", serve.port.to_string()),
+        ];
+        flags.extend(serve.host.clone().map(|host| ("--host", host)));
         // vLLM's default is one API server per rank; the sidecar must know how many slots it takes.
-        push_flags(&mut argv, &[("--api-server-count", serve.api_server_count.to_string())]);
-        self.push_shutdown_timeout(&mut argv);
+        flags.push(("--api-server-count", serve.api_server_count.to_string()));
+        // API servers get as long to end as the sidecar waits, unless the user chose otherwise: a flag
+        // that comes later on the command line wins.
+        let seconds = self.shutdown_timeout.as_secs();
+        flags.extend((seconds > 0).then(|| ("--shutdown-timeout", seconds.to_string())));
+        let mut argv = launch.serve();
+        push_flags(&mut argv, flags);
         argv.extend_from_slice(&launch.common_flags);
         argv.extend_from_slice(&launch.frontend_flags);
         Some(SpawnSpec {
@@ -113,15 +110,6 @@ impl Config {
             stop_order: FRONTEND_STOP_ORDER,
         })
     }
-
-    /// API servers get as long to end as the sidecar waits, unless the user chose otherwise: a flag
-    /// that comes later on the command line wins.
-    fn push_shutdown_timeout(&self, argv: &mut Vec<String>) {
-        let seconds = self.shutdown_timeout.as_secs();
-        if seconds > 0 {
-            push_flags(argv, &[("--shutdown-timeout", seconds.to_string())]);
-        }
-    }
 }
 
 /// Whether a variable of vLLM's environment decides what vLLM does. Shells and launchers change others from one
@@ -131,9 +119,6 @@ fn matters(variable: &str) -> bool {
     variable != "VLLM_HOST_IP" && (variable.starts_with("VLLM_") || variable.ends_with("_VISIBLE_DEVICES"))
 }
 
-fn push_flags(argv: &mut Vec<String>, flags: &[(&str, String)]) {
-    for (flag, value) in flags {
-        argv.push((*flag).to_owned());
-        argv.push(value.clone());
-    }
+fn push_flags<'a>(argv: &mut Vec<String>, flags: impl IntoIterator<Item = (&'a str, String)>) {
+    argv.extend(flags.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]));
 }
