@@ -139,7 +139,7 @@ impl Client {
         let (command, mut answers) = AdminCommand::new(command);
         match timeout_at(until, self.commands.send(command)).await {
             Ok(Ok(())) => {}
-            Ok(Err(_)) => return self.send(&Response::Error(stopping())).await,
+            Ok(Err(_)) => return self.send(&Response::Error(AdminError::stopping())).await,
             Err(_) => return self.send(&Response::Error(late(limit))).await,
         }
         let mut heartbeat = interval_at(Instant::now() + HEARTBEAT, HEARTBEAT);
@@ -147,7 +147,7 @@ impl Client {
             // Nothing is sent inside a branch's future: a line is never cut in half.
             let answer = tokio::select! {
                 biased;
-                answer = answers.recv() => answer.unwrap_or_else(|| Response::Error(stopping())),
+                answer = answers.recv() => answer.unwrap_or_else(|| Response::Error(AdminError::stopping())),
                 () = sleep_until(until) => Response::Error(late(limit)),
                 _ = heartbeat.tick() => match &last {
                     Some(step) => Response::Progress(step.clone()),
@@ -177,10 +177,6 @@ impl Client {
         line.push(b'\n');
         matches!(timeout(WRITE_LIMIT, self.answers.write_all(&line)).await, Ok(Ok(())))
     }
-}
-
-fn stopping() -> AdminError {
-    AdminError::new(ErrorKind::Unavailable, "the sidecar is stopping")
 }
 
 fn late(limit: Duration) -> AdminError {

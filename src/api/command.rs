@@ -138,6 +138,11 @@ impl AdminError {
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into() }
     }
+
+    /// Nobody is there any more to do it.
+    pub fn stopping() -> Self {
+        Self::new(ErrorKind::Unavailable, "the sidecar is stopping")
+    }
 }
 
 /// What the sidecar answers.

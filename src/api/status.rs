@@ -11,7 +11,7 @@ use super::UpdateReport;
 use crate::gpu::GpuReport;
 
 /// Everything there is to know about a running sidecar.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Status {
     /// The sidecar process.
     pub sidecar: SidecarStatus,
@@ -90,7 +90,7 @@ pub struct SidecarStatus {
 }
 
 /// What the sidecar hosts.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct DeploymentStatus {
     /// Dense or MoE.
     pub kind: GroupKind,

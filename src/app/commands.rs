@@ -86,14 +86,10 @@ impl Answers for Handles {
 /// Why a frontend was not added, or not removed.
 fn refused(error: HandleError) -> AdminError {
     match error {
-        HandleError::Gone { .. } => stopping(),
+        HandleError::Gone { .. } => AdminError::stopping(),
         HandleError::Deadline { .. } => AdminError::new(ErrorKind::Timeout, error.to_string()),
         HandleError::Failed(text) => AdminError::new(ErrorKind::Failed, &*text),
     }
-}
-
-pub(super) fn stopping() -> AdminError {
-    AdminError::new(ErrorKind::Unavailable, "the sidecar is stopping")
 }
 
 impl From<ControlError> for AdminError {
@@ -102,7 +98,7 @@ impl From<ControlError> for AdminError {
             ControlError::Busy { .. } => ErrorKind::Busy,
             ControlError::Incomplete { .. } => ErrorKind::Unavailable,
             ControlError::Ranks { .. } => ErrorKind::Failed,
-            ControlError::Gone => return stopping(),
+            ControlError::Gone => return Self::stopping(),
         };
         Self::new(kind, error.to_string())
     }

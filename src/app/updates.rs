@@ -2,7 +2,6 @@
 
 use dp_sidecar_protocol::machine::weight_update::Outcome;
 
-use super::commands::stopping;
 use crate::api::{AdminError, ErrorKind, Reply, Response, UNKNOWN, UpdateReport, WeightsStatus};
 use crate::driver::weight_update::{UpdateError, UpdateHandle, UpdateRun};
 
@@ -40,7 +39,7 @@ impl From<UpdateError> for AdminError {
     fn from(error: UpdateError) -> Self {
         match error {
             UpdateError::NotRunning { .. } => Self::new(ErrorKind::Unavailable, error.to_string()),
-            _ => stopping(),
+            _ => Self::stopping(),
         }
     }
 }

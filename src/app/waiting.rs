@@ -5,12 +5,8 @@ use tokio::sync::{mpsc, watch};
 use super::Run;
 use super::runtime::{asked, ended_by};
 use super::status::deployment;
-use crate::api::{
-    AdminCommand, AdminError, Command, ControllerStatus, CoordinatorSnapshot, ErrorKind, LeaderStatus,
-    NodeStatus, Response, SidecarStatus, Status, WeightsStatus,
-};
+use crate::api::{AdminCommand, AdminError, Command, ErrorKind, Response, SidecarStatus, Status};
 use crate::exit_code::{self, RunEnd};
-use crate::gpu::GpuReport;
 use crate::shutdown::Asked;
 
 /// A status without engines.
@@ -23,19 +19,10 @@ pub(super) fn status(run: &Run, state: &str) -> Status {
             uptime_s: run.began.elapsed().as_secs(),
             state: state.to_owned(),
             state_dir: config.state_dir.display().to_string(),
-            keeper_pid: None,
-            relay_pid: None,
+            ..SidecarStatus::default()
         },
         deployment: deployment(config),
-        engines: Vec::new(),
-        frontends: Vec::new(),
-        coordinator: CoordinatorSnapshot::default(),
-        weights: WeightsStatus::default(),
-        controller: ControllerStatus::default(),
-        gpus: GpuReport::default(),
-        nodes: Vec::<NodeStatus>::new(),
-        leader: None::<LeaderStatus>,
-        missing: None,
+        ..Status::default()
     }
 }
 

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 
 use super::Context;
 use super::answers::HttpError;
-use crate::api::{AdminCommand, Command, ReportStatus, Response as Answer, UpdateRequest};
+use crate::api::{AdminCommand, AdminError, Command, ReportStatus, Response as Answer, UpdateRequest};
 
 type Answers = mpsc::Receiver<Answer>;
 
@@ -79,7 +79,7 @@ async fn told(headers: &HeaderMap, answers: Answers) -> Result<Response, HttpErr
 /// The last answer, without the steps before it.
 async fn last(mut answers: Answers) -> Result<Response, HttpError> {
     Ok(loop {
-        break match answers.recv().await.ok_or_else(stopping)? {
+        break match answers.recv().await.ok_or_else(AdminError::stopping)? {
             Answer::Progress(_) => continue,
             Answer::Update(report) => (status_of(report.status), Json(report)).into_response(),
             Answer::Updates(reports) => Json(reports).into_response(),
@@ -100,7 +100,7 @@ fn event_stream(answers: Answers) -> impl Stream<Item = Result<Event, Infallible
             Some(Answer::Progress(step)) => return Some((Ok(event("progress", &step)), Some(answers))),
             Some(Answer::Update(report)) => event("report", &report),
             Some(Answer::Error(error)) => event("error", &HttpError::from(error).body()),
-            _ => event("error", &stopping().body()),
+            _ => event("error", &HttpError::from(AdminError::stopping()).body()),
         };
         Some((Ok(last), None))
     })
@@ -125,11 +125,7 @@ const fn status_of(status: ReportStatus) -> StatusCode {
 
 async fn ask(context: &Context, command: Command) -> Result<Answers, HttpError> {
     let (command, answers) = AdminCommand::new(command);
-    let admin = context.admin.upgrade().ok_or_else(stopping)?;
-    admin.send(command).await.map_err(|_| stopping())?;
+    let admin = context.admin.upgrade().ok_or_else(AdminError::stopping)?;
+    admin.send(command).await.map_err(|_| AdminError::stopping())?;
     Ok(answers)
-}
-
-fn stopping() -> HttpError {
-    HttpError::new(StatusCode::SERVICE_UNAVAILABLE, "the sidecar is stopping")
 }
