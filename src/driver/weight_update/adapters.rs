@@ -6,7 +6,7 @@ use std::path::Path;
 use dp_sidecar_protocol::machine::weight_update::{Adapter, Target, WorkerReport, WorkerState};
 use tokio::io::{AsyncReadExt as _, AsyncSeekExt as _};
 
-use super::super::handles::{ADAPTER_FILE, AdapterPlace};
+use super::super::handles::{ADAPTER_FILE, AdapterPlace, StageRequest};
 
 use super::jobs::StageJob;
 use super::lora::{LoraOp, LoraRequest, LoraState, lora};
@@ -126,11 +126,12 @@ impl Tools {
             return Ok(adapter.clone());
         };
         let source = &adapter.checkpoint.path;
-        let path = match self.stages.take_adapter(node, digest, source).await? {
+        let take = || StageRequest::TakeAdapter { digest: digest.to_owned(), path: Some(source.clone()) };
+        let path = match self.stages.adapter(node, take()).await? {
             AdapterPlace::Here { path } => path,
             AdapterPlace::Lacks { from } => {
                 let leader = self.stages.leader();
-                let own = match self.stages.take_adapter(leader, digest, source).await? {
+                let own = match self.stages.adapter(leader, take()).await? {
                     AdapterPlace::Here { path } => path,
                     AdapterPlace::Lacks { .. } => {
                         return Err(format!(
@@ -164,7 +165,9 @@ impl Tools {
             let mut piece = vec![0; usize::try_from(count).unwrap_or_default()];
             open.seek(std::io::SeekFrom::Start(from)).await.map_err(failed)?;
             open.read_exact(&mut piece).await.map_err(failed)?;
-            let next = match self.stages.adapter_piece(node, digest, (from, size), piece.into()).await? {
+            let (digest, bytes) = (digest.to_owned(), piece.into());
+            let piece = StageRequest::AdapterPiece { digest, offset: from, size, bytes };
+            let next = match self.stages.adapter(node, piece).await? {
                 AdapterPlace::Here { path } => {
                     tell(size, size);
                     return Ok(path);

@@ -1,10 +1,9 @@
 //! The staging areas of all nodes: what is asked of them, and what they report.
 
-use bytes::Bytes;
 use tokio::sync::Semaphore;
 
 use super::super::handles::{
-    AdapterPlace, StageEvent, StageHandle, StageRequest, StageSource, StageSpec, StageState,
+    AdapterPlace, StageEvent, StageHandle, StageRequest, StageSource, StageSpec, StageState, StagedVersion,
 };
 use super::*;
 use crate::api::StageProgress;
@@ -90,7 +89,11 @@ impl Stages {
         self.nodes.get(&node).map(|node| node.reports.0.subscribe())
     }
 
-    async fn ask(&self, node: NodeId, limit: Duration, request: StageRequest) -> Result<StageState, String> {
+    async fn ask(&self, node: NodeId, request: StageRequest) -> Result<StageState, String> {
+        let limit = match request {
+            StageRequest::Probe { .. } | StageRequest::Begin(_) | StageRequest::TakeAdapter { .. } => BEGIN,
+            _ => ANSWER,
+        };
         let name = self.name(node);
         let known = self.nodes.get(&node).and_then(|node| node.handle.as_ref());
         let handle = known.ok_or_else(|| format!("{name} has no staging area"))?;
@@ -98,59 +101,32 @@ impl Stages {
     }
 
     pub(super) async fn state(&self, node: NodeId) -> Result<StageState, String> {
-        self.ask(node, ANSWER, StageRequest::State).await
+        self.ask(node, StageRequest::State).await
     }
 
     /// What a node sees at a path; none: it cannot read it.
     pub(super) async fn probe(&self, node: NodeId, path: &str) -> Result<Option<String>, String> {
-        let probed = self.ask(node, BEGIN, StageRequest::Probe { path: path.to_owned() }).await?;
+        let probed = self.ask(node, StageRequest::Probe { path: path.to_owned() }).await?;
         Ok(probed.probed)
     }
 
     pub(super) async fn commit(&self, node: NodeId, id: &UpdateId) -> Result<StageState, String> {
-        self.ask(node, ANSWER, StageRequest::Commit { id: id.clone() }).await
+        self.ask(node, StageRequest::Commit { id: id.clone() }).await
     }
 
     pub(super) async fn discard(&self, node: NodeId, id: &UpdateId) -> Result<StageState, String> {
-        self.ask(node, ANSWER, StageRequest::Discard { id: id.clone() }).await
+        self.ask(node, StageRequest::Discard { id: id.clone() }).await
     }
 
-    /// Has a node look for an adapter, in its own store and then at `path`.
-    pub(super) async fn take_adapter(
-        &self,
-        node: NodeId,
-        digest: &str,
-        path: &str,
-    ) -> Result<AdapterPlace, String> {
-        let (digest, path) = (digest.to_owned(), Some(path.to_owned()));
-        self.about_adapter(node, BEGIN, StageRequest::TakeAdapter { digest, path }).await
-    }
-
-    /// Gives a node a piece of an adapter's file of `size` bytes.
-    pub(super) async fn adapter_piece(
-        &self,
-        node: NodeId,
-        digest: &str,
-        (offset, size): (u64, u64),
-        bytes: Bytes,
-    ) -> Result<AdapterPlace, String> {
-        let piece = StageRequest::AdapterPiece { digest: digest.to_owned(), offset, size, bytes };
-        self.about_adapter(node, ANSWER, piece).await
-    }
-
-    async fn about_adapter(
-        &self,
-        node: NodeId,
-        limit: Duration,
-        request: StageRequest,
-    ) -> Result<AdapterPlace, String> {
-        let state = self.ask(node, limit, request).await?;
+    /// Asks a node about an adapter: to look for it, or to take a piece of its file.
+    pub(super) async fn adapter(&self, node: NodeId, request: StageRequest) -> Result<AdapterPlace, String> {
+        let state = self.ask(node, request).await?;
         state.adapter.ok_or_else(|| format!("{}: no answer about the adapter", self.name(node)))
     }
 
     /// Has a node forget all adapters but these.
     pub(super) async fn keep_adapters(&self, node: NodeId, digests: BTreeSet<String>) -> Result<(), String> {
-        self.ask(node, ANSWER, StageRequest::KeepAdapters { digests }).await.map(|_| ())
+        self.ask(node, StageRequest::KeepAdapters { digests }).await.map(|_| ())
     }
 
     pub(super) async fn begin(&self, node: NodeId, spec: StageSpec) -> Result<StageState, String> {
@@ -161,7 +137,7 @@ impl Stages {
                 }
             });
         }
-        self.ask(node, BEGIN, StageRequest::Begin(spec)).await
+        self.ask(node, StageRequest::Begin(spec)).await
     }
 
     /// Waits until a node that has begun is done.
@@ -211,8 +187,8 @@ impl Stages {
     ) -> Result<Checkpoint, String> {
         let _turn = tokio::time::timeout(limit, self.turn.acquire()).await;
         let state = self.state(node).await?;
-        if let Some(current) = state.current.filter(|current| current.id == *commit.weights_id()) {
-            return Ok(current.checkpoint);
+        if let Some(current) = committed_in(state.current, commit) {
+            return Ok(current);
         }
         if state.staged.is_some_and(|staged| staged.id == *commit.weights_id()) {
             return self.committed(node, commit).await;
@@ -231,10 +207,7 @@ impl Stages {
         };
         let mut why = "no node has it".to_owned();
         for other in self.nodes.keys().copied().filter(|other| *other != node && self.has_stage(*other)) {
-            let state = self.state(other).await;
-            if !state
-                .is_ok_and(|state| state.current.is_some_and(|current| current.id == *commit.weights_id()))
-            {
+            if !self.state(other).await.is_ok_and(|state| committed_in(state.current, commit).is_some()) {
                 continue;
             }
             info!(version = %commit.version, from = self.name(other), to = self.name(node), "passing the committed weights on");
@@ -296,11 +269,14 @@ impl Stages {
 
     async fn committed(&self, node: NodeId, commit: &Commit) -> Result<Checkpoint, String> {
         let state = self.commit(node, commit.weights_id()).await?;
-        let current = state.current.filter(|current| current.id == *commit.weights_id());
-        current
-            .map(|current| current.checkpoint)
+        committed_in(state.current, commit)
             .ok_or_else(|| format!("{} did not make {} current", self.name(node), commit.version))
     }
+}
+
+/// What engines load, if it is the committed version.
+fn committed_in(current: Option<StagedVersion>, commit: &Commit) -> Option<Checkpoint> {
+    current.filter(|current| current.id == *commit.weights_id()).map(|current| current.checkpoint)
 }
 
 impl Seen {
