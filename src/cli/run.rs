@@ -22,18 +22,10 @@ use crate::{tasks, telemetry};
 /// How long tasks that hang may delay the end of the process.
 const RUNTIME_LIMIT: Duration = Duration::from_secs(5);
 
-/// An option of `run`, its value, and who gave it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Origin {
-    /// Long name.
-    pub name: String,
-    /// Value as text.
-    pub value: String,
-    /// `flag`, the variable, or `default`.
-    pub origin: String,
-}
+/// An option of `run`, its value, and who gave it: `flag`, the variable, or `default`.
+pub(super) type Origin = [String; 3];
 
-/// Where the values of `run` come from: flag, variable, default.
+/// Where the values of `run` come from.
 pub(super) fn origins(matches: &ArgMatches) -> Vec<Origin> {
     let Some(("run", matches)) = matches.subcommand() else {
         return Vec::new();
@@ -53,7 +45,7 @@ pub(super) fn origins(matches: &ArgMatches) -> Vec<Origin> {
             };
             let values = matches.try_get_raw(id).ok()??;
             let values: Vec<_> = values.map(|value| value.to_string_lossy()).collect();
-            Some(Origin { name: name.to_owned(), value: values.join(","), origin })
+            Some([format!("--{name}"), values.join(","), origin])
         })
         .collect()
 }
@@ -196,10 +188,7 @@ fn describe(built: &Built, origins: &[Origin]) -> String {
         text.push_str(&format!("{}: {}\n", spec.name, shell_line(&spec.argv)));
     }
     text.push_str("(port 0: a free loopback port, chosen at each start)\n\nvalues\n");
-    let values = origins
-        .iter()
-        .map(|Origin { name, value, origin }| [format!("--{name}"), value.clone(), origin.clone()]);
-    text.push_str(&table(["option", "value", "from"], values));
+    text.push_str(&table(["option", "value", "from"], origins.iter().cloned()));
     for note in &built.notes {
         text.push_str(&format!("note: {note}\n"));
     }
