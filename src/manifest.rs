@@ -34,14 +34,9 @@ const LISTED: usize = 8;
 /// A directory cannot be used as a checkpoint.
 #[derive(Debug, Error)]
 pub enum ManifestError {
-    /// The path is not there, or not a directory.
+    /// The path is not there, or not a directory, or the system refuses it.
     #[error("checkpoint {path}: {reason}")]
-    NotADirectory {
-        /// The path, as given.
-        path: PathBuf,
-        /// `no such directory`, `not a directory`, or what the system said.
-        reason: String,
-    },
+    NotADirectory { path: PathBuf, reason: String },
     /// No file in it counts.
     #[error("checkpoint {path}: no *.safetensors file")]
     Empty { path: PathBuf },
@@ -50,33 +45,19 @@ pub enum ManifestError {
     Unreadable { path: PathBuf, reason: String },
     /// The index file is not what it should be.
     #[error("checkpoint index {path}: {reason}")]
-    Index {
-        /// The index file.
-        path: PathBuf,
-        reason: String,
-    },
+    Index { path: PathBuf, reason: String },
     /// The header of a file is not what it should be.
     #[error("checkpoint file {path}: bad safetensors header: {reason}")]
     Header { path: PathBuf, reason: String },
-    /// The file ends before the data its header announces, or goes on after it.
+    /// The file ends before the data its header announces, or goes on after it. Bytes.
     #[error("checkpoint file {path}: {actual} bytes long, its header announces {expected}")]
-    Length {
-        path: PathBuf,
-        /// Bytes announced.
-        expected: u64,
-        /// Bytes there.
-        actual: u64,
-    },
+    Length { path: PathBuf, expected: u64, actual: u64 },
     /// The file changed while it was read.
     #[error("checkpoint file {path}: changed while it was read")]
     Changed { path: PathBuf },
-    /// The tensors are not those of the model.
+    /// The tensors are not those of the model. All faults; the text lists the first few.
     #[error("checkpoint {path}: {}", Faults(faults))]
-    Tensors {
-        path: PathBuf,
-        /// All of them; the text lists the first few.
-        faults: Vec<Fault>,
-    },
+    Tensors { path: PathBuf, faults: Vec<Fault> },
     /// The work was called off.
     #[error("checkpoint {path}: reading was cancelled")]
     Cancelled { path: PathBuf },
@@ -91,44 +72,22 @@ pub enum Fault {
     /// The checkpoint has it, the model has not.
     #[error("unexpected {name}")]
     Unexpected { name: String },
-    /// The checkpoint has it twice.
+    /// The checkpoint has it twice, in two files or in one.
     #[error("duplicate {name} (in {first} and {second})")]
-    Duplicate {
-        name: String,
-        /// A file that has it.
-        first: String,
-        /// The other, or the same.
-        second: String,
-    },
+    Duplicate { name: String, first: String, second: String },
     /// Another shape than the model's.
     #[error("{name} has shape {actual:?}, expected {expected:?}")]
-    Shape {
-        name: String,
-        /// The model's.
-        expected: Vec<usize>,
-        /// The checkpoint's.
-        actual: Vec<usize>,
-    },
+    Shape { name: String, expected: Vec<usize>, actual: Vec<usize> },
     /// Another element type than the model's.
     #[error("{name} has dtype {actual}, expected {expected}")]
-    Dtype {
-        name: String,
-        /// The model's.
-        expected: String,
-        /// The checkpoint's.
-        actual: String,
-    },
+    Dtype { name: String, expected: String, actual: String },
     /// The index says it is in this file, and it is not.
     #[error("{name} is not in {file}, where the index says it is")]
     NotWhereIndexed { name: String, file: String },
-    /// The matrices of an adapter do not fit each other or the module.
+    /// The matrices of an adapter do not fit each other, or the module of this name in the model: both shapes, or what
+    /// is missing.
     #[error("{module}: {reason}")]
-    Misfit {
-        /// The module's name in the model.
-        module: String,
-        /// Both shapes, or what is missing.
-        reason: String,
-    },
+    Misfit { module: String, reason: String },
 }
 
 struct Faults<'a>(&'a [Fault]);

@@ -20,24 +20,15 @@ pub const LONGEST_PATH: usize = 80;
 /// A state directory cannot be used.
 #[derive(Debug, Error)]
 pub enum StateDirError {
-    /// Another sidecar runs there.
+    /// Another sidecar runs there: the holder of the lock, as it says itself.
     #[error("state directory {} is in use by pid {pid}", path.display())]
-    InUse {
-        path: PathBuf,
-        /// Who holds the lock, as it says itself.
-        pid: String,
-    },
+    InUse { path: PathBuf, pid: String },
     /// Its path is too long for the unix sockets in it.
     #[error("state directory {}: its path has {length} bytes, at most {LONGEST_PATH} fit a unix socket", path.display())]
     TooLong { path: PathBuf, length: usize },
-    /// It belongs to somebody else.
+    /// It belongs to another user than this process.
     #[error("state directory {}: belongs to uid {owner}, expected {expected}", path.display())]
-    Foreign {
-        path: PathBuf,
-        owner: u32,
-        /// This process' user.
-        expected: u32,
-    },
+    Foreign { path: PathBuf, owner: u32, expected: u32 },
     /// The file system refused.
     #[error("state directory: {}: {error}", path.display())]
     Io { path: PathBuf, error: io::Error },

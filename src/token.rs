@@ -32,10 +32,7 @@ pub enum TokenError {
     Io(#[from] io::Error),
     /// Too short or too long.
     #[error("holds {length} bytes without surrounding white space, expected {SHORTEST} to {LONGEST}")]
-    Length {
-        /// Bytes found.
-        length: usize,
-    },
+    Length { length: usize },
 }
 
 impl Token {

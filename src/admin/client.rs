@@ -27,13 +27,9 @@ const SILENCE_LIMIT: Duration = HEARTBEAT.saturating_mul(6);
 /// A command could not be given, or was refused.
 #[derive(Debug, Error)]
 pub enum ClientError {
-    /// Nobody listens.
+    /// Nobody listens at the socket.
     #[error("no sidecar answers at {}: {error}", path.display())]
-    NotRunning {
-        /// The socket.
-        path: PathBuf,
-        error: std::io::Error,
-    },
+    NotRunning { path: PathBuf, error: std::io::Error },
     /// The connection broke.
     #[error("sidecar: {0}")]
     Broken(String),

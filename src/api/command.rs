@@ -48,41 +48,26 @@ impl Request {
 pub enum Command {
     /// Everything there is to know, see [`Status`].
     Status,
-    /// Pause all engines, until [`Command::Resume`].
-    Pause {
-        mode: PauseMode,
-        /// With `wait`: abort what still runs after this many milliseconds.
-        deadline_ms: Option<u64>,
-    },
+    /// Pause all engines, until [`Command::Resume`]. With `wait`, what still runs after `deadline_ms` is aborted.
+    Pause { mode: PauseMode, deadline_ms: Option<u64> },
+    /// Resume all engines, also after [`Command::Drain`].
     Resume,
     /// Versions of the sidecar, the engines and the weights.
     Version,
-    /// Attach to one more frontend.
-    FrontendAdd {
-        /// Handshake address, `host:port`.
-        address: String,
-    },
-    /// Detach from a frontend and forget it.
-    FrontendRemove {
-        /// Handshake address as it was given.
-        address: String,
-    },
+    /// Attach to one more frontend, with this handshake address (`host:port`).
+    FrontendAdd { address: String },
+    /// Detach from a frontend and forget it; by its handshake address, as it was given.
+    FrontendRemove { address: String },
     /// All wanted frontends.
     FrontendList,
     /// New weights for all engines.
     Update(UpdateRequest),
-    /// Progress and report of the update that runs.
-    UpdateFollow {
-        /// Which; none: whichever it is.
-        id: Option<UpdateId>,
-    },
+    /// Progress and report of the update that runs; without an id, whichever it is.
+    UpdateFollow { id: Option<UpdateId> },
     /// End the running update without a commit.
     UpdateAbort,
-    /// Records of the last updates.
-    UpdateHistory {
-        /// At most so many, newest last.
-        limit: usize,
-    },
+    /// Records of the last updates, at most so many, newest last.
+    UpdateHistory { limit: usize },
     /// Hold new requests in front of the engines until [`Command::Resume`]; those that run go on.
     Drain,
     /// Stop the sidecar and everything it started.

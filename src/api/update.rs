@@ -167,24 +167,11 @@ fn has_passed(phase: Phase, state: RankProgress) -> bool {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum UpdateEvent {
-    /// The new checkpoint is being hashed; generation goes on.
-    Hashing {
-        /// Bytes hashed.
-        done: u64,
-        /// Bytes altogether.
-        total: u64,
-    },
-    /// A node is filling its shared memory; generation goes on.
-    Staging {
-        /// Which.
-        node: NodeId,
-        /// Its name.
-        name: String,
-        /// How far.
-        progress: StageProgress,
-        /// Verified bytes per second since the last such event.
-        rate: u64,
-    },
+    /// The new checkpoint is being hashed, in bytes; generation goes on.
+    Hashing { done: u64, total: u64 },
+    /// A node is filling its shared memory; generation goes on. `rate`: verified bytes per second since the last such
+    /// event.
+    Staging { node: NodeId, name: String, progress: StageProgress, rate: u64 },
     /// Something moved on.
     Progress {
         /// Where the update is.

@@ -11,21 +11,12 @@ const VARIABLES: &[&str] = &["HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUD
 /// The devices do not suffice.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum DeviceError {
-    /// Fewer than needed.
+    /// Fewer than the ranks of this node need, as many as a world has for each.
     #[error(
         "{ranks} ranks of {world_size} devices each need {} devices, but {} are visible ({}, from {source_of_list})",
         ranks * world_size, devices.len(), devices.join(",")
     )]
-    TooFew {
-        /// Ranks of this node.
-        ranks: usize,
-        /// Devices of a rank.
-        world_size: usize,
-        /// What there is.
-        devices: Vec<String>,
-        /// Who says so.
-        source_of_list: String,
-    },
+    TooFew { ranks: usize, world_size: usize, devices: Vec<String>, source_of_list: String },
     /// One device twice.
     #[error("device {device} is listed twice in {source_of_list}")]
     Twice { device: String, source_of_list: String },

@@ -20,16 +20,12 @@ const TEXT_CONFIG_KEYS: &[&str] =
 /// The kind of a model cannot be told.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ModelError {
-    /// No directory, and not in the cache.
+    /// No directory, and not in the cache where it was looked for.
     #[error(
         "model {model}: no such directory, and not in the Hugging Face cache {}; \
          give --model-kind dense or --model-kind moe", cache.display()
     )]
-    NotFound {
-        model: String,
-        /// Where it was looked for.
-        cache: PathBuf,
-    },
+    NotFound { model: String, cache: PathBuf },
     /// The directory has no readable configuration.
     #[error(
         "model {model}: {}: {detail}; give --model-kind dense or --model-kind moe", file.display()
@@ -40,11 +36,7 @@ pub enum ModelError {
         "model {model}: its model_type {model_type:?} suggests a mixture of experts, but its \
          config.json gives no number of experts; give --model-kind dense or --model-kind moe"
     )]
-    Doubtful {
-        model: String,
-        /// Its `model_type`.
-        model_type: String,
-    },
+    Doubtful { model: String, model_type: String },
 }
 
 /// Finds the kind of a model: a directory, or a name in the Hugging Face cache.

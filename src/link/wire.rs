@@ -17,20 +17,13 @@ pub const MAX_FRAME: usize = 16 << 20;
 /// From the asking side.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum ToNode {
-    /// First message of a connection.
-    Hello {
-        /// [`LINK_VERSION`].
-        version: u32,
-        /// Names the asking process. The same one after a reconnect may ask again with ids it has used: a command
-        /// that still runs, or was answered lately, is not begun a second time.
-        session: Uuid,
-    },
-    /// Do something; answered by [`FromNode::Answer`] with the same id.
-    Ask {
-        /// Unique in this session, in the order in which commands are to be handed on.
-        id: u64,
-        ask: NodeAsk,
-    },
+    /// First message of a connection, with [`LINK_VERSION`]. The session names the asking process. The same one after a
+    /// reconnect may ask again with ids it has used: a command that still runs, or was answered lately, is not begun a
+    /// second time.
+    Hello { version: u32, session: Uuid },
+    /// Do something; answered by [`FromNode::Answer`] with the same id: unique in this session, in the order in which
+    /// commands are to be handed on.
+    Ask { id: u64, ask: NodeAsk },
     /// Are you there? Sent when nothing else was for a while.
     Ping,
 }
@@ -38,18 +31,12 @@ pub enum ToNode {
 /// From the serving side.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub enum FromNode {
-    /// Answer to [`ToNode::Hello`].
-    Hello {
-        /// [`LINK_VERSION`].
-        version: u32,
-    },
-    /// Answer to a command.
-    Answer {
-        /// Of the command.
-        id: u64,
-        /// Its [`Answer`](crate::driver::handles::Ask::Answer), encoded, or the text of an error.
-        result: Result<Bytes, String>,
-    },
+    /// Answer to [`ToNode::Hello`], with [`LINK_VERSION`].
+    Hello { version: u32 },
+    /// Answer to the command with this id: its [`Answer`](crate::driver::handles::Ask::Answer), encoded, or the text
+    /// of an error.
+    Answer { id: u64, result: Result<Bytes, String> },
+    /// It is told as it happens.
     Event(NodeEvent),
     /// Answer to [`ToNode::Ping`].
     Pong,

@@ -59,27 +59,15 @@ pub struct Found {
 /// There is no way to the leader.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum FindError {
-    /// The leader was not there in time.
+    /// The leader was not there in time; with the last trouble.
     #[error("no leader at {leader} within {limit:?}: {reason}")]
-    Away {
-        /// Where it was looked for.
-        leader: String,
-        /// For how long.
-        limit: Duration,
-        /// The last trouble.
-        reason: String,
-    },
+    Away { leader: String, limit: Duration, reason: String },
     /// The leader does not let this node in.
     #[error("refused by the leader at {leader}: {reason}")]
     Refused { leader: String, reason: String },
-    /// The deployment ends.
+    /// The deployment ends: all nodes do, with this exit code.
     #[error("the leader at {leader}: {reason}")]
-    Over {
-        leader: String,
-        /// Exit code for all nodes.
-        code: u8,
-        reason: String,
-    },
+    Over { leader: String, code: u8, reason: String },
 }
 
 impl FindError {

@@ -85,26 +85,15 @@ pub fn ranks_text(start: u16, count: u16) -> String {
 /// What the leader says to a node that has introduced itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Word {
-    /// Other nodes are still missing; said again and again.
-    Waiting {
-        /// First rank and number of ranks that nobody has.
-        missing: Vec<(u16, u16)>,
-    },
+    /// Other nodes are still missing: first rank and number of ranks that nobody has. Said again and again.
+    Waiting { missing: Vec<(u16, u16)> },
     /// The deployment is complete: the link begins.
     Welcome,
-    /// This node is not let in.
-    Refused {
-        /// Who, stage, expected, actual.
-        reason: String,
-        /// It may be let in later (its ranks are held by a node that may be gone).
-        retry: bool,
-    },
-    /// The deployment does not come up, or ends.
-    Over {
-        /// Exit code for all nodes.
-        code: u8,
-        reason: String,
-    },
+    /// This node is not let in: who, stage, expected, actual. `retry`: it may be let in later (its ranks are held by
+    /// a node that may be gone).
+    Refused { reason: String, retry: bool },
+    /// The deployment does not come up, or ends: all nodes do, with this exit code.
+    Over { code: u8, reason: String },
 }
 
 #[cfg(test)]

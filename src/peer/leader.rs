@@ -48,31 +48,17 @@ const LATECOMERS: Duration = Duration::from_secs(3);
 /// The leader cannot listen.
 #[derive(Debug, Error)]
 pub enum BindError {
-    /// The host of `--leader` is unknown.
+    /// The resolver does not know the host of `--leader`.
     #[error("--leader {leader}: {reason}")]
-    Unknown {
-        /// As given.
-        leader: String,
-        /// What the resolver said.
-        reason: String,
-    },
+    Unknown { leader: String, reason: String },
     /// The port is taken.
     #[error("--leader {leader}: port {port} of {ip} is in use", port = address.port(), ip = address.ip())]
-    InUse {
-        /// As given.
-        leader: String,
-        address: SocketAddr,
-    },
+    InUse { leader: String, address: SocketAddr },
     #[error(
         "--leader {leader}: this sidecar has rank 0, so it listens there, but {address} cannot be bound: {error}; \
          an address of this node is expected (or give --peer-address)"
     )]
-    Other {
-        /// As given.
-        leader: String,
-        address: SocketAddr,
-        error: io::Error,
-    },
+    Other { leader: String, address: SocketAddr, error: io::Error },
 }
 
 /// The deployment did not come together.
@@ -81,15 +67,9 @@ pub enum GatherError {
     /// Nodes are configured differently; one text for each that differs.
     #[error("{}", .0.join("\n"))]
     Mismatch(Vec<String>),
-    /// Ranks are missing.
+    /// Ranks are missing, after the leader has waited at its address until the limit.
     #[error("no node with {missing} connected to the leader at {address} within {limit:?}")]
-    Missing {
-        missing: String,
-        /// Where it listens.
-        address: SocketAddr,
-        /// How long it waited.
-        limit: Duration,
-    },
+    Missing { missing: String, address: SocketAddr, limit: Duration },
 }
 
 /// A node of the deployment, as the leader sees it.

@@ -16,48 +16,21 @@ pub(super) enum StageError {
     /// The files cannot be laid out in a segment.
     #[error("checkpoint: {0}")]
     Layout(String),
-    /// The file system of the segments is too small.
+    /// The file system of the segments, in `dir`, is too small. Bytes.
     #[error("{}: {needed} more bytes of shared memory are needed, {free} are free", dir.display())]
-    NoSpace {
-        /// Where segments are kept.
-        dir: PathBuf,
-        /// Bytes.
-        needed: u64,
-        /// Bytes.
-        free: u64,
-    },
-    /// More than the configured memory.
+    NoSpace { dir: PathBuf, needed: u64, free: u64 },
+    /// More than the configured memory: bytes of all segments.
     #[error("{needed} bytes of shared memory are needed, at most {limit} are allowed")]
-    Limit {
-        /// Bytes, of all segments.
-        needed: u64,
-        /// Bytes.
-        limit: u64,
-    },
-    /// The system refused something.
+    Limit { needed: u64, limit: u64 },
+    /// The system refused something: what was done with which file or address.
     #[error("{what}: {error}")]
-    Io {
-        /// What was done with which file or address.
-        what: String,
-        error: io::Error,
-    },
-    /// The connection to a neighbour failed, or was used wrongly.
+    Io { what: String, error: io::Error },
+    /// The connection from one node to the next failed, or was used wrongly.
     #[error("transfer {from} -> {to}: {reason}")]
-    Transfer {
-        /// The sending node.
-        from: String,
-        /// The receiving node.
-        to: String,
-        reason: String,
-    },
+    Transfer { from: String, to: String, reason: String },
     /// The bytes as a whole are not those that were announced.
     #[error("digest of the checkpoint is {actual}, expected {expected}")]
-    Root {
-        /// As announced.
-        expected: String,
-        /// As found.
-        actual: String,
-    },
+    Root { expected: String, actual: String },
     /// It cannot be done now.
     #[error("{0}")]
     Refused(String),

@@ -51,30 +51,19 @@ pub struct UploadStatus {
 pub enum UploadError {
     /// No upload of that name.
     #[error("no upload {id:?}")]
-    Unknown {
-        /// The name.
-        id: String,
-    },
+    Unknown { id: String },
     /// No such file in it.
     #[error("upload {id:?} has no file {file:?}")]
     UnknownFile { id: String, file: String },
-    /// The segment is in use.
+    /// The segment is in use; the reason says by what.
     #[error("upload {id:?}: {reason}")]
-    Busy {
-        id: String,
-        /// By what.
-        reason: String,
-    },
+    Busy { id: String, reason: String },
     /// The request makes no sense.
     #[error("upload {id:?}: {reason}")]
     Invalid { id: String, reason: String },
-    /// There is no room for it.
+    /// There is no room for it; the reason says how many bytes are needed and free.
     #[error("upload {id:?}: {reason}")]
-    NoSpace {
-        id: String,
-        /// Needed and free bytes.
-        reason: String,
-    },
+    NoSpace { id: String, reason: String },
     /// The staging area has ended, or the upload was given up.
     #[error("upload {id:?} was given up: {reason}")]
     Gone { id: String, reason: String },

@@ -80,11 +80,7 @@ impl KeeperOptions {
 pub enum KeeperError {
     /// It could not be started.
     #[error("keeper of {}: start: {detail}", state_dir.display())]
-    Start {
-        /// State directory of the sidecar.
-        state_dir: PathBuf,
-        detail: String,
-    },
+    Start { state_dir: PathBuf, detail: String },
     /// It refused or failed to do what it was asked for.
     #[error("keeper: {what}: {detail}")]
     Refused { what: String, detail: String },

@@ -136,12 +136,7 @@ pub enum FlagError {
     NoValue { flag: String },
     /// Its value cannot be read.
     #[error("vLLM flag {flag}: {expected} expected, found {found:?}")]
-    BadValue {
-        flag: String,
-        /// What should be there.
-        expected: &'static str,
-        found: String,
-    },
+    BadValue { flag: String, expected: &'static str, found: String },
 }
 
 /// The user's vLLM flags, taken apart.

@@ -15,21 +15,13 @@ pub(super) const SUN_PATH_LIMIT: usize = 107;
 pub enum TransportError {
     /// The address is not one this transport can use.
     #[error("cannot use address {address}: {reason}")]
-    Address {
-        /// As given.
-        address: String,
-        reason: String,
-    },
-    /// A unix socket path does not fit into `sun_path`.
+    Address { address: String, reason: String },
+    /// A unix socket path does not fit into `sun_path`; length in bytes.
     #[error(
         "socket path {} has {length} bytes, the limit is {SUN_PATH_LIMIT}: choose a shorter state directory",
         path.display()
     )]
-    PathTooLong {
-        path: PathBuf,
-        /// Its length in bytes.
-        length: usize,
-    },
+    PathTooLong { path: PathBuf, length: usize },
     /// A file or directory could not be prepared.
     #[error("cannot prepare {}: {source}", path.display())]
     Path { path: PathBuf, source: io::Error },
@@ -41,27 +33,13 @@ pub enum TransportError {
     Bind { address: String, reason: String },
     /// Connecting failed.
     #[error("cannot connect to {address}: {reason}")]
-    Connect {
-        /// Where to.
-        address: String,
-        reason: String,
-    },
-    /// The peer did not get through a stage in time.
+    Connect { address: String, reason: String },
+    /// The peer did not get through a stage (`connect`, `handshake` or `send`) in time.
     #[error("{stage} with {address} took longer than {limit:?}")]
-    Timeout {
-        address: String,
-        /// `connect`, `handshake` or `send`.
-        stage: &'static str,
-        /// How long it was waited for.
-        limit: Duration,
-    },
+    Timeout { address: String, stage: &'static str, limit: Duration },
     /// The peer breaks the ZMTP rules, or a limit.
     #[error("{address} breaks the protocol: {reason}")]
-    Protocol {
-        address: String,
-        /// What it did.
-        reason: String,
-    },
+    Protocol { address: String, reason: String },
     /// The connection is closed.
     #[error("{address} is disconnected: {reason}")]
     Disconnected { address: String, reason: String },

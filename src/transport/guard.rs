@@ -77,18 +77,10 @@ impl Default for GuardLimits {
 /// What comes out of a [`GuardedRouter`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum GuardEvent {
-    Message {
-        /// Number of the connection.
-        peer: u64,
-        /// Identity from the peer's READY command; empty if it gave none.
-        identity: Bytes,
-        frames: Frames,
-    },
-    /// A connection that got through its greeting is closed.
-    Closed {
-        /// Number of the connection.
-        peer: u64,
-    },
+    /// Of the connection with this number, and the identity in its peer's READY command; empty if it gave none.
+    Message { peer: u64, identity: Bytes, frames: Frames },
+    /// The connection with this number, which got through its greeting, is closed.
+    Closed { peer: u64 },
 }
 
 /// The listening socket. Dropping it closes the port and all connections.

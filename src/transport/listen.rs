@@ -20,17 +20,10 @@ const ERROR_PAUSE: Duration = Duration::from_millis(5);
 /// What a ROUTER reports.
 #[derive(Debug, PartialEq, Eq)]
 pub enum RouterEvent {
-    Message {
-        /// Routing id of the sender.
-        identity: Bytes,
-        /// The message without it.
-        frames: Frames,
-    },
-    /// A peer's connection is over. All its messages have been reported before.
-    Disconnected {
-        /// Its routing id.
-        identity: Bytes,
-    },
+    /// With the sender's routing id, which is no part of the frames.
+    Message { identity: Bytes, frames: Frames },
+    /// The connection of the peer with this routing id is over. All its messages have been reported before.
+    Disconnected { identity: Bytes },
 }
 
 /// What a PULL reports.

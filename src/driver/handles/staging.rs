@@ -45,63 +45,34 @@ pub struct StageSpec {
 /// What can be asked of a node's staging area.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum StageRequest {
+    /// What is there?
     State,
-    /// Can this node read that directory, and is it the same one? Answered with [`StageState::probed`].
-    Probe {
-        /// Absolute directory.
-        path: String,
-    },
+    /// Can this node read that directory (absolute), and is it the same one? Answered with [`StageState::probed`].
+    Probe { path: String },
     /// Begin to fill the spare segment. Answered when the data address is open (`Upstream`) or the source was
     /// found good; the rest comes as events. The same id again with the bytes already there is done at once.
     Begin(StageSpec),
     /// The staged bytes are the committed version: they become the current segment.
-    Commit {
-        /// Of the [`StageSpec`].
-        id: UpdateId,
-    },
+    Commit { id: UpdateId },
     /// Forget the staged bytes (they stay in the spare segment, for a later attempt to reuse).
-    Discard {
-        /// Of the [`StageSpec`].
-        id: UpdateId,
-    },
-    /// Keep a LoRA adapter on this node. Answered with [`StageState::adapter`].
-    TakeAdapter {
-        /// Whole digest of its tensors.
-        digest: String,
-        /// Absolute directory in which this node may find it.
-        path: Option<String>,
-    },
-    /// The next piece of [`ADAPTER_FILE`], for a node that lacks it. Answered with [`StageState::adapter`].
-    AdapterPiece {
-        /// Of the [`StageRequest::TakeAdapter`].
-        digest: String,
-        /// Where it belongs.
-        offset: u64,
-        /// Bytes of the whole file.
-        size: u64,
-        /// The piece.
-        bytes: Bytes,
-    },
-    /// Forget all adapters but these.
-    KeepAdapters {
-        /// Whole digests.
-        digests: BTreeSet<String>,
-    },
+    Discard { id: UpdateId },
+    /// Keep the LoRA adapter with this whole digest of its tensors, which this node may find in the directory `path`
+    /// (absolute). Answered with [`StageState::adapter`].
+    TakeAdapter { digest: String, path: Option<String> },
+    /// The next piece of [`ADAPTER_FILE`], which is `size` bytes long, for a node that lacks it. Answered with
+    /// [`StageState::adapter`].
+    AdapterPiece { digest: String, offset: u64, size: u64, bytes: Bytes },
+    /// Forget all adapters but those with these whole digests.
+    KeepAdapters { digests: BTreeSet<String> },
 }
 
 /// Whether a node has an adapter.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum AdapterPlace {
-    /// It has.
-    Here {
-        /// Directory, on this node.
-        path: String,
-    },
-    /// It lacks the bytes of [`ADAPTER_FILE`] from here on.
-    Lacks {
-        /// First byte.
-        from: u64,
-    },
+    /// It has, in this directory.
+    Here { path: String },
+    /// It lacks the bytes of [`ADAPTER_FILE`] from this one on.
+    Lacks { from: u64 },
 }
 
 /// A version of the weights in a segment.
@@ -142,26 +113,11 @@ pub struct StageState {
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub enum StageEvent {
     /// It goes on; at most a few times a second.
-    Progress {
-        /// Of the [`StageSpec`].
-        id: UpdateId,
-        progress: StageProgress,
-    },
-    /// All chunks are there and verified, the manifest fits.
-    Staged {
-        /// Of the [`StageSpec`].
-        id: UpdateId,
-        /// What to load.
-        checkpoint: Checkpoint,
-        progress: StageProgress,
-    },
-    /// It failed; no engine was touched.
-    Failed {
-        /// Of the [`StageSpec`].
-        id: UpdateId,
-        /// Who, stage, expected, actual.
-        error: String,
-    },
+    Progress { id: UpdateId, progress: StageProgress },
+    /// All chunks are there and verified, the manifest fits; with what to load.
+    Staged { id: UpdateId, checkpoint: Checkpoint, progress: StageProgress },
+    /// It failed: who, stage, expected, actual. No engine was touched.
+    Failed { id: UpdateId, error: String },
 }
 
 /// A node may have to look through a directory.

@@ -35,21 +35,13 @@ const HEAD: usize = 5;
 /// From the sending node.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum FromSender {
-    /// The first frame: what is coming.
-    Plan {
-        version: u32,
-        /// Of the update.
-        id: String,
-        /// The sender's name.
-        node: String,
-        /// Bytes of a chunk.
-        chunk: u32,
-        files: Vec<FileSize>,
-    },
+    /// The first frame: which update's files are coming from which node, in chunks of how many bytes.
+    Plan { version: u32, id: String, node: String, chunk: u32, files: Vec<FileSize> },
     /// Digests of chunks, 20 bytes each, see [`entries`].
     Known(Bytes),
     /// All are told; the digest of the whole.
     AllKnown(String),
+    /// This side lives, and has nothing to say.
     Ping,
     /// It failed over there.
     Failed(String),
@@ -59,13 +51,12 @@ pub(super) enum FromSender {
 #[derive(Debug, Serialize, Deserialize)]
 pub(in crate::staging) enum FromReceiver {
     /// The first frame: the plan is accepted by this node.
-    Accept {
-        node: String,
-    },
+    Accept { node: String },
     /// Chunks that are to be sent: 4 bytes each, big endian.
     Want(Bytes),
     /// All is there and checked.
     Done,
+    /// This side lives, and has nothing to say.
     Ping,
     /// It failed over there.
     Failed(String),

@@ -41,10 +41,7 @@ pub struct SpawnSpec {
 #[serde(tag = "how", rename_all = "snake_case")]
 pub enum ExitStatus {
     /// It exited.
-    Code {
-        /// Exit code.
-        code: i32,
-    },
+    Code { code: i32 },
     /// A signal ended it.
     Signal { signal: i32 },
     /// Not known: the keeper that had to reap it is dead.
@@ -104,92 +101,51 @@ pub enum Request {
     /// First message of the owner. An earlier owner's connection is closed.
     Own,
     /// First message of an owner that goes on with what an earlier one has left; answered by
-    /// [`Answer::Inventory`]. Refused while everything is being stopped.
-    TakeOver {
-        /// How long everything is kept without an owner, from now on, in milliseconds.
-        orphan_grace_ms: u64,
-        /// Grace between SIGTERM and SIGKILL when the keeper stops children on its own, in milliseconds.
-        kill_grace_ms: u64,
-    },
+    /// [`Answer::Inventory`]. Refused while everything is being stopped. `orphan_grace_ms`: how long everything is
+    /// kept without an owner, from now on; `kill_grace_ms`: between SIGTERM and SIGKILL when the keeper stops children
+    /// on its own.
+    TakeOver { orphan_grace_ms: u64, kill_grace_ms: u64 },
     /// Start a child.
-    Spawn {
-        /// What to start.
-        spec: SpawnSpec,
-    },
-    /// Stop a child: SIGTERM to its main process, after `grace` SIGKILL to all of it. Answered at
+    Spawn { spec: SpawnSpec },
+    /// Stop a child: SIGTERM to its main process, after the grace SIGKILL to all of it. Answered at
     /// once; the end comes as [`KeeperEvent::Exited`].
-    Stop {
-        name: String,
-        /// How long it may take, in milliseconds.
-        grace_ms: u64,
-    },
+    Stop { name: String, grace_ms: u64 },
     /// All children.
     List,
-    /// Stop all children in their order, then end. Answered when all are gone.
-    Shutdown {
-        /// How long each stage of the order may take, in milliseconds.
-        grace_ms: u64,
-    },
+    /// Stop all children in their order, each stage of it within the grace, then end. Answered when all are gone.
+    Shutdown { grace_ms: u64 },
 }
 
 /// What the keeper answers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "answer", rename_all = "snake_case")]
 pub enum Answer {
+    /// To all other requests.
     Done,
-    /// To [`Request::Spawn`].
-    Spawned {
-        /// Pid of the main process, which is also its session and process group.
-        pid: u32,
-    },
-    /// To [`Request::List`].
-    Children {
-        /// Living children.
-        children: Vec<ChildInfo>,
-    },
-    /// To [`Request::Own`].
-    Keeper {
-        /// Pid of the keeper.
-        pid: u32,
-        /// Run id of the state directory.
-        run_id: String,
-    },
-    /// To [`Request::TakeOver`].
-    Inventory {
-        /// Pid of the keeper.
-        pid: u32,
-        /// Run id of the state directory.
-        run_id: String,
-        /// Living children.
-        children: Vec<ChildInfo>,
-        /// How those ended that were not started again since.
-        exits: Vec<ExitReport>,
-    },
+    /// To [`Request::Spawn`], with the pid of the main process, which is also its session and process group.
+    Spawned { pid: u32 },
+    /// To [`Request::List`]: living children.
+    Children { children: Vec<ChildInfo> },
+    /// To [`Request::Own`]: pid of the keeper, and run id of the state directory.
+    Keeper { pid: u32, run_id: String },
+    /// To [`Request::TakeOver`]: as [`Answer::Keeper`], with the living children, and how those ended that were not
+    /// started again since.
+    Inventory { pid: u32, run_id: String, children: Vec<ChildInfo>, exits: Vec<ExitReport> },
     /// Refused or failed.
-    Failed {
-        error: String,
-    },
+    Failed { error: String },
 }
 
 /// What the keeper reports to its owner.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum KeeperEvent {
-    /// A child was started.
-    Spawned {
-        name: String,
-        incarnation: u64,
-        /// Pid of its main process.
-        pid: u32,
-    },
+    /// A child was started; with the pid of its main process.
+    Spawned { name: String, incarnation: u64, pid: u32 },
     /// A child is gone.
     Exited(ExitReport),
-    /// The keeper itself died and was replaced; all children that it had are gone (each was reported
-    /// as [`KeeperEvent::Exited`] before).
-    Replaced {
-        /// Pid of the new keeper.
-        pid: u32,
-    },
+    /// The keeper itself died and was replaced by one with this pid; all children that it had are gone (each was
+    /// reported as [`KeeperEvent::Exited`] before).
+    Replaced { pid: u32 },
     /// The keeper died and no new one could be started: nothing can be spawned any more.
     Failed { error: String },
 }
@@ -206,15 +162,10 @@ pub struct ToKeeper {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum FromKeeper {
-    /// Answer to a request.
-    Answer {
-        /// Which request.
-        seq: u64,
-        answer: Answer,
-    },
-    Event {
-        event: KeeperEvent,
-    },
+    /// Answer to the request with this number.
+    Answer { seq: u64, answer: Answer },
+    /// Unasked for.
+    Event { event: KeeperEvent },
 }
 
 /// A frame broke the rules.
