@@ -26,10 +26,7 @@ use crate::tasks::{Task, named};
 
 impl Begun {
     /// Finds the leader and starts what it directs.
-    pub(super) async fn follow(&mut self) -> Result<Runtime<Following>, RunEnd> {
-        let Some(nodes) = self.run.config.nodes.clone() else {
-            return Err(RunEnd::new(exit_code::INTERNAL, "a follower without a leader"));
-        };
+    pub(super) async fn follow(&mut self, nodes: Nodes) -> Result<Runtime<Following>, RunEnd> {
         // Before anything else: a keeper that has engines stops them when nobody comes.
         let keeper = local::keeper(&self.run).await?;
         let client = keeper.client.clone();

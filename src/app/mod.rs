@@ -28,7 +28,7 @@ use tracing::{debug, error, warn};
 use self::runtime::{Runtime, TASK_END, asked, ended_by, stop_keeper};
 use crate::admin::AdminServer;
 use crate::api::{AdminCommand, Status};
-use crate::config::{Config, Engines, Nodes, Role};
+use crate::config::{Config, Engines, Nodes};
 use crate::driver::handles::{AttachmentCommand, CoordinatorCommand, HandleError, ask};
 use crate::driver::node::NodeExit;
 use crate::exit_code::{self, RunEnd};
@@ -60,12 +60,12 @@ pub async fn run(config: Config, state: StateDir) -> RunEnd {
     let weak = commands.downgrade();
     run.tracker.spawn(named(Task::Admin, server.serve(commands, run.stop.clone())));
     let mut begun = Begun { run: run.clone(), admin, commands: weak, outside };
-    let end = match run.config.role() {
-        Role::Follower => {
-            let started = begun.follow().await;
+    let end = match run.config.follows().cloned() {
+        Some(nodes) => {
+            let started = begun.follow(nodes).await;
             begun.go_on(started).await
         }
-        Role::Alone | Role::Leader => {
+        None => {
             let started = begun.lead().await;
             begun.go_on(started).await
         }

@@ -11,7 +11,7 @@ use super::args::{Cli, DRY_RUN, RunArgs};
 use super::build::{self, Built, Environment};
 use super::table::table;
 use crate::app;
-use crate::config::{Config, Engines, Role};
+use crate::config::{Config, Engines};
 use crate::driver::attachment;
 use crate::exit_code::{self, RunEnd};
 use crate::state_dir::{StateDir, StateDirError};
@@ -156,9 +156,9 @@ fn describe(built: &Built, origins: &[Origin]) -> String {
         config.state_dir.display()
     );
     if let Some(nodes) = &config.nodes {
-        text.push_str(&match config.role() {
-            Role::Follower => format!("follower of the sidecar at {}\n", nodes.leader),
-            Role::Leader | Role::Alone => format!(
+        text.push_str(&match config.follows() {
+            Some(_) => format!("follower of the sidecar at {}\n", nodes.leader),
+            None => format!(
                 "leader, waits at {} for the nodes of ranks {} to {}\n",
                 nodes.leader,
                 size_local,

@@ -98,17 +98,6 @@ pub struct Nodes {
     pub leader_timeout: Duration,
 }
 
-/// What this sidecar does in the deployment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    /// All ranks are here.
-    Alone,
-    /// It has rank 0 and decides for all nodes.
-    Leader,
-    /// It does what the leader says.
-    Follower,
-}
-
 /// Who starts the engines.
 #[derive(Clone, Debug)]
 pub enum Engines {
@@ -177,13 +166,9 @@ impl Config {
         }
     }
 
-    /// What this sidecar does in the deployment.
-    pub fn role(&self) -> Role {
-        match (&self.nodes, self.start_rank) {
-            (None, _) => Role::Alone,
-            (Some(_), 0) => Role::Leader,
-            (Some(_), _) => Role::Follower,
-        }
+    /// Where the leader is, if this sidecar is a follower: the one with rank 0 decides for all nodes.
+    pub fn follows(&self) -> Option<&Nodes> {
+        self.nodes.as_ref().filter(|_| self.start_rank > 0)
     }
 
     /// As given, if this sidecar starts the engines.
