@@ -19,23 +19,30 @@ from fakes import FakeModels
 from harness import World
 from processes import REPO, built
 
-# Modules whose engines are fakes: they wait more than they compute. The others start real vLLM.
-FAKES = {
-    *("test_cluster_crashes", "test_cluster_fakes", "test_cluster_network", "test_cluster_planned"),
-    *("test_cluster_restarts", "test_cluster_trainer", "test_cluster_updates"),
+# The lane of each module that is not in lane "real". First those whose engines are fakes, which
+# wait more than they compute, then some that start few engines of real vLLM, so that all lanes end
+# at about the same time.
+LANES = {
+    "fakes": (
+        *("test_cluster_fakes", "test_cluster_network", "test_cluster_planned"),
+        *("test_cluster_restarts", "test_cluster_trainer", "test_cluster_updates"),
+        *("test_attach", "test_bad_input"),
+    ),
+    "crashes": (
+        "test_cluster_crashes",
+        *("test_cluster_lora", "test_lora", "test_keep_engines"),
+    ),
 }
-# Real vLLM, but few engines at a time: these follow the fakes, so that both lanes end at about the
-# same time.
-LIGHT = {"test_attach", "test_bad_input"}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two lanes for `-n 2 --dist loadgroup`: what fills the cores never runs twice at a time, and
-    fakes fill the gaps. Within a lane, tests keep their order."""
-    items.sort(key=lambda item: item.path.stem in LIGHT)
+    """Three lanes for `-n 3 --dist loadgroup`: most of what fills the cores never runs twice at a
+    time, and fakes fill the gaps. Within a lane, modules have the order of `LANES`."""
+    place = {name: (lane, at) for lane, names in LANES.items() for at, name in enumerate(names)}
+    items.sort(key=lambda item: place.get(item.path.stem, ("real", 0))[1])
     for item in items:
-        lane = "fakes" if item.path.stem in FAKES | LIGHT else "real"
+        lane, _ = place.get(item.path.stem, ("real", 0))
         item.add_marker(pytest.mark.xdist_group(lane))
 
 
