@@ -145,7 +145,7 @@ fn the_whole_way_to_attached_and_back() {
     });
     let actions = bench.drain();
     assert!(
-        matches!(&actions[..], [Action::Teardown { farewell, .. }] if *farewell == ["o0", "o1"]),
+        matches!(&actions[..], [Action::Teardown { told_dead, .. }] if *told_dead == ["o0", "o1"]),
         "{actions:?}"
     );
     assert_eq!(bench.snapshot().slots_claimed, 2);
@@ -300,7 +300,7 @@ fn a_removed_frontend_is_told_only_if_it_may_have_routes() {
     bench.event(Event::Remove);
     let actions = bench.drain();
     assert!(
-        matches!(&actions[..], [Action::Teardown { farewell, .. }] if farewell.is_empty()),
+        matches!(&actions[..], [Action::Teardown { told_dead, .. }] if told_dead.is_empty()),
         "{actions:?}"
     );
     bench.event(Event::TornDown { attempt: A });
@@ -313,7 +313,7 @@ fn a_removed_frontend_is_told_only_if_it_may_have_routes() {
     bench.event(Event::Remove);
     let actions = bench.drain();
     assert!(
-        matches!(&actions[..], [Action::Teardown { farewell, .. }] if *farewell == ["o0"]),
+        matches!(&actions[..], [Action::Teardown { told_dead, .. }] if *told_dead == ["o0"]),
         "{actions:?}"
     );
 }

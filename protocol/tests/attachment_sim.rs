@@ -247,13 +247,13 @@ impl World {
             Action::CloseHandshake { attempt } => {
                 self.open.retain(|(a, link), _| *a != attempt || !matches!(link, Link::Handshake(_)));
             }
-            Action::Teardown { attempt, farewell, .. } => {
+            Action::Teardown { attempt, told_dead, .. } => {
                 assert_eq!(self.tearing_down, None, "{}", law::ONE_ATTEMPT);
                 self.attached = false;
                 self.tearing_down = Some(attempt);
                 self.torn = attempt;
                 let generation = self.named.get(&attempt).copied();
-                if let (Some(generation), false) = (generation, farewell.is_empty()) {
+                if let (Some(generation), false) = (generation, told_dead.is_empty()) {
                     self.send(attempt, Link::Teardown, false, Item::Farewell(generation));
                 }
                 self.open.retain(|(a, _), _| *a != attempt);

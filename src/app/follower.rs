@@ -19,7 +19,7 @@ use crate::link::LinkStream;
 use crate::link::server::{self, ServeEnd, ServerOptions, Services};
 use crate::peer::facts;
 use crate::peer::follower::{FindError, Finder, Found, LeaderView};
-use crate::peer::introduction::Introduction;
+use crate::peer::hello::NodeHello;
 use crate::supervisor::client::KeeperClient;
 use crate::supervisor::command::{engine_name, engine_rank};
 use crate::tasks::{Task, named};
@@ -41,12 +41,12 @@ impl Begun {
         // Engines of a predecessor: the leader may be away for as long as for a follower that runs.
         let children = keeper.client.list().await.unwrap_or_default();
         let adopted = children.iter().any(|child| engine_rank(&child.name).is_some());
-        let introduction = facts::introduction(&self.run.config, self.run.state.run_id()).await;
+        let hello = facts::hello(&self.run.config, self.run.state.run_id()).await;
         let (view, seen) = watch::channel(LeaderView::default());
         let finder = Finder {
             leader: nodes.leader.clone(),
             token: nodes.token.clone(),
-            introduction: introduction.clone(),
+            hello: hello.clone(),
             strict: !adopted,
             view,
         };
@@ -79,7 +79,7 @@ impl Begun {
         let (streams, stream_inbox) = mpsc::channel(1);
         let options = ServerOptions {
             initial: relay.found.clone(),
-            ..ServerOptions::new(introduction.name(), run.tracker.clone(), run.stop.clone())
+            ..ServerOptions::new(hello.name(), run.tracker.clone(), run.stop.clone())
         };
         let serving =
             tokio::spawn(named(Task::Follower, server::serve(options, stream_inbox, services, reported)));
@@ -89,7 +89,7 @@ impl Begun {
         let role = Following { events, serving, linking };
         let answers = View {
             run: run.clone(),
-            introduction,
+            hello,
             nodes,
             leader: seen,
             ranks: ranks.clone(),
@@ -150,7 +150,7 @@ fn leader_status(nodes: &Nodes, view: &watch::Receiver<LeaderView>) -> LeaderSta
 #[derive(Clone)]
 pub(super) struct View {
     run: Run,
-    introduction: Introduction,
+    hello: NodeHello,
     nodes: Nodes,
     leader: watch::Receiver<LeaderView>,
     ranks: Vec<RankHandle>,
@@ -172,7 +172,7 @@ impl Answers for View {
         status.sidecar.relay_pid = *self.relay.borrow();
         status.engines = self.engines().await;
         let address = self.run.config.nodes.as_ref().and_then(|nodes| nodes.address);
-        status.nodes = vec![nodes::here(&self.introduction, address)];
+        status.nodes = vec![nodes::here(&self.hello, address)];
         status.leader = Some(leader);
         status.gpus = self.gpus.report().await;
         status

@@ -153,7 +153,7 @@ impl Begun {
     /// Waits for the other nodes.
     async fn gather(&mut self, nodes: &Nodes) -> Result<start::Joined, RunEnd> {
         let config = &self.run.config;
-        let own = facts::introduction(config, self.run.state.run_id()).await;
+        let own = facts::hello(config, self.run.state.run_id()).await;
         let leader = nodes::listen(&self.run, nodes, own.clone()).await?;
         let look = || Status {
             nodes: nodes::status(&own, &leader, &[]),

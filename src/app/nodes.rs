@@ -18,7 +18,7 @@ use crate::driver::handles::{
 use crate::driver::weight_update::{StageReports, UpdateNode};
 use crate::exit_code::{self, RunEnd};
 use crate::link::client::{self, ClientOptions, LinkStatus, NodeHandles};
-use crate::peer::introduction::Introduction;
+use crate::peer::hello::NodeHello;
 use crate::peer::leader::{BindError, GatherError, Leader, RemoteNode};
 use crate::tasks::{Task, named};
 
@@ -30,7 +30,7 @@ const FIRST_STATE: Duration = Duration::from_secs(30);
 const SHUTDOWN: Duration = Duration::from_secs(5);
 
 /// Listens for the other nodes.
-pub(super) async fn listen(run: &Run, nodes: &Nodes, own: Introduction) -> Result<Leader, RunEnd> {
+pub(super) async fn listen(run: &Run, nodes: &Nodes, own: NodeHello) -> Result<Leader, RunEnd> {
     let Run { config, tracker, stop, .. } = run;
     Leader::start(nodes, own, config.size, tracker, stop.clone()).await.map_err(|error| {
         let code = match error {
@@ -55,7 +55,7 @@ pub(super) fn gather_end(error: &GatherError) -> RunEnd {
 #[derive(Clone, Debug)]
 pub(super) struct Remote {
     pub(super) id: NodeId,
-    pub(super) introduction: Introduction,
+    pub(super) hello: NodeHello,
     pub(super) handles: NodeHandles,
     pub(super) status: watch::Receiver<LinkStatus>,
 }
@@ -64,7 +64,7 @@ impl Remote {
     /// Tells the follower that the deployment stops.
     pub(super) async fn shutdown(&self) {
         if let Err(error) = self.handles.link.ask_within(SHUTDOWN, Shutdown {}).await {
-            warn!(node = %self.introduction.name(), %error, "the node was not told that the deployment stops");
+            warn!(node = %self.hello.name(), %error, "the node was not told that the deployment stops");
         }
     }
 }
@@ -78,15 +78,15 @@ pub(super) fn connect(
     reports: StageReports,
     run: &Run,
 ) -> (Remote, UpdateNode) {
-    let RemoteNode { introduction, connections } = node;
-    let name = introduction.name();
-    let options = ClientOptions::new(&*name, introduction.ranks(), run.stop.clone());
+    let RemoteNode { hello, connections } = node;
+    let name = hello.name();
+    let options = ClientOptions::new(&*name, hello.ranks(), run.stop.clone());
     let (handles, status) = client::spawn(options, connections, events, &run.tracker);
-    let remote = Remote { id, introduction, handles, status };
+    let remote = Remote { id, hello, handles, status };
     let update = UpdateNode {
         id,
         name,
-        ranks: remote.introduction.ranks(),
+        ranks: remote.hello.ranks(),
         stage: Some(remote.handles.stage.clone()),
         reports,
     };
@@ -168,13 +168,13 @@ pub(super) async fn first_states(
         return Ok(early);
     }
     let silent = remotes.iter().filter(|remote| !states.contains_key(&remote.id));
-    let silent: Vec<String> = silent.map(|remote| remote.introduction.name()).collect();
+    let silent: Vec<String> = silent.map(|remote| remote.hello.name()).collect();
     let reason = format!("{}: did not report its state within {FIRST_STATE:?}", silent.join(", "));
     Err(RunEnd::new(exit_code::TIMEOUT, reason))
 }
 
 /// What status says about the node that is asked.
-pub(super) fn here(own: &Introduction, address: Option<IpAddr>) -> NodeStatus {
+pub(super) fn here(own: &NodeHello, address: Option<IpAddr>) -> NodeStatus {
     NodeStatus {
         start_rank: own.start_rank,
         size_local: own.size_local,
@@ -186,17 +186,17 @@ pub(super) fn here(own: &Introduction, address: Option<IpAddr>) -> NodeStatus {
 }
 
 /// What status says about the nodes.
-pub(super) fn status(own: &Introduction, leader: &Leader, remotes: &[Remote]) -> Vec<NodeStatus> {
+pub(super) fn status(own: &NodeHello, leader: &Leader, remotes: &[Remote]) -> Vec<NodeStatus> {
     let mut nodes = vec![here(own, leader.own_address())];
     for view in leader.claims() {
-        let remote = remotes.iter().find(|r| r.introduction.start_rank == view.introduction.start_rank);
+        let remote = remotes.iter().find(|r| r.hello.start_rank == view.hello.start_rank);
         let link = remote.map(|remote| remote.status.borrow().clone());
         let up = view.alive && link.as_ref().is_none_or(|link| link.connected);
         nodes.push(NodeStatus {
-            start_rank: view.introduction.start_rank,
-            size_local: view.introduction.size_local,
-            host: view.introduction.host,
-            address: Some(view.introduction.address.unwrap_or_else(|| view.peer.ip()).to_string()),
+            start_rank: view.hello.start_rank,
+            size_local: view.hello.size_local,
+            host: view.hello.host,
+            address: Some(view.hello.address.unwrap_or_else(|| view.peer.ip()).to_string()),
             link: if up { "up" } else { "down" }.to_owned(),
             since_s: Some(view.since.elapsed().as_secs()),
             rtt_us: link
@@ -212,7 +212,7 @@ pub(super) fn status(own: &Introduction, leader: &Leader, remotes: &[Remote]) ->
 /// All that is known about the nodes of a leader.
 #[derive(Clone, Debug)]
 pub(super) struct Gathered {
-    pub(super) own: Introduction,
+    pub(super) own: NodeHello,
     pub(super) leader: Leader,
     pub(super) remotes: Arc<Vec<Remote>>,
 }

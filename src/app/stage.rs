@@ -10,7 +10,7 @@ use super::Run;
 use super::local::internal;
 use crate::driver::handles::{NodeEvent, StageHandle};
 use crate::exit_code::RunEnd;
-use crate::peer::introduction::ranks_text;
+use crate::peer::hello::ranks_text;
 use crate::shared_memory::{self, SHM_DIR};
 use crate::staging::upload::UploadRequests;
 use crate::staging::{self, StageConfig};

@@ -28,13 +28,13 @@ use crate::driver::{control, coordinator, weight_update};
 use crate::exit_code::{self, RunEnd};
 use crate::http::HttpServer;
 use crate::link::server;
-use crate::peer::introduction::Introduction;
+use crate::peer::hello::NodeHello;
 use crate::peer::leader::{Leader, RemoteNode};
 use crate::staging::upload::{self, Uploads};
 use crate::tasks::{Task, named};
 
 /// This node, and the others with the leader that they came to.
-pub(super) type Joined = (Introduction, Leader, Vec<RemoteNode>);
+pub(super) type Joined = (NodeHello, Leader, Vec<RemoteNode>);
 
 /// Starts all tasks. Nothing is left running on an error but what the caller's runtime ends.
 ///
@@ -85,7 +85,7 @@ pub(super) async fn start(
     let remotes: &[Remote] = gathered.as_ref().map_or(&[], |gathered| &gathered.remotes);
 
     let mut edges = vec![(own_ranks.clone(), local.relay.handles.edge.clone())];
-    edges.extend(remotes.iter().map(|remote| (remote.introduction.ranks(), remote.handles.edge.clone())));
+    edges.extend(remotes.iter().map(|remote| (remote.hello.ranks(), remote.handles.edge.clone())));
     let first = |(ranks, edge): &(Vec<EngineIndex>, EdgeHandle)| Some((*ranks.first()?, edge.clone()));
     let edges_by_rank = edges.iter().filter_map(first).collect();
     let coordinator = coordinator::spawn(config.kind, config.size, edges, edge_events, tracker);
@@ -137,7 +137,7 @@ pub(super) async fn start(
     let mut node_peers = BTreeMap::from([(THIS_NODE, this_node)]);
     for remote in remotes {
         let peers = NodePeers {
-            ranks: remote.introduction.ranks(),
+            ranks: remote.hello.ranks(),
             edge: remote.handles.edge.clone(),
             handshake: remote.handles.handshake.clone(),
             processes: local.processes.as_ref().map(|_| remote.handles.processes.clone()),

@@ -10,7 +10,7 @@ use crate::admin::client::{AdminClient, ClientError};
 use crate::api::{EngineStatus, FrontendStatus, NodeStatus, ReportStatus, Status, UpdateReport};
 use crate::exit_code;
 use crate::gpu::{GpuDevice, GpuReport};
-use crate::peer::introduction::ranks_text;
+use crate::peer::hello::ranks_text;
 
 /// Between two pictures of `--watch`.
 const PERIOD: Duration = Duration::from_secs(1);

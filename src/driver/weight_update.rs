@@ -90,15 +90,15 @@ pub fn spawn(
     let (commands, inbox) = mpsc::channel(COMMANDS);
     let (notes, noted) = mpsc::channel(EVENTS);
     let (publish, snapshot) = watch::channel(UpdateSnapshot::default());
-    let places: BTreeMap<EngineIndex, NodeId> =
+    let node_of: BTreeMap<EngineIndex, NodeId> =
         nodes.iter().flat_map(|node| node.ranks.iter().map(|rank| (*rank, node.id))).collect();
-    let all = ranks.iter().map(|rank| (rank.rank, places.get(&rank.rank).copied().unwrap_or_default()));
+    let all = ranks.iter().map(|rank| (rank.rank, node_of.get(&rank.rank).copied().unwrap_or_default()));
     let cancel = Cancel::default();
     let task = Task {
         machine: Updates::new(config.machine.clone(), all.collect(), committed, ledger),
         tools: Arc::new(Tools {
             ranks: ranks.into_iter().map(|rank| (rank.rank, rank)).collect(),
-            places,
+            node_of,
             stages: Stages::new(nodes),
             config,
             control,
@@ -192,7 +192,7 @@ struct Tools {
     config: UpdateConfig,
     ranks: BTreeMap<EngineIndex, RankHandle>,
     /// Ranks that are not named belong to node 0.
-    places: BTreeMap<EngineIndex, NodeId>,
+    node_of: BTreeMap<EngineIndex, NodeId>,
     stages: Stages,
     control: ControlHandle,
     fences: mpsc::Sender<FenceRequest>,
@@ -242,7 +242,7 @@ impl Task {
         let mut ranks: SelectAll<_> = self.tools.ranks.values().map(RankHandle::changes).collect();
         let mut control = self.tools.control.snapshot.clone();
         self.look();
-        let farewell = loop {
+        let shutdown = loop {
             self.perform();
             self.publish();
             tokio::select! {
@@ -263,7 +263,7 @@ impl Task {
         };
         drop(self.cancel);
         self.jobs.shutdown().await;
-        if let Some((forget, reply)) = farewell {
+        if let Some((forget, reply)) = shutdown {
             let journal = self.tools.journal.clone();
             if forget && let Err(error) = actions::blocking(move || journal.clear()).await {
                 warn!(%error, "the committed record was not forgotten");

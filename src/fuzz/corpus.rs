@@ -10,7 +10,7 @@ use dp_sidecar_protocol::positional::Scanner;
 use super::tests::folder;
 use crate::driver::handles::{Call, NodeAsk, NodeEvent, encode};
 use crate::link::wire::{FromNode, LINK_VERSION, ToNode};
-use crate::peer::introduction::{Introduction, Word};
+use crate::peer::hello::{LeaderAnswer, NodeHello};
 use crate::supervisor::keeper::wire as keeper;
 use crate::transport::zmtp;
 
@@ -86,7 +86,7 @@ fn of_the_link(corpus: &mut Corpus) {
 
 fn between_nodes(corpus: &mut Corpus) {
     let framed = |body: Vec<u8>| [u32::try_from(body.len()).unwrap().to_be_bytes().to_vec(), body].concat();
-    let hello = Introduction {
+    let hello = NodeHello {
         start_rank: 2,
         size_local: 2,
         run_id: "3f".to_owned(),
@@ -96,10 +96,10 @@ fn between_nodes(corpus: &mut Corpus) {
         values: [("model".to_owned(), "m".to_owned())].into(),
         unknown: ["vllm".to_owned()].into(),
     };
-    let waiting = Word::Waiting { missing: vec![(2, 2)] };
+    let waiting = LeaderAnswer::Waiting { missing: vec![(2, 2)] };
     corpus.entry("peer").or_default().extend([
         framed(rmp_serde::to_vec_named(&hello).unwrap()),
-        framed(rmp_serde::to_vec_named(&Introduction::default()).unwrap()),
+        framed(rmp_serde::to_vec_named(&NodeHello::default()).unwrap()),
         framed(rmp_serde::to_vec_named(&waiting).unwrap()),
     ]);
     for role in *b"FLSR" {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::time::timeout;
 use tracing::warn;
 
-use super::introduction::Introduction;
+use super::hello::NodeHello;
 use crate::config::{Config, Engines, model};
 use crate::supervisor::command::VllmLaunch;
 use crate::supervisor::flags::flag_name;
@@ -39,7 +39,7 @@ pub const PER_NODE_FLAGS: &[&str] = &[
 ];
 
 /// Finds out everything that is compared.
-pub async fn introduction(config: &Config, run_id: &str) -> Introduction {
+pub async fn hello(config: &Config, run_id: &str) -> NodeHello {
     let mut values = BTreeMap::new();
     let mut unknown = BTreeSet::new();
     let mut tell = |name: &str, value: String| {
@@ -80,7 +80,7 @@ pub async fn introduction(config: &Config, run_id: &str) -> Introduction {
             }
         }
     }
-    Introduction {
+    NodeHello {
         start_rank: config.start_rank,
         size_local: config.size_local,
         run_id: run_id.to_owned(),

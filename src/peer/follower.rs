@@ -11,7 +11,7 @@ use tracing::{debug, info};
 
 use super::auth::{self, AuthError, Side};
 use super::frame;
-use super::introduction::{Introduction, Word};
+use super::hello::{LeaderAnswer, NodeHello};
 use super::leader::{WORD_PERIOD, resolve};
 use super::registry::missing_text;
 use super::stream::set_options;
@@ -100,7 +100,7 @@ pub struct Finder {
     /// The shared secret.
     pub token: Token,
     /// What the leader is told.
-    pub introduction: Introduction,
+    pub hello: NodeHello,
     /// Refusals end the search. Not so when engines run already: somebody may set the leader right.
     pub strict: bool,
     /// For status.
@@ -187,7 +187,7 @@ impl Finder {
             AuthError::Slow | AuthError::Io(_) => Trouble::Again(error.to_string()),
             error => Trouble::Refused(error.to_string()),
         })?;
-        frame::write(&mut stream, &self.introduction, auth::LIMIT).await.map_err(again)?;
+        frame::write(&mut stream, &self.hello, auth::LIMIT).await.map_err(again)?;
         let found = self.wait_for_welcome(stream, own).await?;
         info!(leader = %self.leader, peer = %address, "connected to the leader");
         Ok(found)
@@ -196,11 +196,11 @@ impl Finder {
     async fn wait_for_welcome(&self, mut stream: TcpStream, own: IpAddr) -> Result<Found, Trouble> {
         let mut known = String::new();
         loop {
-            let word: Word = frame::read(&mut stream, SILENCE).await.map_err(|error| {
+            let answer: LeaderAnswer = frame::read(&mut stream, SILENCE).await.map_err(|error| {
                 Trouble::Again(format!("connection lost while others were missing: {error}"))
             })?;
-            match word {
-                Word::Waiting { missing } => {
+            match answer {
+                LeaderAnswer::Waiting { missing } => {
                     let doing = match missing_text(&missing) {
                         missing if missing.is_empty() => "starts".to_owned(),
                         missing => format!("waits for {missing}"),
@@ -211,12 +211,12 @@ impl Finder {
                         known = doing;
                     }
                 }
-                Word::Welcome => {
-                    return Ok(Found { stream, own: self.introduction.address.unwrap_or(own) });
+                LeaderAnswer::Welcome => {
+                    return Ok(Found { stream, own: self.hello.address.unwrap_or(own) });
                 }
-                Word::Refused { reason, retry: true } => return Err(Trouble::Held(reason)),
-                Word::Refused { reason, retry: false } => return Err(Trouble::Refused(reason)),
-                Word::Over { code, reason } => {
+                LeaderAnswer::Refused { reason, retry: true } => return Err(Trouble::Held(reason)),
+                LeaderAnswer::Refused { reason, retry: false } => return Err(Trouble::Refused(reason)),
+                LeaderAnswer::Over { code, reason } => {
                     debug!(code, %reason, "the leader gives up");
                     return Err(Trouble::Over(code, reason));
                 }

@@ -10,7 +10,7 @@ use tokio::time::timeout;
 
 use crate::msgpack;
 
-/// Longest frame of an introduction, in bytes.
+/// Longest hello of a node, in bytes.
 const LONGEST: u32 = 256 * 1024;
 
 fn invalid(text: String) -> io::Error {
@@ -58,7 +58,7 @@ where
 /// For `crate::fuzz`: the first frame of a follower, and the words of a leader.
 #[cfg(any(test, feature = "test-support"))]
 pub(crate) fn fuzz(data: &[u8]) -> bool {
-    use super::introduction::{Introduction, Word};
+    use super::hello::{LeaderAnswer, NodeHello};
     use crate::fuzz::{exchange, run};
 
     const SOON: Duration = Duration::from_secs(60);
@@ -75,14 +75,14 @@ pub(crate) fn fuzz(data: &[u8]) -> bool {
         assert_eq!(again.expect("own encoding"), value);
         true
     }
-    run(async { one::<Introduction>(data).await | one::<Word>(data).await })
+    run(async { one::<NodeHello>(data).await | one::<LeaderAnswer>(data).await })
 }
 
 #[cfg(test)]
 mod tests {
     use tokio::io::duplex;
 
-    use super::super::introduction::{Introduction, Word};
+    use super::super::hello::{LeaderAnswer, NodeHello};
     use super::*;
 
     const SOON: Duration = Duration::from_secs(5);
@@ -90,12 +90,12 @@ mod tests {
     #[tokio::test]
     async fn a_frame_comes_out_as_it_went_in() {
         let (mut one, mut other) = duplex(1 << 16);
-        let sent = Introduction { start_rank: 3, host: "h".into(), ..Introduction::default() };
+        let sent = NodeHello { start_rank: 3, host: "h".into(), ..NodeHello::default() };
         write(&mut one, &sent, SOON).await.unwrap();
-        assert_eq!(read::<_, Introduction>(&mut other, SOON).await.unwrap(), sent);
-        let word = Word::Waiting { missing: vec![(2, 1)] };
-        write(&mut other, &word, SOON).await.unwrap();
-        assert_eq!(read::<_, Word>(&mut one, SOON).await.unwrap(), word);
+        assert_eq!(read::<_, NodeHello>(&mut other, SOON).await.unwrap(), sent);
+        let answer = LeaderAnswer::Waiting { missing: vec![(2, 1)] };
+        write(&mut other, &answer, SOON).await.unwrap();
+        assert_eq!(read::<_, LeaderAnswer>(&mut one, SOON).await.unwrap(), answer);
     }
 
     #[tokio::test]
@@ -103,7 +103,7 @@ mod tests {
         for bytes in [&[0x7f, 0xff, 0xff, 0xff][..], &[0, 0, 0, 1, 0xc1]] {
             let (mut one, mut other) = duplex(64);
             one.write_all(bytes).await.unwrap();
-            let error = read::<_, Introduction>(&mut other, SOON).await.unwrap_err();
+            let error = read::<_, NodeHello>(&mut other, SOON).await.unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::InvalidData, "{error}");
         }
     }

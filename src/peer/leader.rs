@@ -19,10 +19,10 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
 
 use super::auth::{self, Side};
-use super::introduction::{Introduction, Word};
+use super::hello::{LeaderAnswer, NodeHello};
 use super::registry::{Claim, Refusal, Registry, missing_text};
 use super::stream::set_options;
-use super::{frame, introduction};
+use super::{frame, hello};
 use crate::config::Nodes;
 use crate::exit_code;
 use crate::link::LinkStream;
@@ -76,7 +76,7 @@ pub enum GatherError {
 #[derive(Debug)]
 pub struct RemoteNode {
     /// What it said about itself.
-    pub introduction: Introduction,
+    pub hello: NodeHello,
     /// Its connections: the first is there at once, each later one replaces the one before.
     pub connections: mpsc::Receiver<Link>,
 }
@@ -135,7 +135,7 @@ impl Leader {
     /// [`BindError`].
     pub async fn start(
         nodes: &Nodes,
-        own: Introduction,
+        own: NodeHello,
         size: u16,
         tracker: &TaskTracker,
         stop: CancellationToken,
@@ -229,9 +229,9 @@ impl Leader {
     fn nodes(&self) -> Vec<RemoteNode> {
         let state = &mut *self.shared.state.lock();
         let node = |claim: &Claim| {
-            let introduction = claim.introduction.clone();
-            let (_, connections) = state.connections.get_mut(&introduction.start_rank)?;
-            Some(RemoteNode { introduction, connections: connections.take()? })
+            let hello = claim.hello.clone();
+            let (_, connections) = state.connections.get_mut(&hello.start_rank)?;
+            Some(RemoteNode { hello, connections: connections.take()? })
         };
         state.registry.claims().filter_map(node).collect()
     }
@@ -312,22 +312,22 @@ impl Shared {
         if let Err(error) = identified.await {
             return self.refused(peer, &error.to_string());
         }
-        let introduction: Introduction = match frame::read(&mut stream, auth::LIMIT).await {
-            Ok(introduction) => introduction,
-            Err(error) => return self.refused(peer, &format!("introduction: {error}")),
+        let hello: NodeHello = match frame::read(&mut stream, auth::LIMIT).await {
+            Ok(hello) => hello,
+            Err(error) => return self.refused(peer, &format!("hello of a node: {error}")),
         };
         drop(stranger);
         let connection = self.connections.fetch_add(1, Ordering::Relaxed);
-        let start_rank = introduction.start_rank;
-        let name = introduction.name();
-        if let Err(refusal) = self.claim(introduction, peer, connection) {
+        let start_rank = hello.start_rank;
+        let name = hello.name();
+        if let Err(refusal) = self.claim(hello, peer, connection) {
             let (reason, retry) = match refusal {
                 Refusal::Taken(reason) => (reason, true),
                 Refusal::Mismatch(reason) => (reason, false),
             };
             self.refused(peer, &reason);
-            let word = Word::Refused { reason, retry };
-            if let Err(error) = frame::write(&mut stream, &word, WRITE_LIMIT).await {
+            let answer = LeaderAnswer::Refused { reason, retry };
+            if let Err(error) = frame::write(&mut stream, &answer, WRITE_LIMIT).await {
                 debug!(%peer, %error, "refusal not delivered");
             }
             return linger(stream).await;
@@ -352,10 +352,10 @@ impl Shared {
         self.left(start_rank, connection);
     }
 
-    fn claim(&self, introduction: Introduction, peer: SocketAddr, connection: u64) -> Result<(), Refusal> {
-        let start_rank = introduction.start_rank;
+    fn claim(&self, hello: NodeHello, peer: SocketAddr, connection: u64) -> Result<(), Refusal> {
+        let start_rank = hello.start_rank;
         let mut state = self.state.lock();
-        let claimed = state.registry.claim(introduction, peer, connection);
+        let claimed = state.registry.claim(hello, peer, connection);
         match &claimed {
             Ok(()) => {
                 state.connections.entry(start_rank).or_insert_with(|| {
@@ -397,19 +397,19 @@ impl Shared {
                 }
                 state.registry.missing()
             };
-            let word = match now {
-                Stage::Gathering => Word::Waiting { missing },
-                Stage::Settled => Word::Welcome,
-                Stage::Over(code, reason) => Word::Over { code, reason },
+            let answer = match now {
+                Stage::Gathering => LeaderAnswer::Waiting { missing },
+                Stage::Settled => LeaderAnswer::Welcome,
+                Stage::Over(code, reason) => LeaderAnswer::Over { code, reason },
             };
-            frame::write(&mut stream, &word, WRITE_LIMIT).await.map_err(|error| error.to_string())?;
-            match word {
-                Word::Welcome => return Ok(stream),
-                Word::Over { .. } => {
+            frame::write(&mut stream, &answer, WRITE_LIMIT).await.map_err(|error| error.to_string())?;
+            match answer {
+                LeaderAnswer::Welcome => return Ok(stream),
+                LeaderAnswer::Over { .. } => {
                     linger(stream).await;
                     return Err("it was told that the deployment is over".to_owned());
                 }
-                Word::Waiting { .. } | Word::Refused { .. } => {}
+                LeaderAnswer::Waiting { .. } | LeaderAnswer::Refused { .. } => {}
             }
             let mut byte = [0];
             tokio::select! {
@@ -433,7 +433,7 @@ impl Shared {
 async fn linger(mut stream: TcpStream) {
     let mut rest = [0; 256];
     let reading = async { while stream.read(&mut rest).await.is_ok_and(|count| count > 0) {} };
-    if timeout(introduction::LAST_WORD, reading).await.is_err() {
+    if timeout(hello::LAST_WORD, reading).await.is_err() {
         debug!("a refused peer did not hang up");
     }
 }

@@ -5,7 +5,7 @@ pub mod auth;
 pub mod facts;
 pub mod follower;
 mod frame;
-pub mod introduction;
+pub mod hello;
 pub mod leader;
 pub mod registry;
 pub mod stream;

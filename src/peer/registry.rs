@@ -5,13 +5,13 @@ use std::net::SocketAddr;
 
 use tokio::time::Instant;
 
-use super::introduction::{Introduction, ranks_text};
+use super::hello::{NodeHello, ranks_text};
 
 /// A node that has been let in.
 #[derive(Clone, Debug)]
 pub struct Claim {
     /// What it said about itself.
-    pub introduction: Introduction,
+    pub hello: NodeHello,
     /// Where its connection comes from.
     pub peer: SocketAddr,
     /// Its latest connection.
@@ -34,7 +34,7 @@ pub enum Refusal {
 /// The nodes of a deployment.
 #[derive(Clone, Debug)]
 pub struct Registry {
-    own: Introduction,
+    own: NodeHello,
     size: u16,
     /// By first rank, without the leader.
     claims: BTreeMap<u16, Claim>,
@@ -44,7 +44,7 @@ pub struct Registry {
 
 impl Registry {
     /// The leader alone, of a deployment with `size` ranks.
-    pub fn new(own: Introduction, size: u16) -> Self {
+    pub fn new(own: NodeHello, size: u16) -> Self {
         Self { own, size, claims: BTreeMap::new(), settled: false }
     }
 
@@ -53,21 +53,16 @@ impl Registry {
     ///
     /// # Errors
     /// [`Refusal`].
-    pub fn claim(
-        &mut self,
-        introduction: Introduction,
-        peer: SocketAddr,
-        connection: u64,
-    ) -> Result<(), Refusal> {
-        let who = format!("{} at {}", introduction.name(), peer.ip());
-        let mut faults = self.own.differences(&introduction);
-        if introduction.size_local == 0
-            || u32::from(introduction.start_rank) + u32::from(introduction.size_local) > u32::from(self.size)
+    pub fn claim(&mut self, hello: NodeHello, peer: SocketAddr, connection: u64) -> Result<(), Refusal> {
+        let who = format!("{} at {}", hello.name(), peer.ip());
+        let mut faults = self.own.differences(&hello);
+        if hello.size_local == 0
+            || u32::from(hello.start_rank) + u32::from(hello.size_local) > u32::from(self.size)
         {
             faults.push(format!(
                 "ranks: expected some of 0 to {}, found {}",
                 self.size - 1,
-                ranks_text(introduction.start_rank, introduction.size_local)
+                ranks_text(hello.start_rank, hello.size_local)
             ));
         }
         if !faults.is_empty() {
@@ -77,28 +72,26 @@ impl Registry {
                 faults.join("\n  ")
             )));
         }
-        let overlaps = |other: &Introduction| {
-            other.start_rank < introduction.end_rank() && introduction.start_rank < other.end_rank()
-        };
-        let taken = |holder: &Introduction, at: String| {
+        let overlaps =
+            |other: &NodeHello| other.start_rank < hello.end_rank() && hello.start_rank < other.end_rank();
+        let taken = |holder: &NodeHello, at: String| {
             Refusal::Taken(format!("{who}: held by {} at {at}, pid {}", holder.name(), holder.pid))
         };
         if overlaps(&self.own) {
             return Err(taken(&self.own, "the leader".to_owned()));
         }
-        let same_place = |other: &Introduction| {
-            other.start_rank == introduction.start_rank && other.size_local == introduction.size_local
-        };
-        for claim in self.claims.values().filter(|claim| overlaps(&claim.introduction)) {
-            let holder = &claim.introduction;
-            let returned = same_place(holder) && holder.run_id == introduction.run_id;
+        let same_place =
+            |other: &NodeHello| other.start_rank == hello.start_rank && other.size_local == hello.size_local;
+        for claim in self.claims.values().filter(|claim| overlaps(&claim.hello)) {
+            let holder = &claim.hello;
+            let returned = same_place(holder) && holder.run_id == hello.run_id;
             let replaced = same_place(holder) && !claim.alive;
             if !returned && !replaced {
                 return Err(taken(holder, claim.peer.to_string()));
             }
         }
-        let claim = Claim { introduction, peer, connection, alive: true, since: Instant::now() };
-        self.claims.insert(claim.introduction.start_rank, claim);
+        let claim = Claim { hello, peer, connection, alive: true, since: Instant::now() };
+        self.claims.insert(claim.hello.start_rank, claim);
         if self.missing().is_empty() {
             self.settled = true;
         }
@@ -121,11 +114,11 @@ impl Registry {
         let mut missing = Vec::new();
         let mut next = self.own.end_rank();
         for claim in self.claims.values() {
-            let start = claim.introduction.start_rank;
+            let start = claim.hello.start_rank;
             if start > next {
                 missing.push((next, start - next));
             }
-            next = claim.introduction.end_rank();
+            next = claim.hello.end_rank();
         }
         if next < self.size {
             missing.push((next, self.size - next));
@@ -154,14 +147,14 @@ pub fn missing_text(missing: &[(u16, u16)]) -> String {
 mod tests {
     use super::*;
 
-    fn node(start_rank: u16, size_local: u16, run_id: &str) -> Introduction {
-        Introduction {
+    fn node(start_rank: u16, size_local: u16, run_id: &str) -> NodeHello {
+        NodeHello {
             start_rank,
             size_local,
             run_id: run_id.to_owned(),
             host: format!("host-{run_id}"),
             values: [("kind".to_owned(), "dense".to_owned())].into(),
-            ..Introduction::default()
+            ..NodeHello::default()
         }
     }
 

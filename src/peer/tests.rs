@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::follower::{FindError, Finder, Found, LeaderView};
-use super::introduction::Introduction;
+use super::hello::NodeHello;
 use super::leader::{GatherError, Leader, RemoteNode};
 use crate::config::Nodes;
 use crate::exit_code;
@@ -25,15 +25,15 @@ fn token(secret: &str) -> Token {
     Token::new(secret.as_bytes()).unwrap()
 }
 
-fn node(start_rank: u16, size_local: u16, kind: &str) -> Introduction {
-    Introduction {
+fn node(start_rank: u16, size_local: u16, kind: &str) -> NodeHello {
+    NodeHello {
         start_rank,
         size_local,
         run_id: format!("run-{start_rank}"),
         host: format!("host-{start_rank}"),
         pid: 1,
         values: [("model kind".to_owned(), kind.to_owned())].into(),
-        ..Introduction::default()
+        ..NodeHello::default()
     }
 }
 
@@ -65,11 +65,11 @@ impl Setup {
         Leader::start(&nodes, node(0, 2, "dense"), size, tracker, stop).await.unwrap()
     }
 
-    fn finder(&self, introduction: Introduction) -> Finder {
+    fn finder(&self, hello: NodeHello) -> Finder {
         Finder {
             leader: self.address.to_string(),
             token: token("the secret of all"),
-            introduction,
+            hello,
             strict: true,
             view: watch::Sender::new(LeaderView::default()),
         }
@@ -84,8 +84,8 @@ impl Setup {
         gathered
     }
 
-    async fn find(&self, introduction: Introduction) -> Result<Found, FindError> {
-        self.finder(introduction).find(LIMIT).await
+    async fn find(&self, hello: NodeHello) -> Result<Found, FindError> {
+        self.finder(hello).find(LIMIT).await
     }
 
     async fn end(self) {
@@ -120,7 +120,7 @@ async fn nodes_find_their_leader_in_any_start_order() {
     let (nodes, late) = tokio::join!(Setup::gather(&leader), setup.find(node(2, 2, "dense")));
     let mut nodes = nodes.unwrap();
     let mut found = [late.unwrap(), early.await.unwrap().unwrap()];
-    let starts: Vec<u16> = nodes.iter().map(|node| node.introduction.start_rank).collect();
+    let starts: Vec<u16> = nodes.iter().map(|node| node.hello.start_rank).collect();
     assert_eq!(starts, [2, 4]);
     for (node, found) in nodes.iter_mut().zip(&mut found) {
         let mut stream = next(node).await;
@@ -162,7 +162,7 @@ async fn a_node_that_comes_again_gets_its_place_and_a_stranger_does_not() {
     let (nodes, first) = tokio::join!(Setup::gather(&leader), setup.find(node(2, 2, "dense")));
     let mut nodes = nodes.unwrap();
     let held = next(&mut nodes[0]).await;
-    let other = Introduction { run_id: "another".into(), ..node(2, 2, "dense") };
+    let other = NodeHello { run_id: "another".into(), ..node(2, 2, "dense") };
     let refused = setup.find(other.clone()).await.unwrap_err();
     assert!(refused.to_string().contains("held by node host-2 (ranks 2 to 3)"), "{refused}");
     assert_eq!(refused.exit_code(), exit_code::MISMATCH);

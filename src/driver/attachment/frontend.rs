@@ -255,7 +255,9 @@ impl Task {
                     tracing::info!(frontend.addr = %self.address, id, api_servers, "frontend attached");
                 }
                 Action::Refused { error } => tracing::warn!("{error}"),
-                Action::Teardown { attempt, farewell, reason } => self.tear_down(attempt, farewell, &reason),
+                Action::Teardown { attempt, told_dead, reason } => {
+                    self.tear_down(attempt, told_dead, &reason)
+                }
                 Action::Done => {
                     tracing::info!(frontend.addr = %self.address, "frontend removed");
                     self.finished = true;
@@ -455,7 +457,7 @@ impl Task {
     }
 
     /// Closes everything of the attempt, then reports it. Runs beside the machine.
-    fn tear_down(&mut self, attempt: Attempt, farewell: Vec<String>, reason: &str) {
+    fn tear_down(&mut self, attempt: Attempt, told_dead: Vec<String>, reason: &str) {
         tracing::info!(frontend.addr = %self.address, reason, "frontend detached");
         let events = self.events.clone();
         let shared = self.shared.clone();
@@ -475,7 +477,7 @@ impl Task {
                 }
                 let ranks = shared.ranks.iter().filter(|_| running.routed);
                 let routes = join_all(ranks.map(|handle| close_routes(handle, running.id)));
-                futures::join!(routes, join_all(farewell.iter().map(|to| sockets::say_dead(to))));
+                futures::join!(routes, join_all(told_dead.iter().map(|to| sockets::say_dead(to))));
                 shared.records.lock().attached(&address, None);
             }
             let _ = events.send(Event::TornDown { attempt }).await;

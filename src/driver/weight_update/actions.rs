@@ -298,7 +298,7 @@ impl Task {
                 .is_none_or(|active| active.request.has_weights() || recovery)
                 .then_some(checkpoint),
             changes: active.and_then(|active| active.adapters.get(&node).cloned()).unwrap_or_default(),
-            bring: (recovery && takes_adapters).then_some(committed),
+            load_committed: (recovery && takes_adapters).then_some(committed),
             tools: self.tools.clone(),
             limit,
         }
@@ -423,7 +423,7 @@ struct Load {
     checkpoint: Option<Checkpoint>,
     changes: adapters::Changes,
     /// Adapters to be brought to.
-    bring: Option<BTreeMap<String, Adapter>>,
+    load_committed: Option<BTreeMap<String, Adapter>>,
     tools: Arc<Tools>,
     limit: Duration,
 }
@@ -438,7 +438,7 @@ impl Load {
         if reports.iter().any(|report| report.fault(&wanted).is_some()) {
             return Ok(reports);
         }
-        if let Some(committed) = &self.bring {
+        if let Some(committed) = &self.load_committed {
             self.tools.bring_adapters(handle, &self.id, committed, self.limit).await?;
             return Ok(reports);
         }

@@ -84,8 +84,8 @@ impl Tools {
         look: impl FnOnce(&Known, &AtomicBool) -> Result<T, String> + Send + 'static,
     ) -> Result<T, String> {
         let (known, cancel) = (self.known.clone(), self.cancel.clone());
-        let looked = tokio::task::spawn_blocking(move || look(&known, &cancel)).await;
-        looked.map_err(|error| error.to_string())?
+        let seen = tokio::task::spawn_blocking(move || look(&known, &cancel)).await;
+        seen.map_err(|error| error.to_string())?
     }
 
     /// Whether a directory still holds what it held when it was committed.
@@ -95,7 +95,7 @@ impl Tools {
     }
 
     pub(super) fn node_of(&self, rank: EngineIndex) -> NodeId {
-        self.places.get(&rank).copied().unwrap_or_default()
+        self.node_of.get(&rank).copied().unwrap_or_default()
     }
 
     pub(super) fn handles<'a>(&self, ranks: impl IntoIterator<Item = &'a EngineIndex>) -> Vec<RankHandle> {
@@ -141,11 +141,11 @@ impl Tools {
             (handle.rank, info, paused)
         });
         let nodes: BTreeSet<NodeId> = engines.keys().map(|rank| self.node_of(*rank)).collect();
-        let looked = nodes.iter().map(async |node| match directory {
+        let seen = nodes.iter().map(async |node| match directory {
             Some(directory) => self.lacks(*node, directory).await,
             None => false,
         });
-        let (answers, missing) = futures::join!(join_all(asked), join_all(looked));
+        let (answers, missing) = futures::join!(join_all(asked), join_all(seen));
         let mut found = Found { missing: missing.contains(&true), ..Found::default() };
         let mut infos = Infos::new();
         for (rank, info, paused) in answers {
@@ -265,7 +265,7 @@ impl Tools {
             (Some(committed), _) => self.committed_in(node, &committed.commit, &path(node)).await,
             (None, Some(before)) => Ok(before),
             (None, None) => {
-                let leader = self.stages.in_order(self.places.values().copied().collect());
+                let leader = self.stages.in_order(self.node_of.values().copied().collect());
                 let leader = leader.first().copied().unwrap_or(node);
                 let (own, leaders) = (path(node), path(leader));
                 self.startup((leader, &leaders), (node, &own)).await

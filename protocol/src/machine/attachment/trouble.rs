@@ -133,14 +133,14 @@ impl Attachment {
 
     pub(super) fn tear_down(&mut self, now: Time, after: After, reason: String) {
         // Only a frontend that may have routes of ours needs to be told.
-        let farewell = match (&self.phase, &self.init) {
+        let told_dead = match (&self.phase, &self.init) {
             (Phase::Registering(_) | Phase::Adopting(_) | Phase::Attached, Some(init)) => {
                 init.addresses.outputs.clone()
             }
             _ => Vec::new(),
         };
         self.enter(now, Phase::TearingDown(after));
-        self.actions.push_back(Action::Teardown { attempt: self.attempt, farewell, reason });
+        self.actions.push_back(Action::Teardown { attempt: self.attempt, told_dead, reason });
         if after == After::Retry && mutated(Mutation::RetryBeforeTornDown) {
             self.back_off(now);
         }

@@ -139,7 +139,7 @@ pub enum Action {
         attempt: Attempt,
         /// Output addresses of API servers that may still run: they are to be told
         /// ENGINE_CORE_DEAD, because a virtual engine cannot be rejoined.
-        farewell: Vec<String>,
+        told_dead: Vec<String>,
         /// Why, for the log.
         reason: String,
     },

@@ -14,7 +14,7 @@ const SHOWN: usize = 200;
 
 /// A node's first frame.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Introduction {
+pub struct NodeHello {
     /// First DP rank of the node.
     pub start_rank: u16,
     /// DP ranks of the node.
@@ -44,7 +44,7 @@ fn shown(value: Option<&String>) -> String {
     }
 }
 
-impl Introduction {
+impl NodeHello {
     /// One behind the node's last rank.
     pub fn end_rank(&self) -> u16 {
         self.start_rank.saturating_add(self.size_local)
@@ -82,9 +82,9 @@ pub fn ranks_text(start: u16, count: u16) -> String {
     }
 }
 
-/// What the leader says to a node that has introduced itself.
+/// What the leader answers to a node's hello, more than once while others are missing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Word {
+pub enum LeaderAnswer {
     /// Other nodes are still missing: first rank and number of ranks that nobody has. Said again and again.
     Waiting { missing: Vec<(u16, u16)> },
     /// The deployment is complete: the link begins.
@@ -100,9 +100,9 @@ pub enum Word {
 mod tests {
     use super::*;
 
-    pub(crate) fn with(values: &[(&str, &str)]) -> Introduction {
+    pub(crate) fn with(values: &[(&str, &str)]) -> NodeHello {
         let values = values.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-        Introduction { start_rank: 2, size_local: 2, host: "b".into(), values, ..Introduction::default() }
+        NodeHello { start_rank: 2, size_local: 2, host: "b".into(), values, ..NodeHello::default() }
     }
 
     #[test]
