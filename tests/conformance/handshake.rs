@@ -81,9 +81,8 @@ fn differing_parallel_flags_are_named_with_both_hashes() {
             })
         })
         .collect();
-    let line = sidecar.await_log(&["another-parallel-config"]);
-    assert!(line.contains("fake-parallel-config"), "{line}");
-    assert!(line.contains("rank"), "{line}");
+    // Either may be the second one, which is refused.
+    sidecar.await_log(&["parallel_config_hash of rank", "another-parallel-config", "fake-parallel-config"]);
 }
 
 #[test]
