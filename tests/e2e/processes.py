@@ -25,8 +25,8 @@ LOOPBACK = "127.0.0.1"
 # In the environment of every process of a test run, handed down to all it starts.
 MARK = "E2E_RUN_MARK"
 
-# Two shared cores: an engine takes 12 to 40 s to start, several at once longer.
-START_LIMIT = 240.0
+# Two cores that three lanes share: an engine takes 12 to 40 s to start, several at once longer.
+START_LIMIT = 360.0
 STEP_LIMIT = 60.0
 REQUEST_LIMIT = 120.0
 
