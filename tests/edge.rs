@@ -106,9 +106,14 @@ async fn nothing_that_matters_is_lost_while_nobody_takes_events() {
     let seen = timeout(PATIENCE, state.wait_for(newer)).await.unwrap().unwrap().wave;
     assert_eq!(seen, Some((Wave(101), true)));
 
-    // A new life has new sockets, and must subscribe again.
-    assert_ne!(prepare(&edge, 2).await, addresses);
+    // A new life has new sockets, and must subscribe again. What comes late for the one before takes them from nobody.
+    let second = prepare(&edge, 2).await;
+    assert_ne!(second, addresses);
     assert!(edge.state.borrow().subscribed.is_empty());
+    let late = EdgePrepare { rank: RANK, incarnation: Incarnation(1) };
+    let refused = edge.handle.ask_within(PATIENCE, late).await.unwrap_err().to_string();
+    assert!(refused.contains("life 1: life 2 has some"), "{refused}");
+    assert_eq!(prepare(&edge, 2).await, second);
     drop((edge, state));
     tracker.close();
     timeout(PATIENCE, tracker.wait()).await.unwrap();

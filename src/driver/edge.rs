@@ -111,10 +111,16 @@ impl Task {
         rank: EngineIndex,
         incarnation: Incarnation,
     ) -> Result<(String, String), HandleError> {
-        if let Some(sockets) = self.engines.get(&rank)
-            && sockets.incarnation == incarnation
-        {
-            return Ok(sockets.addresses.clone());
+        match self.engines.get(&rank) {
+            Some(sockets) if sockets.incarnation == incarnation => return Ok(sockets.addresses.clone()),
+            // Nobody waits for the sockets of a life that has a successor, see `NodeState::apply_ask`.
+            Some(sockets) if sockets.incarnation > incarnation => {
+                let newer = sockets.incarnation;
+                let late =
+                    format!("coordinator sockets of rank {rank}, life {incarnation}: life {newer} has some");
+                return Err(HandleError::failed(late));
+            }
+            _ => {}
         }
         // Those of the life before close first.
         self.close(rank);
