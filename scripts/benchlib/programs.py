@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# Two commands: the sidecar is built as it is released, without the feature of the benchmarks.
+# Two commands: the sidecar is built as it is released, without what only tests and benchmarks need.
 BUILDS = (
+    (["-p", "dp-sidecar", "--bins"], "sidecar"),
     (
-        ["-p", "dp-sidecar", "-p", "dp-sidecar-testkit", "--bins"],
-        "sidecar, load generators and fakes",
+        ["-p", "dp-sidecar-testkit", "-p", "dp-sidecar-bench", "--bins"],
+        "load generators, fakes, and parts of the sidecar for the benchmarks",
     ),
-    (["-p", "dp-sidecar-bench"], "parts of the sidecar for the benchmarks"),
 )
 
 

@@ -27,7 +27,7 @@ const SILENCE_LIMIT: Duration = HEARTBEAT.saturating_mul(6);
 /// A command could not be given, or was refused.
 #[derive(Debug, Error)]
 pub enum ClientError {
-    /// Nobody listens at the socket.
+    /// No process listens on the socket.
     #[error("no sidecar answers at {}: {error}", path.display())]
     NotRunning { path: PathBuf, error: std::io::Error },
     /// The connection broke.

@@ -11,7 +11,7 @@ const VARIABLES: &[&str] = &["HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUD
 /// The devices do not suffice.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum DeviceError {
-    /// Fewer than the ranks of this node need, as many as a world has for each.
+    /// Fewer than the ranks of this node need: `world_size` each.
     #[error(
         "{ranks} ranks of {world_size} devices each need {} devices, but {} are visible ({}, from {source_of_list})",
         ranks * world_size, devices.len(), devices.join(",")

@@ -20,7 +20,7 @@ const TEXT_CONFIG_KEYS: &[&str] =
 /// The kind of a model cannot be told.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ModelError {
-    /// No directory, and not in the cache where it was looked for.
+    /// Neither a directory nor the name of a model in the cache.
     #[error(
         "model {model}: no such directory, and not in the Hugging Face cache {}; \
          give --model-kind dense or --model-kind moe", cache.display()

@@ -407,11 +407,14 @@ impl Task {
     }
 
     fn keep(&mut self, event: Option<&Event>, extra: Extra) {
-        self.infos.extend(extra.infos);
         if let Some(Event::Acquired { run, .. } | Event::Staged { run, .. }) = event
-            && self.machine.run() == Some(*run)
-            && let Some(active) = &mut self.active
+            && self.machine.run() != Some(*run)
         {
+            // Of an update that is over.
+            return;
+        }
+        self.infos.extend(extra.infos);
+        if let Some(active) = &mut self.active {
             active.guard = extra.guard.or_else(|| active.guard.take());
             active.adapters.extend(extra.adapters);
         }

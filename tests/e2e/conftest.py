@@ -24,14 +24,16 @@ from processes import REPO, built
 # at about the same time.
 LANES = {
     "fakes": (
-        *("test_cluster_fakes", "test_cluster_network", "test_cluster_planned"),
-        *("test_cluster_restarts", "test_cluster_trainer", "test_cluster_updates"),
-        *("test_attach", "test_bad_input"),
+        "test_cluster_fakes",
+        "test_cluster_network",
+        "test_cluster_planned",
+        "test_cluster_restarts",
+        "test_cluster_trainer",
+        "test_cluster_updates",
+        "test_attach",
+        "test_bad_input",
     ),
-    "crashes": (
-        "test_cluster_crashes",
-        *("test_cluster_lora", "test_lora", "test_keep_engines"),
-    ),
+    "crashes": ("test_cluster_crashes", "test_cluster_lora", "test_lora", "test_keep_engines"),
 }
 
 
