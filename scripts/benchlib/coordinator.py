@@ -111,7 +111,7 @@ def main():
     parser = argparse.ArgumentParser(prog="scripts/bench coordinator", description=__doc__)
     parser.add_argument("--json", action="store_true", help="only the last line")
     parser.add_argument("--engines", default="64,256,256/32", help="sizes (%(default)s)")
-    parser.add_argument("--repeat", type=int, default=3, help="runs of each (%(default)s)")
+    parser.add_argument("--repeat", type=int, default=5, help="runs of each (%(default)s)")
     parser.add_argument("--rounds", type=int, default=1000, help="wakes per run (%(default)s)")
     parser.add_argument("--stats", type=int, default=50_000, help="stats messages per run")
     parser.add_argument("--step-ms", type=int, default=10, help="all engines send one per step")

@@ -33,7 +33,7 @@ LANES = {
         "test_attach",
         "test_bad_input",
     ),
-    "crashes": ("test_cluster_crashes", "test_cluster_lora", "test_lora", "test_keep_engines"),
+    "crashes": ("test_cluster_crashes", "test_workers", "test_lora", "test_keep_engines"),
 }
 
 

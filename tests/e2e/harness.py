@@ -26,6 +26,15 @@ if TYPE_CHECKING:
     from cluster import Node
 
 
+METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+
+
+def start_method(kind: str) -> dict[str, str]:
+    """For tests that run on both kinds of model: processes of the dense one are spawned, as those
+    of `vllm serve` are where nothing else is asked for."""
+    return {METHOD: "spawn" if kind == "dense" else "fork"}
+
+
 class Sidecar(Process):
     """A running sidecar, asked through its own subcommands."""
 
@@ -183,6 +192,8 @@ class World:
                 "OMP_NUM_THREADS": "1",
                 "VLLM_NO_USAGE_STATS": "1",
                 "HF_HUB_OFFLINE": "1",
+                # Half of the time of a start; see `start_method`.
+                METHOD: "fork",
                 "PYTHONUNBUFFERED": "1",
                 "RUST_BACKTRACE": "1",
                 MARK: self.mark,

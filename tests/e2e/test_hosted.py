@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from frontends import IN_PROCESS_WORKER, MODEL_FLAGS, Frontend, Load, http_post
-from harness import Sidecar, World
+from harness import Sidecar, World, start_method
 from models import Models
 from processes import LOOPBACK, START_LIMIT, alive, descendants, free_port, wait_for
 
@@ -89,7 +89,9 @@ def deployment(request, ingredients, tmp_path_factory):
             "sidecar",
             [*flags, "--pause-deadline", "20", "--http", http],
             [models.path(0), *MODEL_FLAGS, *IN_PROCESS_WORKER],
-            env=world.in_process(DP_SIDECAR_TEST_FAIL_LOAD=str(order)),
+            env=world.in_process(
+                DP_SIDECAR_TEST_FAIL_LOAD=str(order), **start_method(request.param)
+            ),
         )
         sidecar.wait_serving()
         sidecar.wait_attached(*frontends)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import new_world
 from frontends import MODEL_FLAGS, Frontend, Load
-from harness import Sidecar, World
+from harness import Sidecar, World, start_method
 from models import Models
 from processes import REPO, START_LIMIT, alive, free_port, wait_for
 
@@ -57,7 +57,7 @@ class Deployment:
             f"sidecar-{life}",
             ["--orphan-grace", str(grace), *(f"--frontend={f.handshake}" for f in frontends)],
             [self.models.path(0), *MODEL_FLAGS],
-            env=self.world.env(),
+            env=self.world.env(**start_method(self.models.kind)),
             state_dir=self.sidecar.state_dir if life > 1 else None,
         )
         return self.sidecar
@@ -113,6 +113,15 @@ def attach(deployment):
         frontend.kill_group()
     wanted = {entry["attachment"]["address"] for entry in sidecar.status()["frontends"]}
     assert wanted == {frontend.handshake for frontend in deployment.frontends}
+
+
+def test_engines_are_started_by_the_method_that_was_asked_for(deployment):
+    """Each process that imports vLLM says this once; forked ones have what their launcher has."""
+    says = "Triton is installed, but doesn't include CPU backend"
+    for rank in (0, 1):
+        log = (deployment.sidecar.state_dir / "logs" / f"engine-{rank}.log").read_text()
+        # Launcher, engine core, worker.
+        assert log.count(says) == (3 if deployment.kind == "dense" else 1), log
 
 
 def test_frontends_do_not_notice_that_the_sidecar_is_killed(deployment):
