@@ -116,7 +116,7 @@ async fn a_killed_frontend_is_attached_again_when_it_comes_back() {
         let shown = fixture.until(&host_port, "attached", &[]).await;
         assert_eq!(shown.attachments, life);
         drop(frontend);
-        fixture.until(&host_port, "waiting", &["nobody accepts"]).await;
+        fixture.until(&host_port, "waiting", &["no listener at"]).await;
         wait_for("the routes to be closed", || fixture.seen.lock().closed.len() as u64 == life * 2).await;
     }
     fixture.shut_down().await;
@@ -303,7 +303,7 @@ async fn the_startup_code_of_vllm_accepts_the_virtual_engines_again_and_again() 
         assert_eq!((shown.attachments, shown.api_servers), (life, 2));
         if life == 1 {
             drop(vllm);
-            fixture.until(&address, "waiting", &["nobody accepts"]).await;
+            fixture.until(&address, "waiting", &["no listener at"]).await;
             vllm = Reference::start(port, &arguments);
         }
     }

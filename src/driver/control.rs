@@ -152,7 +152,7 @@ impl ControlHandle {
         sent.map_err(|_| ControlError::Gone)?;
         let answer = tokio::time::timeout(patience + SLACK, answer).await;
         let (owner, grant) = answer
-            .map_err(|_| ControlError::Busy { holder: "somebody who does not say".to_owned() })?
+            .map_err(|_| ControlError::Busy { holder: "an owner that is not known".to_owned() })?
             .map_err(|_| ControlError::Gone)?
             .map_err(|holder| ControlError::Busy { holder })?;
         Ok(ControlGuard { owner, commands: self.commands.clone(), grant, _held: keep })

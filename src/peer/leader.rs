@@ -332,11 +332,11 @@ impl Shared {
             }
             return linger(stream).await;
         }
-        info!(%peer, node = %name, "node has come");
+        info!(%peer, node = %name, "node joined");
         let stream = match self.until_settled(stream, peer).await {
             Ok(stream) => stream,
             Err(reason) => {
-                info!(%peer, node = %name, %reason, "node has gone");
+                info!(%peer, node = %name, %reason, "node left");
                 return self.left(start_rank, connection);
             }
         };

@@ -185,7 +185,7 @@ impl Attachment {
                         let before = self.last_loss.as_ref();
                         let before =
                             before.map_or_else(String::new, |why| format!("; detached before: {why}"));
-                        self.detail = Some(format!("nobody accepts at {address}: {reason}{before}"));
+                        self.detail = Some(format!("no listener at {address}: {reason}{before}"));
                     }
                     self.back_off(now);
                 }

@@ -156,7 +156,7 @@ pub enum Action {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// The deployment is not complete, or nobody accepts at the address.
+    /// The deployment is not complete, or there is no listener at the address.
     Waiting,
     /// Handshake sockets are connecting.
     Connecting,
