@@ -21,6 +21,8 @@ use serde::Deserialize;
 use serde::de::{MapAccess, Visitor};
 use thiserror::Error;
 
+use crate::files;
+
 pub use digest::Progress;
 
 const INDEX: &str = "model.safetensors.index.json";
@@ -272,7 +274,7 @@ impl Manifest {
     /// Opens all files, in their order.
     pub(crate) fn open(&self) -> Result<Vec<File>, ManifestError> {
         let open = |(at, file): (usize, &ManifestFile)| {
-            File::open(self.path.join(&file.name)).map_err(|error| self.unreadable(at, &error))
+            files::open_regular(&self.path.join(&file.name)).map_err(|error| self.unreadable(at, &error))
         };
         self.files.iter().enumerate().map(open).collect()
     }
@@ -322,7 +324,7 @@ fn list_files(dir: &Path) -> Result<BTreeSet<String>, ManifestError> {
 /// `weight_map` of the index file, tensor to file; `None` without an index.
 fn read_index(dir: &Path) -> Result<Option<BTreeMap<String, String>>, ManifestError> {
     let path = dir.join(INDEX);
-    let file = match File::open(&path) {
+    let file = match files::open_regular(&path) {
         Ok(file) => file,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(unreadable(&path, &error)),
@@ -409,7 +411,7 @@ fn header_length(first: [u8; 8]) -> Result<u64, String> {
 
 fn read_header(dir: &Path, name: &str) -> Result<(ManifestFile, Vec<Tensor>), ManifestError> {
     let path = dir.join(name);
-    let mut file = File::open(&path).map_err(|error| unreadable(&path, &error))?;
+    let mut file = files::open_regular(&path).map_err(|error| unreadable(&path, &error))?;
     let meta = file.metadata().map_err(|error| unreadable(&path, &error))?;
     let actual = meta.len();
     let too_short = |expected: u64| ManifestError::Length { path: path.clone(), expected, actual };

@@ -13,7 +13,7 @@ use crate::tasks::{Task, named, rehearse};
 /// Why the run is to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Why {
-    /// SIGTERM or SIGINT.
+    /// SIGTERM, SIGINT or SIGHUP, the end of the terminal.
     Signal(i32),
     /// The lifeline ended.
     Lifeline,
@@ -44,6 +44,8 @@ pub struct Asked {
 pub fn watch_outside(lifeline: Lifeline, tasks: &TaskTracker) -> io::Result<watch::Receiver<Asked>> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    // `nohup` has asked that this one be ignored, and a handler would undo that.
+    let mut hangup = if hangup_is_ignored()? { None } else { Some(signal(SignalKind::hangup())?) };
     let (sender, receiver) = watch::channel(Asked::default());
     let (end, mut ended) = tokio::sync::oneshot::channel();
     if lifeline == Lifeline::Stdin {
@@ -72,6 +74,7 @@ pub fn watch_outside(lifeline: Lifeline, tasks: &TaskTracker) -> io::Result<watc
             let why = tokio::select! {
                 Some(()) = terminate.recv() => Why::Signal(SignalKind::terminate().as_raw_value()),
                 Some(()) = interrupt.recv() => Why::Signal(SignalKind::interrupt().as_raw_value()),
+                Some(()) = async { hangup.as_mut()?.recv().await } => Why::Signal(SignalKind::hangup().as_raw_value()),
                 _ = &mut ended, if lifeline_lives => {
                     lifeline_lives = false;
                     Why::Lifeline
@@ -85,4 +88,12 @@ pub fn watch_outside(lifeline: Lifeline, tasks: &TaskTracker) -> io::Result<watc
         }
     }));
     Ok(receiver)
+}
+
+/// Whether this process was started with SIGHUP ignored.
+fn hangup_is_ignored() -> io::Result<bool> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    Ok(mask & 1 << (SignalKind::hangup().as_raw_value() - 1) != 0)
 }

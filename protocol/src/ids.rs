@@ -172,6 +172,28 @@ impl fmt::Display for UpdateId {
 #[serde(transparent)]
 pub struct WeightVersion(pub String);
 
+impl WeightVersion {
+    /// Characters of a label, at most: it rides on every output.
+    pub const LONGEST: usize = 128;
+
+    /// Whether an update may stamp it. `default` would make new weights look like those of a fresh engine.
+    ///
+    /// # Errors
+    /// What was expected, for people.
+    pub fn check(&self) -> Result<(), &'static str> {
+        if self.0.is_empty() || self.0.chars().count() > Self::LONGEST || self.0.chars().any(char::is_control)
+        {
+            return Err("version: expected 1 to 128 printable characters");
+        }
+        if *self == Self::default() {
+            return Err(
+                "version: `default` is what vLLM says of the weights that an engine was started with",
+            );
+        }
+        Ok(())
+    }
+}
+
 impl Default for WeightVersion {
     fn default() -> Self {
         Self("default".to_owned())

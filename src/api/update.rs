@@ -52,7 +52,7 @@ impl UpdateRequest {
         match (&self.path, &self.upload) {
             (Some(_), Some(_)) => Err("expected either path or upload"),
             (None, None) if self.adapters.is_empty() => Err("expected either path or upload"),
-            _ => Ok(()),
+            _ => self.version.as_ref().map_or(Ok(()), WeightVersion::check),
         }
     }
 

@@ -366,7 +366,7 @@ pub(super) struct UpdateArgs {
     /// Remove a LoRA adapter. May be given several times.
     #[arg(long, value_name = "NAME")]
     pub remove_lora: Vec<String>,
-    /// Version to stamp on the responses; made from the directory's name and the id if absent.
+    /// Version to stamp on the responses, 1 to 128 characters; made from the directory's name and the id if absent.
     #[arg(long, value_name = "V")]
     pub version: Option<String>,
     /// What happens to running requests.

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::args::{Cli, DRY_RUN, RunArgs};
 use super::build::{self, Built, Environment};
@@ -21,6 +22,8 @@ use crate::{tasks, telemetry};
 
 /// How long tasks that hang may delay the end of the process.
 const RUNTIME_LIMIT: Duration = Duration::from_secs(5);
+/// Open files that a process may want; vLLM raises its own limit to as many.
+const OPEN_FILES: u64 = 65_535;
 
 /// An option of `run`, its value, and who gave it: `flag`, the variable, or `default`.
 pub(super) type Origin = [String; 3];
@@ -107,6 +110,7 @@ fn host(built: Built) -> RunEnd {
     }
     let mut config = built.config;
     config.state_dir = state.path().to_owned();
+    raise_open_files();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("sidecar").build();
     match runtime {
         Ok(runtime) => {
@@ -115,6 +119,18 @@ fn host(built: Built) -> RunEnd {
             end
         }
         Err(error) => RunEnd::new(exit_code::INTERNAL, format!("runtime: {error}")),
+    }
+}
+
+/// Many systems allow a process 1,024 open files unless it asks for more, which the sockets of some ranks and frontends
+/// exceed. The processes that this one starts inherit it.
+fn raise_open_files() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
+        let wanted = hard.min(OPEN_FILES);
+        if soft < wanted { setrlimit(Resource::RLIMIT_NOFILE, wanted, hard) } else { Ok(()) }
+    });
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the limit of open files (ulimit -n) stays as it is");
     }
 }
 

@@ -10,6 +10,8 @@ use thiserror::Error;
 
 use dp_sidecar_protocol::GroupKind;
 
+use crate::files;
+
 /// Keys that may hold the number of experts; the first that is present counts, even if it is null.
 const EXPERT_KEYS: &[&str] = &["num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts"];
 
@@ -49,7 +51,7 @@ pub fn kind_of(model: &str, revision: Option<&str>, cache: &Path) -> Result<Grou
     let (file, mistral) = if !file.exists() && mistral.exists() { (mistral, true) } else { (file, false) };
     let unreadable =
         |detail: String| ModelError::Unreadable { model: model.to_owned(), file: file.clone(), detail };
-    let text = fs::read(&file).map_err(|error| unreadable(error.to_string()))?;
+    let text = files::read_regular(&file).map_err(|error| unreadable(error.to_string()))?;
     let config: Value = serde_json::from_slice(&text).map_err(|error| unreadable(error.to_string()))?;
     if !config.is_object() {
         return Err(unreadable("expected an object".to_owned()));

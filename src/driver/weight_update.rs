@@ -487,10 +487,11 @@ fn ignore_gone<T>(sent: Result<(), T>) {
 }
 
 fn made_up_version(request: &UpdateRequest, id: &UpdateId) -> WeightVersion {
-    let short: String = id.0.chars().take(8).collect();
+    let cut = |text: &str, length| text.chars().filter(|c| !c.is_control()).take(length).collect::<String>();
+    let short = cut(&id.0, 8);
     let directory = request.path.as_deref().and_then(Path::file_name).unwrap_or_default();
     let name = request.upload.clone().unwrap_or_else(|| directory.to_string_lossy().into_owned());
-    WeightVersion(format!("{name}@{short}"))
+    WeightVersion(format!("{}@{short}", cut(&name, WeightVersion::LONGEST - 9)))
 }
 
 fn unix_ms() -> u64 {

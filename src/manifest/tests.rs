@@ -54,6 +54,19 @@ fn the_digest_is_that_of_the_contract_with_the_shim() {
 }
 
 #[test]
+fn a_named_pipe_is_refused_by_name_and_blocks_nobody() {
+    for name in ["model.safetensors", INDEX] {
+        let dir = dir();
+        let path = dir.path().join(name);
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert_eq!(
+            error(dir.path()),
+            format!("checkpoint file {}: cannot be read: expected a regular file", path.display())
+        );
+    }
+}
+
+#[test]
 fn the_digest_does_not_depend_on_the_files() {
     let (one, two) = (dir(), dir());
     write(one.path(), "model.safetensors", &[BIAS, SCALAR]);

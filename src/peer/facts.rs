@@ -2,7 +2,7 @@
 //! with which flags, and which model.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Read};
 use std::path::Path;
 use std::time::Duration;
@@ -12,6 +12,7 @@ use tracing::warn;
 
 use super::hello::NodeHello;
 use crate::config::{Config, Engines, model};
+use crate::files;
 use crate::supervisor::command::VllmLaunch;
 use crate::supervisor::flags::flag_name;
 use crate::supervisor::installed::vllm_version;
@@ -50,7 +51,7 @@ pub async fn hello(config: &Config, run_id: &str) -> NodeHello {
     tell("model kind", config.kind.model().to_owned());
     tell("sidecar version", env!("CARGO_PKG_VERSION").to_owned());
     match &config.engines {
-        Engines::Attach => tell("engines", "started by somebody else".to_owned()),
+        Engines::Attach => tell("engines", "started by another launcher".to_owned()),
         Engines::Spawn(launch) => {
             tell("engines", "started by the sidecar".to_owned());
             for (name, value) in flags(&launch.common_flags) {
@@ -162,7 +163,7 @@ fn is_weights(name: &str) -> bool {
 fn fingerprint(directory: &Path) -> io::Result<String> {
     let mut hasher = blake3::Hasher::new();
     for name in ["config.json", "params.json"] {
-        if let Ok(text) = fs::read(directory.join(name)) {
+        if let Ok(text) = files::read_regular(&directory.join(name)) {
             part(&mut hasher, name.as_bytes());
             part(&mut hasher, &text);
         }
@@ -173,7 +174,7 @@ fn fingerprint(directory: &Path) -> io::Result<String> {
         .collect();
     names.sort();
     for name in names {
-        let mut file = File::open(directory.join(&name))?;
+        let mut file = files::open_regular(&directory.join(&name))?;
         part(&mut hasher, name.as_bytes());
         part(&mut hasher, &file.metadata()?.len().to_le_bytes());
         if name.ends_with(".safetensors") {

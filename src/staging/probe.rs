@@ -1,11 +1,11 @@
 //! Whether two nodes see the same checkpoint directory, without reading all of it.
 
-use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use twox_hash::xxhash3_128::Hasher;
 
+use crate::files;
 use crate::manifest::Manifest;
 
 /// Places of each file that are looked at, spread evenly.
@@ -28,7 +28,7 @@ pub(super) fn probe(path: &Path) -> Option<String> {
     let mut buffer = [0; SAMPLE];
     for file in &manifest.files {
         hasher.write(format!("{}\0{}\n", file.name, file.len).as_bytes());
-        let open = File::open(path.join(&file.name)).ok()?;
+        let open = files::open_regular(&path.join(&file.name)).ok()?;
         for sample in 0..SAMPLES {
             let at = file.len / SAMPLES * sample;
             let count = open.read_at(&mut buffer, at).ok()?;

@@ -66,6 +66,8 @@ pub(crate) struct Setup {
     size: u16,
     spawns: bool,
     lifeline: bool,
+    /// What a shell does before it becomes the sidecar.
+    first: &'static str,
     port: u16,
     directory: tempfile::TempDir,
 }
@@ -112,6 +114,7 @@ impl Setup {
             size,
             spawns: false,
             lifeline: false,
+            first: "",
             port: free_port(),
             directory: directory(),
         }
@@ -133,6 +136,12 @@ impl Setup {
     pub(crate) fn lifeline(mut self) -> Self {
         self.lifeline = true;
         self.args(&["--lifeline", "stdin"])
+    }
+
+    /// Starts it out of a shell that first does this.
+    pub(crate) fn first(mut self, commands: &'static str) -> Self {
+        self.first = commands;
+        self
     }
 
     /// Another handshake port than the free one it would get.
@@ -197,8 +206,9 @@ impl Setup {
 
     fn launch(&self, state: &Path, log: &Path) -> Child {
         let append = |path: &Path| File::options().create(true).append(true).open(path).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_sidecar"));
+        let mut command = Command::new("sh");
         command
+            .args(["-c", &format!("{}\nexec \"$0\" \"$@\"", self.first), env!("CARGO_BIN_EXE_sidecar")])
             .args(&self.args)
             .arg("--state-dir")
             .arg(state)

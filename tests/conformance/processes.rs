@@ -22,6 +22,58 @@ fn sigterm_stops_everything_that_was_started() {
 }
 
 #[test]
+fn a_lost_terminal_stops_everything_that_was_started() {
+    let directory = directory();
+    let model = model(directory.path(), "m", 1, false);
+    let mut sidecar = Setup::spawning(2, &model).start();
+    sidecar.await_admitted();
+    sidecar.signal(Signal::SIGHUP);
+    let status = sidecar.await_end();
+    assert!(exited_with(status, 0), "{status}");
+    assert_eq!(sidecar.processes(), Vec::<i32>::new());
+}
+
+/// What `/proc/PID/FILE` says under a name.
+fn kernel_says(pid: i32, file: &str, name: &str) -> String {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(name));
+    line.unwrap_or_else(|| panic!("no {name} in {text}")).trim().to_owned()
+}
+
+#[test]
+fn a_hangup_that_was_to_be_ignored_stays_ignored_as_under_nohup() {
+    let directory = directory();
+    let model = model(directory.path(), "m", 1, false);
+    let mut sidecar = Setup::spawning(1, &model).first("trap '' HUP").start();
+    sidecar.await_admitted();
+    let bit = 1_u64 << (Signal::SIGHUP as u32 - 1);
+    for (name, expected) in [("SigIgn:", bit), ("SigCgt:", 0)] {
+        let mask = kernel_says(sidecar.pid().as_raw(), "status", name);
+        assert_eq!(u64::from_str_radix(&mask, 16).unwrap() & bit, expected, "{name} {mask}");
+    }
+    sidecar.signal(Signal::SIGHUP);
+    assert!(exited_with(sidecar.stop(), 0));
+}
+
+#[test]
+fn a_low_limit_of_open_files_is_raised_for_all_processes() {
+    let directory = directory();
+    let model = model(directory.path(), "m", 1, false);
+    let mut sidecar = Setup::spawning(1, &model).first("ulimit -Sn 128").start();
+    sidecar.await_admitted();
+    let mut pids = sidecar.processes();
+    pids.extend([sidecar.pid().as_raw(), sidecar.keeper().unwrap()]);
+    assert!(pids.len() >= 4, "sidecar, keeper, relay process, engine: {pids:?}");
+    for pid in pids {
+        let limits = kernel_says(pid, "limits", "Max open files");
+        let limits: Vec<_> = limits.split_whitespace().collect();
+        let hard = limits[1].parse::<u64>().unwrap_or(u64::MAX);
+        assert_eq!(limits[0].parse::<u64>().unwrap(), hard.min(65_535), "{pid}: {limits:?}");
+    }
+    assert!(exited_with(sidecar.stop(), 0));
+}
+
+#[test]
 fn sigterm_during_the_start_stops_everything() {
     let directory = directory();
     let model = model(directory.path(), "m", 1, false);

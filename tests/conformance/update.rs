@@ -66,6 +66,35 @@ fn an_update_reaches_all_ranks_and_stamps_the_version() {
 }
 
 #[test]
+fn labels_are_short_printable_and_not_that_of_a_fresh_engine() {
+    let rig = rig(false, "");
+    let wrong = [
+        ("default", "what vLLM says of the weights"),
+        ("", "1 to 128"),
+        ("v\n2", "1 to 128"),
+        (&"v".repeat(129), "1 to 128"),
+    ];
+    for (label, says) in wrong {
+        let said = rig.update(&rig.new.path, &["--version", label]);
+        assert_eq!(said.code, 2, "{label}: {}", said.text());
+        assert!(said.stderr.contains(says), "{label}: {}", said.text());
+    }
+    let status = rig.sidecar.await_admitted();
+    assert_eq!(status["weights"]["version"], "default");
+    let longest = "ü".repeat(128);
+    let said = rig.update(&rig.new.path, &["--version", &longest]);
+    assert_eq!(said.code, 0, "{}", said.text());
+    assert_eq!(weight_versions(&rig.sidecar.await_admitted()), [longest.as_str(); 2]);
+
+    // Made of the directory's name, which may be longer.
+    let long = model(rig.directory.path(), &"m".repeat(200), 3, false);
+    let said = rig.update(&long.path, &["--id", "0123456789"]);
+    assert_eq!(said.code, 0, "{}", said.text());
+    let made = format!("{}@01234567", "m".repeat(119));
+    assert_eq!(weight_versions(&rig.sidecar.await_admitted()), [made.as_str(); 2]);
+}
+
+#[test]
 fn an_update_under_load_mixes_no_versions_and_loses_no_request() {
     for (moe, mode) in [(false, "wait"), (true, "wait"), (false, "abort")] {
         let mut rig = rig(moe, "");

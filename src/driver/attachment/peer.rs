@@ -4,6 +4,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::files;
+
 /// The process behind a listening port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct ListeningProcess {
@@ -122,7 +124,7 @@ fn same_model(ours: &str, theirs: &str, their_cwd: &Path) -> bool {
     if ours == theirs {
         return true;
     }
-    let config = |directory: PathBuf| fs::read(directory.join("config.json")).ok();
+    let config = |directory: PathBuf| files::read_regular(&directory.join("config.json")).ok();
     let ours_dir = Path::new(ours).is_dir().then(|| PathBuf::from(ours));
     let theirs_dir = Some(their_cwd.join(theirs)).filter(|dir| dir.is_dir());
     match (ours_dir, theirs_dir) {

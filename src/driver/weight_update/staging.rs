@@ -10,6 +10,7 @@ use dp_sidecar_protocol::machine::weight_update::Checkpoint;
 use parking_lot::Mutex;
 
 use super::super::handles::ADAPTER_FILE;
+use crate::files;
 use crate::manifest::{Manifest, ManifestError, ManifestFile, Progress};
 
 /// Longest `adapter_config.json`, in bytes. It travels with each request that loads the adapter.
@@ -154,7 +155,7 @@ impl Known {
 /// Text of an adapter's configuration.
 fn adapter_config(path: &Path) -> Result<String, String> {
     let mut text = String::new();
-    let file = std::fs::File::open(path).map_err(|error| error.to_string())?;
+    let file = files::open_regular(path).map_err(|error| error.to_string())?;
     file.take(MAX_CONFIG + 1).read_to_string(&mut text).map_err(|error| error.to_string())?;
     if text.len() as u64 > MAX_CONFIG {
         return Err(format!("more than {MAX_CONFIG} bytes"));
