@@ -65,7 +65,8 @@ def rows(newest: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
             f"without a relay: {relay['bare_messages_per_s']['1k']:,.0f}",
         ),
     ]
-    for run in update["runs"]:
+    # Two engines on each node: the shape that all recorded runs have.
+    for run in (run for run in update["runs"] if run["engines_per_node"] == 2):
         found += [
             (
                 f"{run['model_mb']:,} MB of new weights reach {run['nodes']} nodes",
@@ -73,7 +74,7 @@ def rows(newest: dict[str, dict[str, Any]]) -> list[tuple[str, str, str]]:
                 f"a bare copy: {run['bare_mb_s']:,} MB/s",
             ),
             (
-                "pause of the engines, without the load itself",
+                f"pause of their {2 * run['nodes']} engines, without the load itself",
                 f"{run['pause_over_apply_ms']:.0f} ms",
                 f"the load is {1 / run['apply_ratio']:.1f} times a bare copy in memory",
             ),
