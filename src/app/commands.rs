@@ -53,7 +53,6 @@ impl Answers for Handles {
             Command::Version => return Ok(Response::Version(self.versions().await)),
             Command::FrontendList => return Ok(Response::Frontends(self.frontends())),
             Command::Update(request) => {
-                request.check().map_err(|problem| AdminError::new(ErrorKind::Invalid, problem))?;
                 return updates::follow(self.updates.start(request).await, reply).await;
             }
             Command::UpdateFollow { id } => {

@@ -51,7 +51,6 @@ fn a_hangup_that_was_to_be_ignored_stays_ignored_as_under_nohup() {
         let mask = kernel_says(sidecar.pid().as_raw(), "status", name);
         assert_eq!(u64::from_str_radix(&mask, 16).unwrap() & bit, expected, "{name} {mask}");
     }
-    sidecar.signal(Signal::SIGHUP);
     assert!(exited_with(sidecar.stop(), 0));
 }
 

@@ -20,8 +20,7 @@ from harness import World
 from processes import REPO, built
 
 # The lane of each module that is not in lane "real". First those whose engines are fakes, which
-# wait more than they compute, then some that start few engines of real vLLM, so that all lanes end
-# at about the same time.
+# wait more than they compute, then some of real vLLM, so that all lanes end at about the same time.
 LANES = {
     "fakes": (
         "test_cluster_fakes",
