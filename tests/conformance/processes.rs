@@ -25,7 +25,9 @@ fn sigterm_stops_everything_that_was_started() {
 fn a_lost_terminal_stops_everything_that_was_started() {
     let directory = directory();
     let model = model(directory.path(), "m", 1, false);
-    let mut sidecar = Setup::spawning(2, &model).start();
+    // The tests may run under nohup themselves.
+    let heard = "exec env --default-signal=HUP \"$0\" \"$@\"";
+    let mut sidecar = Setup::spawning(2, &model).first(heard).start();
     sidecar.await_admitted();
     sidecar.signal(Signal::SIGHUP);
     let status = sidecar.await_end();
