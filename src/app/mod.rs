@@ -72,7 +72,7 @@ pub async fn run(config: Config, state: StateDir) -> RunEnd {
     };
     if !end.keeps_engines {
         // All engines have ended: nobody loads from them any more.
-        stage::free(&run.state, end.code == exit_code::OK);
+        stage::free(&run.state);
     }
     end
 }
@@ -259,7 +259,6 @@ impl runtime::Role for Leading {
     }
 
     async fn finish(self) {
-        // The engines have ended with us: the next start begins with the command line's checkpoint.
         self.end_updates(true).await;
         let coordinator = &self.handles.coordinator.commands;
         let shutdown = |reply| CoordinatorCommand::Shutdown { reply };
@@ -268,8 +267,8 @@ impl runtime::Role for Leading {
 }
 
 impl Leading {
-    async fn end_updates(&self, forget: bool) {
-        match timeout(TASK_END, self.handles.updates.shutdown(forget)).await {
+    async fn end_updates(&self, engines_end: bool) {
+        match timeout(TASK_END, self.handles.updates.shutdown(engines_end)).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => debug!(%error, "shutdown"),
             Err(_) => error!("the update task did not end in time"),

@@ -36,8 +36,8 @@ pub(super) fn start(
 }
 
 /// Frees the shared memory, when all engines of this node have ended with the sidecar. Adapters are kept for the
-/// successor, unless this was the end as `planned`: then nothing that was committed counts any more.
-pub(super) fn free(state: &StateDir, planned: bool) {
+/// successor, as the commit record is.
+pub(super) fn free(state: &StateDir) {
     match shared_memory::remove_segments(Path::new(SHM_DIR), state.run_id()) {
         Ok(0) => {}
         Ok(count) => info!(count, "shared memory segments removed"),
@@ -45,8 +45,5 @@ pub(super) fn free(state: &StateDir, planned: bool) {
     }
     if let Err(error) = staging::forget_upload(state.path()) {
         error!(%error, "notes of an upload not removed");
-    }
-    if planned && let Err(error) = staging::remove_adapters(state.path()) {
-        error!(%error, "files of adapters not removed");
     }
 }

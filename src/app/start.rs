@@ -6,7 +6,7 @@ use std::sync::Arc;
 use dp_sidecar_protocol::EngineIndex;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use super::commands::Handles;
 use super::drain::Drained;
@@ -113,9 +113,16 @@ pub(super) async fn start(
     }
     drop(readers);
     let (fences, fence_requests) = mpsc::channel(QUEUE);
+    // A flag that stays on the command line must not take living engines back after each crash.
+    let living = local.relay.found.ranks.values().any(|found| found.facts.is_some());
+    if config.forget_committed && living {
+        warn!("--forget-committed is not followed: engines of the sidecar before live on");
+    }
     let updates = weight_update::spawn(
         UpdateConfig {
             pause_deadline: config.pause_deadline,
+            startup_timeout: config.startup_timeout,
+            forget_committed: config.forget_committed && !living,
             ..UpdateConfig::new(config.kind, state.path()).with_load_timeout(config.load_timeout)
         },
         ranks.clone(),

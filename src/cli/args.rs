@@ -300,6 +300,14 @@ pub(super) struct WeightArgs {
     #[arg(long, default_value = "900s", value_parser = duration::parse, value_name = "TIME")]
     pub load_timeout: Duration,
 
+    /// Start with the checkpoint of the command line, whatever was committed before.
+    ///
+    /// Without it, a sidecar that is started again with its state directory brings its engines to the version that
+    /// was committed last, also after it was stopped; when those weights cannot be had, engines do not serve. Only
+    /// that of the leader (DP rank 0) counts. It is not followed while engines of the sidecar before live on.
+    #[arg(long)]
+    pub forget_committed: bool,
+
     /// Allocate the shared memory for updates at the start: two segments as large as the model.
     ///
     /// Memory is several times slower the first time it is written. Without this flag the first two updates allocate

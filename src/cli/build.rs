@@ -137,6 +137,7 @@ pub(super) fn build(args: &RunArgs, environment: &Environment) -> Result<Built> 
         kill_grace: args.processes.kill_grace,
         pause_deadline: args.weights.pause_deadline,
         load_timeout: args.weights.load_timeout,
+        forget_committed: args.weights.forget_committed,
         prefault,
         allow_untested_vllm: args.processes.allow_untested_vllm,
         max_restarts: args.processes.max_restarts,

@@ -56,6 +56,8 @@ pub struct Config {
     pub pause_deadline: Duration,
     /// For the load of an update on all engines.
     pub load_timeout: Duration,
+    /// Start with the checkpoint of the command line, whatever was committed before.
+    pub forget_committed: bool,
     /// The model whose size is taken twice in shared memory at the start, if that is wanted: a directory.
     pub prefault: Option<PathBuf>,
     /// Accept engines of a vLLM version that this sidecar was not tested with.

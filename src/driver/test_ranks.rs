@@ -55,7 +55,7 @@ pub(crate) struct Engine {
     pub(crate) lora_fails: bool,
     /// A resume is not answered, and has no effect.
     pub(crate) no_resume: bool,
-    /// `set_weight_version` is not known.
+    /// `set_weight_version` and `get_weight_version` are not known.
     pub(crate) no_version_stamp: bool,
     /// What the shim says.
     pub(crate) vllm_version: &'static str,
@@ -233,6 +233,10 @@ fn call(engine: &mut Engine, method: &str, args: &[Value], reply: ReplyTo, waiti
             engine.log.push(format!("reset {} {}", args[0], args[1]));
             Ok(Value::Boolean(engine.resets.pop_front().unwrap_or(true)))
         }
+        "get_weight_version" if engine.no_version_stamp => Err(HandleError::failed(
+            "Call to get_weight_version method failed: 'EngineCoreProc' object has no attribute",
+        )),
+        "get_weight_version" => Ok(engine.version.as_str().into()),
         "is_scheduler_paused" => Ok(Value::Boolean(engine.paused)),
         "reset_mm_cache" | "reset_encoder_cache" => Ok(Value::Nil),
         "set_weight_version" if engine.no_version_stamp => Err(HandleError::failed(

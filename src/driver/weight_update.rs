@@ -78,13 +78,17 @@ pub fn spawn(
     stop: CancellationToken,
 ) -> std::io::Result<UpdateHandle> {
     let journal = Journal::new(&config.state_dir);
+    if config.forget_committed {
+        journal.forget()?;
+    }
     let committed = journal.read()?;
     let ledger = journal.read_ledger()?;
     let last = journal.history(1)?.pop();
     if let Some(committed) = &committed {
         info!(
-            version = %committed.commit.version, path = committed.commit.checkpoint.path,
-            "engines will be brought to the weights committed before the restart"
+            version = %committed.commit.version, source = committed.commit.source,
+            "engines will be brought to the weights that were committed before; with --forget-committed they would \
+             start with the checkpoint of the command line"
         );
     }
     let (commands, inbox) = mpsc::channel(COMMANDS);
@@ -104,6 +108,7 @@ pub fn spawn(
             control,
             fences,
             journal,
+            began: Instant::now(),
             known: Known::default(),
             cancel: cancel.flag(),
             notes,
@@ -197,6 +202,7 @@ struct Tools {
     control: ControlHandle,
     fences: mpsc::Sender<FenceRequest>,
     journal: Journal,
+    began: Instant,
     known: Known,
     /// Ends blocking work when the task ends.
     cancel: Arc<AtomicBool>,
@@ -249,7 +255,7 @@ impl Task {
                 () = stop.cancelled() => break None,
                 command = inbox.recv() => match command {
                     None => break None,
-                    Some(Command::Shutdown { forget, reply }) => break Some((forget, reply)),
+                    Some(Command::Shutdown { engines_end, reply }) => break Some((engines_end, reply)),
                     Some(command) => self.command(command),
                 },
                 Some(event) = noted.recv() => self.note(event),
@@ -261,15 +267,34 @@ impl Task {
                 }
             }
         };
-        drop(self.cancel);
+        self.cancel = Cancel::default();
         self.jobs.shutdown().await;
-        if let Some((forget, reply)) = shutdown {
-            let journal = self.tools.journal.clone();
-            if forget && let Err(error) = actions::blocking(move || journal.clear()).await {
-                warn!(%error, "the committed record was not forgotten");
+        if let Some((engines_end, reply)) = shutdown {
+            if engines_end && let Err(error) = self.end_with_engines().await {
+                warn!(%error, "the journal was not brought to its end");
             }
             ignore_gone(reply.send(()));
         }
+    }
+
+    /// The engines, and the memory of the nodes, have ended with the sidecar.
+    async fn end_with_engines(&self) -> std::io::Result<()> {
+        let commit = self.machine.committed().map(|committed| &committed.commit);
+        let lost =
+            commit.filter(|commit| !commit.checkpoint.extents.is_empty() && commit.directory().is_none());
+        if let Some(commit) = lost {
+            warn!(
+                version = %commit.version,
+                "the weights were uploaded, and end with the memory of the nodes: the next start begins with the \
+                 checkpoint of the command line"
+            );
+        }
+        let (journal, forget) = (self.tools.journal.clone(), lost.is_some());
+        actions::blocking(move || {
+            journal.clear_ledger()?;
+            if forget { journal.forget() } else { Ok(()) }
+        })
+        .await
     }
 
     fn event(&mut self, event: Event) {
@@ -437,11 +462,10 @@ impl Task {
         for (rank, handle) in &self.tools.ranks {
             let seen = {
                 let snapshot = handle.snapshot.borrow();
-                let stamp = snapshot.weight_version.clone();
-                Seen { incarnation: snapshot.incarnation, admitted: snapshot.admitted, stamp }
+                Seen { incarnation: snapshot.incarnation, admitted: snapshot.admitted }
             };
             if self.seen.get(rank) != Some(&seen) {
-                self.seen.insert(*rank, seen.clone());
+                self.seen.insert(*rank, seen);
                 self.machine.handle_event(now, Event::RankSeen { rank: *rank, seen });
             }
         }

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::{self, Write as _};
+use std::io::Write as _;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -160,14 +160,6 @@ fn create(part: &Path) -> Result<()> {
 
 fn remove(path: &Path) -> Result<()> {
     files::absent_is_fine(fs::remove_dir_all(path)).doing(|| format!("removing {}", path.display()))
-}
-
-/// Removes all adapters of a state directory, after a planned end.
-///
-/// # Errors
-/// They are there and cannot be removed.
-pub fn remove_adapters(state_dir: &Path) -> io::Result<()> {
-    files::absent_is_fine(fs::remove_dir_all(state_dir.join(FOLDER)))
 }
 
 fn length(path: &Path) -> u64 {

@@ -32,7 +32,6 @@ use tokio_util::task::TaskTracker;
 
 use crate::driver::handles::{NodeEvent, StageHandle, queue};
 use crate::tasks::{Task, named};
-pub use adapters::remove_adapters;
 pub use config::StageConfig;
 pub use layout::FileSize;
 #[cfg(test)]

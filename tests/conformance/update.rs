@@ -7,7 +7,8 @@ use dp_sidecar_testkit::engine::weights;
 use dp_sidecar_testkit::frontend::{FakeFrontend, NewRequest};
 
 use super::harness::{
-    Model, SOON, Said, Setup, Sidecar, complete_all, directory, frontend, model, states, weight_versions,
+    Model, SOON, Said, Setup, Sidecar, complete_all, directory, exited_with, frontend, model, states,
+    weight_versions,
 };
 
 struct Rig {
@@ -306,6 +307,27 @@ fn a_sidecar_that_is_started_again_restores_the_committed_weights() {
     let status = rig.sidecar.await_admitted();
     assert_eq!(status["weights"]["version"], "v2");
     rig.assert_serves("new", "after the restart");
+}
+
+#[test]
+fn committed_weights_outlive_a_planned_stop_until_they_are_to_be_forgotten() {
+    let mut rig = rig(false, "");
+    let said = rig.update(&rig.new.path.clone(), &["--version", "v2"]);
+    assert_eq!(said.code, 0, "{}", said.text());
+    for (args, version, weights) in
+        [(&[][..], "v2", "new"), (&["--forget-committed"][..], "default", "old"), (&[][..], "default", "old")]
+    {
+        assert!(exited_with(rig.sidecar.stop(), 0));
+        rig.frontend = frontend(2, |_| {});
+        rig.sidecar.start_again_with(args);
+        let status = rig.sidecar.await_admitted();
+        assert_eq!(status["weights"]["version"], version, "{args:?}");
+        let host_port = rig.frontend.host_port().to_owned();
+        let said = rig.sidecar.command(&["frontend", "add", &host_port]);
+        assert_eq!(said.code, 0, "{}", said.text());
+        rig.frontend.startup(SOON).unwrap();
+        rig.assert_serves(weights, "after a planned stop");
+    }
 }
 
 #[test]

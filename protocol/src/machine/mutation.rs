@@ -65,8 +65,12 @@ pub enum Mutation {
     DropJobLost,
     /// `weight_update`: a restore that failed counts as under way for ever.
     KeepFailedRestores,
-    /// `weight_update`: each restore decides for itself whether the committed weights are followed.
+    /// `weight_update`: where a node does not find the committed weights, its engines stay at the start-up checkpoint.
     ForgetPerJob,
+    /// `weight_update`: takes over engines that are stamped with another version than the committed one.
+    TrustStamps,
+    /// `weight_update`: takes over engines that are paused for no reason on record as they are.
+    TrustPaused,
 }
 
 #[cfg(feature = "mutations")]

@@ -12,7 +12,7 @@ pub(super) enum Command {
     History { limit: usize, reply: oneshot::Sender<Vec<UpdateRecord>> },
     Restore { ranks: Vec<(EngineIndex, Incarnation)>, reply: RestoreReply },
     Adopt { ranks: Vec<(EngineIndex, Incarnation)>, reply: RestoreReply },
-    Shutdown { forget: bool, reply: oneshot::Sender<()> },
+    Shutdown { engines_end: bool, reply: oneshot::Sender<()> },
 }
 
 /// Whoever started an update, or follows it.
@@ -92,11 +92,10 @@ impl UpdateHandle {
         self.ask(|reply| Command::Adopt { ranks, reply }).await?
     }
 
-    /// Ends the task. `forget`: the engines end with it as planned, so the next start begins with the
-    /// command line's checkpoint; without it, the next sidecar with this state directory brings its engines
-    /// to the committed weights.
-    pub async fn shutdown(&self, forget: bool) -> Result<(), UpdateError> {
-        self.ask(|reply| Command::Shutdown { forget, reply }).await
+    /// Ends the task. The next sidecar with this state directory brings its engines to the committed weights.
+    /// `engines_end`: the engines have ended, so nothing is to be known of them.
+    pub async fn shutdown(&self, engines_end: bool) -> Result<(), UpdateError> {
+        self.ask(|reply| Command::Shutdown { engines_end, reply }).await
     }
 
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, UpdateError> {

@@ -1,8 +1,13 @@
 //! Work in the background that takes more than one call: looking at engines, staging, and bringing engines to the
 //! committed weights.
 
+use futures::future::OptionFuture;
+
 use super::nodes::no_checkpoints;
 use super::*;
+
+/// How often a directory that is not there is looked for.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
 /// Asks the engines' shims who they are, then stages on all nodes.
 pub(super) struct StageJob {
@@ -137,8 +142,13 @@ impl Tools {
                     }
                 }
             };
-            let (info, paused) = futures::join!(shim::info(handle, limit), paused);
-            (handle.rank, info, paused)
+            let stamp = async {
+                let asked = adopted.then(|| handle.call("get_weight_version", Vec::new(), limit));
+                let answer = OptionFuture::from(asked).await?.ok()?;
+                Some(WeightVersion(answer.as_str()?.to_owned()))
+            };
+            let (info, paused, stamp) = futures::join!(shim::info(handle, limit), paused, stamp);
+            (handle.rank, info, paused, stamp)
         });
         let nodes: BTreeSet<NodeId> = engines.keys().map(|rank| self.node_of(*rank)).collect();
         let seen = nodes.iter().map(async |node| match directory {
@@ -148,7 +158,8 @@ impl Tools {
         let (answers, missing) = futures::join!(join_all(asked), join_all(seen));
         let mut found = Found { missing: missing.contains(&true), ..Found::default() };
         let mut infos = Infos::new();
-        for (rank, info, paused) in answers {
+        for (rank, info, paused, stamp) in answers {
+            found.stamps.extend(stamp.map(|stamp| (rank, stamp)));
             if paused {
                 found.paused.insert(rank);
             }
@@ -171,12 +182,28 @@ impl Tools {
         (found, infos)
     }
 
-    /// A node has said that it cannot find a directory. A node that does not answer has not.
+    /// A node says that it cannot find a directory, also at the end of the start. A node that does not answer does not.
     async fn lacks(&self, node: NodeId, directory: &str) -> bool {
-        if self.stages.has_stage(node) {
-            return matches!(self.stages.probe(node, directory).await, Ok(None));
+        let until = self.began + self.config.startup_timeout;
+        let mut told = false;
+        loop {
+            let lacks = match self.stages.has_stage(node) {
+                true => matches!(self.stages.probe(node, directory).await, Ok(None)),
+                false => matches!(tokio::fs::try_exists(directory).await, Ok(false)),
+            };
+            if !lacks || Instant::now() >= until {
+                return lacks;
+            }
+            if !std::mem::replace(&mut told, true) {
+                let (node, limit) = (self.stages.name(node), self.config.startup_timeout);
+                warn!(
+                    directory,
+                    ?limit,
+                    "{node} does not find the committed weights yet: is a file system missing?"
+                );
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
         }
-        matches!(tokio::fs::try_exists(directory).await, Ok(false))
     }
 
     /// Brings engines to the committed weights. The error names the rank.

@@ -117,15 +117,13 @@ impl Journal {
 
     /// Puts what is committed aside, for people: nothing reads it again. Blocks.
     pub(super) fn forget(&self) -> io::Result<()> {
-        fs::rename(self.dir.join(FILE), self.dir.join(format!("{FILE}.forgotten")))
+        let aside = self.dir.join(format!("{FILE}.forgotten"));
+        files::absent_is_fine(fs::rename(self.dir.join(FILE), aside)).map(|_| ())
     }
 
-    /// Forgets what is committed, and all distrust: the engines have ended. Blocks.
-    pub(super) fn clear(&self) -> io::Result<()> {
-        for name in [FILE, LEDGER] {
-            files::absent_is_fine(fs::remove_file(self.dir.join(name)))?;
-        }
-        Ok(())
+    /// Forgets all distrust: the engines have ended. Blocks.
+    pub(super) fn clear_ledger(&self) -> io::Result<()> {
+        files::absent_is_fine(fs::remove_file(self.dir.join(LEDGER))).map(|_| ())
     }
 }
 
@@ -156,8 +154,8 @@ mod tests {
             journal.write(&committed(version)).unwrap();
             assert_eq!(journal.read().unwrap(), Some(committed(version)));
         }
-        journal.clear().unwrap();
-        journal.clear().unwrap();
+        journal.forget().unwrap();
+        journal.forget().unwrap();
         assert_eq!(journal.read().unwrap(), None);
     }
 

@@ -217,10 +217,10 @@ impl Stages {
             }
             self.discard(node, commit.weights_id()).await.ok();
         }
-        if commit.source.starts_with('/') {
-            info!(version = %commit.version, path = commit.source, node = self.name(node), "staging the committed weights again");
+        if let Some(path) = commit.directory() {
+            info!(version = %commit.version, path, node = self.name(node), "staging the committed weights again");
             let staged = async {
-                self.begin(node, spec(StageSource::Directory(commit.source.clone()))).await?;
+                self.begin(node, spec(StageSource::Directory(path.to_owned()))).await?;
                 self.take(node, commit, limit).await
             };
             match staged.await {
@@ -229,7 +229,11 @@ impl Stages {
             }
             self.discard(node, commit.weights_id()).await.ok();
         }
-        Err(format!("{}: the committed weights are not available: {why}", self.name(node)))
+        Err(format!(
+            "{}: the committed weights are not available: {why} (a start with --forget-committed would serve the \
+             checkpoint of the command line)",
+            self.name(node)
+        ))
     }
 
     async fn pass_on(

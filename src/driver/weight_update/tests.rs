@@ -47,19 +47,25 @@ async fn world(kind: GroupKind) -> World {
     let start = checkpoint(dir.path(), "start", 0);
     checkpoint(dir.path(), "new", 1);
     let ranks: Vec<FakeRank> = (0..2).map(|rank| FakeRank::start(rank, &start)).collect();
-    let world = assemble(kind, dir, ranks);
+    let world = assemble(kind, dir, ranks, |_| ());
     world.restore_all().await.unwrap();
     world
 }
 
-fn assemble(kind: GroupKind, dir: tempfile::TempDir, ranks: Vec<FakeRank>) -> World {
+fn assemble(
+    kind: GroupKind,
+    dir: tempfile::TempDir,
+    ranks: Vec<FakeRank>,
+    configure: impl FnOnce(&mut UpdateConfig),
+) -> World {
     let handles: Vec<RankHandle> = ranks.iter().map(|rank| rank.handle.clone()).collect();
     let (calls, held) = mpsc::channel(16);
     let (fences_to, fences) = mpsc::channel(16);
     let tracker = TaskTracker::new();
     let stop = CancellationToken::new();
     let control = control::spawn(kind, handles.clone(), held, &tracker, stop.clone());
-    let config = UpdateConfig::new(kind, dir.path());
+    let mut config = UpdateConfig::new(kind, dir.path());
+    configure(&mut config);
     let updates = spawn(config, handles, Vec::new(), control.clone(), fences_to, &tracker, stop.clone());
     World { dir, ranks, updates: updates.unwrap(), control, calls, fences, tracker, stop, kind }
 }
@@ -105,12 +111,16 @@ impl World {
 
     /// Another sidecar on the same state directory, whose engines start from the command line.
     async fn next_sidecar(self) -> Self {
+        self.next_sidecar_with(|_| ()).await
+    }
+
+    async fn next_sidecar_with(self, configure: impl FnOnce(&mut UpdateConfig)) -> Self {
         self.stop.cancel();
         self.tracker.close();
         self.tracker.wait().await;
         let model = self.engine(0).model_path.clone();
         let ranks = (0..2).map(|rank| FakeRank::start(rank, &model)).collect();
-        assemble(self.kind, self.dir, ranks)
+        assemble(self.kind, self.dir, ranks, configure)
     }
 
     async fn end(self) {

@@ -28,6 +28,10 @@ pub struct UpdateConfig {
     pub pause_deadline: Duration,
     /// How long to wait for another controller (a frontend's control call, the operator).
     pub patience: Duration,
+    /// Until so long after the start, a node that does not find the directory of the committed weights is asked again.
+    pub startup_timeout: Duration,
+    /// Start with the checkpoint of the command line, whatever was committed before.
+    pub forget_committed: bool,
 }
 
 impl UpdateConfig {
@@ -38,6 +42,8 @@ impl UpdateConfig {
             call_timeout: Duration::from_secs(30),
             pause_deadline: Duration::from_secs(30),
             patience: Duration::from_secs(5),
+            startup_timeout: Duration::ZERO,
+            forget_committed: false,
         }
     }
 

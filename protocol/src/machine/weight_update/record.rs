@@ -31,6 +31,11 @@ pub struct Commit {
 }
 
 impl Commit {
+    /// The directory that the weights came from, unless they were uploaded.
+    pub fn directory(&self) -> Option<&str> {
+        Some(self.source.as_str()).filter(|source| source.starts_with('/'))
+    }
+
     /// The update that brought the weights of the model.
     pub fn weights_id(&self) -> &UpdateId {
         self.weights.as_ref().unwrap_or(&self.id)

@@ -72,7 +72,6 @@ impl Rank {
 /// What is different when a sidecar takes over.
 #[derive(Debug)]
 struct Recovery {
-    reload: bool,
     /// Of the committed weights.
     digest: Option<String>,
 }

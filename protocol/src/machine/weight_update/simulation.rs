@@ -183,6 +183,10 @@ struct World {
     /// What the leader was told of the two before.
     control_seen: (bool, bool),
     faults: bool,
+    /// Which model the command line names.
+    model: String,
+    /// The state directory was lost: what engines that are not taken over yet hold is unknown.
+    state_lost: bool,
     /// Restores and adoptions that are not answered; whether it is an adoption.
     tickets: BTreeMap<Ticket, (Engines, bool)>,
     next_ticket: u64,
@@ -195,6 +199,7 @@ struct World {
     refused: u64,
     joined: u64,
     forgotten: u64,
+    states_lost: u64,
     lost: u64,
     log: Vec<String>,
     broken: Option<(Law, String)>,
@@ -263,6 +268,8 @@ impl World {
             paused_before: false,
             control_seen: (false, false),
             faults,
+            model: "start".to_owned(),
+            state_lost: false,
             tickets: BTreeMap::new(),
             next_ticket: 0,
             open: BTreeSet::new(),
@@ -272,6 +279,7 @@ impl World {
             refused: 0,
             joined: 0,
             forgotten: 0,
+            states_lost: 0,
             lost: 0,
             log: Vec::new(),
             broken: None,
@@ -357,10 +365,9 @@ impl World {
             let seen = Seen {
                 incarnation: Incarnation(engine.incarnation),
                 admitted: engine.alive && engine.admitted,
-                stamp: Some(engine.stamp.clone()),
             };
             if !self.is_away(rank) && self.seen[rank] != seen {
-                self.seen[rank] = seen.clone();
+                self.seen[rank] = seen;
                 self.machine.handle_event(self.now, Event::RankSeen { rank: index(rank), seen });
             }
         }
@@ -399,7 +406,7 @@ fn run(seed: u64, mutation: Option<Mutation>) -> World {
 #[test]
 fn all_admitted_engines_hold_one_version_whatever_fails_when() {
     let mut outcomes: BTreeMap<String, u64> = BTreeMap::new();
-    let (mut recovered, mut forgotten, mut joined, mut lost) = ([0, 0], 0, 0, 0);
+    let (mut recovered, mut forgotten, mut states_lost, mut joined, mut lost) = ([0, 0], 0, 0, 0, 0);
     for seed in 0..SEEDS {
         let world = run(seed, None);
         if let Some((law, broken)) = &world.broken {
@@ -408,6 +415,7 @@ fn all_admitted_engines_hold_one_version_whatever_fails_when() {
         for (all, here) in recovered.iter_mut().zip(world.recovered) {
             *all += here;
         }
+        states_lost += world.states_lost;
         (forgotten, joined, lost) = (forgotten + world.forgotten, joined + world.joined, lost + world.lost);
         for record in world.done.values().flatten() {
             let kind = format!("{:?}", record.outcome);
@@ -420,6 +428,7 @@ fn all_admitted_engines_hold_one_version_whatever_fails_when() {
         assert!(outcomes.get(kind).copied().unwrap_or_default() > 200, "{outcomes:?}");
     }
     assert!(recovered.iter().all(|recovered| *recovered > 200), "{recovered:?}");
+    assert!(states_lost > 200, "{states_lost}");
     assert!(forgotten > 200 && joined > 200 && lost > 2_000, "{forgotten} {joined} {lost}");
 }
 
@@ -436,6 +445,8 @@ fn each_fault_put_into_the_machine_breaks_the_law_that_forbids_it() {
         (Mutation::DropJobLost, Law::EveryUpdateEnds),
         (Mutation::KeepFailedRestores, Law::EveryUpdateEnds),
         (Mutation::ForgetPerJob, Law::OneVersion),
+        (Mutation::TrustStamps, Law::OneVersion),
+        (Mutation::TrustPaused, Law::NothingStaysPaused),
     ] {
         let mut broken = BTreeMap::new();
         let caught = (0..SEEDS).any(|seed| {

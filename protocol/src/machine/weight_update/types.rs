@@ -49,8 +49,6 @@ pub struct Recover {
     pub version: WeightVersion,
     /// Its whole digest, if there is one: what a node has staged must be it.
     pub digest: Option<String>,
-    /// They may hold other weights than the committed ones. Without it they are only resumed.
-    pub reload: bool,
 }
 
 /// Which of the two checkpoints a load is about.

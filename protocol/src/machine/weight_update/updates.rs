@@ -240,9 +240,9 @@ impl Updates {
 
     /// Until there is nothing more to be begun.
     fn settle(&mut self, now: Time) {
-        self.relay(now);
+        self.relay();
         self.start_waiting(now);
-        self.relay(now);
+        self.relay();
     }
 
     fn start_waiting(&mut self, now: Time) {

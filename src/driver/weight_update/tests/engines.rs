@@ -29,7 +29,7 @@ async fn an_engine_that_starts_again_is_brought_to_the_committed_weights() {
 async fn the_next_sidecar_brings_its_engines_to_what_was_committed() {
     let world = world(GroupKind::Lockstep).await;
     let record = world.update(world.request("u1")).await;
-    let world = world.next_sidecar().await;
+    let mut world = world.next_sidecar().await;
     world.restore_all().await.unwrap();
     world.all_hold("new");
     assert_eq!(world.engine(1).version, "v1");
@@ -38,16 +38,18 @@ async fn the_next_sidecar_brings_its_engines_to_what_was_committed() {
     let again = world.update(world.request("u1")).await;
     assert_eq!(again.record, record.record);
 
-    // An end as planned forgets it: engines start from the command line's checkpoint again.
-    world.updates.shutdown(true).await.unwrap();
-    let world = world.next_sidecar().await;
-    world.restore_all().await.unwrap();
-    world.all_hold("start");
+    // So it does after an end as planned, unless it is told to forget it.
+    for (forget, holds) in [(false, "new"), (true, "start"), (false, "start")] {
+        world.updates.shutdown(true).await.unwrap();
+        world = world.next_sidecar_with(|config| config.forget_committed = forget).await;
+        world.restore_all().await.unwrap();
+        world.all_hold(holds);
+    }
     world.end().await;
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_committed_directory_that_is_gone_does_not_keep_a_new_sidecar_from_starting() {
+async fn nothing_else_is_served_while_the_committed_directory_is_gone() {
     let world = world(GroupKind::Lockstep).await;
     world.update(world.request("u1")).await;
     std::fs::remove_dir_all(world.path("new")).unwrap();
@@ -56,10 +58,21 @@ async fn a_committed_directory_that_is_gone_does_not_keep_a_new_sidecar_from_sta
     let script = LoadScript::Fails("unchanged", "files");
     world.engine(1).loads.push_back(script);
     world.updates.restore(vec![world.life(1)]).await.unwrap_err();
-    let world = world.next_sidecar().await;
-    world.restore_all().await.unwrap();
-    world.all_hold("start");
-    assert_eq!(world.updates.snapshot.borrow().version.0, "default");
+    let limit = Duration::from_secs(60);
+    let world = world.next_sidecar_with(|config| config.startup_timeout = limit).await;
+    let began = Instant::now();
+    let error = world.restore_all().await.unwrap_err().to_string();
+    assert!(began.elapsed() >= limit && error.contains(&world.path("new")), "{error}");
+    assert!(error.contains("--forget-committed"), "{error}");
+    // It is mounted late.
+    let world = world.next_sidecar_with(|config| config.startup_timeout = limit).await;
+    let (restored, ()) = tokio::join!(world.restore_all(), async {
+        tokio::time::sleep(limit / 2).await;
+        checkpoint(world.dir.path(), "new", 1);
+    });
+    restored.unwrap();
+    world.all_hold("new");
+    assert_eq!(world.updates.snapshot.borrow().version.0, "v1");
     world.end().await;
 }
 

@@ -4,14 +4,6 @@ use super::nodes::{Nodes, nodes};
 use super::*;
 
 impl Nodes {
-    /// Engines put the version on their outputs.
-    fn stamp(&self) {
-        for rank in &self.ranks {
-            let version = rank.engine.lock().version.clone();
-            rank.snapshot.send_modify(|state| state.weight_version = Some(version));
-        }
-    }
-
     fn clear_logs(&self) {
         for rank in &self.ranks {
             rank.take_log();
@@ -23,7 +15,6 @@ impl Nodes {
 async fn without_an_open_update_engines_go_on_untouched() {
     let nodes = nodes(GroupKind::Lockstep).await;
     nodes.update(nodes.request("u1", "new")).await;
-    nodes.stamp();
     nodes.clear_logs();
     let nodes = nodes.next_leader().await;
     nodes.adopt_all().await.unwrap();
@@ -44,7 +35,6 @@ async fn an_update_without_a_commit_record_is_rolled_back() {
     for kind in [GroupKind::Lockstep, GroupKind::Independent] {
         let nodes = nodes(kind).await;
         nodes.update(nodes.request("u1", "new")).await;
-        nodes.stamp();
         nodes.ranks[2].engine.lock().loads.push_back(LoadScript::Hangs);
         let run = nodes.updates.start(nodes.request("u2", "newer")).await.unwrap();
         nodes.ranks[2].logged("load /shm/1/u2").await;
@@ -74,7 +64,6 @@ async fn an_update_without_a_commit_record_is_rolled_back() {
         assert_eq!((last.record.id.0.as_str(), last.outcome()), ("u2", &Outcome::RolledBack));
         assert!(last.record.recovered);
         // It is over: the next sidecar finds nothing to do, and the update can be sent again.
-        nodes.stamp();
         let nodes = nodes.next_leader().await;
         nodes.adopt_all().await.unwrap();
         assert_eq!(nodes.ranks[2].take_log(), ["admission true"]);
@@ -131,7 +120,6 @@ async fn an_update_with_a_commit_record_is_rolled_forward() {
 async fn independent_engines_are_taken_over_node_by_node() {
     let nodes = nodes(GroupKind::Independent).await;
     nodes.update(nodes.request("u1", "new")).await;
-    nodes.stamp();
     nodes.ranks[2].engine.lock().loads.push_back(LoadScript::Hangs);
     let run = nodes.updates.start(nodes.request("u2", "newer")).await.unwrap();
     for rank in &nodes.ranks {
@@ -144,7 +132,6 @@ async fn independent_engines_are_taken_over_node_by_node() {
     assert_eq!(nodes.holds()[..2], nodes.segments("u1")[..2]);
     assert!(nodes.ranks[3].engine.lock().paused);
     // Another restart in between does not make the others trustworthy, although they are stamped with v-u1.
-    nodes.stamp();
     let nodes = nodes.next_leader().await;
     nodes.adopt_all().await.unwrap();
     nodes.all_hold_segments("u1");
@@ -152,7 +139,36 @@ async fn independent_engines_are_taken_over_node_by_node() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn engines_left_paused_are_resumed_unless_the_operator_has_paused_them() {
+async fn the_engines_of_a_leader_that_has_lost_its_state_serve_the_start_up_checkpoint_again() {
+    for torn in [false, true] {
+        let nodes = nodes(GroupKind::Independent).await;
+        nodes.update(nodes.request("u1", "new")).await;
+        if torn {
+            nodes.ranks[2].engine.lock().loads.push_back(LoadScript::Hangs);
+            drop(nodes.updates.start(nodes.request("u2", "newer")).await.unwrap());
+            nodes.ranks[2].logged("load /shm/1/u2").await;
+            let mut engine = nodes.ranks[2].engine.lock();
+            engine.weights = "torn".to_owned();
+            engine.version = "default".to_owned();
+        }
+        for file in ["committed.json", "ledger.json"] {
+            std::fs::remove_file(nodes.dir.path().join(file)).unwrap();
+        }
+        let nodes = nodes.next_leader().await;
+        nodes.adopt_all().await.unwrap();
+        let start = nodes.path("start");
+        nodes.all_hold([&start, &start, &start, &start]);
+        for rank in &nodes.ranks {
+            let engine = rank.engine.lock();
+            assert_eq!((engine.version.as_str(), engine.paused), ("default", false));
+        }
+        assert_eq!(nodes.updates.snapshot.borrow().version.0, "default");
+        nodes.end().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn engines_left_paused_are_loaded_and_resumed_unless_the_operator_has_paused_them() {
     for operator in [false, true] {
         let nodes = nodes(GroupKind::Lockstep).await;
         if operator {
@@ -171,7 +187,8 @@ async fn engines_left_paused_are_resumed_unless_the_operator_has_paused_them() {
         nodes.adopt_all().await.unwrap();
         for rank in &nodes.ranks {
             assert_eq!(rank.engine.lock().paused, operator);
-            assert!(!rank.take_log().iter().any(|line| line.starts_with("load")));
+            // Nobody knows any more what they were paused for.
+            assert_eq!(rank.take_log().iter().any(|line| line.starts_with("load")), !operator);
         }
         let by = nodes.control.snapshot.borrow().paused_by.clone();
         assert_eq!(by, operator.then_some(PausedBy::Operator));
@@ -215,8 +232,7 @@ async fn a_pause_of_a_frontend_outlives_the_leader_and_is_known_to_be_its_own() 
 async fn an_engine_that_says_another_version_is_brought_to_the_committed_one() {
     let nodes = nodes(GroupKind::Independent).await;
     nodes.update(nodes.request("u1", "new")).await;
-    nodes.stamp();
-    nodes.ranks[3].snapshot.send_modify(|state| state.weight_version = Some("v0".to_owned()));
+    nodes.ranks[3].engine.lock().version = "v0".to_owned();
     nodes.ranks[3].engine.lock().weights = "somewhere".to_owned();
     nodes.clear_logs();
     let nodes = nodes.next_leader().await;
@@ -239,7 +255,6 @@ async fn an_incomplete_lockstep_group_is_not_taken_over() {
 async fn an_engine_that_cannot_be_brought_there_is_fenced_and_the_others_serve() {
     let mut nodes = nodes(GroupKind::Independent).await;
     nodes.update(nodes.request("u1", "new")).await;
-    nodes.stamp();
     nodes.ranks[0].engine.lock().loads.push_back(LoadScript::Hangs);
     let run = nodes.updates.start(nodes.request("u2", "newer")).await.unwrap();
     nodes.ranks[0].logged("load /shm/0/u2").await;

@@ -28,7 +28,7 @@ impl Run {
         // The one before may have closed it.
         run.admission_closed = true;
         run.stamp = recover.version;
-        run.recovery = Some(Recovery { reload: recover.reload, digest: recover.digest });
+        run.recovery = Some(Recovery { digest: recover.digest });
         run
     }
 
@@ -44,14 +44,12 @@ impl Run {
 
     pub(super) fn all_recovered_paused(&mut self, cx: &mut Cx<'_>) {
         self.fence_those(cx, "it refused the pause", |state| state.pause_failed);
-        let reload = self.recovery.as_ref().is_some_and(|recovery| recovery.reload)
-            && !mutated(Mutation::RecoverWithoutReload);
         if self.active().is_empty() {
             self.finish(cx);
-        } else if reload {
-            self.start_load(cx, Target::New);
-        } else {
+        } else if mutated(Mutation::RecoverWithoutReload) {
             self.start_resume(cx);
+        } else {
+            self.start_load(cx, Target::New);
         }
     }
 }

@@ -329,8 +329,11 @@ impl World {
             return;
         }
         let committed = self.committed().path;
-        let wrong = self.engines.iter().position(|engine| {
-            engine.alive
+        let looked_at = self.leader && self.machine.run().is_none();
+        let wrong = (0..self.engines.len()).find(|rank| {
+            let engine = &self.engines[*rank];
+            (!self.state_lost || (looked_at && self.is_in_service(*rank)))
+                && engine.alive
                 && engine.admitted
                 && !engine.hung
                 && !engine.paused

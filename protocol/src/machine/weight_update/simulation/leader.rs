@@ -7,6 +7,9 @@ impl World {
     pub(super) fn controller_dies(&mut self) {
         self.leader_dies();
         self.external = false;
+        if self.fault(0.3) {
+            self.model = format!("not {}", self.model);
+        }
         for rank in 0..self.engines.len() {
             self.stop(rank);
         }
@@ -37,6 +40,13 @@ impl World {
     }
 
     pub(super) fn leader_starts(&mut self) {
+        // What is on the way to an engine comes before whatever it is asked next.
+        let on_the_way = self.queue.values().any(|happening| matches!(happening, Happening::Arrives(..)));
+        if self.journal.is_some() && !on_the_way && self.fault(0.1) {
+            (self.journal, self.ledger) = (None, Ledger::default());
+            self.state_lost = true;
+            self.states_lost += 1;
+        }
         let committed = self.journal.as_ref().map(|committed| committed.commit.id.clone());
         let open = self.ledger.begun.as_ref().map(|begun| begun.id.clone());
         let suspects = &self.ledger.suspects;

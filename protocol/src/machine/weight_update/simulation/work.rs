@@ -143,7 +143,7 @@ impl World {
             return; // never answers
         }
         let source = self.source_of_run();
-        let mut staging = Staging { model_path: "start".to_owned(), ..Staging::default() };
+        let mut staging = Staging { model_path: self.model.clone(), ..Staging::default() };
         let mut failed = None;
         for &node in nodes {
             if self.fault(0.05) || self.away.contains(&node.0) {
@@ -191,9 +191,12 @@ impl World {
                 for (rank, life) in engines {
                     let at = usize::from(rank.0);
                     let silent = !self.living(at, life.0) || self.is_away(at) || self.fault(0.02);
-                    let model = if silent { Err("no answer".to_owned()) } else { Ok("start".to_owned()) };
+                    let model = if silent { Err("no answer".to_owned()) } else { Ok(self.model.clone()) };
                     found.models.insert(rank, model);
                     let engine = &self.engines[at];
+                    if !silent {
+                        found.stamps.insert(rank, WeightVersion(engine.stamp.clone()));
+                    }
                     if silent || engine.paused || !engine.pausing.is_empty() {
                         found.paused.insert(rank);
                     }

@@ -116,13 +116,13 @@ impl Updates {
     }
 
     /// Passes on what the transaction wants done.
-    pub(super) fn relay(&mut self, now: Time) {
+    pub(super) fn relay(&mut self) {
         while let Some(step) = self.machine.poll_action() {
             let Some(run) = self.asked.as_ref().map(|asked| asked.run) else {
                 continue;
             };
             match step {
-                Step::Stage { node, .. } => self.stage(now, run, node),
+                Step::Stage { node, .. } => self.stage(run, node),
                 Step::WriteBegun { begun } => {
                     self.ledger.begun = Some(*begun);
                     self.save_ledger(Some(run));
@@ -154,19 +154,14 @@ impl Updates {
         }
     }
 
-    fn stage(&mut self, now: Time, run: RunId, node: NodeId) {
+    fn stage(&mut self, run: RunId, node: NodeId) {
         let Some(Asked { kind: Kind::Recovery(recovery), .. }) = &self.asked else {
             self.to_stage.insert(node);
             return;
         };
-        if recovery.recover.reload {
-            let before = recovery.begun.as_ref().and_then(|begun| begun.previous.get(&node)).cloned();
-            let committed = self.committed.clone().map(Box::new);
-            self.actions.push_back(Action::StageCommitted { run, node, committed, before });
-        } else {
-            let new = super::super::Checkpoint::default();
-            self.machine.handle_event(now, Answer::Staged { node, new, previous: None });
-        }
+        let before = recovery.begun.as_ref().and_then(|begun| begun.previous.get(&node)).cloned();
+        let committed = self.committed.clone().map(Box::new);
+        self.actions.push_back(Action::StageCommitted { run, node, committed, before });
     }
 
     pub(super) fn staged(&mut self, now: Time, run: RunId, result: Result<Box<Staging>, (NodeId, String)>) {

@@ -7,6 +7,9 @@ use super::*;
 
 /// How long a recovery waits for a control round that is under way; then it goes on without the lock.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// The way out where committed weights cannot be had.
+const TO_FORGET: &str =
+    "bring it back, or start with --forget-committed to serve the checkpoint of the command line";
 /// Pause deadline where no update says another one.
 const PAUSE_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -25,9 +28,8 @@ impl Updates {
     }
 
     pub(super) fn inspect(&mut self, job: Job) {
-        let undecided = !job.adopted && (!self.decided || mutated(Mutation::ForgetPerJob));
         let commit = self.committed.as_ref().map(|committed| &committed.commit);
-        let directory = commit.filter(|commit| undecided && commit.checkpoint.extents.is_empty());
+        let directory = commit.filter(|commit| !job.adopted && commit.checkpoint.extents.is_empty());
         self.actions.push_back(Action::Inspect {
             ticket: job.ticket,
             engines: job.engines.clone(),
@@ -55,15 +57,24 @@ impl Updates {
             self.failed(ticket, Some(rank), reason.clone());
             return;
         }
-        if !self.decided || mutated(Mutation::ForgetPerJob) {
+        if !self.decided {
             // Those that serve are yet to be adopted: they hold the committed weights.
             let others_serve =
                 self.seen.iter().any(|(rank, seen)| seen.admitted && !engines.contains_key(rank));
-            if !others_serve && let Some(why) = not_to_be_followed(&committed, found) {
+            if !others_serve && let Some(why) = of_another_model(&committed, found) {
                 self.actions.push_back(Action::Forget { ticket, why });
                 return;
             }
             self.decided = true;
+        }
+        if found.missing && mutated(Mutation::ForgetPerJob) {
+            self.restored(ticket);
+            return;
+        }
+        if found.missing {
+            let path = &committed.commit.checkpoint.path;
+            self.failed(ticket, None, format!("there is no directory {path} on its node; {TO_FORGET}"));
+            return;
         }
         if let Some(job) = self.jobs.get_mut(&ticket) {
             job.commit = Some(committed.commit.id.clone());
@@ -145,25 +156,36 @@ impl Updates {
             self.save_ledger(None);
         }
         let committed = self.committed.as_ref().map(|committed| &committed.commit);
-        let version = committed.map(|commit| commit.version.0.clone());
+        let version = committed.map(|commit| commit.version.clone());
+        let stay_paused = self.ledger.pause.is_some();
+        // Where what is on record is lost with the state directory, an engine may be stamped with a version that
+        // nobody knows, or be paused with half of its weights loaded.
+        let other_stamp = |rank: &EngineIndex| match (found.stamps.get(rank), &version) {
+            (Some(stamp), _) => {
+                *stamp != version.clone().unwrap_or_default() && !self.ledger.external_weights
+            }
+            (None, version) => version.is_some(),
+        };
+        let unexplained = |rank: &EngineIndex| {
+            !stay_paused && found.paused.contains(rank) && !mutated(Mutation::TrustPaused)
+        };
         let suspect = |rank: &EngineIndex, life: &Incarnation| {
-            let seen = self.seen.get(rank).cloned().unwrap_or_default();
+            let admitted = self.seen.get(rank).is_some_and(|seen| seen.admitted);
             self.ledger.suspects(*rank, *life)
                 || self.forgotten
-                || !seen.admitted
-                || (version.is_some() && seen.stamp != version)
+                || !admitted
+                || unexplained(rank)
+                || (other_stamp(rank) && !mutated(Mutation::TrustStamps))
         };
-        let stay_paused = self.ledger.pause.is_some();
-        let paused = |rank: &EngineIndex| !stay_paused && found.paused.contains(rank);
         let reload = job.engines.iter().any(|(rank, life)| suspect(rank, life));
-        let any = reload || job.engines.keys().any(paused);
-        let treated = job.engines.iter().filter(|(rank, life)| {
-            any && (self.config.kind.is_lockstep() || suspect(rank, life) || paused(rank))
-        });
+        let treated = job
+            .engines
+            .iter()
+            .filter(|(rank, life)| reload && (self.config.kind.is_lockstep() || suspect(rank, life)));
         let participants: BTreeMap<EngineIndex, Participant> = treated
             .map(|(rank, life)| (*rank, Participant { incarnation: *life, node: self.node_of(*rank) }))
             .collect();
-        let digest = committed.and_then(|commit| commit.checkpoint.digest.clone()).filter(|_| reload);
+        let digest = committed.and_then(|commit| commit.checkpoint.digest.clone());
         let committed = committed.map(|commit| commit.id.clone());
         self.decided = true;
         for (rank, incarnation) in &job.engines {
@@ -177,7 +199,7 @@ impl Updates {
             self.actions.push_back(Action::TakeOver { ticket, engines: job.engines, inherit });
             return;
         }
-        if reload && self.ledger.pause.as_ref().is_some_and(|pause| pause.asleep) {
+        if self.ledger.pause.as_ref().is_some_and(|pause| pause.asleep) {
             return self.not_adopted(ticket, "engines sleep whose weights are not trusted".to_owned());
         }
         // An update that waits has not begun, or these engines would not have been looked at.
@@ -190,7 +212,6 @@ impl Updates {
             committed: begun.is_some() && committed.as_ref() == Some(&open.id),
             version: self.machine.snapshot().version,
             digest,
-            reload,
             begin: Begin {
                 id: id.clone(),
                 from_version: None,
@@ -256,14 +277,9 @@ impl Updates {
     }
 }
 
-/// Why this deployment cannot go on with the committed weights.
-fn not_to_be_followed(committed: &Committed, found: &Found) -> Option<String> {
+/// Why what is committed says nothing about these engines.
+fn of_another_model(committed: &Committed, found: &Found) -> Option<String> {
     let known = &committed.model_path;
-    let other = found.models.values().flatten().find(|model| *model != known);
-    if let Some(other) = other {
-        return Some(format!(
-            "the state directory has weights committed for {known}, but the engines run {other}"
-        ));
-    }
-    found.missing.then(|| format!("the committed weights in {} are gone", committed.commit.checkpoint.path))
+    let other = found.models.values().flatten().find(|model| *model != known)?;
+    Some(format!("the state directory has weights committed for {known}, but the engines run {other}"))
 }

@@ -51,14 +51,12 @@ pub struct Ask {
 }
 
 /// A rank, as its task reports it.
-#[derive(Clone, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Seen {
     /// The current life; 0: nothing was heard of it yet.
     pub incarnation: Incarnation,
     /// Requests of frontends are let through.
     pub admitted: bool,
-    /// Weight version on its last output; `None`: unknown, or too old a vLLM.
-    pub stamp: Option<String>,
 }
 
 /// What engines and nodes say before anything is done to them.
@@ -68,6 +66,9 @@ pub struct Found {
     pub models: BTreeMap<EngineIndex, Result<String, String>>,
     /// Engines that are paused, or do not say. Asked for adoptions only.
     pub paused: BTreeSet<EngineIndex>,
+    /// Versions that engines put on their outputs; not there: it does not say, or its vLLM is too old. Asked for
+    /// adoptions only.
+    pub stamps: BTreeMap<EngineIndex, WeightVersion>,
     /// A node of these engines cannot find the directory of the committed weights.
     pub missing: bool,
 }
@@ -215,7 +216,7 @@ pub enum Action {
         /// A directory that their nodes should see.
         directory: Option<String>,
     },
-    /// What is committed cannot be followed: take its record off the disk, engines stay at the start-up checkpoint.
+    /// What is committed is for another model: take its record off the disk.
     Forget {
         ticket: Ticket,
         /// For the log.
