@@ -61,7 +61,10 @@ pub(crate) fn replace_durably(dir: &Path, name: &str, bytes: &[u8]) -> io::Resul
 
 fn put(dir: &Path, name: &str, write: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
     let temporary = dir.join(format!("{name}.new"));
-    let result = File::create(&temporary)
+    let mut private = OpenOptions::new();
+    private.create(true).write(true).truncate(true).mode(0o600);
+    let result = private
+        .open(&temporary)
         .and_then(|mut file| write(&mut file))
         .and_then(|()| fs::rename(&temporary, dir.join(name)));
     if result.is_err() {

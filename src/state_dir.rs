@@ -98,6 +98,11 @@ impl StateDir {
         &self.run_id
     }
 
+    /// Where the token for HTTP clients is, if none was given.
+    pub fn http_token(&self) -> PathBuf {
+        self.path.join("http-token")
+    }
+
     /// Where the admin socket of a state directory is.
     pub fn admin_socket(path: &Path) -> PathBuf {
         path.join(ADMIN_SOCKET)

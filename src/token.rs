@@ -1,4 +1,5 @@
-//! The secret of the deployment. It is proven with keyed hashes, never sent, and never printed.
+//! Secrets: that of the deployment, which is proven with keyed hashes and never sent, and that of HTTP clients. Neither
+//! is ever printed.
 
 use std::fmt;
 use std::io::{self, Read};
@@ -6,6 +7,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use thiserror::Error;
+use uuid::Uuid;
+
+use crate::files;
 
 /// Shortest secret, in bytes.
 pub const SHORTEST: usize = 16;
@@ -61,6 +65,19 @@ impl Token {
         let token = Self::new(&secret);
         secret.fill(0);
         Ok((token?, loose))
+    }
+
+    /// The secret in a file of the state directory, made by whoever needs it first. Blocks.
+    ///
+    /// # Errors
+    /// [`TokenError`].
+    pub fn made_in(path: &Path) -> Result<Self, TokenError> {
+        if files::read(path)?.is_none() {
+            let secret = [Uuid::new_v4(), Uuid::new_v4()].map(|random| random.simple().to_string()).concat();
+            let (directory, name) = (path.parent().unwrap_or(path), path.file_name().unwrap_or_default());
+            files::replace_durably(directory, &name.to_string_lossy(), secret.as_bytes())?;
+        }
+        Ok(Self::read(path)?.0)
     }
 
     /// Key for [`blake3::keyed_hash`].

@@ -460,6 +460,17 @@ async fn a_call_that_is_asked_for_again_is_made_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_call_that_no_sidecar_makes_does_not_reach_the_engine() {
+    let mut bed = Bed::new();
+    let engine = bed.start_engine().await;
+    let args = vec!["execute_method".into(), rmpv::Value::Binary(b"pickled".to_vec())];
+    let error = bed.handle.call("collective_rpc", args, LIMIT).await.unwrap_err();
+    assert_eq!(error.to_string(), "collective_rpc: the sidecar makes no such call");
+    assert!(engine.is_silent(Slot::CONTROL), "the engine was called");
+    bed.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_frontend_that_stops_reading_loses_its_route_and_slows_nobody() {
     let mut bed = Bed::with(|config| config.max_queued_bytes = 4 << 20);
     let engine = bed.start_engine().await;

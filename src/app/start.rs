@@ -32,6 +32,7 @@ use crate::peer::hello::NodeHello;
 use crate::peer::leader::{Leader, RemoteNode};
 use crate::staging::upload::{self, Uploads};
 use crate::tasks::{Task, named};
+use crate::token::{Token, TokenError};
 
 /// This node, and the others with the leader that they came to.
 pub(super) type Joined = (NodeHello, Leader, Vec<RemoteNode>);
@@ -233,7 +234,15 @@ async fn listen_http(
     let server = HttpServer::bind(http.address).await.map_err(|error| {
         RunEnd::new(exit_code::USAGE, format!("--http {}: cannot listen: {error}", http.address))
     })?;
-    info!(address = %server.address(), authenticated = http.token.is_some(), "uploads and updates over HTTP");
-    server.serve(http.token.clone(), uploads, commands, &run.tracker, run.stop.clone());
+    let made = |error: TokenError| {
+        RunEnd::new(exit_code::USAGE, format!("{}: {error}", run.state.http_token().display()))
+    };
+    let (token, file) = match &http.token {
+        Some(token) => (token.clone(), None),
+        None => (Token::made_in(&run.state.http_token()).map_err(made)?, Some(run.state.http_token())),
+    };
+    let file = file.map(|file| file.display().to_string());
+    info!(address = %server.address(), token_file = file, "uploads and updates over HTTP");
+    server.serve(token, uploads, commands, &run.tracker, run.stop.clone());
     Ok(())
 }

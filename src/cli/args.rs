@@ -177,14 +177,19 @@ pub(super) struct NodesArgs {
     pub leader: Option<String>,
 
     /// File with the secret that all nodes of the deployment share, at least 16 bytes. Used for mutual
-    /// authentication; never sent over the network.
+    /// authentication of nodes only; never sent over the network.
     #[arg(long, value_name = "FILE")]
     pub auth_token_file: Option<PathBuf>,
 
-    /// Accept uploads and updates over HTTP at this address, on the node of rank 0. Clients send the secret of
-    /// --auth-token-file as a bearer token; without that file only a loopback address is allowed. [default: off]
+    /// Accept uploads and updates over HTTP at this address, on the node of rank 0. [default: off]
     #[arg(long, value_name = "HOST:PORT")]
     pub http: Option<String>,
+
+    /// File with the bearer token of HTTP clients, at least 16 bytes: not the secret of the nodes, since clients send
+    /// it in clear. Required for other addresses than loopback. [default: a token that is made for it, in the file
+    /// http-token of the state directory]
+    #[arg(long, value_name = "FILE", requires = "http")]
+    pub http_token_file: Option<PathBuf>,
 
     /// Address at which other nodes reach this one. [default: that of its connection to the leader; on
     /// the leader's node the host of --leader]

@@ -228,8 +228,13 @@ impl Checks<'_> {
     fn nodes(&mut self) -> Result<Option<Nodes>> {
         let Self { args, start_rank: start, size, size_local: local, .. } = *self;
         if local == size {
-            if args.nodes.leader.is_some() {
-                self.notes.push(format!("--leader is not used: all {size} ranks are on this node"));
+            for (flag, given) in [
+                ("--leader", args.nodes.leader.is_some()),
+                ("--auth-token-file", args.nodes.auth_token_file.is_some()),
+            ] {
+                if given {
+                    self.notes.push(format!("{flag} is not used: all {size} ranks are on this node"));
+                }
             }
             return Ok(None);
         }
@@ -257,22 +262,20 @@ impl Checks<'_> {
         }
         Ok(Some(Nodes {
             leader: leader.clone(),
-            token: self.token(file)?,
+            token: self.token("--auth-token-file", file)?,
             address: args.nodes.peer_address,
             leader_timeout: args.nodes.leader_timeout,
         }))
     }
 
-    /// The secret of the deployment.
-    fn token(&mut self, file: &Path) -> Result<Token> {
+    /// The secret in a file.
+    fn token(&mut self, flag: &str, file: &Path) -> Result<Token> {
         let file = self.environment.absolute(file);
-        let (token, loose) = Token::read(&file)
-            .or_else(|error| refuse(format!("--auth-token-file {}: {error}", file.display())))?;
+        let (token, loose) =
+            Token::read(&file).or_else(|error| refuse(format!("{flag} {}: {error}", file.display())))?;
         if loose {
-            self.notes.push(format!(
-                "--auth-token-file {}: other users can read it; run chmod 600 on it",
-                file.display()
-            ));
+            self.notes
+                .push(format!("{flag} {}: other users can read it; run chmod 600 on it", file.display()));
         }
         Ok(token)
     }
@@ -289,14 +292,17 @@ impl Checks<'_> {
             .map_err(|error| fail(format!("expected HOST:PORT: {error}")))?
             .next()
             .ok_or_else(|| fail("the host has no address".to_owned()))?;
-        let token = match (nodes, &self.args.nodes.auth_token_file) {
-            (Some(nodes), _) => Some(nodes.token.clone()),
-            (None, Some(file)) => Some(self.token(file)?),
-            (None, None) => None,
-        };
+        let args = self.args;
+        let file = args.nodes.http_token_file.as_ref();
+        let token = file.map(|file| self.token("--http-token-file", file)).transpose()?;
         if token.is_none() && !address.ip().is_loopback() {
-            return Err(fail("without --auth-token-file only a loopback address is allowed".to_owned()));
+            return Err(fail("without --http-token-file only a loopback address is allowed".to_owned()));
         }
+        check(token.is_none() || token.as_ref() != nodes.map(|nodes| &nodes.token), || {
+            "--http-token-file: it holds the secret of --auth-token-file, which clients must not know: anybody who \
+             has it can command every node; make another one"
+                .to_owned()
+        })?;
         Ok(Some(Http { address, token }))
     }
 

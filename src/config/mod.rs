@@ -83,7 +83,7 @@ pub struct Config {
 pub struct Http {
     /// Where to listen.
     pub address: SocketAddr,
-    /// What clients must know; none only on a loopback address.
+    /// What clients must know; none: [`StateDir::http_token`] has it, on a loopback address only.
     pub token: Option<Token>,
 }
 

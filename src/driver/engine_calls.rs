@@ -8,6 +8,42 @@ use rmpv::Value;
 
 use super::handles::{CallResult, HandleError, RankHandle};
 
+/// Methods that the control task and the update task call, besides those of the shim.
+const OWN: [&str; 13] = [
+    "get_weight_version",
+    "is_scheduler_paused",
+    "is_sleeping",
+    "pause_generation",
+    "pause_scheduler",
+    "reset_encoder_cache",
+    "reset_mm_cache",
+    "reset_prefix_cache",
+    "resume_generation",
+    "resume_scheduler",
+    "set_weight_version",
+    "sleep",
+    "wake_up",
+];
+
+/// Whether the sidecar makes such calls. Any other has come over a link from somebody who knows the deployment's secret
+/// and is no sidecar: workers of vLLM unpickle bytes, and have methods that run what they are given.
+pub(crate) fn is_own(method: &str, args: &[Value]) -> bool {
+    if method != "collective_rpc" {
+        return OWN.contains(&method);
+    }
+    let of_shim = args.first().and_then(Value::as_str).is_some_and(|name| name.starts_with("dp_sidecar_"));
+    of_shim && !args.iter().any(has_bytes)
+}
+
+fn has_bytes(value: &Value) -> bool {
+    match value {
+        Value::Binary(_) | Value::Ext(..) => true,
+        Value::Array(values) => values.iter().any(has_bytes),
+        Value::Map(entries) => entries.iter().any(|(key, value)| has_bytes(key) || has_bytes(value)),
+        _ => false,
+    }
+}
+
 /// vLLM's answer to a method it does not have: `AttributeError` of `getattr(engine_core, method)`
 /// (`vllm/v1/engine/core.py` 0.32.0, `_handle_client_request`).
 pub(crate) fn is_unknown_method(error: &HandleError) -> bool {
@@ -96,4 +132,28 @@ pub(crate) async fn reset_caches(
 /// Python's complaint, or the assertion `len(args) <= number of parameters` of vLLM, which has no text.
 fn is_about_arguments(text: &str) -> bool {
     text.contains("argument") || text.trim_end().ends_with("failed:")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_calls_that_the_sidecar_makes_itself_are_its_own() {
+        let rpc = |name: &str, kwargs: Value| vec![name.into(), Value::Nil, Value::Array(Vec::new()), kwargs];
+        let request = |value: Value| Value::Map(vec![("request".into(), Value::Array(vec![value]))]);
+        let bytes = Value::Binary(b"cos\nsystem".to_vec());
+        for (method, args, own) in [
+            ("pause_scheduler", vec!["keep".into()], true),
+            ("collective_rpc", rpc("dp_sidecar_load", request("a".into())), true),
+            ("collective_rpc", rpc("dp_sidecar_load", request(bytes.clone())), false),
+            ("collective_rpc", rpc("dp_sidecar_load", request(Value::Ext(1, vec![]))), false),
+            ("collective_rpc", rpc("execute_method", request("a".into())), false),
+            ("collective_rpc", vec![bytes], false),
+            ("collective_rpc", Vec::new(), false),
+            ("shutdown", Vec::new(), false),
+        ] {
+            assert_eq!(is_own(method, &args), own, "{method} {args:?}");
+        }
+    }
 }

@@ -1,5 +1,5 @@
 //! The HTTP side of the leader (`--http`): uploads of checkpoints, updates, and the stream of their events. See
-//! `protocol/docs/http.md`. Off by default; without a token only on a loopback address.
+//! `protocol/docs/http.md`. Off by default.
 
 mod answers;
 mod routes;
@@ -36,6 +36,7 @@ const HEAD_LIMIT: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug)]
 struct Context {
     /// Whoever knows it may ask; none: everybody who reaches the address.
+    /// What clients must know; none: only for [`fuzz`].
     token: Option<Token>,
     uploads: Uploads,
     /// Weak: the end of the admin server must be seen.
@@ -68,13 +69,13 @@ impl HttpServer {
     /// Serves until `stop` is cancelled; all its tasks are in `tracker`.
     pub fn serve(
         self,
-        token: Option<Token>,
+        token: Token,
         uploads: Uploads,
         admin: mpsc::WeakSender<AdminCommand>,
         tracker: &TaskTracker,
         stop: CancellationToken,
     ) {
-        let router = routes::router(Context { token, uploads, admin });
+        let router = routes::router(Context { token: Some(token), uploads, admin });
         let tasks = tracker.clone();
         let free = Arc::new(Semaphore::new(CONNECTIONS));
         tracker.spawn(named(Task::Http, async move {

@@ -37,16 +37,17 @@ pub(super) fn router(context: Context) -> Router {
 
 /// Lets only those through who know the token.
 async fn authorize(State(context): State<Context>, request: Request, next: Next) -> Response {
-    if let Some(token) = &context.token {
-        let given = request.headers().get(header::AUTHORIZATION).and_then(|value| {
-            let secret = value.as_bytes().strip_prefix(b"Bearer ")?;
-            Token::new(secret).ok()
-        });
-        // Keys are compared in constant time.
-        if given.as_ref() != Some(token) {
-            let error = HttpError::new(StatusCode::UNAUTHORIZED, "a bearer token is required");
-            return ([(header::WWW_AUTHENTICATE, "Bearer")], error).into_response();
-        }
+    let given = request.headers().get(header::AUTHORIZATION).and_then(|value| {
+        let secret = value.as_bytes().strip_prefix(b"Bearer ")?;
+        Token::new(secret).ok()
+    });
+    // Keys are compared in constant time.
+    if context.token.is_some() && given != context.token {
+        let error = HttpError::new(
+            StatusCode::UNAUTHORIZED,
+            "a bearer token is required: that of --http-token-file, or of the file http-token in the state directory",
+        );
+        return ([(header::WWW_AUTHENTICATE, "Bearer")], error).into_response();
     }
     next.run(request).await
 }

@@ -25,20 +25,20 @@ struct Server {
 }
 
 impl Server {
-    async fn start(token: Option<&str>) -> Self {
-        let (server, requests) = Self::waiting(tempfile::tempdir().unwrap(), token).await;
+    async fn start() -> Self {
+        let (server, requests) = Self::waiting(tempfile::tempdir().unwrap()).await;
         server.open(requests);
         server
     }
 
     /// The staging area begins when these requests are served, see [`Self::open`].
-    async fn waiting(dir: tempfile::TempDir, token: Option<&str>) -> (Self, upload::UploadRequests) {
+    async fn waiting(dir: tempfile::TempDir) -> (Self, upload::UploadRequests) {
         let (tracker, stop) = (TaskTracker::new(), CancellationToken::new());
         let (uploads, requests) = upload::channel();
         let (commands, admin) = mpsc::channel(4);
         let server = HttpServer::bind((Ipv4Addr::LOCALHOST, 0).into()).await.unwrap();
         let address = server.address();
-        let token = token.map(|secret| Token::new(secret.as_bytes()).unwrap());
+        let token = Token::new(SECRET.as_bytes()).unwrap();
         server.serve(token, uploads, commands.downgrade(), &tracker, stop.clone());
         (Self { dir, address, admin, _commands: commands, tracker, stop }, requests)
     }
@@ -58,14 +58,20 @@ impl Server {
         });
     }
 
-    /// Sends a request with these extra header lines; gives status, head and body.
+    /// Sends a request with these extra header lines, and the token unless they say another one; gives status, head
+    /// and body.
     async fn ask(&self, request: &str, headers: &str, body: &[u8]) -> (u16, String, String) {
         let length = if headers.contains("Content-Length") {
             String::new()
         } else {
             format!("Content-Length: {}\r\n", body.len())
         };
-        let head = format!("{request} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{length}{headers}\r\n");
+        let token = match headers.contains("Authorization") {
+            true => String::new(),
+            false => format!("Authorization: Bearer {SECRET}\r\n"),
+        };
+        let head =
+            format!("{request} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{token}{length}{headers}\r\n");
         let mut stream = TcpStream::connect(self.address).await.unwrap();
         stream.write_all(head.as_bytes()).await.unwrap();
         stream.write_all(body).await.unwrap();
@@ -102,7 +108,7 @@ impl Server {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_upload_is_put_in_ranges_and_goes_on_where_it_was() {
-    let server = Server::start(None).await;
+    let server = Server::start().await;
     let bytes: Vec<u8> = (0..20_000u32).map(|at| (at % 251) as u8).collect();
     assert_eq!(server.create("t1", bytes.len()).await.0, 200);
     let file = "/v1/weights/uploads/t1/a.safetensors";
@@ -130,11 +136,11 @@ async fn an_upload_is_put_in_ranges_and_goes_on_where_it_was() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_is_told_of_an_upload_before_the_segments_are_checked() {
-    let server = Server::start(None).await;
+    let server = Server::start().await;
     assert_eq!(server.create("t1", 9000).await.0, 200);
     let put = "PUT /v1/weights/uploads/t1/a.safetensors";
     server.json(put, "Content-Range: bytes 0-4999/9000\r\n", &[1; 5000]).await;
-    let (server, requests) = Server::waiting(server.end().await, None).await;
+    let (server, requests) = Server::waiting(server.end().await).await;
     let mut asked = Box::pin(server.json("GET /v1/weights/uploads/t1", "", b""));
     let early = timeout(Duration::from_millis(300), &mut asked).await;
     assert!(early.is_err(), "told that there is no such upload: {early:?}");
@@ -146,7 +152,7 @@ async fn nobody_is_told_of_an_upload_before_the_segments_are_checked() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn bad_requests_say_what_was_expected() {
-    let server = Server::start(None).await;
+    let server = Server::start().await;
     let (status, answer) = server.json("GET /v1/weights/uploads/none", "", b"").await;
     assert_eq!((status, &answer["error"]["message"]), (404, &json!("no upload \"none\"")));
     assert_eq!(server.create("../x", 10).await.0, 400);
@@ -171,9 +177,9 @@ async fn bad_requests_say_what_was_expected() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_gets_in_without_the_token() {
-    let server = Server::start(Some(SECRET)).await;
+    let server = Server::start().await;
     let get = "GET /v1/weights/uploads/t1";
-    assert_eq!(server.ask(get, "", b"").await.0, 401);
+    assert_eq!(server.ask(get, "Authorization:\r\n", b"").await.0, 401);
     assert_eq!(server.ask(get, "Authorization: Bearer 0123456789abcdef0124\r\n", b"").await.0, 401);
     assert_eq!(server.ask(get, "Authorization: Bearer\r\n", b"").await.0, 401);
     assert_eq!(server.ask(get, &format!("Authorization: Bearer {SECRET}\r\n"), b"").await.0, 404);
@@ -182,7 +188,7 @@ async fn nobody_gets_in_without_the_token() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_update_is_told_as_a_stream_of_events() {
-    let mut server = Server::start(None).await;
+    let mut server = Server::start().await;
     let mut admin = std::mem::replace(&mut server.admin, mpsc::channel(1).1);
     let answering = tokio::spawn(async move {
         for outcome in [Ok(ReportStatus::Committed), Ok(ReportStatus::Refused), Err("upload t1 is taken")] {

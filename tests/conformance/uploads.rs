@@ -9,13 +9,22 @@ use serde_json::{Value, json};
 
 use super::harness::{SOON, Setup, complete_all, directory, free_port, frontend, model, until};
 
+/// Where a sidecar listens, and its token.
+#[derive(Clone)]
+struct Http {
+    port: u16,
+    token: String,
+}
+
 /// One request on a connection of its own; the answer's status and body.
-fn ask(port: u16, request: &str, headers: &str, body: &[u8]) -> (u16, String) {
+fn ask(http: &Http, request: &str, headers: &str, body: &[u8]) -> (u16, String) {
+    let Http { port, token } = http;
     let mut head = format!("{request} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{headers}");
+    write!(head, "Authorization: Bearer {token}\r\n").unwrap();
     if !headers.contains("Content-Length") {
         write!(head, "Content-Length: {}\r\n", body.len()).unwrap();
     }
-    let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    let mut stream = TcpStream::connect(("127.0.0.1", *port)).unwrap();
     stream.set_read_timeout(Some(SOON)).unwrap();
     stream.write_all(format!("{head}\r\n").as_bytes()).unwrap();
     stream.write_all(body).unwrap();
@@ -28,9 +37,9 @@ fn ask(port: u16, request: &str, headers: &str, body: &[u8]) -> (u16, String) {
     (head.split(' ').nth(1).map_or(0, |status| status.parse().unwrap()), body.to_owned())
 }
 
-fn post(port: u16, path: &str, body: &Value) -> (u16, Value) {
+fn post(http: &Http, path: &str, body: &Value) -> (u16, Value) {
     let headers = "Content-Type: application/json\r\n";
-    let (status, answer) = ask(port, &format!("POST {path}"), headers, body.to_string().as_bytes());
+    let (status, answer) = ask(http, &format!("POST {path}"), headers, body.to_string().as_bytes());
     (status, serde_json::from_str(&answer).unwrap_or(Value::Null))
 }
 
@@ -54,37 +63,41 @@ fn a_trainer_that_dies_in_the_middle_of_an_upload_can_go_on_and_the_update_commi
     let new = model(directory.path(), "new", 2, false);
     let mut frontend = frontend(2, |options| options.moe = false);
     let port = free_port();
-    let http = format!("127.0.0.1:{port}");
-    let sidecar = Setup::spawning(2, &old).args(&["--http", &http]).frontend(&frontend).start();
+    let address = format!("127.0.0.1:{port}");
+    let sidecar = Setup::spawning(2, &old).args(&["--http", &address]).frontend(&frontend).start();
     frontend.startup(SOON).unwrap();
     sidecar.await_admitted();
+    let token = std::fs::read_to_string(sidecar.state_dir().join("http-token")).unwrap();
+    let http = Http { port, token };
+    assert_eq!(ask(&Http { port, token: "x".repeat(64) }, "GET /v1/weights/version", "", b"").0, 401);
 
     let files = files(&new.path);
     let sizes: Vec<Value> =
         files.iter().map(|(name, bytes)| json!({"name": name, "size": bytes.len()})).collect();
-    let (status, answer) = post(port, "/v1/weights/uploads", &json!({"id": "t1", "files": sizes}));
+    let (status, answer) = post(&http, "/v1/weights/uploads", &json!({"id": "t1", "files": sizes}));
     assert_eq!(status, 200, "{answer}");
     // The first trainer dies in the middle of the last file.
     let (last, rest) = files.split_last().unwrap();
     for (name, bytes) in rest {
-        assert_eq!(ask(port, &format!("PUT /v1/weights/uploads/t1/{name}"), "", bytes).0, 200);
+        assert_eq!(ask(&http, &format!("PUT /v1/weights/uploads/t1/{name}"), "", bytes).0, 200);
     }
     let (name, bytes) = last;
     let half = bytes.len() / 2;
     let put = format!("PUT /v1/weights/uploads/t1/{name}");
-    ask(port, &put, &format!("Content-Length: {}\r\n", bytes.len()), &bytes[..half]);
+    ask(&http, &put, &format!("Content-Length: {}\r\n", bytes.len()), &bytes[..half]);
     // The update is begun while bytes are missing.
+    let own = http.clone();
     let updating = std::thread::spawn(move || {
         let headers = "Content-Type: application/json\r\nAccept: text/event-stream\r\n";
         let body = json!({"upload": "t1", "version": "v2"}).to_string();
-        ask(port, "POST /v1/weights/updates", headers, body.as_bytes())
+        ask(&own, "POST /v1/weights/updates", headers, body.as_bytes())
     });
     until("the update to be staging", SOON, || sidecar.log().contains("staging begins").then_some(()));
-    let (_, there) = ask(port, "GET /v1/weights/uploads/t1", "", b"");
+    let (_, there) = ask(&http, "GET /v1/weights/uploads/t1", "", b"");
     let there: Value = serde_json::from_str(&there).unwrap();
     assert_eq!(there["complete"], false, "{there}");
     let range = format!("Content-Range: bytes {half}-{}/*\r\n", bytes.len() - 1);
-    let (status, answer) = ask(port, &put, &range, &bytes[half..]);
+    let (status, answer) = ask(&http, &put, &range, &bytes[half..]);
     assert_eq!(status, 200, "{answer}");
     let (status, events) = updating.join().unwrap();
     assert_eq!(status, 200, "{events}");
@@ -96,11 +109,21 @@ fn a_trainer_that_dies_in_the_middle_of_an_upload_can_go_on_and_the_update_commi
 }
 
 #[test]
-fn http_beyond_loopback_needs_the_token() {
+fn http_beyond_loopback_needs_a_token_of_its_own() {
     let directory = directory();
     let old = model(directory.path(), "old", 1, false);
-    let mut sidecar = Setup::spawning(1, &old).args(&["--http", "0.0.0.0:0"]).start();
-    assert_eq!(sidecar.await_end().code(), Some(2));
-    let said = sidecar.log();
-    assert!(said.contains("without --auth-token-file only a loopback address is allowed"), "{said}");
+    let token = directory.path().join("token");
+    std::fs::write(&token, "the secret of the nodes").unwrap();
+    let token = token.display().to_string();
+    let nodes = ["--leader", "127.0.0.1:1", "--auth-token-file", &token];
+    for (args, expected) in [
+        (&nodes[..], "without --http-token-file only a loopback address is allowed"),
+        (&[&nodes[..], &["--http-token-file", &token]].concat(), "it holds the secret of --auth-token-file"),
+    ] {
+        let setup = Setup::spawning(2, &old).args(&["--data-parallel-size-local", "1"]);
+        let mut sidecar = setup.args(&["--http", "0.0.0.0:0"]).args(args).start();
+        assert_eq!(sidecar.await_end().code(), Some(2));
+        let said = sidecar.log();
+        assert!(said.contains(expected), "{said}");
+    }
 }

@@ -58,6 +58,9 @@ class Deployment:
         self.leader_address = f"{self.hosts[0].address}:{free_port()}"
         # Where the leader takes uploads and updates.
         self.http = f"{self.hosts[0].address}:{free_port()}" if http else None
+        self.http_token = world.folder / "http-token"
+        self.http_token.write_text(secrets.token_hex(16))
+        self.http_token.chmod(0o600)
         # What the leader says to one of the hosts, if that was asked for (`fake_deployment`).
         self.late: Late | None = None
         self.sidecars: list[Sidecar | None] = [None] * len(self.hosts)
@@ -66,6 +69,11 @@ class Deployment:
         self.seed = 0
 
     # --- what runs ---
+
+    @property
+    def http_flags(self) -> list[str]:
+        token = ["--http-token-file", str(self.http_token)]
+        return ["--http", self.http, *token] if self.http else []
 
     @property
     def leader(self) -> Sidecar:
@@ -85,7 +93,7 @@ class Deployment:
             flags = ["--leader", self.leader_address, "--auth-token-file", str(self.token)]
         if index == 0:
             flags += [f"--frontend={frontend.handshake}" for frontend in self.frontends]
-            flags += ["--http", self.http] if self.http else []
+            flags += self.http_flags
         node = self.hosts[index]
         sidecar = self.world.sidecar(
             f"sidecar-{index}-{self.lives[index]}",

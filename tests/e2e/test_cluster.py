@@ -93,7 +93,7 @@ def test_what_a_trainer_uploads_reaches_both_hosts(deployment):
     file = Path(deployment.models.path(new)) / "model.safetensors"
     data = file.read_bytes()
     half = len(data) // 2
-    client = Client(deployment.http, deployment.token)
+    client = Client(deployment.http, deployment.http_token)
     with deployment.load(COUNT) as load:
         load.wait_answers(4)
         files = [{"name": file.name, "size": len(data)}]

@@ -57,7 +57,7 @@ class Trainer(Process):
         self.size = file.stat().st_size
         command = [
             *(sys.executable, str(Path(__file__).with_name("trainer.py"))),
-            *("--leader", deployment.http, "--token", str(deployment.token)),
+            *("--leader", deployment.http, "--token", str(deployment.http_token)),
             *("--file", str(file), "--version", f"v{seed}", "--update", f"update-{name}", *words),
         ]
         log = f"trainer-{len(world.processes)}"
@@ -102,7 +102,7 @@ def killed_trainer(
 
 
 def received(deployment: Deployment, upload: str) -> int:
-    client = Client(deployment.http, deployment.token)
+    client = Client(deployment.http, deployment.http_token)
     return client.ok("GET", f"uploads/{upload}")["received"]
 
 

@@ -233,8 +233,11 @@ def test_what_a_trainer_uploads_in_parts_is_committed_and_served(deployment):
     half = len(data) // 2
     uploads = f"http://{deployment.http}/v1/weights/uploads"
 
+    token = (deployment.sidecar.state_dir / "http-token").read_text()
+
     def call(method: str, url: str, body: bytes, **headers: str) -> dict:
         names = {name.replace("_", "-"): value for name, value in headers.items()}
+        names["Authorization"] = f"Bearer {token}"
         request = urllib.request.Request(url, body or None, names, method=method)
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.loads(answer.read() or b"{}")

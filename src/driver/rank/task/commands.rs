@@ -1,6 +1,10 @@
 //! What the rank task is told.
 
+use tracing::warn;
+
 use super::*;
+use crate::driver::engine_calls::is_own;
+use crate::driver::handles::Call;
 
 impl RankTask {
     pub(super) async fn handle_command(&mut self, Envelope { ask, reply, .. }: Envelope<RankAsk>) {
@@ -31,6 +35,15 @@ impl RankTask {
                 self.machine.handle_event(now, Event::Gate { open });
                 self.perform().await;
                 reply.send::<Admission>(Ok(()));
+            }
+            RankAsk::Call(call) if !is_own(&call.method, &call.args) => {
+                let method = call.method;
+                warn!(
+                    method,
+                    "a call that no sidecar makes was refused: who else knows the deployment's secret?"
+                );
+                let error = HandleError::failed(format!("{method}: the sidecar makes no such call"));
+                reply.send::<Call>(Err(error));
             }
             RankAsk::Call(call) => {
                 if let Some(token) = self.calls.take(call.key, reply) {
