@@ -50,6 +50,7 @@ pub mod cli;
 mod duration;
 mod files;
 mod log_limit;
+mod memory;
 mod msgpack;
 mod net;
 mod parallel;

@@ -12,6 +12,7 @@ use dp_sidecar::driver::handles::{
 use dp_sidecar::driver::rank::{self, RankConfig};
 use dp_sidecar::transport::PrivateDir;
 use dp_sidecar_protocol::layout::Layout;
+use dp_sidecar_protocol::machine::virtual_engine::Limits;
 use dp_sidecar_protocol::output::{EngineOutput, FinishReason, NewOutput, NewOutputs};
 use dp_sidecar_protocol::request::{FrontendMessage, NewRequest, check_frontend_message, encode_abort};
 use dp_sidecar_protocol::utility::{UtilityCall, UtilityOutput};
@@ -49,7 +50,7 @@ impl Bed {
         let (events_in, events) = mpsc::channel(8);
         let (held_in, held) = mpsc::channel(8);
         let (wake_in, wake) = mpsc::channel(8);
-        let mut config = RankConfig::new(RANK, SLOTS, GroupKind::Lockstep, dir);
+        let mut config = RankConfig::new(RANK, SLOTS, Limits::default(), GroupKind::Lockstep, dir);
         change(&mut config);
         let (lost_in, lost) = mpsc::channel(8);
         let (reports, mut reported) = mpsc::channel(8);
@@ -246,15 +247,7 @@ impl Frontend {
     }
 
     fn add(&self, id: &str) {
-        let request = NewRequest {
-            request_id: id.to_owned(),
-            prompt_token_ids: vec![1, 2, 3],
-            max_tokens: 4,
-            client_index: ClientIndex(0),
-            current_wave: Wave(0),
-            arrival_time: 1.0,
-        };
-        self.send(&request.encode(&Layout::newest()));
+        self.send(&request(id));
     }
 
     fn call(&self, id: i128, method: &str) {
@@ -297,6 +290,18 @@ impl Frontend {
     fn is_silent(&self) -> bool {
         self.output.poll(zmq::POLLIN, 100).unwrap() == 0
     }
+}
+
+fn request(id: &str) -> Frames {
+    let request = NewRequest {
+        request_id: id.to_owned(),
+        prompt_token_ids: vec![1, 2, 3],
+        max_tokens: 4,
+        client_index: ClientIndex(0),
+        current_wave: Wave(0),
+        arrival_time: 1.0,
+    };
+    request.encode(&Layout::newest())
 }
 
 fn finish(id: &str) -> NewOutputs {
@@ -472,7 +477,7 @@ async fn a_call_that_no_sidecar_makes_does_not_reach_the_engine() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_frontend_that_stops_reading_loses_its_route_and_slows_nobody() {
-    let mut bed = Bed::with(|config| config.max_queued_bytes = 4 << 20);
+    let mut bed = Bed::with(|config| config.machine.limits.unread_bytes = 4 << 20);
     let engine = bed.start_engine().await;
     let b = bed.attach(2).await;
     let a = Frontend::bind(&bed.context);
@@ -505,13 +510,43 @@ async fn a_frontend_that_stops_reading_loses_its_route_and_slows_nobody() {
         );
     }
     let lost = tokio::time::timeout(LIMIT, bed.lost.recv()).await.unwrap().unwrap();
-    assert!(lost.reason.contains("does not read"), "{}", lost.reason);
+    assert!(
+        lost.reason.contains("does not read") && lost.reason.contains("--max-unread-bytes"),
+        "{}",
+        lost.reason
+    );
     b.add("quick");
     engine.expect_add(b.slot, "quick");
     let sent = Instant::now();
     engine.send(b.slot, finish("quick"));
     b.expect_finish("quick");
     assert!(sent.elapsed() < LIMIT);
+    bed.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_or_an_answer_of_any_size_costs_no_route() {
+    let mut bed = Bed::with(|config| {
+        config.machine.limits.request_bytes = 1 << 20;
+        config.machine.limits.unread_bytes = 64 << 10;
+    });
+    let engine = bed.start_engine().await;
+    let a = bed.attach(1).await;
+    // Beyond the bound: answered by its id, and not read.
+    let mut frames = request("large");
+    frames.push(Bytes::from(vec![0; 4 << 20]));
+    a.send(&frames);
+    assert_eq!(a.expect_finish("large"), FinishReason::Error);
+    // An answer that is larger than all that may wait.
+    a.add("next");
+    engine.expect_add(a.slot, "next");
+    let mut answer = finish("next");
+    answer.outputs[0].new_token_ids = vec![70_000; 2 << 20];
+    engine.send(a.slot, answer);
+    a.expect_finish("next");
+    bed.until(|snapshot| snapshot.refused == 1).await;
+    let why = bed.handle.snapshot.borrow().last_refusal.clone().unwrap();
+    assert!(why.contains("at most 1048576 (--max-request-bytes)"), "{why}");
     bed.stop().await;
 }
 

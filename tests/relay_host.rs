@@ -8,6 +8,7 @@ use dp_sidecar::relay::host::{self, HostOptions};
 use dp_sidecar::relay::{CHILD, Purpose};
 use dp_sidecar::state_dir::StateDir;
 use dp_sidecar::supervisor::{KeeperClient, KeeperOptions, SpawnSpec};
+use dp_sidecar_protocol::machine::virtual_engine::Limits;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::sync::mpsc;
@@ -59,7 +60,8 @@ async fn the_end_of_an_old_relay_process_that_is_heard_of_late_is_not_taken_for_
     // Its end is in `events` now, which nobody has read.
     let (reports, _reported) = mpsc::channel(64);
     let stop = CancellationToken::new();
-    let purpose = Purpose { ranks: 0..1, frontend_slots: 1, kind: GroupKind::Independent };
+    let (kind, limits) = (GroupKind::Independent, Limits::default());
+    let purpose = Purpose { ranks: 0..1, frontend_slots: 1, kind, limits };
     let options = HostOptions {
         state_dir: state.path().to_owned(),
         exe: env!("CARGO_BIN_EXE_sidecar").into(),

@@ -26,8 +26,9 @@ use crate::write;
 #[cfg(any(test, feature = "test-support"))]
 pub use new_request::NewRequest;
 
-/// Frames a message may have: type, payload, and one per large tensor.
-pub const MAX_FRAMES: usize = 1024;
+/// Frames a message may have: type, payload, and one per tensor of 256 bytes or more, of which a video or many
+/// pictures have thousands.
+pub const MAX_FRAMES: usize = 64 * 1024;
 
 /// Ids one ABORT may carry.
 pub const MAX_ABORTS: usize = 1 << 20;
@@ -130,6 +131,9 @@ pub enum RefusalKind {
         /// What the scan found.
         error: ScanError,
     },
+    /// More bytes than the sidecar reads. Not the engine, but the node would not survive it.
+    #[error("message of {size} bytes, at most {limit} (--max-request-bytes)")]
+    TooLarge { size: usize, limit: usize },
     /// A positional array of the wrong length.
     #[error("{message} of {actual} fields, expected {expected}")]
     FieldCount {
@@ -186,6 +190,25 @@ pub fn check_frontend_message<'a>(
             Err(RefusalKind::UnknownType(start.join(" ")).into())
         }
     }
+}
+
+/// Refuses a message that was not read: `head` is the beginning of its first two frames.
+pub fn too_large(head: &[Bytes], size: usize, limit: usize) -> Refusal {
+    let mut refusal = Refusal::from(RefusalKind::TooLarge { size, limit });
+    if let [kind, payload, ..] = head {
+        let mut scanner = Scanner::new(payload);
+        let is_array = scanner.array().is_ok();
+        match RequestType::from_frame(kind) {
+            Some(RequestType::Add) if is_array => {
+                refusal.request_id = scanner.str().ok().map(str::to_owned);
+            }
+            Some(RequestType::Utility) if is_array && scanner.int().is_ok() => {
+                refusal.call_id = scanner.int().ok().map(CallId);
+            }
+            _ => {}
+        }
+    }
+    refusal
 }
 
 impl<'a> FrontendMessage<'a> {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use dp_sidecar_protocol::layout::Layout;
 use dp_sidecar_protocol::machine::held_call::{HeldCall, Verdict};
-use dp_sidecar_protocol::machine::virtual_engine::{Action, CallError, Config, Event, VirtualEngine};
+use dp_sidecar_protocol::machine::virtual_engine::{Action, CallError, Config, Event, Limits, VirtualEngine};
 use dp_sidecar_protocol::output::{EngineOutput, FinishReason, NewOutput, NewOutputs};
 use dp_sidecar_protocol::request::{NewRequest, encode_abort};
 use dp_sidecar_protocol::utility::{UtilityCall, UtilityOutput};
@@ -38,7 +38,7 @@ impl Bed {
     }
 
     fn with(change: impl FnOnce(&mut Config)) -> Self {
-        let mut config = Config::new(RANK, 3);
+        let mut config = Config::new(RANK, 3, Limits::default());
         change(&mut config);
         Self {
             machine: VirtualEngine::new(config),
@@ -199,8 +199,8 @@ fn nothing_of_a_frontend_reaches_an_engine_before_it_is_admitted() {
 #[test]
 fn a_held_request_is_answered_at_its_deadline_and_one_beyond_the_bound_at_once() {
     let mut bed = Bed::with(|config| {
-        config.max_held = 1;
-        config.hold_for = Duration::from_secs(10);
+        config.limits.held_bytes = 1;
+        config.limits.hold = Duration::from_secs(10);
     });
     let slot = bed.open(1, 0);
     assert_eq!(heard(&bed.add(slot, "held")), []);
@@ -211,6 +211,56 @@ fn a_held_request_is_answered_at_its_deadline_and_one_beyond_the_bound_at_once()
     assert_eq!(bed.machine.poll_timeout(), Some(Time::from_millis(11_000)));
     assert_eq!(heard(&bed.wait(1)), [error("held")]);
     assert_eq!(bed.machine.poll_timeout(), None);
+}
+
+#[test]
+fn a_request_waits_as_long_as_it_must_behind_an_engine_that_takes_requests() {
+    let mut bed = Bed::with(|config| {
+        config.max_in_flight = 1;
+        config.limits.hold = Duration::from_secs(10);
+    });
+    bed.admit();
+    let slot = bed.open(1, 0);
+    bed.add(slot, "running");
+    bed.add(slot, "waiting");
+    assert_eq!(bed.machine.poll_timeout(), None);
+    assert_eq!(heard(&bed.wait(3600)), []);
+    // From the moment at which the gate closes it waits for something else.
+    bed.event(Event::Gate { open: false });
+    assert_eq!(heard(&bed.wait(9)), []);
+    let error = Heard::Finish("waiting".into(), FinishReason::Error);
+    assert_eq!(heard(&bed.wait(1)), [(slot.0, error)]);
+}
+
+#[test]
+fn one_request_fits_whatever_its_size_when_nothing_else_is_held() {
+    let mut bed = Bed::with(|config| (config.limits.held_bytes, config.limits.in_flight_bytes) = (1, 1));
+    let slot = bed.open(1, 0);
+    assert_eq!(heard(&bed.add(slot, "large")), []);
+    bed.add(slot, "beyond");
+    let snapshot = bed.machine.snapshot();
+    assert_eq!((snapshot.held, snapshot.refused), (1, 1));
+    let why = snapshot.last_refusal.unwrap();
+    assert!(why.contains("--max-held-bytes") && why.contains("DP rank 3 is down"), "{why}");
+    assert_eq!(to_engine(&bed.admit()).len(), 1);
+}
+
+#[test]
+fn a_request_too_large_to_be_read_is_answered_by_its_id_and_so_is_a_call() {
+    let mut bed = Bed::admitted();
+    let slot = bed.open(1, 0);
+    let mut head = add("large");
+    let half = head[1].len() / 2;
+    head[1].truncate(half);
+    let answered = heard(&bed.event(Event::TooLarge { slot, head, size: 5 << 30 }));
+    assert_eq!(answered, [(slot.0, Heard::Finish("large".into(), FinishReason::Error))]);
+    let why = bed.machine.snapshot().last_refusal.unwrap();
+    assert!(why.contains("5368709120 bytes") && why.contains("--max-request-bytes"), "{why}");
+    let method = "reset_prefix_cache".to_owned();
+    let call = UtilityCall { client_index: ClientIndex(9), call_id: CallId(7), method, args: Vec::new() };
+    let answered = heard(&bed.event(Event::TooLarge { slot, head: call.encode(), size: 5 << 30 }));
+    let [(_, Heard::Answer(7, Err(why)))] = &answered[..] else { panic!("{answered:?}") };
+    assert!(why.contains("--max-request-bytes"), "{why}");
 }
 
 #[test]
@@ -285,7 +335,8 @@ fn supported_tasks_are_answered_from_memory_while_the_engine_is_away() {
     let answered = heard(&bed.call(slot, 2, "get_supported_tasks", vec![]));
     assert_eq!(answered, [(slot.0, Heard::Answer(2, Ok("generate".into())))]);
     assert_eq!(heard(&bed.call(slot, 3, "reset_mm_cache", vec![])), []);
-    let late = heard(&bed.wait(600));
+    assert_eq!(heard(&bed.wait(2000)), [], "an engine that starts may take so long");
+    let late = heard(&bed.wait(1000));
     assert!(matches!(&late[..], [(_, Heard::Answer(3, Err(_)))]), "{late:?}");
 }
 

@@ -131,6 +131,15 @@ pub struct EngineStatus {
     pub in_flight: u64,
     /// Requests held in front of it.
     pub held: u64,
+    /// Bytes that they take.
+    #[serde(default)]
+    pub held_bytes: u64,
+    /// Messages of frontends that were refused since the relay process started.
+    #[serde(default)]
+    pub refused: u64,
+    /// Why the last of them was.
+    #[serde(default)]
+    pub last_refusal: Option<String>,
     /// How often it was restarted.
     pub restarts: u64,
     /// Why it last failed.

@@ -10,7 +10,7 @@ use tracing::{debug, info};
 
 use super::Run;
 use crate::config::Engines;
-use crate::driver::handles::{HandshakeHandle, NodeEvent, ProcessHandle};
+use crate::driver::handles::{HandshakeHandle, NodeEvent, ProcessHandle, SetLimits};
 use crate::driver::handshake::{HandshakeBindError, HandshakeConfig};
 use crate::driver::{handshake as handshake_driver, processes};
 use crate::exit_code::{self, RunEnd};
@@ -77,6 +77,7 @@ pub(super) async fn start(
             ranks: config.start_rank..config.start_rank + config.size_local,
             frontend_slots: config.frontend_slots,
             kind: config.kind,
+            limits: config.limits,
         },
         keeper: keeper.clone(),
         kill_grace: config.kill_grace,
@@ -86,6 +87,11 @@ pub(super) async fn start(
     let mut relay = host::start(options, relay_events, events.clone())
         .await
         .map_err(|error| internal("start", &error))?;
+    for rank in &relay.handles.ranks {
+        // One that was found may have others.
+        let told = rank.commands.tell(SetLimits { limits: config.limits }).await;
+        told.map_err(|error| internal("start", &error))?;
+    }
     let processes = match &config.engines {
         Engines::Spawn(_) => {
             processes::report(keeper.inherited(), config.local_ranks().map(EngineIndex), &mut relay.found);

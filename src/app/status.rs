@@ -134,6 +134,9 @@ pub(super) fn engine(snapshot: &RankSnapshot) -> EngineStatus {
         weight_version: snapshot.weight_version.clone(),
         in_flight: snapshot.in_flight.values().sum(),
         held: snapshot.held,
+        held_bytes: snapshot.held_bytes,
+        refused: snapshot.refused,
+        last_refusal: snapshot.last_refusal.clone(),
         ..EngineStatus::default()
     }
 }

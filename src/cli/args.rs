@@ -12,6 +12,7 @@ use super::values::{ModelKind, Source, model_kind, parse_lora, parse_source, pau
 use crate::api::{AdapterChange, Retain};
 use crate::config::{Lifeline, LogFormat};
 use crate::duration;
+use crate::memory::parse_bytes;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -47,6 +48,8 @@ All options of `run`: sidecar run --help. Exit codes: sidecar --help.";
 const USAGE: &str = "sidecar [run] --dp-rank R [OPTIONS] [-- MODEL [VLLM FLAGS]...]
        sidecar <COMMAND> [OPTIONS]";
 
+/// Default of `sidecar drain --limit`.
+pub(super) const DRAIN_LIMIT: Duration = Duration::from_secs(600);
 /// The one option of `run` that is for a single command line.
 pub(super) const DRY_RUN: &str = "dry-run";
 
@@ -122,6 +125,8 @@ pub(super) struct RunArgs {
     pub processes: ProcessArgs,
     #[command(flatten, next_help_heading = "Weights")]
     pub weights: WeightArgs,
+    #[command(flatten, next_help_heading = "Bounds")]
+    pub bounds: BoundArgs,
     /// The model and vLLM's flags, unchanged. Without them the sidecar waits for engines that are started separately.
     #[arg(last = true, value_name = "MODEL [VLLM FLAGS]")]
     pub vllm: Vec<String>,
@@ -320,6 +325,34 @@ pub(super) struct WeightArgs {
     /// reported at the start. The model's files must be on this node.
     #[arg(long)]
     pub prefault: bool,
+}
+
+/// All of them are listed in protocol/docs/bounds.md.
+#[derive(Debug, Args)]
+pub(super) struct BoundArgs {
+    /// How long a request or a call of a frontend may wait while its engine takes none: during an update, a start, a
+    /// drain. [default: the longest of these, by --load-timeout, --startup-timeout and --pause-deadline]
+    #[arg(long, value_parser = duration::parse, value_name = "TIME")]
+    pub hold_timeout: Option<Duration>,
+
+    /// Bytes of requests that wait in front of one rank; more are answered with an error. One request always fits.
+    /// [default: an eighth of the memory, divided by the ranks of this node]
+    #[arg(long, value_parser = parse_bytes, value_name = "BYTES")]
+    pub max_held_bytes: Option<u64>,
+
+    /// Bytes of requests that are on one engine; more wait in front of it. One request always fits.
+    /// [default: as --max-held-bytes]
+    #[arg(long, value_parser = parse_bytes, value_name = "BYTES")]
+    pub max_in_flight_bytes: Option<u64>,
+
+    /// Bytes of one request; a larger one is answered with an error. [default: a quarter of the memory]
+    #[arg(long, value_parser = parse_bytes, value_name = "BYTES")]
+    pub max_request_bytes: Option<u64>,
+
+    /// Bytes of answers of one rank that wait for an API server to read them; one that lets more wait is detached.
+    /// One answer always fits.
+    #[arg(long, default_value = "32MiB", value_parser = parse_bytes, value_name = "BYTES")]
+    pub max_unread_bytes: u64,
 }
 
 const DRAIN: &str = "\

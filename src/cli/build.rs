@@ -5,12 +5,14 @@ use std::net::{IpAddr, Ipv4Addr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 
 use dp_sidecar_protocol::GroupKind;
+use dp_sidecar_protocol::machine::virtual_engine::Limits;
 use thiserror::Error;
 
-use super::args::RunArgs;
+use super::args::{DRAIN_LIMIT, RunArgs};
 use crate::config::devices::{self, DeviceError};
 use crate::config::model::{self, ModelError};
 use crate::config::{Config, Engines, Http, Nodes, Serve, check_host_port};
+use crate::memory;
 use crate::state_dir::StateDir;
 use crate::supervisor::command::VllmLaunch;
 use crate::supervisor::environment;
@@ -53,6 +55,8 @@ pub(super) struct Environment {
     pub variables: Vec<(String, String)>,
     /// Number of devices NVML sees.
     pub nvml_count: u32,
+    /// Bytes of memory that may be used here.
+    pub memory: u64,
     /// The `sidecar` binary.
     pub exe: PathBuf,
     /// Working directory.
@@ -65,6 +69,7 @@ impl Environment {
         Self {
             variables: environment::own(),
             nvml_count,
+            memory: memory::limit(),
             // The path stays right when the binary is replaced by a newer one while it runs.
             exe: std::env::current_exe().unwrap_or_else(|_| PathBuf::from("/proc/self/exe")),
             cwd: std::env::current_dir().ok(),
@@ -128,6 +133,7 @@ pub(super) fn build(args: &RunArgs, environment: &Environment) -> Result<Built> 
         kind,
         frontends: args.frontends.frontend.clone(),
         frontend_slots: args.frontends.frontend_slots,
+        limits: checks.limits(),
         serve,
         engines,
         state_dir: environment.state_dir(args.processes.state_dir.as_deref(), start_rank),
@@ -428,6 +434,32 @@ impl Checks<'_> {
         Ok(Some(Serve { host, port, api_server_count }))
     }
 
+    /// Bounds of a rank; by default nothing waits for less than what it waits for, and memory is for engines first.
+    fn limits(&mut self) -> Limits {
+        let RunArgs { bounds, weights, processes, .. } = self.args;
+        let bytes = |given: u64| usize::try_from(given).unwrap_or(usize::MAX);
+        // An update that fails loads twice; an engine that starts loads the committed weights after that.
+        let update = weights.pause_deadline + weights.load_timeout * 2;
+        let start = processes.startup_timeout + weights.load_timeout;
+        let longest = update.max(start).max(DRAIN_LIMIT);
+        let hold = bounds.hold_timeout.unwrap_or(longest);
+        if hold < longest {
+            self.notes.push(format!(
+                "--hold-timeout {hold:?}: requests may fail during a start, an update or a drain, which may take \
+                 {longest:?} (--startup-timeout, --load-timeout, --pause-deadline)"
+            ));
+        }
+        let memory = self.environment.memory;
+        let held = bounds.max_held_bytes.unwrap_or_else(|| memory / 8 / u64::from(self.size_local));
+        Limits {
+            hold,
+            held_bytes: bytes(held),
+            in_flight_bytes: bytes(bounds.max_in_flight_bytes.unwrap_or(held)),
+            request_bytes: bytes(bounds.max_request_bytes.unwrap_or(memory / 4)),
+            unread_bytes: bytes(bounds.max_unread_bytes),
+        }
+    }
+
     fn engines(&mut self) -> Result<Engines> {
         let Some(flags) = self.flags.take() else { return Ok(Engines::Attach) };
         let clean = environment::clean(self.environment.variables.clone());
@@ -459,5 +491,55 @@ fn either<T: PartialEq + ToString>(name: &str, ours: Option<T>, theirs: Option<T
             refuse(format!("{name}: {} before `--`, but {} after it", ours.to_string(), theirs.to_string()))
         }
         (ours, theirs) => Ok(ours.or(theirs)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use clap::{FromArgMatches, Subcommand};
+
+    use super::*;
+
+    fn built(args: &[&str]) -> Built {
+        let command = super::super::args::Command::augment_subcommands(clap::Command::new("sidecar"));
+        let start =
+            ["sidecar", "run", "--dp-rank", "0", "--data-parallel-size", "2", "--model-kind", "dense"];
+        let matches = command.get_matches_from(start.iter().chain(args));
+        let Ok(super::super::args::Command::Run(args)) =
+            super::super::args::Command::from_arg_matches(&matches)
+        else {
+            panic!("not run");
+        };
+        let exe = PathBuf::from("/sidecar");
+        let environment =
+            Environment { variables: Vec::new(), nvml_count: 0, memory: 64 << 30, exe, cwd: None };
+        build(&args, &environment).unwrap()
+    }
+
+    #[test]
+    fn by_default_a_request_is_held_for_as_long_as_anything_takes_that_it_waits_for() {
+        let hold = |args: &[&str]| built(args).config.limits.hold.as_secs();
+        assert_eq!(hold(&[]), 1800 + 900);
+        assert_eq!(hold(&["--load-timeout", "2h"]), 30 + 2 * 7200);
+        assert_eq!(hold(&["--startup-timeout", "4h"]), 4 * 3600 + 900);
+        assert_eq!(hold(&["--load-timeout", "1s", "--startup-timeout", "1s"]), 600);
+        let short = built(&["--hold-timeout", "60s"]);
+        assert_eq!(short.config.limits.hold, Duration::from_secs(60));
+        let notes = short.notes.join("\n");
+        assert!(notes.contains("--hold-timeout") && notes.contains("2700s"), "{notes}");
+    }
+
+    #[test]
+    fn what_is_held_and_read_follows_from_the_memory_unless_it_is_said() {
+        let limits = built(&[]).config.limits;
+        assert_eq!((limits.held_bytes, limits.in_flight_bytes), (4 << 30, 4 << 30));
+        assert_eq!(limits.request_bytes, 16 << 30);
+        let limits = built(&["--max-held-bytes", "1MiB", "--max-request-bytes", "2MiB"]).config.limits;
+        assert_eq!(
+            (limits.held_bytes, limits.in_flight_bytes, limits.request_bytes),
+            (1 << 20, 1 << 20, 2 << 20)
+        );
     }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 use dp_sidecar_protocol::GroupKind;
+use dp_sidecar_protocol::machine::virtual_engine::Limits;
 
 use crate::duration;
 
@@ -43,4 +44,7 @@ pub(super) struct RelayArgs {
     /// How the ranks depend on each other.
     #[arg(long)]
     pub kind: GroupKind,
+    /// Bounds of each rank, as JSON.
+    #[arg(long, value_parser = |text: &str| serde_json::from_str::<Limits>(text))]
+    pub limits: Limits,
 }

@@ -79,7 +79,8 @@ fn usage(problem: &str) -> u8 {
 fn relay(args: RelayArgs) -> u8 {
     telemetry::init(LogFormat::Text);
     let ranks = args.start_rank..args.start_rank.saturating_add(args.ranks);
-    let purpose = Purpose { ranks, frontend_slots: args.frontend_slots, kind: args.kind };
+    let RelayArgs { frontend_slots, kind, limits, .. } = args;
+    let purpose = Purpose { ranks, frontend_slots, kind, limits };
     match process::run(&args.state_dir, &purpose) {
         Ok(()) => exit_code::OK,
         Err(error) => {

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory};
+use indicatif::HumanBytes;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::args::{Cli, DRY_RUN, RunArgs};
@@ -203,6 +204,16 @@ fn describe(built: &Built, origins: &[Origin]) -> String {
     if let Some(spec) = config.frontend_spawn(1, handshake) {
         text.push_str(&format!("{}: {}\n", spec.name, shell_line(&spec.argv)));
     }
+    let bytes = |bytes: usize| HumanBytes(bytes as u64);
+    let limits = &config.limits;
+    text.push_str(&format!(
+        "bounds of each rank: hold {:?}, held {}, in flight {}, one request {}, unread answers {}\n",
+        limits.hold,
+        bytes(limits.held_bytes),
+        bytes(limits.in_flight_bytes),
+        bytes(limits.request_bytes),
+        bytes(limits.unread_bytes)
+    ));
     text.push_str("(port 0: a free loopback port, chosen at each start)\n\nvalues\n");
     text.push_str(&table(["option", "value", "from"], origins.iter().cloned()));
     for note in &built.notes {

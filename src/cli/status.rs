@@ -3,6 +3,8 @@
 use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
+use indicatif::HumanBytes;
+
 use super::args::StatusArgs;
 use super::client::{print_json, run};
 use super::table::table;
@@ -182,12 +184,21 @@ fn engines(engines: &[EngineStatus]) -> String {
             engine.running.to_string(),
             format!("{:.0}%", engine.kv_cache_usage * 100.0),
             engine.in_flight.to_string(),
-            engine.held.to_string(),
+            match engine.held {
+                0 => "0".to_owned(),
+                held => format!("{held} ({})", HumanBytes(engine.held_bytes)),
+            },
             engine.restarts.to_string(),
         ]
     };
     let mut text = table(columns, engines.iter().map(row));
     for engine in engines {
+        if let Some(reason) = &engine.last_refusal {
+            let (rank, refused) = (engine.rank, engine.refused);
+            text.push_str(&format!(
+                "  rank {rank}, {refused} messages of frontends refused, the last: {reason}\n"
+            ));
+        }
         if let Some(error) = &engine.last_error {
             // Of an engine that serves again it is history; log lines in it are indented.
             let error = error.replace('\n', "\n    ");

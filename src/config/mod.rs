@@ -15,6 +15,7 @@ use crate::supervisor::KeeperOptions;
 use crate::supervisor::command::VllmLaunch;
 use crate::token::Token;
 use dp_sidecar_protocol::GroupKind;
+use dp_sidecar_protocol::machine::virtual_engine::Limits;
 
 /// Everything `sidecar run` needs to know. Built by the command line, checked, immutable.
 #[derive(Clone, Debug)]
@@ -38,6 +39,8 @@ pub struct Config {
     pub frontends: Vec<String>,
     /// Frontend API servers that can be attached at the same time (slots 1..=K of every engine).
     pub frontend_slots: u32,
+    /// Bounds of each rank of this node.
+    pub limits: Limits,
     /// The frontend to start and supervise, if any.
     pub serve: Option<Serve>,
     /// Who starts the engines.

@@ -227,7 +227,8 @@ impl Host {
 
     fn spec(&self) -> SpawnSpec {
         let options = &self.options;
-        let Purpose { ranks, frontend_slots, kind } = &options.purpose;
+        let Purpose { ranks, frontend_slots, kind, limits } = &options.purpose;
+        let limits = serde_json::to_string(limits).unwrap_or_default();
         let kind = kind.model();
         let argv = [
             options.exe.display().to_string(),
@@ -242,6 +243,8 @@ impl Host {
             frontend_slots.to_string(),
             "--kind".to_owned(),
             kind.to_owned(),
+            "--limits".to_owned(),
+            limits,
         ];
         SpawnSpec {
             name: CHILD.to_owned(),

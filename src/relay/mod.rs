@@ -12,6 +12,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use dp_sidecar_protocol::GroupKind;
+use dp_sidecar_protocol::machine::virtual_engine::Limits;
 
 use crate::supervisor::command::RELAY;
 
@@ -36,6 +37,9 @@ pub struct Purpose {
     pub frontend_slots: u32,
     /// Whether the ranks step together.
     pub kind: GroupKind,
+    /// Bounds of each rank at the start. A sidecar that takes the process over sends its own
+    /// ([`SetLimits`](crate::driver::handles::SetLimits)), so that they are no part of the name.
+    pub limits: Limits,
 }
 
 impl std::fmt::Display for Purpose {

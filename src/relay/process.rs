@@ -71,12 +71,12 @@ async fn serve(state_dir: &Path, purpose: &Purpose) -> Result<(), RelayError> {
     let tracker = TaskTracker::new();
     let (events, reported) = mpsc::channel(server::EVENTS);
     let (ranks_end, rank_tasks) = (CancellationToken::new(), TaskTracker::new());
-    let Purpose { ranks, frontend_slots, kind } = purpose.clone();
+    let Purpose { ranks, frontend_slots, kind, limits } = purpose.clone();
     let ranks: Vec<RankHandle> = ranks
         .map(|r| {
             let rank_config = RankConfig {
                 stop: ranks_end.clone(),
-                ..RankConfig::new(EngineIndex(r), frontend_slots, kind, dir.clone())
+                ..RankConfig::new(EngineIndex(r), frontend_slots, limits, kind, dir.clone())
             };
             rank::spawn(rank_config, &rank_tasks, events.clone())
         })

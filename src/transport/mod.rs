@@ -37,7 +37,7 @@ pub use error::TransportError;
 pub use guard::{GuardEvent, GuardLimits, GuardedRouter, GuardedSender};
 pub use listen::{PullEvent, PullListener, RouterEvent, RouterListener, RouterSender};
 pub use paths::{PrivateDir, check_socket_path, unlink_stale_socket};
-pub use peer::{PeerReceiver, PeerSender};
+pub use peer::{PeerReceiver, PeerSender, Received};
 pub use xpub::{Encoded, XpubListener, XpubPublisher};
 
 /// How long the runtime has to live after the last socket is dropped, so that what was sent gets

@@ -21,6 +21,19 @@ const GATHER_LIMIT: usize = 256 * 1024;
 const MIN_READ: usize = 512;
 const MAX_READ: usize = 128 * 1024;
 
+/// What comes from a peer.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Received {
+    Message(Frames),
+    /// A message that was too large, and was read without being kept, see [`PeerReceiver::cut_beyond`].
+    TooLarge {
+        /// Its first two frames, as far as they were kept.
+        head: Frames,
+        /// Bytes of all its frames.
+        size: usize,
+    },
+}
+
 /// The reading half of a connecting socket.
 #[derive(Debug)]
 pub struct PeerReceiver {
@@ -55,14 +68,33 @@ impl PeerReceiver {
         Self { address: address.to_owned(), stream, buffer, chunk: MIN_READ, decoder }
     }
 
+    /// From now on a message of more bytes, or of too many frames, is no reason to end the connection.
+    pub fn cut_beyond(&mut self, bytes: usize) {
+        self.decoder.cut_beyond(bytes);
+    }
+
     /// The next message. Cancel-safe.
     ///
     /// # Errors
     /// [`TransportError::Disconnected`] or [`TransportError::Protocol`]; the connection is over.
     pub async fn recv(&mut self) -> Result<Frames, TransportError> {
+        match self.recv_any().await? {
+            Received::Message(frames) => Ok(frames),
+            Received::TooLarge { size, .. } => Err(TransportError::Protocol {
+                address: self.address.clone(),
+                reason: format!("a message of {size} bytes"),
+            }),
+        }
+    }
+
+    /// As [`Self::recv`]; too large ones, too.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn recv_any(&mut self) -> Result<Received, TransportError> {
         loop {
-            if let Some(frames) = self.try_recv()? {
-                return Ok(frames);
+            if let Some(received) = self.try_recv()? {
+                return Ok(received);
             }
             self.fill().await?;
         }
@@ -72,10 +104,15 @@ impl PeerReceiver {
     ///
     /// # Errors
     /// [`TransportError::Protocol`]; the connection is over.
-    pub fn try_recv(&mut self) -> Result<Option<Frames>, TransportError> {
+    pub fn try_recv(&mut self) -> Result<Option<Received>, TransportError> {
         loop {
             match self.decoder.decode(&mut self.buffer) {
-                Ok(Some(Item::Message(frames))) => return Ok(Some(frames)),
+                Ok(Some(Item::Message(frames))) => {
+                    return Ok(Some(match self.decoder.take_cut() {
+                        None => Received::Message(frames),
+                        Some(size) => Received::TooLarge { head: frames, size },
+                    }));
+                }
                 Ok(Some(Item::Command(_))) => {}
                 Ok(None) => return Ok(None),
                 Err(error) => {

@@ -8,8 +8,10 @@ use dp_sidecar_protocol::Frames;
 pub const GREETING_LENGTH: usize = 64;
 /// Longest command (READY and the like) a peer may send.
 const COMMAND_LIMIT: usize = 64 * 1024;
-/// Longest message, all frames together. vLLM's largest are multimodal prompts of some 100 MiB.
+/// Longest message, all frames together, where nothing else is said.
 pub const MESSAGE_LIMIT: usize = 1 << 30;
+/// Kept of the second frame of a message that is too large: where vLLM has the request's id.
+const HEAD_BYTES: usize = 64 * 1024;
 /// Most frames of a message.
 pub const FRAME_COUNT_LIMIT: usize = 64 * 1024;
 
@@ -127,6 +129,14 @@ pub struct Decoder {
     size: usize,
     message_limit: usize,
     frame_count_limit: usize,
+    /// What is too large is read and dropped.
+    cuts: bool,
+    /// The message that is being read is too large.
+    too_large: bool,
+    /// What it had, if the last one was.
+    cut: Option<usize>,
+    /// Bytes of its current frame that are still to be dropped, and whether more frames follow.
+    dropping: Option<(usize, bool)>,
 }
 
 impl Default for Decoder {
@@ -138,12 +148,33 @@ impl Default for Decoder {
 impl Decoder {
     /// A decoder for messages of at most this many bytes and frames.
     pub fn with_limits(message_limit: usize, frame_count_limit: usize) -> Self {
-        Self { frames: Frames::new(), size: 0, message_limit, frame_count_limit }
+        Self {
+            frames: Frames::new(),
+            size: 0,
+            message_limit,
+            frame_count_limit,
+            cuts: false,
+            too_large: false,
+            cut: None,
+            dropping: None,
+        }
+    }
+
+    /// From now on a message of more bytes than this, or of too many frames, comes without most of its bytes instead of
+    /// being refused: its first two frames, as far as they were kept. See [`Self::take_cut`].
+    pub fn cut_beyond(&mut self, bytes: usize) {
+        self.cuts = true;
+        self.message_limit = bytes;
+    }
+
+    /// Bytes that all frames of the last message had, if it was cut.
+    pub const fn take_cut(&mut self) -> Option<usize> {
+        self.cut.take()
     }
 
     /// Frames of a message that is not complete have been read.
     pub fn is_inside(&self) -> bool {
-        !self.frames.is_empty()
+        !self.frames.is_empty() || self.dropping.is_some()
     }
 
     /// The next complete item in `buffer`, if there is one.
@@ -152,15 +183,45 @@ impl Decoder {
     /// `InvalidData` if a limit is exceeded or reserved flags are set: close the connection.
     pub fn decode(&mut self, buffer: &mut BytesMut) -> io::Result<Option<Item>> {
         loop {
+            if let Some((left, more)) = self.dropping.take() {
+                let dropped = left.min(buffer.len());
+                buffer.advance(dropped);
+                if dropped < left {
+                    self.dropping = Some((left - dropped, more));
+                    return Ok(None);
+                }
+                if !more {
+                    self.too_large = false;
+                    self.cut = Some(std::mem::take(&mut self.size));
+                    return Ok(Some(Item::Message(std::mem::take(&mut self.frames))));
+                }
+            }
             let Some((flags, header, length)) = header(buffer) else {
                 return Ok(None);
             };
             if flags & !(FLAG_MORE | FLAG_LONG | FLAG_COMMAND) != 0 {
                 return Err(invalid(format!("frame flags {flags:#04x}")));
             }
-            let limit =
-                if flags & FLAG_COMMAND != 0 { COMMAND_LIMIT } else { self.message_limit - self.size };
+            let is_command = flags & FLAG_COMMAND != 0;
+            let limit = if is_command { COMMAND_LIMIT } else { self.message_limit.saturating_sub(self.size) };
             let length = usize::try_from(length).unwrap_or(usize::MAX);
+            self.too_large |=
+                self.cuts && !is_command && (length > limit || self.frames.len() == self.frame_count_limit);
+            if self.too_large && !is_command {
+                self.frames.truncate(2);
+                let kept = if self.frames.len() < 2 { length.min(HEAD_BYTES) } else { 0 };
+                if buffer.len() < header + kept {
+                    buffer.reserve(header + kept - buffer.len());
+                    return Ok(None);
+                }
+                buffer.advance(header);
+                if self.frames.len() < 2 {
+                    self.frames.push(buffer.split_to(kept).freeze());
+                }
+                self.size = self.size.saturating_add(length);
+                self.dropping = Some((length - kept, flags & FLAG_MORE != 0));
+                continue;
+            }
             if length > limit {
                 return Err(invalid(format!(
                     "a frame of {length} bytes, at most {limit} are left of the limit"
@@ -174,7 +235,7 @@ impl Decoder {
             }
             buffer.advance(header);
             let body = buffer.split_to(length).freeze();
-            if flags & FLAG_COMMAND != 0 {
+            if is_command {
                 return Ok(Some(Item::Command(body)));
             }
             if self.frames.len() == self.frame_count_limit {
@@ -256,6 +317,37 @@ mod tests {
         let mut buffer = BytesMut::from(&[FLAG_LONG, 0x40, 0, 0, 0, 0, 0, 0, 0][..]);
         assert!(Decoder::default().decode(&mut buffer).is_err());
         assert!(buffer.capacity() < 1024);
+    }
+
+    #[test]
+    fn what_is_too_large_is_read_without_being_kept_and_the_next_message_is_whole() {
+        let long = vec![7; 2 * HEAD_BYTES];
+        let mut whole =
+            BytesMut::from(&encode(&[&b"t"[..], &long, &long, b"x"].map(Bytes::copy_from_slice))[..]);
+        whole.extend_from_slice(&encode(&[Bytes::from_static(b"next")]));
+        for cut in (0..whole.len()).step_by(977) {
+            let mut decoder = Decoder::default();
+            decoder.cut_beyond(HEAD_BYTES);
+            let mut buffer = BytesMut::from(&whole[..cut]);
+            let mut items = Vec::new();
+            for part in [&b""[..], &whole[cut..]] {
+                buffer.extend_from_slice(part);
+                while let Some(item) = decoder.decode(&mut buffer).unwrap() {
+                    items.push((item, decoder.take_cut()));
+                }
+            }
+            let [(Item::Message(head), size), (Item::Message(next), None)] = &items[..] else {
+                panic!("{} items after the cut at {cut}", items.len());
+            };
+            assert_eq!((head.len(), &head[0][..], head[1].len()), (2, &b"t"[..], HEAD_BYTES));
+            assert_eq!((*size, &next[..]), (Some(2 * long.len() + 2), &[Bytes::from_static(b"next")][..]));
+        }
+        let mut decoder = Decoder::default();
+        decoder.cut_beyond(HEAD_BYTES);
+        let mut buffer = BytesMut::from(&[FLAG_MORE, 0].repeat(FRAME_COUNT_LIMIT + 1)[..]);
+        buffer.extend_from_slice(&[0, 0]);
+        assert!(decoder.decode(&mut buffer).unwrap().is_some());
+        assert_eq!(decoder.take_cut(), Some(0));
     }
 
     #[test]

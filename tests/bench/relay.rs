@@ -16,6 +16,7 @@ use dp_sidecar::driver::handles::{
 use dp_sidecar::driver::rank::{self, RankConfig};
 use dp_sidecar::transport::PrivateDir;
 use dp_sidecar_protocol::layout::Layout;
+use dp_sidecar_protocol::machine::virtual_engine::Limits;
 use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation};
 use serde_json::json;
 use tokio::sync::mpsc;
@@ -44,7 +45,8 @@ async fn serve(ranks: u16, slots: u32, dir: PrivateDir) -> Result<(), Failure> {
     let mut handles = Vec::new();
     let mut addresses = Vec::new();
     for rank in 0..ranks {
-        let config = RankConfig::new(EngineIndex(rank), slots, GroupKind::Independent, dir.clone());
+        let config =
+            RankConfig::new(EngineIndex(rank), slots, Limits::default(), GroupKind::Independent, dir.clone());
         let handle = rank::spawn(config, &tracker, reports.clone());
         let bound: SlotAddresses = handle.ask_within(LIMIT, Prepare { incarnation: FIRST }).await?;
         addresses.push(json!({"inputs": bound.inputs, "outputs": bound.outputs}));

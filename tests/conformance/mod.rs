@@ -3,6 +3,7 @@
 //! Each test starts a sidecar of its own in a state directory of its own. Waiting is always for a
 //! condition, see [`harness::until`].
 
+mod bounds;
 mod control;
 mod engines;
 mod fakes;

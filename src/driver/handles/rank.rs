@@ -6,6 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use dp_sidecar_protocol::layout::Layout;
 pub use dp_sidecar_protocol::machine::held_call::{HeldCall, Verdict};
+use dp_sidecar_protocol::machine::virtual_engine::Limits;
 use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Slot};
 use futures::stream::{self, BoxStream, StreamExt as _};
 use serde::{Deserialize, Serialize};
@@ -36,6 +37,7 @@ asks! {
         EngineDown -> (), "engine down", End;
         Admission -> (), "admission", Repeat;
         Call -> rmpv::Value, "call", Life, |call| call.timeout.saturating_add(MARGIN);
+        SetLimits -> (), "bounds", Repeat;
         OpenRoute -> Slot, "route", Once, |route| route.connect_timeout.saturating_add(MARGIN);
         AdoptRoute -> Slot, "adoption of a route", Life;
         CloseRoutes -> (), "closing of routes", End;
@@ -115,6 +117,12 @@ pub struct Call {
     pub args: Vec<rmpv::Value>,
     /// Answer with a deadline error after this long.
     pub timeout: Duration,
+}
+
+/// Keep to these bounds from now on: those that this sidecar was started with.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SetLimits {
+    pub limits: Limits,
 }
 
 /// Open the data path to one API server of a frontend. Its loss is a [`RouteLost`].
@@ -197,8 +205,12 @@ pub struct RankSnapshot {
     pub held: u64,
     /// Slots for frontends.
     pub slots: Slots,
+    /// Bytes that they take.
+    pub held_bytes: u64,
     /// Messages of frontends refused since start.
     pub refused: u64,
+    /// Why the last of them was.
+    pub last_refusal: Option<String>,
     /// Weight version stamped on the last step output (vLLM 0.32.0 and later).
     pub weight_version: Option<String>,
 }

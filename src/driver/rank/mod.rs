@@ -13,7 +13,7 @@ mod task;
 
 use std::time::Duration;
 
-use dp_sidecar_protocol::machine::virtual_engine;
+use dp_sidecar_protocol::machine::virtual_engine::{self, Limits};
 use dp_sidecar_protocol::{EngineIndex, Frames};
 use futures::stream::{BoxStream, Stream, StreamExt as _};
 use tokio::sync::{mpsc, watch};
@@ -22,7 +22,7 @@ use tokio_util::task::TaskTracker;
 
 use super::handles::{GroupKind, NodeEvent, RankHandle, RankSnapshot, queue};
 use crate::tasks::{Task, named};
-use crate::transport::PrivateDir;
+use crate::transport::{PrivateDir, Received};
 
 /// By how much the numbers in a rank's snapshot may lag behind.
 pub const SNAPSHOT_LAG: Duration = task::SNAPSHOT_INTERVAL;
@@ -36,20 +36,23 @@ pub struct RankConfig {
     pub kind: GroupKind,
     /// Where the engine's sockets are made.
     pub dir: PrivateDir,
-    /// Bytes waiting for one API server. A frontend that lets them grow beyond loses its route.
-    pub max_queued_bytes: usize,
     /// Ends the task: what is in flight is answered, and everything closed.
     pub stop: CancellationToken,
 }
 
 impl RankConfig {
     /// The defaults for a rank.
-    pub fn new(rank: EngineIndex, frontend_slots: u32, kind: GroupKind, dir: PrivateDir) -> Self {
+    pub fn new(
+        rank: EngineIndex,
+        frontend_slots: u32,
+        limits: Limits,
+        kind: GroupKind,
+        dir: PrivateDir,
+    ) -> Self {
         Self {
-            machine: virtual_engine::Config::new(rank, frontend_slots),
+            machine: virtual_engine::Config::new(rank, frontend_slots, limits),
             kind,
             dir,
-            max_queued_bytes: 32 << 20,
             stop: CancellationToken::new(),
         }
     }
@@ -76,7 +79,7 @@ enum Input {
     /// A connection of the engine is over.
     EngineGone { generation: u64, reason: String },
     /// Messages of a frontend's API server.
-    Frontend { epoch: u64, slot: u32, batch: Vec<Frames> },
+    Frontend { epoch: u64, slot: u32, batch: Vec<Received> },
     /// A connection to an API server is over.
     RouteGone { epoch: u64, slot: u32, reason: String },
     /// An API server takes bytes again.

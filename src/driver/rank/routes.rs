@@ -1,6 +1,10 @@
 //! Routes: the connections to one API server of a frontend.
 
-use dp_sidecar_protocol::{EngineIdentity, FrontendId};
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
+
+use dp_sidecar_protocol::{EngineIdentity, Frames, FrontendId};
 use futures::stream;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -17,6 +21,8 @@ pub(super) struct Route {
     pub(super) outputs: PeerSender,
     /// The kernel takes nothing more; a source waits until it does.
     pub(super) blocked: bool,
+    /// Bytes of the largest answer since nothing waited.
+    largest: usize,
     /// Keeps the connection to its input socket open; nothing is sent there after registration.
     _inputs: PeerSender,
     _end: DropGuard,
@@ -28,12 +34,13 @@ impl Route {
         connections: (Connected, Connected),
         epoch: u64,
         slot: u32,
+        request_bytes: Arc<AtomicUsize>,
     ) -> (Self, [Source; 2]) {
         let (dealer, push) = connections;
         let (inputs, requests) = dealer.split();
         let (outputs, end) = push.split();
         let closed = CancellationToken::new();
-        let requests = until(&closed, request_source(requests, epoch, slot));
+        let requests = until(&closed, request_source(requests, epoch, slot, request_bytes));
         let end = until(&closed, end_source(end, epoch, slot));
         let route = Self {
             epoch,
@@ -41,10 +48,27 @@ impl Route {
             api_server: request.api_server,
             outputs,
             blocked: false,
+            largest: 0,
             _inputs: inputs,
             _end: closed.drop_guard(),
         };
         (route, [requests, end])
+    }
+
+    /// Queues an answer.
+    pub(super) fn push(&mut self, frames: Frames) {
+        let before = self.outputs.queued();
+        if before == 0 {
+            self.largest = 0;
+        }
+        self.outputs.push(frames);
+        self.largest = self.largest.max(self.outputs.queued() - before);
+    }
+
+    /// Bytes that wait for the API server to read. The largest answer is left out: one must always find room, however
+    /// large.
+    pub(super) const fn queued(&self) -> usize {
+        self.outputs.queued().saturating_sub(self.largest)
     }
 }
 
@@ -75,27 +99,29 @@ fn request_source(
     receiver: PeerReceiver,
     epoch: u64,
     slot: u32,
+    request_bytes: Arc<AtomicUsize>,
 ) -> impl futures::Stream<Item = Input> + Send {
-    stream::unfold(Some(receiver), move |receiver| async move {
+    stream::unfold((Some(receiver), request_bytes), move |(receiver, request_bytes)| async move {
         let mut receiver = receiver?;
         let gone = |error: TransportError| {
             let reason = error.to_string();
-            let gone = Input::RouteGone { epoch, slot, reason };
-            Some((gone, None))
+            Input::RouteGone { epoch, slot, reason }
         };
-        let mut batch = match receiver.recv().await {
-            Ok(frames) => vec![frames],
-            Err(error) => return gone(error),
+        // One that waits for a message when the bound changes reads that message by the one before.
+        receiver.cut_beyond(request_bytes.load(Relaxed));
+        let mut batch = match receiver.recv_any().await {
+            Ok(received) => vec![received],
+            Err(error) => return Some((gone(error), (None, request_bytes))),
         };
         while batch.len() < BATCH {
             match receiver.try_recv() {
-                Ok(Some(frames)) => batch.push(frames),
+                Ok(Some(received)) => batch.push(received),
                 // An error shows again at the next turn, when the batch has been handled.
                 Ok(None) | Err(_) => break,
             }
         }
         let input = Input::Frontend { epoch, slot, batch };
-        Some((input, Some(receiver)))
+        Some((input, (Some(receiver), request_bytes)))
     })
 }
 

@@ -4,6 +4,8 @@ mod commands;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::future::pending;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
 use dp_sidecar_protocol::machine::virtual_engine::{self, Action, Event, VirtualEngine};
@@ -20,12 +22,12 @@ use super::routes::{self, Route};
 use super::{Input, LAST_FLUSH, RankConfig, Source};
 use crate::driver::handles::{
     Admission, Admit, AdoptRoute, CloseRoutes, EngineDown, EngineReady, Envelope, GroupKind, HandleError,
-    NodeEvent, OpenRoute, Prepare, RankAsk, RankEvent, RankSnapshot, Release, ReplyTo, RouteLost,
+    NodeEvent, OpenRoute, Prepare, RankAsk, RankEvent, RankSnapshot, Release, ReplyTo, RouteLost, SetLimits,
     SlotAddresses, Slots,
 };
 use crate::driver::{Clock, arm};
 use crate::log_limit::LogLimit;
-use crate::transport::{Connected, TransportError};
+use crate::transport::{Connected, Received, TransportError};
 
 /// Inputs handled before routes are flushed and commands are looked at again.
 const TURN: usize = 16;
@@ -60,6 +62,8 @@ pub(super) struct RankTask {
     /// Numbers socket sets and routes, so that nothing late is taken for something new.
     next_epoch: u64,
     routes: BTreeMap<u32, Route>,
+    /// How large a message of a frontend may be, for the readers of the routes.
+    request_bytes: Arc<AtomicUsize>,
     /// Routes with something to write.
     dirty: BTreeSet<u32>,
     opening: BTreeMap<u32, Opening>,
@@ -85,6 +89,7 @@ impl RankTask {
     ) -> Self {
         Self {
             machine: VirtualEngine::new(config.machine.clone()),
+            request_bytes: Arc::new(AtomicUsize::new(config.machine.limits.request_bytes)),
             config,
             outputs,
             publish,
@@ -196,8 +201,12 @@ impl RankTask {
                 if !self.is_current(slot, epoch) {
                     return;
                 }
-                for frames in batch {
-                    let event = Event::FromFrontend { slot: Slot(slot), frames };
+                let slot = Slot(slot);
+                for received in batch {
+                    let event = match received {
+                        Received::Message(frames) => Event::FromFrontend { slot, frames },
+                        Received::TooLarge { head, size } => Event::TooLarge { slot, head, size },
+                    };
                     self.machine.handle_event(now, event);
                 }
             }
@@ -274,7 +283,7 @@ impl RankTask {
                 }
                 Action::ToFrontend { slot, frames } => {
                     if let Some(route) = self.routes.get_mut(&slot.0) {
-                        route.outputs.push(frames);
+                        route.push(frames);
                         self.dirty.insert(slot.0);
                     }
                 }
@@ -324,13 +333,15 @@ impl RankTask {
             let Some(route) = self.routes.get_mut(&slot) else {
                 continue;
             };
-            let limit = self.config.max_queued_bytes;
+            let limit = self.config.machine.limits.unread_bytes;
             let flushed = if route.blocked { Ok(true) } else { route.outputs.try_flush() };
-            let queued = route.outputs.queued();
+            let queued = route.queued();
             match flushed {
                 Err(error) => self.route_lost(slot, error.to_string()),
                 Ok(_) if queued > limit => {
-                    let reason = format!("it does not read: {queued} bytes queued, limit {limit}");
+                    let reason = format!(
+                        "it does not read its answers: {queued} bytes wait, at most {limit} (--max-unread-bytes)"
+                    );
                     self.route_lost(slot, reason);
                 }
                 Ok(true) => {}
@@ -364,7 +375,9 @@ impl RankTask {
                 draining: machine.draining,
                 all: self.config.machine.frontend_slots,
             },
+            held_bytes: machine.held_bytes as u64,
             refused: machine.refused,
+            last_refusal: machine.last_refusal,
             weight_version: machine.weight_version,
         };
         self.publish.send_replace(snapshot);

@@ -80,7 +80,7 @@ impl VirtualEngine {
         {
             self.answer_call(call.number, call.call_id, Ok(tasks));
         } else {
-            let deadline = now + self.config.hold_calls_for;
+            let deadline = now + self.config.limits.hold;
             self.slots[call.number].waiting.push_back((deadline, call));
         }
     }
@@ -97,7 +97,7 @@ impl VirtualEngine {
             method: call.method.clone(),
             args,
         }));
-        self.held_control.insert(ticket, (now + self.config.decide_within, call));
+        self.held_control.insert(ticket, (now + self.config.limits.hold, call));
     }
 
     /// Carries out the decision on a held call. Ends in [`Action::Released`] with this ticket.
@@ -210,12 +210,18 @@ impl VirtualEngine {
         for number in 1..self.slots.len() {
             while let Some((_, call)) = self.slots[number].waiting.pop_front_if(|(due, _)| *due <= now) {
                 let engine = self.describe_engine();
-                self.refuse_call(&call, &format!("waited for {:?}: {engine}", self.config.hold_calls_for));
+                self.refuse_call(
+                    &call,
+                    &format!("waited for {:?} (--hold-timeout): {engine}", self.config.limits.hold),
+                );
             }
         }
         let undecided: Vec<_> = self.held_control.extract_if(.., |_, (due, _)| *due <= now).collect();
         for (_, (_, call)) in undecided {
-            self.refuse_call(&call, &format!("not decided within {:?}", self.config.decide_within));
+            self.refuse_call(
+                &call,
+                &format!("not decided within {:?} (--hold-timeout)", self.config.limits.hold),
+            );
         }
     }
 

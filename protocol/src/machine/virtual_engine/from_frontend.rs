@@ -76,7 +76,7 @@ impl VirtualEngine {
         })
     }
 
-    fn refuse_message(&mut self, slot: Slot, refusal: &Refusal) {
+    pub(super) fn refuse_message(&mut self, slot: Slot, refusal: &Refusal) {
         let number = slot.0 as usize;
         self.refuse(slot, refusal.to_string());
         if let Some(id) = &refusal.request_id {
@@ -111,13 +111,13 @@ impl VirtualEngine {
         if self.queue_is_empty() && self.may_send(size) {
             self.send_add(id, number, resumable, frames);
         } else if self.may_hold(size) {
-            let deadline = now + self.config.hold_for;
-            self.requests.hold(id, number, resumable, frames, deadline);
+            self.requests.hold(id, number, resumable, frames, now);
         } else {
             let reason = format!(
-                "{} requests ({} bytes) are held already; {}",
+                "{} requests ({} bytes) are held, and {size} bytes more exceed {} (--max-held-bytes); {}",
                 self.requests.held_count(),
                 self.requests.held_bytes(),
+                self.config.limits.held_bytes,
                 self.describe_engine()
             );
             self.refuse(slot, reason);

@@ -30,6 +30,7 @@ mod slots;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::frames::Frames;
@@ -37,6 +38,7 @@ use crate::ids::{CallId, EngineIndex, FrontendId, Incarnation, Slot};
 use crate::layout::Layout;
 use crate::machine::held_call::HeldCall;
 use crate::output;
+use crate::request;
 use crate::time::Time;
 
 use calls::{CheckedCall, ControlCall};
@@ -44,26 +46,44 @@ pub use policy::Policy;
 use requests::Requests;
 use slots::SlotState;
 
+/// Bounds of what one rank keeps for frontends, which the flags of `sidecar run` set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// `--hold-timeout`: an ADD or a call that waits for longer while the engine takes none is answered with an error.
+    /// Behind an engine that takes requests, and only has as many as it may, an ADD waits as long as it must.
+    pub hold: Duration,
+    /// `--max-held-bytes`: of ADD messages that are held in front of the engine. A single one may be larger.
+    pub held_bytes: usize,
+    /// `--max-in-flight-bytes`: of ADD messages of requests on the engine; more are held. A single one may be larger.
+    pub in_flight_bytes: usize,
+    /// `--max-request-bytes`: of one message of a frontend. A larger one is answered without being read.
+    pub request_bytes: usize,
+    /// `--max-unread-bytes`: of answers that wait for one API server. Beyond it the API server is given up. A single
+    /// answer may be larger.
+    pub unread_bytes: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            hold: Duration::from_secs(2700),
+            held_bytes: 1 << 30,
+            in_flight_bytes: 1 << 30,
+            request_bytes: 1 << 30,
+            unread_bytes: 32 << 20,
+        }
+    }
+}
+
 /// Limits of one rank.
 #[derive(Clone, Debug)]
 pub struct Config {
     pub rank: EngineIndex,
     /// Slots for frontends, without the control slot.
     pub frontend_slots: u32,
-    /// Requests in flight on the engine.
+    /// Requests in flight on the engine; more are held. With an ABORT for each they fit into the queue of its socket.
     pub max_in_flight: usize,
-    /// Bytes of their ADD messages.
-    pub max_in_flight_bytes: usize,
-    /// ADD messages held in front of the engine.
-    pub max_held: usize,
-    /// Their bytes.
-    pub max_held_bytes: usize,
-    /// A held ADD is answered with an error finish after this long.
-    pub hold_for: Duration,
-    /// A call that waits for the engine to come back is answered with a failure after this long.
-    pub hold_calls_for: Duration,
-    /// A control call that nobody decides about is answered with a failure after this long.
-    pub decide_within: Duration,
+    pub limits: Limits,
     /// Calls of one slot that wait or are in flight.
     pub max_calls: usize,
     /// Least time between two copies of another frontend's scheduler stats.
@@ -72,17 +92,12 @@ pub struct Config {
 
 impl Config {
     /// The defaults for a rank.
-    pub const fn new(rank: EngineIndex, frontend_slots: u32) -> Self {
+    pub const fn new(rank: EngineIndex, frontend_slots: u32, limits: Limits) -> Self {
         Self {
             rank,
             frontend_slots,
-            max_in_flight: 4096,
-            max_in_flight_bytes: 512 << 20,
-            max_held: 4096,
-            max_held_bytes: 64 << 20,
-            hold_for: Duration::from_secs(120),
-            hold_calls_for: Duration::from_secs(120),
-            decide_within: Duration::from_secs(900),
+            max_in_flight: 32 * 1024,
+            limits,
             max_calls: 256,
             stats_interval: Duration::from_millis(250),
         }
@@ -125,6 +140,16 @@ pub enum Event {
         /// The message, without routing id.
         frames: Frames,
     },
+    /// A frontend's API server sent a message that is too large to be read.
+    TooLarge {
+        slot: Slot,
+        /// Its first two frames, as far as they were read.
+        head: Frames,
+        /// Bytes of all its frames.
+        size: usize,
+    },
+    /// Other bounds, also for what is held already.
+    Limits(Limits),
     /// The engine sent a message on a slot.
     FromEngine {
         incarnation: Incarnation,
@@ -232,7 +257,7 @@ pub struct Snapshot {
     pub in_flight: BTreeMap<FrontendId, u64>,
     /// ADD messages held.
     pub held: u64,
-    /// Bytes of held ADD messages.
+    /// Bytes that held ADD messages take.
     pub held_bytes: usize,
     /// Calls in flight or waiting, of frontends and our own.
     pub calls: usize,
@@ -242,6 +267,8 @@ pub struct Snapshot {
     pub draining: u32,
     /// Messages of frontends refused since start.
     pub refused: u64,
+    /// Why the last of them was.
+    pub last_refusal: Option<String>,
     /// Version of the weights, as stamped on the last step (vLLM 0.32.0 and later).
     pub weight_version: Option<String>,
 }
@@ -254,6 +281,8 @@ pub struct VirtualEngine {
     engine: Engine,
     incarnation: Incarnation,
     gate_open: bool,
+    /// Since when the engine has taken no requests; none while it does.
+    closed_since: Option<Time>,
     /// Slot 0 is the control slot.
     slots: Vec<SlotState>,
     requests: Requests,
@@ -267,6 +296,7 @@ pub struct VirtualEngine {
     /// The engine's own clock, as last seen: what we write in its name carries it.
     engine_clock: f64,
     refused: u64,
+    last_refusal: Option<String>,
     actions: VecDeque<Action>,
 }
 
@@ -279,6 +309,7 @@ impl VirtualEngine {
             engine: Engine::Down("has not been started".to_owned()),
             incarnation: Incarnation::default(),
             gate_open: true,
+            closed_since: Some(Time::ZERO),
             slots,
             requests: Requests::default(),
             control_calls: BTreeMap::new(),
@@ -289,6 +320,7 @@ impl VirtualEngine {
             weight_version: None,
             engine_clock: 0.001,
             refused: 0,
+            last_refusal: None,
             actions: VecDeque::new(),
             config,
         }
@@ -324,6 +356,14 @@ impl VirtualEngine {
                 self.pump();
             }
             Event::FromFrontend { slot, frames } => self.on_frontend_message(now, slot, frames),
+            Event::TooLarge { slot, head, size } => {
+                let limit = self.config.limits.request_bytes;
+                self.refuse_message(slot, &request::too_large(&head, size, limit));
+            }
+            Event::Limits(limits) => {
+                self.config.limits = limits;
+                self.pump();
+            }
             Event::FromEngine { incarnation, slot, frames } => {
                 if incarnation == self.incarnation && !matches!(self.engine, Engine::Down(_)) {
                     self.on_engine_message(now, slot, frames);
@@ -334,6 +374,10 @@ impl VirtualEngine {
             }
             Event::CloseSlot { slot } => self.close_slot(now, slot),
         }
+        self.closed_since = match self.closed_since {
+            _ if self.takes_requests() => None,
+            since => since.or(Some(now)),
+        };
     }
 
     /// Does what is due at `now`. Calling it early is harmless.
@@ -354,7 +398,7 @@ impl VirtualEngine {
     /// When [`Self::handle_timeout`] is due next.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Time> {
-        [self.requests.next_deadline(), self.next_call_deadline(), self.next_settle_deadline()]
+        [self.next_request_deadline(), self.next_call_deadline(), self.next_settle_deadline()]
             .into_iter()
             .flatten()
             .min()
@@ -370,6 +414,7 @@ impl VirtualEngine {
             held_bytes: self.requests.held_bytes(),
             calls: self.control_calls.len() + self.held_control.len(),
             refused: self.refused,
+            last_refusal: self.last_refusal.clone(),
             weight_version: self.weight_version.clone(),
             ..Snapshot::default()
         };
@@ -418,6 +463,7 @@ impl VirtualEngine {
 
     fn refuse(&mut self, slot: Slot, reason: String) {
         self.refused += 1;
+        self.last_refusal = Some(reason.clone());
         self.actions.push_back(Action::Refused { slot, reason });
     }
 

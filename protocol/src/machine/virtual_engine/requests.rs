@@ -15,6 +15,9 @@ use crate::time::Time;
 const ABORT_CONFIRMED_WITHIN: Duration = Duration::from_secs(60);
 /// Frames shorter than this are copied when held, so that they do not pin the buffer they came in.
 const COPY_BELOW: usize = 32 * 1024;
+/// What a held request takes besides its bytes: its id, its frames and its places in the tables. The smallest are as
+/// long.
+const HELD_COST: usize = 512;
 
 /// A request of a frontend.
 #[derive(Debug)]
@@ -39,7 +42,14 @@ struct Held {
     id: Arc<str>,
     frames: Frames,
     size: usize,
-    deadline: Time,
+    since: Time,
+}
+
+impl Held {
+    /// Bytes that it takes here.
+    const fn cost(&self) -> usize {
+        self.size + HELD_COST
+    }
 }
 
 /// Table and queue. `sent` entries are what the engine's bound counts.
@@ -99,13 +109,6 @@ impl Requests {
         self.held_bytes
     }
 
-    /// The earliest deadline of a held message; held messages expire in order.
-    pub(super) fn next_deadline(&self) -> Option<Time> {
-        let held = self.queue.values().next().map(|held| held.deadline);
-        let aborted = self.aborted.front().map(|(deadline, _)| *deadline);
-        held.into_iter().chain(aborted).min()
-    }
-
     fn entry(&mut self, id: &str, slot: usize, resumable: bool) -> &mut Entry {
         // A lookup first, so that the key is only made when needed.
         if !self.entries.contains_key(id) {
@@ -130,14 +133,7 @@ impl Requests {
         first
     }
 
-    pub(super) fn hold(
-        &mut self,
-        id: &str,
-        slot: usize,
-        resumable: bool,
-        mut frames: Frames,
-        deadline: Time,
-    ) {
+    pub(super) fn hold(&mut self, id: &str, slot: usize, resumable: bool, mut frames: Frames, since: Time) {
         let number = self.next_held;
         self.next_held += 1;
         self.entry(id, slot, resumable).held.push(number);
@@ -146,12 +142,11 @@ impl Requests {
                 *frame = Bytes::copy_from_slice(frame);
             }
         }
-        let size = size(&frames);
-        self.held_bytes += size;
         let Some((id, _)) = self.entries.get_key_value(id) else {
             return;
         };
-        let held = Held { id: id.clone(), frames, size, deadline };
+        let held = Held { id: id.clone(), size: size(&frames), frames, since };
+        self.held_bytes += held.cost();
         self.queue.insert(number, held);
     }
 
@@ -169,7 +164,7 @@ impl Requests {
     fn unqueue(&mut self, numbers: &[u64]) {
         for number in numbers {
             if let Some(held) = self.queue.remove(number) {
-                self.held_bytes -= held.size;
+                self.held_bytes -= held.cost();
             }
         }
     }
@@ -207,13 +202,17 @@ pub(super) fn size(frames: &[Bytes]) -> usize {
 }
 
 impl VirtualEngine {
+    /// Whether requests go to the engine, as far as it may have more.
+    pub(super) fn takes_requests(&self) -> bool {
+        self.engine == Engine::Admitted && self.gate_open
+    }
+
     /// Whether a new message may go to the engine right now.
     pub(super) fn may_send(&self, size: usize) -> bool {
         let requests = &self.requests;
-        self.engine == Engine::Admitted
-            && self.gate_open
+        self.takes_requests()
             && requests.sent_count < self.config.max_in_flight
-            && (requests.sent_bytes + size <= self.config.max_in_flight_bytes || requests.sent_count == 0)
+            && (requests.sent_bytes + size <= self.config.limits.in_flight_bytes || requests.sent_count == 0)
     }
 
     pub(super) fn queue_is_empty(&self) -> bool {
@@ -221,8 +220,19 @@ impl VirtualEngine {
     }
 
     pub(super) fn may_hold(&self, size: usize) -> bool {
-        self.requests.queue.len() < self.config.max_held
-            && self.requests.held_bytes + size <= self.config.max_held_bytes
+        self.requests.held_bytes + size + HELD_COST <= self.config.limits.held_bytes || self.queue_is_empty()
+    }
+
+    /// When a message that is held since then is answered with an error; never while the engine takes requests.
+    fn held_until(&self, since: Time) -> Option<Time> {
+        Some(since.max(self.closed_since?) + self.config.limits.hold)
+    }
+
+    /// The earliest deadline of a request; held messages expire in order.
+    pub(super) fn next_request_deadline(&self) -> Option<Time> {
+        let held = self.requests.queue.values().next().and_then(|held| self.held_until(held.since));
+        let aborted = self.requests.aborted.front().map(|(deadline, _)| *deadline);
+        held.into_iter().chain(aborted).min()
     }
 
     /// Sends an ADD to the engine.
@@ -244,7 +254,7 @@ impl VirtualEngine {
             let Some(held) = self.requests.queue.remove(&number) else {
                 return;
             };
-            self.requests.held_bytes -= held.size;
+            self.requests.held_bytes -= held.cost();
             let Some(entry) = self.requests.entries.get_mut(&held.id) else {
                 continue;
             };
@@ -275,7 +285,7 @@ impl VirtualEngine {
     pub(super) fn expire_held_requests(&mut self, now: Time) {
         let mut late: BTreeMap<usize, Vec<Arc<str>>> = BTreeMap::new();
         while let Some(held) = self.requests.queue.values().next() {
-            if held.deadline > now {
+            if self.held_until(held.since).is_none_or(|deadline| deadline > now) {
                 break;
             }
             let id = held.id.clone();
@@ -295,9 +305,9 @@ impl VirtualEngine {
         }
         for (slot, ids) in late {
             let reason = format!(
-                "{} requests held for {:?}: {}",
+                "{} requests held for {:?} (--hold-timeout): {}",
                 ids.len(),
-                self.config.hold_for,
+                self.config.limits.hold,
                 self.describe_engine()
             );
             self.refuse(super::slot_of(slot), reason);

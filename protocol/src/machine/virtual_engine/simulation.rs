@@ -18,7 +18,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::machine::held_call::Verdict;
 
-use super::{Action, Config, Event, VirtualEngine};
+use super::{Action, Config, Event, Limits, VirtualEngine};
 use crate::frames::{ENGINE_CORE_DEAD, Frames, RequestType};
 use crate::ids::{CallId, ClientIndex, EngineIndex, FrontendId, Incarnation, Slot, Wave};
 use crate::layout::Layout;
@@ -30,7 +30,8 @@ use crate::utility::{UtilityCall, UtilityOutput};
 
 const SLOTS: u32 = 3;
 const MAX_IN_FLIGHT: usize = 4;
-const MAX_HELD: usize = 3;
+/// Bytes: three of the requests here, with what holding one takes.
+const MAX_HELD: usize = 3 * 700;
 
 #[derive(Default)]
 struct FakeEngine {
@@ -84,12 +85,9 @@ struct World {
 
 impl World {
     fn new(seed: u64, mutation: Option<Mutation>) -> Self {
-        let mut config = Config::new(EngineIndex(1), SLOTS);
+        let limits = Limits { hold: Duration::from_millis(400), held_bytes: MAX_HELD, ..Limits::default() };
+        let mut config = Config::new(EngineIndex(1), SLOTS, limits);
         config.max_in_flight = MAX_IN_FLIGHT;
-        config.max_held = MAX_HELD;
-        config.hold_for = Duration::from_millis(400);
-        config.hold_calls_for = Duration::from_millis(400);
-        config.decide_within = Duration::from_secs(2);
         config.max_calls = 3;
         mutation::set(mutation);
         let machine = VirtualEngine::new(config);
@@ -161,7 +159,7 @@ impl World {
         }
         let snapshot = self.machine.snapshot();
         let on_engine: u64 = snapshot.in_flight.values().sum();
-        if snapshot.held > MAX_HELD as u64 || on_engine > MAX_IN_FLIGHT as u64 {
+        if snapshot.held_bytes > MAX_HELD || on_engine > MAX_IN_FLIGHT as u64 {
             return Err(format!("bounds exceeded: {snapshot:?}"));
         }
         Ok(())

@@ -1,5 +1,7 @@
 //! What the rank task is told.
 
+use std::sync::atomic::Ordering::Relaxed;
+
 use tracing::warn;
 
 use super::*;
@@ -50,6 +52,12 @@ impl RankTask {
                     let (method, args, timeout) = (call.method, call.args, call.timeout);
                     self.machine.handle_event(now, Event::Call { token, method, args, timeout });
                 }
+            }
+            RankAsk::SetLimits(SetLimits { limits }) => {
+                self.config.machine.limits = limits;
+                self.request_bytes.store(limits.request_bytes, Relaxed);
+                self.machine.handle_event(now, Event::Limits(limits));
+                reply.send::<SetLimits>(Ok(()));
             }
             RankAsk::OpenRoute(route) => self.open_route(route, reply),
             RankAsk::AdoptRoute(AdoptRoute { frontend, api_server }) => {
@@ -141,7 +149,8 @@ impl RankTask {
         self.opening.remove(&slot);
         match result {
             Ok(connections) => {
-                let (route, sources) = Route::new(&request, connections, epoch, slot);
+                let limit = self.request_bytes.clone();
+                let (route, sources) = Route::new(&request, connections, epoch, slot, limit);
                 self.sources.extend(sources);
                 self.routes.insert(slot, route);
                 reply.send::<OpenRoute>(Ok(Slot(slot)));
