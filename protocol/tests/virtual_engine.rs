@@ -441,7 +441,8 @@ fn the_death_notice_of_an_engine_stays_here() {
         slot,
         frames: vec![Bytes::from_static(b"ENGINE_CORE_DEAD")],
     });
-    assert_eq!(dead, [Action::EngineDead]);
+    let reason = "it reported ENGINE_CORE_DEAD".to_owned();
+    assert_eq!(dead, [Action::EngineDead { reason }]);
 }
 
 #[test]
@@ -465,4 +466,38 @@ fn the_weight_version_of_the_last_step_is_known() {
     let stamped = NewOutputs { weight_version: Some("v7".to_owned()), ..output("a") };
     bed.engine(slot, stamped);
     assert_eq!(bed.machine.snapshot().weight_version.as_deref(), Some("v7"));
+}
+
+#[test]
+fn a_message_that_cannot_be_read_ends_the_engine_and_answers_every_request_once() {
+    let two = || {
+        let mut two = output("a");
+        two.outputs.push(NewOutput { request_id: "b".into(), finish_reason: None, ..two.outputs[0].clone() });
+        two.outputs[0].finish_reason = Some(FinishReason::Stop);
+        two.encode(&Layout::newest())
+    };
+    let whole = two();
+    // Everywhere: at the top level, in the second output, behind both.
+    for cut in 1..whole.len() {
+        let mut bed = Bed::admitted();
+        let slot = bed.open(1, 0);
+        bed.add(slot, "a");
+        bed.add(slot, "b");
+        let (incarnation, frames) = (bed.incarnation, vec![whole.slice(..cut)]);
+        let actions = bed.event(Event::FromEngine { incarnation, slot, frames });
+        let [Action::ToFrontend { frames, .. }, Action::EngineDead { reason }] = &actions[..] else {
+            panic!("cut at {cut}: {actions:?}");
+        };
+        let Ok(EngineOutput::Outputs(view)) = EngineOutput::parse(frames) else { panic!("cut at {cut}") };
+        let ended = view.outputs().map(|output| output.map(|output| (output.request_id, output.finished)));
+        let error = Some(FinishReason::Error);
+        assert_eq!(
+            ended.collect::<Result<Vec<_>, _>>().unwrap(),
+            [("a", error), ("b", error)],
+            "cut at {cut}"
+        );
+        assert!(reason.contains("cannot be read"), "{reason}");
+        let snapshot = bed.machine.snapshot();
+        assert!(!snapshot.admitted && snapshot.in_flight.values().all(|count| *count == 0), "{snapshot:?}");
+    }
 }

@@ -1,6 +1,6 @@
 //! Engines die, and frontends do not notice more than they must.
 
-use dp_sidecar_testkit::frontend::NewRequest;
+use dp_sidecar_testkit::frontend::{Completion, NewRequest};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -125,6 +125,34 @@ fn engine_core_dead_of_an_engine_is_not_passed_on() {
     sidecar.await_status("rank 0 restarted", |status| status["engines"][0]["restarts"].as_u64() >= Some(1));
     sidecar.await_admitted();
     frontend.server().complete(&NewRequest::new("after", 3).to(0), SOON).unwrap();
+}
+
+#[test]
+fn an_engine_whose_output_cannot_be_read_is_restarted_and_its_requests_are_answered() {
+    let directory = directory();
+    let model = model(directory.path(), "m", 1, false);
+    let mut frontend = frontend(2, |_| {});
+    let sidecar = Setup::spawning(2, &model).faults("").frontend(&frontend).start();
+    frontend.startup(SOON).unwrap();
+    sidecar.await_admitted();
+    for rank in [0, 1] {
+        frontend.server().add(&NewRequest::new(format!("r{rank}"), 100_000).to(rank)).unwrap();
+    }
+    let has_tokens = |request: &Completion| !request.tokens.is_empty();
+    frontend.server().until("tokens", SOON, |server| server.requests().values().all(has_tokens)).unwrap();
+    sidecar.set_faults(0, "garbled-output");
+    let done = frontend.server().await_request("r0", SOON).unwrap();
+    assert!(matches!(done.finish, Some(3)), "{done:?}");
+    sidecar.set_faults(0, "");
+    let status =
+        sidecar.await_status("restart", |status| status["engines"][0]["restarts"].as_u64() >= Some(1));
+    let why = status["engines"][0]["last_error"].as_str().unwrap();
+    assert!(why.contains("cannot be read"), "{why}");
+    sidecar.await_admitted();
+    frontend.server().complete(&NewRequest::new("after", 3).to(0), SOON).unwrap();
+    // The other rank's request goes on, and a drain waits for nothing that cannot come.
+    frontend.server().abort(&["r1"]).unwrap();
+    assert_eq!(sidecar.command(&["drain", "--limit", "20s"]).code, 0);
 }
 
 #[test]

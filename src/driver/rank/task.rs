@@ -298,7 +298,7 @@ impl RankTask {
                     self.calls.answer(token, &result);
                 }
                 Action::Wake => self.wake = true,
-                Action::EngineDead => self.engine_lost("it reported ENGINE_CORE_DEAD".to_owned()),
+                Action::EngineDead { reason } => self.engine_lost(reason),
                 Action::Refused { slot, reason } => self.log_refused(slot, &reason),
                 Action::SlotFree { slot } => {
                     tracing::debug!(rank = %self.rank(), %slot, "slot is free");

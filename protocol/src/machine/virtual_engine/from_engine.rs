@@ -3,6 +3,7 @@
 use bytes::Bytes;
 
 use super::{Action, VirtualEngine, slot_of};
+use crate::error::DecodeError;
 use crate::frames::Frames;
 use crate::ids::Slot;
 use crate::output::{self, EngineOutput, OutputsView};
@@ -16,15 +17,8 @@ impl VirtualEngine {
         }
         let view = match EngineOutput::parse(&frames) {
             Ok(EngineOutput::Outputs(view)) => view,
-            Ok(EngineOutput::Dead) => {
-                self.actions.push_back(Action::EngineDead);
-                self.go_down("it reported ENGINE_CORE_DEAD");
-                return;
-            }
-            Err(error) => {
-                self.refuse(slot, format!("from the engine: {error}"));
-                return;
-            }
+            Ok(EngineOutput::Dead) => return self.dead("it reported ENGINE_CORE_DEAD".to_owned()),
+            Err(error) => return self.garbled(slot, &error),
         };
         self.engine_clock = view.timestamp.max(f64::MIN_POSITIVE);
         if let Some(version) = view.weight_version
@@ -34,8 +28,10 @@ impl VirtualEngine {
         }
         if let Some(call_id) = view.utility_call_id() {
             let pass_on = if number == 0 {
-                if let Some(Ok(answer)) = view.utility_output() {
-                    self.control_answered(answer);
+                match view.utility_output() {
+                    Some(Ok(answer)) => self.control_answered(answer),
+                    Some(Err(error)) => self.garbled(slot, &error),
+                    None => {}
                 }
                 false
             } else if self.fence_answered(now, number, call_id) {
@@ -48,7 +44,9 @@ impl VirtualEngine {
             }
             return;
         }
-        self.note_finished(number, &view);
+        if let Err(error) = self.note_finished(number, &view) {
+            return self.garbled(slot, &error);
+        }
         self.share_stats(now, number, &view, &frames);
         if number != 0 {
             self.send_to_frontend(number, frames);
@@ -57,30 +55,40 @@ impl VirtualEngine {
         self.pump();
     }
 
-    /// Forgets the requests that end with this message.
-    fn note_finished(&mut self, number: usize, view: &OutputsView<'_>) {
+    /// A message that cannot be read ends the engine's life. Nobody can know whose tokens were in it; dropped, a request
+    /// would lack some, or never end; passed on, it would end the output task of the frontend
+    /// (`process_outputs_socket`, `vllm/v1/engine/core_client.py` 0.32.0).
+    fn garbled(&mut self, slot: Slot, error: &DecodeError) {
+        self.dead(format!("it sent a message that cannot be read on slot {slot}: {error}"));
+    }
+
+    fn dead(&mut self, reason: String) {
+        self.go_down(&reason);
+        self.actions.push_back(Action::EngineDead { reason });
+    }
+
+    /// Forgets the requests that end with this message. All of it must be readable before anything is forgotten.
+    fn note_finished(&mut self, number: usize, view: &OutputsView<'_>) -> Result<(), DecodeError> {
+        let mut ended = Vec::new();
         for output in view.outputs() {
-            let Ok(output) = output else { break };
-            if output.finished.is_none() {
-                continue;
-            }
-            let ends = self
-                .requests
-                .get(output.request_id)
-                .is_some_and(|entry| entry.slot == number && !entry.resumable);
-            if ends {
-                self.finished(number, output.request_id);
+            let output = output?;
+            if output.finished.is_some() {
+                ended.push(output.request_id);
             }
         }
-        let Ok(ids) = view.finished_requests() else {
-            return;
-        };
+        let ids = view.finished_requests()?;
+        for id in ended {
+            if self.requests.get(id).is_some_and(|entry| entry.slot == number && !entry.resumable) {
+                self.finished(number, id);
+            }
+        }
         for id in ids {
             let known = self.requests.get_mut(id);
             if known.is_some_and(|entry| entry.slot == number && entry.sent) {
                 self.finished(number, id);
             }
         }
+        Ok(())
     }
 
     pub(super) fn finished(&mut self, number: usize, id: &str) {

@@ -196,8 +196,8 @@ pub enum Action {
     },
     /// An ADD went to the engine: a lockstep group must be running.
     Wake,
-    /// The engine said that it is dead.
-    EngineDead,
+    /// The engine said that it is dead, or something that means nothing. It is not used any more.
+    EngineDead { reason: String },
     /// A message was not passed on. For the log.
     Refused {
         /// On which slot.

@@ -153,7 +153,7 @@ impl World {
                         return Err(format!("slot {slot} freed twice"));
                     }
                 }
-                Action::EngineDead => self.told = Life::Down,
+                Action::EngineDead { .. } => self.told = Life::Down,
                 Action::Wake | Action::Refused { .. } => {}
             }
         }

@@ -136,6 +136,8 @@ pub struct Faults {
     pub garbage_registration: bool,
     /// `stop-reading`: leave everything in the input sockets.
     pub stop_reading: bool,
+    /// `garbled-output`: messages to frontends lack their second half.
+    pub garbled_output: bool,
     /// `slow:MS`: this much longer per step.
     pub slow: Duration,
     /// `load-fails[:STATE]`: loads fail and leave the worker in this state (default
@@ -196,6 +198,7 @@ impl Faults {
             }
             "garbage-registration" => self.garbage_registration = true,
             "stop-reading" => self.stop_reading = true,
+            "garbled-output" => self.garbled_output = true,
             "slow" => self.slow = Duration::from_millis(number()?),
             "load-fails" => {
                 self.load_fails =
