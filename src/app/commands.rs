@@ -24,6 +24,9 @@ use crate::supervisor::KeeperClient;
 /// How long pause and resume wait for another controller before they are refused.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long the command that adds a frontend waits for it to say how many API servers it has.
+const INTRODUCTION: Duration = Duration::from_secs(3);
+
 /// Handles of all tasks that commands need, and the snapshots that status is made of.
 #[derive(Clone, Debug)]
 pub(super) struct Handles {
@@ -71,7 +74,8 @@ impl Answers for Handles {
                 }
             }
             Command::FrontendAdd { address } => {
-                self.attachments.add(address, Origin::Command).await.map_err(refused)?;
+                self.attachments.add(address.clone(), Origin::Command).await.map_err(refused)?;
+                self.check_slots(address).await?;
             }
             Command::FrontendRemove { address } => {
                 self.attachments.remove(address).await.map_err(refused)?;
@@ -80,6 +84,31 @@ impl Answers for Handles {
             Command::Status | Command::Stop => {}
         }
         Ok(Response::Done)
+    }
+}
+
+impl Handles {
+    /// Refuses a frontend that can never be attached, if it is there to say how many API servers it has.
+    async fn check_slots(&self, address: String) -> Result<(), AdminError> {
+        let slots = self.run.config.frontend_slots;
+        let mut snapshot = self.attachments.snapshot.clone();
+        let mut servers = 0;
+        let answered = snapshot.wait_for(|all| {
+            let Some(found) = all.iter().find(|found| found.address == address) else { return false };
+            servers = found.api_servers;
+            servers > 0 || found.detail.is_some()
+        });
+        // One that takes longer is refused in the list of frontends.
+        if tokio::time::timeout(INTRODUCTION, answered).await.is_err() || servers <= slots {
+            return Ok(());
+        }
+        self.attachments.remove(address.clone()).await.map_err(refused)?;
+        let text = format!(
+            "frontend {address} has {servers} API servers (vLLM's default is one for each DP rank), and the sidecar \
+             was started with --frontend-slots {slots}: start the frontend with --api-server-count {slots} or fewer, \
+             or the sidecar with --frontend-slots {servers} or more"
+        );
+        Err(AdminError::new(ErrorKind::Failed, text))
     }
 }
 

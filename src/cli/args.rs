@@ -213,9 +213,11 @@ pub(super) struct FrontendsArgs {
     #[arg(long, value_name = "HOST:PORT", value_delimiter = ',')]
     pub frontend: Vec<String>,
 
-    /// Frontend API servers that can be attached at the same time.
-    #[arg(long, default_value_t = 8, value_name = "K")]
-    pub frontend_slots: u32,
+    /// Frontend API servers that can be attached at the same time. vLLM starts one for each DP rank unless
+    /// --api-server-count says otherwise. [default: those of two such frontends, at least 8; beyond 32 ranks 64, or
+    /// those of one]
+    #[arg(long, value_name = "K")]
+    pub frontend_slots: Option<u32>,
 
     /// Also start and supervise one frontend.
     #[arg(long)]

@@ -115,12 +115,13 @@ pub(super) fn build(args: &RunArgs, environment: &Environment) -> Result<Built> 
     for frontend in &args.frontends.frontend {
         host_port("--frontend", frontend)?;
     }
-    check((1..=1024).contains(&args.frontends.frontend_slots), || {
-        format!("--frontend-slots {}: 1 to 1024 expected", args.frontends.frontend_slots)
+    let frontend_slots = args.frontends.frontend_slots.unwrap_or_else(|| default_slots(size));
+    check((1..=1024).contains(&frontend_slots), || {
+        format!("--frontend-slots {frontend_slots}: 1 to 1024 expected")
     })?;
     checks.agree(address)?;
     let kind = checks.kind()?;
-    let serve = checks.serve()?;
+    let serve = checks.serve(frontend_slots)?;
     let prefault = checks.prefault()?;
     let engines = checks.engines()?;
     let config = Config {
@@ -132,7 +133,7 @@ pub(super) fn build(args: &RunArgs, environment: &Environment) -> Result<Built> 
         group_address: IpAddr::V4(Ipv4Addr::LOCALHOST),
         kind,
         frontends: args.frontends.frontend.clone(),
-        frontend_slots: args.frontends.frontend_slots,
+        frontend_slots,
         limits: checks.limits(),
         serve,
         engines,
@@ -192,6 +193,13 @@ fn ranks(args: &RunArgs) -> Result<(u16, u16, u16)> {
         )
     })?;
     Ok((start, size, local))
+}
+
+/// Two frontends with as many API servers as vLLM starts without `--api-server-count`: one for each rank
+/// (`vllm/entrypoints/cli/serve.py`, 0.32.0). Each slot is two sockets at every engine, so not twice of many.
+fn default_slots(size: u16) -> u32 {
+    let size = u32::from(size);
+    (2 * size).clamp(8, 64.max(size))
 }
 
 fn host_port(option: &str, address: &str) -> Result<()> {
@@ -392,7 +400,7 @@ impl Checks<'_> {
         Ok(directory)
     }
 
-    fn serve(&mut self) -> Result<Option<Serve>> {
+    fn serve(&mut self, frontend_slots: u32) -> Result<Option<Serve>> {
         let args = &self.args.frontends;
         let Some(flags) = &self.flags else {
             check(!args.serve, || "--serve: give the model and vLLM's flags after `--`".to_owned())?;
@@ -416,11 +424,10 @@ impl Checks<'_> {
         let count = either("--api-server-count", args.api_server_count, flags.api_server_count)?;
         let mut api_server_count = count.unwrap_or(1);
         check(api_server_count > 0, || "--api-server-count 0: at least 1 expected with --serve".to_owned())?;
-        check(api_server_count <= args.frontend_slots, || {
+        check(api_server_count <= frontend_slots, || {
             format!(
                 "--api-server-count {api_server_count}: each API server takes one of \
-                 --frontend-slots {}",
-                args.frontend_slots
+                 --frontend-slots {frontend_slots}"
             )
         })?;
         let rust = self.environment.variable("VLLM_USE_RUST_FRONTEND");
@@ -529,6 +536,12 @@ mod tests {
         assert_eq!(short.config.limits.hold, Duration::from_secs(60));
         let notes = short.notes.join("\n");
         assert!(notes.contains("--hold-timeout") && notes.contains("2700s"), "{notes}");
+    }
+
+    #[test]
+    fn a_frontend_with_as_many_api_servers_as_ranks_has_its_slots() {
+        assert_eq!([1, 2, 4, 8, 16, 32, 64, 256].map(default_slots), [8, 8, 8, 16, 32, 64, 64, 256]);
+        assert_eq!(built(&["--frontend-slots", "3"]).config.frontend_slots, 3);
     }
 
     #[test]

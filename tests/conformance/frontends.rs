@@ -96,6 +96,30 @@ fn a_frontend_may_be_there_before_or_after_the_engines_or_be_added_later() {
 }
 
 #[test]
+fn a_frontend_with_more_api_servers_than_slots_is_refused_when_it_is_added() {
+    let large = frontend(1, |options| options.api_servers = 9);
+    let sidecar = Setup::waiting(1, false).start();
+    sidecar.await_status("answers", |_| true);
+    let _engine = engine(&sidecar, 0, |_| {});
+    sidecar.await_admitted();
+    let address = large.host_port().to_owned();
+    let starting = std::thread::spawn(move || {
+        let mut large = large;
+        // It gets HELLO, and then nothing.
+        drop(large.startup(std::time::Duration::from_secs(5)));
+        large
+    });
+    let said = sidecar.command(&["frontend", "add", &address]);
+    assert_eq!(said.code, 15, "{}", said.text());
+    for part in ["9 API servers", "--api-server-count 8", "--frontend-slots 9"] {
+        assert!(said.stderr.contains(part), "{part}: {}", said.text());
+    }
+    let status = sidecar.await_status("answers", |_| true);
+    assert_eq!(status["frontends"].as_array().unwrap().len(), 0, "{status:#}");
+    drop(starting.join().unwrap());
+}
+
+#[test]
 fn a_frontend_killed_under_load_costs_only_its_own_requests_and_comes_back() {
     let mut victim = frontend(2, |_| {});
     let mut other = frontend(2, |_| {});
@@ -302,7 +326,8 @@ fn many_engines_and_frontends_are_served() {
     const ENGINES: u16 = 48;
     let mut frontends: Vec<_> =
         (0..2).map(|_| frontend(ENGINES, |options| options.api_servers = 2)).collect();
-    let mut setup = Setup::waiting(ENGINES, false);
+    // All engines are in this process, which may not have many files.
+    let mut setup = Setup::waiting(ENGINES, false).args(&["--frontend-slots", "8"]);
     for frontend in &frontends {
         setup = setup.frontend(frontend);
     }

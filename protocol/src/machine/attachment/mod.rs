@@ -454,9 +454,10 @@ impl Attachment {
         };
         let wanted = self.api_servers();
         if wanted > self.free_slots {
+            let (free, missing) = (self.free_slots, wanted - self.free_slots);
             let error = format!(
-                "frontend {} has {wanted} API servers, {} slots are free: start the sidecar with a larger --frontend-slots, or the frontend with a smaller --api-server-count",
-                self.address, self.free_slots
+                "frontend {} has {wanted} API servers (vLLM's default is one for each DP rank), {free} slots are free: start the sidecar with {missing} more --frontend-slots, or the frontend with a smaller --api-server-count",
+                self.address
             );
             self.refuse(error);
             if !matches!(self.phase, Phase::NoSlots) {
