@@ -29,6 +29,23 @@ pub(crate) fn limit() -> u64 {
     limit_below(Path::new("/"))
 }
 
+/// Bytes that may still be taken without anything here running out of memory, and what bounds them. Some are left for
+/// those who need them meanwhile; what is cached of files counts as free, because it is given up first.
+pub(crate) fn available(root: &Path) -> (u64, String) {
+    let spare = |limit: u64| (limit / 32).clamp(64 << 20, 1 << 30);
+    let own = machine(root, "MemAvailable:").map(|free| {
+        let reserve = spare(machine(root, "MemTotal:").unwrap_or(0));
+        (free.saturating_sub(reserve), "the machine".to_owned())
+    });
+    let groups = groups(root);
+    let bounded = groups.iter().filter_map(|group| {
+        let limit = group.limit()?;
+        let free = limit.saturating_sub(group.used()?).saturating_sub(spare(limit));
+        Some((free, format!("the control group {}", group.directory.display())))
+    });
+    own.into_iter().chain(bounded).min().unwrap_or_else(|| (u64::MAX, "nothing".to_owned()))
+}
+
 fn limit_below(root: &Path) -> u64 {
     let machine = machine(root, "MemTotal:").unwrap_or(u64::MAX);
     groups(root).iter().filter_map(Group::limit).fold(machine, u64::min)
@@ -53,6 +70,22 @@ impl Group {
         let name = if self.unified { unified } else { legacy };
         // "max" is no number, and no limit.
         fs::read_to_string(self.directory.join(name)).ok()?.trim().parse().ok()
+    }
+
+    /// Bytes that it cannot give up.
+    fn used(&self) -> Option<u64> {
+        let all = self.number("memory.current", "memory.usage_in_bytes")?;
+        let names = if self.unified {
+            ["inactive_file ", "active_file "]
+        } else {
+            ["total_inactive_file ", "total_active_file "]
+        };
+        let stat = fs::read_to_string(self.directory.join("memory.stat")).unwrap_or_default();
+        let cached = stat.lines().filter_map(|line| {
+            let value = names.iter().find_map(|name| line.strip_prefix(name))?;
+            value.trim().parse::<u64>().ok()
+        });
+        Some(all.saturating_sub(cached.sum()))
     }
 
     fn limit(&self) -> Option<u64> {
@@ -143,6 +176,31 @@ mod tests {
             ("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n"),
         ]);
         assert_eq!(limit_below(free.path()), 16 << 30);
+    }
+
+    #[test]
+    fn what_is_left_is_what_the_tightest_group_leaves_without_a_reserve() {
+        let (bytes, by) = available(machine(&[]).path());
+        assert_eq!((bytes, by.as_str()), ((8 << 30) - (512 << 20), "the machine"));
+        let root = machine(&[
+            ("proc/self/cgroup", "0::/pod/engine\n"),
+            ("proc/self/mountinfo", "31 23 0:28 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n"),
+            ("sys/fs/cgroup/pod/engine/memory.max", "max\n"),
+            ("sys/fs/cgroup/pod/memory.max", "4294967296\n"),
+            ("sys/fs/cgroup/pod/memory.current", "3221225472\n"),
+            ("sys/fs/cgroup/pod/memory.stat", "anon 1\ninactive_file 1073741824\nactive_file 536870912\n"),
+        ]);
+        let (bytes, by) = available(root.path());
+        assert_eq!(bytes, (5 << 29) - (128 << 20));
+        assert!(by.ends_with("sys/fs/cgroup/pod"), "{by}");
+        let root = machine(&[
+            ("proc/self/cgroup", "4:memory:/a\n"),
+            ("proc/self/mountinfo", "35 31 0:32 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"),
+            ("sys/fs/cgroup/memory/a/memory.limit_in_bytes", "2147483648\n"),
+            ("sys/fs/cgroup/memory/a/memory.usage_in_bytes", "2147483648\n"),
+            ("sys/fs/cgroup/memory/a/memory.stat", "total_inactive_file 1073741824\n"),
+        ]);
+        assert_eq!(available(root.path()).0, (1 << 30) - (64 << 20));
     }
 
     #[test]

@@ -109,6 +109,17 @@ impl StateDir {
     }
 }
 
+/// Pid of the sidecar that has the lock of a state directory, if one has it.
+pub fn holder(path: &Path) -> Option<String> {
+    let lock = File::open(path.join(LOCK_FILE)).ok()?;
+    match lock.try_lock_shared() {
+        Err(fs::TryLockError::WouldBlock) => {
+            Some(fs::read_to_string(path.join(LOCK_FILE)).unwrap_or_default().trim().to_owned())
+        }
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

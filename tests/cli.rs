@@ -247,6 +247,30 @@ async fn a_port_in_use_is_told_before_anything_is_started() {
 }
 
 #[tokio::test]
+async fn addresses_that_collide_or_are_taken_are_told_before_anything_is_started() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port();
+    let state = tempfile::tempdir().unwrap();
+    let dense = model(r#"{"model_type":"llama"}"#);
+    let (state, dense) = (state.path().display(), dense.path().display());
+    let start = format!("--dp-rank 0 --vllm-bin /bin/true --state-dir {state} --http 127.0.0.1:{port}");
+    for (line, code, expected) in [
+        (format!("{start} --dry-run --serve --port {port} -- {dense}"), 2, "--http and --port: both"),
+        (
+            format!("{start} --dry-run --data-parallel-rpc-port {port}"),
+            2,
+            "--http and --data-parallel-rpc-port",
+        ),
+        (format!("{start} -- {dense}"), 8, "cannot listen there"),
+    ] {
+        let output = sidecar(&line).await;
+        assert_eq!(output.status.code(), Some(code), "{line}: {}", text(&output.stderr));
+        let said = text(&output.stderr);
+        assert!(said.contains(expected) && said.contains(&port.to_string()), "{line}: {said}");
+    }
+}
+
+#[tokio::test]
 async fn help_shows_examples_and_exit_codes() {
     for line in ["--help", "run --help", ""] {
         let output = sidecar(line).await;

@@ -36,6 +36,40 @@ pub struct SchedulerStats {
     pub current_wave: u64,
 }
 
+/// What an engine counts since its last report, for frontends to add up: the report of each goes to one of them.
+const DIFFERENCES: [&str; 8] = [
+    "connector_prefix_cache_stats",
+    "cudagraph_stats",
+    "ec_connector_stats",
+    "kv_cache_eviction_events",
+    "kv_connector_stats",
+    "perf_stats",
+    "prefix_cache_stats",
+    "spec_decoding_stats",
+];
+
+/// An encoded `SchedulerStats` map without what must not be counted twice. All of these have defaults in vLLM.
+pub fn gauges(bytes: &[u8]) -> Result<Vec<u8>, DecodeError> {
+    let fail = |error: ScanError| error.within("SchedulerStats", "gauges");
+    let mut scanner = Scanner::new(bytes);
+    let pairs = scanner.map().map_err(fail)?;
+    let mut kept = Vec::with_capacity(bytes.len());
+    let mut count = 0;
+    for _ in 0..pairs {
+        let mut inside = scanner.clone();
+        let key = inside.str().map_err(fail)?;
+        let pair = [scanner.raw().map_err(fail)?, scanner.raw().map_err(fail)?];
+        if !DIFFERENCES.contains(&key) {
+            count += 1;
+            kept.extend(pair.concat());
+        }
+    }
+    let mut out = Vec::with_capacity(kept.len() + 5);
+    write::map(&mut out, count);
+    out.extend(kept);
+    Ok(out)
+}
+
 impl SchedulerStats {
     /// Reads the map, as far as needed: the five come first, the rest is three quarters of it.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
@@ -88,5 +122,31 @@ impl SchedulerStats {
         write::str(&mut out, "kv_cache_usage");
         write::float(&mut out, self.load.kv_cache_usage);
         out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gauges_have_everything_but_differences() {
+        let whole = SchedulerStats { step_counter: 7, ..SchedulerStats::default() }.encode();
+        assert_eq!(gauges(&whole).unwrap(), whole);
+        let with = |key: &str| {
+            let mut map = vec![0x82];
+            write::str(&mut map, key);
+            map.extend([0x93, 1, 2, 3]);
+            write::str(&mut map, "num_running_reqs");
+            map.push(5);
+            map
+        };
+        for key in DIFFERENCES {
+            let left = gauges(&with(key)).unwrap();
+            assert_eq!(SchedulerStats::decode(&left).unwrap().load.running, 5);
+            assert_eq!(left[0], 0x81, "{key}");
+        }
+        assert_eq!(gauges(&with("kv_cache_usage_by_pool")).unwrap(), with("kv_cache_usage_by_pool"));
+        assert!(gauges(&with("x")[..5]).is_err());
     }
 }

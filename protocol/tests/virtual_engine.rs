@@ -501,3 +501,54 @@ fn a_message_that_cannot_be_read_ends_the_engine_and_answers_every_request_once(
         assert!(!snapshot.admitted && snapshot.in_flight.values().all(|count| *count == 0), "{snapshot:?}");
     }
 }
+
+#[test]
+fn what_an_engine_counts_reaches_one_frontend_so_that_sums_add_up() {
+    let mut bed = Bed::admitted();
+    let (a, b) = (bed.open(1, 0), bed.open(2, 0));
+    bed.add(a, "x");
+    // {"num_running_reqs": 1, "prefix_cache_stats": {"requests": 1}}
+    let counted = b"\x82\xb0num_running_reqs\x01\xb2prefix_cache_stats\x81\xa8requests\x01".to_vec();
+    let gauges = b"\x81\xb0num_running_reqs\x01";
+    let stats = Some(counted.clone());
+    for (from, outputs) in [
+        (a, NewOutputs { scheduler_stats: stats.clone(), ..output("x") }),
+        (Slot::CONTROL, NewOutputs { scheduler_stats: stats, ..NewOutputs::default() }),
+    ] {
+        bed.now = bed.now + Duration::from_secs(1);
+        let actions = bed.engine(from, outputs);
+        let mut heard: Vec<_> = actions
+            .iter()
+            .map(|action| {
+                let Action::ToFrontend { slot, frames } = action else { panic!("{action:?}") };
+                let Ok(EngineOutput::Outputs(view)) = EngineOutput::parse(frames) else {
+                    panic!("{frames:?}")
+                };
+                (slot.0, view.scheduler_stats.unwrap().to_vec())
+            })
+            .collect();
+        heard.sort();
+        assert_eq!(heard, [(a.0, counted.clone()), (b.0, gauges.to_vec())], "from slot {from}");
+    }
+}
+
+#[test]
+fn what_waits_for_an_engine_that_is_given_up_is_answered_at_once_and_so_is_what_comes() {
+    let mut bed = Bed::admitted();
+    let slot = bed.open(1, 0);
+    bed.down("exit status 1");
+    bed.add(slot, "held");
+    bed.call(slot, 1, "reset_mm_cache", vec![]);
+    let error = |id: &str| (slot.0, Heard::Finish(id.to_owned(), FinishReason::Error));
+    let given_up = heard(&bed.event(Event::GivenUp { reason: "5 restarts".to_owned() }));
+    assert_eq!(given_up[0], error("held"));
+    let [_, (_, Heard::Answer(1, Err(why)))] = &given_up[..] else { panic!("{given_up:?}") };
+    assert!(why.contains("DP rank 3 has failed: 5 restarts"), "{why}");
+    assert_eq!(heard(&bed.add(slot, "later")), [error("later")]);
+    let later = heard(&bed.call(slot, 2, "reset_mm_cache", vec![]));
+    assert!(matches!(&later[..], [(_, Heard::Answer(2, Err(_)))]), "{later:?}");
+    assert_eq!((bed.machine.snapshot().held, bed.machine.poll_timeout()), (0, None));
+    // A successor of the sidecar may try again.
+    bed.admit();
+    assert_eq!(to_engine(&bed.add(slot, "again")).len(), 1);
+}

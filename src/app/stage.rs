@@ -30,6 +30,7 @@ pub(super) fn start(
     let stage = StageConfig {
         uploads,
         prefault: config.prefault.clone(),
+        max_memory: config.max_shared_memory,
         ..StageConfig::new(name, state.path().to_owned(), state.run_id().to_owned(), host, token)
     };
     staging::spawn(stage, events, tracker, stop.clone()).map_err(|e| internal("staging area", &e))

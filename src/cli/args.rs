@@ -102,7 +102,7 @@ pub(super) enum Command {
     #[command(long_about = DRAIN)]
     Drain(DrainArgs),
     /// Drain, then stop the sidecar and everything it started.
-    Stop(Target),
+    Stop(StopArgs),
     /// The process that owns the vLLM processes. Started by the sidecar.
     #[command(hide = true)]
     Keeper(KeeperArgs),
@@ -327,6 +327,11 @@ pub(super) struct WeightArgs {
     /// reported at the start. The model's files must be on this node.
     #[arg(long)]
     pub prefault: bool,
+
+    /// Bytes of shared memory that updates may take on this node; one that needs more is refused. Two copies of the
+    /// model are what a rollback needs. [default: what the file system, the machine and its control groups have left]
+    #[arg(long, value_parser = parse_bytes, value_name = "BYTES")]
+    pub max_shared_memory: Option<u64>,
 }
 
 /// All of them are listed in protocol/docs/bounds.md.
@@ -374,6 +379,16 @@ pub(super) struct DrainArgs {
     /// How long to wait for running requests.
     #[arg(long, default_value = "600s", value_parser = duration::parse, value_name = "TIME")]
     pub limit: Duration,
+    #[command(flatten)]
+    pub target: Target,
+}
+
+/// `sidecar stop`.
+#[derive(Debug, Args)]
+pub(super) struct StopArgs {
+    /// Return at once, while everything is still being stopped.
+    #[arg(long)]
+    pub no_wait: bool,
     #[command(flatten)]
     pub target: Target,
 }

@@ -124,6 +124,7 @@ pub(super) fn build(args: &RunArgs, environment: &Environment) -> Result<Built> 
     let serve = checks.serve(frontend_slots)?;
     let prefault = checks.prefault()?;
     let engines = checks.engines()?;
+    checks.own_addresses(address, http.as_ref(), serve.as_ref())?;
     let config = Config {
         start_rank,
         size,
@@ -146,6 +147,7 @@ pub(super) fn build(args: &RunArgs, environment: &Environment) -> Result<Built> 
         load_timeout: args.weights.load_timeout,
         forget_committed: args.weights.forget_committed,
         prefault,
+        max_shared_memory: args.weights.max_shared_memory,
         allow_untested_vllm: args.processes.allow_untested_vllm,
         max_restarts: args.processes.max_restarts,
         keep_engines: args.processes.keep_engines,
@@ -439,6 +441,37 @@ impl Checks<'_> {
             api_server_count = 1;
         }
         Ok(Some(Serve { host, port, api_server_count }))
+    }
+
+    /// No two of this sidecar and its frontend listen at the same address.
+    fn own_addresses(&self, handshake: IpAddr, http: Option<&Http>, serve: Option<&Serve>) -> Result<()> {
+        let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+        let Self { args, .. } = self;
+        let mut own: Vec<(&str, IpAddr, u16)> = Vec::new();
+        own.extend(http.map(|http| ("--http", http.address.ip(), http.address.port())));
+        own.extend(serve.map(|serve| {
+            let host = serve.host.as_deref().and_then(|host| host.parse().ok());
+            ("--port", host.unwrap_or(any), serve.port)
+        }));
+        if args.vllm.is_empty() {
+            own.push(("--data-parallel-rpc-port", handshake, args.deployment.data_parallel_rpc_port));
+        }
+        if let (0, Some(leader), true) = (self.start_rank, &args.nodes.leader, self.size_local < self.size) {
+            // The address may have another name for this node.
+            let port = leader.rsplit_once(':').and_then(|(_, port)| port.parse().ok());
+            own.extend(port.map(|port| ("--leader", any, port)));
+        }
+        for (at, (name, ip, port)) in own.iter().enumerate() {
+            for (other, other_ip, other_port) in &own[at + 1..] {
+                let overlap = ip == other_ip || ip.is_unspecified() || other_ip.is_unspecified();
+                check(*port == 0 || port != other_port || !overlap, || {
+                    format!(
+                        "{name} and {other}: both would listen at port {port}; give one of them another port"
+                    )
+                })?;
+            }
+        }
+        Ok(())
     }
 
     /// Bounds of a rank; by default nothing waits for less than what it waits for, and memory is for engines first.

@@ -2,16 +2,18 @@
 
 use std::time::Duration;
 
-use super::args::{DrainArgs, FrontendAction, FrontendArgs, PauseArgs, Target, VersionArgs};
+use super::args::{DrainArgs, FrontendAction, FrontendArgs, PauseArgs, StopArgs, Target, VersionArgs};
 use super::client::{call, print_json, run};
 use super::status;
 use crate::admin::client::{AdminClient, unexpected};
-use crate::api::{Command, RelayVersion, Response};
+use crate::api::{Command, RelayVersion, Response, Status};
 use crate::duration::millis;
 use crate::exit_code;
+use crate::state_dir;
 
-/// How often a drain looks at the running requests.
-const DRAIN_PERIOD: Duration = Duration::from_millis(250);
+/// Between two looks at what a drain or a stop waits for.
+const PERIOD: Duration = Duration::from_millis(250);
+
 fn done(target: &Target, command: Command, text: &str) -> u8 {
     run(async {
         match call(target, command).await? {
@@ -63,14 +65,60 @@ pub(super) fn drain(args: &DrainArgs) -> u8 {
                 );
                 return Ok(exit_code::TIMEOUT);
             }
-            tokio::time::sleep(DRAIN_PERIOD).await;
+            tokio::time::sleep(PERIOD).await;
         }
     })
 }
 
 /// `sidecar stop`.
-pub(super) fn stop(target: &Target) -> u8 {
-    done(target, Command::Stop, "the sidecar stops")
+pub(super) fn stop(args: &StopArgs) -> u8 {
+    if args.no_wait {
+        return done(&args.target, Command::Stop, "the sidecar stops");
+    }
+    run(async {
+        let path = args.target.state_dir();
+        let mut client = AdminClient::connect(&path).await?;
+        match client.call(Command::Stop).await? {
+            Response::Done => {}
+            other => return Err(unexpected(&other)),
+        }
+        let mut told = String::new();
+        // Each look has a limit, and the sidecar has one for each of its steps.
+        while let Ok(status) = client.status().await {
+            let waits = waits_for(&status);
+            if told != waits {
+                println!("{waits}");
+                told = waits;
+            }
+            tokio::time::sleep(PERIOD).await;
+        }
+        while let Some(pid) = state_dir::holder(&path) {
+            let waits = format!("waiting for the sidecar, pid {pid}, to end");
+            if told != waits {
+                println!("{waits}");
+                told = waits;
+            }
+            tokio::time::sleep(PERIOD).await;
+        }
+        println!("the sidecar has stopped");
+        Ok(exit_code::OK)
+    })
+}
+
+/// What a sidecar that stops still waits for.
+fn waits_for(status: &Status) -> String {
+    let running: u64 = status.engines.iter().map(|engine| engine.in_flight).sum();
+    let engines: Vec<String> = status
+        .engines
+        .iter()
+        .filter(|engine| !matches!(engine.state.as_str(), "stopped" | "failed"))
+        .map(|engine| engine.rank.to_string())
+        .collect();
+    match (running, &engines[..]) {
+        (0, []) => "waiting for the processes to end".to_owned(),
+        (0, _) => format!("waiting for the engines of ranks {}", engines.join(" ")),
+        _ => format!("waiting for {running} running requests"),
+    }
 }
 
 /// `sidecar version`.

@@ -67,7 +67,7 @@ fn dispatch(args: impl Iterator<Item = OsString>) -> u8 {
         Command::Version(args) => commands::version(&args),
         Command::Frontend(args) => commands::frontend(&args),
         Command::Drain(args) => commands::drain(&args),
-        Command::Stop(target) => commands::stop(&target),
+        Command::Stop(args) => commands::stop(&args),
     }
 }
 

@@ -11,6 +11,9 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use super::client::print_line;
 use crate::api::{StageProgress, UpdateEvent, UpdateProgress};
 
+/// Between two pictures.
+const TICK: Duration = Duration::from_millis(120);
+
 /// Shows the steps of an update.
 pub(super) struct View {
     kind: Kind,
@@ -36,7 +39,7 @@ impl View {
         let kind = if events {
             Kind::Events
         } else if std::io::stderr().is_terminal() {
-            Kind::Bars(Box::new(Bars::new()))
+            Kind::Bars(Box::new(Bars::new(ProgressDrawTarget::stderr())))
         } else {
             Kind::Lines
         };
@@ -77,11 +80,11 @@ impl View {
 }
 
 impl Bars {
-    fn new() -> Self {
-        let all = MultiProgress::with_draw_target(ProgressDrawTarget::stderr());
+    fn new(target: ProgressDrawTarget) -> Self {
+        let all = MultiProgress::with_draw_target(target);
         let head = all.add(ProgressBar::new_spinner());
         head.set_style(style("{spinner} {msg}  {elapsed}"));
-        head.enable_steady_tick(Duration::from_millis(120));
+        head.enable_steady_tick(TICK);
         Self { all, head, nodes: BTreeMap::new(), engines: BTreeMap::new() }
     }
 
@@ -124,6 +127,8 @@ impl Bars {
             let line = all.add(ProgressBar::new_spinner());
             line.set_style(style("  {prefix:8} {msg}  {elapsed}"));
             line.set_prefix(format!("rank {rank}"));
+            // The time goes on while the state stays.
+            line.enable_steady_tick(TICK);
             line
         });
         let words = state.to_string();
@@ -165,8 +170,64 @@ fn style(template: &str) -> ProgressStyle {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+    use std::sync::Arc;
+
+    use indicatif::TermLike;
+    use parking_lot::Mutex;
+
     use super::*;
     use crate::api::Chunks;
+
+    /// A terminal that keeps what is written.
+    #[derive(Clone, Debug, Default)]
+    struct Terminal(Arc<Mutex<Vec<String>>>);
+
+    impl TermLike for Terminal {
+        fn width(&self) -> u16 {
+            120
+        }
+        fn move_cursor_up(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+        fn move_cursor_down(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+        fn move_cursor_right(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+        fn move_cursor_left(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+        fn write_line(&self, text: &str) -> io::Result<()> {
+            self.write_str(text)
+        }
+        fn write_str(&self, text: &str) -> io::Result<()> {
+            self.0.lock().push(text.to_owned());
+            Ok(())
+        }
+        fn clear_line(&self) -> io::Result<()> {
+            Ok(())
+        }
+        fn flush(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn the_time_of_a_rank_goes_on_while_its_state_stays() {
+        let terminal = Terminal::default();
+        let mut bars = Bars::new(ProgressDrawTarget::term_like(Box::new(terminal.clone())));
+        bars.engine(EngineIndex(0), RankProgress::Loading);
+        let shown = async {
+            while !terminal.0.lock().iter().any(|line| line.contains("rank 0") && line.contains(" 1s")) {
+                tokio::time::sleep(TICK).await;
+            }
+        };
+        let shown = tokio::time::timeout(Duration::from_secs(10), shown).await;
+        assert!(shown.is_ok(), "{:?}", terminal.0.lock());
+        bars.end();
+    }
 
     #[test]
     fn chunks_rate_and_reuse_are_told() {

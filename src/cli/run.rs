@@ -109,6 +109,11 @@ fn host(built: Built) -> RunEnd {
     {
         return end;
     }
+    if let Some(http) = &built.config.http
+        && let Err(error) = TcpListener::bind(http.address)
+    {
+        return port_taken(&format!("--http {}: cannot listen there", http.address), &error);
+    }
     let mut config = built.config;
     config.state_dir = state.path().to_owned();
     raise_open_files();
@@ -152,14 +157,17 @@ fn check_port(config: &Config) -> Result<(), RunEnd> {
             Ok(())
         }
         Err(error) => {
-            let code = match error.kind() {
-                ErrorKind::AddrInUse => exit_code::IN_USE,
-                _ => exit_code::PREFLIGHT,
-            };
-            let text = format!("--port {}: not available to the frontend: {error}", serve.port);
-            Err(RunEnd::new(code, text))
+            Err(port_taken(&format!("--port {}: not available to the frontend", serve.port), &error))
         }
     }
+}
+
+fn port_taken(what: &str, error: &std::io::Error) -> RunEnd {
+    let code = match error.kind() {
+        ErrorKind::AddrInUse => exit_code::IN_USE,
+        _ => exit_code::PREFLIGHT,
+    };
+    RunEnd::new(code, format!("{what}: {error}"))
 }
 
 /// The effective values and what would be started, for `--dry-run`.

@@ -32,7 +32,8 @@ pub(super) fn status(args: &StatusArgs) -> u8 {
         } else {
             print!("{}", render(&status));
         }
-        Ok(exit_code::OK)
+        let failed = status.engines.iter().any(|engine| engine.state == "failed");
+        Ok(if failed { exit_code::ENGINE_FAILED } else { exit_code::OK })
     })
 }
 

@@ -63,6 +63,8 @@ pub struct Config {
     pub forget_committed: bool,
     /// The model whose size is taken twice in shared memory at the start, if that is wanted: a directory.
     pub prefault: Option<PathBuf>,
+    /// Bytes of shared memory that updates may take at the most.
+    pub max_shared_memory: Option<u64>,
     /// Accept engines of a vLLM version that this sidecar was not tested with.
     pub allow_untested_vllm: bool,
     /// A signal ends the sidecar, but nothing that it started.

@@ -18,7 +18,7 @@ use super::records::{Records, Role, SegmentRecord};
 use crate::api::Retain;
 use crate::driver::handles::{StageState, StagedVersion};
 use crate::shared_memory::{SEGMENTS, segment_path};
-use crate::{files, parallel};
+use crate::{files, memory, parallel};
 
 /// Most threads that hash what is in the segments.
 const THREADS: usize = 16;
@@ -103,8 +103,13 @@ impl Spare {
         {
             return Err(StageError::Limit { needed, limit });
         }
-        self.segment.allocate(size, SLACK, stop).map_err(|error| match error.kind() {
+        let room = || memory::available(&self.config.system).0;
+        self.segment.allocate(size, SLACK, &room, stop).map_err(|error| match error.kind() {
             io::ErrorKind::Interrupted => StageError::Cancelled,
+            io::ErrorKind::OutOfMemory => {
+                let (free, by) = memory::available(&self.config.system);
+                StageError::NoMemory { needed: size.saturating_sub(before), free, by }
+            }
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                 let dir = self.config.shm_dir.clone();
                 let free =

@@ -26,8 +26,10 @@ pub struct StageConfig {
     pub data_host: IpAddr,
     /// Bytes of a chunk, a multiple of 4096; 4 MiB by default. The sender's counts.
     pub chunk: u32,
-    /// Refuse to use more shared memory than this, in bytes.
+    /// Refuse to use more shared memory than this, in bytes (`--max-shared-memory`).
     pub max_memory: Option<u64>,
+    /// Where `/proc` and `/sys` are, which say how much memory there is.
+    pub system: PathBuf,
     /// Take memory for two checkpoints of this one's size at the start.
     pub prefault: Option<PathBuf>,
     /// A transfer in which nothing moves for this long has failed.
@@ -58,6 +60,7 @@ impl StageConfig {
             data_host,
             chunk: CHUNK,
             max_memory: None,
+            system: PathBuf::from("/"),
             prefault: None,
             idle_limit: Duration::from_secs(10),
             accept_limit: Duration::from_secs(60),

@@ -19,8 +19,11 @@ pub(super) enum StageError {
     /// The file system of the segments, in `dir`, is too small. Bytes.
     #[error("{}: {needed} more bytes of shared memory are needed, {free} are free", dir.display())]
     NoSpace { dir: PathBuf, needed: u64, free: u64 },
+    /// An engine might be ended for want of memory. Bytes; `by` says what they are counted by.
+    #[error("{needed} more bytes of shared memory are needed, {free} are free by {by}")]
+    NoMemory { needed: u64, free: u64, by: String },
     /// More than the configured memory: bytes of all segments.
-    #[error("{needed} bytes of shared memory are needed, at most {limit} are allowed")]
+    #[error("{needed} bytes of shared memory are needed, at most {limit} are allowed (--max-shared-memory)")]
     Limit { needed: u64, limit: u64 },
     /// The system refused something: what was done with which file or address.
     #[error("{what}: {error}")]

@@ -58,14 +58,22 @@ impl Segment {
     /// Makes it `size` bytes long and takes the memory for them. A longer one is kept unless it is longer by
     /// more than `slack`. Fails with [`io::ErrorKind::StorageFull`] when there is no room, and then is as long as
     /// before; with [`io::ErrorKind::Interrupted`] when `stop` says so, and then has some of it.
-    pub(super) fn allocate(&mut self, size: u64, slack: u64, stop: &dyn Fn() -> bool) -> io::Result<()> {
+    ///
+    /// Before each piece `room` says how many bytes may be taken: less than that is [`io::ErrorKind::OutOfMemory`].
+    pub(super) fn allocate(
+        &mut self,
+        size: u64,
+        slack: u64,
+        room: &dyn Fn() -> u64,
+        stop: &dyn Fn() -> bool,
+    ) -> io::Result<()> {
         self.unused()?;
         let before = self.size()?;
         if size > before {
             // Nobody else is to run out of memory while this finds out that there is not enough.
-            let room = rustix::fs::fstatvfs(&self.file)?;
+            let system = rustix::fs::fstatvfs(&self.file)?;
             // A tmpfs without a limit says that it has no blocks.
-            if room.f_blocks > 0 && room.f_bavail.saturating_mul(room.f_frsize) < size - before {
+            if system.f_blocks > 0 && system.f_bavail.saturating_mul(system.f_frsize) < size - before {
                 return Err(io::ErrorKind::StorageFull.into());
             }
             self.raw = None;
@@ -73,6 +81,11 @@ impl Segment {
             for (at, piece) in pieces(before, size) {
                 if stop() {
                     return Err(io::ErrorKind::Interrupted.into());
+                }
+                // All that is still wanted: others take memory, too.
+                if room() < size - at {
+                    let _ = self.file.set_len(before);
+                    return Err(io::ErrorKind::OutOfMemory.into());
                 }
                 let taken = rustix::fs::fallocate(&self.file, FallocateFlags::empty(), at, piece);
                 if let Err(error) = taken {
@@ -266,7 +279,7 @@ mod tests {
     fn a_chunk_is_written_by_one_owner_and_read_when_it_is_finished() {
         let dir = tempfile::tempdir().unwrap();
         let mut segment = Segment::open(&dir.path().join("a")).unwrap();
-        segment.allocate(8192, 0, &|| false).unwrap();
+        segment.allocate(8192, 0, &|| u64::MAX, &|| false).unwrap();
         let mapping = segment.map(layout(5000), false).unwrap();
         mapping.populate(0, 8192).unwrap();
         let mut claim = mapping.claim(1).unwrap();
@@ -289,11 +302,14 @@ mod tests {
         let path = dir.path().join("a");
         let mut segment = Segment::open(&path).unwrap();
         assert_eq!(Segment::open(&path).unwrap_err().kind(), io::ErrorKind::WouldBlock);
-        segment.allocate(8192, 0, &|| false).unwrap();
+        segment.allocate(8192, 0, &|| u64::MAX, &|| false).unwrap();
         let mapping = segment.map(layout(5000), true).unwrap();
         let claim_keeps_it = segment.map(layout(5000), false).unwrap_err();
         assert!(claim_keeps_it.to_string().ends_with("is still in use"), "{claim_keeps_it}");
-        assert!(segment.allocate(1 << 20, 0, &|| false).is_err(), "not resized under a mapping");
+        assert!(
+            segment.allocate(1 << 20, 0, &|| u64::MAX, &|| false).is_err(),
+            "not resized under a mapping"
+        );
         drop(mapping);
         assert!(segment.map(layout(9000), false).unwrap_err().to_string().contains("expected 12288"));
         segment.map(layout(5000), false).unwrap();
@@ -304,14 +320,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a");
         let mut segment = Segment::open(&path).unwrap();
-        segment.allocate(1 << 20, 4096, &|| false).unwrap();
+        segment.allocate(1 << 20, 4096, &|| u64::MAX, &|| false).unwrap();
         segment.map(layout(5000), false).unwrap().claim(0).unwrap().fill(9);
-        segment.allocate((1 << 20) - 4096, 4096, &|| false).unwrap();
+        segment.allocate((1 << 20) - 4096, 4096, &|| u64::MAX, &|| false).unwrap();
         assert_eq!(segment.size().unwrap(), 1 << 20, "kept");
         let mapping = segment.map(layout(5000), false).unwrap();
         assert_eq!(mapping.claim(0).unwrap()[0], 9, "and its bytes, too");
         drop(mapping);
-        segment.allocate(8192, 4096, &|| false).unwrap();
+        segment.allocate(8192, 4096, &|| u64::MAX, &|| false).unwrap();
         assert_eq!(segment.size().unwrap(), 8192, "far too long");
         let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&path).unwrap().permissions());
         assert_eq!(mode & 0o777, 0o600);
@@ -324,13 +340,13 @@ mod tests {
         let size = 2 * PIECE + 4096;
         let asked = std::cell::Cell::new(0);
         let stop = || asked.replace(asked.get() + 1) == 1;
-        let error = segment.allocate(size, 0, &stop).unwrap_err();
+        let error = segment.allocate(size, 0, &|| u64::MAX, &stop).unwrap_err();
         assert_eq!((error.kind(), segment.size().unwrap()), (io::ErrorKind::Interrupted, PIECE));
-        segment.allocate(size, 0, &|| false).unwrap();
+        segment.allocate(size, 0, &|| u64::MAX, &|| false).unwrap();
         assert_eq!(segment.size().unwrap(), size);
         segment.touch(&|| false).unwrap();
         // No room for so much: nothing of it is kept.
-        let error = segment.allocate(1 << 60, 0, &|| false).unwrap_err();
+        let error = segment.allocate(1 << 60, 0, &|| u64::MAX, &|| false).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::StorageFull);
         assert_eq!(segment.size().unwrap(), size);
     }

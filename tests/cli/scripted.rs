@@ -407,7 +407,7 @@ async fn the_small_commands_reach_the_sidecar() {
     for (line, expected) in [
         ("pause --mode keep --pause-deadline 3", "all engines are paused"),
         ("resume", "all engines are resumed"),
-        ("stop", "the sidecar stops"),
+        ("stop --no-wait", "the sidecar stops"),
         ("frontend add h:1", "will attach to frontend h:1"),
         ("frontend remove h:2", "frontend h:2 is removed"),
         ("frontend list", "127.0.0.1:7200 attached"),

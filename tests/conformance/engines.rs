@@ -225,6 +225,7 @@ fn an_engine_that_dies_again_and_again_is_given_up_after_the_allowed_restarts() 
     sidecar.set_faults(1, "die:now");
     let status = sidecar
         .await_status("rank 1 given up, rank 0 serving", |status| states(status) == ["admitted", "failed"]);
+    assert_eq!(sidecar.command(&["status"]).code, 6);
     assert_eq!(status["sidecar"]["state"], "degraded");
     assert_eq!(status["engines"][1]["restarts"], 2);
     let error = status["engines"][1]["last_error"].as_str().unwrap();
@@ -235,4 +236,24 @@ fn an_engine_that_dies_again_and_again_is_given_up_after_the_allowed_restarts() 
         .filter(|line| line.contains("starting engine") && line.contains("rank=1"))
         .count();
     assert_eq!(starts, 3, "one start and two restarts");
+}
+
+#[test]
+fn a_request_for_a_rank_that_has_failed_is_answered_at_once() {
+    let directory = directory();
+    let model = model(directory.path(), "m", 1, false);
+    let mut frontend = frontend(2, |_| {});
+    let sidecar =
+        Setup::spawning(2, &model).faults("").args(&["--max-restarts", "0"]).frontend(&frontend).start();
+    frontend.startup(SOON).unwrap();
+    sidecar.await_admitted();
+    sidecar.set_faults(1, "die:now");
+    sidecar.await_status("rank 1 given up", |status| states(status) == ["admitted", "failed"]);
+    let done = frontend.server().complete(&NewRequest::new("vain", 3).to(1), SOON).unwrap();
+    assert!(matches!(done.finish, Some(3)), "{done:?}");
+    let status =
+        sidecar.await_status("refusal", |status| status["engines"][1]["refused"].as_u64() >= Some(1));
+    let why = status["engines"][1]["last_refusal"].as_str().unwrap();
+    assert!(why.contains("DP rank 1 has failed"), "{why}");
+    frontend.server().complete(&NewRequest::new("other", 3).to(0), SOON).unwrap();
 }

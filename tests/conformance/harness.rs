@@ -354,7 +354,8 @@ impl Sidecar {
     /// `sidecar status --json`, if it answers.
     pub(crate) fn status(&self) -> Option<Value> {
         let said = self.command(&["status", "--json"]);
-        (said.code == 0).then(|| said.json())
+        // 6: a rank has failed.
+        matches!(said.code, 0 | 6).then(|| said.json())
     }
 
     /// Waits until its status satisfies `condition`.

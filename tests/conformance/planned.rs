@@ -178,3 +178,29 @@ fn answers(port: &str) -> Option<()> {
     stream.read_to_string(&mut answer).ok()?;
     answer.starts_with("HTTP/1.1 200").then_some(())
 }
+
+#[test]
+fn stop_waits_for_the_end_and_says_what_for() {
+    let directory = directory();
+    let model = model(directory.path(), "m", 1, false);
+    let mut frontend = frontend(1, |_| {});
+    let mut sidecar = Setup::spawning(1, &model).frontend(&frontend).start();
+    frontend.startup(SOON).unwrap();
+    frontend.server().add(&NewRequest::new("r", 1_000_000)).unwrap();
+    sidecar.await_status("it runs", |status| status["engines"][0]["in_flight"] == 1);
+    let said = sidecar.command(&["stop"]);
+    // Nothing is left when the command ends.
+    assert!(sidecar.has_ended(), "{}", said.text());
+    assert!(sidecar.processes().is_empty());
+    assert_eq!(said.code, 0, "{}", said.text());
+    for part in ["waiting for 1 running requests", "the sidecar has stopped"] {
+        assert!(said.stdout.contains(part), "{part}: {}", said.text());
+    }
+    assert_eq!(sidecar.command(&["stop"]).code, 14);
+    sidecar.start_again();
+    sidecar.await_admitted();
+    let began = std::time::Instant::now();
+    assert_eq!(sidecar.command(&["stop", "--no-wait"]).stdout.trim(), "the sidecar stops");
+    assert!(!sidecar.has_ended(), "ended within {:?}", began.elapsed());
+    assert!(sidecar.await_end().success());
+}

@@ -90,7 +90,7 @@ class Sidecar(Process):
 
     def try_status(self) -> dict[str, Any] | None:
         done = self.cli("status", "--json")
-        return json.loads(done.stdout) if done.returncode == 0 else None
+        return json.loads(done.stdout) if done.returncode in (0, 6) else None
 
     def engines(self) -> list[dict[str, Any]]:
         return self.status()["engines"]

@@ -151,6 +151,8 @@ impl World {
         while let Some(action) = self.machine.poll_action() {
             self.say(&format!("action {action:?}"));
             match action {
+                // For those who wait in vain; the simulation has none.
+                Action::GiveUp { .. } => {}
                 Action::Prepare { rank, incarnation } => self.ask(rank, Command::Prepare(rank, incarnation)),
                 Action::Spawn { rank, incarnation } => self.ask(rank, Command::Spawn(rank, incarnation)),
                 Action::StopProcess { rank, .. } => self.ask(rank, Command::Stop(rank)),

@@ -35,6 +35,7 @@ asks! {
         EngineReady -> (), "engine ready", Life;
         Admit -> (), "admit", Life;
         EngineDown -> (), "engine down", End;
+        GiveUp -> (), "engine given up", End;
         Admission -> (), "admission", Repeat;
         Call -> rmpv::Value, "call", Life, |call| call.timeout.saturating_add(MARGIN);
         SetLimits -> (), "bounds", Repeat;
@@ -95,6 +96,12 @@ pub struct Admit {
 pub struct EngineDown {
     pub incarnation: Incarnation,
     /// Why, for logs and failure messages.
+    pub reason: String,
+}
+
+/// There will be no engine until the next [`Prepare`]: answer what is held, and what comes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct GiveUp {
     pub reason: String,
 }
 

@@ -19,11 +19,11 @@ use dp_sidecar_protocol::{EngineIndex, Incarnation, Time};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::handles::{
-    CoordinatorHandle, Deployment, EdgeHandle, HandshakeHandle, NodeEvent, NodeId, NodeState, ProcessHandle,
-    RankHandle,
+    CoordinatorHandle, Deployment, EdgeHandle, GiveUp, HandshakeHandle, NodeEvent, NodeId, NodeState,
+    ProcessHandle, RankHandle,
 };
 use super::weight_update::{FenceRequest, UpdateHandle};
 use super::{Clock, init};
@@ -254,6 +254,10 @@ impl Node {
                 Action::Spawn { rank, incarnation } => self.spawn(rank, incarnation),
                 Action::StopProcess { rank, incarnation } => self.stop_process(rank, incarnation),
                 Action::Down { rank, incarnation, reason } => self.down(rank, incarnation, reason).await,
+                Action::GiveUp { rank, reason } => {
+                    warn!(rank = rank.0, %reason, "requests for this rank are answered with errors");
+                    self.tell_rank(rank, GiveUp { reason }).await;
+                }
                 Action::Restore { ranks } => self.restore(ranks).await,
                 Action::Adopt { ranks } => self.bring_to_committed(ranks, true),
                 Action::Admit { rank, incarnation } => self.admit(rank, incarnation).await,

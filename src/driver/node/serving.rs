@@ -8,7 +8,7 @@ use super::{Facts, Node, Outcome};
 use crate::driver::handles::{Admit, Ask, CoordinatorCommand, EngineDown, EngineReady, Forget, RankAsk};
 
 impl Node {
-    async fn tell_rank<A: Ask>(&self, rank: EngineIndex, ask: A)
+    pub(super) async fn tell_rank<A: Ask>(&self, rank: EngineIndex, ask: A)
     where
         RankAsk: From<A>,
     {

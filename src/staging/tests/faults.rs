@@ -240,6 +240,35 @@ async fn memory_that_is_not_there_is_asked_for_first() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn memory_that_a_control_group_does_not_have_is_refused() {
+    let dir = checkpoint(1, 1, 30_000);
+    let system = tempfile::tempdir().unwrap();
+    let write = |path: &str, content: &str| {
+        let path = system.path().join(path);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, content).unwrap();
+    };
+    write("proc/self/cgroup", "0::/pod\n");
+    write("proc/self/mountinfo", "31 23 0:28 / /cgroup rw - cgroup2 cgroup2 rw\n");
+    write("cgroup/pod/memory.max", "1073741824\n");
+    // All but 100,000 bytes besides the reserve of 64 MiB.
+    write("cgroup/pod/memory.current", &(1_073_741_824 - (64 << 20) - 100_000).to_string());
+    let places = vec![Place::new("node 0"), Place::new("node 1")];
+    let mut config = places[1].config();
+    config.system = system.path().to_owned();
+    let nodes = vec![Node::start(&places[0]), Node::with(config)];
+    let mut chain = Chain { places, nodes };
+    chain.begin("u1", directory(dir.path())).await;
+    for outcome in chain.outcomes().await {
+        let error = outcome.unwrap_err();
+        let expected =
+            "node 1: 184320 more bytes of shared memory are needed, 100000 are free by the control group";
+        assert!(error.contains(expected), "{error}");
+    }
+    assert!(chain.end().await[1].segments().values().all(|length| *length == 0), "nothing was taken");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn whoever_cannot_prove_to_know_the_token_is_ignored() {
     let dir = checkpoint(1, 1, 9000);
     let mut chain = Chain::new(2);

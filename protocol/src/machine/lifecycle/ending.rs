@@ -144,11 +144,12 @@ impl Lifecycle {
                 state.until = None;
                 let none_left =
                     self.config.kind.is_lockstep() || self.ranks.values().all(|s| s.phase == Phase::GivenUp);
+                let reason = format!("engine {rank} is not started again: {why}");
                 if none_left {
                     self.failed = true;
-                    let reason = format!("engine {rank} is not started again: {why}");
-                    let timeout = false;
-                    self.actions.push_back(Action::Fail { reason, timeout });
+                    self.actions.push_back(Action::Fail { reason, timeout: false });
+                } else {
+                    self.actions.push_back(Action::GiveUp { rank, reason });
                 }
             }
         }

@@ -119,6 +119,8 @@ pub enum Action {
     StopProcess { rank: EngineIndex, incarnation: Incarnation },
     /// Tell everybody that the engine is gone.
     Down { rank: EngineIndex, incarnation: Incarnation, reason: String },
+    /// It is not started again: what waits for it waits in vain.
+    GiveUp { rank: EngineIndex, reason: String },
     /// Bring the committed weights into these ranks, together.
     Restore {
         /// Ranks and incarnations.

@@ -79,6 +79,8 @@ impl VirtualEngine {
             && let Some(tasks) = self.supported_tasks.clone()
         {
             self.answer_call(call.number, call.call_id, Ok(tasks));
+        } else if matches!(self.engine, Engine::GivenUp(_)) {
+            self.refuse_call(&call, &self.describe_engine());
         } else {
             let deadline = now + self.config.limits.hold;
             self.slots[call.number].waiting.push_back((deadline, call));
@@ -166,6 +168,15 @@ impl VirtualEngine {
         for number in 1..self.slots.len() {
             while let Some((_, call)) = self.slots[number].waiting.pop_front() {
                 self.send_call(call, None);
+            }
+        }
+    }
+
+    /// No engine will come for them.
+    pub(super) fn refuse_waiting_calls(&mut self) {
+        for number in 1..self.slots.len() {
+            while let Some((_, call)) = self.slots[number].waiting.pop_front() {
+                self.refuse_call(&call, &self.describe_engine());
             }
         }
     }

@@ -99,13 +99,16 @@ impl VirtualEngine {
     }
 
     /// vLLM sends scheduler stats to one client only: to client 0 in a step without outputs, else to
-    /// a client that has outputs. Each frontend has its own metrics, so the others get a copy.
+    /// a client that has outputs. Each frontend has its own metrics, so the others get a copy, without what is counted
+    /// since the last report: sums over all frontends add up.
     fn share_stats(&mut self, now: Time, from: usize, view: &OutputsView<'_>, frames: &[Bytes]) {
         let Some(stats) = view.scheduler_stats else {
             return;
         };
         let source = self.slots[from].owner().map(|owner| owner.frontend);
         let mut copy: Option<Bytes> = None;
+        let idle = from == 0 && view.is_stats_only();
+        let mut counted = !idle;
         for number in 1..self.slots.len() {
             let Some(owner) = self.slots[number].owner() else {
                 continue;
@@ -118,19 +121,20 @@ impl VirtualEngine {
                 slot.stats_at = Some(now);
                 continue;
             }
-            if from == 0 && view.is_stats_only() {
+            if !std::mem::replace(&mut counted, true) {
                 slot.stats_at = Some(now);
                 self.actions.push_back(Action::ToFrontend { slot: slot_of(number), frames: frames.to_vec() });
                 continue;
             }
             let recent =
                 slot.stats_at.is_some_and(|at| now.saturating_since(at) < self.config.stats_interval);
-            if recent {
+            if recent && !idle {
                 continue;
             }
             slot.stats_at = Some(now);
             let copy = copy.get_or_insert_with(|| {
-                output::stats_message(&self.layout, self.config.rank, stats.to_vec(), view.timestamp)
+                let gauges = crate::stats::gauges(stats).unwrap_or_else(|_| vec![0x80]);
+                output::stats_message(&self.layout, self.config.rank, gauges, view.timestamp)
             });
             self.actions.push_back(Action::ToFrontend { slot: slot_of(number), frames: vec![copy.clone()] });
         }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::calls::CheckedCall;
 use super::requests::{AbortOutcome, size};
-use super::{Policy, VirtualEngine};
+use super::{Engine, Policy, VirtualEngine};
 use crate::frames::Frames;
 use crate::ids::{ClientIndex, Slot};
 use crate::positional;
@@ -113,13 +113,17 @@ impl VirtualEngine {
         } else if self.may_hold(size) {
             self.requests.hold(id, number, resumable, frames, now);
         } else {
-            let reason = format!(
-                "{} requests ({} bytes) are held, and {size} bytes more exceed {} (--max-held-bytes); {}",
-                self.requests.held_count(),
-                self.requests.held_bytes(),
-                self.config.limits.held_bytes,
+            let reason = if matches!(self.engine, Engine::GivenUp(_)) {
                 self.describe_engine()
-            );
+            } else {
+                format!(
+                    "{} requests ({} bytes) are held, and {size} bytes more exceed {} (--max-held-bytes); {}",
+                    self.requests.held_count(),
+                    self.requests.held_bytes(),
+                    self.config.limits.held_bytes,
+                    self.describe_engine()
+                )
+            };
             self.refuse(slot, reason);
             if self.requests.get(id).is_none() {
                 self.answer_with_error(number, [id]);

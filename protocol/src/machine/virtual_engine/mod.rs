@@ -129,6 +129,11 @@ pub enum Event {
         /// Why; frontends get to read it.
         reason: String,
     },
+    /// There will be no engine before the next [`Event::Prepared`].
+    GivenUp {
+        /// Why; frontends get to read it.
+        reason: String,
+    },
     /// The gate for new requests opens or closes.
     Gate {
         /// Open?
@@ -238,6 +243,8 @@ pub struct NoFreeSlot {
 enum Engine {
     /// There is none.
     Down(String),
+    /// There is none, and none will come: nothing is held.
+    GivenUp(String),
     /// Its sockets are bound.
     Prepared,
     /// It takes control calls.
@@ -351,6 +358,7 @@ impl VirtualEngine {
                     self.go_down(&reason);
                 }
             }
+            Event::GivenUp { reason } => self.give_up(now, reason),
             Event::Gate { open } => {
                 self.gate_open = open;
                 self.pump();
@@ -365,7 +373,9 @@ impl VirtualEngine {
                 self.pump();
             }
             Event::FromEngine { incarnation, slot, frames } => {
-                if incarnation == self.incarnation && !matches!(self.engine, Engine::Down(_)) {
+                if incarnation == self.incarnation
+                    && !matches!(self.engine, Engine::Down(_) | Engine::GivenUp(_))
+                {
                     self.on_engine_message(now, slot, frames);
                 }
             }
@@ -435,7 +445,7 @@ impl VirtualEngine {
     /// The engine is gone: everything that only it could answer is answered here.
     fn go_down(&mut self, reason: &str) {
         let before = std::mem::replace(&mut self.engine, Engine::Down(reason.to_owned()));
-        if matches!(before, Engine::Down(_)) {
+        if matches!(before, Engine::Down(_) | Engine::GivenUp(_)) {
             return;
         }
         self.fail_requests_in_flight();
@@ -450,10 +460,24 @@ impl VirtualEngine {
         self.pump();
     }
 
+    /// Answers what waits for an engine that will not come.
+    fn give_up(&mut self, now: Time, reason: String) {
+        self.go_down(&reason);
+        self.engine = Engine::GivenUp(reason);
+        // As if all deadlines were over.
+        let hold = std::mem::take(&mut self.config.limits.hold);
+        self.closed_since = Some(Time::ZERO);
+        self.expire_held_requests(now);
+        self.config.limits.hold = hold;
+        self.closed_since = Some(now);
+        self.refuse_waiting_calls();
+    }
+
     fn describe_engine(&self) -> String {
         let rank = self.config.rank;
         match &self.engine {
             Engine::Down(reason) => format!("engine of DP rank {rank} is down: {reason}"),
+            Engine::GivenUp(reason) => format!("engine of DP rank {rank} has failed: {reason}"),
             Engine::Prepared | Engine::Ready => {
                 format!("engine of DP rank {rank} is starting and takes no requests yet")
             }

@@ -220,7 +220,10 @@ impl VirtualEngine {
     }
 
     pub(super) fn may_hold(&self, size: usize) -> bool {
-        self.requests.held_bytes + size + HELD_COST <= self.config.limits.held_bytes || self.queue_is_empty()
+        let given_up = matches!(self.engine, Engine::GivenUp(_));
+        let fits = self.requests.held_bytes + size + HELD_COST <= self.config.limits.held_bytes
+            || self.queue_is_empty();
+        fits && !given_up
     }
 
     /// When a message that is held since then is answered with an error; never while the engine takes requests.

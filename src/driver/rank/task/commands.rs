@@ -6,7 +6,7 @@ use tracing::warn;
 
 use super::*;
 use crate::driver::engine_calls::is_own;
-use crate::driver::handles::Call;
+use crate::driver::handles::{Call, GiveUp};
 
 impl RankTask {
     pub(super) async fn handle_command(&mut self, Envelope { ask, reply, .. }: Envelope<RankAsk>) {
@@ -32,6 +32,10 @@ impl RankTask {
             RankAsk::EngineDown(EngineDown { incarnation, reason }) => {
                 self.engine_down(now, incarnation, reason);
                 reply.send::<EngineDown>(Ok(()));
+            }
+            RankAsk::GiveUp(GiveUp { reason }) => {
+                self.machine.handle_event(now, Event::GivenUp { reason });
+                reply.send::<GiveUp>(Ok(()));
             }
             RankAsk::Admission(Admission { open }) => {
                 self.machine.handle_event(now, Event::Gate { open });
