@@ -112,7 +112,7 @@ impl Hosted {
         if run_id.is_empty() {
             return Vec::new();
         }
-        let selector = Selector { run_id: run_id.trim().to_owned(), child: None, sessions: BTreeSet::new() };
+        let selector = Selector { run_id: run_id.trim().to_owned(), ..Selector::default() };
         selector.find().unwrap()
     }
 

@@ -22,6 +22,7 @@ use super::keeper::wire::{
     self, Answer, ChildInfo, ExitReport, ExitStatus, FromKeeper, KeeperEvent, Request, SpawnSpec, ToKeeper,
 };
 use crate::duration::millis;
+use crate::supervisor::procfs::Selector;
 use crate::tasks::{Task, named};
 
 /// Commands waiting for the client task.
@@ -340,7 +341,13 @@ impl ClientTask {
     async fn start_keeper(&mut self, sessions: BTreeSet<i32>) -> Result<Link, KeeperError> {
         let options = &self.options;
         let failed = |detail: String| options.failed(detail);
-        let removed = leftovers::remove(&options.run_id, sessions, options.kill_grace)
+        let selector = Selector {
+            run_id: options.run_id.clone(),
+            child: None,
+            sessions,
+            orphans_of: Some(options.state_dir.clone()),
+        };
+        let removed = leftovers::remove(selector, options.kill_grace)
             .await
             .map_err(|error| failed(format!("search for leftovers: {error}")))?;
         if removed.found > 0 {

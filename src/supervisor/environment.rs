@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::procfs::{CHILD_MARKER, RUN_MARKER};
+use super::procfs::{CHILD_MARKER, KEEPER_MARKER, RUN_MARKER};
 
 /// Ranks of whatever launched the sidecar. torch would take them for its own.
 const LAUNCHER_VARIABLES: &[&str] = &[
@@ -34,7 +34,8 @@ pub struct CleanEnvironment {
 pub fn clean(variables: impl IntoIterator<Item = (String, String)>) -> CleanEnvironment {
     let mut clean = CleanEnvironment::default();
     for (name, value) in variables {
-        let own = name.starts_with(OWN_PREFIX) || name == RUN_MARKER || name == CHILD_MARKER;
+        let own = name.starts_with(OWN_PREFIX)
+            || [RUN_MARKER, CHILD_MARKER, KEEPER_MARKER].contains(&name.as_str());
         let misleading = LAUNCHER_VARIABLES.contains(&name.as_str())
             || LAUNCHER_PREFIXES
                 .iter()
@@ -77,6 +78,7 @@ mod tests {
                 ("ROLE_RANK", "0"),
                 ("SIDECAR_DP_RANK", "0"),
                 ("DP_SIDECAR_RUN_ID", "old"),
+                ("DP_SIDECAR_KEEPER", "1:2:/old"),
             ]
             .map(|(name, value)| (name.to_owned(), value.to_owned())),
         );

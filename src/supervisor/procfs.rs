@@ -4,6 +4,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
@@ -12,6 +14,15 @@ pub const RUN_MARKER: &str = "DP_SIDECAR_RUN_ID";
 
 /// Name of the variable that marks every process of one child: `name:incarnation`.
 pub const CHILD_MARKER: &str = "DP_SIDECAR_CHILD";
+
+/// Name of the variable that names the keeper of a process: [`keeper_mark`].
+pub const KEEPER_MARKER: &str = "DP_SIDECAR_KEEPER";
+
+/// This process, as the keeper of a state directory: `pid:started:path`.
+pub fn keeper_mark(state_dir: &Path) -> io::Result<String> {
+    let own = Process::read(own_pid()).ok_or_else(|| io::Error::other("/proc does not show this process"))?;
+    Ok(format!("{}:{}:{}", own.pid, own.started, state_dir.display()))
+}
 
 /// A process, from `/proc/<pid>/stat`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,6 +114,9 @@ pub struct Selector {
     pub child: Option<String>,
     /// Also those of these sessions or process groups.
     pub sessions: BTreeSet<i32>,
+    /// Also those of any run of this state directory whose keeper is dead: the directory, and with it the run id that
+    /// they carry, may have been lost.
+    pub orphans_of: Option<PathBuf>,
 }
 
 impl Selector {
@@ -145,9 +159,30 @@ impl Selector {
         let Ok(environ) = fs::read(format!("/proc/{pid}/environ")) else {
             return false;
         };
-        has_variable(&environ, RUN_MARKER, &self.run_id)
-            && self.child.as_ref().is_none_or(|child| has_variable(&environ, CHILD_MARKER, child))
+        let of_run = has_variable(&environ, RUN_MARKER, &self.run_id)
+            && self.child.as_ref().is_none_or(|child| has_variable(&environ, CHILD_MARKER, child));
+        of_run || self.orphans_of.as_ref().is_some_and(|state_dir| is_orphan(pid, &environ, state_dir))
     }
+}
+
+/// Whether a keeper of this state directory started the process, and is dead. Elsewhere, in a container, its path and
+/// pids may mean something else.
+fn is_orphan(pid: i32, environ: &[u8], state_dir: &Path) -> bool {
+    let Some(mark) = variable(environ, KEEPER_MARKER) else {
+        return false;
+    };
+    let mut parts = mark.splitn(3, |byte| *byte == b':');
+    let mut number = || std::str::from_utf8(parts.next()?).ok()?.parse::<u64>().ok();
+    let (Some(keeper), Some(started)) = (number().and_then(|pid| i32::try_from(pid).ok()), number()) else {
+        return false;
+    };
+    let lives = || Process::read(keeper).is_some_and(|now| now.started == started && !now.is_dead());
+    parts.next() == Some(state_dir.as_os_str().as_bytes())
+        && ["mnt", "pid"].iter().all(|kind| {
+            let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{kind}")).ok();
+            namespace("self").is_some_and(|own| namespace(&pid.to_string()) == Some(own))
+        })
+        && !lives()
 }
 
 /// Those of `processes` whose parent is not among them: the ones to ask first, so that they can
@@ -158,9 +193,12 @@ pub fn roots(processes: &[Process]) -> Vec<Process> {
 }
 
 fn has_variable(environ: &[u8], name: &str, value: &str) -> bool {
-    environ.split(|byte| *byte == 0).any(|entry| {
-        entry.strip_prefix(name.as_bytes()).and_then(|rest| rest.strip_prefix(b"=")) == Some(value.as_bytes())
-    })
+    variable(environ, name) == Some(value.as_bytes())
+}
+
+fn variable<'a>(environ: &'a [u8], name: &str) -> Option<&'a [u8]> {
+    let mut entries = environ.split(|byte| *byte == 0);
+    entries.find_map(|entry| entry.strip_prefix(name.as_bytes())?.strip_prefix(b"="))
 }
 
 fn lineage(all: &BTreeMap<i32, Process>, pid: i32) -> BTreeSet<i32> {
@@ -204,7 +242,7 @@ mod tests {
         let selector = |child: Option<&str>| Selector {
             run_id: run_id.clone(),
             child: child.map(str::to_owned),
-            sessions: BTreeSet::new(),
+            ..Selector::default()
         };
         let found = selector(None).find().unwrap();
         let pids: Vec<u32> = found.iter().map(|p| p.pid.unsigned_abs()).collect();
@@ -219,6 +257,28 @@ mod tests {
         child.wait().unwrap();
         assert!(selector(None).find().unwrap().is_empty());
         assert!(!found[0].signal(Signal::KILL), "a dead process is not signalled");
+    }
+
+    #[test]
+    fn processes_of_any_run_of_a_state_directory_are_found_when_their_keeper_is_dead_and_only_then() {
+        let base = tempfile::tempdir().unwrap();
+        let lives = keeper_mark(base.path()).unwrap();
+        let [pid, started, path] = lives.splitn(3, ':').collect::<Vec<_>>().try_into().unwrap();
+        // The keeper's pid belongs to a process that has started later.
+        let dead = format!("{pid}:{}:{path}", started.parse::<u64>().unwrap() - 1);
+        let elsewhere = format!("{dead}/another");
+        let selector = Selector {
+            run_id: "of-the-new-run".to_owned(),
+            orphans_of: Some(base.path().to_owned()),
+            ..Selector::default()
+        };
+        for (mark, found) in [(lives.as_str(), 0), (&dead, 1), (&elsewhere, 0), ("", 0), ("x:y", 0)] {
+            let mut child = Command::new("/bin/sleep").arg("30").env(KEEPER_MARKER, mark).spawn().unwrap();
+            let selected = selector.find().unwrap();
+            child.kill().unwrap();
+            child.wait().unwrap();
+            assert_eq!(selected.len(), found, "{mark}: {selected:?}");
+        }
     }
 
     #[test]

@@ -98,10 +98,12 @@ impl RouterListener {
                     }
                     Err(error) => connection_error(&self.address, &error).await,
                 },
-                Some(event) = self.monitor.next() => {
-                    if let SocketEvent::Disconnected(peer) = event {
+                Some(event) = self.monitor.next() => match event {
+                    SocketEvent::Accepted(..) => unlink(&self.address),
+                    SocketEvent::Disconnected(peer) => {
                         return RouterEvent::Disconnected { identity: peer.into() };
                     }
+                    _ => {}
                 }
             }
         }
@@ -163,10 +165,10 @@ impl PullListener {
                     Ok(message) => return PullEvent::Message(message.into_vec()),
                     Err(error) => connection_error(&self.address, &error).await,
                 },
-                Some(event) = self.monitor.next() => {
-                    if let SocketEvent::Disconnected(_) = event {
-                        return PullEvent::Disconnected;
-                    }
+                Some(event) = self.monitor.next() => match event {
+                    SocketEvent::Accepted(..) => unlink(&self.address),
+                    SocketEvent::Disconnected(_) => return PullEvent::Disconnected,
+                    _ => {}
                 }
             }
         }
@@ -188,8 +190,8 @@ impl Drop for PullListener {
     }
 }
 
-/// Removes the file of a socket that is about to be dropped. The crate does so too, but later, and a
-/// connection that it accepts until then stays open for ever.
+/// Removes the file of a socket: when its one engine is connected, so that nobody else can be, and before it is
+/// dropped. The crate does the latter too, but later, and a connection that it accepts until then stays open for ever.
 pub(super) fn unlink(address: &str) {
     if let Some(path) = address.strip_prefix("ipc://") {
         let _ = std::fs::remove_file(path);

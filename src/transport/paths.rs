@@ -6,6 +6,8 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
+use dp_sidecar_protocol::EngineIndex;
+
 use super::TransportError;
 use super::error::SUN_PATH_LIMIT;
 
@@ -41,6 +43,17 @@ impl PrivateDir {
             Err(error) => return Err(fail(error)),
         }
         Ok(Self { path })
+    }
+
+    /// Names for the sockets of one life of an engine, by their kind. No other life has or had them: engines may
+    /// outlive their sidecar and even its state directory, and connect for ever to the addresses that they know.
+    pub fn fresh_addresses(
+        &self,
+        rank: EngineIndex,
+    ) -> impl Fn(&str) -> Result<String, TransportError> + use<'_> {
+        // Forty bits: the name has to fit beside the longest state directory.
+        let life = uuid::Uuid::new_v4().as_u128() >> 88;
+        move |kind| self.ipc_address(&format!("{rank}.{life:010x}.{kind}"))
     }
 
     /// The `ipc://` address of a socket file in this directory.
@@ -96,6 +109,15 @@ mod tests {
         let dir = PrivateDir::create(&path).unwrap();
         let mode = std::fs::metadata(dir.path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o700);
+    }
+
+    #[test]
+    fn lives_of_one_engine_have_no_address_in_common_and_fit_the_longest_state_directory() {
+        let dir = PrivateDir { path: format!("/{}/ipc", "x".repeat(79)).into() };
+        let rank = EngineIndex(u16::MAX);
+        let (one, other) = (dir.fresh_addresses(rank), dir.fresh_addresses(rank));
+        assert_eq!(one("i999").unwrap(), one("i999").unwrap());
+        assert_ne!(one("i999").unwrap(), other("i999").unwrap());
     }
 
     #[test]

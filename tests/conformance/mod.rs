@@ -19,5 +19,6 @@ mod processes;
 mod restart;
 mod restarts;
 mod status;
+mod survivors;
 mod update;
 mod uploads;

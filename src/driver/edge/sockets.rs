@@ -43,8 +43,8 @@ impl EngineSockets {
         state: watch::Sender<EdgeState>,
         tracker: &TaskTracker,
     ) -> Result<Self, TransportError> {
-        let publish = directory.ipc_address(&format!("ci-{rank}-{incarnation}"))?;
-        let output = directory.ipc_address(&format!("co-{rank}-{incarnation}"))?;
+        let address = directory.fresh_addresses(rank);
+        let (publish, output) = (address("ci")?, address("co")?);
         let xpub = XpubListener::bind(&publish, SEND_TIMEOUT).await?;
         let pull = PullListener::bind(&output).await?;
         let publisher = xpub.publisher();

@@ -51,10 +51,10 @@ impl EngineSockets {
             _end: closed.clone().drop_guard(),
         };
         let mut sources = Vec::new();
+        let address = dir.fresh_addresses(rank);
         for slot in 0..slot_count {
-            let name = |kind| format!("{rank}.{incarnation}.{kind}{slot}");
-            let input = RouterListener::bind(&dir.ipc_address(&name('i'))?).await?;
-            let output = PullListener::bind(&dir.ipc_address(&name('o'))?).await?;
+            let input = RouterListener::bind(&address(&format!("i{slot}"))?).await?;
+            let output = PullListener::bind(&address(&format!("o{slot}"))?).await?;
             sockets.addresses.inputs.push(input.address().to_owned());
             sockets.addresses.outputs.push(output.address().to_owned());
             sockets.slots.push(SlotSocket { sender: input.sender(), registered: false, backlog: Vec::new() });

@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::{KeeperError, KeeperOptions};
 use crate::supervisor::keeper::{LOG_FILE, PID_FILE, READY_LINE, SOCKET};
-use crate::supervisor::procfs::{CHILD_MARKER, Process, RUN_MARKER};
+use crate::supervisor::procfs::{CHILD_MARKER, KEEPER_MARKER, Process, RUN_MARKER};
 
 /// How long a keeper may take from its start to its ready line.
 const START_LIMIT: Duration = Duration::from_secs(20);
@@ -57,6 +57,7 @@ pub(super) async fn start(options: &KeeperOptions, run_id: &str) -> Result<(Chil
         .arg(seconds(options.kill_grace))
         .env_remove(RUN_MARKER)
         .env_remove(CHILD_MARKER)
+        .env_remove(KEEPER_MARKER)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(log)

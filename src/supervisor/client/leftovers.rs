@@ -25,11 +25,9 @@ pub(super) struct Removed {
     pub(super) left: Vec<i32>,
 }
 
-/// Ends every process that carries the run id or belongs to one of the sessions. First the
-/// outermost processes get SIGTERM, so that vLLM's launchers can stop their own in order; after
-/// `grace` all get SIGKILL.
-pub(super) async fn remove(run_id: &str, sessions: BTreeSet<i32>, grace: Duration) -> io::Result<Removed> {
-    let selector = Selector { run_id: run_id.to_owned(), child: None, sessions };
+/// Ends every process that is selected. First the outermost processes get SIGTERM, so that vLLM's launchers can stop
+/// their own in order; after `grace` all get SIGKILL.
+pub(super) async fn remove(selector: Selector, grace: Duration) -> io::Result<Removed> {
     let mut removed = Removed::default();
     let first = find(&selector).await?;
     removed.found = first.len();

@@ -16,9 +16,10 @@ use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::{Pid, getppid, setsid};
 use rustix::process::Signal;
 
+use super::KeeperConfig;
 use super::output::{LOG_LIMIT, LogFile, Output};
 use super::wire::{ChildInfo, ExitReport, ExitStatus, SpawnSpec};
-use crate::supervisor::procfs::{CHILD_MARKER, Process, RUN_MARKER, Selector};
+use crate::supervisor::procfs::{CHILD_MARKER, KEEPER_MARKER, Process, RUN_MARKER, Selector, keeper_mark};
 
 /// How long SIGKILL may take before the keeper gives up on a process and reports it as left.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
@@ -66,7 +67,8 @@ pub fn is_valid_name(name: &str) -> bool {
 
 impl Child {
     /// Starts the process.
-    pub fn spawn(spec: &SpawnSpec, run_id: &str, logs: &Path) -> io::Result<Self> {
+    pub fn spawn(spec: &SpawnSpec, config: &KeeperConfig, logs: &Path) -> io::Result<Self> {
+        let run_id = config.run_id.as_str();
         let Some((program, args)) = spec.argv.split_first() else {
             return Err(io::Error::other("empty command line"));
         };
@@ -80,6 +82,7 @@ impl Child {
             .envs(&spec.env)
             .env(RUN_MARKER, run_id)
             .env(CHILD_MARKER, &mark)
+            .env(KEEPER_MARKER, keeper_mark(&config.state_dir)?)
             // setproctitle, which vLLM uses, writes its titles over the environment that
             // /proc/<pid>/environ shows; this variable makes it leave the markers alone.
             .env("SPT_NOENV", "1")
@@ -111,6 +114,7 @@ impl Child {
                 run_id: run_id.to_owned(),
                 child: Some(mark),
                 sessions: BTreeSet::from([pid]),
+                orphans_of: None,
             },
         })
     }

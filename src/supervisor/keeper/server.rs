@@ -287,7 +287,7 @@ impl Keeper {
                 child.name, child.incarnation, child.pid
             ));
         }
-        match Child::spawn(spec, &self.config.run_id, &self.logs) {
+        match Child::spawn(spec, &self.config, &self.logs) {
             Ok(child) => {
                 let pid = child.pid().unsigned_abs();
                 tracing::info!(name = spec.name, incarnation = spec.incarnation, pid, "started");
