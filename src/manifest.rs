@@ -25,6 +25,9 @@ use crate::files;
 
 pub use digest::Progress;
 
+/// Tensor to file.
+type Index = BTreeMap<String, String>;
+
 const INDEX: &str = "model.safetensors.index.json";
 /// As the `safetensors` crate and Python module have it.
 const MAX_HEADER: u64 = 100_000_000;
@@ -144,8 +147,9 @@ pub struct Manifest {
 }
 
 impl Manifest {
-    /// Reads the headers of a directory. Blocks; reads no tensor data.
-    pub fn read(path: &Path) -> Result<Self, ManifestError> {
+    /// Reads the headers of a directory: of these files, which vLLM's loader has named, or of those that it would name
+    /// as a rule. Blocks; reads no tensor data.
+    pub fn read(path: &Path, files: Option<&[String]>) -> Result<Self, ManifestError> {
         let problem = match std::fs::metadata(path) {
             Ok(meta) if meta.is_dir() => None,
             Ok(_) => Some("not a directory".to_owned()),
@@ -155,10 +159,9 @@ impl Manifest {
         if let Some(reason) = problem {
             return Err(ManifestError::NotADirectory { path: path.to_owned(), reason });
         }
-        let index = read_index(path)?;
-        let names = match &index {
-            Some(index) => index.values().cloned().collect(),
-            None => list_files(path)?,
+        let (names, index) = match files {
+            Some(files) => (named(path, files)?, None),
+            None => resolve(path)?,
         };
         if names.is_empty() {
             return Err(ManifestError::Empty { path: path.to_owned() });
@@ -186,7 +189,7 @@ impl Manifest {
 
     fn assemble(
         path: &Path,
-        index: Option<&BTreeMap<String, String>>,
+        index: Option<&Index>,
         headers: impl Iterator<Item = Result<(ManifestFile, Vec<Tensor>), ManifestError>>,
     ) -> Result<Self, ManifestError> {
         let mut manifest = Self { path: path.to_owned(), files: Vec::new(), tensors: Vec::new() };
@@ -302,6 +305,31 @@ fn unreadable(path: &Path, error: &io::Error) -> ManifestError {
     }
 }
 
+/// Files that vLLM's loader has named.
+fn named(dir: &Path, files: &[String]) -> Result<BTreeSet<String>, ManifestError> {
+    for file in files {
+        if file.contains('/') || !file.ends_with(".safetensors") {
+            let reason =
+                "vLLM loads this file; only *.safetensors in the directory itself can be read".to_owned();
+            return Err(ManifestError::Unreadable { path: dir.join(file), reason });
+        }
+    }
+    Ok(files.iter().cloned().collect())
+}
+
+/// Files that count where nobody has asked vLLM, by the rule of `--load-format auto` (`_prepare_weights` in
+/// `vllm/model_executor/model_loader/default_loader.py`, 0.32.0), and the index that names them.
+fn resolve(dir: &Path) -> Result<(BTreeSet<String>, Option<Index>), ManifestError> {
+    let mut names = list_files(dir)?;
+    if names.iter().any(|name| name.starts_with("consolidated")) {
+        names.retain(|name| name.starts_with("consolidated"));
+        return Ok((names, None));
+    }
+    let index = read_index(dir)?;
+    let names = index.as_ref().map_or(names, |index| index.values().cloned().collect());
+    Ok((names, index))
+}
+
 fn list_files(dir: &Path) -> Result<BTreeSet<String>, ManifestError> {
     let entries = std::fs::read_dir(dir).map_err(|error| unreadable(dir, &error))?;
     let mut names = BTreeSet::new();
@@ -315,14 +343,11 @@ fn list_files(dir: &Path) -> Result<BTreeSet<String>, ManifestError> {
             names.insert(name);
         }
     }
-    if names.iter().any(|name| !name.starts_with("consolidated")) {
-        names.retain(|name| !name.starts_with("consolidated"));
-    }
     Ok(names)
 }
 
 /// `weight_map` of the index file, tensor to file; `None` without an index.
-fn read_index(dir: &Path) -> Result<Option<BTreeMap<String, String>>, ManifestError> {
+fn read_index(dir: &Path) -> Result<Option<Index>, ManifestError> {
     let path = dir.join(INDEX);
     let file = match files::open_regular(&path) {
         Ok(file) => file,
@@ -335,13 +360,13 @@ fn read_index(dir: &Path) -> Result<Option<BTreeMap<String, String>>, ManifestEr
 }
 
 /// `weight_map` of an index file's text. No file in it is outside of the directory.
-pub(crate) fn parse_index(path: &Path, text: &[u8]) -> Result<BTreeMap<String, String>, ManifestError> {
+pub(crate) fn parse_index(path: &Path, text: &[u8]) -> Result<Index, ManifestError> {
     #[derive(Deserialize)]
-    struct Index {
-        weight_map: BTreeMap<String, String>,
+    struct Text {
+        weight_map: Index,
     }
     let fail = |reason: String| ManifestError::Index { path: path.to_owned(), reason };
-    let index: Index = serde_json::from_slice(text).map_err(|error| fail(error.to_string()))?;
+    let index: Text = serde_json::from_slice(text).map_err(|error| fail(error.to_string()))?;
     if index.weight_map.is_empty() {
         return Err(fail("weight_map is empty".to_owned()));
     }

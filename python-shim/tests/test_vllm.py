@@ -9,13 +9,14 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm")
 
-from dp_sidecar_shim import PROTOCOL
+from dp_sidecar_shim import PROTOCOL, worker
 from dp_sidecar_shim.checkpoint import Checkpoint, Consumption, tensors
 
 REPO = Path(__file__).resolve().parents[2]
@@ -128,12 +129,57 @@ def references(engine):
     return found
 
 
+def test_vllms_own_loader_names_the_files_that_count(engine, tmp_path):
+    def files(*names: str, index: dict[str, str] | None = None) -> list[str]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+        if index is not None:
+            text = json.dumps({"weight_map": index})
+            (folder / "model.safetensors.index.json").write_text(text)
+        [found] = engine.llm.collective_rpc("dp_sidecar_info", kwargs={"path": str(folder)})
+        return found["files"] if found["ok"] else [found["error"].split(":")[0]]
+
+    both = ("consolidated.safetensors", "model-1.safetensors")
+    assert files(*both) == ["consolidated.safetensors"]
+    assert files("b.safetensors", "a.safetensors", "c.bin") == ["a.safetensors", "b.safetensors"]
+    assert files("a.safetensors", "b.safetensors", index={"x": "a.safetensors"}) == [
+        "a.safetensors"
+    ]
+    assert files("pytorch_model.bin", "training_args.bin") == ["pytorch_model.bin"]
+    assert files("a.safetensors", index={"x": "b.safetensors"}) == ["FileNotFoundError"]
+    assert files("README.md") == ["RuntimeError"]
+    [gone] = engine.llm.collective_rpc("dp_sidecar_info", kwargs={"path": "/no/such"})
+    assert (gone["ok"], gone["error"].split(":")[0]) == (False, "FileNotFoundError")
+
+
+def test_a_model_by_its_hub_name_is_found_without_files_that_vllm_does_not_fetch(tmp_path):
+    tree_cache = pytest.importorskip("huggingface_hub._tree_cache")
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--org--name"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    there = ("config.json", "model.safetensors")
+    for name in there:
+        (snapshot / name).touch()
+    entry = tree_cache.TreeCacheEntry(size=0, blob_id="e69de29bb2d1d6434b8b29ae775ad8c2e48c5391")
+    listing = dict.fromkeys((*there, "benchmark.png", "original/x.safetensors"), entry)
+    tree_cache.write_tree_cache(str(repository), commit, listing)
+    assert tree_cache.read_tree_cache(str(repository), commit) is not None
+    model = types.SimpleNamespace(model="org/name", revision=None)
+    load = types.SimpleNamespace(download_dir=str(tmp_path))
+    assert worker.local_directory(model, load) == str(snapshot)
+
+
 def test_info_says_who_the_worker_is(engine):
     [info] = engine.llm.collective_rpc("dp_sidecar_info")
     assert info["ok"], info
-    assert info["is_moe"] is (engine.kind == "moe")
+    assert (info["load_format"], info["files"]) == ("auto", ["model.safetensors"])
     assert info["model_path"] == os.path.realpath(engine.models / f"{engine.kind}-0")
-    assert (info["dp_rank"], info["rank"], info["world_size"]) == (0, 0, 1)
+    assert (info["dp_rank"], info["rank"]) == (0, 0)
     assert info["vllm_version"].startswith("0.")
     assert info["protocol"] == PROTOCOL
 
@@ -289,7 +335,7 @@ def two_workers(models, tmp_path):
 def test_every_worker_of_an_engine_answers_for_itself(two_workers):
     engine = two_workers
     infos = engine.llm.collective_rpc("dp_sidecar_info")
-    assert [(info["rank"], info["world_size"]) for info in infos] == [(0, 2), (1, 2)]
+    assert [info["rank"] for info in infos] == [0, 1]
     tokens = {seed: paths[:4] for seed, paths in engine.expected.items()}
 
     def load(seed: int) -> list[dict]:

@@ -161,6 +161,9 @@ pub struct WeightsStatus {
     pub version: String,
     /// Directory it was loaded from, if known.
     pub dir: Option<String>,
+    /// `possible`, or that and why they cannot be updated, for people.
+    #[serde(default)]
+    pub updates: String,
     /// The last update, however it ended.
     pub last_update: Option<UpdateReport>,
 }

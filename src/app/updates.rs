@@ -55,6 +55,7 @@ pub(super) fn weights(updates: &UpdateHandle, external: bool) -> WeightsStatus {
     WeightsStatus {
         version: if external { UNKNOWN.to_owned() } else { status.version.0 },
         dir: dir.filter(|_| !external),
+        updates: status.updates,
         last_update: status.last.as_ref().map(UpdateReport::from),
     }
 }

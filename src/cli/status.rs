@@ -114,6 +114,9 @@ fn weights(status: &Status) -> String {
     let weights = &status.weights;
     let from = weights.dir.as_ref().map_or_else(String::new, |dir| format!(" from {dir}"));
     let mut text = format!("weights {}{from}\n", weights.version);
+    if !matches!(weights.updates.as_str(), "" | "possible") {
+        text.push_str(&format!("updates {}\n", weights.updates));
+    }
     if let Some(update) = &weights.last_update {
         text.push_str(&format!("last update {}\n", update_line(update)));
     }

@@ -59,6 +59,7 @@ pub(crate) struct Engine {
     pub(crate) no_version_stamp: bool,
     /// What the shim says.
     pub(crate) vllm_version: &'static str,
+    pub(crate) load_format: &'static str,
 }
 
 /// A fake rank and its engine.
@@ -85,7 +86,7 @@ impl FakeRank {
         let engine = Arc::new(Mutex::new(Engine {
             log: Vec::new(),
             model_path: model_path.to_owned(),
-            shim_protocol: Some(3),
+            shim_protocol: Some(4),
             weights: model_path.to_owned(),
             version: "default".to_owned(),
             paused: false,
@@ -98,6 +99,7 @@ impl FakeRank {
             no_resume: false,
             no_version_stamp: false,
             vllm_version: "0.32.0",
+            load_format: "auto",
         }));
         let changed = Arc::new(Notify::new());
         // Ends with its queue, which ends with the handle.
@@ -248,7 +250,7 @@ fn call(engine: &mut Engine, method: &str, args: &[Value], reply: ReplyTo, waiti
             Ok(Value::Nil)
         }
         "collective_rpc" => match args[0].as_str().unwrap_or_default() {
-            "dp_sidecar_info" => info(engine),
+            "dp_sidecar_info" => info(engine, args[3]["path"].as_str()),
             "dp_sidecar_lora" => lora(engine, &args[3]["request"]),
             "dp_sidecar_load" => match load(engine, &args[3]["request"]) {
                 Some(answer) => answer,
@@ -269,7 +271,22 @@ fn map(entries: Vec<(&str, Value)>) -> Value {
     Value::Map(entries.map(|(key, value)| (Value::from(key), value)).collect())
 }
 
-fn info(engine: &Engine) -> Result<Value, HandleError> {
+/// Names of the files in a directory, as vLLM's loader would name them for `--load-format auto`.
+fn files(directory: &str) -> Value {
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    let (mut names, others): (Vec<String>, Vec<_>) = names.partition(|name| name.ends_with(".safetensors"));
+    if names.is_empty() {
+        names = others.into_iter().filter(|name| name.ends_with(".bin")).collect();
+    }
+    names.sort();
+    if names.iter().any(|name| name.starts_with("consolidated")) {
+        names.retain(|name| name.starts_with("consolidated"));
+    }
+    if names.is_empty() { Value::Nil } else { names.into_iter().map(Value::from).collect::<Vec<_>>().into() }
+}
+
+fn info(engine: &Engine, path: Option<&str>) -> Result<Value, HandleError> {
     let Some(protocol) = engine.shim_protocol else {
         return Err(HandleError::failed(
             "Call to collective_rpc method failed: 'Worker' object has no attribute 'dp_sidecar_info'",
@@ -281,9 +298,9 @@ fn info(engine: &Engine) -> Result<Value, HandleError> {
         ("shim_version", Value::from("0.1.0")),
         ("model_path", Value::from(engine.model_path.as_str())),
         ("vllm_version", Value::from(engine.vllm_version)),
-        ("is_moe", Value::Boolean(false)),
+        ("load_format", Value::from(engine.load_format)),
+        ("files", files(path.unwrap_or(&engine.model_path))),
         ("rank", Value::from(0)),
-        ("world_size", Value::from(1)),
         ("max_lora_rank", Value::from(16)),
     ])]))
 }

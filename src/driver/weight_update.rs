@@ -477,10 +477,33 @@ impl Task {
         }
     }
 
+    /// Whether the weights can be updated, for people.
+    fn updates(&self) -> String {
+        let mut without_way_back = None;
+        for (rank, _) in self.machine.lives() {
+            match self.infos.get(&rank) {
+                None => return format!("not known yet: rank {rank} has not been asked"),
+                Some(None) => return format!("no: the shim of rank {rank} does not answer, see the log"),
+                Some(Some(info)) => {
+                    if let Some(reason) = info.refuses() {
+                        return format!("no: rank {rank}: {reason}");
+                    }
+                    let reason = info.holds_other().filter(|_| self.machine.committed().is_none());
+                    without_way_back = without_way_back.or_else(|| Some((rank, reason?)));
+                }
+            }
+        }
+        match without_way_back {
+            Some((rank, reason)) => format!("only with --allow-no-rollback: rank {rank}: {reason}"),
+            None => "possible".to_owned(),
+        }
+    }
+
     fn publish(&self) {
         let committed = self.machine.committed().map(|committed| &committed.commit);
         let snapshot = UpdateSnapshot {
             version: self.machine.snapshot().version,
+            updates: self.updates(),
             committed: committed.map(|commit| commit.checkpoint.clone()),
             source: committed.map(|commit| commit.source.clone()),
             running: self.active.as_ref().map(|active| active.id.clone()),

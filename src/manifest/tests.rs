@@ -32,12 +32,12 @@ fn dir() -> tempfile::TempDir {
 }
 
 fn digest(path: &Path) -> Digests {
-    let manifest = Manifest::read(path).unwrap();
+    let manifest = Manifest::read(path, None).unwrap();
     manifest.digests(&|_| {}, &AtomicBool::new(false)).unwrap()
 }
 
 fn error(path: &Path) -> String {
-    Manifest::read(path).unwrap_err().to_string()
+    Manifest::read(path, None).unwrap_err().to_string()
 }
 
 #[test]
@@ -73,7 +73,7 @@ fn the_digest_does_not_depend_on_the_files() {
     write(two.path(), "model-00001-of-00002.safetensors", &[SCALAR]);
     write(two.path(), "model-00002-of-00002.safetensors", &[BIAS]);
     assert_eq!(digest(one.path()), digest(two.path()));
-    let manifest = Manifest::read(two.path()).unwrap();
+    let manifest = Manifest::read(two.path(), None).unwrap();
     assert_eq!((manifest.tensors.len(), manifest.bytes()), (2, 10));
     assert_eq!(
         manifest.checkpoint(None).files,
@@ -86,7 +86,7 @@ fn a_large_tensor_is_hashed_in_chunks_with_progress() {
     let dir = dir();
     let bytes: Vec<u8> = (0..9_000_001u32).map(|n| (n % 251) as u8).collect();
     write(dir.path(), "model.safetensors", &[("big", "U8", &[9_000_001], &bytes), BIAS]);
-    let manifest = Manifest::read(dir.path()).unwrap();
+    let manifest = Manifest::read(dir.path(), None).unwrap();
     let (calls, last) = (AtomicU64::new(0), AtomicU64::new(0));
     let progress = |progress: Progress| {
         calls.fetch_add(1, Ordering::Relaxed);
@@ -103,7 +103,7 @@ fn a_large_tensor_is_hashed_in_chunks_with_progress() {
 fn hashing_can_be_called_off() {
     let dir = dir();
     write(dir.path(), "model.safetensors", &[BIAS]);
-    let manifest = Manifest::read(dir.path()).unwrap();
+    let manifest = Manifest::read(dir.path(), None).unwrap();
     let result = manifest.digests(&|_| {}, &AtomicBool::new(true));
     assert!(matches!(result, Err(ManifestError::Cancelled { .. })));
 }
@@ -112,7 +112,7 @@ fn hashing_can_be_called_off() {
 fn a_file_that_changes_while_it_is_hashed_is_noticed() {
     let dir = dir();
     write(dir.path(), "model.safetensors", &[BIAS]);
-    let manifest = Manifest::read(dir.path()).unwrap();
+    let manifest = Manifest::read(dir.path(), None).unwrap();
     let later = std::time::SystemTime::now() + std::time::Duration::from_secs(10);
     let file = File::options().write(true).open(dir.path().join("model.safetensors")).unwrap();
     file.set_modified(later).unwrap();
@@ -147,8 +147,8 @@ fn what_the_model_needs_is_compared_by_name_shape_and_dtype() {
             ("extra", "F32", &[0], &[]),
         ],
     );
-    let model = Manifest::read(model.path()).unwrap();
-    let new = Manifest::read(new.path()).unwrap();
+    let model = Manifest::read(model.path(), None).unwrap();
+    let new = Manifest::read(new.path(), None).unwrap();
     let ManifestError::Tensors { faults, .. } = new.check_against(&model).unwrap_err() else {
         panic!("expected tensor faults")
     };
@@ -173,8 +173,8 @@ fn a_long_list_of_faults_is_cut() {
         names.iter().map(|name| (name.as_str(), "U8", &[1usize] as &[usize], &[0u8] as &[u8])).collect();
     write(model.path(), "model.safetensors", &tensors);
     write(new.path(), "model.safetensors", &tensors[..1]);
-    let model = Manifest::read(model.path()).unwrap();
-    let new = Manifest::read(new.path()).unwrap();
+    let model = Manifest::read(model.path(), None).unwrap();
+    let new = Manifest::read(new.path(), None).unwrap();
     let text = new.check_against(&model).unwrap_err().to_string();
     assert!(text.contains("19 tensor faults: missing t01; missing t02"), "{text}");
     assert!(text.ends_with("missing t08; and 11 more"), "{text}");
@@ -199,14 +199,14 @@ fn a_truncated_or_too_long_file_is_refused() {
     let whole = std::fs::read(&path).unwrap();
     for cut in [whole.len() - 1, whole.len() - 9, 20, 8, 7, 0] {
         std::fs::write(&path, &whole[..cut]).unwrap();
-        let error = Manifest::read(dir.path()).unwrap_err();
+        let error = Manifest::read(dir.path(), None).unwrap_err();
         let ManifestError::Length { actual, .. } = error else { panic!("cut at {cut}: {error}") };
         assert_eq!(actual, cut as u64);
     }
     let mut long = whole.clone();
     long.push(0);
     std::fs::write(&path, &long).unwrap();
-    assert!(matches!(Manifest::read(dir.path()), Err(ManifestError::Length { .. })));
+    assert!(matches!(Manifest::read(dir.path(), None), Err(ManifestError::Length { .. })));
 }
 
 #[test]
@@ -236,7 +236,7 @@ fn garbage_is_refused_whatever_it_is() {
     ];
     for (what, bytes) in cases {
         std::fs::write(&path, bytes).unwrap();
-        let result = Manifest::read(dir.path());
+        let result = Manifest::read(dir.path(), None);
         assert!(matches!(result, Err(ManifestError::Header { .. })), "{what}: {result:?}");
     }
 }
@@ -277,7 +277,7 @@ fn an_index_decides_which_files_count_and_must_be_true() {
     write(dir.path(), "y.safetensors", &[SCALAR]);
     write(dir.path(), "ignored.safetensors", &[BIAS]);
     write_index(dir.path(), &[("a.bias", "x.safetensors"), ("b", "y.safetensors")]);
-    let manifest = Manifest::read(dir.path()).unwrap();
+    let manifest = Manifest::read(dir.path(), None).unwrap();
     assert_eq!(manifest.files.len(), 2);
 
     write_index(dir.path(), &[("a.bias", "y.safetensors"), ("b", "y.safetensors")]);
@@ -287,20 +287,25 @@ fn an_index_decides_which_files_count_and_must_be_true() {
     assert!(error(dir.path()).ends_with("z.safetensors: cannot be read: no such file"));
 
     write_index(dir.path(), &[("a.bias", "../x.safetensors")]);
-    assert!(matches!(Manifest::read(dir.path()), Err(ManifestError::Index { .. })));
+    assert!(matches!(Manifest::read(dir.path(), None), Err(ManifestError::Index { .. })));
     std::fs::write(dir.path().join(INDEX), "{").unwrap();
-    assert!(matches!(Manifest::read(dir.path()), Err(ManifestError::Index { .. })));
+    assert!(matches!(Manifest::read(dir.path(), None), Err(ManifestError::Index { .. })));
 }
 
 #[test]
-fn a_consolidated_copy_beside_other_files_does_not_count() {
+fn consolidated_files_count_alone_as_for_vllm_and_so_do_those_that_it_names() {
     let dir = dir();
-    write(dir.path(), "consolidated.safetensors", &[BIAS]);
-    assert_eq!(Manifest::read(dir.path()).unwrap().files.len(), 1);
     write(dir.path(), "model.safetensors", &[BIAS]);
-    let manifest = Manifest::read(dir.path()).unwrap();
-    assert_eq!(manifest.files[0].name, "model.safetensors");
-    assert_eq!(manifest.files.len(), 1);
+    write_index(dir.path(), &[("a.bias", "model.safetensors")]);
+    write(dir.path(), "consolidated.safetensors", &[BIAS]);
+    let files = |named: Option<&[String]>| {
+        let manifest = Manifest::read(dir.path(), named).unwrap();
+        manifest.files.into_iter().map(|file| file.name).collect::<Vec<_>>()
+    };
+    assert_eq!(files(None), ["consolidated.safetensors"]);
+    assert_eq!(files(Some(&["model.safetensors".to_owned()])), ["model.safetensors"]);
+    let error = Manifest::read(dir.path(), Some(&["pytorch_model.bin".to_owned()])).unwrap_err().to_string();
+    assert!(error.contains("pytorch_model.bin: cannot be read: vLLM loads this file; only"), "{error}");
 }
 
 #[test]

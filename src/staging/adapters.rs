@@ -168,7 +168,7 @@ fn length(path: &Path) -> u64 {
 
 /// Whole digest of a directory; none if it cannot be read.
 fn digest_of(path: &Path) -> Option<String> {
-    let manifest = Manifest::read(path).ok()?;
+    let manifest = Manifest::read(path, None).ok()?;
     let digests = manifest.digests(&|_| {}, &AtomicBool::new(false)).ok()?;
     Some(digests.whole)
 }

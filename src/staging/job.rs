@@ -247,8 +247,8 @@ impl Job {
 
     fn check_manifest(&self, fill: &Fill, path: &Path) -> Result<Option<Manifest>, StageError> {
         let Some(manifest) = check::manifest(fill, path)? else { return Ok(None) };
-        if let Some(model_path) = &self.spec.model_path {
-            manifest.check_against(&Manifest::read(Path::new(model_path))?)?;
+        if let Some(model) = &self.spec.model {
+            manifest.check_against(&model.manifest()?)?;
         }
         Ok(Some(manifest))
     }

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use twox_hash::xxhash3_128::Hasher;
 
+use crate::driver::handles::CheckpointDir;
 use crate::files;
-use crate::manifest::Manifest;
 
 /// Places of each file that are looked at, spread evenly.
 const SAMPLES: u64 = 32;
@@ -15,8 +15,9 @@ const SAMPLE: usize = 4096;
 
 /// Digest over names, sizes, tensors and samples of the data: two directories of one model whose weights differ
 /// have different digests, but for bad luck. None if the directory cannot be read. Blocks.
-pub(super) fn probe(path: &Path) -> Option<String> {
-    let manifest = Manifest::read(path).ok()?;
+pub(super) fn probe(directory: &CheckpointDir) -> Option<String> {
+    let manifest = directory.manifest().ok()?;
+    let path = Path::new(&directory.path);
     let mut hasher = Hasher::new();
     for tensor in &manifest.tensors {
         let line = format!(

@@ -5,7 +5,7 @@ mod uploads;
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -31,8 +31,8 @@ use super::records::Role;
 use super::upload::{Ask, IDLE_LIMIT, Session, UploadError, UploadRequests, UploadStatus};
 use crate::api::{Retain, StageProgress};
 use crate::driver::handles::{
-    AdapterPlace, Envelope, HandleError, NodeEvent, ReplyTo, StageEvent, StageRequest, StageSource,
-    StageSpec, StageState,
+    AdapterPlace, CheckpointDir, Envelope, HandleError, NodeEvent, ReplyTo, StageEvent, StageRequest,
+    StageSource, StageSpec, StageState,
 };
 use crate::manifest::Manifest;
 use crate::tasks::{Task as TaskName, rehearse};
@@ -162,8 +162,8 @@ impl Task {
     async fn command(&mut self, Envelope { ask, reply, .. }: Envelope<StageRequest>) {
         let result = match ask {
             StageRequest::State => Ok(()),
-            StageRequest::Probe { path } => {
-                let probed = tokio::task::spawn_blocking(move || probe(Path::new(&path)));
+            StageRequest::Probe(directory) => {
+                let probed = tokio::task::spawn_blocking(move || probe(&directory));
                 let probed = timeout(HEADERS_LIMIT, probed).await.ok().and_then(std::result::Result::ok);
                 let mut state = self.state();
                 state.probed = probed.flatten();
@@ -248,8 +248,8 @@ impl Task {
         }
         self.displace_upload().await?;
         match spec.source.clone() {
-            StageSource::Directory(path) => {
-                let manifest = self.read_directory(path, spec.model_path.clone()).await?;
+            StageSource::Directory(directory) => {
+                let manifest = self.read_directory(directory, spec.model.clone()).await?;
                 let spare = self.take(spec.retain).await?;
                 self.start(spec, Origin::Directory(Box::new(manifest), spare), None);
             }
@@ -269,16 +269,18 @@ impl Task {
     }
 
     /// Reads the headers of a directory and compares them with the model's.
-    async fn read_directory(&self, path: String, model_path: Option<String>) -> Result<Manifest> {
-        let read = tokio::task::spawn_blocking({
-            let path = PathBuf::from(&path);
-            move || {
-                let manifest = Manifest::read(&path)?;
-                if let Some(model_path) = model_path {
-                    manifest.check_against(&Manifest::read(Path::new(&model_path))?)?;
-                }
-                Ok::<_, StageError>(manifest)
+    async fn read_directory(
+        &self,
+        directory: CheckpointDir,
+        model: Option<CheckpointDir>,
+    ) -> Result<Manifest> {
+        let path = directory.path.clone();
+        let read = tokio::task::spawn_blocking(move || {
+            let manifest = directory.manifest()?;
+            if let Some(model) = model {
+                manifest.check_against(&model.manifest()?)?;
             }
+            Ok::<_, StageError>(manifest)
         });
         match timeout(HEADERS_LIMIT, read).await {
             Ok(Ok(read)) => read,

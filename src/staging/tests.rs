@@ -25,7 +25,8 @@ use super::config::StageConfig;
 use super::upload::{Uploads, channel};
 use crate::api::{Retain, StageProgress};
 use crate::driver::handles::{
-    HandleError, NodeEvent, StageEvent, StageHandle, StageRequest, StageSource, StageSpec, StageState,
+    CheckpointDir, HandleError, NodeEvent, StageEvent, StageHandle, StageRequest, StageSource, StageSpec,
+    StageState,
 };
 use crate::manifest::tests::write;
 
@@ -141,12 +142,16 @@ fn spec(id: &str, source: StageSource, downstream: Option<SocketAddr>) -> StageS
         source,
         downstream,
         retain: Retain::Memory,
-        model_path: None,
+        model: None,
     }
 }
 
+fn checkpoint_dir(dir: &Path) -> CheckpointDir {
+    CheckpointDir { path: dir.to_string_lossy().into_owned(), files: None }
+}
+
 fn directory(dir: &Path) -> StageSource {
-    StageSource::Directory(dir.to_string_lossy().into_owned())
+    StageSource::Directory(checkpoint_dir(dir))
 }
 
 /// A checkpoint of `files` files with a few tensors each; the bytes depend on the seed.

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use dp_sidecar::api::{Retain, StageProgress};
 use dp_sidecar::driver::handles::{
-    NodeEvent, StageEvent, StageHandle, StageRequest, StageSource, StageSpec, StageState,
+    CheckpointDir, NodeEvent, StageEvent, StageHandle, StageRequest, StageSource, StageSpec, StageState,
 };
 use dp_sidecar::shared_memory::{self, SHM_DIR};
 use dp_sidecar::staging::{self, StageConfig};
@@ -135,7 +135,10 @@ impl Chain {
         let mut downstream = None;
         for node in (0..self.nodes.len()).rev() {
             let source = match node {
-                0 => StageSource::Directory(source.to_string_lossy().into_owned()),
+                0 => StageSource::Directory(CheckpointDir {
+                    path: source.to_string_lossy().into_owned(),
+                    files: None,
+                }),
                 _ => StageSource::Upstream,
             };
             let spec = StageSpec {
@@ -144,7 +147,7 @@ impl Chain {
                 source,
                 downstream,
                 retain: Retain::Memory,
-                model_path: None,
+                model: None,
             };
             downstream = self.ask(node, StageRequest::Begin(spec)).await?.data_address;
         }

@@ -138,6 +138,7 @@ fn status() -> Box<Status> {
         weights: WeightsStatus {
             version: "v1".to_owned(),
             dir: Some("/models/a".to_owned()),
+            updates: "no: rank 1: its model was loaded from pytorch_model.bin".to_owned(),
             last_update: Some(report(
                 ReportStatus::RolledBack,
                 Some("rank 1, worker 0: load: tensor x missing"),
@@ -190,6 +191,7 @@ sidecar 0.1.0  serving  pid 77  keeper 78  up 1 h 1 min
 ranks 0 to 1 of 2  moe, lockstep ranks  tiny-moe
 frontend of this sidecar at http://127.0.0.1:8000
 weights v1 from /models/a
+updates no: rank 1: its model was loaded from pytorch_model.bin
 last update u1: ROLLED BACK to the previous weights, v1 -> v2, 1.2 s, engines paused 0.50 s
   because rank 1, worker 0: load: tensor x missing
 controlled by update u2

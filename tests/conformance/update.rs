@@ -204,6 +204,30 @@ fn a_load_that_fails_on_one_rank_brings_all_back_to_the_previous_weights() {
 }
 
 #[test]
+fn a_rollback_loads_the_files_that_vllm_served() {
+    let directory = directory();
+    let mut old = model(directory.path(), "old", 1, false);
+    // Mistral's form of the weights beside the one of Hugging Face: vLLM loads it, and no other file.
+    let other = model(directory.path(), "other", 3, false);
+    std::fs::copy(other.path.join("model.safetensors"), old.path.join("consolidated.safetensors")).unwrap();
+    old.digest = other.digest;
+    let new = model(directory.path(), "new", 2, false);
+    let mut frontend = frontend(2, |_| {});
+    let sidecar = Setup::spawning(2, &old).faults("1@load-fails:restored-meta,1@load-times:1");
+    let sidecar = sidecar.frontend(&frontend).start();
+    frontend.startup(SOON).unwrap();
+    assert_eq!(sidecar.await_admitted()["weights"]["updates"], "possible");
+    let mut rig = Rig { directory, old, new, frontend, sidecar };
+    rig.assert_serves("old", "at the start");
+    let said = rig.update(&rig.new.path.clone(), &["--version", "v2"]);
+    assert_eq!(said.code, 11, "{}", said.text());
+    rig.assert_serves("old", "after the rollback");
+    let said = rig.update(&rig.new.path.clone(), &["--version", "v2"]);
+    assert_eq!(said.code, 0, "{}", said.text());
+    rig.assert_serves("new", "after the update");
+}
+
+#[test]
 fn a_rank_that_cannot_be_brought_back_is_fenced_and_said_so() {
     let mut rig = rig(false, "1@load-fails:mixed");
     let said = rig.update(&rig.new.path.clone(), &["--version", "v2"]);

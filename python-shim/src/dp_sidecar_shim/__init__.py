@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 # Version of the contract with the sidecar, protocol/docs/weight-update.md, and the oldest that is
 # still answered.
-PROTOCOL = 3
+PROTOCOL = 4
 OLDEST_PROTOCOL = 1
 
 _logger = logging.getLogger("vllm.dp_sidecar")

@@ -1,8 +1,7 @@
-"""Sets the shim's methods on vLLM's classes, now or when those classes come to be.
+"""Sets the shim's methods on vLLM's classes, now or when those classes come to be."""
 
-The frontend's processes load the plugin, too, and never import the worker module: importing it
-for them would cost each a second. So a finder waits for the modules that are not there yet.
-"""
+# The frontend's processes load the plugin, too, and never import the worker module: importing it
+# for them would cost each a second. So a finder waits for the modules that are not there yet.
 
 from __future__ import annotations
 
@@ -89,10 +88,10 @@ class _WaitForModules(importlib.abc.MetaPathFinder):
 # The methods, see protocol/docs/weight-update.md. None of them raises.
 
 
-def dp_sidecar_info(self: Any) -> dict[str, Any]:
+def dp_sidecar_info(self: Any, path: str | None = None) -> dict[str, Any]:
     from dp_sidecar_shim import worker
 
-    return worker.info(self)
+    return worker.info(self, path)
 
 
 def dp_sidecar_load(self: Any, request: Any = None) -> dict[str, Any]:

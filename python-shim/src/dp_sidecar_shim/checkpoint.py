@@ -1,8 +1,7 @@
-"""Reads safetensors files tensor by tensor and hashes exactly the bytes it hands out.
+"""Reads safetensors files tensor by tensor and hashes exactly the bytes it hands out."""
 
-The tensors are copies of the file's bytes, not views of a mapping: what was hashed is what gets
-loaded even if the file is rewritten meanwhile, and a truncated file is an error, not SIGBUS.
-"""
+# The tensors are copies of the file's bytes, not views of a mapping: what was hashed is what gets
+# loaded even if the file is rewritten meanwhile, and a truncated file is an error, not SIGBUS.
 
 from __future__ import annotations
 

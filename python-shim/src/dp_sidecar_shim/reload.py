@@ -1,15 +1,16 @@
-"""Runs vLLM's in-place reload and repairs what it leaves behind.
+"""Runs vLLM's in-place reload and repairs what it leaves behind."""
 
-Mirrors vllm/model_executor/model_loader/reload/layerwise.py of vLLM 0.32.0. A private name that is
-missing there makes the cleanup "not possible", never an exception.
-"""
+# Mirrors vllm/model_executor/model_loader/reload/layerwise.py of vLLM 0.32.0. A private name that
+# is missing there makes the cleanup "not possible", never an exception.
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import itertools
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -37,6 +38,23 @@ def _model_of(worker: Any) -> Any:
 def _tensors_of(worker: Any) -> Iterator[Any]:
     model = _model_of(worker)
     return itertools.chain(model.parameters(), model.buffers())
+
+
+def files_in(worker: Any, path: str) -> list[str] | None:
+    """Names of the files in a directory that vLLM's own loader reads. None: not the default one."""
+    from vllm.model_executor.model_loader import get_model_loader
+
+    loader, model = get_model_loader(worker.vllm_config.load_config), _model_of(worker)
+    if type(loader).__name__ != "DefaultModelLoader":
+        return None
+    # Else it would be taken for a name on a hub.
+    os.listdir(path)
+    fall_back = getattr(model, "fall_back_to_pt_during_load", True)
+    patterns = getattr(model, "allow_patterns_overrides", None)
+    # No revision, and in newer versions no subfolder.
+    none = [None] * (len(inspect.signature(loader._prepare_weights).parameters) - 3)
+    files = loader._prepare_weights(path, *none, fall_back, patterns)[1]
+    return [os.path.relpath(file, path) for file in sorted(files)]
 
 
 def reload_weights(worker: Any, weights: Iterable[tuple[str, Any]]) -> None:

@@ -75,34 +75,28 @@ def _load(worker: Any, request: dict[str, Any], found: dict[str, Any]) -> None:
         found["state"] = MIXED
 
 
-def info(worker: Any) -> dict[str, Any]:
-    """Who this worker is."""
+def info(worker: Any, path: str | None = None) -> dict[str, Any]:
+    """Who this worker is, and which files of its checkpoint, or of the one in `path`, count."""
 
     def tell(found: dict[str, Any]) -> None:
         config, model = worker.vllm_config, worker.vllm_config.model_config
-        lora = getattr(config, "lora_config", None)
+        lora, load = getattr(config, "lora_config", None), config.load_config
         found["vllm_version"] = reload.vllm_version()
-        found["world_size"] = int(getattr(config.parallel_config, "world_size", 1))
-        found["is_moe"] = _is_moe(model)
         found["max_lora_rank"] = None if lora is None else int(lora.max_lora_rank)
-        found["model_path"] = local_directory(model)
+        found["load_format"] = str(getattr(load.load_format, "value", load.load_format))
+        found["model_path"] = local_directory(model, load)
+        found["files"] = reload.files_in(worker, path or found["model_path"])
 
-    model = {"model_path": "", "vllm_version": "", "is_moe": False, "max_lora_rank": None}
-    return answer(worker, tell, shim_version=__version__, world_size=1, **model)
-
-
-def _is_moe(model: Any) -> bool:
-    # A property since 0.12; before, the question is how many experts there are.
-    is_moe = getattr(model, "is_moe", None)
-    return model.get_num_experts() > 0 if is_moe is None else bool(is_moe)
+    return answer(worker, tell, shim_version=__version__)
 
 
-def local_directory(model: Any) -> str:
+def local_directory(model: Any, load: Any) -> str:
     """Directory of the checkpoint of the command line; the snapshot for a name on a hub."""
-    path = str(model.model)
+    path, revision = str(model.model), getattr(model, "revision", None)
     if os.path.isdir(path):
         return os.path.realpath(path)
     from huggingface_hub import snapshot_download
 
-    revision = getattr(model, "revision", None)
-    return str(snapshot_download(path, revision=revision, local_files_only=True))
+    # vLLM has fetched what it needs and no more. Without a pattern, any other file is missed.
+    where = {"revision": revision, "cache_dir": load.download_dir, "local_files_only": True}
+    return str(snapshot_download(path, allow_patterns=["config.json"], **where))

@@ -1,6 +1,7 @@
 //! Handle of a node's staging area.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -9,12 +10,31 @@ use dp_sidecar_protocol::{UpdateId, WeightVersion};
 
 use super::{Ask, Delivery, Handle};
 use crate::api::{Retain, StageProgress};
+use crate::manifest::{Manifest, ManifestError};
+
+/// A directory with a checkpoint.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct CheckpointDir {
+    pub path: String,
+    /// Names of the files that vLLM's loader reads there; none: nobody has asked it.
+    pub files: Option<Vec<String>>,
+}
+
+impl CheckpointDir {
+    /// Its manifest. Blocks; reads no tensor data.
+    ///
+    /// # Errors
+    /// It cannot be read, or is no checkpoint.
+    pub fn manifest(&self) -> Result<Manifest, ManifestError> {
+        Manifest::read(Path::new(&self.path), self.files.as_deref())
+    }
+}
 
 /// Where a node takes the bytes of a new checkpoint from.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum StageSource {
     /// A directory that this node can read.
-    Directory(String),
+    Directory(CheckpointDir),
     /// The node before it in the chain, which connects to this node's data address.
     Upstream,
     /// What a trainer uploads to the leader.
@@ -38,8 +58,8 @@ pub struct StageSpec {
     pub downstream: Option<std::net::SocketAddr>,
     /// What becomes of the version before.
     pub retain: Retain,
-    /// Directory of the start-up checkpoint on this node: the manifest must fit it. None: not checked here.
-    pub model_path: Option<String>,
+    /// The start-up checkpoint on this node: the manifest must fit it. None: not checked here.
+    pub model: Option<CheckpointDir>,
 }
 
 /// What can be asked of a node's staging area.
@@ -48,7 +68,7 @@ pub enum StageRequest {
     /// What is there?
     State,
     /// Can this node read that directory (absolute), and is it the same one? Answered with [`StageState::probed`].
-    Probe { path: String },
+    Probe(CheckpointDir),
     /// Begin to fill the spare segment. Answered when the data address is open (`Upstream`) or the source was
     /// found good; the rest comes as events. The same id again with the bytes already there is done at once.
     Begin(StageSpec),
@@ -136,7 +156,7 @@ impl Ask for StageRequest {
             | Self::TakeAdapter { .. }
             | Self::AdapterPiece { .. }
             | Self::KeepAdapters { .. } => Delivery::Repeat,
-            Self::State | Self::Probe { .. } | Self::Begin(_) | Self::Discard { .. } => Delivery::Once,
+            Self::State | Self::Probe(_) | Self::Begin(_) | Self::Discard { .. } => Delivery::Once,
         }
     }
 

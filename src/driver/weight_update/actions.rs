@@ -270,7 +270,8 @@ impl Task {
             committed: committed.map(|committed| committed.commit),
             nodes: nodes.clone(),
             engines: self.machine.lives().filter_map(engine).collect(),
-            model_paths: BTreeMap::new(),
+            models: BTreeMap::new(),
+            holds_other: None,
         };
         let job = self.spawn(action, async move {
             let (result, extra) = match job.run().await {

@@ -70,9 +70,8 @@ impl StageJob {
     }
 
     async fn read(&self, path: &Path) -> Result<Adapter, String> {
-        let known =
-            [self.model_path(self.leader())].into_iter().chain(self.model_paths.values().map(String::as_str));
-        let model = PathBuf::from(known.into_iter().find(|path| !path.is_empty()).unwrap_or_default());
+        let model = self.models.get(&self.leader()).or_else(|| self.models.values().next());
+        let model = model.cloned().unwrap_or_default();
         let path = path.to_owned();
         let read = self.tools.look(move |known, cancel| known.adapter(&path, &model, cancel)).await;
         let (checkpoint, config) = read?;

@@ -3,6 +3,7 @@
 
 use futures::future::OptionFuture;
 
+use super::super::handles::CheckpointDir;
 use super::nodes::no_checkpoints;
 use super::*;
 
@@ -21,19 +22,24 @@ pub(super) struct StageJob {
     pub(super) nodes: Vec<NodeId>,
     pub(super) engines: Vec<(RankHandle, NodeId, Option<EngineInfo>)>,
     /// Start-up checkpoint of each node: found by the job.
-    pub(super) model_paths: BTreeMap<NodeId, String>,
+    pub(super) models: BTreeMap<NodeId, CheckpointDir>,
+    /// Why an engine did not begin with it: found by the job.
+    pub(super) holds_other: Option<String>,
 }
 
 impl StageJob {
     pub(super) async fn run(mut self) -> Result<(Staging, Extra), (NodeId, String)> {
         let infos = self.ask_shims().await?;
         let leader = self.leader();
-        let model_path = self.model_path(leader).to_owned();
+        let model = self.model(leader);
         let adapters = self.prepare_adapters().await?;
         let startup = match self.committed {
             None if !self.request.has_weights() => {
-                let at = (leader, model_path.as_str());
-                Some(self.tools.startup(at, at).await.map_err(|error| (leader, error))?)
+                let found = match &self.holds_other {
+                    Some(reason) => Err(reason.clone()),
+                    None => self.tools.startup((leader, &model), (leader, &model)).await,
+                };
+                Some(found.map_err(|error| (leader, error))?)
             }
             _ => None,
         };
@@ -41,7 +47,7 @@ impl StageJob {
             true => self.stage_weights().await?,
             false => no_checkpoints(&self.nodes),
         };
-        let staging = Staging { nodes, adapters: adapters.changes, startup, model_path };
+        let staging = Staging { nodes, adapters: adapters.changes, startup, model_path: model.path };
         Ok((staging, Extra { guard: None, infos, adapters: adapters.on_nodes }))
     }
 
@@ -56,24 +62,56 @@ impl StageJob {
             info.map(|info| (handle.rank, *node, info)).map_err(failed)
         });
         let answers = join_all(asked).await.into_iter().collect::<Result<Vec<_>, _>>()?;
-        for (_, node, info) in &answers {
-            let path = self.model_paths.entry(*node).or_insert_with(|| info.model_path.clone());
-            if *path != info.model_path {
-                let (one, other) = (path, &info.model_path);
+        for (rank, node, info) in &answers {
+            let model = self.models.entry(*node).or_insert_with(|| info.model());
+            if *model != info.model() {
+                let (one, other) = (&model.path, &info.model_path);
                 let error = format!("engines were started from different checkpoints: {one} and {other}");
                 return Err((*node, error));
             }
+            let of_rank = |reason: String| format!("rank {rank}: {reason}");
+            if let Some(reason) = info.refuses() {
+                return Err((*node, of_rank(reason)));
+            }
+            self.holds_other = self.holds_other.take().or_else(|| info.holds_other().map(of_rank));
         }
         Ok(answers.into_iter().map(|(rank, _, info)| (rank, Some(info))).collect())
+    }
+
+    async fn read_anyway(&self, directory: CheckpointDir) -> Result<CheckpointDir, String> {
+        let read = move |_: &Known, _: &AtomicBool| match directory.manifest() {
+            Ok(_) => Ok(directory),
+            Err(error) => Err(error.to_string()),
+        };
+        self.tools.look(read).await
     }
 
     pub(super) fn leader(&self) -> NodeId {
         self.nodes.first().copied().unwrap_or_default()
     }
 
-    /// Directory of the checkpoint that the engines of a node were started from.
-    pub(super) fn model_path(&self, node: NodeId) -> &str {
-        self.model_paths.get(&node).map(String::as_str).unwrap_or_default()
+    /// The checkpoint that the engines of a node were started from.
+    pub(super) fn model(&self, node: NodeId) -> CheckpointDir {
+        self.models.get(&node).cloned().unwrap_or_default()
+    }
+
+    /// Which files of a directory count, as vLLM's loader in an engine of the node says.
+    pub(super) async fn resolve(&self, node: NodeId, path: &str) -> Result<CheckpointDir, String> {
+        let unasked = CheckpointDir { path: path.to_owned(), files: None };
+        let Some((handle, ..)) = self.engines.iter().find(|(_, of, _)| *of == node) else {
+            return Ok(unasked);
+        };
+        if !Path::new(path).is_dir() {
+            // vLLM would take it for a name on a hub.
+            return self.read_anyway(unasked).await;
+        }
+        let error = match shim::directory(handle, path, self.tools.config.call_timeout).await {
+            Ok(directory) => return Ok(directory),
+            Err(error) => error,
+        };
+        // What is wrong with the directory is said better here.
+        self.read_anyway(unasked).await?;
+        Err(format!("rank {}: vLLM does not read {path}: {error}", handle.rank))
     }
 
     /// For each part of it.
@@ -185,10 +223,11 @@ impl Tools {
     /// A node says that it cannot find a directory, also at the end of the start. A node that does not answer does not.
     async fn lacks(&self, node: NodeId, directory: &str) -> bool {
         let until = self.began + self.config.startup_timeout;
+        let unasked = CheckpointDir { path: directory.to_owned(), files: None };
         let mut told = false;
         loop {
             let lacks = match self.stages.has_stage(node) {
-                true => matches!(self.stages.probe(node, directory).await, Ok(None)),
+                true => matches!(self.stages.probe(node, &unasked).await, Ok(None)),
                 false => matches!(tokio::fs::try_exists(directory).await, Ok(false)),
             };
             if !lacks || Instant::now() >= until {
@@ -220,8 +259,8 @@ impl Tools {
             if checkpoints.contains_key(&node) {
                 continue;
             }
-            let path = info(rank).map(|info| info.model_path.as_str()).unwrap_or_default();
-            let found = self.committed_in(node, &committed.commit, path).await;
+            let model = info(rank).map(EngineInfo::model).unwrap_or_default();
+            let found = self.committed_in(node, &committed.commit, &model).await;
             checkpoints.insert(node, found.map_err(|reason| (*rank, reason))?);
         }
         let loads = self.handles(engines.keys()).into_iter().map(async |handle| {
@@ -268,7 +307,12 @@ impl Tools {
     }
 
     /// What engines of a node load to hold the committed weights.
-    async fn committed_in(&self, node: NodeId, commit: &Commit, model: &str) -> Result<Checkpoint, String> {
+    async fn committed_in(
+        &self,
+        node: NodeId,
+        commit: &Commit,
+        model: &CheckpointDir,
+    ) -> Result<Checkpoint, String> {
         if commit.checkpoint.extents.is_empty() {
             return Ok(commit.checkpoint.clone());
         }
@@ -283,18 +327,21 @@ impl Tools {
         before: Option<Checkpoint>,
         infos: &Infos,
     ) -> Result<Checkpoint, String> {
-        let path = |node| {
+        let info = |node| {
             let mut there = infos.iter().filter(|(rank, _)| self.node_of(**rank) == node);
-            let info = there.find_map(|(_, info)| info.as_ref());
-            info.map(|info| info.model_path.clone()).unwrap_or_default()
+            there.find_map(|(_, info)| info.as_ref())
         };
+        let model = |node| info(node).map(EngineInfo::model).unwrap_or_default();
         match (committed, before) {
-            (Some(committed), _) => self.committed_in(node, &committed.commit, &path(node)).await,
+            (Some(committed), _) => self.committed_in(node, &committed.commit, &model(node)).await,
             (None, Some(before)) => Ok(before),
             (None, None) => {
                 let leader = self.stages.in_order(self.node_of.values().copied().collect());
                 let leader = leader.first().copied().unwrap_or(node);
-                let (own, leaders) = (path(node), path(leader));
+                let (own, leaders) = (model(node), model(leader));
+                if let Some(reason) = info(node).and_then(EngineInfo::holds_other) {
+                    return Err(reason);
+                }
                 self.startup((leader, &leaders), (node, &own)).await
             }
         }

@@ -1,6 +1,6 @@
 //! Staging of an update on all nodes: where the bytes come from, and the way back.
 
-use super::super::handles::{StageSource, StageSpec, StageState};
+use super::super::handles::{CheckpointDir, StageSource, StageSpec, StageState};
 use super::jobs::StageJob;
 use super::*;
 
@@ -15,9 +15,9 @@ const NO_WAY_BACK: &str = "--allow-no-rollback updates all the same";
 /// How the bytes reach the engines.
 enum Plan {
     /// Engines load from this directory, which all nodes can read.
-    Directory,
+    Directory(CheckpointDir),
     /// Every node takes this directory into its memory.
-    Shared(String),
+    Shared(CheckpointDir),
     /// The leader takes it, and passes it on.
     Chain(StageSource),
 }
@@ -33,8 +33,8 @@ impl StageJob {
         let leader = self.leader();
         let on_leader = |error: String| (leader, error);
         let plan = self.plan(leader).await.map_err(on_leader)?;
-        if matches!(plan, Plan::Directory) {
-            return self.leader_directory(leader).await.map_err(on_leader);
+        if let Plan::Directory(source) = plan {
+            return self.leader_directory(leader, source).await.map_err(on_leader);
         }
         let mut previous = BTreeMap::new();
         for &node in &self.nodes {
@@ -45,7 +45,7 @@ impl StageJob {
         let mut downstream = None;
         for &node in self.nodes.iter().rev() {
             let source = match &plan {
-                Plan::Shared(path) => StageSource::Directory(path.clone()),
+                Plan::Shared(directory) => StageSource::Directory(directory.clone()),
                 Plan::Chain(source) if node == leader => source.clone(),
                 _ => StageSource::Upstream,
             };
@@ -56,7 +56,7 @@ impl StageJob {
                 source,
                 downstream: downstream.filter(|_| chained),
                 retain: self.request.retain,
-                model_path: self.model_paths.get(&node).cloned(),
+                model: self.models.get(&node).cloned(),
             };
             let awaits_bytes = spec.source == StageSource::Upstream;
             let begun = stages.begin(node, spec).await.map_err(|error| (node, error))?;
@@ -122,32 +122,33 @@ impl StageJob {
         if !path.is_absolute() {
             return Err(format!("checkpoint {}: expected an absolute path", path.display()));
         }
-        if !self.nodes.iter().any(|node| self.tools.stages.has_stage(*node)) {
-            return Ok(Plan::Directory);
-        }
         // What a link points to: links such as `latest` are moved when the next checkpoint comes.
         let path = path.canonicalize().unwrap_or(path);
-        let path = path.to_str().ok_or("the path is not UTF-8")?.to_owned();
+        let directory = self.resolve(leader, path.to_str().ok_or("the path is not UTF-8")?).await?;
+        if !self.nodes.iter().any(|node| self.tools.stages.has_stage(*node)) {
+            return Ok(Plan::Directory(directory));
+        }
+        let path = path.display();
         let shared = match self.request.source {
             UpdateSource::Leader => self.nodes.len() == 1,
-            _ => self.is_shared(leader, &path).await?,
+            _ => self.is_shared(leader, &directory).await?,
         };
         match self.request.source {
             UpdateSource::Shared if !shared => Err(format!("not every node sees the same files in {path}")),
-            _ if shared && self.request.retain == Retain::Disk => Ok(Plan::Directory),
-            _ if shared => Ok(Plan::Shared(path)),
-            _ => Ok(Plan::Chain(StageSource::Directory(path))),
+            _ if shared && self.request.retain == Retain::Disk => Ok(Plan::Directory(directory)),
+            _ if shared => Ok(Plan::Shared(directory)),
+            _ => Ok(Plan::Chain(StageSource::Directory(directory))),
         }
     }
 
-    async fn is_shared(&self, leader: NodeId, path: &str) -> Result<bool, String> {
+    async fn is_shared(&self, leader: NodeId, directory: &CheckpointDir) -> Result<bool, String> {
         if self.nodes.len() == 1 {
             return Ok(true);
         }
-        let probes = join_all(self.nodes.iter().map(|node| self.tools.stages.probe(*node, path))).await;
+        let probes = join_all(self.nodes.iter().map(|node| self.tools.stages.probe(*node, directory))).await;
         let mut digests = probes.into_iter().collect::<Result<Vec<_>, _>>()?.into_iter();
         let Some(Some(first)) = digests.next() else {
-            return Err(format!("{} cannot read {path}", self.tools.stages.name(leader)));
+            return Err(format!("{} cannot read {}", self.tools.stages.name(leader), directory.path));
         };
         Ok(digests.all(|digest| digest.as_ref() == Some(&first)))
     }
@@ -171,9 +172,8 @@ impl StageJob {
     }
 
     /// Engines load from the directory, as the leader sees it.
-    async fn leader_directory(&self, leader: NodeId) -> Result<Checkpoints, String> {
-        let source = self.request.path.clone().unwrap_or_default();
-        let model_path = PathBuf::from(self.model_path(leader));
+    async fn leader_directory(&self, leader: NodeId, source: CheckpointDir) -> Result<Checkpoints, String> {
+        let model = self.model(leader);
         let previous = self.previous_in(leader, leader, &StageState::default()).await?;
         let notes = self.tools.notes.clone();
         let new = self.tools.look(move |known, cancel| {
@@ -188,7 +188,7 @@ impl StageJob {
                     notes.try_send(event).ok();
                 }
             };
-            known.check(&source, &model_path, &progress, cancel)
+            known.check(&source, &model, &progress, cancel)
         });
         let new = new.await?;
         let mut all = Checkpoints::new();
@@ -226,8 +226,10 @@ impl StageJob {
 
     async fn way_back(&self, leader: NodeId, node: NodeId, state: &StageState) -> Result<Checkpoint, String> {
         let Some(commit) = &self.committed else {
-            let of = |node| (node, self.model_path(node));
-            return self.tools.startup(of(leader), of(node)).await;
+            return match &self.holds_other {
+                Some(reason) => Err(reason.clone()),
+                None => self.tools.startup((leader, &self.model(leader)), (node, &self.model(node))).await,
+            };
         };
         if let Some(current) = state.current.as_ref().filter(|current| current.id == *commit.weights_id())
             && self.request.retain == Retain::Memory
@@ -253,22 +255,23 @@ impl Tools {
     /// The checkpoint that the engines of a node were started from, as the leader knows it.
     pub(super) async fn startup(
         &self,
-        (leader, leaders_path): (NodeId, &str),
-        (node, path): (NodeId, &str),
+        (leader, leaders): (NodeId, &CheckpointDir),
+        (node, own): (NodeId, &CheckpointDir),
     ) -> Result<Checkpoint, String> {
-        let model = PathBuf::from(leaders_path);
+        let model = leaders.clone();
         let found = self.look(move |known, cancel| known.startup(&model, cancel)).await?;
         if node == leader {
             return Ok(found);
         }
-        let (ours, theirs) =
-            (self.stages.probe(leader, leaders_path).await?, self.stages.probe(node, path).await?);
+        let (ours, theirs) = (self.stages.probe(leader, leaders).await?, self.stages.probe(node, own).await?);
         if ours.is_none() || ours != theirs {
             return Err(format!(
-                "{} was started from other files in {path} than the leader in {leaders_path}",
-                self.stages.name(node)
+                "{} was started from other files in {} than the leader in {}",
+                self.stages.name(node),
+                own.path,
+                leaders.path
             ));
         }
-        Ok(Checkpoint { path: path.to_owned(), ..found })
+        Ok(Checkpoint { path: own.path.clone(), ..found })
     }
 }

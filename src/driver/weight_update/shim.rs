@@ -10,11 +10,11 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use super::super::engine_calls::worker_call;
-use super::super::handles::{HandleError, RankHandle};
+use super::super::handles::{CheckpointDir, HandleError, RankHandle};
 
 /// Version of the contract. 2: segments and adapters. 3: the sidecar compares an adapter's shapes and sends its
-/// configuration.
-pub(super) const PROTOCOL: u64 = 3;
+/// configuration. 4: vLLM's loader is asked for files.
+pub(super) const PROTOCOL: u64 = 4;
 
 /// What an engine says about itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,11 +23,37 @@ pub(super) struct EngineInfo {
     pub(super) model_path: String,
     pub(super) vllm_version: String,
     pub(super) shim_version: String,
+    /// `--load-format`.
+    pub(super) load_format: String,
+    /// Names of the files that its loader reads there; `None`: it is not vLLM's default loader.
+    pub(super) files: Option<Vec<String>>,
     /// Highest rank of an adapter that the engine takes; `None`: it was started without `--enable-lora`.
     pub(super) max_lora_rank: Option<u64>,
 }
 
 impl EngineInfo {
+    /// The checkpoint of the command line.
+    pub(super) fn model(&self) -> CheckpointDir {
+        CheckpointDir { path: self.model_path.clone(), files: self.files.clone() }
+    }
+
+    /// Why the engine does not hold the checkpoint of the command line, although nothing else was loaded.
+    pub(super) fn holds_other(&self) -> Option<String> {
+        let dummy = self.load_format == "dummy";
+        dummy.then(|| {
+            "with --load-format dummy it has started with random weights, which no file holds".to_owned()
+        })
+    }
+
+    /// Why its weights cannot be updated.
+    pub(super) fn refuses(&self) -> Option<String> {
+        let other = self.files.iter().flatten().find(|file| !file.ends_with(".safetensors"))?;
+        Some(format!(
+            "its model was loaded from {other} in {}: only safetensors can be compared",
+            self.model_path
+        ))
+    }
+
     /// `reset_prefix_cache` tells a connector that is not there from one that failed, since 0.32.0.
     pub(super) fn connector_answers(&self) -> bool {
         self.vllm_version.parse().is_ok_and(|version: VllmVersion| version >= VllmVersion::new(0, 32, 0))
@@ -42,8 +68,22 @@ impl EngineInfo {
 
 /// Asks all workers of a rank who they are. The error says what to do about it.
 pub(super) async fn info(rank: &RankHandle, limit: Duration) -> Result<EngineInfo, String> {
-    let empty = Value::Map(Vec::new());
-    let answer = match worker_call(rank, "dp_sidecar_info", empty, limit).await {
+    info_with(rank, None, limit).await
+}
+
+/// Asks vLLM's loader in a rank which files of a directory count.
+pub(super) async fn directory(
+    rank: &RankHandle,
+    path: &str,
+    limit: Duration,
+) -> Result<CheckpointDir, String> {
+    let EngineInfo { files, .. } = info_with(rank, Some(path), limit).await?;
+    Ok(CheckpointDir { path: path.to_owned(), files })
+}
+
+async fn info_with(rank: &RankHandle, path: Option<&str>, limit: Duration) -> Result<EngineInfo, String> {
+    let kwargs = map(path.map(|path| ("path", path.into())).into_iter().collect());
+    let answer = match worker_call(rank, "dp_sidecar_info", kwargs, limit).await {
         Ok(answer) => answer,
         Err(HandleError::Failed(text)) if text.contains("dp_sidecar_info") => {
             return Err(
@@ -72,6 +112,10 @@ pub(super) async fn info(rank: &RankHandle, limit: Duration) -> Result<EngineInf
             model_path: text("model_path"),
             vllm_version: text("vllm_version"),
             shim_version: text("shim_version"),
+            load_format: text("load_format"),
+            files: worker["files"]
+                .as_array()
+                .map(|files| files.iter().filter_map(Value::as_str).map(str::to_owned).collect()),
             max_lora_rank: worker["max_lora_rank"].as_u64(),
         });
     }
@@ -207,6 +251,8 @@ mod tests {
             model_path: String::new(),
             vllm_version: version.to_owned(),
             shim_version: String::new(),
+            load_format: String::new(),
+            files: None,
             max_lora_rank: None,
         };
         for (version, answers) in [

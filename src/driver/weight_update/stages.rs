@@ -3,7 +3,8 @@
 use tokio::sync::Semaphore;
 
 use super::super::handles::{
-    AdapterPlace, StageEvent, StageHandle, StageRequest, StageSource, StageSpec, StageState, StagedVersion,
+    AdapterPlace, CheckpointDir, StageEvent, StageHandle, StageRequest, StageSource, StageSpec, StageState,
+    StagedVersion,
 };
 use super::*;
 use crate::api::StageProgress;
@@ -104,9 +105,13 @@ impl Stages {
         self.ask(node, StageRequest::State).await
     }
 
-    /// What a node sees at a path; none: it cannot read it.
-    pub(super) async fn probe(&self, node: NodeId, path: &str) -> Result<Option<String>, String> {
-        let probed = self.ask(node, StageRequest::Probe { path: path.to_owned() }).await?;
+    /// What a node sees in a directory; none: it cannot read it.
+    pub(super) async fn probe(
+        &self,
+        node: NodeId,
+        directory: &CheckpointDir,
+    ) -> Result<Option<String>, String> {
+        let probed = self.ask(node, StageRequest::Probe(directory.clone())).await?;
         Ok(probed.probed)
     }
 
@@ -182,7 +187,7 @@ impl Stages {
         &self,
         node: NodeId,
         commit: &Commit,
-        model_path: &str,
+        model: &CheckpointDir,
         limit: Duration,
     ) -> Result<Checkpoint, String> {
         let _turn = tokio::time::timeout(limit, self.turn.acquire()).await;
@@ -203,7 +208,7 @@ impl Stages {
             source,
             downstream: None,
             retain: Retain::Memory,
-            model_path: Some(model_path.to_owned()),
+            model: Some(model.clone()),
         };
         let mut why = "no node has it".to_owned();
         for other in self.nodes.keys().copied().filter(|other| *other != node && self.has_stage(*other)) {
@@ -220,7 +225,9 @@ impl Stages {
         if let Some(path) = commit.directory() {
             info!(version = %commit.version, path, node = self.name(node), "staging the committed weights again");
             let staged = async {
-                self.begin(node, spec(StageSource::Directory(path.to_owned()))).await?;
+                let files = Some(commit.checkpoint.files.clone());
+                let directory = CheckpointDir { path: path.to_owned(), files };
+                self.begin(node, spec(StageSource::Directory(directory))).await?;
                 self.take(node, commit, limit).await
             };
             match staged.await {
@@ -248,7 +255,7 @@ impl Stages {
         let source = StageSpec {
             source: StageSource::Current,
             downstream: Some(begun.data_address.ok_or("no data address")?),
-            model_path: None,
+            model: None,
             ..spec.clone()
         };
         self.begin(from, source).await?;

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use dp_sidecar_protocol::machine::weight_update::Checkpoint;
 use parking_lot::Mutex;
 
-use super::super::handles::ADAPTER_FILE;
+use super::super::handles::{ADAPTER_FILE, CheckpointDir};
 use crate::files;
 use crate::manifest::{Manifest, ManifestError, ManifestFile, Progress};
 
@@ -25,7 +25,7 @@ pub(super) struct Known {
 #[derive(Debug, Default)]
 struct Inner {
     /// Manifest of the command line's checkpoint, by directory, as it was first seen.
-    models: BTreeMap<PathBuf, Manifest>,
+    models: BTreeMap<String, Manifest>,
     /// Whole digests, with the files they belong to.
     digests: BTreeMap<PathBuf, (Vec<ManifestFile>, String)>,
 }
@@ -50,17 +50,15 @@ impl Known {
     /// Checks a new directory against that of the command line's checkpoint, and hashes it. Blocks.
     pub(super) fn check(
         &self,
-        source: &Path,
-        model_path: &Path,
+        source: &CheckpointDir,
+        model: &CheckpointDir,
         progress: &(dyn Fn(Progress) + Sync),
         cancel: &AtomicBool,
     ) -> Result<Checkpoint, String> {
-        let model = self.model(model_path).map_err(|error| {
+        let model = self.model(model).map_err(|error| {
             format!("cannot read the checkpoint that the engines were started from: {error}")
         })?;
-        // What a link points to: links such as `latest` are moved when the next checkpoint comes.
-        let target = source.canonicalize();
-        let new = Manifest::read(target.as_deref().unwrap_or(source)).map_err(|error| error.to_string())?;
+        let new = source.manifest().map_err(|error| error.to_string())?;
         new.check_against(&model).map_err(|error| error.to_string())?;
         let digest = self.digest(&new, progress, cancel).map_err(|error| error.to_string())?;
         Ok(new.checkpoint(Some(digest)))
@@ -71,7 +69,7 @@ impl Known {
     pub(super) fn adapter(
         &self,
         path: &Path,
-        model: &Path,
+        model: &CheckpointDir,
         cancel: &AtomicBool,
     ) -> Result<(Checkpoint, String), String> {
         let failed = |error: &dyn std::fmt::Display| format!("adapter in {}: {error}", path.display());
@@ -81,7 +79,7 @@ impl Known {
         let path = path.canonicalize().map_err(|error| failed(&error))?;
         let config = adapter_config(&path.join("adapter_config.json"))
             .map_err(|error| failed(&format!("adapter_config.json: {error}")))?;
-        let manifest = Manifest::read(&path).map_err(|error| failed(&error))?;
+        let manifest = Manifest::read(&path, None).map_err(|error| failed(&error))?;
         let model = self.model(model).inspect_err(|error| {
             tracing::warn!("the shapes of an adapter are not compared with the model's: {error}");
         });
@@ -95,21 +93,21 @@ impl Known {
         Ok((checkpoint, config))
     }
 
-    fn model(&self, path: &Path) -> Result<Manifest, ManifestError> {
-        if let Some(known) = self.inner.lock().models.get(path) {
+    fn model(&self, model: &CheckpointDir) -> Result<Manifest, ManifestError> {
+        if let Some(known) = self.inner.lock().models.get(&model.path) {
             return Ok(known.clone());
         }
-        let manifest = Manifest::read(path)?;
+        let manifest = model.manifest()?;
         let mut inner = self.inner.lock();
-        Ok(inner.models.entry(path.to_owned()).or_insert(manifest).clone())
+        Ok(inner.models.entry(model.path.clone()).or_insert(manifest).clone())
     }
 
     /// The checkpoint that the engines were started from, checked to be what it was when it was first seen. Blocks.
-    pub(super) fn startup(&self, path: &Path, cancel: &AtomicBool) -> Result<Checkpoint, String> {
+    pub(super) fn startup(&self, model: &CheckpointDir, cancel: &AtomicBool) -> Result<Checkpoint, String> {
         let gone = |error: &dyn std::fmt::Display| {
-            format!("the directory of the current weights, {}, cannot be used: {error}", path.display())
+            format!("the directory of the current weights, {}, cannot be used: {error}", model.path)
         };
-        let model = self.model(path).map_err(|error| gone(&error))?;
+        let model = self.model(model).map_err(|error| gone(&error))?;
         model.check_unchanged().map_err(|error| gone(&error))?;
         let digest = self.digest(&model, &|_| {}, cancel).map_err(|error| gone(&error))?;
         Ok(model.checkpoint(Some(digest)))
@@ -117,7 +115,8 @@ impl Known {
 
     /// Whether a directory still holds what it held when it was committed. Blocks.
     pub(super) fn verify(&self, checkpoint: &Checkpoint, cancel: &AtomicBool) -> Result<(), String> {
-        let manifest = Manifest::read(Path::new(&checkpoint.path)).map_err(|e| e.to_string())?;
+        let files = Some(&checkpoint.files[..]);
+        let manifest = Manifest::read(Path::new(&checkpoint.path), files).map_err(|e| e.to_string())?;
         let digest = self.digest(&manifest, &|_| {}, cancel).map_err(|error| error.to_string())?;
         match &checkpoint.digest {
             Some(expected) if *expected != digest => {

@@ -186,6 +186,8 @@ fn message(record: &Record, version: &WeightVersion) -> String {
 pub struct UpdateSnapshot {
     /// Label of the committed weights; `default` before the first update.
     pub version: WeightVersion,
+    /// Whether they can be updated, and why not, for people.
+    pub updates: String,
     /// Where they are; none before the first update (the command line's checkpoint then).
     pub committed: Option<Checkpoint>,
     /// Where they came from: a directory, or `upload:ID`.

@@ -32,7 +32,7 @@ impl Prefault {
         let Some(path) = config.prefault.clone() else { return Self::Done };
         let chunk = config.chunk;
         Self::Measuring(spawn_blocking(move || {
-            let layout = Layout::of(&Manifest::read(&path)?, chunk).map_err(StageError::Layout)?;
+            let layout = Layout::of(&Manifest::read(&path, None)?, chunk).map_err(StageError::Layout)?;
             Ok(layout.segment_size())
         }))
     }

@@ -13,7 +13,7 @@ fn adapter(dir: &Path, seed: u8) -> (PathBuf, String, Vec<u8>) {
     std::fs::create_dir_all(&path).unwrap();
     let data = vec![seed; 10_000];
     write(&path, ADAPTER_FILE, &[("lora_A", "U8", &[10_000], &data)]);
-    let manifest = Manifest::read(&path).unwrap();
+    let manifest = Manifest::read(&path, None).unwrap();
     let digest = manifest.digests(&|_| {}, &AtomicBool::new(false)).unwrap().whole;
     let bytes = std::fs::read(path.join(ADAPTER_FILE)).unwrap();
     (path, digest, bytes)

@@ -137,10 +137,7 @@ async fn nodes_see_whether_they_have_the_same_directory() {
     let dir = checkpoint(1, 2, 9000);
     let place = Place::new("node");
     let node = Node::start(&place);
-    let probe = async |path: &Path| {
-        let path = path.to_string_lossy().into_owned();
-        node.ask(StageRequest::Probe { path }).await.unwrap().probed
-    };
+    let probe = async |path: &Path| node.ask(StageRequest::Probe(checkpoint_dir(path))).await.unwrap().probed;
     let first = probe(dir.path()).await.unwrap();
     assert_eq!(probe(checkpoint(1, 2, 9000).path()).await, Some(first.clone()));
     assert_ne!(probe(checkpoint(2, 2, 9000).path()).await, Some(first), "other weights of the same model");

@@ -205,10 +205,10 @@ async fn a_discard_ends_a_staging_at_once() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_checkpoint_of_another_model_is_refused_on_every_node() {
     let (model, wrong) = (checkpoint(1, 1, 9000), checkpoint(1, 1, 9001));
-    let model_path = Some(model.path().to_string_lossy().into_owned());
+    let model = Some(checkpoint_dir(model.path()));
     let mut chain = Chain::new(2);
     // The first node does not know the model, the second one does.
-    let checked = StageSpec { model_path: model_path.clone(), ..spec("u1", StageSource::Upstream, None) };
+    let checked = StageSpec { model: model.clone(), ..spec("u1", StageSource::Upstream, None) };
     let address = chain.nodes[1].begin(checked).await;
     chain.nodes[0].begin(spec("u1", directory(wrong.path()), address)).await;
     for outcome in chain.outcomes().await {
@@ -216,7 +216,7 @@ async fn a_checkpoint_of_another_model_is_refused_on_every_node() {
         assert!(error.contains("node 1") && error.contains("has shape [9001], expected [9000]"), "{error}");
     }
     // Before anything is begun, if the reader knows it.
-    let at_once = StageSpec { model_path, ..spec("u2", directory(wrong.path()), None) };
+    let at_once = StageSpec { model, ..spec("u2", directory(wrong.path()), None) };
     let error = chain.nodes[0].ask(StageRequest::Begin(at_once)).await.unwrap_err().to_string();
     assert!(error.starts_with("node 0: ") && error.contains("has shape [9001]"), "{error}");
     chain.end().await;

@@ -77,6 +77,50 @@ async fn nothing_else_is_served_while_the_committed_directory_is_gone() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn engines_with_dummy_weights_have_no_way_back_until_the_first_commit() {
+    let world = world(GroupKind::Independent).await;
+    for rank in 0..2 {
+        world.engine(rank).load_format = "dummy";
+        world.ranks[rank].restart();
+    }
+    world.restore_all().await.unwrap();
+    let updates = world.updates.snapshot.borrow().updates.clone();
+    assert!(
+        updates.starts_with("only with --allow-no-rollback: rank 0: with --load-format dummy"),
+        "{updates}"
+    );
+    let record = world.update(world.request("u1")).await;
+    assert_eq!(*record.outcome(), Outcome::RefusedInvalid);
+    assert!(record.message.contains("--load-format dummy"), "{}", record.message);
+    let accepted = UpdateRequest { allow_no_rollback: true, ..world.request("u1") };
+    let record = world.update(accepted).await;
+    assert_eq!(*record.outcome(), Outcome::Committed, "{}", record.message);
+    assert_eq!(world.updates.snapshot.borrow().updates, "possible");
+    world.end().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_model_in_another_form_than_safetensors_is_not_updated_and_said_so_at_once() {
+    let world = world(GroupKind::Independent).await;
+    std::fs::rename(
+        world.dir.path().join("start/model.safetensors"),
+        world.dir.path().join("start/model.bin"),
+    )
+    .unwrap();
+    for rank in 0..2 {
+        world.ranks[rank].restart();
+    }
+    world.restore_all().await.unwrap();
+    let updates = world.updates.snapshot.borrow().updates.clone();
+    let expected = format!("no: rank 0: its model was loaded from model.bin in {}", world.path("start"));
+    assert!(updates.starts_with(&expected), "{updates}");
+    let record = world.update(world.request("u1")).await;
+    assert_eq!(*record.outcome(), Outcome::RefusedInvalid);
+    assert!(record.message.contains("model.bin"), "{}", record.message);
+    world.end().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn weights_committed_for_another_model_are_not_loaded() {
     let world = world(GroupKind::Independent).await;
     world.update(world.request("u1")).await;

@@ -6,8 +6,8 @@ use dp_sidecar_protocol::machine::weight_update::Extent;
 use parking_lot::Mutex;
 
 use super::super::super::handles::{
-    AdapterPlace, Envelope, HandleError, StageEvent, StageHandle, StageRequest, StageSource, StageSpec,
-    StageState, StagedVersion, queue,
+    AdapterPlace, CheckpointDir, Envelope, HandleError, StageEvent, StageHandle, StageRequest, StageSource,
+    StageSpec, StageState, StagedVersion, queue,
 };
 use super::*;
 use crate::api::{Chunks, StageProgress};
@@ -71,7 +71,7 @@ impl FakeStage {
     async fn answer(&self, request: StageRequest, network: &Network) -> Result<StageState, String> {
         match request {
             StageRequest::State => {}
-            StageRequest::Probe { path } => {
+            StageRequest::Probe(CheckpointDir { path, .. }) => {
                 let mut state = self.area.lock().state.clone();
                 let readable = !self.area.lock().blind.contains(&path);
                 state.probed = readable.then(|| format!("probe of {path}"));
@@ -129,7 +129,7 @@ impl FakeStage {
 
     async fn begin(&self, spec: StageSpec, network: &Network) -> Result<(), String> {
         let source = match &spec.source {
-            StageSource::Directory(path) => format!("directory {path}"),
+            StageSource::Directory(directory) => format!("directory {}", directory.path),
             StageSource::Upload(id) => format!("upload {id}"),
             StageSource::Upstream => "upstream".to_owned(),
             StageSource::Current => "current".to_owned(),
@@ -157,7 +157,7 @@ impl FakeStage {
                     network.lock().insert(address, (self.clone(), spec));
                     return Ok(());
                 }
-                StageSource::Directory(path) => path.clone(),
+                StageSource::Directory(directory) => directory.path.clone(),
                 StageSource::Upload(id) => format!("upload:{id}"),
                 StageSource::Current => {
                     let current = area.state.current.as_ref().ok_or("nothing is current")?;

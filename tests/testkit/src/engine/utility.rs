@@ -1,5 +1,6 @@
 //! Utility calls (`EngineCoreProc._invoke_utility_method`).
 
+use std::path::Path;
 use std::time::Instant;
 
 use rmpv::Value;
@@ -13,7 +14,7 @@ use super::weights::{self, Hashing};
 use crate::msg;
 
 /// Version of the worker RPC between sidecar and shim. Requests of version 1 are understood as well.
-pub(super) const SHIM_PROTOCOL: u64 = 3;
+pub(super) const SHIM_PROTOCOL: u64 = 4;
 
 /// What a method does with its call.
 enum Outcome {
@@ -230,7 +231,7 @@ impl Engine {
         let one = |value: Value| ok(Value::Array(vec![value]));
         Ok(match method {
             "check_health" => one(Value::Nil),
-            "dp_sidecar_info" if !self.faults.no_shim => one(self.info()),
+            "dp_sidecar_info" if !self.faults.no_shim => one(self.info(msg::text(kwargs, "path").as_deref())),
             "dp_sidecar_load" if !self.faults.no_shim => {
                 let request = msg::get(kwargs, "request").cloned().unwrap_or(Value::Nil);
                 let answer = self.load(&request)?;
@@ -266,23 +267,27 @@ impl Engine {
         })
     }
 
-    fn info(&self) -> Value {
+    fn info(&self, path: Option<&str>) -> Value {
         let model = self.options.model.as_deref();
+        let files = path.map(Path::new).or(model).map(weights::files).transpose();
+        let error = files.as_ref().err().map(|error| Value::from(error.text.as_str()));
+        let files = files.as_ref().ok().and_then(Option::as_ref);
+        let files = files.map(|files| Value::Array(files.iter().map(|file| file.as_str().into()).collect()));
         let model = model.map(|path| path.to_string_lossy().into_owned());
         let shim = self.faults.shim_version.as_deref();
         msg::map([
-            ("ok", Value::from(true)),
+            ("ok", Value::from(error.is_none())),
             ("protocol", Value::from(self.faults.shim_protocol.unwrap_or(SHIM_PROTOCOL))),
             ("shim_version", Value::from(shim.unwrap_or(env!("CARGO_PKG_VERSION")))),
             ("model_path", model.map_or(Value::Nil, Value::from)),
             ("vllm_version", Value::from(self.options.version.to_string())),
-            ("is_moe", Value::from(self.options.moe)),
+            ("load_format", Value::from("auto")),
+            ("files", files.unwrap_or(Value::Nil)),
             ("max_lora_rank", Value::from(16)),
             ("dp_rank", Value::from(self.options.rank)),
             ("rank", Value::from(0)),
-            ("world_size", Value::from(1)),
-            ("error", Value::Nil),
-            ("error_kind", Value::Nil),
+            ("error_kind", error.as_ref().map_or(Value::Nil, |_| Value::from("internal"))),
+            ("error", error.unwrap_or(Value::Nil)),
         ])
     }
 

@@ -243,11 +243,24 @@ pub fn identity(directory: &Path) -> Result<String, LoadError> {
     Ok(Loader::new(0).load(&parts(directory, &files, None)?, Hashing::Identity)?.digest)
 }
 
-/// The files of a directory in loading order: those of the index, or every `*.safetensors`.
+/// The files of a directory in loading order, as vLLM 0.32.0 finds them for `--load-format auto`: `consolidated*` alone,
+/// those of the index, or every `*.safetensors`.
 pub fn files(directory: &Path) -> Result<Vec<String>, LoadError> {
     let failed = |text: String| LoadError { kind: "files", text: format!("{}: {text}", directory.display()) };
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(directory).map_err(|error| failed(error.to_string()))? {
+        let name =
+            entry.map_err(|error| failed(error.to_string()))?.file_name().to_string_lossy().into_owned();
+        if name.ends_with(".safetensors") {
+            names.push(name);
+        }
+    }
+    names.sort();
+    let consolidated = |name: &String| name.starts_with("consolidated");
     let index = directory.join("model.safetensors.index.json");
-    if index.exists() {
+    if names.iter().any(consolidated) {
+        names.retain(consolidated);
+    } else if index.exists() {
         let text = std::fs::read(&index).map_err(|error| failed(error.to_string()))?;
         let index: Value = serde_json::from_slice(&text).map_err(|error| failed(error.to_string()))?;
         let mut names: Vec<String> = index["weight_map"]
@@ -260,15 +273,9 @@ pub fn files(directory: &Path) -> Result<Vec<String>, LoadError> {
         names.dedup();
         return Ok(names);
     }
-    let mut names = Vec::new();
-    for entry in std::fs::read_dir(directory).map_err(|error| failed(error.to_string()))? {
-        let name =
-            entry.map_err(|error| failed(error.to_string()))?.file_name().to_string_lossy().into_owned();
-        if name.ends_with(".safetensors") {
-            names.push(name);
-        }
+    if names.is_empty() {
+        return Err(failed("RuntimeError: Cannot find any model weights".to_owned()));
     }
-    names.sort();
     Ok(names)
 }
 
