@@ -312,18 +312,27 @@ fn weights_that_a_frontend_loads_make_the_current_version_unknown() {
 }
 
 #[test]
-fn a_worker_call_that_changes_nothing_leaves_the_version_known() {
-    let mut control = control(1, false);
-    let check = HeldCall {
-        rank: EngineIndex(0),
-        ticket: 1,
-        frontend: FrontendId(1),
-        api_server: 0,
-        method: "collective_rpc".to_owned(),
-        args: vec![Value::from("check_health")],
-    };
-    control.handle_event(at(0), Event::Held(check));
-    assert!(!control.snapshot().external_weights);
+fn only_worker_methods_known_to_keep_the_weights_leave_the_version_known() {
+    for (name, external) in [
+        ("check_health", false),
+        ("init_weight_transfer_engine", false),
+        ("update_weights_from_ipc", true),
+        ("skyrl_start_weight_update", true),
+        ("load_lora_from_tensors", true),
+        ("a_method_that_nobody_knows", true),
+    ] {
+        let mut control = control(1, false);
+        let call = HeldCall {
+            rank: EngineIndex(0),
+            ticket: 1,
+            frontend: FrontendId(1),
+            api_server: 0,
+            method: "collective_rpc".to_owned(),
+            args: vec![Value::from(name)],
+        };
+        control.handle_event(at(0), Event::Held(call));
+        assert_eq!(control.snapshot().external_weights, external, "{name}");
+    }
 }
 
 /// The laws, by name.

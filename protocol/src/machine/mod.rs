@@ -20,6 +20,7 @@ pub mod lifecycle;
 #[cfg_attr(not(feature = "mutations"), allow(dead_code, reason = "only tests switch them on"))]
 #[doc(hidden)]
 pub mod mutation;
+pub mod policy;
 pub mod restart;
 pub mod virtual_engine;
 pub mod weight_update;

@@ -24,6 +24,7 @@ use rmpv::Value;
 
 use crate::machine::held_call::{HeldCall, Verdict};
 use crate::machine::mutation::{Mutation, mutated};
+use crate::machine::policy::{Effect, Policy};
 use crate::{EngineIndex, FrontendId, GroupKind, PausedBy, Time};
 
 pub use types::{Action, Event, Grant, OwnerId, Severity, Snapshot};
@@ -31,49 +32,12 @@ pub use types::{Action, Event, Grant, OwnerId, Severity, Snapshot};
 /// Rounds kept waiting; more are refused.
 const MAX_ROUNDS: usize = 256;
 
-/// Worker methods that change weights, when called through `collective_rpc`.
-const WEIGHT_METHODS: &[&str] = &[
-    "dp_sidecar_load",
-    "finish_weight_update",
-    "load_weights",
-    "reload_weights",
-    "reset_weights",
-    "start_draft_weight_update",
-    "start_weight_update",
-    "update_weights",
-];
-
 /// How long to wait for the calls of the other ranks.
 const GATHER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a round may keep the lock. A pause in mode `wait` lasts as long as the longest response.
 pub const ROUND_TIMEOUT: Duration = Duration::from_secs(1800);
 /// How long a pause outlives the frontend that asked for it.
 const PAUSE_GRACE: Duration = Duration::from_secs(30);
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    Pause,
-    Resume,
-    Sleep,
-    WakeUp,
-    Weights,
-    Other,
-}
-
-fn kind_of(method: &str, args: &[Value]) -> Kind {
-    match method {
-        "pause_scheduler" | "pause_generation" => Kind::Pause,
-        "resume_scheduler" | "resume_generation" => Kind::Resume,
-        "sleep" => Kind::Sleep,
-        "wake_up" => Kind::WakeUp,
-        "set_weight_version" => Kind::Weights,
-        "collective_rpc" => {
-            let worker_method = args.first().and_then(Value::as_str).unwrap_or_default();
-            if WEIGHT_METHODS.contains(&worker_method) { Kind::Weights } else { Kind::Other }
-        }
-        _ => Kind::Other,
-    }
-}
 
 /// The same call, at all ranks.
 #[derive(Debug)]
@@ -93,6 +57,14 @@ impl Round {
             && self.method == held.method
             && self.args == held.args
             && !self.tickets.contains_key(&held.rank)
+    }
+
+    fn effect(&self) -> Effect {
+        match Policy::of(&self.method, &self.args) {
+            Policy::Control(effect) => effect,
+            Policy::Forward => Effect::Other,
+            Policy::Refuse(_) => Effect::Weights,
+        }
     }
 
     fn name(&self) -> String {

@@ -6,40 +6,41 @@ use rmpv::Value;
 
 use crate::machine::held_call::Verdict;
 use crate::machine::mutation::{Mutation, mutated};
+use crate::machine::policy::Effect;
 use crate::{EngineIndex, PausedBy, Time};
 
-use super::{Action, Control, Holder, Kind, ROUND_TIMEOUT, Round, Severity, kind_of, list};
+use super::{Action, Control, Holder, ROUND_TIMEOUT, Round, Severity, list};
 
 impl Control {
     /// Decides on a complete round and, unless that settles it, lets it have the lock.
     pub(super) fn run(&mut self, now: Time, round: Round) {
-        let kind = kind_of(&round.method, &round.args);
+        let effect = round.effect();
         let down: Vec<EngineIndex> = self.ranks.difference(&self.up).copied().collect();
         let paused = self.paused_by.is_some() || self.asleep;
-        match kind {
-            Kind::Resume | Kind::WakeUp if self.paused_by == Some(PausedBy::Operator) => {
+        match effect {
+            Effect::Resume | Effect::WakeUp if self.paused_by == Some(PausedBy::Operator) => {
                 self.refuse(round, "the engines were paused by the operator, who must resume them");
                 return;
             }
             // A resume of a lockstep group that is idle and not paused can hang it: the ranks enter a
             // barrier while one that just got a request steps (vllm/v1/engine/core.py 0.32.0,
             // `DPEngineCoreProc.resume_scheduler`).
-            Kind::Resume if !paused => {
+            Effect::Resume if !paused => {
                 self.answer(round, &Value::Nil);
                 return;
             }
-            Kind::WakeUp if !paused => {
+            Effect::WakeUp if !paused => {
                 self.answer(round, &Value::Boolean(true));
                 return;
             }
-            Kind::Pause | Kind::Resume if down.len() == self.ranks.len() => {
+            Effect::Pause | Effect::Resume if down.len() == self.ranks.len() => {
                 // Engines that start again are paused, or not, by what is remembered here.
-                let by = (kind == Kind::Pause).then_some(PausedBy::Frontend { id: round.frontend });
+                let by = (effect == Effect::Pause).then_some(PausedBy::Frontend { id: round.frontend });
                 self.set_paused_by_round(by);
                 self.answer(round, &Value::Nil);
                 return;
             }
-            Kind::Pause | Kind::Resume if !self.kind.is_lockstep() => {}
+            Effect::Pause | Effect::Resume if !self.kind.is_lockstep() => {}
             _ if !down.is_empty() && !mutated(Mutation::RunInPart) => {
                 let text = format!("engine of rank {} is down", list(&down));
                 self.refuse(round, &text);
@@ -57,7 +58,7 @@ impl Control {
             };
             self.actions.push_back(Action::Decide { rank: *rank, ticket: *ticket, verdict });
         }
-        if kind == Kind::Weights {
+        if effect == Effect::Weights {
             // From the first byte on: a call that fails half way leaves unknown weights as well.
             self.mark_external(&round);
         }
@@ -111,15 +112,15 @@ impl Control {
             self.note(Severity::Warning, format!("{} failed on rank {} only", round.name(), list(&failed)));
         }
         let by = PausedBy::Frontend { id: round.frontend };
-        match kind_of(&round.method, &round.args) {
+        match round.effect() {
             // Also when it failed on some: better resumed once too often than left paused.
-            Kind::Pause if any_ok => self.set_paused_by_round(Some(by)),
-            Kind::Sleep if any_ok => {
+            Effect::Pause if any_ok => self.set_paused_by_round(Some(by)),
+            Effect::Sleep if any_ok => {
                 self.asleep = true;
                 self.set_paused_by_round(Some(by));
             }
-            Kind::Resume if failed.is_empty() => self.set_paused_by_round(None),
-            Kind::WakeUp if failed.is_empty() => {
+            Effect::Resume if failed.is_empty() => self.set_paused_by_round(None),
+            Effect::WakeUp if failed.is_empty() => {
                 let awake = results.values().all(|result| !matches!(result, Ok(Value::Boolean(false))));
                 if awake {
                     self.asleep = false;

@@ -4,9 +4,10 @@ use std::sync::Arc;
 
 use super::calls::CheckedCall;
 use super::requests::{AbortOutcome, size};
-use super::{Engine, Policy, VirtualEngine};
+use super::{Engine, VirtualEngine};
 use crate::frames::Frames;
 use crate::ids::{ClientIndex, Slot};
+use crate::machine::policy::Policy;
 use crate::positional;
 use crate::request::{self, FrontendMessage, Refusal, check_frontend_message};
 use crate::time::Time;
@@ -33,10 +34,10 @@ impl VirtualEngine {
                 if self.is_known_call(number, call_id) {
                     self.refuse(slot, format!("call id {call_id} of {} is in use", call.method));
                 } else if let Policy::Refuse(reason) = policy {
-                    self.refuse_call(&call, reason);
+                    self.refuse_call(&call, &reason);
                 } else if self.calls_of(number) >= self.config.max_calls {
                     self.refuse_call(&call, &format!("{} calls are in flight", self.config.max_calls));
-                } else if policy == Policy::Control {
+                } else if matches!(policy, Policy::Control(_)) {
                     self.hold_call(now, owner, call, args);
                 } else {
                     self.forward_call(now, call);
@@ -64,7 +65,7 @@ impl VirtualEngine {
             }
             FrontendMessage::Utility(utility) => {
                 let args = utility.decode_args();
-                let policy = Policy::of(utility.method, args.first().and_then(rmpv::Value::as_str));
+                let policy = Policy::of(utility.method, &args);
                 let call = CheckedCall {
                     number: slot.0 as usize,
                     call_id: utility.call_id,

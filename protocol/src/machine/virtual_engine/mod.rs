@@ -21,7 +21,6 @@
 mod calls;
 mod from_engine;
 mod from_frontend;
-mod policy;
 mod requests;
 #[cfg(test)]
 mod simulation;
@@ -42,7 +41,6 @@ use crate::request;
 use crate::time::Time;
 
 use calls::{CheckedCall, ControlCall};
-pub use policy::Policy;
 use requests::Requests;
 use slots::SlotState;
 
