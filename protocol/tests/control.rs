@@ -335,6 +335,35 @@ fn only_worker_methods_known_to_keep_the_weights_leave_the_version_known() {
     }
 }
 
+#[test]
+fn weights_that_a_sleep_discards_are_unknown_until_a_load_and_those_it_keeps_are_not() {
+    for (args, unknown) in [
+        (vec![], false),
+        (vec![Value::from(0)], false),
+        (vec![Value::from(1), Value::from("abort")], false),
+        (vec![Value::from(2)], true),
+        (vec![Value::from("2")], true),
+    ] {
+        let mut control = control(1, false);
+        let call = |ticket, method: &str, args: &[Value]| HeldCall {
+            rank: EngineIndex(0),
+            ticket,
+            frontend: FrontendId(1),
+            api_server: 0,
+            method: method.to_owned(),
+            args: args.to_vec(),
+        };
+        control.handle_event(at(0), Event::Held(call(1, "sleep", &args)));
+        control.handle_event(at(0), answered(0, 1));
+        control.handle_event(at(1), Event::Held(call(2, "wake_up", &[])));
+        control.handle_event(at(1), answered(0, 2));
+        assert_eq!(control.snapshot().external_weights, unknown, "{args:?}");
+        control.handle_event(at(2), acquire(1, "update u1", 0));
+        control.handle_event(at(3), Event::WeightsKnown { owner: OwnerId(1) });
+        assert!(!control.snapshot().external_weights, "{args:?}");
+    }
+}
+
 /// The laws, by name.
 mod law {
     pub(super) const ONCE: &str = "a call is decided once";

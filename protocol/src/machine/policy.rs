@@ -24,7 +24,10 @@ pub enum Policy {
 pub enum Effect {
     Pause,
     Resume,
-    Sleep,
+    Sleep {
+        /// From level 2 on: the weights are gone, and `wake_up` brings back memory without them.
+        discards: bool,
+    },
     WakeUp,
     /// Afterwards nobody but the caller knows which weights the engines hold.
     Weights,
@@ -48,7 +51,7 @@ const READS: [&str; 11] = [
 ];
 
 /// Methods of the engine core that only one controller may call at a time.
-const CONTROLS: [(&str, Effect); 13] = [
+const CONTROLS: [(&str, Effect); 12] = [
     ("add_lora", Effect::Other),
     ("commit_prepared_elastic_ep", Effect::Other),
     // Enters the collectives of a lockstep group: on one rank alone it hangs.
@@ -61,7 +64,6 @@ const CONTROLS: [(&str, Effect); 13] = [
     ("remove_lora", Effect::Other),
     ("resume_scheduler", Effect::Resume),
     ("set_weight_version", Effect::Weights),
-    ("sleep", Effect::Sleep),
     ("wake_up", Effect::WakeUp),
 ];
 
@@ -134,6 +136,11 @@ impl Policy {
     pub fn of(method: &str, args: &[Value]) -> Self {
         if method == "collective_rpc" {
             return Self::of_collective_rpc(args);
+        }
+        if method == "sleep" {
+            // `EngineCore.sleep(level=1, mode)`, vllm/v1/engine/core.py.
+            let level = args.first().map_or(Some(1), Value::as_i64);
+            return Self::Control(Effect::Sleep { discards: level.is_none_or(|level| level > 1) });
         }
         if READS.contains(&method) {
             Self::Forward

@@ -58,7 +58,7 @@ impl Control {
             };
             self.actions.push_back(Action::Decide { rank: *rank, ticket: *ticket, verdict });
         }
-        if effect == Effect::Weights {
+        if matches!(effect, Effect::Weights | Effect::Sleep { discards: true }) {
             // From the first byte on: a call that fails half way leaves unknown weights as well.
             self.mark_external(&round);
         }
@@ -115,7 +115,7 @@ impl Control {
         match round.effect() {
             // Also when it failed on some: better resumed once too often than left paused.
             Effect::Pause if any_ok => self.set_paused_by_round(Some(by)),
-            Effect::Sleep if any_ok => {
+            Effect::Sleep { .. } if any_ok => {
                 self.asleep = true;
                 self.set_paused_by_round(Some(by));
             }
