@@ -8,6 +8,7 @@ use std::time::Duration;
 use dp_sidecar::admin::client::AdminClient;
 use dp_sidecar::api::{Command as AdminCommand, Response, Status};
 use dp_sidecar::supervisor::procfs::{Process, Selector};
+use dp_sidecar_testkit::engine::weights;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tokio::io::AsyncReadExt;
@@ -57,6 +58,7 @@ impl Hosted {
         let model = dir.path().join("model");
         std::fs::create_dir(&model).unwrap();
         std::fs::write(model.join("config.json"), r#"{"model_type":"llama"}"#).unwrap();
+        weights::write_checkpoint(&model.join("model.safetensors"), &[("a", &[1], 1)]).unwrap();
         let process = Command::new(env!("CARGO_BIN_EXE_sidecar"))
             .args(["--dp-rank", "0", "-dp", "2", "--orphan-grace", "1s"])
             .args(["--kill-grace", "3s"])

@@ -165,8 +165,8 @@ impl Policy {
         } else if let Some((_, reason)) = WORKER_REFUSED.iter().find(|(refused, _)| *refused == name) {
             refuse(reason)
         } else if args.iter().any(has_binary) {
-            // The trainers known (TRL, AReaL, SkyRL, prime-rl, verl, checkpoint-engine) send names, numbers
-            // and text, IPC handles as base64.
+            // The trainers known (TRL, AReaL, SkyRL, prime-rl) send names, numbers and text, and vLLM's own client
+            // sends IPC handles as base64 (`vllm/distributed/weight_transfer/clients.py`, 0.32.0).
             refuse("binary in its arguments, which a worker may unpickle; send text, for example base64")
         } else if WORKER_READS.contains(&name) {
             Self::Forward

@@ -54,6 +54,25 @@ async fn adapters_are_added_replaced_and_removed_on_all_engines_in_a_pause() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn adapters_alone_do_not_make_weights_known_that_a_frontend_has_loaded() {
+    let nodes = nodes(GroupKind::Independent).await;
+    for rank in 0..4 {
+        let mut call = held(rank, 9, "collective_rpc");
+        call.args = vec!["reload_weights".into()];
+        nodes.calls.send(call).await.unwrap();
+    }
+    nodes.control.snapshot.clone().wait_for(|state| state.external_weights).await.unwrap();
+    let one = adapter(nodes.dir.path(), "one", 1);
+    let record = nodes.adapters("u1", vec![change("style", Some(&one))]).await;
+    assert_eq!(*record.outcome(), Outcome::Committed, "{}", record.message);
+    assert!(nodes.control.snapshot.borrow().external_weights);
+    let record = nodes.update(nodes.request("u2", "new")).await;
+    assert_eq!(*record.outcome(), Outcome::Committed, "{}", record.message);
+    assert!(!nodes.control.snapshot.borrow().external_weights);
+    nodes.end().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_adapter_that_fails_on_one_engine_is_taken_back_on_all() {
     let nodes = nodes(GroupKind::Independent).await;
     let (one, two) = (adapter(nodes.dir.path(), "one", 1), adapter(nodes.dir.path(), "two", 2));

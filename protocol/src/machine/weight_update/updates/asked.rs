@@ -231,8 +231,10 @@ impl Updates {
     }
 
     fn conclude(&mut self, record: Record) {
-        let weights_known =
-            record.committed || record.ranks.values().any(|rank| rank.times.rollback_ms.is_some());
+        // Adapters alone leave the weights of the model as they were, known or not.
+        let loads = |asked: &Asked| !matches!(&asked.kind, Kind::Update(ask) if !ask.weights);
+        let weights_known = self.asked.as_ref().is_none_or(loads)
+            && (record.committed || record.ranks.values().any(|rank| rank.times.rollback_ms.is_some()));
         self.ledger.end(&record);
         self.ledger.external_weights &= !weights_known;
         let written = self.committed.as_mut().filter(|committed| committed.commit.id == record.id);
