@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::DecodeError;
-use crate::positional::{ScanError, Scanner};
+use crate::positional::{Kind, ScanError, Scanner};
 use crate::write;
 
 /// Load of one engine, as it last reported it (vLLM: `request_counts`).
@@ -48,26 +48,50 @@ const DIFFERENCES: [&str; 8] = [
     "spec_decoding_stats",
 ];
 
-/// An encoded `SchedulerStats` map without what must not be counted twice. All of these have defaults in vLLM.
+/// An encoded `SchedulerStats` map with nothing in what must not be counted twice. No key is left out: vLLM's Rust
+/// frontend wants `prefix_cache_stats`, which has a default in Python only.
 pub fn gauges(bytes: &[u8]) -> Result<Vec<u8>, DecodeError> {
     let fail = |error: ScanError| error.within("SchedulerStats", "gauges");
+    let mut out = Vec::with_capacity(bytes.len());
     let mut scanner = Scanner::new(bytes);
     let pairs = scanner.map().map_err(fail)?;
-    let mut kept = Vec::with_capacity(bytes.len());
-    let mut count = 0;
+    write::map(&mut out, pairs);
     for _ in 0..pairs {
         let mut inside = scanner.clone();
         let key = inside.str().map_err(fail)?;
-        let pair = [scanner.raw().map_err(fail)?, scanner.raw().map_err(fail)?];
+        out.extend(scanner.raw().map_err(fail)?);
         if !DIFFERENCES.contains(&key) {
-            count += 1;
-            kept.extend(pair.concat());
+            out.extend(scanner.raw().map_err(fail)?);
+        } else if key == "prefix_cache_stats" && scanner.kind().map_err(fail)? == Kind::Map {
+            let counters = scanner.map().map_err(fail)?;
+            write::map(&mut out, counters);
+            for _ in 0..counters {
+                out.extend(scanner.raw().map_err(fail)?);
+                nothing(&mut scanner, &mut out).map_err(fail)?;
+            }
+        } else if scanner.kind().map_err(fail)? == Kind::Array {
+            nothing(&mut scanner, &mut out).map_err(fail)?;
+        } else {
+            scanner.skip().map_err(fail)?;
+            write::nil(&mut out);
         }
     }
-    let mut out = Vec::with_capacity(kept.len() + 5);
-    write::map(&mut out, count);
-    out.extend(kept);
     Ok(out)
+}
+
+/// Passes over a value, and writes the one of its type that counts nothing.
+fn nothing(scanner: &mut Scanner<'_>, out: &mut Vec<u8>) -> Result<(), ScanError> {
+    let kind = scanner.kind()?;
+    scanner.skip()?;
+    match kind {
+        Kind::Bool => write::bool(out, false),
+        Kind::Int => write::uint(out, 0),
+        Kind::Float => write::float(out, 0.0),
+        Kind::Map => write::map(out, 0),
+        Kind::Array => write::array(out, 0),
+        _ => write::nil(out),
+    }
+    Ok(())
 }
 
 impl SchedulerStats {
@@ -130,23 +154,38 @@ mod tests {
     use super::*;
 
     #[test]
-    fn gauges_have_everything_but_differences() {
+    fn gauges_have_every_key_and_nothing_to_count_twice() {
         let whole = SchedulerStats { step_counter: 7, ..SchedulerStats::default() }.encode();
         assert_eq!(gauges(&whole).unwrap(), whole);
-        let with = |key: &str| {
-            let mut map = vec![0x82];
-            write::str(&mut map, key);
-            map.extend([0x93, 1, 2, 3]);
-            write::str(&mut map, "num_running_reqs");
-            map.push(5);
-            map
+        let map = |pairs: &[(&str, rmpv::Value)]| {
+            let pairs = pairs.iter().map(|(key, value)| (rmpv::Value::from(*key), value.clone()));
+            rmpv::Value::Map(pairs.collect())
         };
-        for key in DIFFERENCES {
-            let left = gauges(&with(key)).unwrap();
-            assert_eq!(SchedulerStats::decode(&left).unwrap().load.running, 5);
-            assert_eq!(left[0], 0x81, "{key}");
-        }
-        assert_eq!(gauges(&with("kv_cache_usage_by_pool")).unwrap(), with("kv_cache_usage_by_pool"));
-        assert!(gauges(&with("x")[..5]).is_err());
+        let list = |items: &[i64]| rmpv::Value::Array(items.iter().map(|item| (*item).into()).collect());
+        let prefix = |reset: bool, count: i64, by: rmpv::Value| {
+            map(&[("reset", reset.into()), ("requests", count.into()), ("hits_by_source", by)])
+        };
+        let report = |prefix: rmpv::Value, events, drafts: rmpv::Value, stages| {
+            map(&[
+                ("num_running_reqs", 5.into()),
+                ("num_kv_fetch_reqs_by_stage", stages),
+                ("prefix_cache_stats", prefix),
+                ("connector_prefix_cache_stats", rmpv::Value::Nil),
+                ("kv_cache_eviction_events", events),
+                ("spec_decoding_stats", drafts),
+                ("perf_stats", rmpv::Value::Nil),
+            ])
+        };
+        let stages = map(&[("in_progress", 2.into())]);
+        let drafts = map(&[("num_drafts", 3.into())]);
+        let sent = report(prefix(true, 9, map(&[("gpu", 4.into())])), list(&[1, 2]), drafts, stages.clone());
+        let empty = report(prefix(false, 0, map(&[])), list(&[]), rmpv::Value::Nil, stages);
+        let bytes = |value: &rmpv::Value| {
+            let mut out = Vec::new();
+            write::value(&mut out, value);
+            out
+        };
+        assert_eq!(crate::positional::value(&gauges(&bytes(&sent)).unwrap()).unwrap(), empty);
+        assert!(gauges(&bytes(&sent)[..30]).is_err());
     }
 }

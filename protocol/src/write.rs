@@ -15,7 +15,6 @@ pub(crate) fn nil(out: &mut Vec<u8>) {
     done(encode::write_nil(out));
 }
 
-#[cfg(any(test, feature = "test-support"))]
 pub(crate) fn bool(out: &mut Vec<u8>, value: bool) {
     done(encode::write_bool(out, value));
 }

@@ -461,7 +461,11 @@ impl ApiServer {
             .and_then(|rank| usize::try_from(rank).ok())
             .filter(|rank| *rank < usize::from(self.size))
             .ok_or_else(|| malformed(format!("engine_index {:?}", fields.first())))?;
-        if field(2).is_some() {
+        if let Some(stats) = field(2) {
+            // vLLM's Rust frontend gives up on a report without them; in Python they have a default.
+            if !msg::get(stats, "prefix_cache_stats").is_some_and(Value::is_map) {
+                return Err(malformed(format!("SchedulerStats without prefix_cache_stats: {stats}")));
+            }
             self.stats_messages[rank] += 1;
         }
         let version = field(8).and_then(Value::as_str);
