@@ -509,7 +509,7 @@ fn what_an_engine_counts_reaches_one_frontend_so_that_sums_add_up() {
     bed.add(a, "x");
     // {"num_running_reqs": 1, "prefix_cache_stats": {"requests": 1}}
     let counted = b"\x82\xb0num_running_reqs\x01\xb2prefix_cache_stats\x81\xa8requests\x01".to_vec();
-    let gauges = b"\x81\xb0num_running_reqs\x01";
+    let gauges = b"\x82\xb0num_running_reqs\x01\xb2prefix_cache_stats\x81\xa8requests\x00";
     let stats = Some(counted.clone());
     for (from, outputs) in [
         (a, NewOutputs { scheduler_stats: stats.clone(), ..output("x") }),

@@ -212,6 +212,7 @@ fn lineage(all: &BTreeMap<i32, Process>, pid: i32) -> BTreeSet<i32> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read as _;
     use std::process::{Command, Stdio};
 
     use super::*;
@@ -273,7 +274,11 @@ mod tests {
             ..Selector::default()
         };
         for (mark, found) in [(lives.as_str(), 0), (&dead, 1), (&elsewhere, 0), ("", 0), ("x:y", 0)] {
-            let mut child = Command::new("/bin/sleep").arg("30").env(KEEPER_MARKER, mark).spawn().unwrap();
+            let mut command = Command::new("/bin/sh");
+            command.args(["-c", "echo ready; read end"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+            let mut child = command.env(KEEPER_MARKER, mark).spawn().unwrap();
+            // For a moment after it was spawned, a process shows no environment.
+            child.stdout.as_mut().unwrap().read_exact(&mut [0; 6]).unwrap();
             let selected = selector.find().unwrap();
             child.kill().unwrap();
             child.wait().unwrap();
