@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use dp_sidecar_protocol::machine::policy::has_binary;
 use dp_sidecar_protocol::machine::weight_update::PauseMode;
 use rmpv::Value;
 
@@ -32,16 +33,7 @@ pub(crate) fn is_own(method: &str, args: &[Value]) -> bool {
         return OWN.contains(&method);
     }
     let of_shim = args.first().and_then(Value::as_str).is_some_and(|name| name.starts_with("dp_sidecar_"));
-    of_shim && !args.iter().any(has_bytes)
-}
-
-fn has_bytes(value: &Value) -> bool {
-    match value {
-        Value::Binary(_) | Value::Ext(..) => true,
-        Value::Array(values) => values.iter().any(has_bytes),
-        Value::Map(entries) => entries.iter().any(|(key, value)| has_bytes(key) || has_bytes(value)),
-        _ => false,
-    }
+    of_shim && !args.iter().any(has_binary)
 }
 
 /// vLLM's answer to a method it does not have: `AttributeError` of `getattr(engine_core, method)`

@@ -180,7 +180,7 @@ impl Policy {
 
 /// Whether bytes or an extension are in it, at any depth. Nesting has a bound already, set by
 /// `check_frontend_message`.
-fn has_binary(value: &Value) -> bool {
+pub fn has_binary(value: &Value) -> bool {
     match value {
         Value::Binary(_) | Value::Ext(..) => true,
         Value::Array(items) => items.iter().any(has_binary),
