@@ -103,7 +103,7 @@ fn groups(root: &Path) -> Vec<Group> {
     let read = |name| fs::read_to_string(root.join("proc/self").join(name)).unwrap_or_default();
     let (own, mounts) = (read("cgroup"), read("mountinfo"));
     let mut found = Vec::new();
-    // `31 23 0:28 /root/of/the/mount /where/it/is rw shared:1 - type source options`
+    // `31 23 0:28 /top /place rw shared:1 - type source options`
     for line in mounts.lines() {
         let Some((mount, kind)) = line.split_once(" - ") else { continue };
         let (mount, kind): (Vec<&str>, Vec<&str>) = (mount.split(' ').collect(), kind.split(' ').collect());

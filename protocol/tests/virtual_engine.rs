@@ -540,7 +540,11 @@ fn what_waits_for_an_engine_that_is_given_up_is_answered_at_once_and_so_is_what_
     bed.add(slot, "held");
     bed.call(slot, 1, "reset_mm_cache", vec![]);
     let error = |id: &str| (slot.0, Heard::Finish(id.to_owned(), FinishReason::Error));
-    let given_up = heard(&bed.event(Event::GivenUp { reason: "5 restarts".to_owned() }));
+    let actions = bed.event(Event::GivenUp { reason: "5 restarts".to_owned() });
+    let expected = "1 requests held in vain: engine of DP rank 3 has failed: 5 restarts";
+    let said = |action: &Action| matches!(action, Action::Refused { reason, .. } if reason == expected);
+    assert!(actions.iter().any(said), "{actions:?}");
+    let given_up = heard(&actions);
     assert_eq!(given_up[0], error("held"));
     let [_, (_, Heard::Answer(1, Err(why)))] = &given_up[..] else { panic!("{given_up:?}") };
     assert!(why.contains("DP rank 3 has failed: 5 restarts"), "{why}");

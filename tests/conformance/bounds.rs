@@ -57,9 +57,8 @@ fn thousands_of_requests_during_a_load_are_held_and_none_is_lost() {
     nothing_is_lost_during_a_load(9_000, Duration::from_secs(6));
 }
 
-/// Part of `scripts/test full`.
 #[test]
-#[ignore = "takes a minute"]
+#[ignore = "takes a minute: scripts/test full runs it"]
 fn twenty_thousand_requests_during_a_load_of_30_seconds_are_held_and_none_is_lost() {
     nothing_is_lost_during_a_load(20_000, Duration::from_secs(30));
 }

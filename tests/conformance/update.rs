@@ -355,6 +355,20 @@ fn committed_weights_outlive_a_planned_stop_until_they_are_to_be_forgotten() {
 }
 
 #[test]
+fn a_committed_directory_is_found_again_as_vllm_reads_it() {
+    let mut rig = rig(false, "");
+    // vLLM takes names of files from an index, and does not mind a tensor that none of them has.
+    let index = r#"{"weight_map": {"a": "model.safetensors", "lm_head.weight": "model.safetensors"}}"#;
+    std::fs::write(rig.new.path.join("model.safetensors.index.json"), index).unwrap();
+    let said = rig.update(&rig.new.path.clone(), &["--version", "v2", "--retain", "disk"]);
+    assert_eq!(said.code, 0, "{}", said.text());
+    assert!(exited_with(rig.sidecar.stop(), 0));
+    rig.frontend = frontend(2, |_| {});
+    rig.sidecar.start_again();
+    assert_eq!(rig.sidecar.await_admitted()["weights"]["version"], "v2");
+}
+
+#[test]
 fn a_sidecar_killed_while_it_updates_leaves_one_version_when_it_is_back() {
     let mut rig = rig(false, "");
     rig.sidecar.set_faults(1, "load-hangs");

@@ -54,7 +54,7 @@ impl Task {
             }
             Action::Inspect { ticket, engines, adopted, directory } => {
                 self.spawn(action, async move {
-                    let (found, infos) = tools.inspect(&engines, adopted, directory.as_deref()).await;
+                    let (found, infos) = tools.inspect(&engines, adopted, directory.as_ref()).await;
                     (Some(Event::Inspected { ticket, found }), Extra { infos, ..Extra::default() })
                 });
             }

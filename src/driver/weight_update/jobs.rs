@@ -161,7 +161,7 @@ impl Tools {
         &self,
         engines: &Engines,
         adopted: bool,
-        directory: Option<&str>,
+        directory: Option<&Checkpoint>,
     ) -> (Found, Infos) {
         let limit = self.config.call_timeout;
         let handles = self.handles(engines.keys());
@@ -221,14 +221,15 @@ impl Tools {
     }
 
     /// A node says that it cannot find a directory, also at the end of the start. A node that does not answer does not.
-    async fn lacks(&self, node: NodeId, directory: &str) -> bool {
+    async fn lacks(&self, node: NodeId, committed: &Checkpoint) -> bool {
         let until = self.began + self.config.startup_timeout;
-        let unasked = CheckpointDir { path: directory.to_owned(), files: None };
+        let path = &committed.path;
+        let directory = CheckpointDir { path: path.clone(), files: Some(committed.files.clone()) };
         let mut told = false;
         loop {
             let lacks = match self.stages.has_stage(node) {
-                true => matches!(self.stages.probe(node, &unasked).await, Ok(None)),
-                false => matches!(tokio::fs::try_exists(directory).await, Ok(false)),
+                true => matches!(self.stages.probe(node, &directory).await, Ok(None)),
+                false => matches!(tokio::fs::try_exists(path).await, Ok(false)),
             };
             if !lacks || Instant::now() >= until {
                 return lacks;
@@ -236,7 +237,7 @@ impl Tools {
             if !std::mem::replace(&mut told, true) {
                 let (node, limit) = (self.stages.name(node), self.config.startup_timeout);
                 warn!(
-                    directory,
+                    path,
                     ?limit,
                     "{node} does not find the committed weights yet: is a file system missing?"
                 );

@@ -132,10 +132,13 @@ impl VirtualEngine {
                 continue;
             }
             slot.stats_at = Some(now);
-            let copy = copy.get_or_insert_with(|| {
-                let gauges = crate::stats::gauges(stats).unwrap_or_else(|_| vec![0x80]);
-                output::stats_message(&self.layout, self.config.rank, gauges, view.timestamp)
-            });
+            if copy.is_none() {
+                let gauges = crate::stats::gauges(stats).ok();
+                copy = gauges.map(|gauges| {
+                    output::stats_message(&self.layout, self.config.rank, gauges, view.timestamp)
+                });
+            }
+            let Some(copy) = &copy else { return };
             self.actions.push_back(Action::ToFrontend { slot: slot_of(number), frames: vec![copy.clone()] });
         }
     }

@@ -462,12 +462,7 @@ impl VirtualEngine {
     fn give_up(&mut self, now: Time, reason: String) {
         self.go_down(&reason);
         self.engine = Engine::GivenUp(reason);
-        // As if all deadlines were over.
-        let hold = std::mem::take(&mut self.config.limits.hold);
-        self.closed_since = Some(Time::ZERO);
-        self.expire_held_requests(now);
-        self.config.limits.hold = hold;
-        self.closed_since = Some(now);
+        self.give_up_held_requests(now);
         self.refuse_waiting_calls();
     }
 

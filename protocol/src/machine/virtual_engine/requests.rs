@@ -286,9 +286,21 @@ impl VirtualEngine {
 
     /// Answers held requests whose time is over.
     pub(super) fn expire_held_requests(&mut self, now: Time) {
+        let why = format!("held for {:?} (--hold-timeout)", self.config.limits.hold);
+        self.answer_held_requests(now, &why, |this, held| {
+            this.held_until(held.since).is_some_and(|deadline| deadline <= now)
+        });
+    }
+
+    /// Answers held requests when no engine will come for them.
+    pub(super) fn give_up_held_requests(&mut self, now: Time) {
+        self.answer_held_requests(now, "held in vain", |_, _| true);
+    }
+
+    fn answer_held_requests(&mut self, now: Time, why: &str, is_late: impl Fn(&Self, &Held) -> bool) {
         let mut late: BTreeMap<usize, Vec<Arc<str>>> = BTreeMap::new();
         while let Some(held) = self.requests.queue.values().next() {
-            if self.held_until(held.since).is_none_or(|deadline| deadline > now) {
+            if !is_late(self, held) {
                 break;
             }
             let id = held.id.clone();
@@ -307,12 +319,7 @@ impl VirtualEngine {
             late.entry(slot).or_default().push(id);
         }
         for (slot, ids) in late {
-            let reason = format!(
-                "{} requests held for {:?} (--hold-timeout): {}",
-                ids.len(),
-                self.config.limits.hold,
-                self.describe_engine()
-            );
+            let reason = format!("{} requests {why}: {}", ids.len(), self.describe_engine());
             self.refuse(super::slot_of(slot), reason);
             self.answer_with_error(slot, ids.iter().map(|id| &**id));
         }

@@ -34,7 +34,7 @@ impl Updates {
             ticket: job.ticket,
             engines: job.engines.clone(),
             adopted: job.adopted,
-            directory: directory.map(|commit| commit.checkpoint.path.clone()),
+            directory: directory.map(|commit| commit.checkpoint.clone()),
         });
         self.jobs.insert(job.ticket, job);
     }

@@ -213,8 +213,8 @@ pub enum Action {
         engines: Engines,
         /// They live on: are they paused?
         adopted: bool,
-        /// A directory that their nodes should see.
-        directory: Option<String>,
+        /// A directory that their nodes should see, with the files that count in it.
+        directory: Option<Checkpoint>,
     },
     /// What is committed is for another model: take its record off the disk.
     Forget {
