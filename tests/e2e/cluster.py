@@ -185,7 +185,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Late:
-    """How late it comes; at first it does not."""
+    """How late it comes; at first, and in the end, it does not."""
 
     order: Path
 
@@ -197,7 +197,7 @@ class Late:
         try:
             yield
         finally:
-            self.order.unlink()
+            self.order.unlink(missing_ok=True)
 
 
 class Cluster:

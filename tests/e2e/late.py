@@ -15,6 +15,8 @@ from pathlib import Path
 
 from redirect import CHUNK, onward, serve
 
+TICK = 0.01
+
 
 def delay(order: Path) -> float:
     try:
@@ -23,23 +25,25 @@ def delay(order: Path) -> float:
         return 0.0
 
 
-def receive(source: socket.socket, due: queue.Queue[tuple[float, bytes]], order: Path) -> None:
-    """Notes when each piece, and the end, is to go on."""
+def receive(source: socket.socket, came: queue.Queue[tuple[float, bytes]]) -> None:
+    """Notes when each piece, and the end, came."""
     data = b"."
     while data:
         try:
             data = source.recv(CHUNK)
         except OSError:
             data = b""
-        due.put((time.monotonic() + delay(order), data))
+        came.put((time.monotonic(), data))
 
 
-def deliver(sink: socket.socket, due: queue.Queue[tuple[float, bytes]]) -> None:
-    """Each piece when it is time; one behind the other in any case."""
+def deliver(sink: socket.socket, came: queue.Queue[tuple[float, bytes]], order: Path) -> None:
+    """Each piece when it is time, which may change while it waits; one behind the other in any
+    case."""
     with contextlib.suppress(OSError):
         while True:
-            when, data = due.get()
-            time.sleep(max(0.0, when - time.monotonic()))
+            when, data = came.get()
+            while time.monotonic() < when + delay(order):
+                time.sleep(TICK)
             if not data:
                 sink.shutdown(socket.SHUT_WR)
                 return
@@ -61,10 +65,10 @@ def main() -> None:
         server = onward(client)
         if server is None:
             return
-        due: queue.Queue[tuple[float, bytes]] = queue.Queue()
+        came: queue.Queue[tuple[float, bytes]] = queue.Queue()
         threads = [
-            threading.Thread(target=receive, args=(server, due, order), daemon=True),
-            threading.Thread(target=deliver, args=(client, due), daemon=True),
+            threading.Thread(target=receive, args=(server, came), daemon=True),
+            threading.Thread(target=deliver, args=(client, came, order), daemon=True),
         ]
         for thread in threads:
             thread.start()
