@@ -460,15 +460,6 @@ fn a_slot_comes_back_when_the_engine_has_answered_the_fence_and_let_go_of_the_re
 }
 
 #[test]
-fn the_weight_version_of_the_last_step_is_known() {
-    let mut bed = Bed::admitted();
-    let slot = bed.open(1, 0);
-    let stamped = NewOutputs { weight_version: Some("v7".to_owned()), ..output("a") };
-    bed.engine(slot, stamped);
-    assert_eq!(bed.machine.snapshot().weight_version.as_deref(), Some("v7"));
-}
-
-#[test]
 fn a_message_that_cannot_be_read_ends_the_engine_and_answers_every_request_once() {
     let two = || {
         let mut two = output("a");

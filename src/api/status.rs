@@ -119,7 +119,8 @@ pub struct EngineStatus {
     pub state: String,
     /// Which life of the rank this is.
     pub incarnation: u64,
-    /// Version of its weights, as stamped.
+    /// Version of the weights that it holds, once it is admitted: `unknown` while it loads, and when a frontend has
+    /// loaded them. Only the leader knows it.
     pub weight_version: Option<String>,
     /// Requests waiting in its scheduler.
     pub waiting: u64,

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use dp_sidecar_protocol::EngineIndex;
 use dp_sidecar_protocol::machine::lifecycle::Phase;
 
 use super::commands::Handles;
@@ -10,7 +11,7 @@ use super::nodes;
 use super::{updates, waiting};
 use crate::api::{
     ControllerStatus, DeploymentStatus, EngineStatus, FrontendSnapshot, FrontendStatus, RelayVersion, Status,
-    VersionReport,
+    UNKNOWN, VersionReport,
 };
 use crate::config::{Config, Serve};
 use crate::driver::handles::{EdgeVersion, RankSnapshot};
@@ -58,10 +59,6 @@ impl Handles {
     fn engines(&self) -> Vec<EngineStatus> {
         let node = self.node.borrow();
         let coordinator = self.coordinator.snapshot.borrow();
-        // An admitted engine holds the committed weights; what its last output was stamped with may
-        // be older.
-        let updates = self.updates.snapshot.borrow();
-        let settled = updates.running.is_none() && !self.control.snapshot.borrow().external_weights;
         let mut engines = Vec::with_capacity(self.ranks.len());
         for handle in &self.ranks {
             let snapshot = handle.snapshot.borrow();
@@ -79,13 +76,23 @@ impl Handles {
                 status.incarnation = rank.life.incarnation.0;
                 status.restarts = rank.life.restarts;
                 status.last_error = rank.life.last_error.clone();
-                if settled && rank.life.phase == Phase::Serving {
-                    status.weight_version = Some(updates.version.0.clone());
-                }
+                status.weight_version =
+                    (rank.life.phase == Phase::Serving).then(|| self.version(Some(handle.rank)));
             }
             engines.push(status);
         }
         engines
+    }
+
+    /// Version of the weights that admitted engines hold, or one of them. It is not asked what outputs are stamped
+    /// with: that label changes apart from the bytes.
+    fn version(&self, rank: Option<EngineIndex>) -> String {
+        let updates = self.updates.snapshot.borrow();
+        let in_doubt = rank.is_some_and(|rank| updates.in_doubt.contains(&rank));
+        if in_doubt || self.control.snapshot.borrow().external_weights {
+            return UNKNOWN.to_owned();
+        }
+        updates.version.0.clone()
     }
 
     /// Wanted frontends with their requests in flight.
@@ -121,7 +128,7 @@ impl Handles {
             sidecar: env!("CARGO_PKG_VERSION").to_owned(),
             relays,
             vllm,
-            weights: self.updates.snapshot.borrow().version.0.clone(),
+            weights: self.version(None),
         }
     }
 }
@@ -131,7 +138,6 @@ pub(super) fn engine(snapshot: &RankSnapshot) -> EngineStatus {
     EngineStatus {
         rank: snapshot.rank,
         incarnation: snapshot.incarnation.0,
-        weight_version: snapshot.weight_version.clone(),
         in_flight: snapshot.in_flight.values().sum(),
         held: snapshot.held,
         held_bytes: snapshot.held_bytes,

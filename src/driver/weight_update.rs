@@ -501,8 +501,10 @@ impl Task {
 
     fn publish(&self) {
         let committed = self.machine.committed().map(|committed| &committed.commit);
+        let now = self.machine.snapshot();
         let snapshot = UpdateSnapshot {
-            version: self.machine.snapshot().version,
+            version: now.version,
+            in_doubt: now.in_doubt,
             updates: self.updates(),
             committed: committed.map(|commit| commit.checkpoint.clone()),
             source: committed.map(|commit| commit.source.clone()),

@@ -441,6 +441,9 @@ fn a_frontend_that_loads_weights_itself_is_heard_and_the_version_is_unknown_then
         [rmpv::Value::from("reload_weights"), rmpv::Value::Nil, rmpv::Value::Array(Vec::new()), kwargs];
     rig.frontend.server().call_all("collective_rpc", &args, SOON).unwrap();
     rig.assert_serves("new", "after");
+    // Outputs are stamped as before: that label is not asked.
+    assert_eq!(weight_versions(&rig.sidecar.await_admitted()), ["unknown"; 2]);
+    assert_eq!(rig.sidecar.command(&["version", "--json"]).json()["running"]["weights"], "unknown");
     // The next update cannot roll back to what nobody here knows, and must not pretend to.
     let said = rig.update(&rig.new.path.clone(), &["--version", "v3", "--from-version", "default"]);
     assert_eq!(said.code, 10, "{}", said.text());

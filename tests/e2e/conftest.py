@@ -29,6 +29,7 @@ LANES = {
         "test_cluster_restarts",
         "test_cluster_trainer",
         "test_cluster_updates",
+        "test_random_acts",
         "test_attach",
         "test_bad_input",
     ),

@@ -49,6 +49,8 @@ pub enum Mutation {
     ReuseSlotWithoutFence,
     /// `weight_update`: goes on as if the commit record had been written.
     SkipCommitRecord,
+    /// `weight_update`: an engine that loads is said to hold what it held before.
+    NeverInDoubt,
     /// `weight_update`: resumes when the first rank has answered.
     ResumeBeforeAllAcks,
     /// `weight_update`: leaves the highest rank out of the pause.

@@ -218,8 +218,6 @@ pub struct RankSnapshot {
     pub refused: u64,
     /// Why the last of them was.
     pub last_refusal: Option<String>,
-    /// Weight version stamped on the last step output (vLLM 0.32.0 and later).
-    pub weight_version: Option<String>,
 }
 
 /// Slots of an engine for API servers of frontends.

@@ -378,7 +378,6 @@ impl RankTask {
             held_bytes: machine.held_bytes as u64,
             refused: machine.refused,
             last_refusal: machine.last_refusal,
-            weight_version: machine.weight_version,
         };
         self.publish.send_replace(snapshot);
     }

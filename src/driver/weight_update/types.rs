@@ -1,5 +1,6 @@
 //! What goes in and out of the update task.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -193,6 +194,8 @@ pub struct UpdateSnapshot {
     /// Where they came from: a directory, or `upload:ID`.
     pub source: Option<String>,
     pub running: Option<UpdateId>,
+    /// Ranks that may hold other weights than those of `version` at the moment.
+    pub in_doubt: BTreeSet<EngineIndex>,
     /// How the last one of this process ended.
     pub last: Option<UpdateRecord>,
 }

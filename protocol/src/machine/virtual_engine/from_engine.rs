@@ -21,11 +21,6 @@ impl VirtualEngine {
             Err(error) => return self.garbled(slot, &error),
         };
         self.engine_clock = view.timestamp.max(f64::MIN_POSITIVE);
-        if let Some(version) = view.weight_version
-            && self.weight_version.as_deref() != Some(version)
-        {
-            self.weight_version = Some(version.to_owned());
-        }
         if let Some(call_id) = view.utility_call_id() {
             let pass_on = if number == 0 {
                 match view.utility_output() {

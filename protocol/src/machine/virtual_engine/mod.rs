@@ -274,8 +274,6 @@ pub struct Snapshot {
     pub refused: u64,
     /// Why the last of them was.
     pub last_refusal: Option<String>,
-    /// Version of the weights, as stamped on the last step (vLLM 0.32.0 and later).
-    pub weight_version: Option<String>,
 }
 
 /// See the [module](self).
@@ -297,7 +295,6 @@ pub struct VirtualEngine {
     next_ticket: u64,
     next_call: u64,
     supported_tasks: Option<rmpv::Value>,
-    weight_version: Option<String>,
     /// The engine's own clock, as last seen: what we write in its name carries it.
     engine_clock: f64,
     refused: u64,
@@ -322,7 +319,6 @@ impl VirtualEngine {
             next_ticket: 0,
             next_call: 0,
             supported_tasks: None,
-            weight_version: None,
             engine_clock: 0.001,
             refused: 0,
             last_refusal: None,
@@ -423,7 +419,6 @@ impl VirtualEngine {
             calls: self.control_calls.len() + self.held_control.len(),
             refused: self.refused,
             last_refusal: self.last_refusal.clone(),
-            weight_version: self.weight_version.clone(),
             ..Snapshot::default()
         };
         for slot in &self.slots[1..] {

@@ -1,6 +1,6 @@
 //! What an update leaves behind.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -203,4 +203,7 @@ pub struct Snapshot {
     pub committed: Option<UpdateId>,
     /// The running update has passed its commit point.
     pub past_commit_point: bool,
+    /// Ranks that may hold other weights than those of `version` at the moment.
+    #[serde(default)]
+    pub in_doubt: BTreeSet<EngineIndex>,
 }

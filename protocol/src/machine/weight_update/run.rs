@@ -187,6 +187,13 @@ impl Run {
         snapshot.phase = self.phase;
         snapshot.past_commit_point = self.committed;
         snapshot.ranks = self.ranks.iter().map(|(rank, state)| (*rank, state.record.times.state)).collect();
+        // What a recovery finds is what a leader that is gone has left.
+        let sure = |state| self.recovery.is_none() && RankProgress::holds_previous(state);
+        let in_doubt = snapshot.ranks.iter().filter(|(_, state)| !sure(**state));
+        if mutated(Mutation::NeverInDoubt) {
+            return;
+        }
+        snapshot.in_doubt = in_doubt.map(|(rank, _)| *rank).collect();
     }
 
     /// The record, once, when the run has ended.

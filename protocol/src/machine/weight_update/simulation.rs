@@ -27,6 +27,8 @@ const SEEDS: u64 = 20_000;
 enum Law {
     /// An engine that serves holds the committed weights.
     OneVersion,
+    /// An engine whose version is not in doubt holds the committed weights.
+    ReportsAreTrue,
     /// Torn weights do not serve, and are not resumed.
     NothingTornServes,
     /// Only a paused engine is loaded.
@@ -440,13 +442,14 @@ fn each_fault_put_into_the_machine_breaks_the_law_that_forbids_it() {
         (Mutation::ForgetOneRankInPause, Law::LoadedWhilePaused),
         (Mutation::RollBackFailedRanksOnly, Law::OneVersion),
         (Mutation::TrustFences, Law::OneVersion),
-        (Mutation::SkipBegunRecord, Law::OneVersion),
+        (Mutation::SkipBegunRecord, Law::ReportsAreTrue),
         (Mutation::RecoverWithoutReload, Law::OneVersion),
         (Mutation::DropJobLost, Law::EveryUpdateEnds),
         (Mutation::KeepFailedRestores, Law::EveryUpdateEnds),
         (Mutation::ForgetPerJob, Law::OneVersion),
         (Mutation::TrustStamps, Law::OneVersion),
         (Mutation::TrustPaused, Law::NothingStaysPaused),
+        (Mutation::NeverInDoubt, Law::ReportsAreTrue),
     ] {
         let mut broken = BTreeMap::new();
         let caught = (0..SEEDS).any(|seed| {

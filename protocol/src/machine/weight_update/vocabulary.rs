@@ -241,6 +241,13 @@ pub enum RankProgress {
     Lost,
 }
 
+impl RankProgress {
+    /// Whether an engine there certainly holds the weights from before the update.
+    pub(super) const fn holds_previous(self) -> bool {
+        matches!(self, Self::Serving | Self::Pausing | Self::Paused | Self::RolledBack)
+    }
+}
+
 impl fmt::Display for RankProgress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

@@ -1,5 +1,6 @@
 //! A few HTTP routes in front of a fake frontend, for what wants to talk to `vllm serve` from
-//! outside: `GET /health`, `GET /v1/models`, `POST /v1/completions` (no streaming).
+//! outside: `GET /health`, `GET /v1/models`, `POST /v1/completions` (no streaming). And one that vLLM lacks:
+//! `POST /utility` with `{"method": ..., "args": [...]}` calls a method of all engines, as many routes of vLLM do.
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -10,12 +11,21 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::{Completion, FakeFrontend, FrontendError, NewRequest};
+use crate::msg;
 
 /// How long a completion may take.
 const REQUEST_LIMIT: Duration = Duration::from_secs(120);
 
-/// A completion that a connection asks for.
-struct Ask {
+/// What a connection asks for.
+enum Ask {
+    Completion(CompletionAsk),
+    Utility { method: String, args: Vec<rmpv::Value>, answer: SyncSender<Vec<Answer>> },
+}
+
+/// What one engine says to a call.
+type Answer = Result<rmpv::Value, String>;
+
+struct CompletionAsk {
     prompt: Vec<u64>,
     max_tokens: u32,
     /// Header `X-data-parallel-rank`, as vLLM reads it.
@@ -45,15 +55,33 @@ pub fn serve(
     pump(frontend, &asks, stopped)
 }
 
+/// A call of all engines that has not been answered by all.
+struct Call {
+    open: Vec<u64>,
+    answers: Vec<Answer>,
+    answer: SyncSender<Vec<Answer>>,
+}
+
 fn pump(
     frontend: &mut FakeFrontend,
     asks: &Receiver<Ask>,
     stopped: &dyn Fn() -> bool,
 ) -> Result<(), FrontendError> {
     let mut open: BTreeMap<String, (usize, SyncSender<Completion>, Instant)> = BTreeMap::new();
+    let mut calls: Vec<Call> = Vec::new();
     let mut number = 0_u64;
     while !stopped() {
         while let Ok(ask) = asks.try_recv() {
+            let ask = match ask {
+                Ask::Completion(ask) => ask,
+                Ask::Utility { method, args, answer } => {
+                    let (server, ranks) = (&mut frontend.servers[0], 0..frontend.options.size);
+                    let open: Result<_, _> =
+                        ranks.map(|rank| server.start_call(rank, &method, args.clone())).collect();
+                    calls.push(Call { open: open?, answers: Vec::new(), answer });
+                    continue;
+                }
+            };
             number += 1;
             let id = format!("cmpl-{}-{number}", std::process::id());
             let count = frontend.servers.len() as u64;
@@ -69,6 +97,17 @@ fn pump(
         for server in &mut frontend.servers {
             server.pump_for(Duration::from_millis(2))?;
         }
+        calls.retain_mut(|call| {
+            while let Some(answer) = call.open.first().and_then(|id| frontend.servers[0].result(*id)) {
+                call.open.remove(0);
+                call.answers.push(answer);
+            }
+            if call.open.is_empty() {
+                // The connection may be gone.
+                let _ = call.answer.try_send(std::mem::take(&mut call.answers));
+            }
+            !call.open.is_empty()
+        });
         let mut overdue = Vec::new();
         open.retain(|id, (server, answer, since)| {
             let request = frontend.servers[*server].request(id);
@@ -125,6 +164,7 @@ fn connection(stream: TcpStream, asks: &SyncSender<Ask>, model: &str) -> std::io
                 ("200 OK", json!({"object": "list", "data": [{"id": model, "object": "model"}]}).to_string())
             }
             ("POST", "/v1/completions") => completion(&body, rank, asks, model),
+            ("POST", "/utility") => utility(&body, asks),
             _ => ("404 Not Found", json!({"error": "no such route"}).to_string()),
         };
         write!(
@@ -150,7 +190,7 @@ fn completion(body: &[u8], rank: Option<u16>, asks: &SyncSender<Ask>, model: &st
     let max_tokens =
         request["max_tokens"].as_u64().and_then(|tokens| u32::try_from(tokens).ok()).unwrap_or(16);
     let (answer, done) = mpsc::sync_channel(1);
-    let ask = Ask { prompt, max_tokens, rank, answer };
+    let ask = Ask::Completion(CompletionAsk { prompt, max_tokens, rank, answer });
     if asks.send(ask).is_err() {
         return ("503 Service Unavailable", json!({"error": "stopping"}).to_string());
     }
@@ -180,4 +220,27 @@ fn completion(body: &[u8], rank: Option<u16>, asks: &SyncSender<Ask>, model: &st
         "weight_versions": done.versions,
     });
     ("200 OK", answer.to_string())
+}
+
+/// The answers of all ranks, in their order: `{"result": ...}` or `{"error": ...}`.
+fn utility(body: &[u8], asks: &SyncSender<Ask>) -> (&'static str, String) {
+    let request: Value = serde_json::from_slice(body).unwrap_or_default();
+    let (Some(method), Some(args)) = (request["method"].as_str(), request["args"].as_array()) else {
+        return ("400 Bad Request", json!({"error": "method or args is missing"}).to_string());
+    };
+    let Ok(args) = args.iter().map(rmpv::ext::to_value).collect::<Result<Vec<_>, _>>() else {
+        return ("400 Bad Request", json!({"error": "args cannot be sent"}).to_string());
+    };
+    let (answer, done) = mpsc::sync_channel(1);
+    if asks.send(Ask::Utility { method: method.to_owned(), args, answer }).is_err() {
+        return ("503 Service Unavailable", json!({"error": "stopping"}).to_string());
+    }
+    let Ok(answers) = done.recv_timeout(REQUEST_LIMIT) else {
+        return ("504 Gateway Timeout", json!({"error": "no answer"}).to_string());
+    };
+    let answers = answers.iter().map(|answer| match answer {
+        Ok(value) => json!({"result": msg::to_json(value)}),
+        Err(error) => json!({"error": error}),
+    });
+    ("200 OK", answers.collect::<Value>().to_string())
 }

@@ -329,6 +329,22 @@ impl World {
             return;
         }
         let committed = self.committed().path;
+        if self.leader {
+            let in_doubt = self.machine.snapshot().in_doubt;
+            let lied = (0..self.engines.len()).find(|rank| {
+                let engine = &self.engines[*rank];
+                (engine.alive && engine.admitted && self.is_in_service(*rank))
+                    && !self.is_asked_for(*rank)
+                    && !in_doubt.contains(&index(*rank))
+                    && engine.weights != Weights::Whole(committed.clone())
+            });
+            if let Some(rank) = lied {
+                let holds = self.engines[rank].weights.clone();
+                self.law(Law::ReportsAreTrue, false, || {
+                    format!("rank {rank} is said to hold {committed}, and holds {holds:?}")
+                });
+            }
+        }
         let looked_at = self.leader && self.machine.run().is_none();
         let wrong = (0..self.engines.len()).find(|rank| {
             let engine = &self.engines[*rank];

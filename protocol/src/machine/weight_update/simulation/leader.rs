@@ -124,11 +124,14 @@ impl World {
         self.machine.lives().any(|known| known == (index(rank), life))
     }
 
-    /// It is in service, or the leader is just asked about it.
-    fn is_known(&self, rank: usize) -> bool {
+    /// The leader is just asked about it.
+    pub(super) fn is_asked_for(&self, rank: usize) -> bool {
         let life = Incarnation(self.engines[rank].incarnation);
-        let asked = self.tickets.values().any(|(engines, _)| engines.get(&index(rank)) == Some(&life));
-        asked || self.is_in_service(rank)
+        self.tickets.values().any(|(engines, _)| engines.get(&index(rank)) == Some(&life))
+    }
+
+    fn is_known(&self, rank: usize) -> bool {
+        self.is_asked_for(rank) || self.is_in_service(rank)
     }
 
     pub(super) fn ask_for(&mut self, ranks: &[usize], adopt: bool) {
