@@ -11,6 +11,7 @@ use bytes::{Bytes, BytesMut};
 use dp_sidecar_protocol::ClientIndex;
 use dp_sidecar_protocol::handshake::{EngineMessage, Init};
 use dp_sidecar_protocol::layout::{Layout, VllmVersion};
+use dp_sidecar_protocol::machine::weight_update::Fit;
 use dp_sidecar_protocol::output::{EngineOutput, reports_load};
 use dp_sidecar_protocol::positional::{self, Scanner};
 use dp_sidecar_protocol::registration::{EngineReadyResponse, detect_layout, with_dp_stats_address};
@@ -257,7 +258,7 @@ fn manifest(data: &[u8]) -> bool {
     let Ok(manifest) = read(claimed) else {
         return false;
     };
-    manifest.check_against(&manifest).expect("the same");
+    manifest.check_against(&manifest, &Fit::default()).expect("the same");
     // Tensors lie in the file and do not overlap.
     let mut end = 8;
     for tensor in &manifest.tensors {

@@ -3,8 +3,10 @@
 //! The rules (which files count, in which order, how the digest is made) are a contract with the shim:
 //! `protocol/docs/weight-update.md`.
 
+mod compare;
 mod digest;
 mod fit;
+mod rename;
 #[cfg(test)]
 pub(crate) mod tests;
 
@@ -15,7 +17,7 @@ use std::io::{self, ErrorKind, Read as _};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use dp_sidecar_protocol::machine::weight_update::Checkpoint;
+use dp_sidecar_protocol::machine::weight_update::{Checkpoint, Renames};
 use safetensors::tensor::TensorInfo;
 use serde::Deserialize;
 use serde::de::{MapAccess, Visitor};
@@ -24,6 +26,7 @@ use thiserror::Error;
 use crate::files;
 
 pub use digest::Progress;
+pub use rename::Hint;
 
 /// Tensor to file.
 type Index = BTreeMap<String, String>;
@@ -61,8 +64,8 @@ pub enum ManifestError {
     #[error("checkpoint file {path}: changed while it was read")]
     Changed { path: PathBuf },
     /// The tensors are not those of the model. All faults; the text lists the first few.
-    #[error("checkpoint {path}: {}", Faults(faults))]
-    Tensors { path: PathBuf, faults: Vec<Fault> },
+    #[error("checkpoint {path}: {}{}", Faults(faults), hint.as_ref().map(Hint::to_string).unwrap_or_default())]
+    Tensors { path: PathBuf, faults: Vec<Fault>, hint: Option<Hint> },
     /// The work was called off.
     #[error("checkpoint {path}: reading was cancelled")]
     Cancelled { path: PathBuf },
@@ -77,6 +80,9 @@ pub enum Fault {
     /// The checkpoint has it, the model has not.
     #[error("unexpected {name}")]
     Unexpected { name: String },
+    /// What `--rename` says begins no name.
+    #[error("no name begins with {from:?}")]
+    NoSuchPrefix { from: String },
     /// The checkpoint has it twice, in two files or in one.
     #[error("duplicate {name} (in {first} and {second})")]
     Duplicate { name: String, first: String, second: String },
@@ -84,8 +90,13 @@ pub enum Fault {
     #[error("{name} has shape {actual:?}, expected {expected:?}")]
     Shape { name: String, expected: Vec<usize>, actual: Vec<usize> },
     /// Another element type than the model's.
-    #[error("{name} has dtype {actual}, expected {expected}")]
-    Dtype { name: String, expected: String, actual: String },
+    #[error("{name} has dtype {actual}, expected {expected}: {reason}")]
+    Dtype { name: String, expected: String, actual: String, reason: &'static str },
+    /// The model has the two as one tensor, the checkpoint as two.
+    #[error(
+        "{name} differs from {of}: the model has them as one tensor (tie_word_embeddings), and would get one of the two"
+    )]
+    Copy { name: String, of: String },
     /// The index says it is in this file, and it is not.
     #[error("{name} is not in {file}, where the index says it is")]
     NotWhereIndexed { name: String, file: String },
@@ -222,37 +233,6 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// Compares with the manifest of the checkpoint the model was started from: same names, shapes and
-    /// element types, nothing missing, nothing more.
-    pub fn check_against(&self, model: &Self) -> Result<(), ManifestError> {
-        let (ours, wanted) = (self.by_name(), model.by_name());
-        let mut faults = Vec::new();
-        for (name, expected) in &wanted {
-            let Some(actual) = ours.get(name) else {
-                faults.push(Fault::Missing { name: (*name).to_owned() });
-                continue;
-            };
-            if actual.shape != expected.shape {
-                faults.push(Fault::Shape {
-                    name: (*name).to_owned(),
-                    expected: expected.shape.clone(),
-                    actual: actual.shape.clone(),
-                });
-            }
-            if actual.dtype != expected.dtype {
-                faults.push(Fault::Dtype {
-                    name: (*name).to_owned(),
-                    expected: expected.dtype.clone(),
-                    actual: actual.dtype.clone(),
-                });
-            }
-        }
-        for name in ours.keys().filter(|name| !wanted.contains_key(*name)) {
-            faults.push(Fault::Unexpected { name: (*name).to_owned() });
-        }
-        self.fail_on(faults)
-    }
-
     /// Bytes of all tensors.
     pub fn bytes(&self) -> u64 {
         self.tensors.iter().map(|tensor| tensor.len).sum()
@@ -267,6 +247,8 @@ impl Manifest {
             tensors: self.tensors.len() as u64,
             bytes: self.bytes(),
             digest,
+            odd: Vec::new(),
+            rename: Renames::default(),
         }
     }
 
@@ -291,7 +273,7 @@ impl Manifest {
         if faults.is_empty() {
             return Ok(());
         }
-        Err(ManifestError::Tensors { path: self.path.clone(), faults })
+        Err(ManifestError::Tensors { path: self.path.clone(), faults, hint: None })
     }
 }
 

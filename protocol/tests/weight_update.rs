@@ -35,12 +35,12 @@ fn begin(id: &str) -> Begin {
 
 fn checkpoint(path: &str) -> Checkpoint {
     Checkpoint {
-        extents: Vec::new(),
         path: path.to_owned(),
         files: vec!["model.safetensors".to_owned()],
         tensors: 3,
         bytes: 30,
         digest: Some(format!("digest of {path}")),
+        ..Checkpoint::default()
     }
 }
 

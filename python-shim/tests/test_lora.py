@@ -110,7 +110,7 @@ def values(manager) -> dict[int, int]:
 
 
 def test_an_added_adapter_is_there_under_its_own_number_and_any_frontends(manager, tmp_path):
-    answer = call(manager, "add", make(tmp_path / "a", 7))
+    answer = call(manager, "replace", make(tmp_path / "a", 7))
     assert (answer["ok"], answer["state"], answer["error"]) == (True, "applied", None), answer
     assert (answer["tensors"], answer["bytes"], answer["digest_kind"]) == (1, 2, "blake3")
     assert (answer["ids"], answer["undo"]) == ([1 << 30], True)
@@ -127,7 +127,7 @@ def test_an_added_adapter_is_there_under_its_own_number_and_any_frontends(manage
 
 def test_a_replaced_adapter_is_replaced_under_every_number_and_can_be_taken_back(manager, tmp_path):
     old, new = make(tmp_path / "old", 1), make(tmp_path / "new", 2)
-    assert call(manager, "add", old)["ok"]
+    assert call(manager, "replace", old)["ok"]
     manager.add_adapter(asked("style", 3, "/whatever"))
     answer = call(manager, "replace", new, update_id="u2")
     assert answer["ids"] == [3, 1 << 30]
@@ -142,7 +142,7 @@ def test_a_replaced_adapter_is_replaced_under_every_number_and_can_be_taken_back
 
 
 def test_only_the_update_that_touched_a_name_last_can_take_it_back(manager, tmp_path):
-    assert call(manager, "add", make(tmp_path / "a", 1))["ok"]
+    assert call(manager, "replace", make(tmp_path / "a", 1))["ok"]
     assert call(manager, "replace", make(tmp_path / "b", 2), update_id="u2")["ok"]
     for other in ("u1", "u3"):
         assert call(manager, "undo", update_id=other)["state"] == "applied"
@@ -150,21 +150,11 @@ def test_only_the_update_that_touched_a_name_last_can_take_it_back(manager, tmp_
 
 
 def test_an_add_that_is_taken_back_leaves_nothing(manager, tmp_path):
-    assert call(manager, "add", make(tmp_path / "a", 1))["ok"]
+    assert call(manager, "replace", make(tmp_path / "a", 1))["ok"]
     assert call(manager, "undo")["ids"] == []
     assert values(manager) == {}
     with pytest.raises(Exception, match="style"):
         manager.set_active_adapters([asked("style", 1, SCHEME + "style")])
-
-
-def test_a_name_is_added_once_unless_it_is_the_same_adapter(manager, tmp_path):
-    assert call(manager, "add", make(tmp_path / "a", 1))["ok"]
-    answer = call(manager, "add", make(tmp_path / "b", 2), update_id="u2")
-    assert (answer["state"], answer["error_kind"]) == ("unchanged", "exists")
-    answer = call(manager, "add", make(tmp_path / "c", 1, lora_alpha=3), update_id="u2")
-    assert answer["error_kind"] == "exists", "another configuration is another adapter"
-    assert call(manager, "add", make(tmp_path / "d", 1), update_id="u2")["ok"]
-    assert values(manager) == {1 << 30: 1}
 
 
 def test_an_adapter_that_a_frontend_brought_is_taken_over_and_given_back(manager, tmp_path):
@@ -178,7 +168,7 @@ def test_an_adapter_that_a_frontend_brought_is_taken_over_and_given_back(manager
 
 
 def test_a_removed_adapter_is_unloaded_and_late_requests_do_not_end_the_engine(manager, tmp_path):
-    assert call(manager, "add", make(tmp_path / "a", 4))["ok"]
+    assert call(manager, "replace", make(tmp_path / "a", 4))["ok"]
     answer = call(manager, "remove", update_id="u2")
     assert (answer["ok"], answer["ids"], answer["undo"]) == (True, [], True)
     assert values(manager) == {}
@@ -197,7 +187,7 @@ def test_a_removed_adapter_is_unloaded_and_late_requests_do_not_end_the_engine(m
 
 @pytest.mark.parametrize("after", [0, 1])
 def test_a_change_that_fails_half_way_is_taken_back_under_every_number(manager, tmp_path, after):
-    assert call(manager, "add", make(tmp_path / "a", 1))["ok"]
+    assert call(manager, "replace", make(tmp_path / "a", 1))["ok"]
     manager.add_adapter(asked("style", 3, ""))
     original = manager.add_adapter
     calls = iter(range(100))
@@ -216,7 +206,7 @@ def test_a_change_that_fails_half_way_is_taken_back_under_every_number(manager, 
 
 
 def test_a_way_back_that_fails_is_called_mixed(manager, tmp_path):
-    assert call(manager, "add", make(tmp_path / "a", 1))["ok"]
+    assert call(manager, "replace", make(tmp_path / "a", 1))["ok"]
     manager.fails_after = 0
     answer = call(manager, "replace", make(tmp_path / "b", 2), update_id="u2")
     assert (answer["ok"], answer["state"]) == (False, "mixed")
@@ -235,6 +225,7 @@ def test_a_way_back_that_fails_is_called_mixed(manager, tmp_path):
         ({"protocol": 2}, "protocol"),
         ({"protocol": PROTOCOL + 1}, "protocol"),
         ({"op": "explode"}, "request"),
+        ({"op": "add"}, "request"),
         ({"name": ""}, "request"),
         ({"id": 0}, "request"),
         ({"id": 1 << 31}, "request"),
@@ -242,8 +233,6 @@ def test_a_way_back_that_fails_is_called_mixed(manager, tmp_path):
         ({"files": ["a", "b"]}, "request"),
         ({"files": ["../adapter_model.safetensors"]}, "request"),
         ({"files": ["gone.safetensors"]}, "files"),
-        ({"extents": [[0, 8], [8, 8]]}, "request"),
-        ({"extents": [[0, 8]]}, "files"),
         ({"config": None}, "request"),
         ({"config": "no json"}, "load"),
         ({"config": '{"r": 4000}'}, "load"),
@@ -254,7 +243,7 @@ def test_a_way_back_that_fails_is_called_mixed(manager, tmp_path):
     ],
 )
 def test_what_cannot_be_loaded_touches_nothing(manager, tmp_path, changes, kind):
-    assert call(manager, "add", make(tmp_path / "a", 1))["ok"]
+    assert call(manager, "replace", make(tmp_path / "a", 1))["ok"]
     new = make(tmp_path / "b", 2)
     for op in ("replace", "check"):
         answer = call(manager, op, new, **{"update_id": "u2", **changes})
@@ -270,23 +259,11 @@ def test_a_check_changes_nothing_and_finds_what_vllm_would_refuse(manager, tmp_p
     assert "rank is too high" in answer["error"]
 
 
-def test_an_adapter_comes_out_of_a_segment_as_well(manager, tmp_path):
-    folder = make(tmp_path / "a", 6)
-    raw = (folder / "adapter_model.safetensors").read_bytes()
-    (tmp_path / "segment").write_bytes(b"\xff" * 512 + raw + b"\xff" * 9)
-    config = (folder / "adapter_config.json").read_text()
-    changes = {"extents": [[512, len(raw)]], "config": config, "digest_kind": "none"}
-    answer = call(manager, "add", tmp_path / "segment", **changes)
-    assert (answer["ok"], answer["digest"]) == (True, None), answer
-    (tmp_path / "segment").unlink()
-    assert values(manager) == {1 << 30: 6}
-
-
 def test_nothing_is_left_of_reading_an_adapter(manager, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     folder = make(tmp_path / "a", 1)
     before = len(os.listdir("/proc/self/fd"))
-    assert call(manager, "add", folder)["ok"]
+    assert call(manager, "replace", folder)["ok"]
     assert not call(manager, "replace", make(tmp_path / "b", 1, r=16), update_id="u2")["ok"]
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
     assert len(os.listdir("/proc/self/fd")) == before
@@ -294,12 +271,12 @@ def test_nothing_is_left_of_reading_an_adapter(manager, tmp_path, monkeypatch):
 
 def test_engines_without_lora_and_unknown_managers_say_so(tmp_path):
     folder = make(tmp_path / "a", 1)
-    assert call(None, "add", folder)["error_kind"] == "disabled"
-    assert call(WorkerManager(), "add", folder)["error_kind"] == "unsupported"
+    assert call(None, "replace", folder)["error_kind"] == "disabled"
+    assert call(WorkerManager(), "replace", folder)["error_kind"] == "unsupported"
     assert lora.lora(object(), None)["ok"] is False
 
 
 def test_one_change_at_a_time(manager, tmp_path):
     folder = make(tmp_path / "a", 1)
     with calls._changing:
-        assert call(manager, "add", folder)["error_kind"] == "busy"
+        assert call(manager, "replace", folder)["error_kind"] == "busy"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -182,6 +183,9 @@ def test_info_says_who_the_worker_is(engine):
     assert (info["dp_rank"], info["rank"]) == (0, 0)
     assert info["vllm_version"].startswith("0.")
     assert info["protocol"] == PROTOCOL
+    assert info["ignored"] == []
+    # Some modules of one model have two names.
+    assert all(copy.split(".")[-2:] == of.split(".")[-2:] for copy, of in info["tied"])
 
 
 def test_a_load_takes_over_exactly_the_new_weights(engine, references):
@@ -298,10 +302,56 @@ def test_loads_from_a_segment_that_are_interrupted_leave_no_map(engine, referenc
         assert engine.probe() == references[2]
 
 
-def test_an_older_sidecar_is_still_answered(engine, references):
-    answer = engine.load(1, protocol=1)
-    assert (answer["ok"], answer["protocol"]) == (True, 1)
+def test_a_checkpoint_in_another_float_type_is_cast(engine, references, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    content = load_file(engine.models / f"{engine.kind}-1" / "model.safetensors")
+    content = {name: tensor.float() for name, tensor in content.items()}
+    save_file(content, tmp_path / "model.safetensors")
+    request = request_for(tmp_path)
+    [answer] = engine.llm.collective_rpc("dp_sidecar_load", kwargs={"request": request})
+    assert (answer["ok"], answer["bytes"]) == (True, request["bytes"]), answer
     assert engine.probe() == references[1]
+
+
+def test_tensors_are_loaded_under_other_names(engine, references, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    content = load_file(engine.models / f"{engine.kind}-1" / "model.safetensors")
+    content = {name.replace("model.", "policy.body.", 1): content[name] for name in content}
+    save_file(content, tmp_path / "model.safetensors")
+    request = request_for(tmp_path, rename=[["policy.body.", "model."]])
+    [answer] = engine.llm.collective_rpc("dp_sidecar_load", kwargs={"request": request})
+    assert (answer["ok"], answer["digest"]) == (True, request["digest"]), answer
+    assert engine.probe() == references[1]
+    both = [["policy.body.norm.", "same."], ["policy.body.layers.0.input_layernorm.", "same."]]
+    request = request_for(tmp_path, rename=both)
+    [answer] = engine.llm.collective_rpc("dp_sidecar_load", kwargs={"request": request})
+    assert (answer["state"], answer["error_kind"]) == ("unchanged", "files"), answer
+
+
+def test_vllms_loader_says_which_names_it_passes_over_and_the_engine_does_not_notice(
+    engine, references
+):
+    from safetensors.torch import load_file
+
+    def ignored(*tensors: list) -> list[str]:
+        [info] = engine.llm.collective_rpc("dp_sidecar_info", kwargs={"tensors": list(tensors)})
+        assert info["ok"], info
+        return info["ignored"]
+
+    assert engine.load(1)["ok"]
+    content = load_file(engine.models / f"{engine.kind}-1" / "model.safetensors")
+    rotary = ["model.layers.0.self_attn.rotary_emb.inv_freq", "F32", [16]]
+    assert ignored(rotary) == [rotary[0]]
+    for name, tensor in content.items():
+        assert ignored(rotary, [name, "BF16", list(tensor.shape)]) == [rotary[0]], name
+    assert ignored(["mtp.fc.weight", "BF16", [4]]) == [], "this model has no such layers"
+    assert ignored([rotary[0], "no type", [16]]) == []
+    assert ignored() == []
+    assert engine.probe() == references[1]
+    assert engine.load(2)["ok"]
+    assert engine.probe() == references[2]
 
 
 def test_a_checkpoint_of_wrong_shapes_fails_and_leaves_a_loadable_model(
@@ -319,6 +369,39 @@ def test_a_checkpoint_of_wrong_shapes_fails_and_leaves_a_loadable_model(
     assert (answer["ok"], answer["state"]) == (False, "restored-meta"), answer
     assert engine.load(1)["ok"]
     assert engine.probe() == references[1]
+
+
+def write_tied(models: Path, where: Path, seed: int, copy: bool) -> None:
+    """A model whose head is its embedding."""
+    from safetensors.torch import load_file, save_file
+
+    source = models / f"dense-{seed}"
+    shutil.copytree(source, where)
+    content = load_file(source / "model.safetensors")
+    content["model.embed_tokens.weight"] = content["lm_head.weight"].clone()
+    if not copy:
+        del content["lm_head.weight"]
+    save_file(content, where / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    (where / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_a_tied_head_is_loaded_whether_the_checkpoint_has_a_copy_or_not(models, tmp_path, copy):
+    for name, seed, with_copy in (("0", 0, copy), ("1", 1, False), ("2", 1, True)):
+        write_tied(models, tmp_path / f"dense-{name}", seed, with_copy)
+    shutil.copy(models / "prompts.json", tmp_path)
+    for engine in started("dense", tmp_path, tmp_path / "fail"):
+        [info] = engine.llm.collective_rpc("dp_sidecar_info")
+        assert info["tied"] == [["lm_head.weight", "model.embed_tokens.weight"]]
+        at_start = engine.probe()
+        assert engine.load(1)["ok"]
+        without_copy = engine.probe()
+        assert without_copy != at_start
+        assert engine.load(2)["ok"]
+        assert engine.probe() == without_copy
+        assert engine.load(0)["ok"]
+        assert engine.probe() == at_start
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from test_vllm import mapped, models, request_for, started
+from test_vllm import models, request_for, started
 
 from dp_sidecar_shim import PROTOCOL
 from dp_sidecar_shim.adapters import SCHEME
@@ -98,7 +98,7 @@ def test_info_tells_the_rank_that_an_engine_takes(engine):
 
 def test_an_added_adapter_answers_under_any_number_and_the_base_is_untouched(adapters):
     assert adapters.answers("")
-    answer = adapters.call("add", "lora-1")
+    answer = adapters.call("replace", "lora-1")
     assert (answer["ok"], answer["state"], answer["ids"]) == (True, "applied", [NUMBER]), answer
     assert answer["digest"]
     # Under the number of the sidecar, under those of two frontends, back and forth through a
@@ -109,7 +109,7 @@ def test_an_added_adapter_answers_under_any_number_and_the_base_is_untouched(ada
 
 
 def test_a_replaced_adapter_answers_at_once_and_can_be_taken_back(adapters):
-    assert adapters.call("add", "lora-1")["ok"]
+    assert adapters.call("replace", "lora-1")["ok"]
     assert adapters.answers("lora-1", "style", 3)
     answer = adapters.call("replace", "lora-2", update_id="u2")
     assert answer["ok"], answer
@@ -128,8 +128,8 @@ def test_an_adapter_that_a_frontend_loaded_itself_is_taken_over(adapters, models
 
 
 def test_adapters_of_two_names_do_not_mix(adapters):
-    assert adapters.call("add", "lora-1")["ok"]
-    assert adapters.call("add", "lora-2", name="other", id=NUMBER + 1)["ok"]
+    assert adapters.call("replace", "lora-1")["ok"]
+    assert adapters.call("replace", "lora-2", name="other", id=NUMBER + 1)["ok"]
     for name, directory in (("style", "lora-1"), ("other", "lora-2")) * 2:
         assert adapters.answers(directory, name, {"style": 1, "other": 2}[name])
     names = [adapter["name"] for adapter in adapters.call("list")["adapters"]]
@@ -137,7 +137,7 @@ def test_adapters_of_two_names_do_not_mix(adapters):
 
 
 def test_a_request_for_a_removed_adapter_does_not_end_the_engine(adapters):
-    assert adapters.call("add", "lora-1")["ok"]
+    assert adapters.call("replace", "lora-1")["ok"]
     assert adapters.call("remove", update_id="u2")["ok"]
     assert adapters.answers("lora-1", "style", 4)
     assert adapters.answers("")
@@ -147,7 +147,7 @@ def test_adapters_survive_new_base_weights_and_the_loss_of_their_files(
     adapters, engine, models, tmp_path
 ):
     shutil.copytree(models / "lora-1", tmp_path / "adapter")
-    assert adapters.call("add", tmp_path / "adapter")["ok"]
+    assert adapters.call("replace", tmp_path / "adapter")["ok"]
     shutil.rmtree(tmp_path / "adapter")
     assert engine.load(1)["ok"]
     with_new_base = adapters.tokens("style", 2)
@@ -164,7 +164,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_nothing_changes(
 ):
     from safetensors.torch import load_file, save_file
 
-    assert adapters.call("add", "lora-1")["ok"]
+    assert adapters.call("replace", "lora-1")["ok"]
     bad = tmp_path / "bad"
     shutil.copytree(models / "lora-2", bad)
     content = load_file(bad / FILE)
@@ -184,24 +184,6 @@ def test_an_adapter_that_does_not_fit_is_refused_and_nothing_changes(
     assert answer["error_kind"] == ("mismatch" if kind == "digest" else "load"), answer
     assert adapters.answers("lora-1", "style", 1)
     assert adapters.answers("")
-
-
-def test_an_adapter_comes_out_of_a_segment(adapters, models, tmp_path):
-    raw = (models / "lora-2" / FILE).read_bytes()
-    segment = tmp_path / "segment"
-    segment.write_bytes(b"\xff" * 4096 + raw)
-    answer = adapters.call(
-        "add",
-        "lora-2",
-        path=str(segment),
-        extents=[[4096, len(raw)]],
-        config=(models / "lora-2" / "adapter_config.json").read_text(),
-        digest_kind="none",
-    )
-    assert answer["ok"], answer
-    assert not mapped(segment)
-    segment.write_bytes(b"\0" * 8192)
-    assert adapters.answers("lora-2", "style", 1)
 
 
 def test_an_engine_without_lora_says_so(models, tmp_path):

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use dp_sidecar_protocol::machine::weight_update::{NodeId, Outcome, PauseMode, Phase, RankProgress};
+use dp_sidecar_protocol::machine::weight_update::{NodeId, Outcome, PauseMode, Phase, RankProgress, Renames};
 use dp_sidecar_protocol::{EngineIndex, UpdateId, WeightVersion};
 use serde::{Deserialize, Serialize};
 
@@ -35,6 +35,10 @@ pub struct UpdateRequest {
     pub pause_deadline_ms: Option<u64>,
     /// Update although the current weights cannot be loaded again after a failure.
     pub allow_no_rollback: bool,
+    /// Prefixes of tensors' names, and what the model has there instead.
+    pub rename: Renames,
+    /// Refuse element types that vLLM would cast.
+    pub strict_dtype: bool,
 }
 
 impl UpdateRequest {
@@ -52,6 +56,7 @@ impl UpdateRequest {
         match (&self.path, &self.upload) {
             (Some(_), Some(_)) => Err("expected either path or upload"),
             (None, None) if self.adapters.is_empty() => Err("expected either path or upload"),
+            (None, None) if !self.rename.is_empty() => Err("rename is for weights, expected path or upload"),
             _ => self.version.as_ref().map_or(Ok(()), WeightVersion::check),
         }
     }

@@ -124,6 +124,7 @@ pub(super) async fn start(
             pause_deadline: config.pause_deadline,
             startup_timeout: config.startup_timeout,
             forget_committed: config.forget_committed && !living,
+            served_names: config.served_names(),
             ..UpdateConfig::new(config.kind, state.path()).with_load_timeout(config.load_timeout)
         },
         ranks.clone(),

@@ -8,7 +8,7 @@ use clap::{Arg, Args, Parser, Subcommand};
 use dp_sidecar_protocol::machine::weight_update::PauseMode;
 
 use super::children::{KeeperArgs, RelayArgs};
-use super::values::{ModelKind, Source, model_kind, parse_lora, parse_source, pause_mode};
+use super::values::{ModelKind, Source, model_kind, parse_lora, parse_rename, parse_source, pause_mode};
 use crate::api::{AdapterChange, Retain};
 use crate::config::{Lifeline, LogFormat};
 use crate::duration;
@@ -444,6 +444,14 @@ pub(super) struct UpdateArgs {
     /// Update although a rollback is impossible: neither memory nor a directory holds the current weights any more.
     #[arg(long)]
     pub allow_no_rollback: bool,
+    /// Load tensors whose names begin with FROM under names that begin with TO instead. May be given several times; the
+    /// longest FROM that matches counts. A refusal because of names says what would fit.
+    #[arg(long, value_parser = parse_rename, value_name = "FROM=TO")]
+    pub rename: Vec<(String, String)>,
+    /// Refuse a checkpoint whose element types are not those of the start. Without it floating point numbers are cast as
+    /// vLLM casts them (F32 to BF16, say).
+    #[arg(long)]
+    pub strict_dtype: bool,
     /// Name of the transaction, for logs and repeats.
     #[arg(long, value_name = "ID")]
     pub id: Option<String>,

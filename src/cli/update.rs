@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use dp_sidecar_protocol::machine::weight_update::Renames;
 use dp_sidecar_protocol::{UpdateId, WeightVersion};
 
 use super::args::UpdateArgs;
@@ -70,7 +71,12 @@ fn command(args: &UpdateArgs) -> Result<Command, String> {
         Source::Upload(id) => (UpdateSource::default(), Some(id.clone())),
     };
     let removed = args.remove_lora.iter().map(|name| AdapterChange { name: name.clone(), path: None });
+    let mut rename = Renames::default();
+    for (from, to) in args.rename.iter().cloned() {
+        rename.insert(from, to);
+    }
     let request = UpdateRequest {
+        rename,
         path: args.path.as_ref().map(absolute).transpose()?,
         upload,
         source,
@@ -82,6 +88,7 @@ fn command(args: &UpdateArgs) -> Result<Command, String> {
         from_version: args.from_version.clone().map(WeightVersion),
         id: args.id.clone().map(UpdateId),
         allow_no_rollback: args.allow_no_rollback,
+        strict_dtype: args.strict_dtype,
     };
     request.check()?;
     Ok(Command::Update(request))

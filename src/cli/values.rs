@@ -69,6 +69,14 @@ pub(super) fn parse_lora(text: &str) -> Result<AdapterChange, String> {
     }
 }
 
+/// Reads `FROM=TO`; one of them may be empty.
+pub(super) fn parse_rename(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((from, to)) if from != to => Ok((from.to_owned(), to.to_owned())),
+        _ => Err("expected FROM=TO, two prefixes of tensors' names".to_owned()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -186,6 +186,14 @@ impl Config {
         }
     }
 
+    /// Names under which frontends serve the model itself, as far as this sidecar's command line says.
+    pub fn served_names(&self) -> Vec<String> {
+        match &self.engines {
+            Engines::Spawn(launch) => launch.served_names(),
+            Engines::Attach => Vec::new(),
+        }
+    }
+
     /// The ranks of this node.
     pub fn local_ranks(&self) -> impl Iterator<Item = u16> + Clone + use<> {
         let (start, count) = (self.start_rank, self.size_local);

@@ -60,6 +60,10 @@ pub(crate) struct Engine {
     /// What the shim says.
     pub(crate) vllm_version: &'static str,
     pub(crate) load_format: &'static str,
+    /// Parameters that are one tensor: a copy, and what it is a copy of.
+    pub(crate) tied: Vec<(&'static str, &'static str)>,
+    /// Names of tensors that its loader passes over.
+    pub(crate) ignored: Vec<String>,
 }
 
 /// A fake rank and its engine.
@@ -86,7 +90,7 @@ impl FakeRank {
         let engine = Arc::new(Mutex::new(Engine {
             log: Vec::new(),
             model_path: model_path.to_owned(),
-            shim_protocol: Some(4),
+            shim_protocol: Some(5),
             weights: model_path.to_owned(),
             version: "default".to_owned(),
             paused: false,
@@ -100,6 +104,8 @@ impl FakeRank {
             no_version_stamp: false,
             vllm_version: "0.32.0",
             load_format: "auto",
+            tied: Vec::new(),
+            ignored: Vec::new(),
         }));
         let changed = Arc::new(Notify::new());
         // Ends with its queue, which ends with the handle.
@@ -250,7 +256,7 @@ fn call(engine: &mut Engine, method: &str, args: &[Value], reply: ReplyTo, waiti
             Ok(Value::Nil)
         }
         "collective_rpc" => match args[0].as_str().unwrap_or_default() {
-            "dp_sidecar_info" => info(engine, args[3]["path"].as_str()),
+            "dp_sidecar_info" => info(engine, args[3]["path"].as_str(), &args[3]["tensors"]),
             "dp_sidecar_lora" => lora(engine, &args[3]["request"]),
             "dp_sidecar_load" => match load(engine, &args[3]["request"]) {
                 Some(answer) => answer,
@@ -286,12 +292,16 @@ fn files(directory: &str) -> Value {
     if names.is_empty() { Value::Nil } else { names.into_iter().map(Value::from).collect::<Vec<_>>().into() }
 }
 
-fn info(engine: &Engine, path: Option<&str>) -> Result<Value, HandleError> {
+fn info(engine: &Engine, path: Option<&str>, tensors: &Value) -> Result<Value, HandleError> {
     let Some(protocol) = engine.shim_protocol else {
         return Err(HandleError::failed(
             "Call to collective_rpc method failed: 'Worker' object has no attribute 'dp_sidecar_info'",
         ));
     };
+    let asked = tensors.as_array().map_or(&[][..], Vec::as_slice).iter();
+    let ignored = asked.filter(|tensor| engine.ignored.iter().any(|name| tensor[0] == name.as_str().into()));
+    let ignored = ignored.map(|tensor| tensor[0].clone());
+    let tied = engine.tied.iter().map(|(copy, of)| Value::Array(vec![(*copy).into(), (*of).into()]));
     Ok(Value::Array(vec![map(vec![
         ("ok", Value::Boolean(true)),
         ("protocol", Value::from(protocol)),
@@ -300,6 +310,8 @@ fn info(engine: &Engine, path: Option<&str>) -> Result<Value, HandleError> {
         ("vllm_version", Value::from(engine.vllm_version)),
         ("load_format", Value::from(engine.load_format)),
         ("files", files(path.unwrap_or(&engine.model_path))),
+        ("tied", Value::Array(tied.collect())),
+        ("ignored", Value::Array(ignored.collect())),
         ("rank", Value::from(0)),
         ("max_lora_rank", Value::from(16)),
     ])]))

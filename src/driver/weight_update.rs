@@ -26,8 +26,8 @@ use dp_sidecar_protocol::machine::weight_update::updates::{
     Action, Ask, Conclusion, Engines, Event, Found, RunId, Seen, Staging, Ticket, Updates,
 };
 use dp_sidecar_protocol::machine::weight_update::{
-    Action as Step, Checkpoint, Commit, Committed, Event as Answer, Ledger, NodeId, Pause, PauseMode, Phase,
-    Refusal,
+    Action as Step, Checkpoint, Commit, Committed, Event as Answer, Fit, Ledger, NodeId, OddTensor, Pause,
+    PauseMode, Phase, Refusal,
 };
 use dp_sidecar_protocol::{EngineIndex, Incarnation, UpdateId, WeightVersion};
 use futures::future::join_all;

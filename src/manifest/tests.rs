@@ -1,7 +1,9 @@
 use std::collections::BTreeMap;
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use dp_sidecar_protocol::machine::weight_update::Fit;
 use serde_json::json;
 
 use super::digest::Digests;
@@ -26,6 +28,8 @@ pub(crate) fn write(dir: &Path, file: &str, tensors: &[(&str, &str, &[usize], &[
 
 const BIAS: (&str, &str, &[usize], &[u8]) = ("a.bias", "F32", &[2], &[0, 0, 0x80, 0x3f, 0, 0, 0, 0x40]);
 const SCALAR: (&str, &str, &[usize], &[u8]) = ("b", "BF16", &[], &[0x80, 0x3f]);
+
+type Raw<'a> = (&'a str, &'a str, &'a [usize], &'a [u8]);
 
 fn dir() -> tempfile::TempDir {
     tempfile::tempdir().unwrap()
@@ -143,13 +147,14 @@ fn what_the_model_needs_is_compared_by_name_shape_and_dtype() {
         &[
             ("a.bias", "F32", &[1, 2], &[0; 8]),
             SCALAR,
-            ("half", "BF16", &[2], &[0; 4]),
+            ("half", "I16", &[2], &[0; 4]),
             ("extra", "F32", &[0], &[]),
         ],
     );
     let model = Manifest::read(model.path(), None).unwrap();
     let new = Manifest::read(new.path(), None).unwrap();
-    let ManifestError::Tensors { faults, .. } = new.check_against(&model).unwrap_err() else {
+    let ManifestError::Tensors { faults, .. } = new.check_against(&model, &Fit::default()).unwrap_err()
+    else {
         panic!("expected tensor faults")
     };
     let texts: Vec<String> = faults.iter().map(ToString::to_string).collect();
@@ -157,12 +162,109 @@ fn what_the_model_needs_is_compared_by_name_shape_and_dtype() {
         texts,
         [
             "a.bias has shape [1, 2], expected [2]",
+            "half has dtype I16, expected F16: only BF16, F16, F32 and F64 are cast to each other",
             "missing gone",
-            "half has dtype BF16, expected F16",
             "unexpected extra"
         ]
     );
-    model.check_against(&model).unwrap();
+    assert_eq!(model.check_against(&model, &Fit::default()).unwrap(), []);
+}
+
+#[test]
+fn numbers_are_cast_as_vllm_casts_them_and_formats_are_not() {
+    let strict = Fit { strict_dtype: true, ..Fit::default() };
+    let of = |dtype: &'static str, length: usize| {
+        let dir = dir();
+        write(dir.path(), "model.safetensors", &[("w", dtype, &[2], &[0; 16][..2 * length])]);
+        Manifest::read(dir.path(), None).unwrap()
+    };
+    let floats = [of("BF16", 2), of("F16", 2), of("F32", 4), of("F64", 8)];
+    for (model, new) in floats.iter().flat_map(|one| floats.iter().map(move |other| (one, other))) {
+        new.check_against(model, &Fit::default()).unwrap();
+        let (from, to) = (&new.tensors[0].dtype, &model.tensors[0].dtype);
+        let refused = new.check_against(model, &strict).err().map(|error| error.to_string());
+        let expected = format!("w has dtype {from}, expected {to}: no cast with --strict-dtype");
+        assert_eq!(refused.map(|text| text.ends_with(&expected)), (from != to).then_some(true));
+    }
+    for other in [of("F8_E4M3", 1), of("F8_E5M2", 1), of("U8", 1), of("I8", 1), of("I32", 4), of("BOOL", 1)] {
+        for (model, new) in [(&floats[0], &other), (&other, &floats[2])] {
+            let error = new.check_against(model, &Fit::default()).unwrap_err().to_string();
+            assert!(error.contains("only BF16, F16, F32 and F64 are cast"), "{error}");
+        }
+        other.check_against(&other, &strict).unwrap();
+    }
+}
+
+#[test]
+fn what_only_one_checkpoint_has_is_left_to_vllms_loader_unless_it_has_said() {
+    let (model, new) = (dir(), dir());
+    let only = |name: &'static str| (name, "F32", &[1usize] as &[usize], &[0u8; 4] as &[u8]);
+    write(model.path(), "model.safetensors", &[SCALAR, only("old"), only("mtp.old")]);
+    write(new.path(), "model.safetensors", &[SCALAR, only("mtp.new"), only("new")]);
+    let model = Manifest::read(model.path(), None).unwrap();
+    let new = Manifest::read(new.path(), None).unwrap();
+    let names = |fit: &Fit| {
+        let odd = new.check_against(&model, fit).unwrap();
+        odd.into_iter().map(|odd| Fault::from(odd).to_string()).collect::<Vec<_>>()
+    };
+    let fit = Fit::default();
+    assert_eq!(names(&fit), ["missing mtp.old", "missing old", "unexpected mtp.new", "unexpected new"]);
+    let ignored = ["mtp.old", "mtp.new", "b"].map(str::to_owned).into();
+    assert_eq!(names(&Fit { ignored, ..fit }), ["missing old", "unexpected new"]);
+    let all = Manifest { tensors: Vec::new(), ..new.clone() };
+    assert_eq!(all.check_against(&model, &Fit::default()).unwrap().len(), 3);
+}
+
+#[test]
+fn a_tied_copy_may_be_there_or_not_and_is_equal() {
+    let embedding = ("model.embed.weight", "U8", &[2usize] as &[usize], &[1u8, 2] as &[u8]);
+    let head = |bytes: &'static [u8]| ("lm_head.weight", "U8", &[2usize] as &[usize], bytes);
+    let narrow = ("lm_head.weight", "I8", &[2usize] as &[usize], &[1u8, 2] as &[u8]);
+    let with: [(&str, &[Raw<'_>]); 5] = [
+        ("none", &[embedding]),
+        ("equal", &[embedding, head(&[1, 2])]),
+        ("other", &[embedding, head(&[1, 3])]),
+        ("dtype", &[embedding, narrow]),
+        ("alone", &[head(&[1, 2])]),
+    ];
+    let dirs = with.map(|(name, tensors)| {
+        let dir = dir();
+        write(dir.path(), "model.safetensors", tensors);
+        (name, Manifest::read(dir.path(), None).unwrap(), dir)
+    });
+    // vLLM's names have another prefix, and those of wrapped layers one more part.
+    let pair = ("language_model.lm_head.base_layer.weight".to_owned(), "model.embed.weight".to_owned());
+    let tied = Fit { tied: vec![pair], ..Fit::default() };
+    let judged = |model: &Manifest, new: &Manifest, fit: &Fit| -> String {
+        let odd = new.check_against(model, fit).map_err(|error| error.to_string());
+        let files = new.open().unwrap();
+        let same = new.check_copies(model, fit, |tensor, at, buffer| {
+            files[tensor.file].read_exact_at(buffer, tensor.start + at).unwrap();
+            Ok(())
+        });
+        let odd = odd.and_then(|odd| if odd.is_empty() { Ok(()) } else { Err(format!("{odd:?}")) });
+        odd.and_then(|()| same.map_err(|error| error.to_string())).err().unwrap_or_default()
+    };
+    for (model, model_manifest, _) in &dirs[..2] {
+        for (new, manifest, _) in &dirs {
+            let text = judged(model_manifest, manifest, &tied);
+            let expected = match *new {
+                "none" | "equal" => text.is_empty(),
+                "alone" => text.contains("model.embed.weight") && text.contains("missing: true"),
+                _ => {
+                    text.contains("lm_head.weight differs from model.embed.weight: the model has them as one")
+                }
+            };
+            assert!(expected, "{new} over {model}: {text}");
+            if model != new {
+                let untied = judged(model_manifest, manifest, &Fit::default());
+                assert!(
+                    untied.contains("weight") || (*model, *new) == ("equal", "other"),
+                    "{new} over {model}: {untied}"
+                );
+            }
+        }
+    }
 }
 
 #[test]
@@ -175,7 +277,8 @@ fn a_long_list_of_faults_is_cut() {
     write(new.path(), "model.safetensors", &tensors[..1]);
     let model = Manifest::read(model.path(), None).unwrap();
     let new = Manifest::read(new.path(), None).unwrap();
-    let text = new.check_against(&model).unwrap_err().to_string();
+    let odd = new.check_against(&model, &Fit::default()).unwrap();
+    let text = ManifestError::odd(&new.path, odd, None).to_string();
     assert!(text.contains("19 tensor faults: missing t01; missing t02"), "{text}");
     assert!(text.ends_with("missing t08; and 11 more"), "{text}");
 }

@@ -1,12 +1,15 @@
 //! Whether staged bytes are a checkpoint that the model can take.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
-use dp_sidecar_protocol::machine::weight_update::Checkpoint;
+use dp_sidecar_protocol::machine::weight_update::{Checkpoint, OddTensor, Renames};
 
 use super::fill::Fill;
 use super::layout::Layout;
 use super::mapping::Mapping;
+use crate::driver::handles::{CheckpointDir, StageSpec};
 use crate::manifest::{Manifest, ManifestError, header_end};
 
 /// The manifest by the headers in the segment; none while some of them are not there yet.
@@ -40,8 +43,46 @@ fn header(mapping: &Mapping, layout: &Layout, file: usize) -> Result<Option<Vec<
     Ok(Some(header))
 }
 
+/// A manifest that the model can take.
+pub(super) struct Checked {
+    manifest: Manifest,
+    /// That of the start-up checkpoint. None: it is not compared here.
+    model: Option<Manifest>,
+    odd: Vec<OddTensor>,
+    rename: Renames,
+}
+
+impl Checked {
+    pub(super) fn new(manifest: Manifest, spec: &StageSpec) -> Result<Self, ManifestError> {
+        let model = spec.model.as_ref().map(CheckpointDir::manifest).transpose()?;
+        let manifest = manifest.renamed(&spec.fit.rename)?;
+        let odd = model.as_ref().map(|model| manifest.check_against(model, &spec.fit)).transpose()?;
+        Ok(Self { manifest, model, odd: odd.unwrap_or_default(), rename: spec.fit.rename.clone() })
+    }
+
+    /// Compares the bytes of what the model has as one tensor. All are in the segment.
+    pub(super) fn copies(
+        &self,
+        spec: &StageSpec,
+        layout: &Layout,
+        segment: &Path,
+    ) -> Result<(), ManifestError> {
+        let Some(model) = self.model.as_ref().filter(|_| !spec.fit.tied.is_empty()) else { return Ok(()) };
+        let unreadable = |error: std::io::Error| ManifestError::Unreadable {
+            path: segment.to_owned(),
+            reason: error.to_string(),
+        };
+        let (file, extents) = (File::open(segment).map_err(unreadable)?, layout.extents());
+        self.manifest.check_copies(model, &spec.fit, |tensor, at, buffer| {
+            let start = extents[tensor.file].offset + tensor.start;
+            file.read_exact_at(buffer, start + at).map_err(unreadable)
+        })
+    }
+}
+
 /// What engines are told to load.
-pub(super) fn checkpoint(manifest: &Manifest, layout: &Layout, segment: &Path, root: String) -> Checkpoint {
+pub(super) fn checkpoint(checked: &Checked, layout: &Layout, segment: &Path, root: String) -> Checkpoint {
+    let Checked { manifest, odd, rename, .. } = checked;
     Checkpoint {
         path: segment.to_string_lossy().into_owned(),
         files: layout.files().iter().map(|file| file.name.clone()).collect(),
@@ -49,5 +90,7 @@ pub(super) fn checkpoint(manifest: &Manifest, layout: &Layout, segment: &Path, r
         tensors: manifest.tensors.len() as u64,
         bytes: manifest.bytes(),
         digest: Some(root),
+        odd: odd.clone(),
+        rename: rename.clone(),
     }
 }

@@ -11,7 +11,7 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use super::area::{Spare, Whole};
-use super::check;
+use super::check::{self, Checked};
 use super::config::StageConfig;
 use super::digest::{Contents, root};
 use super::error::{Doing as _, StageError};
@@ -193,7 +193,7 @@ impl Job {
     ) -> Result<Checkpoint, Arc<StageError>> {
         let mut reported = Instant::now();
         let mut moved = (0, Instant::now());
-        let mut manifest: Option<Manifest> = None;
+        let mut checked: Option<Checked> = None;
         let mut checkpoint: Option<Checkpoint> = None;
         loop {
             if self.cancel.is_cancelled() {
@@ -205,16 +205,18 @@ impl Job {
             if fill.cancelled() {
                 return Err(Arc::new(StageError::Cancelled));
             }
-            if manifest.is_none() {
-                manifest = self.check_manifest(fill, path).map_err(Arc::new)?;
+            if checked.is_none() {
+                checked = self.check_manifest(fill, path).map_err(Arc::new)?;
             }
-            if let Some(manifest) = &manifest
+            if let Some(checked) = &checked
                 && checkpoint.is_none()
                 && fill.complete()
                 && let Some(digests) = fill.all_digests()
             {
                 let root = root(fill.layout(), &digests);
-                checkpoint = Some(check::checkpoint(manifest, fill.layout(), path, root));
+                let copies = checked.copies(&self.spec, fill.layout(), path);
+                copies.map_err(|error| Arc::new(error.into()))?;
+                checkpoint = Some(check::checkpoint(checked, fill.layout(), path, root));
                 if let Some(replies) = feed.replies() {
                     // The sender may be gone by now; all that counts is here.
                     let _ = replies.send(&FromReceiver::Done, fill);
@@ -245,12 +247,9 @@ impl Job {
         }
     }
 
-    fn check_manifest(&self, fill: &Fill, path: &Path) -> Result<Option<Manifest>, StageError> {
+    fn check_manifest(&self, fill: &Fill, path: &Path) -> Result<Option<Checked>, StageError> {
         let Some(manifest) = check::manifest(fill, path)? else { return Ok(None) };
-        if let Some(model) = &self.spec.model {
-            manifest.check_against(&model.manifest()?)?;
-        }
-        Ok(Some(manifest))
+        Ok(Some(Checked::new(manifest, &self.spec)?))
     }
 
     /// Waits for the node before, and for what it wants to send.

@@ -249,7 +249,7 @@ impl Task {
         self.displace_upload().await?;
         match spec.source.clone() {
             StageSource::Directory(directory) => {
-                let manifest = self.read_directory(directory, spec.model.clone()).await?;
+                let manifest = self.read_directory(directory, &spec).await?;
                 let spare = self.take(spec.retain).await?;
                 self.start(spec, Origin::Directory(Box::new(manifest), spare), None);
             }
@@ -269,16 +269,13 @@ impl Task {
     }
 
     /// Reads the headers of a directory and compares them with the model's.
-    async fn read_directory(
-        &self,
-        directory: CheckpointDir,
-        model: Option<CheckpointDir>,
-    ) -> Result<Manifest> {
+    async fn read_directory(&self, directory: CheckpointDir, spec: &StageSpec) -> Result<Manifest> {
         let path = directory.path.clone();
+        let (model, fit) = (spec.model.clone(), spec.fit.clone());
         let read = tokio::task::spawn_blocking(move || {
             let manifest = directory.manifest()?;
             if let Some(model) = model {
-                manifest.check_against(&model.manifest()?)?;
+                manifest.renamed(&fit.rename)?.check_against(&model.manifest()?, &fit)?;
             }
             Ok::<_, StageError>(manifest)
         });

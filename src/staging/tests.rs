@@ -12,7 +12,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use dp_sidecar_protocol::machine::weight_update::Checkpoint;
+use dp_sidecar_protocol::machine::weight_update::{Checkpoint, Fit};
 use dp_sidecar_protocol::{UpdateId, WeightVersion};
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
@@ -143,6 +143,7 @@ fn spec(id: &str, source: StageSource, downstream: Option<SocketAddr>) -> StageS
         downstream,
         retain: Retain::Memory,
         model: None,
+        fit: Box::default(),
     }
 }
 

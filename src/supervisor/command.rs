@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+use super::flags::flag_name;
+
 /// Name of the supervised frontend among the keeper's children.
 pub const FRONTEND: &str = "frontend";
 /// Name of the relay process among the keeper's children.
@@ -54,6 +56,20 @@ pub fn engine_rank(name: &str) -> Option<u16> {
 }
 
 impl VllmLaunch {
+    /// What requests to the model itself name: `--served-model-name`, else the model.
+    pub fn served_names(&self) -> Vec<String> {
+        let mut flags = self.common_flags.iter().map(String::as_str);
+        while let Some(flag) = flags.next() {
+            if let (name, value) = flag_name(flag)
+                && name == "--served-model-name"
+            {
+                let more = flags.by_ref().take_while(|token| !token.starts_with('-'));
+                return value.into_iter().chain(more).map(str::to_owned).collect();
+            }
+        }
+        self.model.clone().into_iter().collect()
+    }
+
     /// A path of the command line, as vLLM will see it.
     pub fn in_cwd(&self, path: &Path) -> PathBuf {
         self.cwd.as_ref().map_or_else(|| path.to_owned(), |cwd| cwd.join(path))
@@ -102,6 +118,26 @@ mod tests {
     fn words_are_quoted_as_a_shell_needs_it() {
         let argv = ["vllm", "--hf-overrides", r#"{"a": 1}"#, "", "it's"].map(str::to_owned);
         assert_eq!(shell_line(&argv), r#"vllm --hf-overrides '{"a": 1}' '' 'it'\''s'"#);
+    }
+
+    #[test]
+    fn the_model_is_served_under_its_own_name_unless_the_flags_say_others() {
+        let names = |flags: &[&str]| {
+            let common_flags = flags.iter().map(|flag| (*flag).to_owned()).collect();
+            let launch = VllmLaunch {
+                bin: PathBuf::new(),
+                model: Some("org/model".to_owned()),
+                common_flags,
+                frontend_flags: Vec::new(),
+                env: BTreeMap::new(),
+                devices: Vec::new(),
+                cwd: None,
+            };
+            launch.served_names()
+        };
+        assert_eq!(names(&["--seed", "1"]), ["org/model"]);
+        assert_eq!(names(&["--served-model-name", "a", "b", "--seed", "1"]), ["a", "b"]);
+        assert_eq!(names(&["--served_model_name=a"]), ["a"]);
     }
 
     #[test]

@@ -148,6 +148,7 @@ impl Chain {
                 downstream,
                 retain: Retain::Memory,
                 model: None,
+                fit: Box::default(),
             };
             downstream = self.ask(node, StageRequest::Begin(spec)).await?.data_address;
         }

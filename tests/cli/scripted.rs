@@ -261,6 +261,7 @@ async fn an_update_shows_its_steps_and_ends_with_the_code_of_its_outcome() {
                         version: Some(WeightVersion("v2".to_owned())),
                         mode: PauseMode::Abort,
                         pause_deadline_ms: Some(2500),
+                        strict_dtype: true,
                         ..UpdateRequest::new("/models/new")
                     }
                 );
@@ -279,7 +280,7 @@ async fn an_update_shows_its_steps_and_ends_with_the_code_of_its_outcome() {
             }
             other => panic!("{other:?}"),
         });
-        let line = "update --path /models/new --source leader --retain none --version v2 --mode abort --pause-deadline 2.5s";
+        let line = "update --path /models/new --source leader --retain none --version v2 --mode abort --pause-deadline 2.5s --strict-dtype";
         let output = scripted.output(line).await;
         assert_eq!(output.status.code(), Some(code));
         let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));

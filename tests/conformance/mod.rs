@@ -4,6 +4,7 @@
 //! condition, see [`harness::until`].
 
 mod bounds;
+mod checkpoints;
 mod control;
 mod engines;
 mod fakes;

@@ -11,17 +11,22 @@ use super::harness::{
     weight_versions,
 };
 
-struct Rig {
-    directory: tempfile::TempDir,
+pub(super) struct Rig {
+    pub(super) directory: tempfile::TempDir,
     old: Model,
-    new: Model,
+    pub(super) new: Model,
     frontend: FakeFrontend,
-    sidecar: Sidecar,
+    pub(super) sidecar: Sidecar,
 }
 
 fn rig(moe: bool, faults: &str) -> Rig {
     let directory = directory();
     let old = model(directory.path(), "old", 1, moe);
+    rig_of(directory, old, moe, faults)
+}
+
+/// Two engines that serve `old`.
+pub(super) fn rig_of(directory: tempfile::TempDir, old: Model, moe: bool, faults: &str) -> Rig {
     let new = model(directory.path(), "new", 2, moe);
     let mut frontend = frontend(2, |options| options.moe = moe);
     let sidecar = Setup::spawning(2, &old).faults(faults).frontend(&frontend).start();
@@ -31,7 +36,7 @@ fn rig(moe: bool, faults: &str) -> Rig {
 }
 
 impl Rig {
-    fn update(&self, path: &Path, more: &[&str]) -> Said {
+    pub(super) fn update(&self, path: &Path, more: &[&str]) -> Said {
         let path = path.display().to_string();
         let mut args = vec!["update", "--json", "--path", &path];
         args.extend(more);
@@ -39,7 +44,7 @@ impl Rig {
     }
 
     #[track_caller]
-    fn assert_serves(&mut self, model: &str, name: &str) {
+    pub(super) fn assert_serves(&mut self, model: &str, name: &str) {
         let expected = if model == "old" { self.old.tokens(4) } else { self.new.tokens(4) };
         for done in complete_all(&mut self.frontend, name, 6, 4) {
             assert_eq!(done.tokens, expected, "{name} on rank {}", done.rank);

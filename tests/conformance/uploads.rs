@@ -7,6 +7,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use super::checkpoints::{EMBEDDING, HEAD, MTP, NORM, filled, made};
 use super::harness::{SOON, Setup, complete_all, directory, free_port, frontend, model, until};
 
 /// Where a sidecar listens, and its token.
@@ -126,4 +127,39 @@ fn http_beyond_loopback_needs_a_token_of_its_own() {
         let said = sidecar.log();
         assert!(said.contains(expected), "{said}");
     }
+}
+
+#[test]
+fn an_upload_may_lack_what_vllm_does_not_load_and_nothing_else() {
+    let directory = directory();
+    let config = [("num_nextn_predict_layers", json!(1))];
+    let old = made(directory.path(), "old", &[HEAD, EMBEDDING, NORM, MTP], &config);
+    let needed = [filled(HEAD, 2), filled(EMBEDDING, 2), filled(NORM, 2)];
+    let new = made(directory.path(), "new", &needed, &[]);
+    let lacks = made(directory.path(), "lacks", &needed[1..], &[]);
+    let mut frontend = frontend(2, |options| options.moe = false);
+    let port = free_port();
+    let address = format!("127.0.0.1:{port}");
+    let sidecar = Setup::spawning(2, &old).args(&["--http", &address]).frontend(&frontend).start();
+    frontend.startup(SOON).unwrap();
+    sidecar.await_admitted();
+    let token = std::fs::read_to_string(sidecar.state_dir().join("http-token")).unwrap();
+    let http = Http { port, token };
+    let mut update = |id: &str, from: &Path, serves: &[u32]| {
+        let [(name, bytes)] = &files(from)[..] else { panic!("one file") };
+        let sizes = json!([{"name": name, "size": bytes.len()}]);
+        post(&http, "/v1/weights/uploads", &json!({"id": id, "files": sizes}));
+        assert_eq!(ask(&http, &format!("PUT /v1/weights/uploads/{id}/{name}"), "", bytes).0, 200);
+        let (status, answer) = post(&http, "/v1/weights/updates", &json!({"upload": id, "version": id}));
+        for done in complete_all(&mut frontend, id, 6, 4) {
+            assert_eq!(done.tokens, serves, "rank {}: {answer}", done.rank);
+        }
+        (status, answer)
+    };
+    let (status, answer) = update("lacks", &lacks.path, &old.tokens(4));
+    assert_eq!(status, 422, "{answer}");
+    let reason = answer["reason"].as_str().unwrap();
+    assert!(reason.ends_with("1 tensor fault: missing lm_head.weight"), "{reason}");
+    let (status, answer) = update("new", &new.path, &new.tokens(4));
+    assert_eq!(status, 200, "{answer}");
 }

@@ -22,7 +22,7 @@ COUNT = 12
 
 def told(frontend: Frontend, op: str, folder: Path | None = None, **changes) -> None:
     """Send a request to the workers of all engines. vLLM hands back the first engine's answers."""
-    request = {"protocol": 3, "update_id": op, "op": op, "name": "style", "id": 1 << 30}
+    request = {"protocol": 5, "update_id": op, "op": op, "name": "style", "id": 1 << 30}
     if folder is not None:
         raw = (folder / FILE).read_bytes()
         header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
@@ -99,12 +99,14 @@ def test_adapters_reach_every_rank_and_every_frontend_by_name(
         unknown = complete(alpha.http_port, "style", "a a red", COUNT, STEP_LIMIT)
         assert unknown.status in (400, 404), unknown
 
-        told(alpha, "add", world.models / "lora-1")
+        told(alpha, "replace", world.models / "lora-1")
         check(alpha, adapters, "style", "lora-1")
         check(alpha, adapters, "", "")
 
         # Under another number.
-        told(alpha, "add", world.models / "lora-2", name="other", update_id="o", id=(1 << 30) + 1)
+        told(
+            alpha, "replace", world.models / "lora-2", name="other", update_id="o", id=(1 << 30) + 1
+        )
         sidecar.ok("frontend", "add", beta.handshake)
         sidecar.wait_attached(beta)
         beta.wait_ready()

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import logging
 
-__all__ = ["OLDEST_PROTOCOL", "PROTOCOL", "__version__", "register"]
+__all__ = ["PROTOCOL", "__version__", "register"]
 
 __version__ = "0.1.0"
 
-# Version of the contract with the sidecar, protocol/docs/weight-update.md, and the oldest that is
-# still answered.
-PROTOCOL = 4
-OLDEST_PROTOCOL = 1
+# Version of the contract with the sidecar, protocol/docs/weight-update.md. Both sides speak one:
+# a sidecar loads nothing through a shim of another.
+PROTOCOL = 5
 
 _logger = logging.getLogger("vllm.dp_sidecar")
 
 
 def register() -> None:
-    """Entry point of `vllm.general_plugins`: give vLLM's workers the shim's methods.
-
-    vLLM calls it in every process it starts, possibly more than once. It never raises: a fault
-    here must cost the sidecar its updates, not the engine its life.
-    """
+    """Entry point of `vllm.general_plugins`: give vLLM's workers the shim's methods."""
+    # vLLM calls it in every process it starts, possibly more than once. It never raises: a fault
+    # here must cost the sidecar its updates, not the engine its life.
     try:
         from dp_sidecar_shim import attach
 

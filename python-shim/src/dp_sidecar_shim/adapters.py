@@ -1,9 +1,8 @@
-"""Keeps LoRA adapters by name inside vLLM's LoRA manager.
+"""Keeps LoRA adapters by name inside vLLM's LoRA manager."""
 
-Frontends number adapters themselves, and vLLM's manager knows numbers only. The wrapped method
-(`_load_adapter` of vllm/lora/worker_manager.py, 0.11.0 to 0.33.0) gives the sidecar's weights, from
-memory, for a name that the sidecar brought, under any number; else it does what it always did.
-"""
+# Frontends number adapters themselves, and vLLM's manager knows numbers only. The wrapped method
+# (`_load_adapter` of vllm/lora/worker_manager.py, 0.11.0 to 0.33.0) gives the sidecar's weights,
+# from memory, for a name that the sidecar brought, under any number; else it does what it did.
 
 from __future__ import annotations
 
@@ -31,8 +30,6 @@ class Adapter:
 
     # What `list` answers: name, update_id, path, tensors, bytes, digest.
     facts: dict[str, Any]
-    # Equal for equal tensors and configuration.
-    fingerprint: str
     model: Any
 
     def numbered(self, number: int) -> Any:
@@ -61,10 +58,8 @@ class Adapters:
         return sorted(n for n in self.manager.list_adapters() if self.names.get(n) == name)
 
     def keep(self, name: str, adapter: Adapter | None, remember: bool = False) -> None:
-        """Make this the sidecar's adapter of the name, or forget the name.
-
-        `remember`: its last weights stay for requests that come too late.
-        """
+        """Make this the sidecar's adapter of the name, or forget the name."""
+        # `remember`: its last weights stay for requests that come too late.
         before = self.managed.pop(name, None)
         if adapter is not None:
             self.managed[name] = adapter

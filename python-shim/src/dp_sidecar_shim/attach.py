@@ -56,9 +56,8 @@ def _give_methods(module: ModuleType) -> None:
         setattr(module.WorkerBase, method.__name__, method)
 
 
+# Lets the ordinary finder find the modules; attaches to each when it has run.
 class _WaitForModules(importlib.abc.MetaPathFinder):
-    """Lets the ordinary finder find the modules; attaches to each when it has run."""
-
     def __init__(self, names: set[str]) -> None:
         self.names = names
 
@@ -88,10 +87,10 @@ class _WaitForModules(importlib.abc.MetaPathFinder):
 # The methods, see protocol/docs/weight-update.md. None of them raises.
 
 
-def dp_sidecar_info(self: Any, path: str | None = None) -> dict[str, Any]:
+def dp_sidecar_info(self: Any, path: str | None = None, tensors: Any = ()) -> dict[str, Any]:
     from dp_sidecar_shim import worker
 
-    return worker.info(self, path)
+    return worker.info(self, path, tensors)
 
 
 def dp_sidecar_load(self: Any, request: Any = None) -> dict[str, Any]:

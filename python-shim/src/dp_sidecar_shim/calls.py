@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dp_sidecar_shim import OLDEST_PROTOCOL, PROTOCOL
+from dp_sidecar_shim import PROTOCOL
 
 _logger = logging.getLogger("vllm.dp_sidecar")
 
@@ -70,12 +70,10 @@ def change(
 
     def alone(found: dict[str, Any]) -> None:
         if not isinstance(request, dict):
-            kind = type(request).__name__
-            raise ShimError("request", f"the request is a {kind}, expected a map")
+            raise ShimError("request", f"the request is a {type(request).__name__}, not a map")
         protocol = request.get("protocol")
-        if not is_count(protocol) or not OLDEST_PROTOCOL <= protocol <= PROTOCOL:
+        if protocol != PROTOCOL:
             raise ShimError("protocol", f"this shim speaks protocol {PROTOCOL}, not {protocol!r}")
-        found["protocol"] = protocol
         if not _changing.acquire(blocking=False):
             raise ShimError("busy", "another load is running in this worker")
         try:

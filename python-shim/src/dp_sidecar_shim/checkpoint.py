@@ -45,12 +45,11 @@ class Checkpoint(contextlib.AbstractContextManager):
         self.close()
 
     def close(self) -> None:
-        """Close all files."""
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
+    # The bytes of one tensor, in CPU memory.
     def read(self, entry: Entry) -> torch.Tensor:
-        """The bytes of one tensor, in CPU memory."""
         import torch
 
         raw = torch.empty(entry.length, dtype=torch.uint8, device="cpu")
@@ -61,8 +60,8 @@ class Checkpoint(contextlib.AbstractContextManager):
         return raw
 
 
+# Read until the buffer is full or the file ends; gives the number of bytes.
 def _fill(descriptor: int, buffer: memoryview, offset: int) -> int:
-    """Read until the buffer is full or the file ends; gives the number of bytes."""
     done = 0
     while done < len(buffer) and (got := os.preadv(descriptor, [buffer[done:]], offset + done)):
         done += got
@@ -89,7 +88,6 @@ class Consumption:
         self.kind = "blake3" if self._blake3 else "none"
 
     def take(self, entry: Entry, buffer: Any) -> None:
-        """Account for one tensor."""
         self.tensors += 1
         self.bytes += entry.length
         if self._blake3 is not None:
@@ -98,8 +96,8 @@ class Consumption:
             line = f"{entry.name}\0{entry.dtype}\0{shape}\0{digest}\n"
             self._lines.append((entry.name, line.encode()))
 
+    # Whole digest of what was taken, or none if nothing is hashed.
     def digest(self) -> str | None:
-        """Whole digest of what was taken, or none if nothing is hashed."""
         if self._blake3 is None:
             return None
         whole = self._blake3()
@@ -123,8 +121,14 @@ def compare_counts(tensors: int, size: int, request: dict[str, Any]) -> None:
         raise ShimError("mismatch", f"{tensors} tensors of {size} bytes, {expected}")
 
 
+# The name with the first prefix that matches replaced.
+def renamed(name: str, prefixes: Any) -> str:
+    found = (new + name[len(old) :] for old, new in prefixes if name.startswith(old))
+    return next(found, name)
+
+
 def tensors(
-    source: Checkpoint | Segment, account: Consumption
+    source: Checkpoint | Segment, account: Consumption, prefixes: Any = ()
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """What vLLM's `reload_weights(weights_iterator=...)` wants, accounted for."""
     import torch
@@ -136,4 +140,4 @@ def tensors(
         if raw.data_ptr() % dtype.itemsize:
             # Kernels may count on aligned elements.
             raw = raw.clone()
-        yield entry.name, raw.view(dtype).reshape(entry.shape)
+        yield renamed(entry.name, prefixes), raw.view(dtype).reshape(entry.shape)

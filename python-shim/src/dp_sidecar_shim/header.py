@@ -33,11 +33,9 @@ class Entry(NamedTuple):
 
 
 def entries(file: str, read: Callable[[int, int], bytes], start: int, size: int) -> list[Entry]:
-    """Tensors of a file by offset, checked against its size and each other.
-
-    The file lies at `start` of what `read(offset, length)` reads. Raises many kinds of exceptions:
-    see `files_of`.
-    """
+    """Tensors of a file by offset, checked against its size and each other."""
+    # The file lies at `start` of what `read(offset, length)` reads. This raises many kinds of
+    # exceptions: see `files_of`.
     import torch
 
     header = int.from_bytes(read(start, 8), "little") if size >= 8 else size

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -14,11 +13,10 @@ from dp_sidecar_shim import adapters
 from dp_sidecar_shim.adapters import Adapter, Adapters
 from dp_sidecar_shim.calls import MIXED, UNCHANGED, ShimError, change, check, fail, files_of
 from dp_sidecar_shim.checkpoint import Checkpoint, Consumption, tensors
-from dp_sidecar_shim.segment import check_extents
 from dp_sidecar_shim.worker import check_files
 
 APPLIED = "applied"
-LOADS = ("check", "add", "replace")
+LOADS = ("check", "replace")
 OPS = (*LOADS, "remove", "undo", "list")
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -43,8 +41,6 @@ def lora(worker: Any, request: Any) -> dict[str, Any]:
 
 def check_request(request: dict[str, Any]) -> None:
     """Raise `ShimError` unless the request makes sense by itself."""
-    if request["protocol"] < 3:
-        raise ShimError("protocol", "adapters need protocol 3")
     op = request.get("op")
     if op not in OPS:
         raise ShimError("request", f"op {op!r} is not known")
@@ -58,8 +54,6 @@ def check_request(request: dict[str, Any]) -> None:
         files = request["files"]
         if len(files) != 1 or os.path.basename(files[0]) != files[0]:
             raise ShimError("request", f"files is {files!r}, expected one file name")
-        if request.get("extents") is not None:
-            check_extents(files, request["extents"])
 
 
 def _run(worker: Any, request: dict[str, Any], found: dict[str, Any]) -> None:
@@ -96,16 +90,14 @@ def _change(table: Adapters, request: dict[str, Any], found: dict[str, Any]) -> 
         adapter = _read(table.manager, request, found)
         if op == "check":
             return
-        if op == "add" and before and not own and before.fingerprint != adapter.fingerprint:
-            raise ShimError("exists", f"update {before.facts['update_id']} brought {name}")
     _put(table, request, adapter, found)
     table.ways_back[name] = (update_id, back if own else before)
 
 
+# Make this the adapter of the name under all numbers, or leave all as it was.
 def _put(
     table: Adapters, request: dict[str, Any], adapter: Adapter | None, found: dict[str, Any]
 ) -> None:
-    """Make this the adapter of the name under all numbers, or leave all as it was."""
     name, number, manager = request["name"], request["id"], table.manager
     before, removed = table.managed.get(name), table.removed.get(name)
     loaded = table.numbers(name)
@@ -132,21 +124,19 @@ def _put(
 
 
 def lora_request(name: str, number: int, path: str) -> Any:
-    """vLLM's request for an adapter."""
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(lora_name=name, lora_int_id=number, lora_path=path)
 
 
+# The adapter as vLLM reads it. Its bytes are taken once: what is checked is what is used.
 def _read(manager: Any, request: dict[str, Any], found: dict[str, Any]) -> Adapter:
-    """The adapter as vLLM reads it. Its bytes are taken once: what is checked is what is used."""
     account = Consumption(request["digest_kind"])
     found["digest_kind"] = account.kind
-    fingerprint = hashlib.sha256(request["config"].encode())
     # vLLM reads a directory. This one holds the copy: its file is in memory and has no name.
     with (
         tempfile.TemporaryDirectory(prefix="dp-sidecar-lora-") as folder,
-        _copied(request, fingerprint) as descriptor,
+        _copied(request) as descriptor,
     ):
         Path(folder, CONFIG).write_bytes(request["config"].encode())
         os.symlink(f"/proc/self/fd/{descriptor}", Path(folder, TENSORS))
@@ -157,24 +147,16 @@ def _read(manager: Any, request: dict[str, Any], found: dict[str, Any]) -> Adapt
         read = adapters.reader_of(manager)
         model = read(lora_request(request["name"], request["id"], folder))
     facts = {key: found[key] for key in ("name", "update_id", "tensors", "bytes", "digest")}
-    return Adapter({**facts, "path": request["path"]}, fingerprint.hexdigest(), model)
+    return Adapter({**facts, "path": request["path"]}, model)
 
 
+# A copy of the tensors' file in anonymous memory, as a descriptor.
 @contextlib.contextmanager
-def _copied(request: dict[str, Any], fingerprint: Any) -> Iterator[int]:
-    """A copy of the tensors' file in anonymous memory, as a descriptor; fingerprinted."""
-    path, extents = request["path"], request.get("extents")
-    if extents is None:
-        path = os.path.join(path, request["files"][0])
+def _copied(request: dict[str, Any]) -> Iterator[int]:
+    path = os.path.join(request["path"], request["files"][0])
     with open(os.memfd_create("dp-sidecar-lora"), "wb") as copy:
         with files_of(path), open(path, "rb") as origin:
-            size = os.fstat(origin.fileno()).st_size
-            [(offset, left)] = extents or [(0, size)]
-            if offset + left > size:
-                raise ValueError(f"should end at byte {offset + left} of {size}")
-            origin.seek(offset)
-            while left and (part := origin.read(min(left, 1 << 24))):
-                fingerprint.update(part)
-                left -= copy.write(part)
+            while part := origin.read(1 << 24):
+                copy.write(part)
             copy.flush()
         yield copy.fileno()

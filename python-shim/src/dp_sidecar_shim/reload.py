@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import itertools
@@ -19,7 +20,6 @@ _logger = logging.getLogger("vllm.dp_sidecar")
 
 
 def vllm_version() -> str:
-    """Version of the installed vLLM."""
     import vllm
 
     return str(getattr(vllm, "__version__", "unknown"))
@@ -31,12 +31,12 @@ def _at_least(*version: int) -> bool:
     return tuple(map(int, numbers)) >= version
 
 
-def _model_of(worker: Any) -> Any:
+def model_of(worker: Any) -> Any:
     return (worker if hasattr(worker, "get_model") else worker.model_runner).get_model()
 
 
 def _tensors_of(worker: Any) -> Iterator[Any]:
-    model = _model_of(worker)
+    model = model_of(worker)
     return itertools.chain(model.parameters(), model.buffers())
 
 
@@ -44,7 +44,7 @@ def files_in(worker: Any, path: str) -> list[str] | None:
     """Names of the files in a directory that vLLM's own loader reads. None: not the default one."""
     from vllm.model_executor.model_loader import get_model_loader
 
-    loader, model = get_model_loader(worker.vllm_config.load_config), _model_of(worker)
+    loader, model = get_model_loader(worker.vllm_config.load_config), model_of(worker)
     if type(loader).__name__ != "DefaultModelLoader":
         return None
     # Else it would be taken for a name on a hub.
@@ -58,10 +58,7 @@ def files_in(worker: Any, path: str) -> list[str] | None:
 
 
 def reload_weights(worker: Any, weights: Iterable[tuple[str, Any]]) -> None:
-    """Load `weights` (checkpoint format) over the worker's model.
-
-    On an exception the model is torn: call `clean_up`.
-    """
+    """Load `weights` over the worker's model. On an exception it is torn: call `clean_up`."""
     import torch
     from vllm.config import set_current_vllm_config
 
@@ -74,54 +71,42 @@ def reload_weights(worker: Any, weights: Iterable[tuple[str, Any]]) -> None:
         worker.reload_weights(weights_iterator=weights)
 
 
+# Pack the expert weights on the CPU platform after the load, where vLLM has not. Watching whether
+# vLLM calls the method keeps this right once vLLM does: packing twice gives a third layout and
+# wrong answers.
 @contextlib.contextmanager
 def _packing(worker: Any) -> Iterator[None]:
-    """Pack the expert weights on the CPU platform after the load, where vLLM has not.
-
-    Watching whether vLLM calls the method keeps this right once vLLM does: packing twice gives a
-    third layout and wrong answers.
-    """
     from vllm.platforms import current_platform
 
     watched = []
     # From 0.28 on vLLM packs at the first load only (unquantized MoE method, `is_weight_update`).
     needed = current_platform.is_cpu() and _at_least(0, 28)
-    for layer in _model_of(worker).modules() if needed else ():
+    for layer in model_of(worker).modules() if needed else ():
         kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
         experts = getattr(kernel, "fused_experts", None)
         pack = getattr(experts, "process_weights_after_loading", None)
         if pack is not None and hasattr(layer, "w13_weight"):
-            experts.process_weights_after_loading = watch = _Watched(pack)
-            watched.append((layer, experts, watch))
+            called: list[Any] = []
+            experts.process_weights_after_loading = functools.partial(_noted, called, pack)
+            watched.append((layer, experts, pack, called))
     try:
         yield
     finally:
-        for _, experts, _ in watched:
+        for _, experts, *_ in watched:
             with contextlib.suppress(AttributeError):
                 del experts.process_weights_after_loading
-    for layer, _, watch in watched:
-        if not watch.called:
-            watch.method(layer)
+    for layer, _, pack, called in watched:
+        if not called:
+            pack(layer)
 
 
-class _Watched:
-    """A method, and whether it was called."""
-
-    def __init__(self, method: Callable[..., Any]) -> None:
-        self.method = method
-        self.called = False
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.called = True
-        return self.method(*args, **kwargs)
+def _noted(called: list[Any], method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    called.append(method)
+    return method(*args, **kwargs)
 
 
 def clean_up(worker: Any) -> bool:
-    """After a failed load: put real tensors back and end vLLM's sessions.
-
-    True when every parameter and buffer is a real tensor again, so that the model can be loaded
-    anew. Their content is undefined.
-    """
+    """After a failed load: put real tensors back, of undefined content. False: not all of them."""
     try:
         _restore_layers(worker)
         if hasattr(worker, "_weight_update_active"):
@@ -135,7 +120,7 @@ def clean_up(worker: Any) -> bool:
 def _restore_layers(worker: Any) -> None:
     layerwise = importlib.import_module("vllm.model_executor.model_loader.reload.layerwise")
     infos, place = layerwise.LAYERWISE_INFO, layerwise._place_kernel_tensors
-    model = _model_of(worker)
+    model = model_of(worker)
     if hasattr(model, "_original_do_torchao_reload"):
         model._do_torchao_reload = model._original_do_torchao_reload
     for layer in model.modules():
@@ -154,10 +139,7 @@ def torn(worker: Any) -> bool:
 
 
 def let_go(worker: Any, source: Any) -> None:
-    """Close what was loaded from, once the device and the model no longer need it.
-
-    Raises when something else keeps tensors that lie in a segment.
-    """
+    """Close what was loaded from, once the device and the model no longer need it."""
     if hasattr(source, "holds"):
         import torch
 

@@ -1,8 +1,7 @@
-"""Gives the tensors of safetensors files that lie in a shared memory segment, without a copy.
+"""Gives the tensors of safetensors files that lie in a shared memory segment, without a copy."""
 
-The map is private: a loader that changes a tensor in place gets a page of its own. It neither
-writes to the segment nor ends the engine, as it would on a map that is only for reading.
-"""
+# The map is private: a loader that changes a tensor in place gets a page of its own. It neither
+# writes to the segment nor ends the engine, as it would on a map that is only for reading.
 
 from __future__ import annotations
 
@@ -49,8 +48,8 @@ class Segment:
     def _bytes(self, offset: int, length: int) -> bytes:
         return bytes(self._view[offset : offset + length])
 
+    # The bytes of one tensor, a view of the map.
     def read(self, entry: Entry) -> torch.Tensor:
-        """The bytes of one tensor, a view of the map."""
         import torch
 
         if not entry.length:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from dp_sidecar_shim import __version__, checkpoint, reload
+from dp_sidecar_shim import __version__, checkpoint, names, reload
 from dp_sidecar_shim.calls import MIXED, ShimError, answer, change, check, fail
 from dp_sidecar_shim.segment import Segment
 
@@ -23,8 +23,8 @@ FILES: dict[str, tuple[type, ...]] = {
 }
 
 
+# Raise `ShimError` unless the request describes files.
 def check_files(request: dict[str, Any]) -> None:
-    """Raise `ShimError` unless the request describes files."""
     check(request, FILES)
     if not all(isinstance(name, str) for name in request["files"]):
         raise ShimError("request", "files holds something other than names")
@@ -51,14 +51,15 @@ def _load(worker: Any, request: dict[str, Any], found: dict[str, Any]) -> None:
     try:
         there = source.entries
         checkpoint.compare_counts(len(there), sum(entry.length for entry in there), request)
-        if len({entry.name for entry in there}) != len(there):
+        prefixes = request.get("rename") or []
+        if len({checkpoint.renamed(entry.name, prefixes) for entry in there}) != len(there):
             raise ShimError("files", "a tensor occurs twice in the files")
     except BaseException:
         source.close()
         raise
     # From here on nothing is raised: what the worker holds depends on how far it came.
     try:
-        reload.reload_weights(worker, checkpoint.tensors(source, account))
+        reload.reload_weights(worker, checkpoint.tensors(source, account, prefixes))
         account.compare(found, request)
         if reload.torn(worker):
             raise ShimError("load", "the model has tensors on the meta device after the load")
@@ -75,8 +76,8 @@ def _load(worker: Any, request: dict[str, Any], found: dict[str, Any]) -> None:
         found["state"] = MIXED
 
 
-def info(worker: Any, path: str | None = None) -> dict[str, Any]:
-    """Who this worker is, and which files of its checkpoint, or of the one in `path`, count."""
+def info(worker: Any, path: str | None = None, tensors: Any = ()) -> dict[str, Any]:
+    """Who this worker is, which files of `path` or its checkpoint count, which tensors do not."""
 
     def tell(found: dict[str, Any]) -> None:
         config, model = worker.vllm_config, worker.vllm_config.model_config
@@ -86,6 +87,8 @@ def info(worker: Any, path: str | None = None) -> dict[str, Any]:
         found["load_format"] = str(getattr(load.load_format, "value", load.load_format))
         found["model_path"] = local_directory(model, load)
         found["files"] = reload.files_in(worker, path or found["model_path"])
+        found["tied"] = names.tied(reload.model_of(worker))
+        found["ignored"] = names.ignored(worker, reload.model_of(worker), list(tensors))
 
     return answer(worker, tell, shim_version=__version__)
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use bytes::Bytes;
-use dp_sidecar_protocol::machine::weight_update::Checkpoint;
+use dp_sidecar_protocol::machine::weight_update::{Checkpoint, Fit};
 use dp_sidecar_protocol::{UpdateId, WeightVersion};
 
 use super::{Ask, Delivery, Handle};
@@ -27,6 +27,35 @@ impl CheckpointDir {
     /// It cannot be read, or is no checkpoint.
     pub fn manifest(&self) -> Result<Manifest, ManifestError> {
         Manifest::read(Path::new(&self.path), self.files.as_deref())
+    }
+
+    /// Whether the files that vLLM's loader names are those that are meant. Blocks.
+    ///
+    /// # Errors
+    /// What else is there, and what to do.
+    pub fn meant(&self) -> Result<(), String> {
+        let Self { path, files } = self;
+        let files = files.as_deref().unwrap_or_default();
+        if files.iter().any(|file| file.starts_with("adapter_model.")) {
+            return Err(format!("{path} holds a LoRA adapter: --lora NAME={path} adds it"));
+        }
+        let written =
+            |file: &str| Path::new(path).join(file).metadata().and_then(|meta| meta.modified()).ok();
+        let newest = files.iter().max_by_key(|file| written(file));
+        let others = std::fs::read_dir(path).into_iter().flatten().flatten();
+        let newer = others.filter_map(|entry| entry.file_name().into_string().ok()).find(|name| {
+            let weights = name.starts_with("pytorch_model") && name.ends_with(".bin");
+            weights
+                && newest
+                    .is_some_and(|newest| newest.ends_with(".safetensors") && written(name) > written(newest))
+        });
+        match (newer, newest) {
+            (Some(newer), Some(newest)) => Err(format!(
+                "{path}: vLLM loads {newest}, but {newer} was written later: remove the stale one, or touch {newest} if \
+                 it is the right one (only safetensors can be loaded)"
+            )),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -60,6 +89,8 @@ pub struct StageSpec {
     pub retain: Retain,
     /// The start-up checkpoint on this node: the manifest must fit it. None: not checked here.
     pub model: Option<CheckpointDir>,
+    /// How it may differ from that.
+    pub fit: Box<Fit>,
 }
 
 /// What can be asked of a node's staging area.

@@ -272,6 +272,7 @@ impl Task {
             engines: self.machine.lives().filter_map(engine).collect(),
             models: BTreeMap::new(),
             holds_other: None,
+            tied: Vec::new(),
         };
         let job = self.spawn(action, async move {
             let (result, extra) = match job.run().await {

@@ -40,10 +40,14 @@ impl StageJob {
         for change in &self.request.adapters {
             let adapter = match &change.path {
                 Some(path) => {
+                    self.name_is_free(&change.name).map_err(|error| (leader, error))?;
                     let read = self.read(path).await;
                     Some(read.map_err(|error| (leader, error))?)
                 }
-                None => None,
+                None => {
+                    self.holds_adapter(&change.name).map_err(|error| (leader, error))?;
+                    None
+                }
             };
             if all.insert(change.name.clone(), adapter).is_some() {
                 return Err((leader, format!("adapter {} is named twice", change.name)));
@@ -67,6 +71,28 @@ impl StageJob {
         });
         futures::future::try_join_all(checks).await?;
         Ok(Prepared { changes: all, on_nodes })
+    }
+
+    fn name_is_free(&self, name: &str) -> Result<(), String> {
+        if !self.tools.config.served_names.iter().any(|served| served == name) {
+            return Ok(());
+        }
+        Err(format!(
+            "{name} is the name of the model itself (--served-model-name): no request for it would reach an adapter. \
+             --lora OTHER=DIR gives it another name, and --path DIR updates the model"
+        ))
+    }
+
+    fn holds_adapter(&self, name: &str) -> Result<(), String> {
+        let adapters = self.committed.as_ref().map(|commit| &commit.adapters);
+        if adapters.is_some_and(|adapters| adapters.contains_key(name)) {
+            return Ok(());
+        }
+        let known = adapters.into_iter().flatten().map(|(name, _)| name.as_str()).collect::<Vec<_>>();
+        let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+        Err(format!(
+            "no update has brought an adapter {name}: there is nothing to remove (known adapters: {known})"
+        ))
     }
 
     async fn read(&self, path: &Path) -> Result<Adapter, String> {

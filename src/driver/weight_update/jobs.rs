@@ -25,6 +25,8 @@ pub(super) struct StageJob {
     pub(super) models: BTreeMap<NodeId, CheckpointDir>,
     /// Why an engine did not begin with it: found by the job.
     pub(super) holds_other: Option<String>,
+    /// Parameters that are one tensor in every engine: found by the job.
+    pub(super) tied: Vec<(String, String)>,
 }
 
 impl StageJob {
@@ -75,6 +77,9 @@ impl StageJob {
             }
             self.holds_other = self.holds_other.take().or_else(|| info.holds_other().map(of_rank));
         }
+        let mut infos = answers.iter().map(|(.., info)| info);
+        self.tied = infos.next().map(|info| info.tied.clone()).unwrap_or_default();
+        infos.for_each(|info| self.tied.retain(|pair| info.tied.contains(pair)));
         Ok(answers.into_iter().map(|(rank, _, info)| (rank, Some(info))).collect())
     }
 
@@ -106,7 +111,7 @@ impl StageJob {
             return self.read_anyway(unasked).await;
         }
         let error = match shim::directory(handle, path, self.tools.config.call_timeout).await {
-            Ok(directory) => return Ok(directory),
+            Ok(directory) => return self.tools.look(|_, _| directory.meant().map(|()| directory)).await,
             Err(error) => error,
         };
         // What is wrong with the directory is said better here.

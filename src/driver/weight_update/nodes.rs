@@ -3,6 +3,7 @@
 use super::super::handles::{CheckpointDir, StageSource, StageSpec, StageState};
 use super::jobs::StageJob;
 use super::*;
+use crate::manifest::{Manifest, ManifestError};
 
 /// The new checkpoint of each node, and the one to go back to.
 type Checkpoints = BTreeMap<NodeId, (Checkpoint, Option<Checkpoint>)>;
@@ -22,6 +23,18 @@ enum Plan {
     Chain(StageSource),
 }
 
+impl Plan {
+    /// What the leader can read.
+    const fn directory(&self) -> Option<&CheckpointDir> {
+        match self {
+            Self::Directory(directory)
+            | Self::Shared(directory)
+            | Self::Chain(StageSource::Directory(directory)) => Some(directory),
+            Self::Chain(_) => None,
+        }
+    }
+}
+
 /// Where only adapters change: there is nothing to stage, and engines know the way back.
 pub(super) fn no_checkpoints(nodes: &[NodeId]) -> Checkpoints {
     nodes.iter().map(|node| (*node, (Checkpoint::default(), Some(Checkpoint::default())))).collect()
@@ -29,13 +42,63 @@ pub(super) fn no_checkpoints(nodes: &[NodeId]) -> Checkpoints {
 
 impl StageJob {
     pub(super) async fn stage_weights(&self) -> Result<Checkpoints, (NodeId, String)> {
-        let stages = &self.tools.stages;
         let leader = self.leader();
         let on_leader = |error: String| (leader, error);
         let plan = self.plan(leader).await.map_err(on_leader)?;
-        if let Plan::Directory(source) = plan {
-            return self.leader_directory(leader, source).await.map_err(on_leader);
+        let fit = self.fit(leader, &plan).await.map_err(on_leader)?;
+        let mut staged = match plan {
+            Plan::Directory(source) => self.leader_directory(leader, source, fit).await.map_err(on_leader)?,
+            plan => self.stage(leader, &plan, &fit).await?,
+        };
+        // Of an upload it is known only now.
+        let odd = staged.values_mut().flat_map(|(new, _)| std::mem::take(&mut new.odd));
+        let odd: BTreeMap<String, OddTensor> = odd.map(|odd| (odd.name.clone(), odd)).collect();
+        let source = PathBuf::from(self.request.source_name());
+        self.ignored(&source, odd.into_values().collect(), None).await.map_err(on_leader)?;
+        Ok(staged)
+    }
+
+    /// How the new checkpoint may differ from that of the start.
+    async fn fit(&self, leader: NodeId, plan: &Plan) -> Result<Fit, String> {
+        let strict_dtype = self.request.strict_dtype;
+        let (tied, rename) = (self.tied.clone(), self.request.rename.clone());
+        let mut fit = Fit { strict_dtype, tied, rename, ..Fit::default() };
+        if let Some(directory) = plan.directory() {
+            let (new, model, asked) = (directory.clone(), self.model(leader), fit.clone());
+            let compare = move |known: &Known, _: &AtomicBool| known.compare(&new, &model, &asked);
+            let (new, _, odd) = self.tools.look(compare).await?;
+            fit.ignored = self.ignored(&new.path, odd, Some(&new)).await?;
         }
+        Ok(fit)
+    }
+
+    /// The names of tensors that only one of the checkpoints has. Refused, unless every engine says that its loader
+    /// passes over them.
+    async fn ignored(
+        &self,
+        source: &Path,
+        odd: Vec<OddTensor>,
+        all: Option<&Manifest>,
+    ) -> Result<BTreeSet<String>, String> {
+        let mut ignored: BTreeSet<String> = odd.iter().map(|odd| odd.name.clone()).collect();
+        if odd.is_empty() {
+            return Ok(ignored);
+        }
+        let limit = self.tools.config.call_timeout;
+        let asked = self.engines.iter().map(async |(handle, ..)| {
+            let failed = |error| format!("rank {}: {error}", handle.rank);
+            shim::ignored(handle, &odd, limit).await.map_err(failed)
+        });
+        for by_engine in futures::future::try_join_all(asked).await? {
+            ignored.retain(|name| by_engine.contains(name));
+        }
+        let needed = odd.into_iter().filter(|odd| self.engines.is_empty() || !ignored.contains(&odd.name));
+        let needed: Vec<OddTensor> = needed.collect();
+        if needed.is_empty() { Ok(ignored) } else { Err(ManifestError::odd(source, needed, all).to_string()) }
+    }
+
+    async fn stage(&self, leader: NodeId, plan: &Plan, fit: &Fit) -> Result<Checkpoints, (NodeId, String)> {
+        let stages = &self.tools.stages;
         let mut previous = BTreeMap::new();
         for &node in &self.nodes {
             let state = self.settled(node).await.map_err(|error| (node, error))?;
@@ -44,7 +107,7 @@ impl StageJob {
         }
         let mut downstream = None;
         for &node in self.nodes.iter().rev() {
-            let source = match &plan {
+            let source = match plan {
                 Plan::Shared(directory) => StageSource::Directory(directory.clone()),
                 Plan::Chain(source) if node == leader => source.clone(),
                 _ => StageSource::Upstream,
@@ -57,6 +120,7 @@ impl StageJob {
                 downstream: downstream.filter(|_| chained),
                 retain: self.request.retain,
                 model: self.models.get(&node).cloned(),
+                fit: Box::new(fit.clone()),
             };
             let awaits_bytes = spec.source == StageSource::Upstream;
             let begun = stages.begin(node, spec).await.map_err(|error| (node, error))?;
@@ -172,7 +236,12 @@ impl StageJob {
     }
 
     /// Engines load from the directory, as the leader sees it.
-    async fn leader_directory(&self, leader: NodeId, source: CheckpointDir) -> Result<Checkpoints, String> {
+    async fn leader_directory(
+        &self,
+        leader: NodeId,
+        source: CheckpointDir,
+        fit: Fit,
+    ) -> Result<Checkpoints, String> {
         let model = self.model(leader);
         let previous = self.previous_in(leader, leader, &StageState::default()).await?;
         let notes = self.tools.notes.clone();
@@ -188,7 +257,7 @@ impl StageJob {
                     notes.try_send(event).ok();
                 }
             };
-            known.check(&source, &model, &progress, cancel)
+            known.check(&source, &model, &fit, &progress, cancel)
         });
         let new = new.await?;
         let mut all = Checkpoints::new();

@@ -1,9 +1,10 @@
 //! Calls of the shim in an engine's workers, see `protocol/docs/weight-update.md`.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use dp_sidecar_protocol::layout::{Layout, VllmVersion};
-use dp_sidecar_protocol::machine::weight_update::{Checkpoint, WorkerReport};
+use dp_sidecar_protocol::machine::weight_update::{Checkpoint, OddTensor, WorkerReport};
 use dp_sidecar_protocol::{UpdateId, WeightVersion};
 use rmpv::Value;
 use serde::de::DeserializeOwned;
@@ -13,11 +14,11 @@ use super::super::engine_calls::worker_call;
 use super::super::handles::{CheckpointDir, HandleError, RankHandle};
 
 /// Version of the contract. 2: segments and adapters. 3: the sidecar compares an adapter's shapes and sends its
-/// configuration. 4: vLLM's loader is asked for files.
-pub(super) const PROTOCOL: u64 = 4;
+/// configuration. 4: vLLM's loader is asked for files. 5: and for the tensors that it passes over.
+pub(super) const PROTOCOL: u64 = 5;
 
 /// What an engine says about itself.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct EngineInfo {
     /// Directory of the command line's checkpoint.
     pub(super) model_path: String,
@@ -29,6 +30,10 @@ pub(super) struct EngineInfo {
     pub(super) files: Option<Vec<String>>,
     /// Highest rank of an adapter that the engine takes; `None`: it was started without `--enable-lora`.
     pub(super) max_lora_rank: Option<u64>,
+    /// Parameters that are one tensor: a copy, and what it is a copy of.
+    pub(super) tied: Vec<(String, String)>,
+    /// Of the tensors that it was asked about, those that its loader passes over, in every worker.
+    pub(super) ignored: BTreeSet<String>,
 }
 
 impl EngineInfo {
@@ -68,7 +73,21 @@ impl EngineInfo {
 
 /// Asks all workers of a rank who they are. The error says what to do about it.
 pub(super) async fn info(rank: &RankHandle, limit: Duration) -> Result<EngineInfo, String> {
-    info_with(rank, None, limit).await
+    info_with(rank, Vec::new(), limit).await
+}
+
+/// Which of these tensors vLLM's loader in a rank passes over.
+pub(super) async fn ignored(
+    rank: &RankHandle,
+    tensors: &[OddTensor],
+    limit: Duration,
+) -> Result<BTreeSet<String>, String> {
+    let entry = |OddTensor { name, dtype, shape, .. }: &OddTensor| {
+        let shape = shape.iter().map(|dimension| (*dimension).into()).collect();
+        Value::Array(vec![name.as_str().into(), dtype.as_str().into(), Value::Array(shape)])
+    };
+    let tensors = Value::Array(tensors.iter().map(entry).collect());
+    info_with(rank, vec![("tensors", tensors)], limit).await.map(|info| info.ignored)
 }
 
 /// Asks vLLM's loader in a rank which files of a directory count.
@@ -77,13 +96,16 @@ pub(super) async fn directory(
     path: &str,
     limit: Duration,
 ) -> Result<CheckpointDir, String> {
-    let EngineInfo { files, .. } = info_with(rank, Some(path), limit).await?;
+    let EngineInfo { files, .. } = info_with(rank, vec![("path", path.into())], limit).await?;
     Ok(CheckpointDir { path: path.to_owned(), files })
 }
 
-async fn info_with(rank: &RankHandle, path: Option<&str>, limit: Duration) -> Result<EngineInfo, String> {
-    let kwargs = map(path.map(|path| ("path", path.into())).into_iter().collect());
-    let answer = match worker_call(rank, "dp_sidecar_info", kwargs, limit).await {
+async fn info_with(
+    rank: &RankHandle,
+    asked: Vec<(&str, Value)>,
+    limit: Duration,
+) -> Result<EngineInfo, String> {
+    let answer = match worker_call(rank, "dp_sidecar_info", map(asked), limit).await {
         Ok(answer) => answer,
         Err(HandleError::Failed(text)) if text.contains("dp_sidecar_info") => {
             return Err(
@@ -96,6 +118,8 @@ async fn info_with(rank: &RankHandle, path: Option<&str>, limit: Duration) -> Re
     let workers = answer.as_array().map_or(&[][..], Vec::as_slice);
     for (at, worker) in workers.iter().enumerate() {
         let text = |key: &str| worker[key].as_str().unwrap_or_default().to_owned();
+        let list = |key: &str| worker[key].as_array().map_or(&[][..], Vec::as_slice);
+        let text_of = |value: &Value| value.as_str().map(str::to_owned);
         let protocol = worker["protocol"].as_u64();
         if protocol != Some(PROTOCOL) {
             let actual = protocol.map_or_else(|| "none".to_owned(), |p| p.to_string());
@@ -108,7 +132,7 @@ async fn info_with(rank: &RankHandle, path: Option<&str>, limit: Duration) -> Re
         if worker["ok"].as_bool() != Some(true) {
             return Err(format!("worker {at}: shim failed: {}", text("error")));
         }
-        found.get_or_insert_with(|| EngineInfo {
+        let info = EngineInfo {
             model_path: text("model_path"),
             vllm_version: text("vllm_version"),
             shim_version: text("shim_version"),
@@ -117,7 +141,20 @@ async fn info_with(rank: &RankHandle, path: Option<&str>, limit: Duration) -> Re
                 .as_array()
                 .map(|files| files.iter().filter_map(Value::as_str).map(str::to_owned).collect()),
             max_lora_rank: worker["max_lora_rank"].as_u64(),
-        });
+            tied: list("tied")
+                .iter()
+                .filter_map(|pair| Some((text_of(&pair[0])?, text_of(&pair[1])?)))
+                .collect(),
+            ignored: list("ignored").iter().filter_map(text_of).collect(),
+        };
+        match &mut found {
+            // A worker has a part of the model, and passes over what another one needs.
+            Some(found) => {
+                found.tied.extend(info.tied);
+                found.ignored.retain(|name| info.ignored.contains(name));
+            }
+            None => found = Some(info),
+        }
     }
     found.ok_or_else(|| "no worker answered to dp_sidecar_info".to_owned())
 }
@@ -140,6 +177,10 @@ pub(super) async fn load(
 fn load_request(id: &UpdateId, checkpoint: &Checkpoint) -> Value {
     let mut entries = vec![("protocol", PROTOCOL.into()), ("update_id", id.0.as_str().into())];
     entries.extend(source(checkpoint));
+    if !checkpoint.rename.is_empty() {
+        let pairs = checkpoint.rename.iter().map(|(from, to)| Value::Array(vec![from.into(), to.into()]));
+        entries.push(("rename", Value::Array(pairs.collect())));
+    }
     map(entries)
 }
 
@@ -234,6 +275,7 @@ mod tests {
             tensors: 3,
             bytes: 90,
             digest: Some("xxh3:0123".to_owned()),
+            ..Checkpoint::default()
         };
         let request = load_request(&UpdateId("u".to_owned()), &checkpoint);
         let pair = |offset: u64, length: u64| Value::Array(vec![offset.into(), length.into()]);
@@ -247,14 +289,7 @@ mod tests {
 
     #[test]
     fn the_version_decides_whether_a_connectors_answer_counts() {
-        let info = |version: &str| EngineInfo {
-            model_path: String::new(),
-            vllm_version: version.to_owned(),
-            shim_version: String::new(),
-            load_format: String::new(),
-            files: None,
-            max_lora_rank: None,
-        };
+        let info = |version: &str| EngineInfo { vllm_version: version.to_owned(), ..EngineInfo::default() };
         for (version, answers) in [
             ("0.32.0", true),
             ("0.32.0+cpu", true),

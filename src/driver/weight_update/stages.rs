@@ -209,6 +209,7 @@ impl Stages {
             downstream: None,
             retain: Retain::Memory,
             model: Some(model.clone()),
+            fit: Box::new(Fit { rename: commit.checkpoint.rename.clone(), ..Fit::default() }),
         };
         let mut why = "no node has it".to_owned();
         for other in self.nodes.keys().copied().filter(|other| *other != node && self.has_stage(*other)) {

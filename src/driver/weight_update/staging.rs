@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::io::Read as _;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use dp_sidecar_protocol::machine::weight_update::Checkpoint;
+use dp_sidecar_protocol::machine::weight_update::{Checkpoint, Fit, OddTensor};
 use parking_lot::Mutex;
 
 use super::super::handles::{ADAPTER_FILE, CheckpointDir};
@@ -47,21 +48,43 @@ impl Drop for Cancel {
 }
 
 impl Known {
-    /// Checks a new directory against that of the command line's checkpoint, and hashes it. Blocks.
+    /// Compares a new directory with that of the command line's checkpoint. Gives its manifest, the other one, and what
+    /// only one of them has. Blocks.
+    pub(super) fn compare(
+        &self,
+        source: &CheckpointDir,
+        model: &CheckpointDir,
+        fit: &Fit,
+    ) -> Result<(Manifest, Manifest, Vec<OddTensor>), String> {
+        let model = self.model(model).map_err(|error| {
+            format!("cannot read the checkpoint that the engines were started from: {error}")
+        })?;
+        let new = source.manifest().and_then(|new| new.renamed(&fit.rename));
+        let new = new.map_err(|error| error.to_string())?;
+        let odd = new.check_against(&model, fit).map_err(|error| error.to_string())?;
+        Ok((new, model, odd))
+    }
+
+    /// The same, and hashes it. Blocks.
     pub(super) fn check(
         &self,
         source: &CheckpointDir,
         model: &CheckpointDir,
+        fit: &Fit,
         progress: &(dyn Fn(Progress) + Sync),
         cancel: &AtomicBool,
     ) -> Result<Checkpoint, String> {
-        let model = self.model(model).map_err(|error| {
-            format!("cannot read the checkpoint that the engines were started from: {error}")
-        })?;
-        let new = source.manifest().map_err(|error| error.to_string())?;
-        new.check_against(&model).map_err(|error| error.to_string())?;
-        let digest = self.digest(&new, progress, cancel).map_err(|error| error.to_string())?;
-        Ok(new.checkpoint(Some(digest)))
+        let (new, model, odd) = self.compare(source, model, fit)?;
+        // The digest is that of the files, whatever their tensors are loaded as.
+        let original = source.manifest().map_err(|error| error.to_string())?;
+        let digest = self.digest(&original, progress, cancel).map_err(|error| error.to_string())?;
+        let files = new.open().map_err(|error| error.to_string())?;
+        let copies = new.check_copies(&model, fit, |tensor, at, buffer| {
+            let read = files[tensor.file].read_exact_at(buffer, tensor.start + at);
+            read.map_err(|error| new.unreadable(tensor.file, &error))
+        });
+        copies.map_err(|error| error.to_string())?;
+        Ok(Checkpoint { odd, rename: fit.rename.clone(), ..new.checkpoint(Some(digest)) })
     }
 
     /// Reads an adapter, compares its shapes with the checkpoint that the engines were started from, and hashes it.

@@ -1,4 +1,5 @@
 mod adapters;
+mod checkpoints;
 mod engines;
 pub(super) mod jobs;
 mod nodes;

@@ -33,6 +33,8 @@ pub struct UpdateConfig {
     pub startup_timeout: Duration,
     /// Start with the checkpoint of the command line, whatever was committed before.
     pub forget_committed: bool,
+    /// Names that requests to the model itself have: no adapter can have one of them.
+    pub served_names: Vec<String>,
 }
 
 impl UpdateConfig {
@@ -45,6 +47,7 @@ impl UpdateConfig {
             patience: Duration::from_secs(5),
             startup_timeout: Duration::ZERO,
             forget_committed: false,
+            served_names: Vec::new(),
         }
     }
 

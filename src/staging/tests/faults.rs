@@ -223,6 +223,33 @@ async fn a_checkpoint_of_another_model_is_refused_on_every_node() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn tensors_that_the_model_has_as_one_are_compared_when_all_is_there() {
+    let (equal, differs) = (checkpoint(1, 1, 9000), checkpoint(1, 1, 9000));
+    let file = equal.path().join("model-0.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    let data = bytes.len() - 3 * 18_000;
+    bytes.copy_within(data..data + 18_000, data + 18_000);
+    std::fs::write(&file, bytes).unwrap();
+    let tied = vec![("layer.0.1".to_owned(), "layer.0.0".to_owned())];
+    let mut chain = Chain::new(2);
+    for (id, dir, fits) in [("u1", &differs, false), ("u2", &equal, true)] {
+        let checked = StageSpec {
+            model: Some(checkpoint_dir(differs.path())),
+            fit: Box::new(Fit { tied: tied.clone(), ..Fit::default() }),
+            ..spec(id, StageSource::Upstream, None)
+        };
+        let address = chain.nodes[1].begin(checked).await;
+        chain.nodes[0].begin(spec(id, directory(dir.path()), address)).await;
+        for outcome in chain.outcomes().await {
+            assert_eq!(outcome.is_ok(), fits, "{outcome:?}");
+            let error = outcome.err().unwrap_or_default();
+            assert!(fits || error.contains("layer.0.1 differs from layer.0.0"), "{error}");
+        }
+    }
+    chain.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn memory_that_is_not_there_is_asked_for_first() {
     let dir = checkpoint(1, 1, 30_000);
     let places = vec![Place::new("node 0"), Place::new("node 1")];

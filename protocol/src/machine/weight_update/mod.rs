@@ -16,6 +16,7 @@
 //!
 //! Facts of vLLM behind them: `docs/weight-update.md`.
 
+mod fit;
 mod ledger;
 mod record;
 mod run;
@@ -30,6 +31,7 @@ use std::time::Duration;
 
 use crate::{EngineIndex, GroupKind, Incarnation, Time, UpdateId, WeightVersion};
 
+pub use fit::{Fit, OddTensor, Renames};
 pub use ledger::{Begun, Ledger, Pause};
 pub use record::{Adapter, Commit, Committed, EngineTimes, Outcome, RankRecord, Record, Snapshot};
 use run::Run;

@@ -221,12 +221,12 @@ fn config(lockstep: bool) -> Config {
 
 fn checkpoint(source: &str) -> Checkpoint {
     Checkpoint {
-        extents: Vec::new(),
         path: source.to_owned(),
         files: vec!["model.safetensors".to_owned()],
         tensors: 7,
         bytes: 700,
         digest: Some(format!("digest of {source}")),
+        ..Checkpoint::default()
     }
 }
 

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use super::fit::{OddTensor, Renames};
 use crate::{EngineIndex, Incarnation};
 
 /// A node that takes part, numbered by the leader. Bytes are checked once per node.
@@ -87,6 +88,12 @@ pub struct Checkpoint {
     /// Whole digest (`docs/weight-update.md`); `None`: counts only. Of a segment: `xxh3:` and the digest over the
     /// digests of its chunks; workers do not compute it, the node has.
     pub digest: Option<String>,
+    /// Under which names its tensors are loaded.
+    #[serde(default, skip_serializing_if = "Renames::is_empty")]
+    pub rename: Renames,
+    /// Tensors that only one of this and the start-up checkpoint has, while it is not decided whether that matters.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub odd: Vec<OddTensor>,
 }
 
 /// An engine in the update.

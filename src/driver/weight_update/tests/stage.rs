@@ -185,6 +185,7 @@ impl FakeStage {
             tensors: 2,
             bytes: 3,
             digest: Some(format!("xxh3:{content}")),
+            ..Checkpoint::default()
         };
         let progress = StageProgress {
             done: 3,

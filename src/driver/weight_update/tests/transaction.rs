@@ -140,7 +140,7 @@ async fn without_the_shim_an_update_is_refused_and_says_what_to_install() {
     );
     world.engine(1).shim_protocol = Some(1);
     let record = world.update(world.request("u2")).await;
-    assert!(record.message.contains("speaks protocol 1, expected 4"), "{}", record.message);
+    assert!(record.message.contains("speaks protocol 1, expected 5"), "{}", record.message);
     assert_eq!(world.ranks[0].take_log(), [""; 0]);
     world.end().await;
 }

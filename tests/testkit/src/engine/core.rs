@@ -13,6 +13,7 @@ use zmq::{PollEvents, Socket};
 use super::group::{Group, GroupError, Operation};
 use super::lora::Adapters;
 use super::options::{ControlFile, EngineOptions, Faults, Stage};
+use super::parameters::Parameters;
 use super::scheduler::{PauseState, Request, Scheduler};
 use super::weights;
 use super::{Command, EngineEnd, Orders};
@@ -59,6 +60,8 @@ pub(crate) struct Engine {
     pub(crate) pauses: Vec<PendingPause>,
     pub(crate) digest: String,
     digest_key: u64,
+    /// None: the engine has made-up weights, and takes any.
+    pub(crate) parameters: Option<Parameters>,
     pub(crate) weight_version: String,
     pub(crate) sleeping: bool,
     /// Loads so far, for faults that hit only the first ones.
@@ -87,12 +90,16 @@ impl Engine {
         sockets: Sockets,
         group: Option<Group>,
     ) -> Result<Self, EngineEnd> {
-        let digest = match &options.model {
+        let served = match &options.model {
             Some(model) if model.is_dir() => {
-                weights::identity(model).map_err(|error| EngineEnd::Handshake(format!("model: {error}")))?
+                let served = weights::served(model);
+                Some(served.map_err(|error| EngineEnd::Handshake(format!("model: {error}")))?)
             }
-            _ => "made-up".to_owned(),
+            _ => None,
         };
+        let parameters = options.model.as_deref().zip(served.as_ref());
+        let parameters = parameters.map(|(model, served)| Parameters::new(model, served));
+        let digest = served.map_or_else(|| "made-up".to_owned(), |served| served.digest);
         let now = Instant::now();
         Ok(Self {
             faults: options.faults.clone(),
@@ -108,6 +115,7 @@ impl Engine {
             pauses: Vec::new(),
             digest_key: weights::digest_key(&digest),
             digest,
+            parameters,
             weight_version: "default".to_owned(),
             sleeping: false,
             loads: 0,

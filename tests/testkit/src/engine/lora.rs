@@ -8,7 +8,7 @@ use std::time::Instant;
 use rmpv::Value;
 
 use super::core::Engine;
-use super::utility::{SHIM_PROTOCOL, extents};
+use super::utility::SHIM_PROTOCOL;
 use super::weights::{self, Hashing};
 use crate::msg;
 
@@ -125,17 +125,8 @@ impl Engine {
                 }
             }
             "remove" => self.adapters.put(name, update, None),
-            "check" | "add" | "replace" => {
+            "check" | "replace" => {
                 let adapter = self.read_adapter(request, update, read)?;
-                let known = self.adapters.named.get(name);
-                if op == "add"
-                    && known.is_some_and(|known| {
-                        known.update != update
-                            && (&known.digest, &known.config) != (&adapter.digest, &adapter.config)
-                    })
-                {
-                    return Err(("exists", format!("another update brought an adapter {name}")));
-                }
                 if op != "check" {
                     self.adapters.put(name, update, Some(adapter));
                 }
@@ -157,7 +148,7 @@ impl Engine {
         let path = msg::text(request, "path").unwrap_or_default();
         let files = msg::texts(request, "files").unwrap_or_default();
         let config = msg::text(request, "config").ok_or_else(|| ("request", format!("request {request}")))?;
-        let parts = weights::parts(Path::new(&path), &files, extents(request).as_deref());
+        let parts = weights::parts(Path::new(&path), &files, None);
         let loaded = parts
             .and_then(|parts| self.loader.load(&parts, Hashing::Whole))
             .map_err(|error| (error.kind, error.to_string()))?;
@@ -167,7 +158,13 @@ impl Engine {
         if (number("tensors"), number("bytes")) != (Some(loaded.tensors), Some(loaded.bytes))
             || wanted.is_some_and(|wanted| wanted != loaded.digest)
         {
-            return Err(("mismatch", format!("read {loaded:?}")));
+            return Err((
+                "mismatch",
+                format!(
+                    "read {} tensors of {} bytes, digest {}",
+                    loaded.tensors, loaded.bytes, loaded.digest
+                ),
+            ));
         }
         let number = number("id").unwrap_or_default();
         Ok(Adapter { update: update.to_owned(), path, digest: loaded.digest, config, number })

@@ -6,6 +6,7 @@ mod group;
 mod handshake;
 mod lora;
 mod options;
+mod parameters;
 mod scheduler;
 mod utility;
 pub mod weights;

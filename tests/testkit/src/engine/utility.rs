@@ -13,8 +13,8 @@ use super::scheduler::PauseState;
 use super::weights::{self, Hashing};
 use crate::msg;
 
-/// Version of the worker RPC between sidecar and shim. Requests of version 1 are understood as well.
-pub(super) const SHIM_PROTOCOL: u64 = 4;
+/// Version of the worker RPC between sidecar and shim.
+pub(super) const SHIM_PROTOCOL: u64 = 5;
 
 /// What a method does with its call.
 enum Outcome {
@@ -231,7 +231,7 @@ impl Engine {
         let one = |value: Value| ok(Value::Array(vec![value]));
         Ok(match method {
             "check_health" => one(Value::Nil),
-            "dp_sidecar_info" if !self.faults.no_shim => one(self.info(msg::text(kwargs, "path").as_deref())),
+            "dp_sidecar_info" if !self.faults.no_shim => one(self.info(kwargs)),
             "dp_sidecar_load" if !self.faults.no_shim => {
                 let request = msg::get(kwargs, "request").cloned().unwrap_or(Value::Nil);
                 let answer = self.load(&request)?;
@@ -267,9 +267,18 @@ impl Engine {
         })
     }
 
-    fn info(&self, path: Option<&str>) -> Value {
+    fn info(&self, kwargs: &Value) -> Value {
         let model = self.options.model.as_deref();
-        let files = path.map(Path::new).or(model).map(weights::files).transpose();
+        let asked = msg::get(kwargs, "tensors").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+        let ignored = asked
+            .iter()
+            .filter_map(|tensor| tensor[0].as_str())
+            .filter(|name| self.parameters.as_ref().is_some_and(|parameters| parameters.ignores(name)));
+        let ignored = ignored.map(Value::from).collect::<Vec<_>>();
+        let tied = self.parameters.as_ref().and_then(|parameters| parameters.tied());
+        let tied = tied.map(|[copy, of]| Value::Array(vec![copy.into(), of.into()])).into_iter().collect();
+        let path = msg::text(kwargs, "path");
+        let files = path.as_deref().map(Path::new).or(model).map(weights::files).transpose();
         let error = files.as_ref().err().map(|error| Value::from(error.text.as_str()));
         let files = files.as_ref().ok().and_then(Option::as_ref);
         let files = files.map(|files| Value::Array(files.iter().map(|file| file.as_str().into()).collect()));
@@ -283,6 +292,8 @@ impl Engine {
             ("vllm_version", Value::from(self.options.version.to_string())),
             ("load_format", Value::from("auto")),
             ("files", files.unwrap_or(Value::Nil)),
+            ("tied", Value::Array(tied)),
+            ("ignored", Value::Array(ignored)),
             ("max_lora_rank", Value::from(16)),
             ("dp_rank", Value::from(self.options.rank)),
             ("rank", Value::from(0)),
@@ -292,10 +303,11 @@ impl Engine {
     }
 
     fn speaks(&self, protocol: Option<u64>) -> bool {
-        match self.faults.shim_protocol {
-            Some(only) => protocol == Some(only),
-            None => protocol.is_some_and(|protocol| (1..=SHIM_PROTOCOL).contains(&protocol)),
-        }
+        protocol == Some(self.faults.shim_protocol.unwrap_or(SHIM_PROTOCOL))
+    }
+
+    fn raises(&self, loaded: &weights::Loaded) -> Option<String> {
+        self.parameters.as_ref()?.refuses(&loaded.contents)
     }
 
     /// `dp_sidecar_load`: reads the directory or the segment and compares with the request.
@@ -310,7 +322,7 @@ impl Engine {
         let wanted = msg::text(request, "digest");
         let hashing = msg::text(request, "digest_kind").as_deref() == Some("blake3");
 
-        let mut consumed = None;
+        let (mut consumed, mut mixed) = (None, None);
         let verdict: Result<(), (&str, String, &str)> = if !self.speaks(number("protocol")) {
             Err(("protocol", format!("request {request}"), "unchanged"))
         } else if path.is_empty() || files.is_empty() {
@@ -338,6 +350,11 @@ impl Engine {
                 }
                 Err(error) => Err((error.kind, error.to_string(), "restored-meta")),
                 Ok(mut loaded) => {
+                    loaded.rename(&renames(request));
+                    let raised = self.raises(&loaded);
+                    if self.parameters.as_ref().is_some_and(|model| model.keeps_some(&loaded.contents)) {
+                        mixed = Some(weights::mixed(&self.digest, &loaded.digest));
+                    }
                     if self.faults.load_wrong_digest && hashing {
                         loaded.digest = "0".repeat(64);
                     } else if self.faults.load_wrong_digest {
@@ -347,7 +364,9 @@ impl Engine {
                         && number("bytes") == Some(loaded.bytes)
                         && (!hashing || wanted.is_none() || wanted.as_ref() == Some(&loaded.digest));
                     consumed = Some(loaded);
-                    if same {
+                    if let Some(error) = raised {
+                        Err(("load", error, "restored-meta"))
+                    } else if same {
                         Ok(())
                     } else {
                         Err((
@@ -366,7 +385,7 @@ impl Engine {
         match (state, &consumed) {
             ("loaded", Some(loaded)) => {
                 self.torn = false;
-                self.set_digest(loaded.digest.clone());
+                self.set_digest(mixed.unwrap_or_else(|| loaded.digest.clone()));
             }
             ("unchanged", _) => {}
             _ => self.torn = true,
@@ -392,8 +411,15 @@ impl Engine {
     }
 }
 
+/// `rename` of a request, in its order.
+fn renames(request: &Value) -> Vec<(String, String)> {
+    let pairs = msg::get(request, "rename").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    pairs.iter().map(|pair| (text(&pair[0]), text(&pair[1]))).collect()
+}
+
 /// `extents` of a request; what is no pair of numbers makes the list too short, which is refused.
-pub(super) fn extents(request: &Value) -> Option<Vec<(u64, u64)>> {
+fn extents(request: &Value) -> Option<Vec<(u64, u64)>> {
     let pairs = msg::get(request, "extents").filter(|extents| !extents.is_nil())?;
     let pair = |pair: &Value| Some((pair[0].as_u64()?, pair[1].as_u64()?));
     Some(pairs.as_array().map_or(&[][..], Vec::as_slice).iter().filter_map(pair).collect())

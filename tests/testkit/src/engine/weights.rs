@@ -28,6 +28,29 @@ pub struct Loaded {
     pub bytes: u64,
     /// Whole digest; of a large checkpoint, if it was not asked for, one over samples.
     pub digest: String,
+    /// By name.
+    pub contents: BTreeMap<String, Content>,
+}
+
+impl Loaded {
+    /// Gives tensors the names that they are loaded under: the first prefix that matches is replaced.
+    pub(crate) fn rename(&mut self, prefixes: &[(String, String)]) {
+        let renamed = std::mem::take(&mut self.contents).into_iter().map(|(name, content)| {
+            let new =
+                prefixes.iter().find_map(|(from, to)| Some(format!("{to}{}", name.strip_prefix(from)?)));
+            (new.unwrap_or(name), content)
+        });
+        self.contents = renamed.collect();
+    }
+}
+
+/// One tensor that was read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Content {
+    /// Dimensions, joined by `,`.
+    pub shape: String,
+    /// Digest of its bytes, as the whole digest has it.
+    pub digest: String,
 }
 
 /// One safetensors file: all of a file, or an extent of a segment.
@@ -108,7 +131,7 @@ impl Loader {
         for part in parts {
             opened.push(Opened::new(part)?);
         }
-        let mut lines = BTreeMap::new();
+        let (mut lines, mut contents) = (BTreeMap::new(), BTreeMap::new());
         let mut bytes = 0;
         let all: u64 = opened.iter().flat_map(|file| &file.tensors).map(|tensor| tensor.length).sum();
         let sampled = hashing == Hashing::Identity && all > SAMPLED_FROM;
@@ -121,6 +144,8 @@ impl Loader {
                 })?;
                 bytes += tensor.length;
                 let hash = hasher.finalize().to_hex();
+                let content = Content { shape: tensor.shape.clone(), digest: hash.to_string() };
+                contents.insert(tensor.name.clone(), content);
                 let line = format!("{}\0{}\0{}\0{hash}\n", tensor.name, tensor.dtype, tensor.shape);
                 if lines.insert(tensor.name.clone(), line).is_some() {
                     return Err(file.broken(&format!("tensor {} occurs twice", tensor.name)));
@@ -132,7 +157,7 @@ impl Loader {
             whole.update(line.as_bytes());
         }
         let digest = whole.finalize().to_hex().to_string();
-        Ok(Loaded { tensors: lines.len() as u64, bytes, digest })
+        Ok(Loaded { tensors: lines.len() as u64, bytes, digest, contents })
     }
 
     fn copy(
@@ -239,8 +264,18 @@ pub fn read(directory: &Path, files: &[String]) -> Result<Loaded, LoadError> {
 
 /// What an engine that loaded this directory answers depends on this text.
 pub fn identity(directory: &Path) -> Result<String, LoadError> {
+    Ok(served(directory)?.digest)
+}
+
+/// What an engine holds that loaded this directory.
+pub(crate) fn served(directory: &Path) -> Result<Loaded, LoadError> {
     let files = files(directory)?;
-    Ok(Loader::new(0).load(&parts(directory, &files, None)?, Hashing::Identity)?.digest)
+    Loader::new(0).load(&parts(directory, &files, None)?, Hashing::Identity)
+}
+
+/// Identity of an engine that has some tensors of one checkpoint and some of another.
+pub(crate) fn mixed(one: &str, other: &str) -> String {
+    blake3::hash(format!("{one} {other}").as_bytes()).to_hex().to_string()
 }
 
 /// The files of a directory in loading order, as vLLM 0.32.0 finds them for `--load-format auto`: `consolidated*` alone,
