@@ -284,8 +284,12 @@ pub(super) struct ProcessArgs {
     #[arg(long)]
     pub allow_untested_vllm: bool,
 
-    /// Private directory for sockets, logs and the lock; subcommands find the sidecar by it.
-    /// [default: $XDG_RUNTIME_DIR/dp-sidecar/R, or /tmp/dp-sidecar-UID/R]
+    /// Private directory for sockets, logs and the committed weights; subcommands find the sidecar by it.
+    ///
+    /// It outlives the sidecar, must be on a file system of this host, and no other user may be able to replace a
+    /// directory of its path: one in /tmp of mode 1777 is accepted, one in a directory that others can write is not.
+    /// [default: /var/lib/dp-sidecar/R for root, else $XDG_STATE_HOME/dp-sidecar/R or ~/.local/state/dp-sidecar/R; R is
+    /// the first DP rank of the node]
     #[arg(long, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
 

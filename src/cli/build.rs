@@ -88,7 +88,7 @@ impl Environment {
     pub(super) fn state_dir(&self, given: Option<&Path>, start_rank: u16) -> PathBuf {
         match given {
             Some(path) => self.absolute(path),
-            None => StateDir::default_path(self.variable("XDG_RUNTIME_DIR").as_deref(), start_rank),
+            None => StateDir::default_path(|name| self.variable(name), start_rank),
         }
     }
 }

@@ -97,7 +97,10 @@ fn host(built: Built) -> RunEnd {
         Err(error) => {
             let code = match error {
                 StateDirError::InUse { .. } => exit_code::IN_USE,
-                StateDirError::TooLong { .. } | StateDirError::Foreign { .. } => exit_code::USAGE,
+                StateDirError::TooLong { .. }
+                | StateDirError::Foreign { .. }
+                | StateDirError::Exposed { .. }
+                | StateDirError::Networked { .. } => exit_code::USAGE,
                 StateDirError::Io { .. } => exit_code::PREFLIGHT,
             };
             return RunEnd::new(code, error.to_string());
