@@ -74,15 +74,15 @@ fn put(dir: &Path, name: &str, write: impl FnOnce(&mut File) -> io::Result<()>) 
     result
 }
 
-/// Takes the lock on a private file, which then holds the pid of this process. `None`: another process has it.
-pub(crate) fn lock_with_pid(path: &Path) -> io::Result<Option<File>> {
+/// Takes the lock on a private file, which then holds `text`. `None`: another process has it.
+pub(crate) fn lock_with(path: &Path, text: &str) -> io::Result<Option<File>> {
     let mut file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(path)?;
     match file.try_lock() {
         Err(TryLockError::WouldBlock) => return Ok(None),
         locked => locked?,
     }
     file.set_len(0)?;
-    file.write_all(format!("{}\n", std::process::id()).as_bytes())?;
+    file.write_all(text.as_bytes())?;
     Ok(Some(file))
 }
 

@@ -125,7 +125,8 @@ impl StateDir {
         // It may have been open to others before.
         place::check_entries(&path, expected).map_err(unfit)?;
         let lock_path = path.join(LOCK_FILE);
-        let Some(lock) = files::lock_with_pid(&lock_path).map_err(io_error(&lock_path))? else {
+        let own = format!("{}\n", std::process::id());
+        let Some(lock) = files::lock_with(&lock_path, &own).map_err(io_error(&lock_path))? else {
             let pid = fs::read_to_string(&lock_path).unwrap_or_default();
             let pid = Some(pid.trim()).filter(|pid| !pid.is_empty()).unwrap_or("unknown").to_owned();
             return Err(StateDirError::InUse { path, pid });

@@ -59,7 +59,7 @@ impl Drop for Bench {
             process.signal(rustix::process::Signal::KILL);
         }
         let pid = std::fs::read_to_string(self.path("keeper.pid")).unwrap_or_default();
-        if let Ok(pid) = pid.trim().parse::<i32>()
+        if let Some(Ok(pid)) = pid.lines().next().map(str::parse::<i32>)
             && let Ok(line) = std::fs::read(format!("/proc/{pid}/cmdline"))
             && String::from_utf8_lossy(&line).contains(self.state.run_id())
         {

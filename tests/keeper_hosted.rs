@@ -136,7 +136,7 @@ impl Hosted {
         let limit = Instant::now() + PATIENCE;
         let keeper = || {
             let pid = std::fs::read_to_string(self.state().join("keeper.pid")).ok()?;
-            Process::read(pid.trim().parse().ok()?).filter(|process| !process.is_dead())
+            Process::read(pid.lines().next()?.parse().ok()?).filter(|process| !process.is_dead())
         };
         while !self.marked().is_empty() || keeper().is_some() {
             assert!(Instant::now() < limit, "left: {:?} {:?}", self.marked(), keeper());

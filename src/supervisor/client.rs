@@ -72,7 +72,7 @@ impl KeeperOptions {
     /// Kills a keeper that lives but does not answer. Returns whether no keeper is left.
     async fn kill_unresponsive(&self) -> Result<bool, KeeperError> {
         let killed = launch::kill_unresponsive(&self.state_dir).await;
-        killed.map_err(|error| self.failed(format!("the old keeper's pid file: {error}")))
+        killed.map_err(|error| self.failed(error.to_string()))
     }
 }
 
@@ -156,6 +156,8 @@ impl KeeperClient {
             pid: pid_sender,
             next_seq: 0,
         };
+        launch::check_here(&task.options.state_dir)
+            .map_err(|error| task.options.failed(error.to_string()))?;
         let (link, inherited) = match task.take_over().await {
             Some(taken) => taken,
             None => {

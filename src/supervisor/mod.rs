@@ -5,6 +5,7 @@ pub mod client;
 pub mod command;
 pub mod environment;
 pub mod flags;
+pub(crate) mod identity;
 pub mod installed;
 pub mod keeper;
 pub mod procfs;

@@ -20,7 +20,7 @@ pub const KEEPER_MARKER: &str = "DP_SIDECAR_KEEPER";
 
 /// This process, as the keeper of a state directory: `pid:started:path`.
 pub fn keeper_mark(state_dir: &Path) -> io::Result<String> {
-    let own = Process::read(own_pid()).ok_or_else(|| io::Error::other("/proc does not show this process"))?;
+    let own = Process::own().ok_or_else(|| io::Error::other("/proc does not show this process"))?;
     Ok(format!("{}:{}:{}", own.pid, own.started, state_dir.display()))
 }
 
@@ -42,6 +42,11 @@ impl Process {
     /// Reads one process; `None` if there is no such process.
     pub fn read(pid: i32) -> Option<Self> {
         parse_stat(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+    }
+
+    /// This process.
+    pub fn own() -> Option<Self> {
+        Self::read(own_pid())
     }
 
     /// Dead, only not reaped yet.
@@ -89,7 +94,7 @@ pub fn processes() -> io::Result<Vec<Process>> {
     Ok(found)
 }
 
-/// Living and unreaped children of this process.
+/// Living and unreaped children of this process, which has one thread.
 pub fn own_children() -> io::Result<Vec<Process>> {
     let own = own_pid();
     match fs::read_to_string(format!("/proc/self/task/{own}/children")) {

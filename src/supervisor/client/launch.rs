@@ -1,6 +1,6 @@
 //! Finding, starting and removing keepers.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -14,8 +14,9 @@ use tokio::process::{Child, Command};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{KeeperError, KeeperOptions};
-use crate::supervisor::keeper::{LOG_FILE, PID_FILE, READY_LINE, SOCKET};
-use crate::supervisor::procfs::{CHILD_MARKER, KEEPER_MARKER, Process, RUN_MARKER};
+use crate::supervisor::identity::{Identity, IdentityError};
+use crate::supervisor::keeper::{self, LOG_FILE, PID_FILE, READY_LINE, SOCKET};
+use crate::supervisor::procfs::{CHILD_MARKER, KEEPER_MARKER, RUN_MARKER};
 
 /// How long a keeper may take from its start to its ready line.
 const START_LIMIT: Duration = Duration::from_secs(20);
@@ -112,30 +113,39 @@ fn last_lines(log: &Path) -> String {
     lines.into_iter().rev().collect::<Vec<_>>().join(" | ")
 }
 
-/// Kills a keeper that lives (it holds the lock on its pid file) but does not answer. Returns
-/// whether no keeper is left.
-pub(super) async fn kill_unresponsive(state_dir: &Path) -> io::Result<bool> {
-    let path = state_dir.join(PID_FILE);
-    let file = match File::open(&path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(true),
-        Err(error) => return Err(error),
+/// Who the keeper says it is: what it has written of itself, if one lives (it holds the lock on that file).
+fn living(state_dir: &Path) -> io::Result<Option<Result<Identity, IdentityError>>> {
+    if !keeper::is_alive(state_dir) {
+        return Ok(None);
+    }
+    let text = fs::read_to_string(state_dir.join(PID_FILE))?;
+    Ok(Some(Identity::parse(&text)))
+}
+
+/// Refuses a keeper of another pid namespace or host: its processes are not those that the same pids name here.
+pub(super) fn check_here(state_dir: &Path) -> io::Result<()> {
+    let Some(identity) = living(state_dir)? else {
+        return Ok(());
     };
+    identity.and_then(|identity| identity.check_here()).map_err(|error| elsewhere(&error))
+}
+
+fn elsewhere(error: &IdentityError) -> io::Error {
+    io::Error::other(format!(
+        "{PID_FILE}, which a living keeper has locked, {error}; stop the sidecar that started it, in its container or \
+         on its host, or give another --state-dir"
+    ))
+}
+
+/// Kills a keeper that lives but does not answer, and nobody else. Returns whether no keeper is left.
+pub(super) async fn kill_unresponsive(state_dir: &Path) -> io::Result<bool> {
     let mut limit = None;
-    loop {
-        match file.try_lock() {
-            Ok(()) => {
-                file.unlock()?;
-                return Ok(true);
-            }
-            Err(TryLockError::WouldBlock) => {}
-            Err(TryLockError::Error(error)) => return Err(error),
-        }
+    while let Some(identity) = living(state_dir)? {
         let limit = match limit {
             Some(limit) => limit,
             None => {
-                let pid = fs::read_to_string(&path)?;
-                let keeper = pid.trim().parse().ok().and_then(Process::read);
+                let keeper =
+                    identity.and_then(|identity| identity.find()).map_err(|error| elsewhere(&error))?;
                 if let Some(keeper) = keeper {
                     tracing::warn!(pid = keeper.pid, "a keeper that does not answer is killed");
                     keeper.signal(Signal::KILL);
@@ -148,4 +158,5 @@ pub(super) async fn kill_unresponsive(state_dir: &Path) -> io::Result<bool> {
         }
         sleep(Duration::from_millis(20)).await;
     }
+    Ok(true)
 }

@@ -28,11 +28,12 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use self::server::Keeper;
+use super::identity::Identity;
 use crate::{files, net};
 
 /// Socket of the keeper inside the state directory.
 pub const SOCKET: &str = "keeper.sock";
-/// Pid of the keeper inside the state directory; the living keeper holds a lock on this file.
+/// Which process the keeper is, inside the state directory; the living keeper holds a lock on this file.
 pub const PID_FILE: &str = "keeper.pid";
 /// The keeper's own log inside the state directory.
 pub const LOG_FILE: &str = "keeper.log";
@@ -62,7 +63,8 @@ pub fn run(config: KeeperConfig) -> io::Result<()> {
     let _ = nix::unistd::setsid();
     std::env::set_current_dir(&config.state_dir)?;
     // Only one keeper of a state directory can have it.
-    let Some(lock) = files::lock_with_pid(&config.state_dir.join(PID_FILE))? else {
+    let own = Identity::own()?.to_string();
+    let Some(lock) = files::lock_with(&config.state_dir.join(PID_FILE), &own)? else {
         return Err(io::Error::other(format!("{PID_FILE}: another keeper holds the lock")));
     };
     prctl::set_child_subreaper(true)?;
@@ -85,7 +87,7 @@ pub fn run(config: KeeperConfig) -> io::Result<()> {
     result
 }
 
-/// Whether a keeper of this state directory lives.
+/// Whether a keeper of this state directory lives, wherever.
 pub fn is_alive(state_dir: &Path) -> bool {
     let locked = File::open(state_dir.join(PID_FILE)).map(|file| file.try_lock());
     matches!(locked, Ok(Err(TryLockError::WouldBlock)))
