@@ -24,6 +24,7 @@ use crate::config::LogFormat;
 use crate::exit_code;
 use crate::relay::Purpose;
 use crate::relay::process;
+use crate::supervisor::init;
 use crate::supervisor::keeper::{self, KeeperConfig};
 use crate::{tasks, telemetry};
 
@@ -59,7 +60,12 @@ fn dispatch(args: impl Iterator<Item = OsString>) -> u8 {
         // No runtime and no other thread may exist in the keeper.
         Command::Keeper(args) => keeper(args),
         Command::Relay(args) => relay(args),
-        Command::Run(args) => run::run(&args, &run::origins(&matches)),
+        // Before there are other threads or handlers of signals.
+        Command::Run(_) if init::is_first() => first(),
+        Command::Run(args) => match init::unblock_signals() {
+            Ok(()) => run::run(&args, &run::origins(&matches)),
+            Err(error) => failed(&format!("signals: {error}")),
+        },
         Command::Update(args) => update::update(&args),
         Command::Status(args) => status::status(&args),
         Command::Pause(args) => commands::pause(&args),
@@ -74,6 +80,16 @@ fn dispatch(args: impl Iterator<Item = OsString>) -> u8 {
 fn usage(problem: &str) -> u8 {
     eprintln!("error: {problem}\n\nFor more information, try '--help'.");
     exit_code::USAGE
+}
+
+/// The sidecar, as a child of this process.
+fn first() -> u8 {
+    init::run().unwrap_or_else(|error| failed(&format!("pid 1 of this container: {error}")))
+}
+
+fn failed(problem: &str) -> u8 {
+    eprintln!("error: {problem}");
+    exit_code::INTERNAL
 }
 
 fn relay(args: RelayArgs) -> u8 {

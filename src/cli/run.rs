@@ -132,7 +132,8 @@ fn host(built: Built) -> RunEnd {
 }
 
 /// Many systems allow a process 1,024 open files unless it asks for more, which the sockets of some ranks and frontends
-/// exceed. The processes that this one starts inherit it.
+/// exceed. The processes that this one starts inherit it, engines too: those that vLLM starts beside an API server have
+/// the same limit, which that has raised before (`setup_server` in `vllm/entrypoints/launchers/launcher.py` 0.32.0).
 fn raise_open_files() {
     let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
         let wanted = hard.min(OPEN_FILES);

@@ -6,6 +6,7 @@ pub mod command;
 pub mod environment;
 pub mod flags;
 pub(crate) mod identity;
+pub mod init;
 pub mod installed;
 pub mod keeper;
 pub mod procfs;

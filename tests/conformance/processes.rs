@@ -3,6 +3,7 @@
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use dp_sidecar::supervisor::procfs::{Process, processes};
 use dp_sidecar_testkit::frontend::{FakeFrontend, FrontendError, NewRequest};
 
 use super::harness::{SOON, Setup, complete_all, directory, exited_with, frontend, model, until};
@@ -72,6 +73,46 @@ fn a_low_limit_of_open_files_is_raised_for_all_processes() {
         assert_eq!(limits[0].parse::<u64>().unwrap(), hard.min(65_535), "{pid}: {limits:?}");
     }
     assert!(exited_with(sidecar.stop(), 0));
+}
+
+/// The processes that `choose` takes.
+fn chosen(choose: impl Fn(&Process) -> bool) -> Vec<Process> {
+    processes().unwrap().into_iter().filter(choose).collect()
+}
+
+#[test]
+fn as_the_first_process_of_a_container_it_leaves_no_zombies_and_hears_signals() {
+    if !nix::unistd::geteuid().is_root() {
+        return eprintln!("not tried: only root makes pid namespaces everywhere");
+    }
+    let directory = directory();
+    let model = model(directory.path(), "m", 1, false);
+    let contained = "exec unshare --pid --fork --mount-proc --kill-child \"$0\" \"$@\"";
+    let mut sidecar = Setup::spawning(2, &model).first(contained).start();
+    sidecar.await_admitted();
+    let outside = sidecar.pid().as_raw();
+    let [first] = chosen(|process| process.parent == outside).try_into().unwrap();
+    // What a dead keeper leaves is handed to the first process.
+    let [keeper] = chosen(|process| {
+        let line = std::fs::read_to_string(format!("/proc/{}/cmdline", process.pid)).unwrap_or_default();
+        line.contains("\0keeper\0") && line.contains(&*sidecar.state_dir().to_string_lossy())
+    })
+    .try_into()
+    .unwrap();
+    let before = sidecar.processes();
+    kill(Pid::from_raw(keeper.pid), Signal::SIGKILL).unwrap();
+    until("the old processes are gone", SOON, || {
+        let now = sidecar.processes();
+        before.iter().all(|pid| !now.contains(pid)).then_some(())
+    });
+    sidecar.await_admitted();
+    until("no zombies", SOON, || {
+        chosen(|process| process.parent == first.pid && process.is_dead()).is_empty().then_some(())
+    });
+    kill(Pid::from_raw(first.pid), Signal::SIGTERM).unwrap();
+    let status = sidecar.await_end();
+    assert!(exited_with(status, 0), "{status}");
+    sidecar.await_nothing_left();
 }
 
 #[test]
