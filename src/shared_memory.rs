@@ -1,18 +1,28 @@
 //! Where the weights of a state directory are in shared memory, and who has them: the one thing that the keeper and
 //! the staging area must agree on, because the keeper removes the segments when neither engines nor a sidecar are left.
 
+mod holder;
+
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+pub use self::holder::{hold, remove_lost};
+use crate::files;
 
 /// Where segments are by default.
 pub const SHM_DIR: &str = "/dev/shm";
 /// Names of the segments: what engines serve is in one of them, what is staged in the other.
 pub const SEGMENTS: [&str; 2] = ["a", "b"];
 
+/// What the names of all files in shared memory begin with.
+const PREFIX: &str = "dp-sidecar-";
+/// A link is not followed.
+const NO_LINKS: i32 = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
+
 pub fn segment_path(shm_dir: &Path, run_id: &str, name: &str) -> PathBuf {
-    shm_dir.join(format!("dp-sidecar-{run_id}-{name}"))
+    shm_dir.join(format!("{PREFIX}{run_id}-{name}"))
 }
 
 /// Opens the file of a segment, or makes an empty one, 0600, and locks it. The lock keeps a second sidecar, and a
@@ -27,20 +37,20 @@ pub fn open_segment(path: &Path) -> io::Result<File> {
         .read(true)
         .write(true)
         .mode(0o600)
-        .custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed())
+        .custom_flags(NO_LINKS)
         .open(path)?;
     file.try_lock()?;
-    check_private(path, &file)?;
+    check_private(path, &file, false)?;
     Ok(file)
 }
 
 /// Anybody may make files in `/dev/shm`, under any name: weights are only written where nobody else can read or change
-/// them.
-fn check_private(path: &Path, file: &File) -> io::Result<()> {
+/// them. `removed`: it may have no name any more.
+fn check_private(path: &Path, file: &File, removed: bool) -> io::Result<()> {
     let found = file.metadata()?;
     let own = nix::unistd::geteuid().as_raw();
     let (mode, links) = (found.mode() & 0o777, found.nlink());
-    if found.is_file() && found.uid() == own && mode & 0o077 == 0 && links == 1 {
+    if found.is_file() && found.uid() == own && mode & 0o077 == 0 && (links == 1 || (removed && links == 0)) {
         return Ok(());
     }
     let kind = if found.is_file() { "a file" } else { "no regular file" };
@@ -56,7 +66,7 @@ fn check_private(path: &Path, file: &File) -> io::Result<()> {
 }
 
 /// Removes the segments of a state directory's run id, after a planned end or when neither engines nor a sidecar are
-/// left to use them. Gives the number of files removed.
+/// left to use them, and what says who has them. Gives the number of segments removed.
 ///
 /// # Errors
 /// A file exists and cannot be removed, or a sidecar has it ([`io::ErrorKind::WouldBlock`]).
@@ -70,6 +80,7 @@ pub fn remove_segments(shm_dir: &Path, run_id: &str) -> io::Result<usize> {
             removed += 1;
         }
     }
+    files::absent_is_fine(std::fs::remove_file(segment_path(shm_dir, run_id, holder::LOCK)))?;
     Ok(removed)
 }
 

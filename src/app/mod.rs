@@ -59,6 +59,10 @@ pub async fn run(config: Config, state: StateDir) -> RunEnd {
     let (commands, admin) = mpsc::channel(local::QUEUE);
     let weak = commands.downgrade();
     run.tracker.spawn(named(Task::Admin, server.serve(commands, run.stop.clone())));
+    let state = run.state.clone();
+    if let Err(error) = tokio::task::spawn_blocking(move || stage::free_lost(&state)).await {
+        return local::internal("shared memory", &error);
+    }
     let mut begun = Begun { run: run.clone(), admin, commands: weak, outside };
     let end = match run.config.follows().cloned() {
         Some(nodes) => {

@@ -111,3 +111,43 @@ fn no_answer_comes_from_an_engine_that_somebody_else_started_for_a_lost_state_di
     assert!(!survivor.ended() && !engine.ended(), "an engine ended");
     sidecar.await_admitted();
 }
+
+/// Files in shared memory of a sidecar.
+fn in_shared_memory(sidecar: &Sidecar) -> Vec<PathBuf> {
+    let run_id = std::fs::read_to_string(sidecar.state_dir().join("run-id")).unwrap();
+    let prefix = format!("dp-sidecar-{}-", run_id.trim());
+    let all = std::fs::read_dir("/dev/shm").unwrap().map(|entry| entry.unwrap());
+    all.filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix))
+        .map(|entry| entry.path())
+        .collect()
+}
+
+#[test]
+fn segments_of_a_lost_state_directory_go_with_the_next_sidecar_of_the_node() {
+    let directory = directory();
+    let (old, new) = (model(directory.path(), "m", 1, false), model(directory.path(), "n", 2, false));
+    let start = || {
+        let sidecar = Setup::spawning(1, &old).args(&["--orphan-grace", "60s"]).start();
+        sidecar.await_admitted();
+        let said = sidecar.begin_update(&new.path, &[]).wait();
+        assert_eq!(said.code, 0, "{}", said.text());
+        sidecar
+    };
+    let (mut lost, mut kept) = (start(), start());
+    let (of_lost, of_kept) = (in_shared_memory(&lost), in_shared_memory(&kept));
+    assert!(of_lost.len() >= 2 && of_kept.len() >= 2, "segments and a lock: {of_lost:?} {of_kept:?}");
+    // A sidecar that is away, as in a restart, keeps what it has with its keeper.
+    kept.signal(Signal::SIGKILL);
+    kept.await_end();
+    lose_all_but_the_cores(&mut lost).into_iter().for_each(kill_9);
+    assert!(of_lost.iter().all(|path| path.exists()), "nobody has removed them");
+    let mut next = start();
+    let left: Vec<_> = of_lost.iter().filter(|path| path.exists()).collect();
+    assert!(left.is_empty(), "left: {left:?}");
+    assert!(of_kept.iter().all(|path| path.exists()), "those of a living deployment");
+    next.stop();
+    assert_eq!(in_shared_memory(&next), Vec::<PathBuf>::new());
+    kept.start_again();
+    kept.await_admitted();
+    kept.stop();
+}

@@ -29,6 +29,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use self::server::Keeper;
 use super::identity::Identity;
+use crate::shared_memory::{self, SHM_DIR};
 use crate::{files, net};
 
 /// Socket of the keeper inside the state directory.
@@ -67,6 +68,9 @@ pub fn run(config: KeeperConfig) -> io::Result<()> {
     let Some(lock) = files::lock_with(&config.state_dir.join(PID_FILE), &own)? else {
         return Err(io::Error::other(format!("{PID_FILE}: another keeper holds the lock")));
     };
+    // Without it the segments with weights are in danger from others when this sidecar is dead, and nothing else.
+    let holds = shared_memory::hold(Path::new(SHM_DIR), &config.run_id, &config.state_dir);
+    let _held = holds.inspect_err(|error| tracing::warn!(%error, "the segments with weights are not locked"));
     prctl::set_child_subreaper(true)?;
     let mut mask = SigSet::empty();
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGCHLD] {
