@@ -54,6 +54,7 @@ mod memory;
 mod msgpack;
 mod net;
 mod parallel;
+mod strangers;
 
 #[cfg(any(test, feature = "test-support"))]
 pub mod fuzz;

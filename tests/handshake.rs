@@ -151,7 +151,7 @@ async fn two_connections_with_one_identity_are_told_apart_and_their_end_is_repor
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_are_bounded_and_slow_ones_do_not_stay() {
-    let mut router = guarded(GuardLimits { connections: 3, ..quick() }).await;
+    let mut router = guarded(GuardLimits { of_address: 3, ..quick() }).await;
     let address = router.address();
     let mut idle = Vec::new();
     for _ in 0..3 {
@@ -170,6 +170,48 @@ async fn connections_are_bounded_and_slow_ones_do_not_stay() {
     let engine = dealer(&context, address, 0);
     engine.send("hello", 0).unwrap();
     assert!(matches!(event(&mut router).await, GuardEvent::Message { .. }));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_says_nothing_after_its_greeting_is_closed_and_an_engine_that_waits_for_init_is_not() {
+    let limits = GuardLimits { of_address: 3, hello: Duration::from_millis(300), ..quick() };
+    let mut router = guarded(limits).await;
+    let address = router.address();
+    let context = zmq::Context::new();
+    let engine = dealer(&context, address, 0);
+    engine.send("hello", 0).unwrap();
+    let GuardEvent::Message { peer, .. } = event(&mut router).await else { panic!("no message") };
+    // As many as may be there, all of them silent after a complete greeting.
+    let mut silent = Vec::new();
+    for _ in 0..2 {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(&opening(&[])).await.unwrap();
+        silent.push(stream);
+    }
+    for mut stream in silent {
+        let mut rest = Vec::new();
+        timeout(PATIENCE, stream.read_to_end(&mut rest)).await.expect("a silent connection stayed").unwrap();
+    }
+    for _ in 0..2 {
+        assert!(matches!(event(&mut router).await, GuardEvent::Closed { peer: closed } if closed != peer));
+    }
+    assert!(router.sender().send(peer, vec![Bytes::from_static(b"INIT")]), "the engine is still there");
+    assert_eq!(engine.recv_bytes(0).unwrap(), b"INIT");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn engines_that_have_their_init_count_no_more_as_strangers() {
+    let mut router = guarded(GuardLimits { of_address: 2, ..quick() }).await;
+    let context = zmq::Context::new();
+    let mut engines = Vec::new();
+    for rank in 0..5 {
+        let engine = dealer(&context, router.address(), rank);
+        engine.send("hello", 0).unwrap();
+        let GuardEvent::Message { peer, .. } = event(&mut router).await else { panic!("no message") };
+        assert!(router.sender().send(peer, vec![Bytes::from_static(b"INIT")]));
+        assert_eq!(engine.recv_bytes(0).unwrap(), b"INIT");
+        engines.push(engine);
+    }
 }
 
 // === The task ===

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use thiserror::Error;
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, TcpStream, lookup_host};
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -29,11 +29,12 @@ use crate::link::LinkStream;
 use crate::link::client::Link;
 use crate::log_limit::LogLimit;
 use crate::net;
+use crate::strangers::{Stranger, Strangers};
 use crate::tasks::{Task, named};
 use crate::token::Token;
 
-/// Connections that have not proven who they are, at the same time. More are closed at once.
-const STRANGERS: usize = 32;
+/// Connections that have not proven who they are, at the same time: of all, and of one address. More are closed at once.
+const STRANGERS: (usize, usize) = (128, 16);
 /// How often a node that waits for others hears from the leader.
 pub(super) const WORD_PERIOD: Duration = Duration::from_secs(2);
 /// Limit for a node to take a frame.
@@ -267,21 +268,18 @@ impl Leader {
 }
 
 async fn accept(listener: TcpListener, shared: Arc<Shared>, stop: CancellationToken) {
-    let strangers = Arc::new(Semaphore::new(STRANGERS));
+    let strangers = Strangers::new(STRANGERS.0, STRANGERS.1);
     let tasks = TaskTracker::new();
     loop {
         let (stream, peer) = tokio::select! {
             () = stop.cancelled() => break,
             accepted = net::accept(&shared.local, |cx| listener.poll_accept(cx)) => accepted,
         };
-        match strangers.clone().try_acquire_owned() {
-            Ok(permit) => {
-                let (shared, stop) = (shared.clone(), stop.clone());
-                tasks.spawn(named(Task::PeerConnection, async move {
-                    stop.run_until_cancelled(shared.serve(stream, peer, permit)).await;
-                }));
-            }
-            Err(_) => shared.refused(peer, "too many connections that have not identified themselves"),
+        if let Some(stranger) = strangers.admit(shared.local, peer) {
+            let (shared, stop) = (shared.clone(), stop.clone());
+            tasks.spawn(named(Task::PeerConnection, async move {
+                stop.run_until_cancelled(shared.serve(stream, peer, stranger)).await;
+            }));
         }
     }
     tasks.close();
@@ -299,12 +297,7 @@ impl Shared {
     }
 
     /// One connection, to its end; what it carries is done by who it is handed on to.
-    async fn serve(
-        &self,
-        mut stream: TcpStream,
-        peer: SocketAddr,
-        stranger: tokio::sync::OwnedSemaphorePermit,
-    ) {
+    async fn serve(&self, mut stream: TcpStream, peer: SocketAddr, stranger: Stranger) {
         let identified = async {
             set_options(&stream)?;
             auth::authenticate(&mut stream, Side::Leader, &self.token).await

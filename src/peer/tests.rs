@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -234,6 +234,26 @@ async fn strangers_do_not_disturb_the_gathering() {
     let (nodes, found) = tokio::join!(Setup::gather(&leader), setup.find(node(2, 2, "dense")));
     assert_eq!(nodes.unwrap().len(), 1);
     found.unwrap();
+    drop(idle);
+    setup.end().await;
+}
+
+#[tokio::test]
+async fn strangers_of_one_address_do_not_shut_a_follower_of_another_out() {
+    let setup = Setup::new().await;
+    let leader = setup.leader(4).await;
+    let mut idle = Vec::new();
+    for _ in 0..40 {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.9:0".parse().unwrap()).unwrap();
+        idle.push(socket.connect(setup.address).await.unwrap());
+    }
+    // Silent ones may stay for 5 s.
+    let soon = Duration::from_secs(3);
+    let finder = setup.finder(node(2, 2, "dense"));
+    let (nodes, found) = tokio::join!(Setup::gather(&leader), finder.find(soon));
+    found.unwrap();
+    assert_eq!(nodes.unwrap().len(), 1);
     drop(idle);
     setup.end().await;
 }

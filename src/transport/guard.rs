@@ -20,7 +20,7 @@ use dp_sidecar_protocol::Frames;
 use parking_lot::Mutex;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
@@ -30,6 +30,7 @@ use super::greet::{GreetError, greet};
 use super::zmtp::{self, Decoder, Item};
 use crate::log_limit::LogLimit;
 use crate::net;
+use crate::strangers::{Stranger, Strangers};
 use crate::tasks::{Task, named};
 
 /// Messages waiting for one connection.
@@ -44,10 +45,16 @@ static NEXT_NUMBER: AtomicU64 = AtomicU64::new(0);
 /// What a connection may do.
 #[derive(Clone, Debug)]
 pub struct GuardLimits {
-    /// Connections at a time; further ones are closed at once.
+    /// Connections at a time whose first message has no answer yet; further ones are closed at once.
     pub connections: usize,
+    /// As many of one address.
+    pub of_address: usize,
     /// Until greeting and READY command are in.
     pub handshake: Duration,
+    /// From then until the first message is in: engines say HELLO at once.
+    pub hello: Duration,
+    /// From then until it is answered: so long vLLM waits for INIT, and half a minute.
+    pub answer: Duration,
     /// Until the rest of a message is in, and for writing one.
     pub message: Duration,
     /// Bytes of a message.
@@ -63,13 +70,16 @@ pub struct GuardLimits {
 impl Default for GuardLimits {
     fn default() -> Self {
         Self {
-            connections: 512,
+            connections: 1024,
+            of_address: 256,
             handshake: Duration::from_secs(5),
+            hello: Duration::from_secs(10),
+            answer: Duration::from_secs(330),
             message: Duration::from_secs(5),
             message_bytes: 64 * 1024,
             frames: 8,
             messages: 16,
-            log_interval: Duration::from_secs(10),
+            log_interval: Duration::from_secs(60),
         }
     }
 }
@@ -128,7 +138,7 @@ impl GuardedRouter {
         let tasks = TaskTracker::new();
         let guard = Arc::new(Guard {
             address,
-            slots: Arc::new(Semaphore::new(limits.connections)),
+            strangers: Strangers::new(limits.connections, limits.of_address),
             log: Mutex::new(LogLimit::new(limits.log_interval, REMEMBERED)),
             limits,
             connections: sender.connections.clone(),
@@ -167,7 +177,7 @@ impl GuardedRouter {
 struct Guard {
     address: SocketAddr,
     limits: GuardLimits,
-    slots: Arc<Semaphore>,
+    strangers: Arc<Strangers>,
     connections: Arc<Mutex<BTreeMap<u64, mpsc::Sender<Frames>>>>,
     out: mpsc::Sender<GuardEvent>,
     log: Mutex<LogLimit<IpAddr>>,
@@ -176,27 +186,22 @@ struct Guard {
 async fn accept(guard: Arc<Guard>, listener: TcpListener, tasks: TaskTracker, stop: CancellationToken) {
     loop {
         let (stream, from) = net::accept(&guard.address, |cx| listener.poll_accept(cx)).await;
-        let Ok(slot) = guard.slots.clone().try_acquire_owned() else {
-            guard.complain(
-                from,
-                &format!("more than {} connections are open, this one is closed", guard.limits.connections),
-            );
+        let Some(stranger) = guard.strangers.admit(guard.address, from) else {
             continue;
         };
         let number = NEXT_NUMBER.fetch_add(1, Ordering::Relaxed);
         let guard = guard.clone();
         let serve = async move {
-            if let Err(reason) = serve(&guard, stream, number).await {
+            if let Err(reason) = serve(&guard, stream, number, stranger).await {
                 guard.complain(from, &reason);
             }
-            drop(slot);
         };
         tasks.spawn(named(Task::HandshakeConnection, stop.clone().run_until_cancelled_owned(serve)));
     }
 }
 
 /// One connection, from greeting to end. The error is for the log.
-async fn serve(guard: &Guard, mut stream: TcpStream, peer: u64) -> Result<(), String> {
+async fn serve(guard: &Guard, mut stream: TcpStream, peer: u64, stranger: Stranger) -> Result<(), String> {
     let limits = &guard.limits;
     let mut buffer = BytesMut::new();
     let mut decoder = Decoder::with_limits(limits.message_bytes, limits.frames);
@@ -219,13 +224,14 @@ async fn serve(guard: &Guard, mut stream: TcpStream, peer: u64) -> Result<(), St
     let identity = Bytes::copy_from_slice(zmtp::property(&ready, "Identity").unwrap_or_default());
     let (outgoing, answers) = mpsc::channel(OUTGOING);
     guard.connections.lock().insert(peer, outgoing);
-    let result = exchange(guard, stream, peer, &identity, buffer, decoder, answers).await;
+    let result = exchange(guard, stream, peer, &identity, buffer, decoder, answers, stranger).await;
     guard.connections.lock().remove(&peer);
     // The driver is alive as long as this task is.
     let _ = guard.out.send(GuardEvent::Closed { peer }).await;
     result
 }
 
+#[expect(clippy::too_many_arguments, reason = "what a connection consists of, handed over once")]
 async fn exchange(
     guard: &Guard,
     stream: TcpStream,
@@ -234,10 +240,13 @@ async fn exchange(
     mut buffer: BytesMut,
     mut decoder: Decoder,
     mut answers: mpsc::Receiver<Frames>,
+    stranger: Stranger,
 ) -> Result<(), String> {
     let limits = &guard.limits;
     let (mut reader, mut writer) = stream.into_split();
-    let mut messages = 0;
+    let (mut messages, mut spoke) = (0, false);
+    // Until it is answered it is one of those of whom there may be few.
+    let mut stranger = Some((stranger, Instant::now() + limits.hello));
     // Set while a part of a message is in.
     let mut due: Option<Instant> = None;
     loop {
@@ -248,6 +257,11 @@ async fn exchange(
             Ok(Some(Item::Message(frames))) => {
                 due = None;
                 messages += 1;
+                if !std::mem::replace(&mut spoke, true)
+                    && let Some((_, until)) = &mut stranger
+                {
+                    *until = Instant::now() + limits.answer;
+                }
                 let event = GuardEvent::Message { peer, identity: identity.clone(), frames };
                 if guard.out.send(event).await.is_err() {
                     return Ok(());
@@ -274,7 +288,7 @@ async fn exchange(
             },
             Some(frames) = answers.recv() => {
                 match timeout(limits.message, writer.write_all(&zmtp::encode(&frames))).await {
-                    Ok(Ok(())) => {}
+                    Ok(Ok(())) => stranger = None,
                     Ok(Err(error)) => return Err(format!("sending to it: {error}")),
                     Err(_) => return Err(format!("it does not read for {:?}", limits.message)),
                 }
@@ -284,6 +298,13 @@ async fn exchange(
                     "expected the rest of a message within {:?}, it did not come",
                     limits.message
                 ));
+            }
+            () = sleep_until(stranger.as_ref().map_or_else(Instant::now, |(_, until)| *until)), if stranger.is_some() => {
+                return Err(if spoke {
+                    format!("there was no answer for its first message within {:?}", limits.answer)
+                } else {
+                    format!("expected HELLO within {:?} of its greeting, it did not come", limits.hello)
+                });
             }
         }
     }
