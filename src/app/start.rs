@@ -244,6 +244,6 @@ async fn listen_http(
     };
     let file = file.map(|file| file.display().to_string());
     info!(address = %server.address(), token_file = file, "uploads and updates over HTTP");
-    server.serve(token, uploads, commands, &run.tracker, run.stop.clone());
+    server.serve(token, http.names.clone(), uploads, commands, &run.tracker, run.stop.clone());
     Ok(())
 }

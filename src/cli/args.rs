@@ -196,6 +196,11 @@ pub(super) struct NodesArgs {
     #[arg(long, value_name = "FILE", requires = "http")]
     pub http_token_file: Option<PathBuf>,
 
+    /// Name by which HTTP clients call this host, as in the URL, without a port. Repeatable. IP addresses, localhost, the
+    /// name of this host and that of --http are always accepted; requests to any other name are refused.
+    #[arg(long, value_name = "NAME", requires = "http", value_delimiter = ',')]
+    pub http_name: Vec<String>,
+
     /// Address at which other nodes reach this one. [default: that of its connection to the leader; on
     /// the leader's node the host of --leader]
     #[arg(long, value_name = "IP")]

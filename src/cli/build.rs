@@ -319,7 +319,11 @@ impl Checks<'_> {
              has it can command every node; make another one"
                 .to_owned()
         })?;
-        Ok(Some(Http { address, token }))
+        let host = text.rsplit_once(':').map_or(text.as_str(), |(host, _)| host);
+        let own = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
+        let names = args.nodes.http_name.iter().cloned().chain([host.to_owned()]).chain(own);
+        let names = names.map(|name| name.trim_end_matches('.').to_ascii_lowercase()).collect();
+        Ok(Some(Http { address, token, names }))
     }
 
     /// Managed flags that the user repeated after `--` must say the same.

@@ -4,6 +4,7 @@ mod commands;
 pub mod devices;
 pub mod model;
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -90,6 +91,8 @@ pub struct Http {
     pub address: SocketAddr,
     /// What clients must know; none: [`StateDir::http_token`] has it, on a loopback address only.
     pub token: Option<Token>,
+    /// How clients may call this server, besides by address.
+    pub names: BTreeSet<String>,
 }
 
 /// The deployment spreads over several nodes.

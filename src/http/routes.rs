@@ -4,20 +4,19 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, Request, State};
-use axum::http::{StatusCode, header};
+use axum::http::StatusCode;
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post, put};
 use tokio::time::timeout;
 
 use super::answers::HttpError;
-use super::{Context, updates, uploads};
-use crate::token::Token;
+use super::{Context, gate, updates, uploads};
 
 /// So long a request waits until the segments are hashed; then the client is told to come again.
 const OPENING_LIMIT: Duration = Duration::from_secs(60);
 /// Longest JSON body, in bytes: an upload may have many files.
-const JSON_LIMIT: usize = 8 << 20;
+pub(super) const JSON_LIMIT: usize = 8 << 20;
 
 pub(super) fn router(context: Context) -> Router {
     Router::new()
@@ -31,25 +30,9 @@ pub(super) fn router(context: Context) -> Router {
         .route("/v1/weights/version", get(updates::version))
         .fallback(|| async { HttpError::new(StatusCode::NOT_FOUND, "no such path") })
         .layer(DefaultBodyLimit::max(JSON_LIMIT))
-        .layer(from_fn_with_state(context.clone(), authorize))
+        .layer(from_fn_with_state(context.clone(), gate::whole))
+        .layer(from_fn_with_state(context.clone(), gate::authorize))
         .with_state(context)
-}
-
-/// Lets only those through who know the token.
-async fn authorize(State(context): State<Context>, request: Request, next: Next) -> Response {
-    let given = request.headers().get(header::AUTHORIZATION).and_then(|value| {
-        let secret = value.as_bytes().strip_prefix(b"Bearer ")?;
-        Token::new(secret).ok()
-    });
-    // Keys are compared in constant time.
-    if context.token.is_some() && given != context.token {
-        let error = HttpError::new(
-            StatusCode::UNAUTHORIZED,
-            "a bearer token is required: that of --http-token-file, or of the file http-token in the state directory",
-        );
-        return ([(header::WWW_AUTHENTICATE, "Bearer")], error).into_response();
-    }
-    next.run(request).await
 }
 
 /// What a predecessor has taken of an upload is known before anybody is told of it.

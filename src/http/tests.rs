@@ -14,6 +14,8 @@ use crate::staging::{self, StageConfig, upload};
 
 const LIMIT: Duration = Duration::from_secs(20);
 const SECRET: &str = "0123456789abcdef0123";
+const QUICK: Limits =
+    Limits { head: Duration::from_secs(5), body: Duration::from_secs(1), place: Duration::from_secs(1) };
 
 struct Server {
     dir: tempfile::TempDir,
@@ -26,20 +28,25 @@ struct Server {
 
 impl Server {
     async fn start() -> Self {
-        let (server, requests) = Self::waiting(tempfile::tempdir().unwrap()).await;
+        Self::start_within(QUICK).await
+    }
+
+    async fn start_within(limits: Limits) -> Self {
+        let (server, requests) = Self::waiting(tempfile::tempdir().unwrap(), limits).await;
         server.open(requests);
         server
     }
 
     /// The staging area begins when these requests are served, see [`Self::open`].
-    async fn waiting(dir: tempfile::TempDir) -> (Self, upload::UploadRequests) {
+    async fn waiting(dir: tempfile::TempDir, limits: Limits) -> (Self, upload::UploadRequests) {
         let (tracker, stop) = (TaskTracker::new(), CancellationToken::new());
         let (uploads, requests) = upload::channel();
         let (commands, admin) = mpsc::channel(4);
         let server = HttpServer::bind((Ipv4Addr::LOCALHOST, 0).into()).await.unwrap();
         let address = server.address();
         let token = Token::new(SECRET.as_bytes()).unwrap();
-        server.serve(token, uploads, commands.downgrade(), &tracker, stop.clone());
+        let names = BTreeSet::from(["x".to_owned()]);
+        server.serve_within(limits, token, names, uploads, commands.downgrade(), &tracker, stop.clone());
         (Self { dir, address, admin, _commands: commands, tracker, stop }, requests)
     }
 
@@ -140,7 +147,7 @@ async fn nobody_is_told_of_an_upload_before_the_segments_are_checked() {
     assert_eq!(server.create("t1", 9000).await.0, 200);
     let put = "PUT /v1/weights/uploads/t1/a.safetensors";
     server.json(put, "Content-Range: bytes 0-4999/9000\r\n", &[1; 5000]).await;
-    let (server, requests) = Server::waiting(server.end().await).await;
+    let (server, requests) = Server::waiting(server.end().await, QUICK).await;
     let mut asked = Box::pin(server.json("GET /v1/weights/uploads/t1", "", b""));
     let early = timeout(Duration::from_millis(300), &mut asked).await;
     assert!(early.is_err(), "told that there is no such upload: {early:?}");
@@ -183,6 +190,97 @@ async fn nobody_gets_in_without_the_token() {
     assert_eq!(server.ask(get, "Authorization: Bearer 0123456789abcdef0124\r\n", b"").await.0, 401);
     assert_eq!(server.ask(get, "Authorization: Bearer\r\n", b"").await.0, 401);
     assert_eq!(server.ask(get, &format!("Authorization: Bearer {SECRET}\r\n"), b"").await.0, 404);
+    server.end().await;
+}
+
+/// Everything that comes until the other side closes.
+async fn rest_of(stream: &mut TcpStream) -> String {
+    let mut answer = Vec::new();
+    let _ = timeout(LIMIT, stream.read_to_end(&mut answer)).await.expect("the connection stays open");
+    String::from_utf8(answer).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn strangers_do_not_take_the_places_of_clients() {
+    let server = Server::start().await;
+    let get = "GET /v1/weights/uploads/t1";
+    let mut silent = Vec::new();
+    for _ in 0..2 * CONNECTIONS {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.9:0".parse().unwrap()).unwrap();
+        silent.push(socket.connect(server.address).await.unwrap());
+    }
+    let begun = std::time::Instant::now();
+    assert_eq!(server.ask(get, "", b"").await.0, 404);
+    assert!(begun.elapsed() < QUICK.head, "it waited for a place of a stranger");
+    for stream in &mut silent {
+        assert_eq!(rest_of(stream).await, "");
+    }
+    server.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_beyond_the_limit_are_told_and_others_go_on() {
+    let server = Server::start_within(Limits { head: 3 * LIMIT, ..QUICK }).await;
+    let head = format!("GET /v2 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {SECRET}\r\n\r\n");
+    let mut open = Vec::new();
+    for _ in 0..CONNECTIONS {
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let mut start = [0; 12];
+        timeout(LIMIT, stream.read_exact(&mut start)).await.unwrap().unwrap();
+        assert_eq!(&start, b"HTTP/1.1 404");
+        open.push(stream);
+    }
+    let (status, _, body) = server.ask("GET /v2", "", b"").await;
+    assert!(status == 503 && body.contains("too many clients"), "{status} {body}");
+    drop(open.pop());
+    assert_eq!(server.ask("GET /v2", "", b"").await.0, 404);
+    server.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_asks_no_more_is_closed() {
+    let server = Server::start_within(Limits { head: Duration::from_secs(1), ..QUICK }).await;
+    let mut stream = TcpStream::connect(server.address).await.unwrap();
+    let head = format!("GET /v2 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {SECRET}\r\n\r\n");
+    stream.write_all(head.as_bytes()).await.unwrap();
+    assert!(rest_of(&mut stream).await.contains("no such path"));
+    server.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_is_bounded_in_time_and_size_and_an_unfinished_one_ends_its_connection() {
+    let server = Server::start().await;
+    let typed = "Content-Type: application/json\r\n";
+    let large = vec![b' '; routes::JSON_LIMIT + 1];
+    let (status, head, body) = server.ask("POST /v1/weights/uploads", typed, &large).await;
+    assert!(status == 413 && head.contains("connection: close") && body.contains("8388608"), "{head} {body}");
+    let mut stream = TcpStream::connect(server.address).await.unwrap();
+    let head = format!(
+        "POST /v1/weights/updates HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {SECRET}\r\n{typed}Content-Length: 100\r\n\r\n{{"
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let answer = rest_of(&mut stream).await;
+    assert!(answer.starts_with("HTTP/1.1 408") && answer.contains("was not there within 1s"), "{answer}");
+    server.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_clients_that_name_this_server_and_come_from_no_page_are_answered() {
+    let server = Server::start().await;
+    for (headers, expected) in [
+        ("Host: evil.example\r\n", 421),
+        ("Host: localhost:8090\r\n", 404),
+        ("Host: x\r\nOrigin: http://localhost\r\n", 403),
+    ] {
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        let token = format!("Authorization: Bearer {SECRET}\r\nConnection: close\r\n");
+        let head = format!("GET /v1/weights/uploads/t1 HTTP/1.1\r\n{token}{headers}\r\n");
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let answer = rest_of(&mut stream).await;
+        assert!(answer.starts_with(&format!("HTTP/1.1 {expected}")), "{headers}: {answer}");
+    }
     server.end().await;
 }
 

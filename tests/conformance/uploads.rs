@@ -20,7 +20,7 @@ struct Http {
 /// One request on a connection of its own; the answer's status and body.
 fn ask(http: &Http, request: &str, headers: &str, body: &[u8]) -> (u16, String) {
     let Http { port, token } = http;
-    let mut head = format!("{request} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{headers}");
+    let mut head = format!("{request} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{headers}");
     write!(head, "Authorization: Bearer {token}\r\n").unwrap();
     if !headers.contains("Content-Length") {
         write!(head, "Content-Length: {}\r\n", body.len()).unwrap();
