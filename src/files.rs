@@ -47,16 +47,34 @@ pub(crate) fn replace(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
     put(dir, name, |file| file.write_all(bytes))
 }
 
-/// As [`replace`]. Durable when it returns `Ok`; certainly not in force when it returns an error.
+/// As [`replace`]. Durable when it returns `Ok`.
+///
+/// # Errors
+/// It was not replaced, or it was, and a crash of the machine may take that back.
 pub(crate) fn replace_durably(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
+    replace_and_tell(dir, name, bytes)?.map_or(Ok(()), Err)
+}
+
+/// As [`replace`], for what cannot be taken back: gives why it may not survive a crash of the machine, if so.
+///
+/// # Errors
+/// It was certainly not replaced.
+pub(crate) fn replace_and_tell(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<Option<io::Error>> {
+    replace_with(dir, name, bytes, File::sync_all)
+}
+
+fn replace_with(
+    dir: &Path,
+    name: &str,
+    bytes: &[u8],
+    sync_dir: impl FnOnce(&File) -> io::Result<()>,
+) -> io::Result<Option<io::Error>> {
     let dir_file = File::open(dir)?;
     put(dir, name, |file| {
         file.write_all(bytes)?;
         file.sync_all()
     })?;
-    // The rename is in force for every reader from here. Should this fail, only a crash of the whole machine could
-    // take it back, and no engine survives that.
-    dir_file.sync_all().or(Ok(()))
+    Ok(sync_dir(&dir_file).err())
 }
 
 fn put(dir: &Path, name: &str, write: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
@@ -120,6 +138,16 @@ mod tests {
         replace(dir.path(), "a", b"3").unwrap_err();
         replace_durably(dir.path(), "a", b"3").unwrap_err();
         assert_eq!(read(&path).unwrap().as_deref(), Some(&b"2"[..]));
+    }
+
+    #[test]
+    fn a_directory_that_cannot_be_synced_is_told_although_the_file_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let broken = |_: &File| Err(io::Error::other("EIO"));
+        let doubt = replace_with(dir.path(), "a", b"1", broken).unwrap();
+        assert_eq!(doubt.unwrap().to_string(), "EIO");
+        assert_eq!(read(&dir.path().join("a")).unwrap().as_deref(), Some(&b"1"[..]));
+        assert!(replace_and_tell(dir.path(), "a", b"2").unwrap().is_none());
     }
 
     #[test]

@@ -146,7 +146,8 @@ impl StateDir {
             Ok(text) if uuid::Uuid::parse_str(text.trim()).is_ok() => text.trim().to_owned(),
             _ => {
                 let id = uuid::Uuid::new_v4().to_string();
-                fs::write(&id_path, format!("{id}\n")).map_err(io_error(&id_path))?;
+                files::replace_durably(&path, RUN_ID_FILE, format!("{id}\n").as_bytes())
+                    .map_err(io_error(&id_path))?;
                 id
             }
         };

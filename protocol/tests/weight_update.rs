@@ -150,7 +150,7 @@ fn until_committed(machine: &mut WeightUpdate, update: Begin) {
     for rank in [0, 1] {
         loaded(machine, at(300), rank, Target::New, vec![good("/new")]);
     }
-    machine.handle_event(at(310), Event::CommitWritten { result: Ok(()) });
+    machine.handle_event(at(310), Event::CommitWritten { result: Ok(None) });
     actions(machine);
 }
 
@@ -183,7 +183,7 @@ fn an_update_goes_through_its_phases_in_order() {
     loaded(&mut machine, at(310), 0, Target::New, vec![good("/new")]);
     assert_eq!(names(&mut machine), ["commit v1"]);
     assert_eq!(machine.snapshot().version.0, "default");
-    machine.handle_event(at(320), Event::CommitWritten { result: Ok(()) });
+    machine.handle_event(at(320), Event::CommitWritten { result: Ok(None) });
     assert_eq!(machine.snapshot().version.0, "v1");
     assert_eq!(names(&mut machine), ["version 0", "version 1", "reset 0 false", "reset 1 false"]);
     for rank in [0, 1] {
@@ -446,4 +446,20 @@ fn a_record_survives_json() {
     assert_eq!(back.ranks.len(), 2);
     let phases: &BTreeMap<Phase, u64> = &back.phases;
     assert!(phases.contains_key(&Phase::Committing));
+}
+
+#[test]
+fn a_commit_record_that_may_not_survive_a_crash_is_told() {
+    let mut machine = machine(true);
+    until_loading(&mut machine, begin("u1"));
+    for rank in [0, 1] {
+        loaded(&mut machine, at(300), rank, Target::New, vec![good("/new")]);
+    }
+    machine.handle_event(at(310), Event::CommitWritten { result: Ok(Some("fsync: EIO".to_owned())) });
+    actions(&mut machine);
+    let record = to_the_end(&mut machine);
+    assert_eq!(record.outcome, Outcome::Committed);
+    let told =
+        |warning: &String| warning.contains("a crash of the leader's machine") && warning.contains("EIO");
+    assert!(record.warnings.iter().any(told), "{:?}", record.warnings);
 }

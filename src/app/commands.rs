@@ -74,6 +74,11 @@ impl Answers for Handles {
                 }
             }
             Command::FrontendAdd { address } => {
+                if let Some(nodes) = &self.run.config.nodes {
+                    nodes
+                        .check_frontend(&address)
+                        .map_err(|error| AdminError::new(ErrorKind::Invalid, error))?;
+                }
                 self.attachments.add(address.clone(), Origin::Command).await.map_err(refused)?;
                 self.check_slots(address).await?;
             }

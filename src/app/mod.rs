@@ -158,7 +158,11 @@ impl Begun {
     async fn gather(&mut self, nodes: &Nodes) -> Result<start::Joined, RunEnd> {
         let config = &self.run.config;
         let own = facts::hello(config, self.run.state.run_id()).await;
-        let leader = nodes::listen(&self.run, nodes, own.clone()).await?;
+        let listening = nodes::listen(&self.run, nodes, own.clone());
+        let look = || waiting::status(&self.run, "looking for the address of --leader");
+        let why_not = "the sidecar does not know its own address yet";
+        let leader =
+            waiting::serve_while(listening, &mut self.admin, &mut self.outside, look, why_not).await??;
         let look = || Status {
             nodes: nodes::status(&own, &leader, &[]),
             missing: Some(leader.missing()),

@@ -32,9 +32,10 @@ const SHUTDOWN: Duration = Duration::from_secs(5);
 /// Listens for the other nodes.
 pub(super) async fn listen(run: &Run, nodes: &Nodes, own: NodeHello) -> Result<Leader, RunEnd> {
     let Run { config, tracker, stop, .. } = run;
-    Leader::start(nodes, own, config.size, tracker, stop.clone()).await.map_err(|error| {
+    let limit = config.startup_timeout;
+    Leader::start(nodes, own, config.size, limit, tracker, stop.clone()).await.map_err(|error| {
         let code = match error {
-            BindError::Unknown { .. } => exit_code::USAGE,
+            BindError::Unknown { .. } => exit_code::TIMEOUT,
             BindError::InUse { .. } => exit_code::IN_USE,
             BindError::Other { .. } => exit_code::PREFLIGHT,
         };

@@ -276,12 +276,16 @@ impl Checks<'_> {
             check(!args.frontends.serve, || format!("--serve: {leader_only}, {here}"))?;
             check(args.frontends.frontend.is_empty(), || format!("--frontend: {leader_only}, {here}"))?;
         }
-        Ok(Some(Nodes {
+        let nodes = Nodes {
             leader: leader.clone(),
             token: self.token("--auth-token-file", file)?,
             address: args.nodes.peer_address,
             leader_timeout: args.nodes.leader_timeout,
-        }))
+        };
+        for frontend in &args.frontends.frontend {
+            nodes.check_frontend(frontend).or_else(refuse)?;
+        }
+        Ok(Some(nodes))
     }
 
     /// The secret in a file.

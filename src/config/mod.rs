@@ -108,6 +108,31 @@ pub struct Nodes {
     pub leader_timeout: Duration,
 }
 
+impl Nodes {
+    /// Refuses a frontend that only this host reaches, while others are on other hosts.
+    ///
+    /// # Errors
+    /// What is wrong, for people.
+    pub fn check_frontend(&self, address: &str) -> Result<(), String> {
+        if !is_loopback(address) || is_loopback(&self.leader) {
+            return Ok(());
+        }
+        Err(format!(
+            "frontend {address}: a loopback address, but the sidecars of other nodes connect to it, too (--leader is {}): \
+             give one that all nodes reach, here and as --data-parallel-address of the frontend",
+            self.leader
+        ))
+    }
+}
+
+/// Whether `host:port` names the host itself to whoever reads it.
+fn is_loopback(address: &str) -> bool {
+    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    host.eq_ignore_ascii_case("localhost")
+        || host.parse::<IpAddr>().is_ok_and(|ip| ip.to_canonical().is_loopback())
+}
+
 /// Who starts the engines.
 #[derive(Clone, Debug)]
 pub enum Engines {

@@ -15,7 +15,7 @@ use super::handles::{AttachmentHandle, Origin};
 use super::{Clock, init};
 use crate::config::Config;
 use crate::supervisor::client::KeeperClient;
-use crate::supervisor::command::FRONTEND;
+use crate::supervisor::command::{FRONTEND, log_line};
 use crate::supervisor::keeper::wire::{ExitStatus, KeeperEvent};
 
 /// For the keeper to tell of an exit.
@@ -142,7 +142,7 @@ async fn spawn(
     address: SocketAddr,
 ) -> Result<(), String> {
     let spec = config.frontend_spawn(incarnation, address).ok_or("no MODEL was given")?;
-    info!(command = %spec.argv.join(" "), "starting frontend");
+    info!(command = %log_line(&spec.argv), "starting frontend");
     keeper.spawn(spec).await.map(|_| ()).map_err(|error| error.to_string())
 }
 

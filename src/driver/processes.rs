@@ -17,7 +17,7 @@ use super::init;
 use crate::config::Config;
 use crate::driver::handles::NodeState;
 use crate::supervisor::client::{Inherited, KeeperClient, KeeperError};
-use crate::supervisor::command::{engine_name, engine_rank};
+use crate::supervisor::command::{engine_name, engine_rank, log_line};
 use crate::supervisor::keeper::wire::{ExitReport, ExitStatus, KeeperEvent};
 use crate::tasks;
 
@@ -103,7 +103,7 @@ impl Task {
                     reply.send::<Spawn>(Err(HandleError::failed(error)));
                     return;
                 };
-                info!(rank = rank.0, incarnation = incarnation.0, command = %spec.argv.join(" "), "starting engine");
+                info!(rank = rank.0, incarnation = incarnation.0, command = %log_line(&spec.argv), "starting engine");
                 self.work.spawn(async move {
                     let spawned = keeper.spawn(spec).await;
                     // Whoever asked may have given up; the process is then told to stop by what follows.

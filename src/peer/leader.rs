@@ -41,6 +41,8 @@ pub(super) const WORD_PERIOD: Duration = Duration::from_secs(2);
 const WRITE_LIMIT: Duration = Duration::from_secs(5);
 /// A refused address is logged again after this long.
 const REPEAT: Duration = Duration::from_secs(60);
+/// Pauses between questions for the own address: the first one, and the longest.
+const ASK_AGAIN: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(5));
 /// Addresses whose refusals are remembered.
 const REFUSALS: usize = 256;
 /// After nodes were found to differ, others that are just starting are told why for so long.
@@ -49,9 +51,9 @@ const LATECOMERS: Duration = Duration::from_secs(3);
 /// The leader cannot listen.
 #[derive(Debug, Error)]
 pub enum BindError {
-    /// The resolver does not know the host of `--leader`.
-    #[error("--leader {leader}: {reason}")]
-    Unknown { leader: String, reason: String },
+    /// The resolver does not know the host of `--leader`, and has not learned it meanwhile.
+    #[error("--leader {leader}: its address is not known within {limit:?}: {reason}")]
+    Unknown { leader: String, reason: String, limit: Duration },
     /// The port is taken.
     #[error("--leader {leader}: port {port} of {ip} is in use", port = address.port(), ip = address.ip())]
     InUse { leader: String, address: SocketAddr },
@@ -129,8 +131,35 @@ pub(super) async fn resolve(leader: &str) -> Result<SocketAddr, String> {
     v4.or_else(|| found.first()).copied().ok_or_else(|| "it resolves to no address".to_owned())
 }
 
+/// The address that this node has as the leader. A name service may learn of a host or pod only after it has started:
+/// it is asked again for `limit`.
+async fn own_address(
+    leader: &str,
+    limit: Duration,
+    resolve: impl AsyncFn(&str) -> Result<SocketAddr, String>,
+) -> Result<SocketAddr, BindError> {
+    let until = Instant::now() + limit;
+    let mut pause = ASK_AGAIN.0;
+    let mut told = String::new();
+    loop {
+        let reason = match resolve(leader).await {
+            Ok(address) => return Ok(address),
+            Err(reason) => reason,
+        };
+        if Instant::now() + pause >= until {
+            return Err(BindError::Unknown { leader: leader.to_owned(), reason, limit });
+        }
+        if reason != told {
+            info!(leader, reason, "the address of this node is not known yet");
+            told = reason;
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(ASK_AGAIN.1);
+    }
+}
+
 impl Leader {
-    /// Listens and begins to let nodes in.
+    /// Listens and begins to let nodes in. Its own address may take `limit` to become known.
     ///
     /// # Errors
     /// [`BindError`].
@@ -138,12 +167,12 @@ impl Leader {
         nodes: &Nodes,
         own: NodeHello,
         size: u16,
+        limit: Duration,
         tracker: &TaskTracker,
         stop: CancellationToken,
     ) -> Result<Self, BindError> {
         let leader = nodes.leader.clone();
-        let mut address =
-            resolve(&leader).await.map_err(|reason| BindError::Unknown { leader: leader.clone(), reason })?;
+        let mut address = own_address(&leader, limit, resolve).await?;
         if let Some(ip) = nodes.address {
             address.set_ip(ip);
         }
@@ -428,5 +457,38 @@ async fn linger(mut stream: TcpStream) {
     let reading = async { while stream.read(&mut rest).await.is_ok_and(|count| count > 0) {} };
     if timeout(hello::LAST_WORD, reading).await.is_err() {
         debug!("a refused peer did not hang up");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_name_that_is_not_known_yet_is_asked_for_again() {
+        let asked = Cell::new(0);
+        let known_after = |times: u32| {
+            let asked = &asked;
+            async move |_: &str| {
+                asked.set(asked.get() + 1);
+                if asked.get() > times {
+                    Ok("10.0.0.1:7000".parse().unwrap())
+                } else {
+                    Err("no such name".to_owned())
+                }
+            }
+        };
+        let limit = Duration::from_secs(60);
+        let address = own_address("leader.svc:7000", limit, known_after(5)).await.unwrap();
+        assert_eq!((address.to_string().as_str(), asked.get()), ("10.0.0.1:7000", 6));
+        let begun = Instant::now();
+        let error = own_address("leader.svc:7000", limit, known_after(u32::MAX)).await.unwrap_err();
+        assert!(
+            error.to_string().contains("leader.svc:7000: its address is not known within 60s: no such name"),
+            "{error}"
+        );
+        assert!(begun.elapsed() <= limit && begun.elapsed() > limit / 2, "{:?}", begun.elapsed());
     }
 }

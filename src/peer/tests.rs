@@ -62,7 +62,7 @@ impl Setup {
             leader_timeout: LIMIT,
         };
         let (tracker, stop) = (&self.tracker, self.stop.clone());
-        Leader::start(&nodes, node(0, 2, "dense"), size, tracker, stop).await.unwrap()
+        Leader::start(&nodes, node(0, 2, "dense"), size, LIMIT, tracker, stop).await.unwrap()
     }
 
     fn finder(&self, hello: NodeHello) -> Finder {

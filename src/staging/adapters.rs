@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::Write as _;
+use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -45,7 +45,7 @@ impl Adapters {
         if let Some(source) = source.filter(|source| digest_of(source).as_deref() == Some(digest)) {
             create(&part)?;
             let (from, to) = (source.join(ADAPTER_FILE), part.join(ADAPTER_FILE));
-            let copied = fs::copy(&from, &to).and_then(|_| File::open(&to)?.sync_all());
+            let copied = copy(&from, &to);
             copied.doing(|| format!("copying {} to {}", from.display(), to.display()))?;
             // It may have been replaced meanwhile.
             if let Ok(here) = self.complete(digest, &home, &part) {
@@ -171,4 +171,10 @@ fn digest_of(path: &Path) -> Option<String> {
     let manifest = Manifest::read(path, None).ok()?;
     let digests = manifest.digests(&|_| {}, &AtomicBool::new(false)).ok()?;
     Some(digests.whole)
+}
+/// Copies a file that somebody else may replace meanwhile, also by one that would block.
+fn copy(from: &Path, to: &Path) -> io::Result<()> {
+    let (mut from, mut to) = (files::open_regular(from)?, File::create(to)?);
+    io::copy(&mut from, &mut to)?;
+    to.sync_all()
 }

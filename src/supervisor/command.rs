@@ -45,6 +45,9 @@ pub struct DeviceSlice {
     pub value: String,
 }
 
+/// Flags of vLLM whose values are secrets; `--api-key` takes several.
+const SECRETS: [&str; 2] = ["--api-key", "--hf-token"];
+
 /// Name of a rank's engine among the keeper's children.
 pub fn engine_name(rank: u16) -> String {
     format!("engine-{rank}")
@@ -101,6 +104,26 @@ pub fn shell_line(argv: &[String]) -> String {
     words.join(" ")
 }
 
+/// As [`shell_line`], for logs: without the values of flags that are secrets.
+pub fn log_line(argv: &[String]) -> String {
+    let is_secret = |flag: &str| SECRETS.contains(&&*flag.replace('_', "-"));
+    let mut hidden = false;
+    let words: Vec<String> = argv
+        .iter()
+        .map(|word| {
+            if !word.starts_with('-') {
+                return if hidden { "***".to_owned() } else { shell_word(word) };
+            }
+            hidden = is_secret(word);
+            match word.split_once('=') {
+                Some((flag, _)) if is_secret(flag) => format!("{flag}=***"),
+                _ => shell_word(word),
+            }
+        })
+        .collect();
+    words.join(" ")
+}
+
 fn shell_word(word: &str) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_./:=,@%+".contains(&byte);
     if !word.is_empty() && word.bytes().all(plain) {
@@ -144,5 +167,13 @@ mod tests {
     fn the_rank_is_read_off_a_childs_name() {
         assert_eq!(engine_rank(&engine_name(17)), Some(17));
         assert_eq!(engine_rank(FRONTEND), None);
+    }
+
+    #[test]
+    fn secrets_are_not_in_logs() {
+        let argv =
+            ["vllm", "--api-key", "k1", "k2", "-tp", "2", "--api_key=k3", "--hf-token", "t", "--seed", "0"];
+        let line = log_line(&argv.map(str::to_owned));
+        assert_eq!(line, "vllm --api-key *** *** -tp 2 --api_key=*** --hf-token *** --seed 0");
     }
 }

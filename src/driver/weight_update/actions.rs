@@ -126,7 +126,10 @@ impl Task {
                 self.spawn_plain(action, async move {
                     let (journal, written) = (tools.journal.clone(), committed.clone());
                     let result = blocking(move || journal.write(&written)).await;
-                    let result = result.map_err(|error| error.to_string());
+                    let result = match result {
+                        Ok(doubt) => Ok(doubt.map(|doubt| doubt.to_string())),
+                        Err(error) => Err(error.to_string()),
+                    };
                     Some(Event::CommitWritten { run, committed, result })
                 });
             }
@@ -367,10 +370,12 @@ impl Task {
             }
             let journal = tools.journal.clone();
             let written = blocking(move || {
-                if let Some(committed) = &conclusion.committed {
-                    journal.write(committed)?;
-                }
-                journal.remember(&ended)
+                let doubt = match &conclusion.committed {
+                    Some(committed) => journal.write(committed)?,
+                    None => None,
+                };
+                journal.remember(&ended)?;
+                doubt.map_or(Ok(()), Err)
             });
             for written in [written.await, ledger.await] {
                 if let Err(error) = written {

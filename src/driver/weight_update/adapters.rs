@@ -12,6 +12,7 @@ use super::jobs::StageJob;
 use super::lora::{LoraOp, LoraRequest, LoraState, lora};
 use super::*;
 use crate::api::Chunks;
+use crate::files;
 
 /// Bytes of a piece. Other messages of the peer link wait for one at most.
 const PIECE: u64 = 512 << 10;
@@ -181,7 +182,7 @@ impl Tools {
         tell: &(dyn Fn(u64, u64) + Sync),
     ) -> Result<String, String> {
         let failed = |error: std::io::Error| format!("reading {}: {error}", file.display());
-        let mut open = tokio::fs::File::open(file).await.map_err(failed)?;
+        let mut open = tokio::fs::File::from_std(files::open_regular(file).map_err(failed)?);
         let size = open.metadata().await.map_err(failed)?.len();
         info!(digest, size, from, to = self.stages.name(node), "passing an adapter on");
         let mut repeats = REPEATS;

@@ -59,12 +59,13 @@ impl Journal {
         Ok(bytes.map(|bytes| serde_json::from_slice(&bytes)).transpose()?.unwrap_or_default())
     }
 
-    /// Durable when it returns `Ok`; certainly not in force when it returns an error. Blocks.
-    pub(super) fn write(&self, committed: &Committed) -> io::Result<()> {
-        files::replace_durably(&self.dir, FILE, &serde_json::to_vec_pretty(committed)?)
+    /// In force when it returns `Ok`, with why it may not survive a crash of the machine, if so; certainly not when it
+    /// returns an error. Blocks.
+    pub(super) fn write(&self, committed: &Committed) -> io::Result<Option<io::Error>> {
+        files::replace_and_tell(&self.dir, FILE, &serde_json::to_vec_pretty(committed)?)
     }
 
-    /// As [`Self::write`], in the order of `number`. Blocks.
+    /// In the order of `number`; durable when it returns `Ok`. Blocks.
     pub(super) fn write_ledger(&self, number: u64, ledger: &Ledger) -> io::Result<()> {
         let mut newest = self.newest.lock();
         if *newest < number {

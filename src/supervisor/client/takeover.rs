@@ -9,6 +9,7 @@ use tokio::time::timeout;
 use super::launch;
 use super::{ClientTask, INTRODUCTION_LIMIT, Inherited, KeeperOptions, Known, Link, SHUTDOWN_MARGIN};
 use crate::duration::millis;
+use crate::files;
 use crate::supervisor::keeper::wire::{Answer, FromKeeper, KeeperEvent, Request, ToKeeper};
 
 /// File of the state directory that names the deployment its keeper works for.
@@ -16,9 +17,8 @@ pub(super) const CONFIGURATION_FILE: &str = "configuration";
 
 /// Notes which deployment a fresh keeper works for.
 pub(super) fn remember(options: &KeeperOptions) -> Result<(), String> {
-    let path = options.state_dir.join(CONFIGURATION_FILE);
-    fs::write(&path, format!("{}\n", options.configuration))
-        .map_err(|error| format!("{}: {error}", path.display()))
+    files::replace(&options.state_dir, CONFIGURATION_FILE, format!("{}\n", options.configuration).as_bytes())
+        .map_err(|error| format!("{CONFIGURATION_FILE}: {error}"))
 }
 
 fn remembered(state_dir: &Path) -> Option<String> {

@@ -19,7 +19,10 @@ use rustix::process::Signal;
 use super::KeeperConfig;
 use super::output::{LOG_LIMIT, LogFile, Output};
 use super::wire::{ChildInfo, ExitReport, ExitStatus, SpawnSpec};
-use crate::supervisor::procfs::{CHILD_MARKER, KEEPER_MARKER, Process, RUN_MARKER, Selector, keeper_mark};
+use crate::supervisor::command::{engine_rank, log_line};
+use crate::supervisor::procfs::{
+    self, CHILD_MARKER, KEEPER_MARKER, Process, RUN_MARKER, Selector, keeper_mark,
+};
 
 /// How long SIGKILL may take before the keeper gives up on a process and reports it as left.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
@@ -98,7 +101,7 @@ impl Child {
         let pid = i32::try_from(process.id()).map_err(io::Error::other)?;
         let log_path = logs.join(format!("{}.log", spec.name));
         let mut output = Output::new(reader, LogFile::open(log_path.clone(), LOG_LIMIT));
-        output.note(&format!("started {mark}, pid {pid}: {}", spec.argv.join(" ")));
+        output.note(&format!("started {mark}, pid {pid}: {}", log_line(&spec.argv)));
         Ok(Self {
             name: spec.name.clone(),
             incarnation: spec.incarnation,

@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
-use std::io::{PipeReader, Write};
+use std::io::{self, PipeReader, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 
@@ -74,47 +74,73 @@ pub struct LogFile {
     file: Option<File>,
     size: u64,
     limit: u64,
+    /// Bytes that could not be written since the last ones that could, and why not.
+    lost: Option<(u64, io::Error)>,
 }
 
 impl LogFile {
-    /// Opens the log for appending. A log that cannot be opened or written loses lines, never a
-    /// child.
+    /// Opens the log for appending. A log that cannot be opened or written loses what comes meanwhile, never a child,
+    /// and says so once it can be written again.
     pub fn open(path: PathBuf, limit: u64) -> Self {
-        let mut log = Self { path, file: None, size: 0, limit };
-        log.reopen();
+        let mut log = Self { path, file: None, size: 0, limit, lost: None };
+        if let Err(error) = log.reopen() {
+            log.lose(0, error);
+        }
         log
     }
 
-    fn reopen(&mut self) {
-        let opened = OpenOptions::new().create(true).append(true).mode(0o600).open(&self.path);
-        match opened {
-            Ok(file) => {
-                self.size = file.metadata().map_or(0, |metadata| metadata.len());
-                self.file = Some(file);
-            }
-            Err(error) => {
-                tracing::warn!(path = %self.path.display(), %error, "log file cannot be opened");
-                self.file = None;
-            }
-        }
+    fn reopen(&mut self) -> io::Result<()> {
+        self.file = None;
+        let file = OpenOptions::new().create(true).append(true).mode(0o600).open(&self.path)?;
+        self.size = file.metadata().map_or(0, |metadata| metadata.len());
+        self.file = Some(file);
+        Ok(())
     }
 
     /// Appends.
     pub fn write(&mut self, bytes: &[u8]) {
+        if bytes.is_empty() {
+            return;
+        }
+        if let Err(error) = self.append(bytes) {
+            self.lose(bytes.len() as u64, error);
+        }
+    }
+
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
         if self.size.saturating_add(bytes.len() as u64) > self.limit && self.size > 0 {
             let old = self.path.with_extension("log.1");
             if let Err(error) = std::fs::rename(&self.path, &old) {
                 tracing::warn!(path = %self.path.display(), %error, "log file cannot be moved away");
             }
-            self.reopen();
+            self.reopen()?;
+        } else if self.file.is_none() {
+            self.reopen()?;
         }
+        if let Some((lost, why)) = &self.lost {
+            let note = format!("\n[keeper] {lost} bytes of output are not here: {why}\n");
+            self.put(note.as_bytes())?;
+            self.lost = None;
+        }
+        self.put(bytes)
+    }
+
+    fn put(&mut self, bytes: &[u8]) -> io::Result<()> {
         if let Some(file) = &mut self.file {
-            match file.write_all(bytes) {
-                Ok(()) => self.size = self.size.saturating_add(bytes.len() as u64),
-                Err(error) => {
-                    tracing::warn!(path = %self.path.display(), %error, "log file cannot be written");
-                    self.file = None;
-                }
+            file.write_all(bytes)?;
+            self.size = self.size.saturating_add(bytes.len() as u64);
+        }
+        Ok(())
+    }
+
+    /// The file is opened again for the next bytes: what was wrong may have been set right.
+    fn lose(&mut self, bytes: u64, error: io::Error) {
+        self.file = None;
+        match &mut self.lost {
+            Some((lost, _)) => *lost += bytes,
+            None => {
+                tracing::warn!(path = %self.path.display(), %error, "log file cannot be written");
+                self.lost = Some((bytes, error));
             }
         }
     }
@@ -210,5 +236,23 @@ mod tests {
         assert!(now.len() <= 100 && old.len() <= 100, "{now} {old}");
         assert!(now.ends_with("line 0029\n"));
         assert!(old.ends_with(&format!("line {:04}\n", now[5..9].parse::<u32>().unwrap() - 1)));
+    }
+
+    #[test]
+    fn a_log_file_goes_on_when_there_is_room_again_and_says_what_is_missing() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, real) = (dir.path().join("engine-0.log"), dir.path().join("real"));
+        std::os::unix::fs::symlink("/dev/full", &path).unwrap();
+        let mut log = LogFile::open(path.clone(), 1000);
+        log.write(b"12345\n");
+        log.write(b"678\n");
+        std::fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink(&real, &path).unwrap();
+        log.write(b"after\n");
+        log.write(b"and more\n");
+        let text = std::fs::read_to_string(&real).unwrap();
+        let [note, rest] = text.trim_start().splitn(2, '\n').collect::<Vec<_>>().try_into().unwrap();
+        assert!(note.starts_with("[keeper] 10 bytes of output are not here: No space left"), "{note}");
+        assert_eq!(rest, "after\nand more\n");
     }
 }

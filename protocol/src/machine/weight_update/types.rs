@@ -99,7 +99,7 @@ pub enum Event {
         result: Result<Vec<WorkerReport>, String>,
     },
     /// The commit record is durable, or is certain never to be.
-    CommitWritten { result: Result<(), String> },
+    CommitWritten { result: Result<Option<String>, String> },
     /// Whether the commit record is, or will be, durable cannot be found out.
     CommitUnknown { error: String },
     /// Whether a pause or a resume of a rank is, or will be, in force cannot be found out.

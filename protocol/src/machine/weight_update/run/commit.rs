@@ -6,15 +6,22 @@ use super::super::vocabulary::{Call, Phase};
 use super::{Cx, RESET_ATTEMPTS, RESUME_ATTEMPTS, Rank, Run, STAMP_ATTEMPTS, Step};
 
 impl Run {
-    pub(super) fn commit_written(&mut self, cx: &mut Cx<'_>, result: Result<(), String>) {
+    pub(super) fn commit_written(&mut self, cx: &mut Cx<'_>, result: Result<Option<String>, String>) {
         if self.step != Step::WritingCommit {
             return;
         }
-        if let Err(error) = result {
-            self.fail(format!("commit record could not be written: {error}"));
-            self.load_failed = true;
-            self.start_load(cx, Target::Previous);
-            return;
+        match result {
+            Ok(None) => {}
+            Ok(Some(doubt)) => self.warn(format!(
+                "the commit record is written, but a crash of the leader's machine may bring the version before back: \
+                 {doubt}"
+            )),
+            Err(error) => {
+                self.fail(format!("commit record could not be written: {error}"));
+                self.load_failed = true;
+                self.start_load(cx, Target::Previous);
+                return;
+            }
         }
         self.committed = true;
         self.stamp_and_reset(cx);

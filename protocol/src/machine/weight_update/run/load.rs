@@ -159,7 +159,7 @@ impl Run {
         self.enter(Step::WritingCommit, Phase::Committing, cx.config.commit_timeout, cx);
         cx.actions.push_back(Action::Progress);
         if mutated(Mutation::SkipCommitRecord) {
-            self.commit_written(cx, Ok(()));
+            self.commit_written(cx, Ok(None));
             return;
         }
         cx.actions.push_back(Action::WriteCommit {

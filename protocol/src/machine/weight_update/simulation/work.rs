@@ -245,7 +245,7 @@ impl World {
                 if !fails {
                     self.journal = Some(Committed { record: None, ..*committed.clone() });
                 }
-                let result = if fails { Err("disk full".to_owned()) } else { Ok(()) };
+                let result = if fails { Err("disk full".to_owned()) } else { Ok(None) };
                 Event::CommitWritten { run, committed, result }
             }
             Action::Conclude { run, conclusion, .. } => {

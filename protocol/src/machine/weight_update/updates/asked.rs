@@ -210,7 +210,7 @@ impl Updates {
         now: Time,
         run: RunId,
         committed: Committed,
-        result: Result<(), String>,
+        result: Result<Option<String>, String>,
     ) {
         let asked = self.current(run);
         let (runs, lost) = (asked.is_some(), asked.is_some_and(|asked| asked.commit_lost));

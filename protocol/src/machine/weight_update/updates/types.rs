@@ -165,8 +165,8 @@ pub enum Event {
     CommitWritten {
         run: RunId,
         committed: Box<Committed>,
-        /// `Err`: it is certain not to be in force.
-        result: Result<(), String>,
+        /// `Err`: it is certain not to be in force. A reason in `Ok`: it is, but may not survive a crash of the machine.
+        result: Result<Option<String>, String>,
     },
     /// Answer to a step of the transaction.
     Reported { run: RunId, event: step::Event },
