@@ -57,6 +57,62 @@ async fn planned(command: &mut Command, name: &str) -> String {
 }
 
 #[tokio::test]
+async fn variables_that_mislead_are_named() {
+    let line = "run --dp-rank 0 -dp 2 --model-kind dense --serve --dry-run -- tiny";
+    let with = |variables: &[(&str, &str)]| {
+        let mut command = command(line.strip_prefix("run ").unwrap());
+        command.envs(variables.iter().copied());
+        command
+    };
+    let said =
+        output(&mut with(&[("SIDECAR_PORT", "tcp://10.0.0.1:80"), ("SIDECAR_PORT_80_TCP_PORT", "80")])).await;
+    assert!(said.status.success(), "{}", text(&said.stderr));
+    let stderr = text(&said.stderr);
+    assert!(stderr.contains("SIDECAR_PORT is not used: its value is that of Kubernetes"), "{stderr}");
+    let bind = with(&[("VLLM_CPU_OMP_THREADS_BIND", "0|1"), ("CUDA_VISIBLE_DEVICES", "")]);
+    for (name, cores) in [("engine-0", "=0 "), ("engine-1", "=1 ")] {
+        let mut command = with(&[("VLLM_CPU_OMP_THREADS_BIND", "0|1")]);
+        let planned = planned(&mut command, name).await;
+        assert!(planned.starts_with(&format!("VLLM_CPU_OMP_THREADS_BIND{cores}")), "{planned}");
+    }
+    let mut bind = bind;
+    let said = text(&output(&mut bind).await.stdout);
+    assert!(said.contains("CUDA_VISIBLE_DEVICES is empty: engines get no accelerators"), "{said}");
+    let said = text(&output(&mut with(&[("VLLM_CPU_OMP_THREADS_BIND", "0")])).await.stderr);
+    assert!(said.contains("VLLM_CPU_OMP_THREADS_BIND=\"0\" has 1 lists of cores"), "{said}");
+    let said = text(&output(&mut with(&[("VLLM_PLUGINS", "mine")])).await.stdout);
+    assert!(said.contains("VLLM_PLUGINS=\"mine\" leaves out dp_sidecar"), "{said}");
+}
+
+#[tokio::test]
+async fn a_frontend_on_loopback_is_refused_where_other_hosts_are_to_reach_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let secret = dir.path().join("secret");
+    std::fs::write(&secret, "0123456789abcdef").unwrap();
+    for (leader, frontend, refused) in [
+        ("10.0.0.1:7000", "127.0.0.1:13345", true),
+        ("leader.svc:7000", "localhost:13345", true),
+        ("10.0.0.1:7000", "[::1]:13345", true),
+        ("10.0.0.1:7000", "10.0.0.1:13345", false),
+        // Nodes of one host, as in tests.
+        ("127.0.0.1:7000", "127.0.0.1:13345", false),
+    ] {
+        let line = format!(
+            "--dp-rank 0 -dp 4 -dpl 2 --model-kind dense --dry-run --leader {leader} --frontend {frontend} \
+             --auth-token-file {}",
+            secret.display()
+        );
+        let said = sidecar(&line).await;
+        let stderr = text(&said.stderr);
+        assert_eq!(said.status.code(), Some(if refused { 2 } else { 0 }), "{stderr}");
+        assert_eq!(
+            stderr.contains("a loopback address, but the sidecars of other nodes connect to it"),
+            refused
+        );
+    }
+}
+
+#[tokio::test]
 async fn each_rank_gets_a_launcher_of_its_own_and_the_frontend_its_own_flags() {
     let line = "--dp-rank 0 -dp 2 --model-kind dense --serve --port 8100 --dry-run -- tiny \
                 --max-model-len 256 -tp 2 --api-key secret --uvicorn-log-level warning";

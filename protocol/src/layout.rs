@@ -33,6 +33,11 @@ impl VllmVersion {
         Self { major, minor, patch }
     }
 
+    /// What a build is called that knows no release: `0.1.dev493+g1234`.
+    const fn is_unnumbered(self) -> bool {
+        self.major == 0 && self.minor == 1
+    }
+
     const fn at_least(self, minor: u16, patch: u16) -> bool {
         self.major > 0 || self.minor > minor || (self.minor == minor && self.patch >= patch)
     }
@@ -85,7 +90,9 @@ impl FromStr for VllmVersion {
             if !suffix.is_empty() && (position == 0 || !suffix.starts_with(char::is_alphabetic)) {
                 return Err(bad());
             }
-            *number = digits.parse().map_err(|_| bad())?;
+            // `0.1.dev493`: a development version before the first release that its builder knows.
+            let none = position == 2 && digits.is_empty() && suffix.starts_with("dev");
+            *number = if none { 0 } else { digits.parse().map_err(|_| bad())? };
             if !suffix.is_empty() {
                 break;
             }
@@ -97,12 +104,28 @@ impl FromStr for VllmVersion {
 
 /// A version outside of the range that was read and tested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
-#[error(
-    "vllm {0} is not supported, expected {oldest} to {newest}.x; --allow-untested-vllm uses the closest known layout",
-    oldest = VllmVersion::OLDEST,
-    newest = "0.33"
-)]
 pub struct UnknownVersion(pub VllmVersion);
+
+impl fmt::Display for UnknownVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (oldest, newest) = (VllmVersion::OLDEST, "0.33");
+        if self.0.is_unnumbered() {
+            write!(
+                f,
+                "vllm is a development build without a release number (0.1.devN, built without the tags of its \
+                 repository), expected {oldest} to {newest}.x: build it with its tags (or with \
+                 SETUPTOOLS_SCM_PRETEND_VERSION); --allow-untested-vllm takes it for the newest of these"
+            )
+        } else {
+            write!(
+                f,
+                "vllm {} is not supported, expected {oldest} to {newest}.x; --allow-untested-vllm uses the closest \
+                 known layout",
+                self.0
+            )
+        }
+    }
+}
 
 /// Positions in `EngineCoreRequest` (`vllm/v1/engine/__init__.py`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -219,7 +242,7 @@ impl Layout {
     pub fn closest(version: VllmVersion) -> Self {
         if Self::is_known(version) {
             Self::build(version)
-        } else if version < VllmVersion::OLDEST {
+        } else if version < VllmVersion::OLDEST && !version.is_unnumbered() {
             Self::build(VllmVersion::OLDEST)
         } else {
             Self::build(VllmVersion::NEWEST)

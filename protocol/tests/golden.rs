@@ -547,6 +547,9 @@ fn versions_are_read_with_their_suffixes() {
         ("0.32.0", Some((0, 32, 0))),
         ("0.32.0+cpu", Some((0, 32, 0))),
         ("0.33.1rc2.dev3+g1234", Some((0, 33, 1))),
+        ("0.33.dev7", Some((0, 33, 0))),
+        ("0.1.dev493+g1234", Some((0, 1, 0))),
+        ("0.1.rc1", None),
         ("0.11.0.post2", Some((0, 11, 0))),
         ("v0.20.2", Some((0, 20, 2))),
         ("1.0", Some((1, 0, 0))),
@@ -566,4 +569,16 @@ fn versions_are_read_with_their_suffixes() {
     assert!(Layout::for_version(VllmVersion::new(0, 33, 7)).is_ok());
     let closest = Layout::closest(VllmVersion::new(1, 2, 3));
     assert_eq!(closest.version, VllmVersion::NEWEST);
+}
+
+#[test]
+fn a_development_build_without_a_number_is_named_and_taken_for_the_newest_if_allowed() {
+    let version: VllmVersion = "0.1.dev493+g1234".parse().unwrap();
+    let error = Layout::for_version(version).unwrap_err().to_string();
+    assert!(
+        error.contains("development build without a release number")
+            && error.contains("--allow-untested-vllm")
+    );
+    assert_eq!(Layout::closest(version), Layout::newest());
+    assert_eq!(Layout::closest(VllmVersion::new(0, 9, 2)).version, VllmVersion::OLDEST);
 }

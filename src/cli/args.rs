@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Arg, Args, Parser, Subcommand};
+use clap::{Arg, Args, CommandFactory as _, Parser, Subcommand};
 use dp_sidecar_protocol::machine::weight_update::PauseMode;
 
 use super::children::{KeeperArgs, RelayArgs};
@@ -141,6 +141,29 @@ fn with_variable(option: Arg) -> Arg {
         }
         _ => option,
     }
+}
+
+/// Variables of options of `run` that Kubernetes has set for a service of this name: `SIDECAR_PORT=tcp://10.0.0.1:80`
+/// for one that is called `sidecar`. They are not meant for us.
+pub(super) fn of_kubernetes(variable: impl Fn(&str) -> Option<String>) -> Vec<String> {
+    let command = Cli::command();
+    let options = command.find_subcommand("run").into_iter().flat_map(clap::Command::get_arguments);
+    let names = options.filter_map(|option| option.get_env()?.to_str().map(str::to_owned));
+    names.filter(|name| variable(name).is_some_and(|value| value.contains("://"))).collect()
+}
+
+/// The command line, without these variables.
+pub(super) fn command_without(variables: &[String]) -> clap::Command {
+    Cli::command().mut_subcommand("run", |run| {
+        run.mut_args(|option| {
+            let ignored = option.get_env().and_then(|env| env.to_str());
+            if ignored.is_some_and(|name| variables.iter().any(|variable| variable == name)) {
+                option.env(None::<&str>)
+            } else {
+                option
+            }
+        })
+    })
 }
 
 #[derive(Debug, Args)]

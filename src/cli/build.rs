@@ -510,7 +510,13 @@ impl Checks<'_> {
 
     fn engines(&mut self) -> Result<Engines> {
         let Some(flags) = self.flags.take() else { return Ok(Engines::Attach) };
-        let clean = environment::clean(self.environment.variables.clone());
+        let mut clean = environment::clean(self.environment.variables.clone());
+        if let Some(plugins) = environment::add_plugin(&mut clean.variables) {
+            self.notes.push(format!(
+                "VLLM_PLUGINS={plugins:?} leaves out dp_sidecar, without which weights cannot be updated: added for \
+                 engines and frontend"
+            ));
+        }
         if !clean.removed.is_empty() {
             self.notes.push(format!("not passed on to vLLM: {}", clean.removed.join(", ")));
         }
@@ -519,14 +525,26 @@ impl Checks<'_> {
             |name| self.environment.variable(name),
             || self.environment.nvml_count,
         );
-        let ranks = usize::from(self.size_local);
+        let hidden = devices::VARIABLES
+            .iter()
+            .find(|name| self.environment.variable(name).is_some_and(|value| value.trim().is_empty()));
+        if let (None, Some(name)) = (&visible, hidden) {
+            self.notes.push(format!(
+                "{name} is empty: engines get no accelerators; unset it, or choose some with --device-ids"
+            ));
+        }
+        let (ranks, world_size) = (usize::from(self.size_local), flags.world_size as usize);
+        let devices = match &visible {
+            Some(visible) => devices::slices(Some(visible), ranks, world_size)?,
+            None => devices::cores(self.environment.variable(devices::CORES).as_deref(), ranks, world_size)?,
+        };
         Ok(Engines::Spawn(VllmLaunch {
             bin: self.args.processes.vllm_bin.clone(),
             model: flags.model,
             common_flags: flags.common,
             frontend_flags: flags.frontend,
             env: clean.variables,
-            devices: devices::slices(visible.as_ref(), ranks, flags.world_size as usize)?,
+            devices,
             cwd: self.environment.cwd.clone(),
         }))
     }

@@ -16,7 +16,7 @@ mod values;
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use clap::{CommandFactory, FromArgMatches};
+use clap::FromArgMatches;
 
 use self::args::{Cli, Command};
 use self::children::{KeeperArgs, RelayArgs};
@@ -45,7 +45,8 @@ fn dispatch(args: impl Iterator<Item = OsString>) -> u8 {
         Err(problem) => return usage(&problem),
     };
     let program = std::iter::once("sidecar".to_owned());
-    let parsed = Cli::command()
+    let ignored = args::of_kubernetes(|name| std::env::var(name).ok());
+    let parsed = args::command_without(&ignored)
         .try_get_matches_from(program.chain(args))
         .and_then(|matches| Ok((Cli::from_arg_matches(&matches)?, matches)));
     let (cli, matches) = match parsed {
@@ -63,7 +64,7 @@ fn dispatch(args: impl Iterator<Item = OsString>) -> u8 {
         // Before there are other threads or handlers of signals.
         Command::Run(_) if init::is_first() => first(),
         Command::Run(args) => match init::unblock_signals() {
-            Ok(()) => run::run(&args, &run::origins(&matches)),
+            Ok(()) => run::run(&args, &run::origins(&matches), &ignored),
             Err(error) => failed(&format!("signals: {error}")),
         },
         Command::Update(args) => update::update(&args),

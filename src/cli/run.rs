@@ -55,8 +55,12 @@ pub(super) fn origins(matches: &ArgMatches) -> Vec<Origin> {
 }
 
 /// Runs the sidecar; returns the exit code.
-pub(super) fn run(args: &RunArgs, origins: &[Origin]) -> u8 {
+/// `ignored`: variables that Kubernetes has set, not the operator.
+pub(super) fn run(args: &RunArgs, origins: &[Origin], ignored: &[String]) -> u8 {
     telemetry::init(args.processes.log_format);
+    for name in ignored {
+        tracing::warn!("{name} is not used: its value is that of Kubernetes for a service of that name");
+    }
     let node_rank = args.deployment.dp_rank.unwrap_or(0);
     tasks::exit_on_panic(move |reason| last_word(exit_code::INTERNAL, reason, node_rank));
     let devices = crate::gpu::count(args.processes.accel_file.as_deref());

@@ -6,7 +6,10 @@ use crate::supervisor::command::DeviceSlice;
 
 /// Variables that choose devices, the more specific platform first. vLLM reads the one of its
 /// platform (`device_control_env_var` in `vllm/platforms`).
-const VARIABLES: &[&str] = &["HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"];
+pub const VARIABLES: &[&str] = &["HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"];
+
+/// Chooses the cores of workers on CPU.
+pub const CORES: &str = "VLLM_CPU_OMP_THREADS_BIND";
 
 /// The devices do not suffice.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -17,6 +20,12 @@ pub enum DeviceError {
         ranks * world_size, devices.len(), devices.join(",")
     )]
     TooFew { ranks: usize, world_size: usize, devices: Vec<String>, source_of_list: String },
+    /// Another number of lists of cores than workers.
+    #[error(
+        "VLLM_CPU_OMP_THREADS_BIND={value:?} has {found} lists of cores (separated by |), expected {expected}: one for \
+         each worker of the {ranks} ranks of this node, in their order"
+    )]
+    Cores { value: String, found: usize, expected: usize, ranks: usize },
     /// One device twice.
     #[error("device {device} is listed twice in {source_of_list}")]
     Twice { device: String, source_of_list: String },
@@ -33,16 +42,19 @@ pub struct Visible {
     pub source: String,
 }
 
-/// The devices this node may use: as given, as the environment says, or all that NVML counts. An
-/// empty variable counts as unset, as in vLLM. `None`: no accelerators.
+/// The devices this node may use: as given, as the environment says, or all that NVML counts. An empty variable hides
+/// them all, as it does for the driver. `None`: no accelerators.
 pub fn visible(
     given: Option<&str>,
     variable: impl Fn(&str) -> Option<String>,
     nvml_count: impl FnOnce() -> u32,
 ) -> Option<Visible> {
-    let in_environment = VARIABLES
-        .iter()
-        .find_map(|name| variable(name).filter(|value| !value.trim().is_empty()).map(|value| (*name, value)));
+    // One that names devices counts before one that hides them: each platform looks at its own only.
+    let set = |empty: bool| {
+        let value = |name: &str| variable(name).filter(|value| value.trim().is_empty() == empty);
+        VARIABLES.iter().find_map(|name| Some((*name, value(name)?)))
+    };
+    let in_environment = set(false).or_else(|| set(true));
     let name = in_environment.as_ref().map_or("CUDA_VISIBLE_DEVICES", |(name, _)| name);
     let (devices, source) = match (given, &in_environment) {
         (Some(list), _) => (split(list), "--device-ids".to_owned()),
@@ -93,6 +105,25 @@ pub fn slices(
         .collect())
 }
 
+/// Which cores each rank gets, by vLLM's own list of them for all ranks of a node (`vllm/utils/ompmultiprocessing.py`,
+/// 0.32.0): each launcher takes its rank for the first one of the node.
+pub fn cores(
+    binding: Option<&str>,
+    ranks: usize,
+    world_size: usize,
+) -> Result<Vec<DeviceSlice>, DeviceError> {
+    let Some(value) = binding.filter(|value| !["", "auto", "nobind"].contains(value)) else {
+        return Ok(Vec::new());
+    };
+    let lists: Vec<&str> = value.split('|').collect();
+    let expected = ranks.saturating_mul(world_size);
+    if lists.len() != expected || world_size == 0 {
+        return Err(DeviceError::Cores { value: value.to_owned(), found: lists.len(), expected, ranks });
+    }
+    let slice = |lists: &[&str]| DeviceSlice { variable: CORES.to_owned(), value: lists.join("|") };
+    Ok(lists.chunks(world_size).map(slice).collect())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -123,9 +154,10 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_variable_counts_as_unset_and_no_device_is_no_slice() {
-        let found = visible(None, environment(&[("CUDA_VISIBLE_DEVICES", "")]), || 8);
-        assert_eq!(values(&slices(found.as_ref(), 2, 4).unwrap()), ["0,1,2,3", "4,5,6,7"]);
+    fn an_empty_variable_hides_all_devices_and_no_device_is_no_slice() {
+        assert_eq!(visible(None, environment(&[("CUDA_VISIBLE_DEVICES", " ")]), || 8), None);
+        let given = visible(Some("1"), environment(&[("CUDA_VISIBLE_DEVICES", "")]), || 8).unwrap();
+        assert_eq!(given.devices, ["1"]);
         assert_eq!(visible(None, environment(&[]), || 0), None);
         assert_eq!(slices(None, 2, 4), Ok(Vec::new()));
     }
@@ -140,5 +172,17 @@ mod tests {
         );
         let twice = visible(Some("0,0"), environment(&[]), || 0);
         assert!(matches!(slices(twice.as_ref(), 1, 1), Err(DeviceError::Twice { .. })));
+    }
+
+    #[test]
+    fn each_rank_gets_its_own_cores_of_the_list_for_the_node() {
+        assert_eq!(values(&cores(Some("0|1"), 2, 1).unwrap()), ["0", "1"]);
+        assert_eq!(values(&cores(Some("0-3|4-7|8,9|10"), 2, 2).unwrap()), ["0-3|4-7", "8,9|10"]);
+        for all in [None, Some(""), Some("auto"), Some("nobind")] {
+            assert_eq!(cores(all, 2, 1), Ok(Vec::new()));
+        }
+        let error = cores(Some("0-3"), 2, 1).unwrap_err().to_string();
+        assert!(error.starts_with("VLLM_CPU_OMP_THREADS_BIND=\"0-3\" has 1 lists of cores"), "{error}");
+        assert!(error.contains("expected 2: one for each worker of the 2 ranks"), "{error}");
     }
 }

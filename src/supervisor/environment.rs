@@ -19,6 +19,8 @@ const LAUNCHER_PREFIXES: &[&str] = &["ROLE_", "TORCHELASTIC_"];
 /// Offline data parallelism. vLLM reads these even without `--data-parallel-size`, so stale values
 /// turn data parallelism on (`vllm/config/parallel.py` 0.32.0).
 const OFFLINE_DP_PREFIX: &str = "VLLM_DP_";
+/// Name of the shim among vLLM's plugins.
+const PLUGIN: &str = "dp_sidecar";
 /// Our own variables are no business of vLLM's.
 const OWN_PREFIX: &str = "SIDECAR_";
 
@@ -51,6 +53,18 @@ pub fn clean(variables: impl IntoIterator<Item = (String, String)>) -> CleanEnvi
     }
     clean.removed.sort();
     clean
+}
+
+/// Adds the shim to the plugins that vLLM is to load, if the list is given and leaves it out; gives what it was.
+pub fn add_plugin(variables: &mut BTreeMap<String, String>) -> Option<String> {
+    let plugins = variables.get_mut("VLLM_PLUGINS")?;
+    // vLLM takes the names as they are between the commas.
+    if plugins.split(',').any(|plugin| plugin == PLUGIN) {
+        return None;
+    }
+    let separator = if plugins.is_empty() { "" } else { "," };
+    let all = format!("{plugins}{separator}{PLUGIN}");
+    Some(std::mem::replace(plugins, all))
 }
 
 /// The environment of this process. Variables that are not UTF-8 are left out.

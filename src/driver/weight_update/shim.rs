@@ -109,7 +109,9 @@ async fn info_with(
         Ok(answer) => answer,
         Err(HandleError::Failed(text)) if text.contains("dp_sidecar_info") => {
             return Err(
-                "the shim is not in the engine's Python environment: install it there (pip install dp-sidecar-shim) and start the engine again".to_owned(),
+                "the shim is not in the engine's Python environment: install it there (pip install dp-sidecar-shim), see that \
+                 VLLM_PLUGINS, if the engine has it, names dp_sidecar, and start the engine again"
+                    .to_owned(),
             );
         }
         Err(error) => return Err(error.to_string()),

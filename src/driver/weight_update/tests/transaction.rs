@@ -134,7 +134,7 @@ async fn without_the_shim_an_update_is_refused_and_says_what_to_install() {
     let record = world.update(world.request("u1")).await;
     assert_eq!(*record.outcome(), Outcome::RefusedInvalid);
     assert!(
-        record.message.contains("rank 1: the shim is not in the engine's Python environment: install it there (pip install dp-sidecar-shim)"),
+        record.message.contains("rank 1: the shim is not in the engine's Python environment: install it there (pip install dp-sidecar-shim), see that VLLM_PLUGINS"),
         "{}",
         record.message
     );
