@@ -504,6 +504,55 @@ async fn a_keeper_that_does_not_answer_is_killed_and_replaced() {
 }
 
 #[tokio::test]
+async fn a_launcher_whose_processes_have_ended_is_not_waited_for() {
+    let bench = Bench::new(PATIENCE);
+    let (client, mut events) = bench.start().await;
+    // As vLLM's: it ends its engine core at once, and then computes.
+    let text = "sleep 1000 & core=$!; trap 'kill $core; wait; while :; do :; done' TERM; echo up; wait";
+    client.spawn(script("engine-0", text)).await.unwrap();
+    let log = bench.path("logs/engine-0.log");
+    let says = |text: &str| std::fs::read_to_string(&log).unwrap_or_default().contains(text);
+    eventually("it is up", || says("\nup\n")).await;
+    let begun = Instant::now();
+    client.stop("engine-0", PATIENCE).await.unwrap();
+    let report = exit_of(&mut events, "engine-0").await;
+    assert!(report.requested && begun.elapsed() < PATIENCE / 2, "{:?}: {report:?}", begun.elapsed());
+    assert!(says("its processes have ended: killed"));
+    client.shutdown(Duration::ZERO).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_pid_file_that_names_somebody_else_is_refused_and_nobody_is_signalled() {
+    let bench = Bench::new(PATIENCE);
+    let mut stranger = Command::new("/bin/sleep").arg("1000").spawn().unwrap();
+    let pid = stranger.id();
+    let file = std::fs::File::create(bench.path("keeper.pid")).unwrap();
+    file.lock().unwrap();
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    let namespace = std::fs::read_link("/proc/self/ns/pid").unwrap();
+    let here = format!("{pid}\n{boot}{}", namespace.display());
+    for (text, expected) in [
+        (format!("{pid}\n"), "does not say which process it names"),
+        (
+            format!("{pid}\nanother\npid:[1]\n1\n/bin/sleep\n"),
+            "names a process by its boot id another, expected",
+        ),
+        (format!("{pid}\n{boot}pid:[1]\n1\n/bin/sleep\n"), "by its pid namespace pid:[1], expected"),
+        (format!("{here}\n1\n/bin/sleep\n"), "by its start time 1, expected"),
+    ] {
+        std::fs::write(bench.path("keeper.pid"), text).unwrap();
+        let refused = KeeperClient::connect_or_start(bench.options.clone()).await.unwrap_err().to_string();
+        assert!(
+            refused.contains("keeper.pid, which a living keeper has locked") && refused.contains(expected),
+            "{refused}"
+        );
+        assert!(stranger.try_wait().unwrap().is_none(), "it was signalled");
+    }
+    stranger.kill().unwrap();
+    stranger.wait().unwrap();
+}
+
+#[tokio::test]
 async fn garbage_on_the_keepers_socket_harms_nobody() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let bench = Bench::new(PATIENCE);

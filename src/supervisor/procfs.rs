@@ -97,13 +97,30 @@ pub fn processes() -> io::Result<Vec<Process>> {
 /// Living and unreaped children of this process, which has one thread.
 pub fn own_children() -> io::Result<Vec<Process>> {
     let own = own_pid();
-    match fs::read_to_string(format!("/proc/self/task/{own}/children")) {
-        Ok(list) => {
-            Ok(list.split_ascii_whitespace().filter_map(|pid| Process::read(pid.parse().ok()?)).collect())
-        }
+    match children_by_thread(own, own) {
+        Ok(children) => Ok(children),
         // Not every kernel has that file.
         Err(_) => Ok(processes()?.into_iter().filter(|process| process.parent == own).collect()),
     }
+}
+
+/// Whether a process has living children.
+pub fn has_children(pid: i32) -> io::Result<bool> {
+    for entry in fs::read_dir(format!("/proc/{pid}/task"))? {
+        let thread = entry?.file_name().to_str().and_then(|name| name.parse().ok());
+        let Some(children) = thread.and_then(|thread| children_by_thread(pid, thread).ok()) else {
+            return Ok(processes()?.iter().any(|process| process.parent == pid && !process.is_dead()));
+        };
+        if children.iter().any(|child| !child.is_dead()) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn children_by_thread(pid: i32, thread: i32) -> io::Result<Vec<Process>> {
+    let list = fs::read_to_string(format!("/proc/{pid}/task/{thread}/children"))?;
+    Ok(list.split_ascii_whitespace().filter_map(|pid| Process::read(pid.parse().ok()?)).collect())
 }
 
 fn own_pid() -> i32 {
