@@ -341,6 +341,23 @@ fn supported_tasks_are_answered_from_memory_while_the_engine_is_away() {
 }
 
 #[test]
+fn a_frontend_that_starts_leaves_the_inputs_that_others_have_cached() {
+    let mut bed = Bed::admitted();
+    let first = bed.open(1, 0);
+    let alone = bed.call(first, 1, "reset_mm_cache", vec![]);
+    assert_eq!((to_engine(&alone).len(), heard(&alone)), (1, vec![]));
+    bed.answer(first, 1, "done");
+    for frontend in [2, 1] {
+        let slot = bed.open(frontend, 1);
+        let beside = bed.call(slot, 1, "reset_mm_cache", vec![]);
+        assert_eq!(to_engine(&beside), []);
+        assert_eq!(heard(&beside), [(slot.0, Heard::Answer(1, Ok(rmpv::Value::Nil)))]);
+    }
+    // What weights are in is dropped for all.
+    assert_eq!(to_engine(&bed.call(first, 2, "reset_encoder_cache", vec![])).len(), 1);
+}
+
+#[test]
 fn answers_to_calls_that_nobody_made_are_not_passed_on() {
     let mut bed = Bed::admitted();
     let slot = bed.open(1, 0);

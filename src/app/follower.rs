@@ -1,5 +1,6 @@
 //! A follower: its tasks do what the leader says over the peer link, and go on while the leader is away.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
@@ -47,6 +48,7 @@ impl Begun {
             leader: nodes.leader.clone(),
             token: nodes.token.clone(),
             hello: hello.clone(),
+            epoch: Arc::new(super::nodes::epoch(&self.run).await?),
             strict: !adopted,
             view,
         };

@@ -157,7 +157,8 @@ impl Begun {
     /// Waits for the other nodes.
     async fn gather(&mut self, nodes: &Nodes) -> Result<start::Joined, RunEnd> {
         let config = &self.run.config;
-        let own = facts::hello(config, self.run.state.run_id()).await;
+        let mut own = facts::hello(config, self.run.state.run_id()).await;
+        own.epoch = nodes::lead(&self.run).await?;
         let listening = nodes::listen(&self.run, nodes, own.clone());
         let look = || waiting::status(&self.run, "looking for the address of --leader");
         let why_not = "the sidecar does not know its own address yet";

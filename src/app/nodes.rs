@@ -1,6 +1,7 @@
 //! The leader's way to the nodes of a deployment: gathers them, and makes handles for what runs there.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,6 +19,7 @@ use crate::driver::handles::{
 use crate::driver::weight_update::{StageReports, UpdateNode};
 use crate::exit_code::{self, RunEnd};
 use crate::link::client::{self, ClientOptions, LinkStatus, NodeHandles};
+use crate::peer::epoch::Epoch;
 use crate::peer::hello::NodeHello;
 use crate::peer::leader::{BindError, GatherError, Leader, RemoteNode};
 use crate::tasks::{Task, named};
@@ -41,6 +43,26 @@ pub(super) async fn listen(run: &Run, nodes: &Nodes, own: NodeHello) -> Result<L
         };
         RunEnd::new(code, error.to_string())
     })
+}
+
+/// The newest leader that this node knows of.
+pub(super) async fn epoch(run: &Run) -> Result<Epoch, RunEnd> {
+    with_epoch(run, Ok).await
+}
+
+/// This sidecar's own epoch, now that it leads.
+pub(super) async fn lead(run: &Run) -> Result<u64, RunEnd> {
+    with_epoch(run, |epoch| epoch.lead()).await
+}
+
+async fn with_epoch<T: Send + 'static>(
+    run: &Run,
+    act: impl FnOnce(Epoch) -> io::Result<T> + Send + 'static,
+) -> Result<T, RunEnd> {
+    let dir = run.state.path().to_owned();
+    let done = tokio::task::spawn_blocking(move || Epoch::read(&dir).and_then(act)).await;
+    let done = done.unwrap_or_else(|error| Err(io::Error::other(error)));
+    done.map_err(|error| RunEnd::new(exit_code::PREFLIGHT, format!("the leader's epoch: {error}")))
 }
 
 /// How a start ends when the nodes do not come together.

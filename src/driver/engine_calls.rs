@@ -10,14 +10,13 @@ use rmpv::Value;
 use super::handles::{CallResult, HandleError, RankHandle};
 
 /// Methods that the control task and the update task call, besides those of the shim.
-const OWN: [&str; 13] = [
+const OWN: [&str; 12] = [
     "get_weight_version",
     "is_scheduler_paused",
     "is_sleeping",
     "pause_generation",
     "pause_scheduler",
     "reset_encoder_cache",
-    "reset_mm_cache",
     "reset_prefix_cache",
     "resume_generation",
     "resume_scheduler",
@@ -112,13 +111,12 @@ pub(crate) async fn reset_caches(
     if matches!(answer?, Value::Boolean(false)) {
         return Ok(false);
     }
-    for method in ["reset_mm_cache", "reset_encoder_cache"] {
-        match rank.call(method, Vec::new(), limit).await {
-            Err(error) if !is_unknown_method(&error) => return Err(error),
-            _ => {}
-        }
+    // Not `reset_mm_cache`: it holds inputs, which no weights are in, and a frontend that mirrors it (`vllm/multimodal/cache`,
+    // with one engine) would go on to send hashes alone.
+    match rank.call("reset_encoder_cache", Vec::new(), limit).await {
+        Err(error) if !is_unknown_method(&error) => Err(error),
+        _ => Ok(true),
     }
-    Ok(true)
 }
 
 /// Python's complaint, or the assertion `len(args) <= number of parameters` of vLLM, which has no text.

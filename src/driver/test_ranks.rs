@@ -246,7 +246,8 @@ fn call(engine: &mut Engine, method: &str, args: &[Value], reply: ReplyTo, waiti
         )),
         "get_weight_version" => Ok(engine.version.as_str().into()),
         "is_scheduler_paused" => Ok(Value::Boolean(engine.paused)),
-        "reset_mm_cache" | "reset_encoder_cache" => Ok(Value::Nil),
+        "reset_encoder_cache" => Ok(Value::Nil),
+        "reset_mm_cache" => Err(HandleError::failed("a frontend's cache mirrors this one")),
         "set_weight_version" if engine.no_version_stamp => Err(HandleError::failed(
             "Call to set_weight_version method failed: 'EngineCoreProc' object has no attribute",
         )),

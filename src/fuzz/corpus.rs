@@ -90,6 +90,7 @@ fn between_nodes(corpus: &mut Corpus) {
         start_rank: 2,
         size_local: 2,
         run_id: "3f".to_owned(),
+        epoch: 1_764_500_000_000,
         host: "node1".to_owned(),
         pid: 42,
         address: Some([10, 0, 0, 2].into()),

@@ -85,6 +85,7 @@ pub async fn hello(config: &Config, run_id: &str) -> NodeHello {
         start_rank: config.start_rank,
         size_local: config.size_local,
         run_id: run_id.to_owned(),
+        epoch: 0,
         host: nix::unistd::gethostname()
             .map_or_else(|_| "unknown".to_owned(), |name| name.to_string_lossy().into_owned()),
         pid: std::process::id(),

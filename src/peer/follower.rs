@@ -1,6 +1,7 @@
 //! The follower's way to its leader.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use thiserror::Error;
@@ -10,6 +11,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, info};
 
 use super::auth::{self, AuthError, Side};
+use super::epoch::Epoch;
 use super::frame;
 use super::hello::{LeaderAnswer, NodeHello};
 use super::leader::{WORD_PERIOD, resolve};
@@ -99,8 +101,10 @@ pub struct Finder {
     pub leader: String,
     /// The shared secret.
     pub token: Token,
-    /// What the leader is told.
+    /// What the leader is told, but for the epoch.
     pub hello: NodeHello,
+    /// The newest leader so far.
+    pub epoch: Arc<Epoch>,
     /// Refusals end the search. Not so when engines run already: somebody may set the leader right.
     pub strict: bool,
     /// For status.
@@ -187,7 +191,8 @@ impl Finder {
             AuthError::Slow | AuthError::Io(_) => Trouble::Again(error.to_string()),
             error => Trouble::Refused(error.to_string()),
         })?;
-        frame::write(&mut stream, &self.hello, auth::LIMIT).await.map_err(again)?;
+        let hello = NodeHello { epoch: self.epoch.newest(), ..self.hello.clone() };
+        frame::write(&mut stream, &hello, auth::LIMIT).await.map_err(again)?;
         let found = self.wait_for_welcome(stream, own).await?;
         info!(leader = %self.leader, peer = %address, "connected to the leader");
         Ok(found)
@@ -211,7 +216,12 @@ impl Finder {
                         known = doing;
                     }
                 }
-                LeaderAnswer::Welcome => {
+                LeaderAnswer::Welcome { epoch } => {
+                    let newest = self.epoch.clone();
+                    let written = tokio::task::spawn_blocking(move || newest.follow(epoch)).await;
+                    let written = written.unwrap_or_else(|error| Err(std::io::Error::other(error)));
+                    written
+                        .map_err(|error| Trouble::Again(format!("cannot remember the leader: {error}")))?;
                     return Ok(Found { stream, own: self.hello.address.unwrap_or(own) });
                 }
                 LeaderAnswer::Refused { reason, retry: true } => return Err(Trouble::Held(reason)),

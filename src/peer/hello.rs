@@ -21,6 +21,9 @@ pub struct NodeHello {
     pub size_local: u16,
     /// Names the state directory: stays the same when the sidecar is started again.
     pub run_id: String,
+    /// Of the newest leader that the node has followed; of a leader its own. See [`Epoch`](super::epoch::Epoch).
+    #[serde(default)]
+    pub epoch: u64,
     /// For people.
     pub host: String,
     /// For people.
@@ -87,8 +90,8 @@ pub fn ranks_text(start: u16, count: u16) -> String {
 pub enum LeaderAnswer {
     /// Other nodes are still missing: first rank and number of ranks that nobody has. Said again and again.
     Waiting { missing: Vec<(u16, u16)> },
-    /// The deployment is complete: the link begins.
-    Welcome,
+    /// The deployment is complete: the link begins, with the leader of this epoch.
+    Welcome { epoch: u64 },
     /// This node is not let in: who, stage, expected, actual. `retry`: it may be let in later (its ranks are held by
     /// a node that may be gone).
     Refused { reason: String, retry: bool },

@@ -106,6 +106,7 @@ struct State {
 #[derive(Debug)]
 struct Shared {
     token: Token,
+    epoch: u64,
     local: SocketAddr,
     state: Mutex<State>,
     stage: watch::Sender<Stage>,
@@ -185,6 +186,7 @@ impl Leader {
         let own_address = nodes.address.or_else(|| Some(local.ip()).filter(|ip| !ip.is_unspecified()));
         let shared = Arc::new(Shared {
             token: nodes.token.clone(),
+            epoch: own.epoch,
             local,
             state: Mutex::new(State {
                 registry: Registry::new(own, size),
@@ -421,12 +423,12 @@ impl Shared {
             };
             let answer = match now {
                 Stage::Gathering => LeaderAnswer::Waiting { missing },
-                Stage::Settled => LeaderAnswer::Welcome,
+                Stage::Settled => LeaderAnswer::Welcome { epoch: self.epoch },
                 Stage::Over(code, reason) => LeaderAnswer::Over { code, reason },
             };
             frame::write(&mut stream, &answer, WRITE_LIMIT).await.map_err(|error| error.to_string())?;
             match answer {
-                LeaderAnswer::Welcome => return Ok(stream),
+                LeaderAnswer::Welcome { .. } => return Ok(stream),
                 LeaderAnswer::Over { .. } => {
                     linger(stream).await;
                     return Err("it was told that the deployment is over".to_owned());

@@ -2,6 +2,7 @@
 //! before anything is started. What travels afterwards is [`crate::link`]. See `protocol/docs/peer.md`.
 
 pub mod auth;
+pub mod epoch;
 pub mod facts;
 pub mod follower;
 mod frame;

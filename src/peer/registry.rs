@@ -27,7 +27,7 @@ pub struct Claim {
 pub enum Refusal {
     /// It is configured differently. While nodes gather, that ends the deployment.
     Mismatch(String),
-    /// Another node has its ranks.
+    /// Another node has its ranks, or it has followed a newer leader.
     Taken(String),
 }
 
@@ -55,6 +55,13 @@ impl Registry {
     /// [`Refusal`].
     pub fn claim(&mut self, hello: NodeHello, peer: SocketAddr, connection: u64) -> Result<(), Refusal> {
         let who = format!("{} at {}", hello.name(), peer.ip());
+        if hello.epoch > self.own.epoch {
+            return Err(Refusal::Taken(format!(
+                "{who} has followed a newer leader (epoch {}, this one has {}): end the sidecar that was replaced, or \
+                 start this one again if it is to lead",
+                hello.epoch, self.own.epoch
+            )));
+        }
         let mut faults = self.own.differences(&hello);
         if hello.size_local == 0
             || u32::from(hello.start_rank) + u32::from(hello.size_local) > u32::from(self.size)

@@ -1,14 +1,17 @@
 //! Leader and followers over real connections.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
+use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::epoch::Epoch;
 use super::follower::{FindError, Finder, Found, LeaderView};
 use super::hello::NodeHello;
 use super::leader::{GatherError, Leader, RemoteNode};
@@ -39,6 +42,8 @@ fn node(start_rank: u16, size_local: u16, kind: &str) -> NodeHello {
 
 struct Setup {
     address: SocketAddr,
+    /// Where the epochs of its nodes are.
+    dir: TempDir,
     tracker: TaskTracker,
     stop: CancellationToken,
 }
@@ -49,12 +54,17 @@ impl Setup {
         let port = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
         Self {
             address: SocketAddr::from(([127, 0, 0, 1], port)),
+            dir: tempfile::tempdir().unwrap(),
             tracker: TaskTracker::new(),
             stop: CancellationToken::new(),
         }
     }
 
     async fn leader(&self, size: u16) -> Leader {
+        self.leader_of(size, 0).await
+    }
+
+    async fn leader_of(&self, size: u16, epoch: u64) -> Leader {
         let nodes = Nodes {
             leader: self.address.to_string(),
             token: token("the secret of all"),
@@ -62,7 +72,8 @@ impl Setup {
             leader_timeout: LIMIT,
         };
         let (tracker, stop) = (&self.tracker, self.stop.clone());
-        Leader::start(&nodes, node(0, 2, "dense"), size, LIMIT, tracker, stop).await.unwrap()
+        let own = NodeHello { epoch, ..node(0, 2, "dense") };
+        Leader::start(&nodes, own, size, LIMIT, tracker, stop).await.unwrap()
     }
 
     fn finder(&self, hello: NodeHello) -> Finder {
@@ -70,6 +81,7 @@ impl Setup {
             leader: self.address.to_string(),
             token: token("the secret of all"),
             hello,
+            epoch: Arc::new(Epoch::read(self.dir.path()).unwrap()),
             strict: true,
             view: watch::Sender::new(LeaderView::default()),
         }
@@ -176,6 +188,26 @@ async fn a_node_that_comes_again_gets_its_place_and_a_stranger_does_not() {
     let mut stream = next(&mut nodes[0]).await;
     check_link(&mut successor.stream, stream.io()).await;
     setup.end().await;
+}
+
+#[tokio::test]
+async fn a_leader_that_was_replaced_gets_no_node_back_from_its_successor() {
+    let (old, new, third) = (Setup::new().await, Setup::new().await, Setup::new().await);
+    let leaders = [old.leader_of(4, 7).await, new.leader_of(4, 8).await, third.leader_of(4, 9).await];
+    let at = |setup: &Setup| Finder { leader: setup.address.to_string(), ..new.finder(node(2, 2, "dense")) };
+    let finders = [&old, &new, &third].map(at);
+    let (followed, nodes) = tokio::join!(finders[1].find(LIMIT), Setup::gather(&leaders[1]));
+    drop((followed.unwrap(), nodes.unwrap()));
+    // The older one waits for its ranks: it has none of them.
+    let refused = at(&old).find(LIMIT).await.unwrap_err().to_string();
+    assert!(refused.contains("has followed a newer leader (epoch 8, this one has 7)"), "{refused}");
+    assert_eq!(leaders[0].missing(), "ranks 2 to 3");
+    let (followed, nodes) = tokio::join!(finders[2].find(LIMIT), Setup::gather(&leaders[2]));
+    drop((followed.unwrap(), nodes.unwrap()));
+    assert_eq!(Epoch::read(new.dir.path()).unwrap().newest(), 9);
+    for setup in [old, new, third] {
+        setup.end().await;
+    }
 }
 
 #[tokio::test]

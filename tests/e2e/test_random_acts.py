@@ -73,6 +73,9 @@ class Acts:
             "an update that does not fit": self.update_refused,
             "an update and a killed engine": lambda: self.update_with(self.kill_engine),
             "an update and a killed sidecar": lambda: self.update_with(self.kill_sidecar),
+            "an update and a killed frontend": lambda: self.update_with(self.kill_frontend),
+            "an update and a process that hangs": lambda: self.update_with(self.freeze),
+            "an update and a cable cut": lambda: self.update_with(self.cut),
             "an update whose asker is killed": self.update_abandoned,
             "a killed engine": self.kill_engine,
             "a killed sidecar": self.kill_sidecar,
@@ -80,6 +83,7 @@ class Acts:
             "a killed frontend": self.kill_frontend,
             "weights loaded by a frontend": self.load_by_frontend,
             "a pause": self.pause,
+            "a process that hangs": self.freeze,
             "a cable cut": self.cut,
         }
 
@@ -202,6 +206,20 @@ class Acts:
         with host.unplugged():
             time.sleep(self.dice.uniform(0.2, 2))
 
+    def freeze(self) -> None:
+        """A process stands still for a while, as one that swaps does."""
+        index = self.dice.randrange(len(self.deployment.hosts))
+        sidecar = self.deployment.sidecar(index)
+        rank = self.dice.choice(self.deployment.ranks_of(index))
+        engine = self.deployment.engine_pids()[rank][0]
+        own = sidecar.status()["sidecar"]
+        pid = self.dice.choice([sidecar.pid, own["keeper_pid"], own["relay_pid"], engine])
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            time.sleep(self.dice.uniform(0.2, 3))
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
     # --- what is true all along ---
 
     def settle(self) -> None:
@@ -238,7 +256,7 @@ class Acts:
                 continue
             given = self.deployment.models.seed_of(answer.prompt, answer.tokens)
             assert given is not None, f"{self}: mixed: {answer}"
-            oldest = max(seed for returned, seed in self.committed if returned <= answer.began)
+            oldest = [seed for returned, seed in self.committed if returned <= answer.began][-1]
             assert oldest <= given, f"{self}: v{oldest} was committed before: {answer}"
 
     def excused(self, answer: Answer) -> bool:

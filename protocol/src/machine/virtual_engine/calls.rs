@@ -4,14 +4,17 @@ use std::time::Duration;
 
 use crate::machine::held_call::{HeldCall, Verdict};
 
+use super::slots::SlotState;
 use super::{Action, CallError, Engine, Owner, VirtualEngine, slot_of};
 use crate::frames::Frames;
-use crate::ids::{CallId, ClientIndex};
+use crate::ids::{CallId, ClientIndex, FrontendId};
 use crate::time::Time;
 use crate::utility::{UtilityCall, UtilityOutput};
 
 /// Its answer does not change, and a frontend needs it to start.
 pub(super) const GET_SUPPORTED_TASKS: &str = "get_supported_tasks";
+/// Drops what an engine has cached of preprocessed images and the like.
+const RESET_MM_CACHE: &str = "reset_mm_cache";
 
 /// A call of a frontend on the engine.
 #[derive(Debug)]
@@ -72,8 +75,13 @@ impl VirtualEngine {
     }
 
     /// A frontend's call that only reads: passes it on, now or when the engine is there.
-    pub(super) fn forward_call(&mut self, now: Time, call: CheckedCall) {
-        if self.engine == Engine::Admitted {
+    pub(super) fn forward_call(&mut self, now: Time, owner: Owner, call: CheckedCall) {
+        if call.method == RESET_MM_CACHE && self.serves_others(owner.frontend) {
+            // Each frontend calls this at its start. Others mirror the engine's cache (`vllm/multimodal/cache`, with one
+            // engine and one API server) and would go on to send hashes alone. To be left with what is cached costs the
+            // caller nothing: it sends all of what it does not know.
+            self.answer_call(call.number, call.call_id, Ok(rmpv::Value::Nil));
+        } else if self.engine == Engine::Admitted {
             self.send_call(call, None);
         } else if call.method == GET_SUPPORTED_TASKS
             && let Some(tasks) = self.supported_tasks.clone()
@@ -85,6 +93,10 @@ impl VirtualEngine {
             let deadline = now + self.config.limits.hold;
             self.slots[call.number].waiting.push_back((deadline, call));
         }
+    }
+
+    fn serves_others(&self, frontend: FrontendId) -> bool {
+        self.slots.iter().filter_map(SlotState::owner).any(|owner| owner.frontend != frontend)
     }
 
     /// A frontend's control call: hands it out for a decision.

@@ -40,7 +40,7 @@ impl VirtualEngine {
                 } else if matches!(policy, Policy::Control(_)) {
                     self.hold_call(now, owner, call, args);
                 } else {
-                    self.forward_call(now, call);
+                    self.forward_call(now, owner, call);
                 }
             }
             Err(refusal) => self.refuse_message(slot, &refusal),

@@ -446,7 +446,7 @@ fn each_fault_put_into_the_machine_breaks_the_law_that_forbids_it() {
         (Mutation::RecoverWithoutReload, Law::OneVersion),
         (Mutation::DropJobLost, Law::EveryUpdateEnds),
         (Mutation::KeepFailedRestores, Law::EveryUpdateEnds),
-        (Mutation::ForgetPerJob, Law::OneVersion),
+        (Mutation::ForgetPerJob, Law::ReportsAreTrue),
         (Mutation::TrustStamps, Law::OneVersion),
         (Mutation::TrustPaused, Law::NothingStaysPaused),
         (Mutation::NeverInDoubt, Law::ReportsAreTrue),
