@@ -261,8 +261,8 @@ impl From<&Outcome> for ReportStatus {
     }
 }
 
-/// Version of weights that a frontend has loaded by itself, or discarded.
-pub const UNKNOWN: &str = WeightVersion::UNKNOWN;
+/// Version of weights that a frontend has loaded by itself.
+pub const UNKNOWN: &str = "unknown";
 
 /// Final word on an update.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -271,7 +271,7 @@ pub struct UpdateReport {
     pub id: UpdateId,
     /// How it ended.
     pub status: ReportStatus,
-    /// Version that the admitted engines hold now; `unknown` if a frontend has loaded or discarded weights.
+    /// Version that the admitted engines hold now.
     pub version: WeightVersion,
     /// Version they held before.
     pub previous: WeightVersion,
@@ -285,9 +285,6 @@ pub struct UpdateReport {
     pub paused_s: f64,
     /// Bytes of the checkpoint.
     pub bytes: u64,
-    /// Parts of the engines' memory slept during the update and still do: they serve when they are woken up.
-    #[serde(default)]
-    pub asleep: bool,
     /// What it took on each engine.
     #[serde(default)]
     pub engines: BTreeMap<EngineIndex, EngineTimes>,

@@ -1,16 +1,11 @@
 //! The command line, as clap sees it.
 
-mod sleep;
-
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Arg, Args, CommandFactory as _, Parser, Subcommand};
 use dp_sidecar_protocol::machine::weight_update::PauseMode;
-
-use sleep::{SLEEP, WAKE};
-pub(super) use sleep::{SleepArgs, WakeArgs};
 
 use super::children::{KeeperArgs, RelayArgs};
 use super::values::{ModelKind, Source, model_kind, parse_lora, parse_rename, parse_source, pause_mode};
@@ -41,7 +36,6 @@ Examples:
     sidecar status --watch
     sidecar update --path /models/step-200 --version step-200
     sidecar frontend add 127.0.0.1:29552
-    sidecar sleep --level 2 (and --help: the sequence of colocated training)
     sidecar stop
 
 What would be started, and where each value comes from:
@@ -100,12 +94,6 @@ pub(super) enum Command {
     Pause(PauseArgs),
     /// Resume all engines.
     Resume(Target),
-    /// Free memory of the devices of all engines until `wake`.
-    #[command(long_about = SLEEP)]
-    Sleep(SleepArgs),
-    /// Wake up all engines, or parts of their memory, after a sleep.
-    #[command(long_about = WAKE)]
-    Wake(WakeArgs),
     /// Versions of the sidecar, its relay processes, the engines and the weights.
     Version(VersionArgs),
     /// Frontends: attach, detach, list.

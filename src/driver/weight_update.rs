@@ -462,11 +462,7 @@ impl Task {
         for (rank, handle) in &self.tools.ranks {
             let seen = {
                 let snapshot = handle.snapshot.borrow();
-                Seen {
-                    incarnation: snapshot.incarnation,
-                    admitted: snapshot.admitted,
-                    memory: snapshot.memory,
-                }
+                Seen { incarnation: snapshot.incarnation, admitted: snapshot.admitted }
             };
             if self.seen.get(rank) != Some(&seen) {
                 self.seen.insert(*rank, seen);
@@ -521,7 +517,8 @@ impl Task {
 
 /// The pause of the operator or of a frontend, and whether a frontend has loaded weights.
 fn control_seen(now: &dp_sidecar_protocol::machine::control::Snapshot) -> (Option<Pause>, bool) {
-    (now.paused_by.clone().map(|by| Pause { by }), now.external_weights)
+    let asleep = now.asleep;
+    (now.paused_by.clone().map(|by| Pause { by, asleep }), now.external_weights)
 }
 
 /// Gives everybody who follows an update its record.

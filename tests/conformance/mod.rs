@@ -19,7 +19,6 @@ mod planned;
 mod processes;
 mod restart;
 mod restarts;
-mod sleep;
 mod status;
 mod survivors;
 mod update;

@@ -356,8 +356,6 @@ impl RankTask {
     fn publish(&mut self) {
         let now = Instant::now();
         let due = now - self.published >= SNAPSHOT_INTERVAL;
-        // Before anybody hears the answer to the call that changed it.
-        self.urgent |= self.machine.memory() != self.publish.borrow().memory;
         if !(self.urgent || self.changed && due) {
             return;
         }
@@ -380,7 +378,6 @@ impl RankTask {
             held_bytes: machine.held_bytes as u64,
             refused: machine.refused,
             last_refusal: machine.last_refusal,
-            memory: machine.memory,
         };
         self.publish.send_replace(snapshot);
     }

@@ -4,7 +4,6 @@ mod engines;
 pub(super) mod jobs;
 mod nodes;
 mod recovery;
-mod sleep;
 mod stage;
 mod transaction;
 

@@ -14,7 +14,7 @@ use uuid::Uuid;
 use super::held::Held;
 use super::{SNAPSHOT_INTERVAL, ServeEnd, ServerOptions, Services};
 use crate::driver::handles::{
-    CloseRoutes, Envelope, HandleError, HeldCall, LinkAsk, Memory, NodeAsk, NodeEvent, NodeState, RankAsk,
+    CloseRoutes, Envelope, HandleError, HeldCall, LinkAsk, NodeAsk, NodeEvent, NodeState, RankAsk,
     RankSnapshot, Release, ReplyTo, StageState, Verdict, decode, encode,
 };
 use crate::link::codec::{Fault, LinkError, LinkStream, Wire, frame};
@@ -59,7 +59,6 @@ struct Reported {
     incarnation: Incarnation,
     admitted: bool,
     admission_open: bool,
-    memory: Memory,
 }
 
 impl Reported {
@@ -68,7 +67,6 @@ impl Reported {
             incarnation: snapshot.incarnation,
             admitted: snapshot.admitted,
             admission_open: snapshot.admission_open,
-            memory: snapshot.memory,
         }
     }
 }

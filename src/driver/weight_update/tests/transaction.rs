@@ -269,6 +269,22 @@ async fn a_record_can_be_sent_as_json() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn engines_that_sleep_are_not_updated() {
+    let world = world(GroupKind::Independent).await;
+    for rank in [0, 1] {
+        world.calls.send(held(rank, 7, "sleep")).await.unwrap();
+    }
+    world.control.snapshot.clone().wait_for(|state| state.asleep).await.unwrap();
+    let record = world.update(world.request("u1")).await;
+    assert_eq!(*record.outcome(), Outcome::RefusedInvalid);
+    assert!(record.message.contains("asleep: wake them up first"), "{}", record.message);
+    for rank in &world.ranks {
+        assert_eq!(rank.take_log(), ["forward 7"]);
+    }
+    world.end().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_link_is_followed_once_so_that_it_may_be_moved_later() {
     let world = world(GroupKind::Independent).await;
     let latest = world.dir.path().join("latest");

@@ -12,7 +12,6 @@ use zmq::{PollEvents, Socket};
 
 use super::group::{Group, GroupError, Operation};
 use super::lora::Adapters;
-use super::memory::Memory;
 use super::options::{ControlFile, EngineOptions, Faults, Stage};
 use super::parameters::Parameters;
 use super::scheduler::{PauseState, Request, Scheduler};
@@ -49,8 +48,7 @@ pub(crate) struct Lockstep {
 pub(crate) struct PendingPause {
     pub(crate) client: usize,
     pub(crate) call: Value,
-    /// Level of the sleep that follows; 0: none does.
-    pub(crate) sleep: u64,
+    pub(crate) sleep: bool,
 }
 
 pub(crate) struct Engine {
@@ -65,7 +63,7 @@ pub(crate) struct Engine {
     /// None: the engine has made-up weights, and takes any.
     pub(crate) parameters: Option<Parameters>,
     pub(crate) weight_version: String,
-    pub(crate) memory: Memory,
+    pub(crate) sleeping: bool,
     /// Loads so far, for faults that hit only the first ones.
     pub(crate) loads: u32,
     /// LoRA adapters that the sidecar brought.
@@ -119,7 +117,7 @@ impl Engine {
             digest,
             parameters,
             weight_version: "default".to_owned(),
-            memory: Memory::default(),
+            sleeping: false,
             loads: 0,
             adapters: Adapters::default(),
             loader: weights::Loader::new(options.load_buffer),
@@ -459,7 +457,6 @@ impl Engine {
         let mut executed = false;
         let mut first_token = false;
         if stepping && !self.scheduler.running.is_empty() {
-            self.touch("a step", &["weights", "kv_cache"])?;
             if self.torn {
                 return Err(EngineEnd::Core(
                     "a step with torn weights (vLLM: NotImplementedError on meta tensors)".to_owned(),

@@ -5,7 +5,6 @@ mod core;
 mod group;
 mod handshake;
 mod lora;
-mod memory;
 mod options;
 mod parameters;
 mod scheduler;

@@ -1,6 +1,6 @@
 //! Utility calls (`EngineCoreProc._invoke_utility_method`).
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use rmpv::Value;
@@ -9,7 +9,6 @@ use serde_json::json;
 use super::EngineEnd;
 use super::core::{Engine, FINISH_ABORT, PendingPause};
 use super::group::Operation;
-use super::memory;
 use super::scheduler::PauseState;
 use super::weights::{self, Hashing};
 use crate::msg;
@@ -95,7 +94,6 @@ impl Engine {
             | "list_loras"
             | "compute_weight_checksums"
             | "shutdown"
-            | "release_kv_cache_memory"
             | "get_kv_cache_group_metadata" => 0,
             "set_weight_version" | "wake_up" => 1,
             "pause_scheduler" | "pause_generation" | "reset_prefix_cache" | "sleep" => 2,
@@ -121,10 +119,7 @@ impl Engine {
         Ok(match method {
             "get_supported_tasks" => ok(Value::Array(vec![Value::from("generate")])),
             "is_scheduler_paused" => ok(self.scheduler.pause != PauseState::Unpaused),
-            "is_sleeping" => ok(self.memory.is_sleeping() || self.scheduler.pause != PauseState::Unpaused),
-            "release_kv_cache_memory" => {
-                Outcome::Done(self.release_cache(self.scheduler.pause != PauseState::Unpaused))
-            }
+            "is_sleeping" => ok(self.sleeping || self.scheduler.pause != PauseState::Unpaused),
             "get_weight_version" => ok(self.weight_version.as_str()),
             "set_weight_version" => match args.first().and_then(Value::as_str) {
                 Some(label) => {
@@ -136,19 +131,16 @@ impl Engine {
             "pause_scheduler" | "pause_generation" => {
                 let mode = args.first().and_then(Value::as_str).unwrap_or("abort");
                 self.refusing = method == "pause_generation" && mode != "keep";
-                self.pause(mode, client, call, 0)?
+                self.pause(mode, client, call, false)?
             }
-            "sleep" if self.faults.sleep_fails => fail("ordered fault: sleep-fails"),
             "sleep" => {
                 let mode = args.get(1).and_then(Value::as_str).unwrap_or("abort");
                 let level = args.first().and_then(Value::as_u64).unwrap_or(1);
-                self.pause(mode, client, call, level)?
+                self.pause(mode, client, call, level > 0)?
             }
             "resume_scheduler" => self.resume()?,
             "wake_up" => {
-                if !self.wake(memory::tags(args.first())) {
-                    return Ok(ok(false));
-                }
+                self.sleeping = false;
                 match self.resume()? {
                     Outcome::Done(Ok(_)) => ok(true),
                     other => other,
@@ -173,7 +165,7 @@ impl Engine {
         })
     }
 
-    fn pause(&mut self, mode: &str, client: usize, call: &Value, sleep: u64) -> Result<Outcome, EngineEnd> {
+    fn pause(&mut self, mode: &str, client: usize, call: &Value, sleep: bool) -> Result<Outcome, EngineEnd> {
         let state = match mode {
             "abort" | "wait" => PauseState::PausedNew,
             "keep" => PauseState::PausedAll,
@@ -194,9 +186,7 @@ impl Engine {
             None => !self.scheduler.has_unfinished(),
         };
         if complete {
-            if sleep > 0 {
-                self.fall_asleep(sleep);
-            }
+            self.sleeping |= sleep;
             return Ok(ok(Value::Nil));
         }
         self.pauses.push(PendingPause { client, call: call.clone(), sleep });
@@ -257,10 +247,9 @@ impl Engine {
                 one(answer)
             }
             "reload_weights" => {
-                self.touch("reload_weights", &["weights"])?;
-                // Without a path the checkpoint of the command line.
-                let path = msg::text(kwargs, "weights_path").map(PathBuf::from);
-                match weights::identity(&path.or_else(|| self.options.model.clone()).unwrap_or_default()) {
+                let path = msg::text(kwargs, "weights_path").unwrap_or_default();
+                let path = std::path::Path::new(&path);
+                match weights::identity(path) {
                     Ok(digest) => {
                         self.set_digest(digest);
                         one(Value::Nil)
@@ -274,7 +263,6 @@ impl Engine {
             "get_model" | "get_kv_cache_spec" => {
                 return Err(EngineEnd::OutputThread(format!("the result of {method} cannot be serialized")));
             }
-            method if self.worker_memory(method, args.get(2), kwargs) => one(Value::Nil),
             _ => fail(format!("'Worker' object has no attribute '{method}'")),
         })
     }
@@ -362,7 +350,6 @@ impl Engine {
                 }
                 Err(error) => Err((error.kind, error.to_string(), "restored-meta")),
                 Ok(mut loaded) => {
-                    self.touch("a load", &["weights"])?;
                     loaded.rename(&renames(request));
                     let raised = self.raises(&loaded);
                     if self.parameters.as_ref().is_some_and(|model| model.keeps_some(&loaded.contents)) {

@@ -183,8 +183,6 @@ impl World {
     fn load_arrives(&mut self, rank: usize, caller: Caller, action: Step) {
         let paused = self.engines[rank].paused;
         self.law(Law::LoadedWhilePaused, paused, || format!("rank {rank} is loaded while it is not paused"));
-        let there = !self.engines[rank].memory.weights_sleep;
-        self.law(Law::MemoryIsThere, there, || format!("rank {rank} is loaded while its weights sleep"));
         let before = std::mem::replace(&mut self.engines[rank].weights, Weights::Torn);
         let end = self.now + Duration::from_millis(self.rng.random_range(0..4_000));
         self.links[rank] = self.links[rank].max(end);
@@ -239,24 +237,13 @@ impl World {
         } else {
             Ok(vec![good])
         };
-        let gone = weights == Weights::Torn;
-        let kept =
-            matches!(&result, Ok(reports) if reports.iter().all(|r| r.state == WorkerState::Unchanged));
-        let engine = &mut self.engines[rank];
-        engine.weights = weights;
-        engine.memory.weights = match engine.memory.weights {
-            before if kept => before,
-            _ if gone => memory::Weights::Gone,
-            _ => memory::Weights::Known,
-        };
+        self.engines[rank].weights = weights;
         self.answer(Some(rank), caller, 20, Answer::Loaded { call, target, result });
     }
 
     fn resume_arrives(&mut self, rank: usize, caller: Caller, call: Call) {
         let torn = self.engines[rank].weights == Weights::Torn;
         self.law(Law::NothingTornServes, !torn, || format!("rank {rank} is resumed while torn"));
-        let there = !self.engines[rank].memory.sleeps();
-        self.law(Law::MemoryIsThere, there, || format!("rank {rank} is resumed while it sleeps"));
         let fails = self.fault(0.02) || (self.lockstep && !self.engines[rank].pausing.is_empty());
         if fails {
             let result = Err("in flight".to_owned());

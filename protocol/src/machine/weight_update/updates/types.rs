@@ -10,7 +10,6 @@ use super::super::record::{Adapter, Committed, Record};
 use super::super::types::{self as step, Refusal};
 use super::super::vocabulary::{Checkpoint, NodeId, PauseMode};
 use crate::machine::control::Grant;
-use crate::machine::memory::Memory;
 use crate::{EngineIndex, Incarnation, UpdateId, WeightVersion};
 
 /// Engines, each with the life that is meant.
@@ -58,7 +57,6 @@ pub struct Seen {
     pub incarnation: Incarnation,
     /// Requests of frontends are let through.
     pub admitted: bool,
-    pub memory: Memory,
 }
 
 /// What engines and nodes say before anything is done to them.
@@ -297,8 +295,7 @@ pub enum Action {
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct Conclusion {
     pub record: Record,
-    /// The version of the weights after it; unknown if a frontend has loaded or discarded weights, and it did not
-    /// change that.
+    /// The version of the weights after it.
     pub version: WeightVersion,
     /// Engines were taken over; no staging area was used.
     pub recovery: bool,
