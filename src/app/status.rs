@@ -89,7 +89,7 @@ impl Handles {
     fn version(&self, rank: Option<EngineIndex>) -> String {
         let updates = self.updates.snapshot.borrow();
         let in_doubt = rank.is_some_and(|rank| updates.in_doubt.contains(&rank));
-        if in_doubt || self.control.snapshot.borrow().external_weights {
+        if in_doubt || updates.external_weights || self.control.snapshot.borrow().external_weights {
             return UNKNOWN.to_owned();
         }
         updates.version.0.clone()

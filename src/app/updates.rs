@@ -49,6 +49,7 @@ impl From<UpdateError> for AdminError {
 /// `external`: a frontend has loaded weights since the last update.
 pub(super) fn weights(updates: &UpdateHandle, external: bool) -> WeightsStatus {
     let status = updates.snapshot.borrow().clone();
+    let external = external || status.external_weights;
     // Engines may have loaded it from shared memory.
     let loaded_from = status.committed.map(|checkpoint| checkpoint.path);
     let dir = status.source.filter(|source| source.starts_with('/')).or(loaded_from);

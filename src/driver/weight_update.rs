@@ -505,6 +505,7 @@ impl Task {
         let snapshot = UpdateSnapshot {
             version: now.version,
             in_doubt: now.in_doubt,
+            external_weights: now.external_weights,
             updates: self.updates(),
             committed: committed.map(|commit| commit.checkpoint.clone()),
             source: committed.map(|commit| commit.source.clone()),

@@ -199,6 +199,8 @@ pub struct UpdateSnapshot {
     pub running: Option<UpdateId>,
     /// Ranks that may hold other weights than those of `version` at the moment.
     pub in_doubt: BTreeSet<EngineIndex>,
+    /// A frontend has loaded weights since, under this sidecar or one before.
+    pub external_weights: bool,
     /// How the last one of this process ended.
     pub last: Option<UpdateRecord>,
 }

@@ -206,4 +206,7 @@ pub struct Snapshot {
     /// Ranks that may hold other weights than those of `version` at the moment.
     #[serde(default)]
     pub in_doubt: BTreeSet<EngineIndex>,
+    /// A frontend has loaded weights since, under this sidecar or one before: all ranks are in doubt.
+    #[serde(default)]
+    pub external_weights: bool,
 }

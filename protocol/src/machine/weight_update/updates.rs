@@ -207,7 +207,8 @@ impl Updates {
     /// Plain data. An update counts as running from when it is taken until everything about it is done.
     pub fn snapshot(&self) -> Snapshot {
         let running = self.asked.as_ref().map(|asked| asked.id.clone());
-        Snapshot { running, ..self.machine.snapshot() }
+        let external_weights = self.ledger.external_weights;
+        Snapshot { running, external_weights, ..self.machine.snapshot() }
     }
 
     pub const fn committed(&self) -> Option<&Committed> {
