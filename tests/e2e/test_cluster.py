@@ -64,7 +64,9 @@ def test_memory_for_updates_is_taken_at_the_start(deployment):
     size = (Path(deployment.models.path(0)) / "model.safetensors").stat().st_size
     for sidecar in deployment.sidecars:
         sidecar.wait_line("shared memory for updates is taken", 20)
-        sizes = [file.stat().st_size for file in sidecar.node.sees("/dev/shm").glob("dp-sidecar-*")]
+        files = sidecar.node.sees("/dev/shm").glob("dp-sidecar-*")
+        # Not what the keeper locks to say that there is a use for them.
+        sizes = [file.stat().st_size for file in files if not file.name.endswith("-lock")]
         assert len(sizes) == 2, sizes
         assert min(sizes) >= size, sizes
 
