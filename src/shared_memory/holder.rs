@@ -54,6 +54,7 @@ impl Home {
 ///
 /// # Errors
 /// The lock cannot be made, or another keeper of this run has it.
+#[expect(clippy::disallowed_methods, reason = "called by the keeper, which has no runtime")]
 pub fn hold(shm_dir: &Path, run_id: &str, state_dir: &Path) -> io::Result<File> {
     let path = segment_path(shm_dir, run_id, LOCK);
     let home = Home::here(state_dir)?;
@@ -70,7 +71,7 @@ pub fn hold(shm_dir: &Path, run_id: &str, state_dir: &Path) -> io::Result<File> 
                 return Ok(file);
             }
             Err(TryLockError::WouldBlock) if Instant::now() < until => {
-                thread::sleep(Duration::from_millis(10))
+                thread::sleep(Duration::from_millis(10));
             }
             Err(error) => return Err(error.into()),
         }
