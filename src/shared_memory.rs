@@ -18,8 +18,6 @@ pub const SEGMENTS: [&str; 2] = ["a", "b"];
 
 /// What the names of all files in shared memory begin with.
 const PREFIX: &str = "dp-sidecar-";
-/// A link is not followed.
-const NO_LINKS: i32 = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
 
 pub fn segment_path(shm_dir: &Path, run_id: &str, name: &str) -> PathBuf {
     shm_dir.join(format!("{PREFIX}{run_id}-{name}"))
@@ -31,17 +29,22 @@ pub fn segment_path(shm_dir: &Path, run_id: &str, name: &str) -> PathBuf {
 /// # Errors
 /// It cannot be opened, another owner has it ([`io::ErrorKind::WouldBlock`]), or others can reach what is in it.
 pub fn open_segment(path: &Path) -> io::Result<File> {
-    let file = OpenOptions::new()
-        .create(true)
+    let file = open(path, true)?;
+    file.try_lock()?;
+    check_private(path, &file, false)?;
+    Ok(file)
+}
+
+/// A link is not followed.
+fn open(path: &Path, create: bool) -> io::Result<File> {
+    OpenOptions::new()
+        .create(create)
         .truncate(false)
         .read(true)
         .write(true)
         .mode(0o600)
-        .custom_flags(NO_LINKS)
-        .open(path)?;
-    file.try_lock()?;
-    check_private(path, &file, false)?;
-    Ok(file)
+        .custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed())
+        .open(path)
 }
 
 /// Anybody may make files in `/dev/shm`, under any name: weights are only written where nobody else can read or change

@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use dp_sidecar_protocol::EngineIndex;
 use dp_sidecar_protocol::machine::lifecycle::Phase;
 
 use super::commands::Handles;
@@ -11,7 +10,7 @@ use super::nodes;
 use super::{updates, waiting};
 use crate::api::{
     ControllerStatus, DeploymentStatus, EngineStatus, FrontendSnapshot, FrontendStatus, RelayVersion, Status,
-    UNKNOWN, VersionReport,
+    UNKNOWN, VersionReport, WeightsStatus,
 };
 use crate::config::{Config, Serve};
 use crate::driver::handles::{EdgeVersion, RankSnapshot};
@@ -37,7 +36,7 @@ impl Handles {
             engines,
             frontends: self.frontends(),
             coordinator: self.coordinator.snapshot.borrow().clone(),
-            weights: updates::weights(&self.updates, self.control.snapshot.borrow().external_weights),
+            weights: self.weights(),
             controller: self.controller(),
             gpus,
             nodes: self
@@ -59,6 +58,8 @@ impl Handles {
     fn engines(&self) -> Vec<EngineStatus> {
         let node = self.node.borrow();
         let coordinator = self.coordinator.snapshot.borrow();
+        let version = self.weights().version;
+        let in_doubt = self.updates.snapshot.borrow().in_doubt.clone();
         let mut engines = Vec::with_capacity(self.ranks.len());
         for handle in &self.ranks {
             let snapshot = handle.snapshot.borrow();
@@ -76,23 +77,17 @@ impl Handles {
                 status.incarnation = rank.life.incarnation.0;
                 status.restarts = rank.life.restarts;
                 status.last_error = rank.life.last_error.clone();
-                status.weight_version =
-                    (rank.life.phase == Phase::Serving).then(|| self.version(Some(handle.rank)));
+                // Not what its last output was stamped with: that label changes apart from the bytes.
+                let held = if in_doubt.contains(&handle.rank) { UNKNOWN } else { &version };
+                status.weight_version = (rank.life.phase == Phase::Serving).then(|| held.to_owned());
             }
             engines.push(status);
         }
         engines
     }
 
-    /// Version of the weights that admitted engines hold, or one of them. It is not asked what outputs are stamped
-    /// with: that label changes apart from the bytes.
-    fn version(&self, rank: Option<EngineIndex>) -> String {
-        let updates = self.updates.snapshot.borrow();
-        let in_doubt = rank.is_some_and(|rank| updates.in_doubt.contains(&rank));
-        if in_doubt || updates.external_weights || self.control.snapshot.borrow().external_weights {
-            return UNKNOWN.to_owned();
-        }
-        updates.version.0.clone()
+    fn weights(&self) -> WeightsStatus {
+        updates::weights(&self.updates, self.control.snapshot.borrow().external_weights)
     }
 
     /// Wanted frontends with their requests in flight.
@@ -128,7 +123,7 @@ impl Handles {
             sidecar: env!("CARGO_PKG_VERSION").to_owned(),
             relays,
             vllm,
-            weights: self.version(None),
+            weights: self.weights().version,
         }
     }
 }

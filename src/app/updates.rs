@@ -46,7 +46,7 @@ impl From<UpdateError> for AdminError {
 
 /// What status says about weights.
 ///
-/// `external`: a frontend has loaded weights since the last update.
+/// `external`: a frontend has loaded weights under this sidecar, after the last update.
 pub(super) fn weights(updates: &UpdateHandle, external: bool) -> WeightsStatus {
     let status = updates.snapshot.borrow().clone();
     let external = external || status.external_weights;

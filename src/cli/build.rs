@@ -323,11 +323,7 @@ impl Checks<'_> {
              has it can command every node; make another one"
                 .to_owned()
         })?;
-        let host = text.rsplit_once(':').map_or(text.as_str(), |(host, _)| host);
-        let own = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
-        let names = args.nodes.http_name.iter().cloned().chain([host.to_owned()]).chain(own);
-        let names = names.map(|name| name.trim_end_matches('.').to_ascii_lowercase()).collect();
-        Ok(Some(Http { address, token, names }))
+        Ok(Some(Http { address, token, names: Http::names(text, &args.nodes.http_name) }))
     }
 
     /// Managed flags that the user repeated after `--` must say the same.
@@ -510,34 +506,20 @@ impl Checks<'_> {
 
     fn engines(&mut self) -> Result<Engines> {
         let Some(flags) = self.flags.take() else { return Ok(Engines::Attach) };
-        let mut clean = environment::clean(self.environment.variables.clone());
-        if let Some(plugins) = environment::add_plugin(&mut clean.variables) {
-            self.notes.push(format!(
-                "VLLM_PLUGINS={plugins:?} leaves out dp_sidecar, without which weights cannot be updated: added for \
-                 engines and frontend"
-            ));
-        }
-        if !clean.removed.is_empty() {
-            self.notes.push(format!("not passed on to vLLM: {}", clean.removed.join(", ")));
-        }
-        let visible = devices::visible(
+        let clean = environment::clean(self.environment.variables.clone());
+        self.notes.extend(clean.notes());
+        let (devices, hidden) = devices::of_ranks(
             self.args.processes.device_ids.as_deref(),
             |name| self.environment.variable(name),
             || self.environment.nvml_count,
-        );
-        let hidden = devices::VARIABLES
-            .iter()
-            .find(|name| self.environment.variable(name).is_some_and(|value| value.trim().is_empty()));
-        if let (None, Some(name)) = (&visible, hidden) {
+            usize::from(self.size_local),
+            flags.world_size as usize,
+        )?;
+        if let Some(name) = hidden {
             self.notes.push(format!(
                 "{name} is empty: engines get no accelerators; unset it, or choose some with --device-ids"
             ));
         }
-        let (ranks, world_size) = (usize::from(self.size_local), flags.world_size as usize);
-        let devices = match &visible {
-            Some(visible) => devices::slices(Some(visible), ranks, world_size)?,
-            None => devices::cores(self.environment.variable(devices::CORES).as_deref(), ranks, world_size)?,
-        };
         Ok(Engines::Spawn(VllmLaunch {
             bin: self.args.processes.vllm_bin.clone(),
             model: flags.model,

@@ -12,6 +12,7 @@ mod status;
 mod table;
 mod update;
 mod values;
+mod variables;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -45,8 +46,8 @@ fn dispatch(args: impl Iterator<Item = OsString>) -> u8 {
         Err(problem) => return usage(&problem),
     };
     let program = std::iter::once("sidecar".to_owned());
-    let ignored = args::of_kubernetes(|name| std::env::var(name).ok());
-    let parsed = args::command_without(&ignored)
+    let ignored = variables::of_kubernetes(|name| std::env::var(name).ok());
+    let parsed = variables::command_without(&ignored)
         .try_get_matches_from(program.chain(args))
         .and_then(|matches| Ok((Cli::from_arg_matches(&matches)?, matches)));
     let (cli, matches) = match parsed {

@@ -6,10 +6,10 @@ use crate::supervisor::command::DeviceSlice;
 
 /// Variables that choose devices, the more specific platform first. vLLM reads the one of its
 /// platform (`device_control_env_var` in `vllm/platforms`).
-pub const VARIABLES: &[&str] = &["HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"];
+const VARIABLES: [&str; 3] = ["HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"];
 
 /// Chooses the cores of workers on CPU.
-pub const CORES: &str = "VLLM_CPU_OMP_THREADS_BIND";
+const CORES: &str = "VLLM_CPU_OMP_THREADS_BIND";
 
 /// The devices do not suffice.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -33,18 +33,38 @@ pub enum DeviceError {
 
 /// Where the list of devices comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Visible {
+struct Visible {
     /// The variable that the ranks get.
-    pub variable: String,
+    variable: String,
     /// Indices or UUIDs.
-    pub devices: Vec<String>,
+    devices: Vec<String>,
     /// Who named them.
-    pub source: String,
+    source: String,
+}
+
+/// What the ranks of this node get: `world_size` of the visible devices each, or cores where there are none; and the
+/// variable that hides all devices, if one does.
+///
+/// # Errors
+/// [`DeviceError`].
+pub fn of_ranks(
+    given: Option<&str>,
+    variable: impl Fn(&str) -> Option<String>,
+    nvml_count: impl FnOnce() -> u32,
+    ranks: usize,
+    world_size: usize,
+) -> Result<(Vec<DeviceSlice>, Option<&'static str>), DeviceError> {
+    if let Some(visible) = visible(given, &variable, nvml_count) {
+        return Ok((slices(&visible, ranks, world_size)?, None));
+    }
+    let hides = |name: &&str| variable(name).is_some_and(|value| value.trim().is_empty());
+    let slices = cores(variable(CORES).as_deref(), ranks, world_size)?;
+    Ok((slices, VARIABLES.into_iter().find(hides)))
 }
 
 /// The devices this node may use: as given, as the environment says, or all that NVML counts. An empty variable hides
 /// them all, as it does for the driver. `None`: no accelerators.
-pub fn visible(
+fn visible(
     given: Option<&str>,
     variable: impl Fn(&str) -> Option<String>,
     nvml_count: impl FnOnce() -> u32,
@@ -73,14 +93,7 @@ fn split(list: &str) -> Vec<String> {
 
 /// Cuts the visible devices into one slice per rank: rank i gets the i-th `world_size` of them, as
 /// vLLM would give them to its local ranks.
-pub fn slices(
-    visible: Option<&Visible>,
-    ranks: usize,
-    world_size: usize,
-) -> Result<Vec<DeviceSlice>, DeviceError> {
-    let Some(visible) = visible else {
-        return Ok(Vec::new());
-    };
+fn slices(visible: &Visible, ranks: usize, world_size: usize) -> Result<Vec<DeviceSlice>, DeviceError> {
     for (position, device) in visible.devices.iter().enumerate() {
         if visible.devices[..position].contains(device) {
             return Err(DeviceError::Twice {
@@ -107,11 +120,7 @@ pub fn slices(
 
 /// Which cores each rank gets, by vLLM's own list of them for all ranks of a node (`vllm/utils/ompmultiprocessing.py`,
 /// 0.32.0): each launcher takes its rank for the first one of the node.
-pub fn cores(
-    binding: Option<&str>,
-    ranks: usize,
-    world_size: usize,
-) -> Result<Vec<DeviceSlice>, DeviceError> {
+fn cores(binding: Option<&str>, ranks: usize, world_size: usize) -> Result<Vec<DeviceSlice>, DeviceError> {
     let Some(value) = binding.filter(|value| !["", "auto", "nobind"].contains(value)) else {
         return Ok(Vec::new());
     };
@@ -141,7 +150,7 @@ mod tests {
         let found = visible(None, environment(&[("CUDA_VISIBLE_DEVICES", "4, 5,6,GPU-abc")]), || {
             panic!("NVML is not asked")
         });
-        let slices = slices(found.as_ref(), 2, 2).unwrap();
+        let slices = slices(&found.unwrap(), 2, 2).unwrap();
         assert_eq!(values(&slices), ["4,5", "6,GPU-abc"]);
         assert_eq!(slices[0].variable, "CUDA_VISIBLE_DEVICES");
     }
@@ -150,7 +159,7 @@ mod tests {
     fn an_explicit_list_wins_and_keeps_the_platforms_variable() {
         let found = visible(Some("1,0"), environment(&[("HIP_VISIBLE_DEVICES", "0,1,2,3")]), || 0).unwrap();
         assert_eq!(found.variable, "HIP_VISIBLE_DEVICES");
-        assert_eq!(values(&slices(Some(&found), 2, 1).unwrap()), ["1", "0"]);
+        assert_eq!(values(&slices(&found, 2, 1).unwrap()), ["1", "0"]);
     }
 
     #[test]
@@ -159,19 +168,21 @@ mod tests {
         let given = visible(Some("1"), environment(&[("CUDA_VISIBLE_DEVICES", "")]), || 8).unwrap();
         assert_eq!(given.devices, ["1"]);
         assert_eq!(visible(None, environment(&[]), || 0), None);
-        assert_eq!(slices(None, 2, 4), Ok(Vec::new()));
+        let of_ranks = |set| of_ranks(None, environment(set), || 0, 2, 4).unwrap();
+        assert_eq!(of_ranks(&[]), (Vec::new(), None));
+        assert_eq!(of_ranks(&[("CUDA_VISIBLE_DEVICES", "")]), (Vec::new(), Some("CUDA_VISIBLE_DEVICES")));
     }
 
     #[test]
     fn too_few_devices_are_told_with_numbers() {
-        let found = visible(None, environment(&[]), || 3);
-        let error = slices(found.as_ref(), 2, 2).unwrap_err();
+        let found = visible(None, environment(&[]), || 3).unwrap();
+        let error = slices(&found, 2, 2).unwrap_err();
         assert_eq!(
             error.to_string(),
             "2 ranks of 2 devices each need 4 devices, but 3 are visible (0,1,2, from NVML)"
         );
-        let twice = visible(Some("0,0"), environment(&[]), || 0);
-        assert!(matches!(slices(twice.as_ref(), 1, 1), Err(DeviceError::Twice { .. })));
+        let twice = visible(Some("0,0"), environment(&[]), || 0).unwrap();
+        assert!(matches!(slices(&twice, 1, 1), Err(DeviceError::Twice { .. })));
     }
 
     #[test]

@@ -95,6 +95,16 @@ pub struct Http {
     pub names: BTreeSet<String>,
 }
 
+impl Http {
+    /// The host of `--http`, that of this machine, and those that were given; in lower case.
+    pub fn names(address: &str, given: &[String]) -> BTreeSet<String> {
+        let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
+        let own = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
+        let names = given.iter().cloned().chain([host.to_owned()]).chain(own);
+        names.map(|name| name.trim_end_matches('.').to_ascii_lowercase()).collect()
+    }
+}
+
 /// The deployment spreads over several nodes.
 #[derive(Clone, Debug)]
 pub struct Nodes {

@@ -72,6 +72,7 @@ struct Context {
 pub struct HttpServer {
     listener: TcpListener,
     address: SocketAddr,
+    limits: Limits,
 }
 
 impl HttpServer {
@@ -82,7 +83,7 @@ impl HttpServer {
     pub async fn bind(address: SocketAddr) -> io::Result<Self> {
         let listener = TcpListener::bind(address).await?;
         let address = listener.local_addr()?;
-        Ok(Self { listener, address })
+        Ok(Self { listener, address, limits: LIMITS })
     }
 
     /// Where it listens.
@@ -101,21 +102,7 @@ impl HttpServer {
         tracker: &TaskTracker,
         stop: CancellationToken,
     ) {
-        self.serve_within(LIMITS, token, names, uploads, admin, tracker, stop);
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "the limits beside what there is to serve")]
-    fn serve_within(
-        self,
-        limits: Limits,
-        token: Token,
-        names: BTreeSet<String>,
-        uploads: Uploads,
-        admin: mpsc::WeakSender<AdminCommand>,
-        tracker: &TaskTracker,
-        stop: CancellationToken,
-    ) {
-        let clients = Arc::new(Semaphore::new(CONNECTIONS));
+        let (clients, limits) = (Arc::new(Semaphore::new(CONNECTIONS)), self.limits);
         let names = Arc::new(names);
         let router = routes::router(Context { token: Some(token), names, clients, limits, uploads, admin });
         let tasks = tracker.clone();

@@ -42,11 +42,12 @@ impl Server {
         let (tracker, stop) = (TaskTracker::new(), CancellationToken::new());
         let (uploads, requests) = upload::channel();
         let (commands, admin) = mpsc::channel(4);
-        let server = HttpServer::bind((Ipv4Addr::LOCALHOST, 0).into()).await.unwrap();
+        let mut server = HttpServer::bind((Ipv4Addr::LOCALHOST, 0).into()).await.unwrap();
+        server.limits = limits;
         let address = server.address();
         let token = Token::new(SECRET.as_bytes()).unwrap();
         let names = BTreeSet::from(["x".to_owned()]);
-        server.serve_within(limits, token, names, uploads, commands.downgrade(), &tracker, stop.clone());
+        server.serve(token, names, uploads, commands.downgrade(), &tracker, stop.clone());
         (Self { dir, address, admin, _commands: commands, tracker, stop }, requests)
     }
 

@@ -1,16 +1,16 @@
 //! Who has a use for the segments of a run: its keeper, which outlives sidecars, has a lock on a file beside them for as
 //! long as it lives. What nobody has a use for, and nobody can come back to, is removed.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind, Read as _, Seek as _, Write as _};
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::{NO_LINKS, PREFIX, SEGMENTS, check_private, open_segment, segment_path};
+use super::{PREFIX, SEGMENTS, check_private, open_segment, segment_path};
 
 /// Name of the lock, where segments have theirs.
 pub(super) const LOCK: &str = "lock";
@@ -79,14 +79,7 @@ pub fn hold(shm_dir: &Path, run_id: &str, state_dir: &Path) -> io::Result<File> 
 }
 
 fn open(path: &Path, create: bool) -> io::Result<File> {
-    let file = OpenOptions::new()
-        .create(create)
-        .truncate(false)
-        .read(true)
-        .write(true)
-        .mode(0o600)
-        .custom_flags(NO_LINKS)
-        .open(path)?;
+    let file = super::open(path, create)?;
     check_private(path, &file, true)?;
     Ok(file)
 }

@@ -24,13 +24,30 @@ const PLUGIN: &str = "dp_sidecar";
 /// Our own variables are no business of vLLM's.
 const OWN_PREFIX: &str = "SIDECAR_";
 
-/// The cleaned environment and the names of what was taken out.
+/// The cleaned environment, and what became of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CleanEnvironment {
     /// What vLLM gets.
     pub variables: BTreeMap<String, String>,
     /// What it does not get, and that somebody may miss.
     pub removed: Vec<String>,
+    /// What `VLLM_PLUGINS` was, if the shim had to be added to it.
+    pub plugins: Option<String>,
+}
+
+impl CleanEnvironment {
+    /// What differs from the environment that was given, for people.
+    pub fn notes(&self) -> impl Iterator<Item = String> {
+        let plugins = self.plugins.as_ref().map(|plugins| {
+            format!(
+                "VLLM_PLUGINS={plugins:?} leaves out {PLUGIN}, without which weights cannot be updated: added for engines \
+                 and frontend"
+            )
+        });
+        let removed =
+            (!self.removed.is_empty()).then(|| format!("not passed on to vLLM: {}", self.removed.join(", ")));
+        plugins.into_iter().chain(removed)
+    }
 }
 
 pub fn clean(variables: impl IntoIterator<Item = (String, String)>) -> CleanEnvironment {
@@ -52,11 +69,12 @@ pub fn clean(variables: impl IntoIterator<Item = (String, String)>) -> CleanEnvi
         }
     }
     clean.removed.sort();
+    clean.plugins = add_plugin(&mut clean.variables);
     clean
 }
 
 /// Adds the shim to the plugins that vLLM is to load, if the list is given and leaves it out; gives what it was.
-pub fn add_plugin(variables: &mut BTreeMap<String, String>) -> Option<String> {
+fn add_plugin(variables: &mut BTreeMap<String, String>) -> Option<String> {
     let plugins = variables.get_mut("VLLM_PLUGINS")?;
     // vLLM takes the names as they are between the commas.
     if plugins.split(',').any(|plugin| plugin == PLUGIN) {

@@ -5,10 +5,12 @@ use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::path::Path;
 
+use dp_sidecar_testkit::frontend::FakeFrontend;
 use serde_json::{Value, json};
 
 use super::checkpoints::{EMBEDDING, HEAD, MTP, NORM, filled, made};
-use super::harness::{SOON, Setup, complete_all, directory, free_port, frontend, model, until};
+use super::harness::{SOON, Setup, Sidecar, complete_all, directory, free_port, frontend, model, until};
+use super::models::Model;
 
 /// Where a sidecar listens, and its token.
 #[derive(Clone)]
@@ -57,20 +59,28 @@ fn files(path: &Path) -> Vec<(String, Vec<u8>)> {
         .collect()
 }
 
+/// Two engines with a frontend, and where trainers reach them.
+fn serving(old: &Model) -> (FakeFrontend, Sidecar, Http) {
+    let mut frontend = frontend(2, |options| options.moe = false);
+    let port = free_port();
+    let address = format!("127.0.0.1:{port}");
+    let sidecar = Setup::spawning(2, old).args(&["--http", &address]).frontend(&frontend).start();
+    frontend.startup(SOON).unwrap();
+    sidecar.await_admitted();
+    let token = std::fs::read_to_string(sidecar.state_dir().join("http-token")).unwrap();
+    (frontend, sidecar, Http { port, token })
+}
+
 #[test]
 fn a_trainer_that_dies_in_the_middle_of_an_upload_can_go_on_and_the_update_commits() {
     let directory = directory();
     let old = model(directory.path(), "old", 1, false);
     let new = model(directory.path(), "new", 2, false);
-    let mut frontend = frontend(2, |options| options.moe = false);
-    let port = free_port();
-    let address = format!("127.0.0.1:{port}");
-    let sidecar = Setup::spawning(2, &old).args(&["--http", &address]).frontend(&frontend).start();
-    frontend.startup(SOON).unwrap();
-    sidecar.await_admitted();
-    let token = std::fs::read_to_string(sidecar.state_dir().join("http-token")).unwrap();
-    let http = Http { port, token };
-    assert_eq!(ask(&Http { port, token: "x".repeat(64) }, "GET /v1/weights/version", "", b"").0, 401);
+    let (mut frontend, sidecar, http) = serving(&old);
+    assert_eq!(
+        ask(&Http { token: "x".repeat(64), ..http.clone() }, "GET /v1/weights/version", "", b"").0,
+        401
+    );
 
     let files = files(&new.path);
     let sizes: Vec<Value> =
@@ -137,14 +147,7 @@ fn an_upload_may_lack_what_vllm_does_not_load_and_nothing_else() {
     let needed = [filled(HEAD, 2), filled(EMBEDDING, 2), filled(NORM, 2)];
     let new = made(directory.path(), "new", &needed, &[]);
     let lacks = made(directory.path(), "lacks", &needed[1..], &[]);
-    let mut frontend = frontend(2, |options| options.moe = false);
-    let port = free_port();
-    let address = format!("127.0.0.1:{port}");
-    let sidecar = Setup::spawning(2, &old).args(&["--http", &address]).frontend(&frontend).start();
-    frontend.startup(SOON).unwrap();
-    sidecar.await_admitted();
-    let token = std::fs::read_to_string(sidecar.state_dir().join("http-token")).unwrap();
-    let http = Http { port, token };
+    let (mut frontend, _sidecar, http) = serving(&old);
     let mut update = |id: &str, from: &Path, serves: &[u32]| {
         let [(name, bytes)] = &files(from)[..] else { panic!("one file") };
         let sizes = json!([{"name": name, "size": bytes.len()}]);

@@ -99,7 +99,7 @@ def test_adapters_reach_every_rank_and_every_frontend_by_name(
         unknown = complete(alpha.http_port, "style", "a a red", COUNT, STEP_LIMIT)
         assert unknown.status in (400, 404), unknown
 
-        told(alpha, "replace", world.models / "lora-1")
+        told(alpha, "replace", world.models / "lora-1", update_id="first")
         check(alpha, adapters, "style", "lora-1")
         check(alpha, adapters, "", "")
 

@@ -87,8 +87,10 @@ def info(worker: Any, path: str | None = None, tensors: Any = ()) -> dict[str, A
         found["load_format"] = str(getattr(load.load_format, "value", load.load_format))
         found["model_path"] = local_directory(model, load)
         found["files"] = reload.files_in(worker, path or found["model_path"])
-        found["tied"] = names.tied(reload.model_of(worker))
-        found["ignored"] = names.ignored(worker, reload.model_of(worker), list(tensors))
+        module = reload.model_of(worker)
+        found["tied"] = names.tied(module)
+        # Who asks about none does not have a twin made.
+        found["ignored"] = names.ignored(worker, module, list(tensors)) if tensors else []
 
     return answer(worker, tell, shim_version=__version__)
 
