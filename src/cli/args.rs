@@ -4,12 +4,11 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Arg, Args, Parser, Subcommand};
 use dp_sidecar_protocol::machine::weight_update::PauseMode;
 
 use super::children::{KeeperArgs, RelayArgs};
 use super::values::{ModelKind, Source, model_kind, parse_lora, parse_rename, parse_source, pause_mode};
-use super::variables::with_variable;
 use crate::api::{AdapterChange, Retain};
 use crate::config::{Lifeline, LogFormat};
 use crate::duration;
@@ -131,6 +130,17 @@ pub(super) struct RunArgs {
     /// The model and vLLM's flags, unchanged. Without them the sidecar waits for engines that are started separately.
     #[arg(last = true, value_name = "MODEL [VLLM FLAGS]")]
     pub vllm: Vec<String>,
+}
+
+/// Every option of `run` can also be given as a variable: `SIDECAR_DP_RANK` for `--dp-rank`.
+fn with_variable(option: Arg) -> Arg {
+    match option.get_long() {
+        Some(name) if name != DRY_RUN => {
+            let variable = format!("SIDECAR_{}", name.to_uppercase().replace('-', "_"));
+            option.env(variable)
+        }
+        _ => option,
+    }
 }
 
 #[derive(Debug, Args)]

@@ -1,19 +1,8 @@
 //! Options that are given as variables.
 
-use clap::{Arg, CommandFactory as _};
+use clap::CommandFactory as _;
 
-use super::args::{Cli, DRY_RUN};
-
-/// Every option of `run` can also be given as a variable: `SIDECAR_DP_RANK` for `--dp-rank`.
-pub(super) fn with_variable(option: Arg) -> Arg {
-    match option.get_long() {
-        Some(name) if name != DRY_RUN => {
-            let variable = format!("SIDECAR_{}", name.to_uppercase().replace('-', "_"));
-            option.env(variable)
-        }
-        _ => option,
-    }
-}
+use super::args::Cli;
 
 /// Variables of options of `run` that Kubernetes has set for a service of this name: `SIDECAR_PORT=tcp://10.0.0.1:80`
 /// for one that is called `sidecar`. They are not meant for us.

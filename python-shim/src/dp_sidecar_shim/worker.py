@@ -87,10 +87,9 @@ def info(worker: Any, path: str | None = None, tensors: Any = ()) -> dict[str, A
         found["load_format"] = str(getattr(load.load_format, "value", load.load_format))
         found["model_path"] = local_directory(model, load)
         found["files"] = reload.files_in(worker, path or found["model_path"])
-        module = reload.model_of(worker)
-        found["tied"] = names.tied(module)
+        found["tied"] = names.tied(reload.model_of(worker))
         # Who asks about none does not have a twin made.
-        found["ignored"] = names.ignored(worker, module, list(tensors)) if tensors else []
+        found["ignored"] = tensors and names.ignored(worker, reload.model_of(worker), tensors)
 
     return answer(worker, tell, shim_version=__version__)
 
