@@ -173,6 +173,13 @@ impl fmt::Display for UpdateId {
 pub struct WeightVersion(pub String);
 
 impl WeightVersion {
+    /// What is said where nobody but a frontend knows which weights the engines hold.
+    pub const UNKNOWN: &str = "unknown";
+
+    pub fn unknown() -> Self {
+        Self(Self::UNKNOWN.to_owned())
+    }
+
     /// Characters of a label, at most: it rides on every output.
     pub const LONGEST: usize = 128;
 

@@ -1,5 +1,6 @@
 //! The control machine: rounds, the lock, leases; and seeds.
 
+mod sleep;
 mod weights;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -7,6 +8,7 @@ use std::time::Duration;
 
 use dp_sidecar_protocol::machine::control::{Action, Control, Event, Grant, OwnerId};
 use dp_sidecar_protocol::machine::held_call::{HeldCall, Verdict};
+use dp_sidecar_protocol::machine::memory::Memory;
 use dp_sidecar_protocol::machine::mutation::Mutation;
 use dp_sidecar_protocol::{EngineIndex, FrontendId, GroupKind, PausedBy, Time};
 use rand::{Rng, SeedableRng};
@@ -18,10 +20,13 @@ use super::laws;
 fn control(ranks: u16, lockstep: bool) -> Control {
     let mut control = Control::new((0..ranks).map(EngineIndex), GroupKind::of(lockstep));
     for rank in 0..ranks {
-        let rank = EngineIndex(rank);
-        control.handle_event(Time::ZERO, Event::EngineUp { rank });
+        control.handle_event(Time::ZERO, up(rank));
     }
     control
+}
+
+fn up(rank: u16) -> Event {
+    Event::EngineUp { rank: EngineIndex(rank), memory: Memory::default() }
 }
 
 fn held(rank: u16, ticket: u64, frontend: u64, method: &str) -> Event {
@@ -138,9 +143,8 @@ fn calls_are_refused_with_the_name_and_phase_of_the_running_update() {
     let granted = actions(&mut control);
     assert!(matches!(&granted[0], Action::Decide { verdict: Verdict::Refuse(text), .. }
         if text.contains("update u1 is running")));
-    assert!(
-        matches!(&granted[1], Action::Granted { owner: OwnerId(9), grant } if *grant == Grant::default())
-    );
+    let Action::Granted { owner: OwnerId(9), grant } = &granted[1] else { panic!("{granted:?}") };
+    assert!(grant.paused_by.is_none() && !grant.external_weights && !grant.asleep(), "{grant:?}");
     let doing = Event::Doing { owner: OwnerId(9), what: "loading".to_owned() };
     control.handle_event(at(2), doing);
     control.handle_event(at(3), held(1, 1, 1, "resume_scheduler"));
@@ -283,7 +287,7 @@ fn an_independent_engine_that_starts_again_into_a_pause_is_paused() {
     pause(&mut control, at(0), 1, 1);
     let down = Event::EngineDown { rank: EngineIndex(1), reason: "killed".to_owned() };
     control.handle_event(at(1), down);
-    control.handle_event(at(9), Event::EngineUp { rank: EngineIndex(1) });
+    control.handle_event(at(9), up(1));
     let calls: Vec<_> =
         actions(&mut control).into_iter().filter(|action| matches!(action, Action::Call { .. })).collect();
     assert!(matches!(calls[..], [Action::Call { rank: EngineIndex(1), method: "pause_scheduler", .. }]));
@@ -369,7 +373,7 @@ fn simulate(seed: u64, counts: &mut Counts) {
             8 if !quiet && !calm && rng.random_bool(0.3) => {
                 let rank = rng.random_range(0..ranks);
                 if down.remove(&rank) {
-                    Some(Event::EngineUp { rank: EngineIndex(rank) })
+                    Some(up(rank))
                 } else {
                     down.insert(rank);
                     calls.retain(|(at, _)| *at != rank);

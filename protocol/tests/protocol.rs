@@ -17,5 +17,6 @@ mod lifecycle;
 mod lifecycle_sim;
 mod properties;
 mod sim;
+mod sleep_sim;
 mod virtual_engine;
 mod weight_update;

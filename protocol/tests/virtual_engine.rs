@@ -1,11 +1,14 @@
 //! The rules of the virtual engine, one by one. The simulation in the machine's folder mixes them.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap fails the test")]
 
+mod memory;
+
 use std::time::Duration;
 
 use bytes::Bytes;
 use dp_sidecar_protocol::layout::Layout;
 use dp_sidecar_protocol::machine::held_call::{HeldCall, Verdict};
+use dp_sidecar_protocol::machine::memory::Memory;
 use dp_sidecar_protocol::machine::virtual_engine::{Action, CallError, Config, Event, Limits, VirtualEngine};
 use dp_sidecar_protocol::output::{EngineOutput, FinishReason, NewOutput, NewOutputs};
 use dp_sidecar_protocol::request::{NewRequest, encode_abort};

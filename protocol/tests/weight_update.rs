@@ -28,6 +28,7 @@ fn begin(id: &str) -> Begin {
         pause_deadline: Duration::from_secs(30),
         participants: (0..2).map(|rank| (EngineIndex(rank), participant)).collect(),
         paused_before: false,
+        asleep: false,
         external_weights: false,
         forward_only: false,
     }

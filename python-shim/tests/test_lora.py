@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_checkpoint import write
 
-from dp_sidecar_shim import PROTOCOL, adapters, calls, lora
+from dp_sidecar_shim import PROTOCOL, adapters, lora
 from dp_sidecar_shim.adapters import SCHEME
 
 torch = pytest.importorskip("torch")
@@ -274,9 +274,3 @@ def test_engines_without_lora_and_unknown_managers_say_so(tmp_path):
     assert call(None, "replace", folder)["error_kind"] == "disabled"
     assert call(WorkerManager(), "replace", folder)["error_kind"] == "unsupported"
     assert lora.lora(object(), None)["ok"] is False
-
-
-def test_one_change_at_a_time(manager, tmp_path):
-    folder = make(tmp_path / "a", 1)
-    with calls._changing:
-        assert call(manager, "replace", folder)["error_kind"] == "busy"

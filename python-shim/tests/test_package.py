@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dp_sidecar_shim import PROTOCOL, attach, calls, register, worker
+from dp_sidecar_shim import PROTOCOL, attach, register, worker
 
 
 def test_importing_and_registering_imports_neither_torch_nor_vllm():
@@ -153,12 +153,6 @@ def test_a_bad_request_is_refused_and_touches_nothing(request_map, kind):
     assert answer["error_kind"] == kind, answer
     assert answer["protocol"] == PROTOCOL
     assert (answer["dp_rank"], answer["rank"]) == (3, 1)
-
-
-def test_a_second_load_at_the_same_time_is_refused():
-    with calls._changing:
-        answer = worker.load(a_worker(), a_request())
-    assert (answer["state"], answer["error_kind"]) == ("unchanged", "busy")
 
 
 def test_info_about_a_worker_that_has_nothing_answers_instead_of_raising():

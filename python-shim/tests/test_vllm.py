@@ -184,8 +184,36 @@ def test_info_says_who_the_worker_is(engine):
     assert info["vllm_version"].startswith("0.")
     assert info["protocol"] == PROTOCOL
     assert info["ignored"] == []
+    assert (info["draft"], info["kv_connectors"]) == (None, [])
     # Some modules of one model have two names.
     assert all(copy.split(".")[-2:] == of.split(".")[-2:] for copy, of in info["tied"])
+
+
+@pytest.mark.parametrize(
+    ("kinds", "kept"),
+    [
+        ([], []),
+        (["OffloadingConnector"], []),
+        (["ExampleConnector"], ["ExampleConnector"]),
+        (["OffloadingConnector", "ExampleConnector"], ["ExampleConnector"]),
+    ],
+)
+def test_kv_connectors_that_cannot_drop_their_blocks_are_named(kinds, kept, monkeypatch):
+    """vLLM's own classes; several are parts of a `MultiConnector`, which answers for all."""
+    from vllm.distributed.kv_transfer import kv_transfer_state
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    def made(name: str):
+        kind = KVConnectorFactory.get_connector_class_by_name(name)
+        return object.__new__(kind)
+
+    parts = [made(name) for name in kinds]
+    connector = parts[0] if len(parts) == 1 else None
+    if len(parts) > 1:
+        connector = made("MultiConnector")
+        connector._connectors = parts
+    monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", connector)
+    assert worker.connectors_that_keep() == kept
 
 
 def test_a_load_takes_over_exactly_the_new_weights(engine, references):

@@ -202,6 +202,19 @@ fn check(command: &Command) -> Result<(), AdminError> {
         Command::Update(request) => {
             request.check().map_err(|problem| AdminError::new(ErrorKind::Invalid, problem))
         }
+        Command::Sleep { level, .. } if !(1..=2).contains(level) => {
+            let text = format!("there is no sleep of level {level}: 1 keeps the weights, 2 discards them");
+            Err(AdminError::new(ErrorKind::Invalid, text))
+        }
+        Command::Wake { tags } => {
+            match tags.iter().find(|tag| !matches!(tag.as_str(), "weights" | "kv_cache")) {
+                Some(tag) => {
+                    let text = format!("there is no tag {tag:?}: expected weights or kv_cache");
+                    Err(AdminError::new(ErrorKind::Invalid, text))
+                }
+                None => Ok(()),
+            }
+        }
         _ => Ok(()),
     }
 }

@@ -11,7 +11,9 @@ use dp_sidecar_protocol::machine::weight_update::PauseMode;
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
-use super::{FrontendStatus, Status, UpdateProgress, UpdateReport, UpdateRequest, VersionReport};
+use super::{
+    FrontendStatus, SleepReport, Status, UpdateProgress, UpdateReport, UpdateRequest, VersionReport,
+};
 
 /// Version of this protocol. The server refuses a request of another version.
 pub const ADMIN_PROTOCOL: u32 = 2;
@@ -20,6 +22,8 @@ pub const ADMIN_PROTOCOL: u32 = 2;
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// To pause or resume all engines, on top of the pause's own deadline.
 const CONTROL_LIMIT: Duration = Duration::from_secs(180);
+/// To move the weights of an engine to the host's memory, or back.
+pub const SLEEP_LIMIT: Duration = Duration::from_secs(600);
 /// Pause deadline assumed when the client leaves it to the sidecar.
 const PAUSE_LIMIT: Duration = Duration::from_secs(3600);
 /// The transaction of an update has limits of its own for each phase; this only keeps a connection from living for
@@ -52,6 +56,12 @@ pub enum Command {
     Pause { mode: PauseMode, deadline_ms: Option<u64> },
     /// Resume all engines, also after [`Command::Drain`].
     Resume,
+    /// Pause all engines and free memory of their devices, until [`Command::Wake`]. Level 1 keeps the weights in the
+    /// host's memory, level 2 discards them.
+    Sleep { level: u8, mode: PauseMode, deadline_ms: Option<u64> },
+    /// Bring parts of the engines' memory back: `weights`, `kv_cache`; none: all that sleeps. Engines that are fully
+    /// awake are resumed.
+    Wake { tags: Vec<String> },
     /// Versions of the sidecar, the engines and the weights.
     Version,
     /// Attach to one more frontend, with this handshake address (`host:port`).
@@ -81,6 +91,11 @@ impl Command {
             Self::Pause { deadline_ms, .. } => {
                 deadline_ms.map_or(PAUSE_LIMIT, Duration::from_millis).saturating_add(CONTROL_LIMIT)
             }
+            Self::Sleep { deadline_ms, .. } => {
+                let pause = deadline_ms.map_or(PAUSE_LIMIT, Duration::from_millis);
+                pause.saturating_add(CONTROL_LIMIT + SLEEP_LIMIT)
+            }
+            Self::Wake { .. } => CONTROL_LIMIT + SLEEP_LIMIT,
             Self::Resume | Self::Drain | Self::FrontendRemove { .. } => CONTROL_LIMIT,
             Self::Update(_) | Self::UpdateFollow { .. } => UPDATE_LIMIT,
             Self::Status
@@ -146,6 +161,8 @@ pub enum Response {
     Update(UpdateReport),
     /// To [`Command::UpdateHistory`].
     Updates(Vec<UpdateReport>),
+    /// To [`Command::Sleep`] and [`Command::Wake`], also when some ranks failed.
+    Sleep(SleepReport),
     Done,
     /// It is refused, or failed.
     Error(AdminError),

@@ -2,9 +2,11 @@
 //! them.
 
 mod command;
+mod sleep;
 mod status;
 mod update;
 
 pub use command::*;
+pub use sleep::*;
 pub use status::*;
 pub use update::*;

@@ -120,8 +120,14 @@ pub struct EngineStatus {
     /// Which life of the rank this is.
     pub incarnation: u64,
     /// Version of the weights that it holds, once it is admitted: `unknown` while it loads, and when a frontend has
-    /// loaded them. Only the leader knows it.
+    /// changed or discarded them. Only the leader knows it.
     pub weight_version: Option<String>,
+    /// Parts of its memory that sleep: `weights`, `kv_cache`.
+    #[serde(default)]
+    pub asleep: Vec<String>,
+    /// Its weights were discarded (`sleep` of level 2) and nothing was loaded since: new requests are held.
+    #[serde(default)]
+    pub without_weights: bool,
     /// Requests waiting in its scheduler.
     pub waiting: u64,
     /// Requests running.
@@ -158,7 +164,7 @@ pub struct FrontendStatus {
 /// Weights of the deployment.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct WeightsStatus {
-    /// Committed version.
+    /// Committed version; `unknown` if a frontend has changed or discarded the weights since.
     pub version: String,
     /// Directory it was loaded from, if known.
     pub dir: Option<String>,

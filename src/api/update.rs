@@ -35,6 +35,8 @@ pub struct UpdateRequest {
     pub pause_deadline_ms: Option<u64>,
     /// Update although the current weights cannot be loaded again after a failure.
     pub allow_no_rollback: bool,
+    /// Update although a KV connector keeps blocks that were computed with the current weights.
+    pub allow_stale_kv: bool,
     /// Prefixes of tensors' names, and what the model has there instead.
     pub rename: Renames,
     /// Refuse element types that vLLM would cast.
@@ -261,8 +263,8 @@ impl From<&Outcome> for ReportStatus {
     }
 }
 
-/// Version of weights that a frontend has loaded by itself.
-pub const UNKNOWN: &str = "unknown";
+/// Version of weights that a frontend has loaded by itself, or discarded.
+pub const UNKNOWN: &str = WeightVersion::UNKNOWN;
 
 /// Final word on an update.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -271,7 +273,7 @@ pub struct UpdateReport {
     pub id: UpdateId,
     /// How it ended.
     pub status: ReportStatus,
-    /// Version that the admitted engines hold now.
+    /// Version that the admitted engines hold now; `unknown` if a frontend has loaded or discarded weights.
     pub version: WeightVersion,
     /// Version they held before.
     pub previous: WeightVersion,
@@ -285,6 +287,9 @@ pub struct UpdateReport {
     pub paused_s: f64,
     /// Bytes of the checkpoint.
     pub bytes: u64,
+    /// Parts of the engines' memory slept during the update and still do: they serve when they are woken up.
+    #[serde(default)]
+    pub asleep: bool,
     /// What it took on each engine.
     #[serde(default)]
     pub engines: BTreeMap<EngineIndex, EngineTimes>,

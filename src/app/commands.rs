@@ -4,17 +4,18 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use dp_sidecar_protocol::EngineIndex;
+use dp_sidecar_protocol::machine::memory::Weights;
 use tokio::sync::watch;
 
 use super::Run;
 use super::drain::Drained;
 use super::nodes::Gathered;
 use super::runtime::Answers;
-use super::updates;
-use crate::api::{AdminError, Command, ErrorKind, Reply, Response, Status};
-use crate::driver::control::{ControlError, ControlHandle};
+use super::{status, updates};
+use crate::api::{AdminError, Command, EngineMemory, ErrorKind, Reply, Response, SleepReport, Status};
+use crate::driver::control::{ControlError, ControlHandle, Slept};
 use crate::driver::handles::{
-    AttachmentHandle, CoordinatorHandle, EdgeHandle, HandleError, Origin, RankHandle,
+    AttachmentHandle, CoordinatorHandle, EdgeHandle, HandleError, Memory, Origin, RankHandle,
 };
 use crate::driver::node::NodeRank;
 use crate::driver::weight_update::UpdateHandle;
@@ -73,6 +74,13 @@ impl Answers for Handles {
                     self.control.resume(PATIENCE).await?;
                 }
             }
+            Command::Sleep { level, mode, deadline_ms } => {
+                let deadline = deadline_ms.map_or(self.run.config.pause_deadline, Duration::from_millis);
+                return Ok(self.slept(self.control.sleep(level, mode, deadline, PATIENCE).await?));
+            }
+            Command::Wake { tags } => {
+                return Ok(self.slept(self.control.wake(&tags, PATIENCE).await?));
+            }
             Command::FrontendAdd { address } => {
                 if let Some(nodes) = &self.run.config.nodes {
                     nodes
@@ -93,6 +101,22 @@ impl Answers for Handles {
 }
 
 impl Handles {
+    /// The report on a sleep or a wake-up.
+    fn slept(&self, slept: Slept) -> Response {
+        let engine = |(rank, (memory, error)): (EngineIndex, (Memory, Option<String>))| EngineMemory {
+            rank,
+            asleep: status::asleep(&memory),
+            without_weights: memory.weights == Weights::Gone,
+            error,
+        };
+        let external = self.control.snapshot.borrow().external_weights;
+        Response::Sleep(SleepReport {
+            engines: slept.engines.into_iter().map(engine).collect(),
+            paused: slept.paused,
+            version: updates::weights(&self.updates, external).version,
+        })
+    }
+
     /// Refuses a frontend that can never be attached, if it is there to say how many API servers it has.
     async fn check_slots(&self, address: String) -> Result<(), AdminError> {
         let slots = self.run.config.frontend_slots;
@@ -131,7 +155,7 @@ impl From<ControlError> for AdminError {
         let kind = match &error {
             ControlError::Busy { .. } => ErrorKind::Busy,
             ControlError::Incomplete { .. } => ErrorKind::Unavailable,
-            ControlError::Ranks { .. } => ErrorKind::Failed,
+            ControlError::Ranks { .. } | ControlError::Asleep | ControlError::NoWeights => ErrorKind::Failed,
             ControlError::Gone => return Self::stopping(),
         };
         Self::new(kind, error.to_string())

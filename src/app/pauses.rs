@@ -84,7 +84,7 @@ mod tests {
             rank.engine.lock().paused = true;
         }
         let guard = control.acquire("recovery", Duration::from_secs(1)).await.unwrap();
-        guard.inherit(PausedBy::Frontend { id: FrontendId(7) }, false).await;
+        guard.set_paused(Some(PausedBy::Frontend { id: FrontendId(7) })).await;
         guard.release().await;
         let show = |id: &u64| FrontendSnapshot { id: Some(*id), ..FrontendSnapshot::default() };
         snapshots.send_replace(attached.iter().map(show).collect());

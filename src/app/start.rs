@@ -19,9 +19,7 @@ use super::{Leading, Run};
 use crate::api::AdminCommand;
 use crate::driver::attachment::{self, AttachmentConfig};
 use crate::driver::frontend;
-use crate::driver::handles::{
-    AttachmentCommand, AttachmentHandle, Deployment, EdgeHandle, NodeId, NodeState, Origin,
-};
+use crate::driver::handles::{AttachmentHandle, Deployment, EdgeHandle, NodeId, NodeState, Origin};
 use crate::driver::node::{Inputs, Node, NodePeers, Outputs, Peers};
 use crate::driver::weight_update::{StageReports, UpdateConfig, UpdateNode};
 use crate::driver::{control, coordinator, weight_update};
@@ -218,9 +216,10 @@ pub(super) async fn start(
 /// Has routes closed that an earlier sidecar has left and nobody knows.
 async fn tell_routes(attachments: &AttachmentHandle, states: &BTreeMap<NodeId, NodeState>) {
     for (&rank, state) in states.values().flat_map(|state| &state.ranks) {
-        let routes = AttachmentCommand::Routes { rank, routes: state.routes.clone() };
-        if !state.routes.is_empty() && attachments.commands.send(routes).await.is_err() {
-            debug!("no attachments task");
+        if !state.routes.is_empty()
+            && let Err(error) = attachments.routes(rank, state.routes.clone()).await
+        {
+            debug!(%error, "no attachments task");
         }
     }
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use dp_sidecar_protocol::machine::lifecycle::Phase;
+use dp_sidecar_protocol::machine::memory::Weights;
 
 use super::commands::Handles;
 use super::nodes;
@@ -13,7 +14,7 @@ use crate::api::{
     UNKNOWN, VersionReport, WeightsStatus,
 };
 use crate::config::{Config, Serve};
-use crate::driver::handles::{EdgeVersion, RankSnapshot};
+use crate::driver::handles::{EdgeVersion, Memory, RankSnapshot};
 
 /// For the answer of a node's relay process.
 const RELAY_LIMIT: Duration = Duration::from_secs(3);
@@ -81,6 +82,10 @@ impl Handles {
                 let held = if in_doubt.contains(&handle.rank) { UNKNOWN } else { &version };
                 status.weight_version = (rank.life.phase == Phase::Serving).then(|| held.to_owned());
             }
+            if snapshot.memory.weights != Weights::Known {
+                // Its stamp is that of weights that it had.
+                status.weight_version = Some(UNKNOWN.to_owned());
+            }
             engines.push(status);
         }
         engines
@@ -133,6 +138,8 @@ pub(super) fn engine(snapshot: &RankSnapshot) -> EngineStatus {
     EngineStatus {
         rank: snapshot.rank,
         incarnation: snapshot.incarnation.0,
+        asleep: asleep(&snapshot.memory),
+        without_weights: snapshot.memory.weights == Weights::Gone,
         in_flight: snapshot.in_flight.values().sum(),
         held: snapshot.held,
         held_bytes: snapshot.held_bytes,
@@ -140,6 +147,12 @@ pub(super) fn engine(snapshot: &RankSnapshot) -> EngineStatus {
         last_refusal: snapshot.last_refusal.clone(),
         ..EngineStatus::default()
     }
+}
+
+/// Tags of the memory that sleeps, as `wake` takes them.
+pub(super) fn asleep(memory: &Memory) -> Vec<String> {
+    let tags = [("weights", memory.weights_sleep), ("kv_cache", memory.cache_sleeps)];
+    tags.into_iter().filter(|(_, sleeps)| *sleeps).map(|(tag, _)| tag.to_owned()).collect()
 }
 
 /// The words of `sidecar status`.

@@ -1,11 +1,16 @@
 //! The command line, as clap sees it.
 
+mod sleep;
+
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Arg, Args, Parser, Subcommand};
 use dp_sidecar_protocol::machine::weight_update::PauseMode;
+
+use sleep::{SLEEP, WAKE};
+pub(super) use sleep::{SleepArgs, WakeArgs};
 
 use super::children::{KeeperArgs, RelayArgs};
 use super::values::{ModelKind, Source, model_kind, parse_lora, parse_rename, parse_source, pause_mode};
@@ -36,6 +41,7 @@ Examples:
     sidecar status --watch
     sidecar update --path /models/step-200 --version step-200
     sidecar frontend add 127.0.0.1:29552
+    sidecar sleep --level 2 (and --help: the sequence of colocated training)
     sidecar stop
 
 What would be started, and where each value comes from:
@@ -94,6 +100,12 @@ pub(super) enum Command {
     Pause(PauseArgs),
     /// Resume all engines.
     Resume(Target),
+    /// Free memory of the devices of all engines until `wake`.
+    #[command(long_about = SLEEP)]
+    Sleep(SleepArgs),
+    /// Wake up all engines, or parts of their memory, after a sleep.
+    #[command(long_about = WAKE)]
+    Wake(WakeArgs),
     /// Versions of the sidecar, its relay processes, the engines and the weights.
     Version(VersionArgs),
     /// Frontends: attach, detach, list.
@@ -453,6 +465,10 @@ pub(super) struct UpdateArgs {
     /// Update although a rollback is impossible: neither memory nor a directory holds the current weights any more.
     #[arg(long)]
     pub allow_no_rollback: bool,
+    /// Update although a KV connector (LMCache, NIXL) cannot drop the blocks that it keeps: requests may go on from blocks
+    /// of the current weights.
+    #[arg(long)]
+    pub allow_stale_kv: bool,
     /// Load tensors whose names begin with FROM under names that begin with TO instead. May be given several times; the
     /// longest FROM that matches counts. A refusal because of names says what would fit.
     #[arg(long, value_parser = parse_rename, value_name = "FROM=TO")]

@@ -8,6 +8,7 @@ mod commands;
 mod normalize;
 mod progress;
 mod run;
+mod sleep;
 mod status;
 mod table;
 mod update;
@@ -72,6 +73,8 @@ fn dispatch(args: impl Iterator<Item = OsString>) -> u8 {
         Command::Status(args) => status::status(&args),
         Command::Pause(args) => commands::pause(&args),
         Command::Resume(target) => commands::resume(&target),
+        Command::Sleep(args) => sleep::sleep(&args),
+        Command::Wake(args) => sleep::wake(&args),
         Command::Version(args) => commands::version(&args),
         Command::Frontend(args) => commands::frontend(&args),
         Command::Drain(args) => commands::drain(&args),

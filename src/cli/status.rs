@@ -135,6 +135,9 @@ pub(super) fn update_line(report: &UpdateReport) -> String {
         "{}: {outcome}, {} -> {}, {:.1} s, engines paused {:.2} s",
         report.id, report.previous, report.version, report.total_s, report.paused_s
     );
+    if report.asleep {
+        text.push_str(", still asleep");
+    }
     if !report.fenced.is_empty() {
         let ranks: Vec<String> = report.fenced.iter().map(ToString::to_string).collect();
         text.push_str(&format!(", fenced ranks {}", ranks.join(" ")));
@@ -197,6 +200,15 @@ fn engines(engines: &[EngineStatus]) -> String {
     };
     let mut text = table(columns, engines.iter().map(row));
     for engine in engines {
+        if !engine.asleep.is_empty() {
+            text.push_str(&format!("  rank {} SLEEPS: {}\n", engine.rank, engine.asleep.join(", ")));
+        }
+        if engine.without_weights {
+            text.push_str(&format!(
+                "  rank {} has NO WEIGHTS since a sleep of level 2, and holds new requests until others are loaded\n",
+                engine.rank
+            ));
+        }
         if let Some(reason) = &engine.last_refusal {
             let (rank, refused) = (engine.rank, engine.refused);
             text.push_str(&format!(

@@ -88,6 +88,7 @@ fn command(args: &UpdateArgs) -> Result<Command, String> {
         from_version: args.from_version.clone().map(WeightVersion),
         id: args.id.clone().map(UpdateId),
         allow_no_rollback: args.allow_no_rollback,
+        allow_stale_kv: args.allow_stale_kv,
         strict_dtype: args.strict_dtype,
     };
     request.check()?;

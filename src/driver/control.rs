@@ -1,5 +1,6 @@
 //! The control task: drives the control machine. See `protocol::machine::control` for the rules.
 
+mod sleep;
 #[cfg(test)]
 mod tests;
 
@@ -9,6 +10,7 @@ use std::time::Duration;
 use dp_sidecar_protocol::machine::control::{
     Action, Control, Event, Grant, OwnerId, ROUND_TIMEOUT, Severity, Snapshot,
 };
+use dp_sidecar_protocol::machine::policy::Effect;
 use dp_sidecar_protocol::machine::weight_update::PauseMode;
 use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, PausedBy};
 use futures::future::join_all;
@@ -24,6 +26,8 @@ use tracing::{debug, info, warn};
 use super::handles::{CallResult, GroupKind, HandleError, HeldCall, RankHandle, Release, Verdict};
 use super::{Clock, engine_calls, replace_if_other};
 use crate::tasks;
+
+pub use sleep::Slept;
 
 /// Commands waiting for the task.
 const COMMANDS: usize = 64;
@@ -57,6 +61,15 @@ pub enum ControlError {
         /// `rank 1: reason, ..`.
         failures: String,
     },
+    /// vLLM would compute in memory that is not there.
+    #[error("the engines sleep: wake them up (`sidecar wake`), which resumes them")]
+    Asleep,
+    /// They would answer with garbage.
+    #[error(
+        "the weights were discarded by a sleep of level 2: `sidecar wake --tag weights`, then `sidecar update`, then \
+         `sidecar wake`"
+    )]
+    NoWeights,
     /// The control task has ended.
     #[error("the control task has ended")]
     Gone,
@@ -113,10 +126,14 @@ impl ControlGuard {
         self.tell(Event::PausedSet { owner, paused_by }).await;
     }
 
-    /// Records that the engines were found paused, as an earlier sidecar left them.
-    pub async fn inherit(&self, paused_by: PausedBy, asleep: bool) {
-        let owner = self.owner;
-        self.tell(Event::Inherited { owner, paused_by, asleep }).await;
+    /// Records that these engines are about to be called.
+    async fn calling(&self, ranks: Vec<EngineIndex>, effect: Effect) {
+        self.tell(Event::Calling { owner: self.owner, ranks, effect }).await;
+    }
+
+    /// Records what one of them has answered.
+    async fn called(&self, rank: EngineIndex, effect: Effect, result: Result<Value, String>) {
+        self.tell(Event::Called { owner: self.owner, rank, effect, result }).await;
     }
 
     /// Records that the engines hold weights that the sidecar has loaded.
@@ -218,6 +235,12 @@ impl ControlHandle {
     }
 
     async fn resume_all(&self, guard: &ControlGuard) -> Result<(), ControlError> {
+        if guard.grant.asleep() {
+            return Err(ControlError::Asleep);
+        }
+        if guard.grant.without_weights() {
+            return Err(ControlError::NoWeights);
+        }
         if guard.grant.paused_by.is_none() {
             return Ok(());
         }
@@ -372,7 +395,10 @@ impl Task {
         };
         // Without its task it does not serve.
         let ended = snapshot.has_changed().is_err();
-        let life = Some(snapshot.borrow()).filter(|of| of.admitted && !ended).map(|of| of.incarnation);
+        let (life, memory) = {
+            let of = snapshot.borrow();
+            (Some(of.incarnation).filter(|_| of.admitted && !ended), of.memory)
+        };
         let known = self.lives.get(&rank).copied();
         let now = self.clock.now();
         if known.is_some() && known != life {
@@ -384,7 +410,7 @@ impl Task {
             && known != life
         {
             self.lives.insert(rank, incarnation);
-            self.machine.handle_event(now, Event::EngineUp { rank });
+            self.machine.handle_event(now, Event::EngineUp { rank, memory });
         }
     }
 

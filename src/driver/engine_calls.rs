@@ -71,6 +71,24 @@ pub(crate) async fn resume(rank: &RankHandle, limit: Duration) -> CallResult {
     call_any(rank, &["resume_scheduler", "resume_generation"], &[], limit).await
 }
 
+/// Puts one rank to sleep that is paused: what it still has is kept. Of a lockstep group all ranks must be called at the
+/// same time.
+pub(crate) async fn sleep(rank: &RankHandle, level: u8, limit: Duration) -> CallResult {
+    let args = [Value::from(level), Value::from(PauseMode::Keep.as_str())];
+    match rank.call("sleep", args.to_vec(), limit).await {
+        // (level) alone before 0.16.0.
+        Err(HandleError::Failed(text)) if is_about_arguments(&text) => {
+            rank.call("sleep", args[..1].to_vec(), limit).await
+        }
+        answer => answer,
+    }
+}
+
+/// Wakes up one rank. Of a lockstep group all ranks must be called at the same time.
+pub(crate) async fn wake_up(rank: &RankHandle, args: &[Value], limit: Duration) -> CallResult {
+    rank.call("wake_up", args.to_vec(), limit).await
+}
+
 /// Calls a method of the shim in all workers of a rank.
 pub(crate) async fn worker_call(
     rank: &RankHandle,

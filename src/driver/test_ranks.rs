@@ -64,6 +64,9 @@ pub(crate) struct Engine {
     pub(crate) tied: Vec<(&'static str, &'static str)>,
     /// Names of tensors that its loader passes over.
     pub(crate) ignored: Vec<String>,
+    pub(crate) draft: Option<&'static str>,
+    /// KV connectors that cannot drop what they keep.
+    pub(crate) kv_connectors: Vec<&'static str>,
 }
 
 /// A fake rank and its engine.
@@ -90,7 +93,7 @@ impl FakeRank {
         let engine = Arc::new(Mutex::new(Engine {
             log: Vec::new(),
             model_path: model_path.to_owned(),
-            shim_protocol: Some(5),
+            shim_protocol: Some(6),
             weights: model_path.to_owned(),
             version: "default".to_owned(),
             paused: false,
@@ -106,6 +109,8 @@ impl FakeRank {
             load_format: "auto",
             tied: Vec::new(),
             ignored: Vec::new(),
+            draft: None,
+            kv_connectors: Vec::new(),
         }));
         let changed = Arc::new(Notify::new());
         // Ends with its queue, which ends with the handle.
@@ -313,6 +318,11 @@ fn info(engine: &Engine, path: Option<&str>, tensors: &Value) -> Result<Value, H
         ("files", files(path.unwrap_or(&engine.model_path))),
         ("tied", Value::Array(tied.collect())),
         ("ignored", Value::Array(ignored.collect())),
+        ("draft", engine.draft.map_or(Value::Nil, Value::from)),
+        (
+            "kv_connectors",
+            engine.kv_connectors.iter().map(|name| Value::from(*name)).collect::<Vec<_>>().into(),
+        ),
         ("rank", Value::from(0)),
         ("max_lora_rank", Value::from(16)),
     ])]))

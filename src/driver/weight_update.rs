@@ -462,7 +462,11 @@ impl Task {
         for (rank, handle) in &self.tools.ranks {
             let seen = {
                 let snapshot = handle.snapshot.borrow();
-                Seen { incarnation: snapshot.incarnation, admitted: snapshot.admitted }
+                Seen {
+                    incarnation: snapshot.incarnation,
+                    admitted: snapshot.admitted,
+                    memory: snapshot.memory,
+                }
             };
             if self.seen.get(rank) != Some(&seen) {
                 self.seen.insert(*rank, seen);
@@ -479,7 +483,7 @@ impl Task {
 
     /// Whether the weights can be updated, for people.
     fn updates(&self) -> String {
-        let mut without_way_back = None;
+        let mut only_with = None;
         for (rank, _) in self.machine.lives() {
             match self.infos.get(&rank) {
                 None => return format!("not known yet: rank {rank} has not been asked"),
@@ -488,13 +492,15 @@ impl Task {
                     if let Some(reason) = info.refuses() {
                         return format!("no: rank {rank}: {reason}");
                     }
-                    let reason = info.holds_other().filter(|_| self.machine.committed().is_none());
-                    without_way_back = without_way_back.or_else(|| Some((rank, reason?)));
+                    let no_way_back = info.holds_other().filter(|_| self.machine.committed().is_none());
+                    let no_way_back = no_way_back.map(|reason| ("--allow-no-rollback", rank, reason));
+                    let stale_kv = info.keeps_kv().map(|reason| ("--allow-stale-kv", rank, reason));
+                    only_with = only_with.or(no_way_back).or(stale_kv);
                 }
             }
         }
-        match without_way_back {
-            Some((rank, reason)) => format!("only with --allow-no-rollback: rank {rank}: {reason}"),
+        match only_with {
+            Some((flag, rank, reason)) => format!("only with {flag}: rank {rank}: {reason}"),
             None => "possible".to_owned(),
         }
     }
@@ -518,8 +524,7 @@ impl Task {
 
 /// The pause of the operator or of a frontend, and whether a frontend has loaded weights.
 fn control_seen(now: &dp_sidecar_protocol::machine::control::Snapshot) -> (Option<Pause>, bool) {
-    let asleep = now.asleep;
-    (now.paused_by.clone().map(|by| Pause { by, asleep }), now.external_weights)
+    (now.paused_by.clone().map(|by| Pause { by }), now.external_weights)
 }
 
 /// Gives everybody who follows an update its record.

@@ -337,6 +337,7 @@ fn report(status: ReportStatus) -> UpdateReport {
         fenced: Vec::new(),
         total_s: 1.0,
         paused_s: 0.5,
+        asleep: false,
         bytes: 100,
         engines: Default::default(),
         phases: Default::default(),

@@ -87,7 +87,9 @@ async fn last(mut answers: Answers) -> Result<Response, HttpError> {
             Answer::Done => StatusCode::ACCEPTED.into_response(),
             Answer::Error(error) => return Err(error.into()),
             // To commands that are not given over HTTP.
-            Answer::Status(_) | Answer::Frontends(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+            Answer::Status(_) | Answer::Frontends(_) | Answer::Sleep(_) => {
+                StatusCode::INTERNAL_SERVER_ERROR.into_response()
+            }
         };
     })
 }

@@ -242,7 +242,7 @@ async fn rank(
                 engine.lock().routes.insert(route.frontend.0);
                 reply.send::<OpenRoute>(Ok(Slot(1)));
             }
-            RankAsk::CloseRoutes(CloseRoutes { frontend }) => {
+            RankAsk::CloseRoutes(CloseRoutes { frontend, .. }) => {
                 engine.lock().routes.remove(&frontend.0);
                 reply.send::<CloseRoutes>(Ok(()));
             }
@@ -315,7 +315,7 @@ impl Near {
                 NodeAsk::Rank(RANK, open.into())
             }
             (5, _) if !now.routes.is_empty() => {
-                NodeAsk::Rank(RANK, CloseRoutes { frontend: now.routes[0].0 }.into())
+                NodeAsk::Rank(RANK, CloseRoutes { frontend: now.routes[0].0, orphaned: false }.into())
             }
             (6, _) => {
                 let frames = vec![Bytes::from(number.to_string())];
@@ -372,7 +372,8 @@ impl Near {
                     self.known.apply_answer(&ask, result.as_ref());
                     match (&ask, &result) {
                         (NodeAsk::Rank(_, RankAsk::OpenRoute(route)), Err(_)) => {
-                            self.doubtful.push(CloseRoutes { frontend: route.frontend }.into());
+                            self.doubtful
+                                .push(CloseRoutes { frontend: route.frontend, orphaned: false }.into());
                         }
                         (NodeAsk::Rank(_, RankAsk::Prepare(Prepare { incarnation })), Err(_)) => {
                             let (incarnation, reason) = (*incarnation, String::new());

@@ -65,7 +65,7 @@ fn fake_rank() -> (FakeRank, RankHandle) {
                         other => format!("release {ticket} {other:?}"),
                     }
                 }
-                RankAsk::CloseRoutes(CloseRoutes { frontend }) => {
+                RankAsk::CloseRoutes(CloseRoutes { frontend, .. }) => {
                     reply.send::<CloseRoutes>(Ok(()));
                     format!("close {frontend}")
                 }

@@ -86,11 +86,21 @@ impl Identity {
             return Ok(None);
         };
         differs("start time", &self.started.to_string(), &found.started.to_string())?;
+        let same = self.has_program(fs::read_link(format!("/proc/{}/exe", self.pid)))?;
+        Ok(same.then_some(found))
+    }
+
+    /// False: it is ending. Its memory is gone and with it the link to its program, while its files, and the locks on
+    /// them, may still be there.
+    fn has_program(&self, link: io::Result<PathBuf>) -> Result<bool, IdentityError> {
+        let exe = match link {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            link => link.unwrap_or_default(),
+        };
         // That of a program that was replaced has " (deleted)" behind it.
-        let exe = fs::read_link(format!("/proc/{}/exe", self.pid)).unwrap_or_default();
         let exe = exe.to_string_lossy();
         differs("program", &self.exe.to_string_lossy(), exe.strip_suffix(" (deleted)").unwrap_or(&exe))?;
-        Ok(Some(found))
+        Ok(true)
     }
 }
 
@@ -129,6 +139,8 @@ mod tests {
         other("pid namespace", |identity| identity.pid_namespace = "pid:[1]".to_owned());
         other("start time", |identity| identity.started += 1);
         other("program", |identity| identity.exe = "/bin/sh".into());
+        assert_eq!(own.has_program(Err(io::ErrorKind::NotFound.into())), Ok(false), "it is ending");
+        assert!(own.has_program(Err(io::ErrorKind::PermissionDenied.into())).is_err(), "nobody knows");
         let dead = Identity { pid: i32::MAX, ..own };
         assert_eq!(dead.find(), Ok(None));
         // A pid alone, as earlier versions wrote it, names nobody for sure.

@@ -72,7 +72,7 @@ async fn a_frontend_that_lost_a_route_meanwhile_is_told_and_attached_anew() {
     let mut fixture = fixture(2, GroupKind::Independent, 2);
     let (first, address, id) = attached(&fixture).await;
     let zmq = first.address().to_owned();
-    let closed = fixture.handles[1].ask_within(PATIENCE, CloseRoutes { frontend: id });
+    let closed = fixture.handles[1].ask_within(PATIENCE, CloseRoutes { frontend: id, orphaned: false });
     closed.await.unwrap();
 
     fixture.restart().await;
@@ -120,12 +120,33 @@ async fn routes_that_nobody_knows_are_closed_and_frontends_nobody_wants_are_told
     let stranger = FrontendId(other.0 + 5);
     let rank = EngineIndex(1);
     let routes = vec![(id, 0), (stranger, 0), (stranger, 1)];
-    fixture.handle.commands.send(AttachmentCommand::Routes { rank, routes }).await.unwrap();
+    fixture.handle.routes(rank, routes).await.unwrap();
     wait_for("the stranger's routes to be closed", || fixture.seen.lock().closed.contains(&(1, stranger)))
         .await;
     assert!(!fixture.seen.lock().closed.iter().any(|(_, closed)| *closed == id));
     assert!(fixture.remove(&flagged).await.is_err(), "it is wanted still");
+    assert!(fixture.seen.lock().orphaned.contains(&(1, stranger)), "nobody tells its frontend");
     drop(kept);
+    fixture.shut_down().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_its_records_a_successor_closes_every_route_and_gives_no_number_again() {
+    let mut fixture = fixture(2, GroupKind::Independent, 2);
+    let (first, address, id) = attached(&fixture).await;
+    std::fs::remove_file(fixture.state_dir.path().join("frontends.json")).unwrap();
+    fixture.restart().await;
+    let rank = EngineIndex(1);
+    fixture.handle.routes(rank, vec![(id, 0)]).await.unwrap();
+    wait_for("its routes to be closed", || fixture.seen.lock().orphaned.contains(&(1, id))).await;
+    let zmq = first.address().to_owned();
+    drop(first);
+    fixture.add(&address).await;
+    let (second, started) = start(frontend(FrontendOptions { address: zmq, ..options(2) })).await;
+    started.unwrap();
+    let again = fixture.until(&address, "attached", &[]).await;
+    assert!(again.id > Some(id.0), "{again:?}");
+    drop(second);
     fixture.shut_down().await;
 }
 

@@ -33,6 +33,8 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 pub(crate) struct Seen {
     pub(crate) opened: Vec<(u16, u32, FrontendId)>,
     pub(crate) closed: Vec<(u16, FrontendId)>,
+    /// Those whose API servers the rank was to tell.
+    pub(crate) orphaned: Vec<(u16, FrontendId)>,
     pub(crate) waves: Vec<u64>,
     pub(crate) sinks: BTreeMap<FrontendId, mpsc::Sender<ForFrontendCoordinator>>,
     pub(crate) removed: Vec<FrontendId>,
@@ -144,12 +146,15 @@ pub(crate) async fn rank(
                 let found = found.ok_or_else(|| HandleError::failed("there is no such route"));
                 reply.send::<AdoptRoute>(found);
             }
-            RankAsk::CloseRoutes(CloseRoutes { frontend }) => {
+            RankAsk::CloseRoutes(CloseRoutes { frontend, orphaned }) => {
                 open.lock().retain(|(of, _)| *of != frontend);
                 if let Some(stop) = routes.remove(&frontend) {
                     stop.cancel();
                 }
                 seen.lock().closed.push((index, frontend));
+                if orphaned {
+                    seen.lock().orphaned.push((index, frontend));
+                }
                 reply.send::<CloseRoutes>(Ok(()));
             }
             other => panic!("unexpected {other:?}"),

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 
 use dp_sidecar::admin::AdminServer;
 use dp_sidecar::api::{
-    AdminCommand, AdminError, Command, ControllerStatus, CoordinatorSnapshot, DeploymentStatus, EngineStatus,
-    EngineTimes, ErrorKind, FrontendSnapshot, FrontendStatus, NodeStatus, RelayVersion, Reply, ReportStatus,
-    Response, Retain, SidecarStatus, Status, UpdateEvent, UpdateProgress, UpdateReport, UpdateRequest,
-    UpdateSource, VersionReport, WeightsStatus,
+    AdminCommand, AdminError, Command, ControllerStatus, CoordinatorSnapshot, DeploymentStatus, EngineMemory,
+    EngineStatus, EngineTimes, ErrorKind, FrontendSnapshot, FrontendStatus, NodeStatus, RelayVersion, Reply,
+    ReportStatus, Response, Retain, SidecarStatus, SleepReport, Status, UpdateEvent, UpdateProgress,
+    UpdateReport, UpdateRequest, UpdateSource, VersionReport, WeightsStatus,
 };
 use dp_sidecar::driver::handles::GroupKind;
 use dp_sidecar::gpu::{GpuDevice, GpuReport};
@@ -72,6 +72,7 @@ fn report(status: ReportStatus, reason: Option<&str>) -> UpdateReport {
         fenced: Vec::new(),
         total_s: 1.25,
         paused_s: 0.5,
+        asleep: false,
         bytes: 4096,
         engines: BTreeMap::from([(
             EngineIndex(1),
@@ -379,6 +380,22 @@ async fn the_small_commands_reach_the_sidecar() {
         Command::Resume | Command::Stop => {
             reply.send(Ok(Response::Done));
         }
+        Command::Sleep { level, mode, deadline_ms } => {
+            assert_eq!((level, mode, deadline_ms), (2, PauseMode::Abort, None));
+            let engine = EngineMemory {
+                asleep: vec!["weights".to_owned(), "kv_cache".to_owned()],
+                without_weights: true,
+                ..EngineMemory::default()
+            };
+            let (engines, version) = (vec![engine], "unknown".to_owned());
+            reply.send(Ok(Response::Sleep(SleepReport { engines, paused: true, version })));
+        }
+        Command::Wake { tags } => {
+            let failed = tags.is_empty().then(|| "it does not answer".to_owned());
+            let engine = EngineMemory { error: failed, ..EngineMemory::default() };
+            let (engines, version) = (vec![engine], "v1".to_owned());
+            reply.send(Ok(Response::Sleep(SleepReport { engines, paused: false, version })));
+        }
         Command::FrontendAdd { address } => {
             assert_eq!(address, "h:1");
             reply.send(Ok(Response::Done));
@@ -410,6 +427,12 @@ async fn the_small_commands_reach_the_sidecar() {
     for (line, expected) in [
         ("pause --mode keep --pause-deadline 3", "all engines are paused"),
         ("resume", "all engines are resumed"),
+        (
+            "sleep --level 2 --mode abort",
+            "rank 0 asleep: weights, kv_cache, without weights\nweights unknown\nnext: ",
+        ),
+        ("sleep --level 2 --mode abort --json", "\"without_weights\": true"),
+        ("wake --tag weights --tag kv_cache", "rank 0 awake\nweights v1\nthe engines serve\n"),
         ("stop --no-wait", "the sidecar stops"),
         ("frontend add h:1", "will attach to frontend h:1"),
         ("frontend remove h:2", "frontend h:2 is removed"),
@@ -424,6 +447,12 @@ async fn the_small_commands_reach_the_sidecar() {
         let stdout = text(&output.stdout);
         assert!(output.status.success(), "{line}: {}", text(&output.stderr));
         assert!(stdout.contains(expected), "{line}: {stdout}");
+    }
+    let output = scripted.output("wake").await;
+    assert_eq!(output.status.code(), Some(15));
+    assert_eq!(text(&output.stderr), "error: rank 0: it does not answer\n");
+    for wrong in ["sleep --level 0", "sleep --level 3", "wake --tag kv"] {
+        assert_eq!(scripted.output(wrong).await.status.code(), Some(2), "{wrong}");
     }
     let output = scripted.output("status").await;
     assert_eq!(output.status.code(), Some(15));

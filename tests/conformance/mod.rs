@@ -19,6 +19,7 @@ mod planned;
 mod processes;
 mod restart;
 mod restarts;
+mod sleep;
 mod status;
 mod survivors;
 mod update;

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use dp_sidecar_testkit::engine::FakeEngine;
+use dp_sidecar_testkit::frontend::FakeFrontend;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -51,6 +52,13 @@ fn lose_all_but_the_cores(sidecar: &mut Sidecar) -> Vec<i32> {
     cores
 }
 
+/// One at the same address that has heard nothing yet: the lost sidecar may have sent a HELLO already.
+fn anew(frontend: FakeFrontend, size: u16) -> FakeFrontend {
+    let address = frontend.address().to_owned();
+    drop(frontend);
+    self::frontend(size, |options| options.address = address)
+}
+
 /// Where one can connect to what engines are connected to. The DP coordinator's publisher (`ci`) takes several.
 fn open_sockets(state_dir: &Path) -> Vec<PathBuf> {
     let all = std::fs::read_dir(state_dir.join("ipc")).unwrap().map(|entry| entry.unwrap().path());
@@ -64,7 +72,7 @@ fn engine_cores_that_outlived_their_state_directory_are_ended_and_none_of_their_
     let link = directory.path().join("served");
     std::os::unix::fs::symlink(&old.path, &link).unwrap();
     let served = Model { path: link.clone(), digest: String::new() };
-    let mut frontend = frontend(2, |_| {});
+    let frontend = frontend(2, |_| {});
     let mut sidecar =
         Setup::spawning(2, &served).args(&["--orphan-grace", "60s"]).frontend(&frontend).start();
     sidecar.await_admitted();
@@ -74,6 +82,7 @@ fn engine_cores_that_outlived_their_state_directory_are_ended_and_none_of_their_
     std::fs::remove_file(&link).unwrap();
     std::os::unix::fs::symlink(&new.path, &link).unwrap();
 
+    let mut frontend = anew(frontend, 2);
     sidecar.start_again();
     frontend.startup(SOON).unwrap();
     sidecar.await_admitted();
@@ -92,7 +101,7 @@ fn engine_cores_that_outlived_their_state_directory_are_ended_and_none_of_their_
 fn no_answer_comes_from_an_engine_that_somebody_else_started_for_a_lost_state_directory() {
     let directory = directory();
     let (old, new) = (model(directory.path(), "m", 1, false), model(directory.path(), "n", 2, false));
-    let mut frontend = frontend(1, |_| {});
+    let frontend = frontend(1, |_| {});
     let mut sidecar = Setup::waiting(1, false).args(&["--orphan-grace", "60s"]).frontend(&frontend).start();
     let start = |sidecar: &Sidecar, model: &Model| -> FakeEngine {
         engine(sidecar, 0, |options| options.model = Some(model.path.clone()))
@@ -100,6 +109,7 @@ fn no_answer_comes_from_an_engine_that_somebody_else_started_for_a_lost_state_di
     let survivor = start(&sidecar, &old);
     sidecar.await_admitted();
     lose_all_but_the_cores(&mut sidecar);
+    let mut frontend = anew(frontend, 1);
     sidecar.start_again();
     let engine = start(&sidecar, &new);
     frontend.startup(SOON).unwrap();

@@ -6,6 +6,7 @@ The tests of one kind share a deployment and come in this order; each leaves it 
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
@@ -40,6 +41,35 @@ def test_an_update_reaches_all_nodes_and_mixes_nothing(deployment):
     assert not deployment.bad(load.answers, old, new)
     seen = {deployment.models.seed_of(a.prompt, a.tokens) for a in load.answers}
     assert seen == {old, new}
+    deployment.check_serving(new)
+
+
+def test_the_sequence_of_colocated_training_over_all_hosts_answers_nothing_with_garbage(deployment):
+    old, new = deployment.seed, 1 - deployment.seed
+    leader, pids = deployment.leader, deployment.engine_pids()
+    with deployment.load(COUNT) as load:
+        load.wait_answers(12)
+        slept = json.loads(leader.ok("sleep", "--level", "2", "--json"))
+        assert [engine["rank"] for engine in slept["engines"]] == list(range(deployment.size))
+        assert all(engine["without_weights"] for engine in slept["engines"])
+        assert slept["version"] == leader.status()["weights"]["version"] == "unknown"
+        # Not even a sidecar that starts again lets a request through.
+        leader.kill()
+        deployment.start_sidecar(0)
+        deployment.wait_serving()
+        leader = deployment.leader
+        assert leader.status()["weights"]["version"] == "unknown"
+        refused = leader.cli("wake")
+        assert refused.returncode == 15
+        assert "discarded by a sleep of level 2" in refused.stderr
+        leader.ok("wake", "--tag", "weights")
+        assert deployment.update(new)["asleep"] is True
+        awake = json.loads(leader.ok("wake", "--tag", "kv_cache", "--json"))
+        assert awake["paused"] is False
+        assert awake["version"] == f"v{new}"
+        load.wait_answers(12)
+    assert not deployment.bad(load.answers, old, new)
+    assert deployment.engine_pids() == pids
     deployment.check_serving(new)
 
 

@@ -392,6 +392,42 @@ def test_a_frontends_pause_holds_for_all_until_it_resumes(deployment):
     deployment.check_serving(1)
 
 
+def test_an_update_comes_between_the_two_wakes_of_a_frontend(deployment):
+    """vLLM's engine cores and executors. Its workers for CPUs keep the memory (`cpu_worker.py`)."""
+    alpha, beta = deployment.frontends
+    prompt, new = deployment.models.prompts[0], 1 - deployment.seed
+    answers = []
+    asking = threading.Thread(target=lambda: answers.append(beta.ask(prompt)))
+
+    def post(path: str) -> tuple[int, str]:
+        return http_post(alpha.http_port, path, {}, 60)
+
+    status, text = post("/sleep?level=2")
+    assert status == 200, text
+    asking.start()
+    held = deployment.sidecar.wait_status(
+        "the request is held", lambda s: any(engine["held"] for engine in s["engines"])
+    )
+    assert held["weights"]["version"] == "unknown"
+    refused = deployment.sidecar.update(deployment.models.path(new))
+    assert refused.returncode == 10
+    assert "sleep: wake them up first" in refused.stdout + refused.stderr
+    assert post("/wake_up")[0] != 200
+    assert post("/resume")[0] != 200
+    status, text = post("/wake_up?tags=weights")
+    assert status == 200, text
+    assert json.loads(text)["status"] == "sleeping"
+    deployment.update(new)
+    assert not answers
+    status, text = post("/wake_up?tags=kv_cache")
+    assert status == 200, text
+    assert json.loads(text)["status"] == "awake"
+    asking.join(60)
+    assert answers
+    assert answers[0].tokens == deployment.models.expected(new, prompt, 24), answers
+    deployment.check_serving(new)
+
+
 def test_a_frontend_cannot_undo_the_operators_pause(deployment):
     _, beta = deployment.frontends
     deployment.sidecar.ok("pause", "--mode", "wait")

@@ -22,7 +22,7 @@ COUNT = 12
 
 def told(frontend: Frontend, op: str, folder: Path | None = None, **changes) -> None:
     """Send a request to the workers of all engines. vLLM hands back the first engine's answers."""
-    request = {"protocol": 5, "update_id": op, "op": op, "name": "style", "id": 1 << 30}
+    request = {"protocol": 6, "update_id": op, "op": op, "name": "style", "id": 1 << 30}
     if folder is not None:
         raw = (folder / FILE).read_bytes()
         header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])

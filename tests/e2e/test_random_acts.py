@@ -7,9 +7,11 @@ gives the same acts again. The tests of one kind share a deployment; each leaves
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from pathlib import Path
 import pytest
 from conftest import fake_deployment
 from deployment import Deployment, unpaused_at_the_end
-from frontends import Answer, http_post
+from frontends import Answer, Frontend, http_post
 from processes import wait_for
 
 SEQUENCES = int(os.environ.get("RANDOM_ACTS", "3"))
@@ -81,6 +83,7 @@ class Acts:
             "a killed sidecar": self.kill_sidecar,
             "all sidecars killed": self.kill_sidecars,
             "a killed frontend": self.kill_frontend,
+            "a leader that starts again with an empty disk": self.lose_leader,
             "weights loaded by a frontend": self.load_by_frontend,
             "a pause": self.pause,
             "a process that hangs": self.freeze,
@@ -167,18 +170,42 @@ class Acts:
             self.deployment.start_sidecar(index)
 
     def kill_frontend(self) -> None:
-        alpha, beta = self.deployment.frontends
+        alpha = self.deployment.frontends[0]
         began = time.monotonic()
         os.killpg(alpha.pid, signal.SIGKILL)
-        alpha.child.wait(10)
-        self.deployment.frontends.remove(alpha)
-        again = self.deployment.start_frontend(
-            "alpha", http_port=alpha.http_port, rpc_port=alpha.rpc_port
-        )
-        self.deployment.frontends.sort(key=lambda frontend: frontend.name)
-        self.deployment.wait_serving()
-        self.deployment.leader.wait_attached(again, beta)
-        again.wait_ready()
+        self.start_again(alpha)
+        self.outages.append((began, time.monotonic()))
+
+    def start_again(self, *ended: Frontend) -> None:
+        """Frontends that have ended, or are about to."""
+        deployment = self.deployment
+        for before in ended:
+            before.wait_exit(30)
+            deployment.frontends.remove(before)
+            ports = {"http_port": before.http_port, "rpc_port": before.rpc_port}
+            deployment.start_frontend(before.name, **ports)
+        deployment.frontends.sort(key=lambda frontend: frontend.name)
+        deployment.wait_serving()
+        deployment.leader.wait_attached(*deployment.frontends)
+        for frontend in deployment.frontends:
+            frontend.wait_ready()
+
+    def lose_leader(self) -> None:
+        """Its host is installed anew: what it knew of updates and of frontends is gone, and the
+        engines of the other hosts live on. Frontends must be told, since nobody can rejoin them."""
+        leader = self.deployment.leader
+        own = leader.status()["sidecar"]
+        engines = self.deployment.engine_pids()
+        began = time.monotonic()
+        self.committed.append((began, 0))
+        leader.kill()
+        lost = [own["keeper_pid"], own["relay_pid"]]
+        for pid in [*lost, *(pid for rank in self.deployment.ranks_of(0) for pid in engines[rank])]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(leader.state_dir)
+        self.deployment.start_sidecar(0)
+        self.start_again(*self.deployment.frontends)
         self.outages.append((began, time.monotonic()))
 
     def load_by_frontend(self) -> None:

@@ -17,6 +17,7 @@ pub mod coordinator;
 pub mod handshake;
 pub mod held_call;
 pub mod lifecycle;
+pub mod memory;
 #[cfg_attr(not(feature = "mutations"), allow(dead_code, reason = "only tests switch them on"))]
 #[doc(hidden)]
 pub mod mutation;

@@ -13,6 +13,14 @@ pub enum Mutation {
     DropLateRounds,
     /// `control`: of two equal calls the one that came later is completed first.
     GatherNewestFirst,
+    /// `control`: a whole wake passes although the weights were discarded and nothing was loaded since.
+    WakeWithoutWeights,
+    /// `control`: a resume passes while a part of the memory sleeps.
+    ResumeAsleep,
+    /// `control`: what an engine's memory holds is not taken over from the sidecar before.
+    ForgetMemory,
+    /// `memory`: a gate is open in front of an engine whose weights were discarded.
+    ServeWithoutWeights,
     /// `lifecycle`: a successor counts incarnations from 0.
     ForgetNewest,
     /// `lifecycle`: a successor admits whatever completed its handshake, restored or not.
@@ -71,6 +79,10 @@ pub enum Mutation {
     ForgetPerJob,
     /// `weight_update`: takes over engines that are stamped with another version than the committed one.
     TrustStamps,
+    /// `weight_update`: loads into memory that sleeps.
+    UpdateAsleep,
+    /// `weight_update`: brings engines to the committed weights that sleep.
+    RecoverAsleep,
     /// `weight_update`: takes over engines that are paused for no reason on record as they are.
     TrustPaused,
 }

@@ -22,17 +22,56 @@ pub enum Policy {
 /// What a control call does, when it succeeds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
+    /// Level 0 of `sleep` is one, too.
     Pause,
     Resume,
     Sleep {
         /// From level 2 on: the weights are gone, and `wake_up` brings back memory without them.
         discards: bool,
     },
-    WakeUp,
+    WakeUp(Wake),
+    /// The memory of the KV cache sleeps afterwards.
+    ReleaseCache,
     /// Afterwards nobody but the caller knows which weights the engines hold.
-    Weights,
+    Weights {
+        /// It may have brought all of them, so that it counts as a load where there were none.
+        loads: bool,
+    },
+    /// As `Weights`, but of the label alone.
+    Stamp,
     /// Nothing of this, but one controller at a time makes it.
     Other,
+}
+
+/// What a `wake_up` asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wake {
+    /// Whatever sleeps.
+    All,
+    /// These parts. None of them: it resumes the scheduler, if nothing sleeps; a tag that means nothing counts as none,
+    /// since vLLM ignores a call that has one.
+    Only { weights: bool, cache: bool },
+}
+
+impl Wake {
+    /// The KV cache is asked for.
+    pub const fn asks_for_cache(self) -> bool {
+        matches!(self, Self::All | Self::Only { cache: true, .. })
+    }
+
+    /// The tags of its arguments (`EngineCore.wake_up(tags)`, vllm/v1/engine/core.py).
+    fn of(args: &[Value]) -> Self {
+        let Some(tags) = args.first().filter(|tags| !tags.is_nil()) else {
+            return Self::All;
+        };
+        let names = tags.as_array().map(Vec::as_slice).unwrap_or_default();
+        let names: Vec<&str> = names.iter().map(|tag| tag.as_str().unwrap_or_default()).collect();
+        let known = names.iter().all(|name| ["weights", "kv_cache", "scheduling"].contains(name));
+        Self::Only {
+            weights: known && names.contains(&"weights"),
+            cache: known && names.contains(&"kv_cache"),
+        }
+    }
 }
 
 /// Methods of the engine core that read, or drop caches (protocol of vLLM 0.11.0 to 0.33.0).
@@ -51,7 +90,7 @@ const READS: [&str; 11] = [
 ];
 
 /// Methods of the engine core that only one controller may call at a time.
-const CONTROLS: [(&str, Effect); 12] = [
+const CONTROLS: [(&str, Effect); 11] = [
     ("add_lora", Effect::Other),
     ("commit_prepared_elastic_ep", Effect::Other),
     // Enters the collectives of a lockstep group: on one rank alone it hangs.
@@ -60,11 +99,10 @@ const CONTROLS: [(&str, Effect); 12] = [
     ("pause_scheduler", Effect::Pause),
     ("pin_lora", Effect::Other),
     ("reinitialize_distributed", Effect::Other),
-    ("release_kv_cache_memory", Effect::Other),
+    ("release_kv_cache_memory", Effect::ReleaseCache),
     ("remove_lora", Effect::Other),
     ("resume_scheduler", Effect::Resume),
-    ("set_weight_version", Effect::Weights),
-    ("wake_up", Effect::WakeUp),
+    ("set_weight_version", Effect::Stamp),
 ];
 
 /// Worker methods that read, or drop caches, and whose results msgpack can hold.
@@ -89,20 +127,37 @@ const WORKER_READS: [&str; 14] = [
 const WORKER_CONTROLS: [&str; 3] =
     ["execute_dummy_batch", "init_weight_transfer_engine", "shutdown_weight_transfer_engine"];
 
+/// Worker methods that change something about the weights, and bring none.
+const WORKER_NO_LOADS: [&str; 10] = [
+    "add_lora",
+    "checkpoint_prepare",
+    "pin_lora",
+    "randomize_dummy_inputs",
+    "remove_lora",
+    "reset_weights",
+    "start_draft_weight_update",
+    "start_weight_update",
+    "update_config",
+    "vocab_size",
+];
+
 const UNSERIALIZABLE: &str = "its result cannot be sent, which ends the engine's output thread; get_model_inspection describes the model";
 const START: &str = "it belongs to the engine's start, step or end, which are not a frontend's";
 const UNPICKLES: &str =
     "it makes a worker unpickle or run what it is given; call the method itself by its name";
+const AROUND: &str = "it goes around the engine, which would compute in memory that is not there; call the engine's \
+                      own sleep or wake_up (`POST /sleep`, `POST /wake_up`)";
 const WRITES: &str = "it writes files of the engine's host where a frontend says; export from the checkpoint, \
                       whose directory `sidecar status` names";
 
 /// Worker methods that are never passed on, with the reason.
-const WORKER_REFUSED: [(&str, &str); 31] = [
+const WORKER_REFUSED: [(&str, &str); 35] = [
     ("adjust_rank", START),
     ("annotate_profile", UNSERIALIZABLE),
     ("apply_model", UNPICKLES),
     ("compile_or_warm_up_model", START),
     ("determine_available_memory", START),
+    ("discard", AROUND),
     ("elastic_ep_execute", START),
     ("execute_method", UNPICKLES),
     ("execute_model", START),
@@ -126,9 +181,12 @@ const WORKER_REFUSED: [(&str, &str); 31] = [
     ("set_kv_cache_layout", START),
     ("setup_device_if_necessary", START),
     ("shutdown", START),
+    ("sleep", AROUND),
+    ("sleep_mode_backend", UNSERIALIZABLE),
     ("take_draft_token_ids", START),
     ("update_environment_variables", START),
     ("update_max_model_len", START),
+    ("wake_up", AROUND),
 ];
 
 impl Policy {
@@ -140,7 +198,13 @@ impl Policy {
         if method == "sleep" {
             // `EngineCore.sleep(level=1, mode)`, vllm/v1/engine/core.py.
             let level = args.first().map_or(Some(1), Value::as_i64);
-            return Self::Control(Effect::Sleep { discards: level.is_none_or(|level| level > 1) });
+            return Self::Control(match level {
+                Some(level) if level < 1 => Effect::Pause,
+                level => Effect::Sleep { discards: level.is_none_or(|level| level > 1) },
+            });
+        }
+        if method == "wake_up" {
+            return Self::Control(Effect::WakeUp(Wake::of(args)));
         }
         if READS.contains(&method) {
             Self::Forward
@@ -173,7 +237,7 @@ impl Policy {
         } else if WORKER_CONTROLS.contains(&name) {
             Self::Control(Effect::Other)
         } else {
-            Self::Control(Effect::Weights)
+            Self::Control(Effect::Weights { loads: !WORKER_NO_LOADS.contains(&name) })
         }
     }
 }
@@ -206,7 +270,7 @@ mod tests {
         assert_eq!(Policy::of("get_supported_tasks", &[]), Policy::Forward);
         assert_eq!(Policy::of("reset_mm_cache", &[]), Policy::Forward);
         assert_eq!(Policy::of("pause_scheduler", &[]), Policy::Control(Effect::Pause));
-        assert_eq!(Policy::of("wake_up", &[]), Policy::Control(Effect::WakeUp));
+        assert_eq!(Policy::of("wake_up", &[]), Policy::Control(Effect::WakeUp(Wake::All)));
     }
 
     #[test]
@@ -219,7 +283,7 @@ mod tests {
             listed += 1;
             let found = match worker(name) {
                 Policy::Forward => "forward",
-                Policy::Control(Effect::Weights) => "weights",
+                Policy::Control(Effect::Weights { .. }) => "weights",
                 Policy::Control(_) => "control",
                 Policy::Refuse(_) => "refuse",
             };
@@ -238,7 +302,7 @@ mod tests {
             "receive",
             "dp_sidecar_load",
         ] {
-            assert_eq!(worker(name), Policy::Control(Effect::Weights), "{name}");
+            assert_eq!(worker(name), Policy::Control(Effect::Weights { loads: true }), "{name}");
         }
     }
 

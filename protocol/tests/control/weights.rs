@@ -70,8 +70,6 @@ fn weights_that_a_sleep_discards_are_unknown_until_a_load_and_those_it_keeps_are
         };
         control.handle_event(at(0), Event::Held(call(1, "sleep", &args)));
         control.handle_event(at(0), answered(0, 1));
-        control.handle_event(at(1), Event::Held(call(2, "wake_up", &[])));
-        control.handle_event(at(1), answered(0, 2));
         assert_eq!(control.snapshot().external_weights, unknown, "{args:?}");
         control.handle_event(at(2), acquire(1, "update u1", 0));
         control.handle_event(at(3), Event::WeightsKnown { owner: OwnerId(1) });

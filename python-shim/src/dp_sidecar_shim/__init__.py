@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 # Version of the contract with the sidecar, protocol/docs/weight-update.md. Both sides speak one:
 # a sidecar loads nothing through a shim of another.
-PROTOCOL = 5
+PROTOCOL = 6
 
 _logger = logging.getLogger("vllm.dp_sidecar")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -16,9 +15,6 @@ _logger = logging.getLogger("vllm.dp_sidecar")
 
 UNCHANGED = "unchanged"
 MIXED = "mixed"
-
-# One change at a time. A worker's calls come one after the other; this catches a second way in.
-_changing = threading.Lock()
 
 
 class ShimError(Exception):
@@ -65,7 +61,7 @@ def answer(worker: Any, act: Callable[[dict[str, Any]], None], **fields: Any) ->
 def change(
     worker: Any, request: Any, act: Callable[[dict[str, Any]], None], **fields: Any
 ) -> dict[str, Any]:
-    """The answer of a method that changes weights, one at a time; `act` also checks the request."""
+    """The answer of a method that changes weights; `act` also checks the request."""
     asked = request if isinstance(request, dict) else {}
 
     def alone(found: dict[str, Any]) -> None:
@@ -74,12 +70,7 @@ def change(
         protocol = request.get("protocol")
         if protocol != PROTOCOL:
             raise ShimError("protocol", f"this shim speaks protocol {PROTOCOL}, not {protocol!r}")
-        if not _changing.acquire(blocking=False):
-            raise ShimError("busy", "another load is running in this worker")
-        try:
-            act(found)
-        finally:
-            _changing.release()
+        act(found)
 
     counted = {"tensors": 0, "bytes": 0, "digest": None, "digest_kind": "none"}
     told = {"update_id": str(asked.get("update_id") or ""), "state": UNCHANGED, **counted}
@@ -116,7 +107,5 @@ def ranks(worker: Any) -> dict[str, int]:
     """DP rank of the engine, and rank of the worker in it."""
     parallel = worker.vllm_config.parallel_config
     # A dense engine is told that it is alone: data_parallel_rank is 0 there, the index is kept.
-    dp_rank = getattr(parallel, "data_parallel_index", None)
-    if dp_rank is None:
-        dp_rank = getattr(parallel, "data_parallel_rank", 0)
+    dp_rank = getattr(parallel, "data_parallel_index", getattr(parallel, "data_parallel_rank", 0))
     return {"dp_rank": int(dp_rank), "rank": int(getattr(worker, "rank", 0))}

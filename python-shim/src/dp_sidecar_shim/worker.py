@@ -87,11 +87,24 @@ def info(worker: Any, path: str | None = None, tensors: Any = ()) -> dict[str, A
         found["load_format"] = str(getattr(load.load_format, "value", load.load_format))
         found["model_path"] = local_directory(model, load)
         found["files"] = reload.files_in(worker, path or found["model_path"])
+        found["draft"] = getattr(getattr(config, "speculative_config", None), "method", None)
+        found["kv_connectors"] = connectors_that_keep()
         found["tied"] = names.tied(reload.model_of(worker))
         # Who asks about none does not have a twin made.
         found["ignored"] = tensors and names.ignored(worker, reload.model_of(worker), tensors)
 
     return answer(worker, tell, shim_version=__version__)
+
+
+# KV connectors without a `reset_cache` of their own: vLLM's logs that, and answers None.
+def connectors_that_keep() -> list[str]:
+    from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+    from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorBase_V1
+
+    made = get_kv_transfer_group() if has_kv_transfer_group() else None
+    kinds = [type(part) for part in getattr(made, "_connectors", [made]) if part is not None]
+    none = getattr(KVConnectorBase_V1, "reset_cache", None)
+    return [kind.__name__ for kind in kinds if getattr(kind, "reset_cache", None) is none]
 
 
 def local_directory(model: Any, load: Any) -> str:

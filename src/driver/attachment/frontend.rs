@@ -21,6 +21,7 @@ use super::super::handles::{
     AdoptRoute, Ask, CloseRoutes, CoordinatorCommand, Deployment, EngineFacts, ForFrontendCoordinator,
     OpenRoute, RankAsk, RankHandle, Reply,
 };
+use super::super::rank::say_dead;
 use super::{Attached, Shared, sockets};
 use crate::api::FrontendSnapshot;
 
@@ -476,8 +477,8 @@ impl Task {
                     let _ = shared.coordinator.commands.send(command).await;
                 }
                 let ranks = shared.ranks.iter().filter(|_| running.routed);
-                let routes = join_all(ranks.map(|handle| close_routes(handle, running.id)));
-                futures::join!(routes, join_all(told_dead.iter().map(|to| sockets::say_dead(to))));
+                let routes = join_all(ranks.map(|handle| close_routes(handle, running.id, false)));
+                futures::join!(routes, join_all(told_dead.iter().map(|to| say_dead(to))));
                 shared.records.lock().attached(&address, None);
             }
             let _ = events.send(Event::TornDown { attempt }).await;
@@ -487,8 +488,8 @@ impl Task {
 }
 
 /// Closes all routes of an attachment on one rank.
-pub(super) async fn close_routes(handle: &RankHandle, frontend: FrontendId) {
-    if let Err(error) = handle.ask_within(CLOSE_LIMIT, CloseRoutes { frontend }).await {
+pub(super) async fn close_routes(handle: &RankHandle, frontend: FrontendId, orphaned: bool) {
+    if let Err(error) = handle.ask_within(CLOSE_LIMIT, CloseRoutes { frontend, orphaned }).await {
         tracing::warn!(rank = %handle.rank, %frontend, %error, "routes are not closed");
     }
 }

@@ -117,7 +117,6 @@ pub fn spawn(
     let (commands, inbox) = mpsc::channel(COMMANDS);
     let (snapshots, snapshot) = watch::channel(Vec::new());
     let records = Records::load(config.state_dir.as_deref());
-    let first_id = records.first_id();
     let predecessor = records.all().clone();
     let mut manager = Manager {
         shared: Arc::new(Shared {
@@ -134,7 +133,6 @@ pub fn spawn(
         wanted: BTreeMap::new(),
         ending: BTreeMap::new(),
         next_task: 0,
-        first_id,
         adopted: BTreeSet::new(),
     };
     manager.adopt(predecessor);
@@ -150,8 +148,6 @@ struct Manager {
     /// frontend must not get HELLO twice.
     ending: BTreeMap<String, CancellationToken>,
     next_task: u64,
-    /// Attachments with smaller numbers are a predecessor's.
-    first_id: FrontendId,
     /// Those of a predecessor that were found in its records.
     adopted: BTreeSet<FrontendId>,
 }
@@ -171,7 +167,10 @@ impl Manager {
                     let _ = reply.send(self.add(address, origin));
                 }
                 Some(AttachmentCommand::Remove { address, reply }) => self.remove(&address, reply),
-                Some(AttachmentCommand::Routes { rank, routes }) => self.close_strangers(rank, routes),
+                Some(AttachmentCommand::Routes { rank, routes, reply }) => {
+                    self.close_strangers(rank, routes);
+                    let _ = reply.send(Ok(()));
+                }
                 Some(AttachmentCommand::RouteLost(loss)) => self.route_lost(loss),
                 Some(AttachmentCommand::Shutdown { reply }) => break Some(reply),
                 None => break None,
@@ -283,20 +282,25 @@ impl Manager {
         }
     }
 
-    /// Closes routes that a predecessor opened and did not write down.
+    /// Closes routes that a predecessor opened and did not write down, or whose record is lost.
     fn close_strangers(&self, rank: EngineIndex, routes: Vec<(FrontendId, u32)>) {
         let strangers: BTreeSet<FrontendId> = routes
             .into_iter()
             .map(|(frontend, _)| frontend)
-            .filter(|frontend| *frontend < self.first_id && !self.adopted.contains(frontend))
+            .filter(|frontend| !self.adopted.contains(frontend))
             .collect();
         let Some(handle) = self.shared.ranks.iter().find(|handle| handle.rank == rank) else {
             return;
         };
         for frontend in strangers {
-            tracing::warn!(%rank, %frontend, "closing routes of an unknown attachment");
+            self.shared.records.lock().used(frontend);
+            tracing::warn!(
+                %rank, %frontend,
+                "closing routes of an unknown attachment: its frontend is told that the engine is dead, and must be \
+                 started again"
+            );
             let handle = handle.clone();
-            self.tasks.spawn(async move { frontend::close_routes(&handle, frontend).await });
+            self.tasks.spawn(async move { frontend::close_routes(&handle, frontend, true).await });
         }
     }
 }

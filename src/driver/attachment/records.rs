@@ -95,9 +95,12 @@ impl Records {
         FrontendId(self.next - 1)
     }
 
-    /// The next number. All attachments of earlier sidecars have a smaller one.
-    pub(super) fn first_id(&self) -> FrontendId {
-        FrontendId(self.next)
+    /// A rank has routes of an attachment with this number, which may not be on record.
+    pub(super) fn used(&mut self, frontend: FrontendId) {
+        if frontend.0 >= self.next {
+            self.next = frontend.0.saturating_add(1);
+            self.content.next = self.next;
+        }
     }
 
     pub(super) fn want(&mut self, address: &str, origin: Origin) {
@@ -201,16 +204,26 @@ mod tests {
         let a = successor.all()["a:1"].attached.clone().unwrap();
         assert!(a.complete && a.id == FrontendId(7));
         assert!(!successor.all()["b:1"].attached.as_ref().unwrap().complete);
-        assert!(successor.first_id() > FrontendId(40));
         assert!(successor.next_id() > FrontendId(40));
         assert_eq!(supervised(dir.path()).as_deref(), Some("b:1"));
 
         successor.attached("a:1", None);
         successor.remove("b:1");
         assert_eq!(supervised(dir.path()), None);
-        let third = Records::load(Some(dir.path()));
+        let mut third = Records::load(Some(dir.path()));
         assert_eq!(third.all()["a:1"], Record { origin: Origin::Command, attached: None });
-        assert!(third.first_id() > FrontendId(56));
+        assert!(third.next_id() > FrontendId(56));
+    }
+
+    #[test]
+    fn numbers_that_are_in_use_though_nobody_wrote_them_down_are_not_given_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut records = Records::load(Some(dir.path()));
+        records.used(FrontendId(70));
+        records.used(FrontendId(3));
+        assert_eq!(records.next_id(), FrontendId(71));
+        let mut successor = Records::load(Some(dir.path()));
+        assert!(successor.next_id() > FrontendId(71));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use dp_sidecar_protocol::frames::{COORDINATOR_READY, ENGINE_CORE_DEAD, RequestType};
+use dp_sidecar_protocol::frames::{COORDINATOR_READY, RequestType};
 use dp_sidecar_protocol::machine::attachment::{Attempt, Event};
 use dp_sidecar_protocol::wave::StartDpWave;
 use dp_sidecar_protocol::{EngineIndex, Frames};
@@ -16,8 +16,6 @@ use crate::transport::{Connected, TransportError};
 
 /// For a message to be taken by a frontend that reads.
 const SEND_LIMIT: Duration = Duration::from_secs(5);
-/// For telling a frontend that its engines are gone. It may be gone itself.
-const FAREWELL_LIMIT: Duration = Duration::from_secs(1);
 
 /// Tries a connection. What comes back is why the process behind it cannot fit, if it runs on this
 /// host and can be looked at.
@@ -161,23 +159,4 @@ async fn send(
     timeout(SEND_LIMIT, sending).await.unwrap_or_else(|_| {
         Err(TransportError::Timeout { address: address.to_owned(), stage: "send", limit: SEND_LIMIT })
     })
-}
-
-/// Tells an API server, if it still runs, that its engines are gone, so that it fails at once instead
-/// of waiting for answers. A Python frontend cannot be joined again by a new connection: its ROUTER
-/// keeps the identity of the old one.
-pub(super) async fn say_dead(output: &str) {
-    let told = timeout(FAREWELL_LIMIT, async {
-        if let Some(host_port) = output.strip_prefix("tcp://") {
-            // The transport would wait for somebody to listen.
-            TcpStream::connect(host_port).await.ok()?;
-        }
-        let mut push = Connected::push(output, FAREWELL_LIMIT).await.ok()?;
-        push.send(vec![Bytes::from_static(ENGINE_CORE_DEAD)]).await.ok()?;
-        // It ends, or does not care.
-        let _ = timeout(FAREWELL_LIMIT / 4, push.disconnected()).await;
-        Some(())
-    })
-    .await;
-    tracing::debug!(address = output, told = matches!(told, Ok(Some(()))), "ENGINE_CORE_DEAD");
 }

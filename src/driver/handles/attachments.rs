@@ -53,12 +53,14 @@ pub enum AttachmentCommand {
         address: String,
         reply: Reply<()>,
     },
-    /// The routes that a rank had when its node was connected. What an earlier sidecar opened, and nobody adopts, is
-    /// closed.
+    /// The routes that a rank had when its node was connected, before anything is attached. What an earlier sidecar
+    /// opened, and nobody adopts, is closed, and its API servers are told that their engines are dead.
     Routes {
         rank: EngineIndex,
         /// Attachment and API server.
         routes: Vec<(FrontendId, u32)>,
+        /// None of their numbers is given to another attachment from now on.
+        reply: Reply<()>,
     },
     /// A route of one of its frontends ended without being closed.
     RouteLost(RouteLost),
@@ -86,6 +88,13 @@ impl AttachmentHandle {
     pub async fn remove(&self, address: String) -> Result<(), HandleError> {
         let what = format!("detachment from {address}");
         let command = |reply| AttachmentCommand::Remove { address, reply };
+        ask(&self.commands, "attachment", what, ANSWER, command).await
+    }
+
+    /// See [`AttachmentCommand::Routes`].
+    pub async fn routes(&self, rank: EngineIndex, routes: Vec<(FrontendId, u32)>) -> Result<(), HandleError> {
+        let what = format!("routes of DP rank {rank}");
+        let command = |reply| AttachmentCommand::Routes { rank, routes, reply };
         ask(&self.commands, "attachment", what, ANSWER, command).await
     }
 }

@@ -18,7 +18,7 @@ use super::{
 pub use dp_sidecar_protocol::machine::weight_update::NodeId;
 
 /// Version of the link that carries these commands and events. Another one is refused.
-pub const LINK_VERSION: u32 = 5;
+pub const LINK_VERSION: u32 = 6;
 
 /// What can be asked of a node: the commands of its tasks, and what is about all of it.
 #[derive(Clone, Debug, Serialize, Deserialize)]

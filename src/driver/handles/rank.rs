@@ -6,6 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use dp_sidecar_protocol::layout::Layout;
 pub use dp_sidecar_protocol::machine::held_call::{HeldCall, Verdict};
+pub use dp_sidecar_protocol::machine::memory::Memory;
 use dp_sidecar_protocol::machine::virtual_engine::Limits;
 use dp_sidecar_protocol::{EngineIndex, FrontendId, Incarnation, Slot};
 use futures::stream::{self, BoxStream, StreamExt as _};
@@ -161,6 +162,8 @@ pub struct AdoptRoute {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CloseRoutes {
     pub frontend: FrontendId,
+    /// Nobody knows its addresses any more: the rank itself tells its API servers that this engine is dead.
+    pub orphaned: bool,
 }
 
 /// What to do with a [`HeldCall`]. Answered when the engine has answered a forwarded call (its result also went to
@@ -218,6 +221,9 @@ pub struct RankSnapshot {
     pub refused: u64,
     /// Why the last of them was.
     pub last_refusal: Option<String>,
+    /// What the engine's memory holds. A relay process of an earlier release does not say.
+    #[serde(default)]
+    pub memory: Memory,
 }
 
 /// Slots of an engine for API servers of frontends.
@@ -262,11 +268,11 @@ impl RankHandle {
         })
     }
 
-    /// Yields the rank whenever it is in another life, admitted, or not admitted any more, and once more when its task
-    /// has ended.
+    /// Yields the rank whenever it is in another life, admitted, or not admitted any more, when its memory has changed,
+    /// and once more when its task has ended.
     pub fn changes(&self) -> BoxStream<'static, EngineIndex> {
         let rank = self.rank;
-        let life = |now: &RankSnapshot| (now.incarnation, now.admitted);
+        let life = |now: &RankSnapshot| (now.incarnation, now.admitted, now.memory);
         let seen = life(&self.snapshot.borrow());
         let changes = stream::unfold(Some((self.snapshot.clone(), seen)), move |watched| async move {
             let (mut snapshot, seen) = watched?;

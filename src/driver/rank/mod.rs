@@ -20,6 +20,8 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+pub use routes::say_dead;
+
 use super::handles::{GroupKind, NodeEvent, RankHandle, RankSnapshot, queue};
 use crate::tasks::{Task, named};
 use crate::transport::{PrivateDir, Received};

@@ -3,20 +3,29 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
 
+use bytes::Bytes;
+use dp_sidecar_protocol::frames::ENGINE_CORE_DEAD;
 use dp_sidecar_protocol::{EngineIdentity, Frames, FrontendId};
 use futures::stream;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{BATCH, Input, Source, until};
 use crate::driver::handles::OpenRoute;
 use crate::transport::{Connected, PeerReceiver, PeerSender, TransportError};
 
+/// For telling an API server that its engines are gone. It may be gone itself.
+const FAREWELL_LIMIT: Duration = Duration::from_secs(1);
+
 /// An open route. Dropping it closes the connections.
 pub(super) struct Route {
     pub(super) epoch: u64,
     pub(super) frontend: FrontendId,
     pub(super) api_server: u32,
+    pub(super) output_address: String,
     /// To the API server's output socket.
     pub(super) outputs: PeerSender,
     /// The kernel takes nothing more; a source waits until it does.
@@ -46,6 +55,7 @@ impl Route {
             epoch,
             frontend: request.frontend,
             api_server: request.api_server,
+            output_address: request.output_address.clone(),
             outputs,
             blocked: false,
             largest: 0,
@@ -85,7 +95,7 @@ pub(super) async fn connect(
         dealer.send(vec![request.registration.clone()]).await?;
         Ok((dealer, push))
     };
-    match tokio::time::timeout(limit, exchange).await {
+    match timeout(limit, exchange).await {
         Ok(result) => result,
         Err(_) => Err(TransportError::Timeout {
             address: request.input_address.clone(),
@@ -93,6 +103,25 @@ pub(super) async fn connect(
             limit,
         }),
     }
+}
+
+/// Tells an API server, if it still runs, that its engines are gone, so that it fails at once instead
+/// of waiting for answers. A Python frontend cannot be joined again by a new connection: its ROUTER
+/// keeps the identity of the old one.
+pub async fn say_dead(output: &str) {
+    let told = timeout(FAREWELL_LIMIT, async {
+        if let Some(host_port) = output.strip_prefix("tcp://") {
+            // The transport would wait for somebody to listen.
+            TcpStream::connect(host_port).await.ok()?;
+        }
+        let mut push = Connected::push(output, FAREWELL_LIMIT).await.ok()?;
+        push.send(vec![Bytes::from_static(ENGINE_CORE_DEAD)]).await.ok()?;
+        // It ends, or does not care.
+        let _ = timeout(FAREWELL_LIMIT / 4, push.disconnected()).await;
+        Some(())
+    })
+    .await;
+    tracing::debug!(address = output, told = matches!(told, Ok(Some(()))), "ENGINE_CORE_DEAD");
 }
 
 fn request_source(

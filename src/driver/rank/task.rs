@@ -67,7 +67,8 @@ pub(super) struct RankTask {
     /// Routes with something to write.
     dirty: BTreeSet<u32>,
     opening: BTreeMap<u32, Opening>,
-    connecting: JoinSet<Opened>,
+    /// Routes that are being opened, and last words to those of orphans.
+    connecting: JoinSet<Option<Opened>>,
     calls: Calls,
     releases: BTreeMap<u64, ReplyTo>,
     events: VecDeque<NodeEvent>,
@@ -136,7 +137,7 @@ impl RankTask {
                 },
                 input = next(&mut self.sources) => self.handle_input(input).await,
                 Some(opened) = self.connecting.join_next() => {
-                    if let Ok(opened) = opened {
+                    if let Ok(Some(opened)) = opened {
                         self.handle_opened(opened);
                     }
                 }
@@ -356,6 +357,8 @@ impl RankTask {
     fn publish(&mut self) {
         let now = Instant::now();
         let due = now - self.published >= SNAPSHOT_INTERVAL;
+        // Before anybody hears the answer to the call that changed it.
+        self.urgent |= self.machine.memory() != self.publish.borrow().memory;
         if !(self.urgent || self.changed && due) {
             return;
         }
@@ -378,6 +381,7 @@ impl RankTask {
             held_bytes: machine.held_bytes as u64,
             refused: machine.refused,
             last_refusal: machine.last_refusal,
+            memory: machine.memory,
         };
         self.publish.send_replace(snapshot);
     }

@@ -80,10 +80,10 @@ impl Task {
                     if let Err(error) = tools.open_gates(engines.keys(), false).await {
                         warn!("gates of engines that keep running: {error}");
                     }
-                    if let Some(Pause { by, asleep }) = inherit
+                    if let Some(Pause { by }) = inherit
                         && let Ok(guard) = tools.control.acquire("recovery after a restart", PATIENCE).await
                     {
-                        guard.inherit(by, asleep).await;
+                        guard.set_paused(Some(by)).await;
                         guard.release().await;
                     }
                     Some(Event::TakenOver { ticket })
@@ -330,13 +330,13 @@ impl Task {
     }
 
     fn refuse(&self, refused: Active, refusal: &Refusal) {
-        let record = UpdateRecord::refused(
-            refused.id,
-            &refused.request,
-            refusal,
-            self.machine.snapshot().version,
-            refused.started_unix_ms,
-        );
+        let (_, external_weights) = self.control_seen;
+        let version = match external_weights {
+            true => WeightVersion::unknown(),
+            false => self.machine.snapshot().version,
+        };
+        let record =
+            UpdateRecord::refused(refused.id, &refused.request, refusal, version, refused.started_unix_ms);
         info!("{}", record.message);
         tell_end(refused.followers, &record);
     }
@@ -396,8 +396,8 @@ impl Task {
                 if conclusion.weights_known {
                     guard.weights_known().await;
                 }
-                if let Some(Pause { by, asleep }) = conclusion.inherit {
-                    guard.inherit(by, asleep).await;
+                if let Some(Pause { by }) = conclusion.inherit {
+                    guard.set_paused(Some(by)).await;
                 }
                 guard.release().await;
             }

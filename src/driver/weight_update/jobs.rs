@@ -49,7 +49,11 @@ impl StageJob {
             true => self.stage_weights().await?,
             false => no_checkpoints(&self.nodes),
         };
-        let staging = Staging { nodes, adapters: adapters.changes, startup, model_path: model.path };
+        let draft = infos.iter().find_map(|(rank, info)| Some((rank, info.as_ref()?.keeps_draft()?)));
+        let draft = draft.filter(|_| self.request.has_weights());
+        let warnings = draft.map(|(rank, text)| format!("rank {rank}: {text}")).into_iter().collect();
+        let staging =
+            Staging { nodes, adapters: adapters.changes, startup, model_path: model.path, warnings };
         Ok((staging, Extra { guard: None, infos, adapters: adapters.on_nodes }))
     }
 
@@ -74,6 +78,12 @@ impl StageJob {
             let of_rank = |reason: String| format!("rank {rank}: {reason}");
             if let Some(reason) = info.refuses() {
                 return Err((*node, of_rank(reason)));
+            }
+            if let (true, Some(reason)) =
+                (self.request.has_weights() && !self.request.allow_stale_kv, info.keeps_kv())
+            {
+                let way = "--allow-stale-kv, if nobody asks twice with the same beginning or the store is emptied by hand";
+                return Err((*node, format!("{}: update with {way}", of_rank(reason))));
             }
             self.holds_other = self.holds_other.take().or_else(|| info.holds_other().map(of_rank));
         }

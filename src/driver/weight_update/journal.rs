@@ -181,7 +181,7 @@ mod tests {
     fn the_ledger_is_written_in_order() {
         let dir = tempfile::tempdir().unwrap();
         let journal = Journal::new(dir.path());
-        let pause = Some(Pause { by: PausedBy::Operator, asleep: false });
+        let pause = Some(Pause { by: PausedBy::Operator });
         let open = Ledger { pause, ..Ledger::default() };
         journal.write_ledger(2, &Ledger::default()).unwrap();
         journal.write_ledger(1, &open).unwrap();

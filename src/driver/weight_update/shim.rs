@@ -14,8 +14,11 @@ use super::super::engine_calls::worker_call;
 use super::super::handles::{CheckpointDir, HandleError, RankHandle};
 
 /// Version of the contract. 2: segments and adapters. 3: the sidecar compares an adapter's shapes and sends its
-/// configuration. 4: vLLM's loader is asked for files. 5: and for the tensors that it passes over.
-pub(super) const PROTOCOL: u64 = 5;
+/// configuration. 4: vLLM's loader is asked for files. 5: and for the tensors that it passes over. 6: drafts and KV
+/// connectors.
+pub(super) const PROTOCOL: u64 = 6;
+/// Methods of speculative decoding that have no weights (`SpeculativeConfig.method`, vllm/config/speculative.py).
+const WITHOUT_WEIGHTS: [&str; 4] = ["ngram", "[ngram]", "ngram_gpu", "suffix"];
 
 /// What an engine says about itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -34,6 +37,10 @@ pub(super) struct EngineInfo {
     pub(super) tied: Vec<(String, String)>,
     /// Of the tensors that it was asked about, those that its loader passes over, in every worker.
     pub(super) ignored: BTreeSet<String>,
+    /// Method of speculative decoding.
+    pub(super) draft: Option<String>,
+    /// KV connectors that cannot drop what they keep.
+    pub(super) kv_connectors: Vec<String>,
 }
 
 impl EngineInfo {
@@ -56,6 +63,26 @@ impl EngineInfo {
         Some(format!(
             "its model was loaded from {other} in {}: only safetensors can be compared",
             self.model_path
+        ))
+    }
+
+    /// Why requests may be answered from KV blocks of the weights before, after an update.
+    pub(super) fn keeps_kv(&self) -> Option<String> {
+        let names = self.kv_connectors.join(" and ");
+        (!names.is_empty()).then(|| {
+            format!(
+                "its KV connector {names} cannot drop the blocks that it keeps (it has no reset_cache), so requests could \
+                 go on from those of the old weights"
+            )
+        })
+    }
+
+    /// What an update does not change: vLLM's loader brings the weights of the model alone.
+    pub(super) fn keeps_draft(&self) -> Option<String> {
+        let method = self.draft.as_ref().filter(|method| !WITHOUT_WEIGHTS.contains(&method.as_str()))?;
+        Some(format!(
+            "the weights that draft for it ({method}) stay those of its start: answers are right, and fewer drafts are \
+             accepted; start the engines again to change them"
         ))
     }
 
@@ -148,6 +175,8 @@ async fn info_with(
                 .filter_map(|pair| Some((text_of(&pair[0])?, text_of(&pair[1])?)))
                 .collect(),
             ignored: list("ignored").iter().filter_map(text_of).collect(),
+            draft: text_of(&worker["draft"]),
+            kv_connectors: list("kv_connectors").iter().filter_map(text_of).collect(),
         };
         match &mut found {
             // A worker has a part of the model, and passes over what another one needs.

@@ -4,6 +4,7 @@ mod engines;
 pub(super) mod jobs;
 mod nodes;
 mod recovery;
+mod sleep;
 mod stage;
 mod transaction;
 

@@ -141,6 +141,7 @@ impl From<&UpdateRecord> for UpdateReport {
             total_s: seconds(record.total_ms),
             paused_s: seconds(record.paused_ms.unwrap_or_default()),
             bytes: record.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.bytes),
+            asleep: record.left_asleep,
             engines: record.ranks.iter().map(|(rank, of)| (*rank, of.times.clone())).collect(),
             phases: record.phases.clone(),
             warnings: record.warnings.clone(),
@@ -159,7 +160,7 @@ fn message(record: &Record, version: &WeightVersion) -> String {
     let seconds = |ms: u64| format!("{}.{:03} s", ms / 1000, ms % 1000);
     match &record.outcome {
         Outcome::Committed => format!(
-            "update {id} committed: {} ranks hold {version}, {} altogether, paused for {}",
+            "update {id} committed: {} ranks hold {version}, {} altogether, paused for {}{}",
             record
                 .ranks
                 .values()
@@ -167,12 +168,16 @@ fn message(record: &Record, version: &WeightVersion) -> String {
                 .count(),
             seconds(record.total_ms),
             seconds(record.paused_ms.unwrap_or_default()),
+            if record.left_asleep { "; they still sleep: wake up the rest (`sidecar wake`)" } else { "" },
         ),
         Outcome::RefusedInvalid | Outcome::RefusedBusy | Outcome::RefusedVersion => {
             format!("update {id} refused, no engine was touched: {error}")
         }
         Outcome::Aborted => {
             format!("update {id} ended before any engine was loaded, still {version}: {error}")
+        }
+        Outcome::RolledBack if *version == WeightVersion::unknown() => {
+            format!("update {id} failed, and which weights the engines hold is as unknown as before: {error}")
         }
         Outcome::RolledBack => {
             format!("update {id} rolled back, all engines hold {version}: {error}")

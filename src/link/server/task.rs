@@ -14,7 +14,7 @@ use uuid::Uuid;
 use super::held::Held;
 use super::{SNAPSHOT_INTERVAL, ServeEnd, ServerOptions, Services};
 use crate::driver::handles::{
-    CloseRoutes, Envelope, HandleError, HeldCall, LinkAsk, NodeAsk, NodeEvent, NodeState, RankAsk,
+    CloseRoutes, Envelope, HandleError, HeldCall, LinkAsk, Memory, NodeAsk, NodeEvent, NodeState, RankAsk,
     RankSnapshot, Release, ReplyTo, StageState, Verdict, decode, encode,
 };
 use crate::link::codec::{Fault, LinkError, LinkStream, Wire, frame};
@@ -59,6 +59,7 @@ struct Reported {
     incarnation: Incarnation,
     admitted: bool,
     admission_open: bool,
+    memory: Memory,
 }
 
 impl Reported {
@@ -67,6 +68,7 @@ impl Reported {
             incarnation: snapshot.incarnation,
             admitted: snapshot.admitted,
             admission_open: snapshot.admission_open,
+            memory: snapshot.memory,
         }
     }
 }
@@ -437,7 +439,8 @@ impl Task {
             && self.session != Some(session)
         {
             // Who asked for it is dead: nobody would ever use it.
-            return self.tell(*rank, CloseRoutes { frontend: route.frontend }.into());
+            let close = CloseRoutes { frontend: route.frontend, orphaned: true };
+            return self.tell(*rank, close.into());
         }
         self.known.apply_answer(&ask, result.as_ref());
         let result = match ask {

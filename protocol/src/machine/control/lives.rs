@@ -4,20 +4,30 @@ use std::collections::{BTreeSet, VecDeque};
 
 use rmpv::Value;
 
+use crate::machine::memory::{Memory, Weights};
 use crate::machine::mutation::{Mutation, mutated};
+use crate::machine::policy::{Effect, Policy};
 use crate::{EngineIndex, FrontendId, PausedBy, Time};
 
-use super::{Action, Control, Errand, Holder, PAUSE_GRACE, ROUND_TIMEOUT, Severity, list};
+use super::{Action, Control, Errand, Holder, NO_WEIGHTS, PAUSE_GRACE, ROUND_TIMEOUT, Severity, list};
 
 impl Control {
-    pub(super) fn engine_up(&mut self, rank: EngineIndex) {
-        if self.up.insert(rank) && self.paused_by.is_some() {
+    pub(super) fn engine_up(&mut self, rank: EngineIndex, memory: Memory) {
+        let new = self.up.insert(rank);
+        // One that sleeps is paused.
+        if new && !memory.sleeps() && (self.paused_by.is_some() || self.sleeps()) {
             self.pause_again.insert(rank);
         }
+        if mutated(Mutation::ForgetMemory) {
+            return;
+        }
+        self.memory.insert(rank, memory);
+        self.external_weights |= memory.weights != Weights::Known;
     }
 
     pub(super) fn engine_down(&mut self, rank: EngineIndex, reason: &str) {
         self.up.remove(&rank);
+        self.memory.remove(&rank);
         self.pause_again.remove(&rank);
         match &mut self.holder {
             Some(Holder::Round { waiting, results, .. }) => {
@@ -80,6 +90,12 @@ impl Control {
             self.set_paused(None);
             return;
         }
+        if self.is_empty() {
+            let by = self.paused_by.as_ref().map_or_else(|| "a frontend".to_owned(), ToString::to_string);
+            let text = format!("the engines stay as they are, though {by} has not come back: {NO_WEIGHTS}");
+            self.note(Severity::Warning, text);
+            return;
+        }
         let ranks: BTreeSet<EngineIndex> = self.up.difference(&self.pause_again).copied().collect();
         self.pause_again.clear();
         let text = format!(
@@ -87,7 +103,7 @@ impl Control {
             self.paused_by.as_ref().map_or_else(|| "a frontend".to_owned(), ToString::to_string)
         );
         self.note(Severity::Warning, text);
-        let method = if self.asleep { "wake_up" } else { "resume_scheduler" };
+        let method = if self.sleeps() { "wake_up" } else { "resume_scheduler" };
         self.start_errand(now, Errand::LiftPause, &ranks, method, &[]);
     }
 
@@ -119,6 +135,10 @@ impl Control {
         self.holder = Some(Holder::Errand {
             errand,
             operation: self.next_operation,
+            effect: match Policy::of(method, args) {
+                Policy::Control(effect) => effect,
+                Policy::Forward | Policy::Refuse(_) => Effect::Other,
+            },
             waiting: ranks.clone(),
             failures: Vec::new(),
             deadline: now + ROUND_TIMEOUT,
@@ -127,13 +147,15 @@ impl Control {
     }
 
     pub(super) fn call_answered(&mut self, rank: EngineIndex, operation: u64, result: Result<Value, String>) {
-        if let Some(Holder::Errand { operation: current, waiting, failures, .. }) = &mut self.holder
+        if let Some(Holder::Errand { operation: current, effect, waiting, failures, .. }) = &mut self.holder
             && *current == operation
             && waiting.remove(&rank)
         {
-            if let Err(error) = result {
+            let effect = *effect;
+            if let Err(error) = &result {
                 failures.push(format!("rank {rank}: {error}"));
             }
+            self.remember(rank, effect, &result);
             self.finish_errand_if_done();
         }
     }

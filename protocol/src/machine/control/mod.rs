@@ -12,7 +12,11 @@
 //! Who has paused the engines is remembered: a resume of engines that are not paused is answered without
 //! asking them; an update does not resume what it has not paused; a frontend that paused and died is
 //! resumed for after a grace; an engine that starts again into a pause is paused.
+//!
+//! What the engines' memory holds is followed as well ([`Memory`]): engines of which a part sleeps are not resumed, and
+//! none is woken up completely whose weights were discarded, before others are loaded.
 
+mod asleep;
 mod lives;
 mod rounds;
 mod types;
@@ -23,10 +27,12 @@ use std::time::Duration;
 use rmpv::Value;
 
 use crate::machine::held_call::{HeldCall, Verdict};
+use crate::machine::memory::{Memory, Weights};
 use crate::machine::mutation::{Mutation, mutated};
 use crate::machine::policy::{Effect, Policy};
 use crate::{EngineIndex, FrontendId, GroupKind, PausedBy, Time};
 
+use asleep::NO_WEIGHTS;
 pub use types::{Action, Event, Grant, OwnerId, Severity, Snapshot};
 
 /// Rounds kept waiting; more are refused.
@@ -63,7 +69,7 @@ impl Round {
         match Policy::of(&self.method, &self.args) {
             Policy::Control(effect) => effect,
             Policy::Forward => Effect::Other,
-            Policy::Refuse(_) => Effect::Weights,
+            Policy::Refuse(_) => Effect::Weights { loads: false },
         }
     }
 
@@ -99,6 +105,7 @@ enum Holder {
     Errand {
         errand: Errand,
         operation: u64,
+        effect: Effect,
         waiting: BTreeSet<EngineIndex>,
         failures: Vec<String>,
         deadline: Time,
@@ -145,7 +152,8 @@ pub struct Control {
     waiters: VecDeque<Waiter>,
     holder: Option<Holder>,
     paused_by: Option<PausedBy>,
-    asleep: bool,
+    /// Of the engines that are up.
+    memory: BTreeMap<EngineIndex, Memory>,
     external_weights: bool,
     /// When the pause of a frontend that is gone is lifted.
     lease_ends: Option<Time>,
@@ -168,7 +176,7 @@ impl Control {
             waiters: VecDeque::new(),
             holder: None,
             paused_by: None,
-            asleep: false,
+            memory: BTreeMap::new(),
             external_weights: false,
             lease_ends: None,
             pause_again: BTreeSet::new(),
@@ -183,7 +191,7 @@ impl Control {
             Event::Held(held) => self.held(now, held),
             Event::Answered { rank, ticket, result } => self.answered(rank, ticket, result),
             Event::CallAnswered { rank, operation, result } => self.call_answered(rank, operation, result),
-            Event::EngineUp { rank } => self.engine_up(rank),
+            Event::EngineUp { rank, memory } => self.engine_up(rank, memory),
             Event::EngineDown { rank, reason } => self.engine_down(rank, &reason),
             Event::FrontendGone { frontend } => self.frontend_gone(now, frontend),
             Event::Acquire { owner, name, patience } => {
@@ -201,15 +209,22 @@ impl Control {
                     self.set_paused(paused_by);
                 }
             }
-            Event::Inherited { owner, paused_by, asleep } => {
+            Event::Calling { owner, ranks, effect } => {
                 if self.is_held_by(owner) {
-                    self.set_paused(Some(paused_by));
-                    self.asleep = asleep;
+                    self.sent(&ranks, effect);
+                }
+            }
+            Event::Called { owner, rank, effect, result } => {
+                if self.is_held_by(owner) {
+                    self.remember(rank, effect, &result);
                 }
             }
             Event::WeightsKnown { owner } => {
                 if self.is_held_by(owner) {
                     self.external_weights = false;
+                    for memory in self.memory.values_mut() {
+                        memory.weights = Weights::Known;
+                    }
                 }
             }
             Event::Release { owner } => {
@@ -275,7 +290,8 @@ impl Control {
         Snapshot {
             holder: self.holder.as_ref().map(Holder::describe),
             paused_by: self.paused_by.clone(),
-            asleep: self.asleep,
+            asleep: self.sleeps(),
+            without_weights: self.is_empty(),
             external_weights: self.external_weights,
             waiting_rounds: self.gathering.len() + self.ready.len(),
             refused: self.refused,
@@ -386,7 +402,7 @@ impl Control {
         let grant = Grant {
             paused_by: self.paused_by.clone(),
             external_weights: self.external_weights,
-            asleep: self.asleep,
+            memory: self.memory.clone(),
         };
         self.actions.push_back(Action::Granted { owner: waiter.owner, grant });
     }

@@ -9,16 +9,17 @@ use crate::machine::mutation::{Mutation, mutated};
 use crate::machine::policy::Effect;
 use crate::{EngineIndex, PausedBy, Time};
 
-use super::{Action, Control, Holder, ROUND_TIMEOUT, Round, Severity, list};
+use super::asleep::{wakes_without_weights, would_go_ahead};
+use super::{Action, Control, Holder, NO_WEIGHTS, ROUND_TIMEOUT, Round, Severity, list};
 
 impl Control {
     /// Decides on a complete round and, unless that settles it, lets it have the lock.
     pub(super) fn run(&mut self, now: Time, round: Round) {
         let effect = round.effect();
         let down: Vec<EngineIndex> = self.ranks.difference(&self.up).copied().collect();
-        let paused = self.paused_by.is_some() || self.asleep;
+        let paused = self.paused_by.is_some() || self.sleeps();
         match effect {
-            Effect::Resume | Effect::WakeUp if self.paused_by == Some(PausedBy::Operator) => {
+            Effect::Resume | Effect::WakeUp(_) if self.paused_by == Some(PausedBy::Operator) => {
                 self.refuse(round, "the engines were paused by the operator, who must resume them");
                 return;
             }
@@ -29,8 +30,21 @@ impl Control {
                 self.answer(round, &Value::Nil);
                 return;
             }
-            Effect::WakeUp if !paused => {
+            Effect::WakeUp(_) if !paused => {
                 self.answer(round, &Value::Boolean(true));
+                return;
+            }
+            // The next step would compute in memory that is not there.
+            Effect::Resume if self.sleeps() && !mutated(Mutation::ResumeAsleep) => {
+                self.refuse(round, "the engines sleep: call wake_up, which resumes them when all is awake");
+                return;
+            }
+            Effect::Resume if self.is_empty() && !mutated(Mutation::ResumeAsleep) => {
+                self.refuse(round, NO_WEIGHTS);
+                return;
+            }
+            Effect::WakeUp(wake) if wakes_without_weights(&self.memory, wake) => {
+                self.refuse(round, NO_WEIGHTS);
                 return;
             }
             Effect::Pause | Effect::Resume if down.len() == self.ranks.len() => {
@@ -52,15 +66,20 @@ impl Control {
         for (rank, ticket) in &round.tickets {
             let verdict = if down.contains(rank) {
                 Verdict::Answer(Value::Nil)
+            } else if let Effect::WakeUp(wake) = effect
+                && would_go_ahead(&self.memory, self.kind, *rank, wake)
+            {
+                // As vLLM says of one that is not fully awake.
+                Verdict::Answer(Value::Boolean(false))
             } else {
                 waiting.insert(*rank);
                 Verdict::Forward
             };
             self.actions.push_back(Action::Decide { rank: *rank, ticket: *ticket, verdict });
         }
-        if matches!(effect, Effect::Weights | Effect::Sleep { discards: true }) {
-            // From the first byte on: a call that fails half way leaves unknown weights as well.
-            self.mark_external(&round);
+        // From the first byte on: a call that fails half way leaves unknown weights as well.
+        if self.sent(&waiting, effect) {
+            self.note_external(&round);
         }
         self.holder = Some(Holder::Round {
             round,
@@ -71,21 +90,18 @@ impl Control {
         });
     }
 
-    pub(super) fn mark_external(&mut self, round: &Round) {
+    fn note_external(&mut self, round: &Round) {
         let what = match round.args.first().and_then(Value::as_str) {
             Some(first) if round.method == "collective_rpc" => first.to_owned(),
             _ => round.method.clone(),
         };
-        if !self.external_weights {
-            self.note(
-                Severity::Warning,
-                format!(
-                    "frontend {} changes weights by {what}: which weights the engines hold is unknown until the next update",
-                    round.frontend
-                ),
-            );
-        }
-        self.external_weights = true;
+        self.note(
+            Severity::Warning,
+            format!(
+                "frontend {} changes weights by {what}: which weights the engines hold is unknown until the next update",
+                round.frontend
+            ),
+        );
     }
 
     pub(super) fn answered(&mut self, rank: EngineIndex, ticket: u64, result: Result<Value, String>) {
@@ -112,18 +128,17 @@ impl Control {
             self.note(Severity::Warning, format!("{} failed on rank {} only", round.name(), list(&failed)));
         }
         let by = PausedBy::Frontend { id: round.frontend };
-        match round.effect() {
+        let effect = round.effect();
+        for (rank, result) in &results {
+            self.remember(*rank, effect, result);
+        }
+        match effect {
             // Also when it failed on some: better resumed once too often than left paused.
-            Effect::Pause if any_ok => self.set_paused_by_round(Some(by)),
-            Effect::Sleep { .. } if any_ok => {
-                self.asleep = true;
-                self.set_paused_by_round(Some(by));
-            }
+            Effect::Pause | Effect::Sleep { .. } if any_ok => self.set_paused_by_round(Some(by)),
             Effect::Resume if failed.is_empty() => self.set_paused_by_round(None),
-            Effect::WakeUp if failed.is_empty() => {
+            Effect::WakeUp(_) if failed.is_empty() => {
                 let awake = results.values().all(|result| !matches!(result, Ok(Value::Boolean(false))));
-                if awake {
-                    self.asleep = false;
+                if awake && !self.sleeps() {
                     self.set_paused_by_round(None);
                 }
             }
@@ -144,7 +159,6 @@ impl Control {
     pub(super) fn set_paused(&mut self, paused_by: Option<PausedBy>) {
         if paused_by.is_none() {
             self.pause_again.clear();
-            self.asleep = false;
         }
         self.paused_by = paused_by;
         self.lease_ends = None;

@@ -1,12 +1,17 @@
 //! What goes in and out of [`super::Control`].
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use rmpv::Value;
 use serde::{Deserialize, Serialize};
 
 use crate::machine::held_call::{HeldCall, Verdict};
-use crate::{EngineIndex, FrontendId, PausedBy};
+use crate::machine::memory::{Memory, Weights};
+use crate::machine::policy::{Effect, Wake};
+use crate::{EngineIndex, FrontendId, GroupKind, PausedBy};
+
+use super::asleep::{wakes_without_weights, would_go_ahead};
 
 /// Names one holder of the lock. Chosen by the driver, never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize)]
@@ -35,6 +40,8 @@ pub enum Event {
     /// An engine can be called (again). A new engine is not paused.
     EngineUp {
         rank: EngineIndex,
+        /// What it holds; of a new engine the default.
+        memory: Memory,
     },
     /// An engine is gone.
     EngineDown {
@@ -63,13 +70,20 @@ pub enum Event {
         /// What holds now.
         paused_by: Option<PausedBy>,
     },
-    /// The holder has found the engines paused, as a predecessor of this machine knew them.
-    Inherited {
+    /// The holder is about to put engines to sleep, or to wake them up.
+    Calling {
         owner: OwnerId,
-        /// Who has paused them.
-        paused_by: PausedBy,
-        /// They sleep.
-        asleep: bool,
+        ranks: Vec<EngineIndex>,
+        /// What the call does.
+        effect: Effect,
+    },
+    /// An engine has answered to that.
+    Called {
+        owner: OwnerId,
+        rank: EngineIndex,
+        /// As given before.
+        effect: Effect,
+        result: Result<Value, String>,
     },
     /// The holder knows which weights the engines hold.
     WeightsKnown {
@@ -97,8 +111,8 @@ pub struct Grant {
     pub paused_by: Option<PausedBy>,
     /// A frontend has loaded weights; which ones is unknown.
     pub external_weights: bool,
-    /// The engines are asleep: their weights are not in place.
-    pub asleep: bool,
+    /// Of the engines that are up: a part may sleep, and weights may be gone.
+    pub memory: BTreeMap<EngineIndex, Memory>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -135,6 +149,34 @@ pub enum Action {
     },
 }
 
+impl Grant {
+    /// A part of the memory of some engine sleeps.
+    pub fn asleep(&self) -> bool {
+        self.memory.values().any(Memory::sleeps)
+    }
+
+    /// Engines into which nothing can be loaded.
+    pub fn weights_asleep(&self) -> Vec<EngineIndex> {
+        let asleep = self.memory.iter().filter(|(_, memory)| memory.weights_sleep);
+        asleep.map(|(rank, _)| *rank).collect()
+    }
+
+    /// The weights of some engine were discarded, and nothing was loaded since.
+    pub fn without_weights(&self) -> bool {
+        self.memory.values().any(|memory| memory.weights == Weights::Gone)
+    }
+
+    /// Such an engine would be fully awake, and vLLM would resume it.
+    pub fn wakes_without_weights(&self, wake: Wake) -> bool {
+        wakes_without_weights(&self.memory, wake)
+    }
+
+    /// This engine is awake already, and would be resumed before the others.
+    pub fn would_go_ahead(&self, rank: EngineIndex, wake: Wake, kind: GroupKind) -> bool {
+        would_go_ahead(&self.memory, kind, rank, wake)
+    }
+}
+
 /// Plain data about the machine.
 #[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
 pub struct Snapshot {
@@ -142,8 +184,11 @@ pub struct Snapshot {
     pub holder: Option<String>,
     /// Who has paused the engines.
     pub paused_by: Option<PausedBy>,
-    /// `sleep` was called and the engines are not fully awake again.
+    /// `sleep` was called and not all engines are fully awake again.
     pub asleep: bool,
+    /// The weights of an engine were discarded, and nothing was loaded since.
+    #[serde(default)]
+    pub without_weights: bool,
     /// A frontend has loaded weights or stamped a version: what the sidecar last committed may not be
     /// what the engines hold.
     pub external_weights: bool,

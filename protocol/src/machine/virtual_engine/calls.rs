@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 use crate::machine::held_call::{HeldCall, Verdict};
+use crate::machine::memory::OwnCall;
+use crate::machine::policy::Effect;
 
 use super::slots::SlotState;
 use super::{Action, CallError, Engine, Owner, VirtualEngine, slot_of};
@@ -22,6 +24,7 @@ pub(super) struct Pending {
     pub(super) method: String,
     /// Set if it was held before.
     ticket: Option<u64>,
+    effect: Option<Effect>,
     /// Its caller has gone.
     orphan: bool,
 }
@@ -33,6 +36,8 @@ pub(super) struct CheckedCall {
     pub(super) number: usize,
     pub(super) call_id: CallId,
     pub(super) method: String,
+    /// Of a control call.
+    pub(super) effect: Option<Effect>,
     pub(super) frames: Frames,
 }
 
@@ -40,6 +45,7 @@ pub(super) struct CheckedCall {
 #[derive(Debug)]
 pub(super) struct ControlCall {
     token: u64,
+    effect: Option<OwnCall>,
     timeout: Duration,
     deadline: Time,
 }
@@ -59,18 +65,28 @@ impl VirtualEngine {
             return self.actions.push_back(Action::CallAnswered { token, result: Err(error) });
         }
         let call_id = self.new_call_id(0);
+        let effect = OwnCall::of(&method, &args);
+        if let Some(OwnCall::Other(effect)) = effect {
+            self.memory.sent(effect);
+        }
         let call = UtilityCall { client_index: ClientIndex(0), call_id, method, args };
-        self.control_calls.insert(call_id, ControlCall { token, timeout, deadline: now + timeout });
+        self.control_calls.insert(call_id, ControlCall { token, effect, timeout, deadline: now + timeout });
         self.send_to_engine(0, call.encode());
     }
 
     /// An answer on the control slot. Late ones are dropped.
     pub(super) fn control_answered(&mut self, answer: UtilityOutput) {
         if let Some(call) = self.control_calls.remove(&answer.call_id) {
+            match (call.effect, &answer.result) {
+                (Some(OwnCall::Load), Ok(reports)) => self.memory.loaded(reports),
+                (Some(OwnCall::Other(effect)), result) => self.memory.answered(effect, result),
+                _ => {}
+            }
             self.actions.push_back(Action::CallAnswered {
                 token: call.token,
                 result: answer.result.map_err(CallError::Failed),
             });
+            self.pump();
         }
     }
 
@@ -132,8 +148,11 @@ impl VirtualEngine {
     }
 
     fn send_call(&mut self, call: CheckedCall, ticket: Option<u64>) {
-        let CheckedCall { number, call_id, method, frames } = call;
-        self.slots[number].calls.insert(call_id, Pending { method, ticket, orphan: false });
+        let CheckedCall { number, call_id, method, effect, frames } = call;
+        if let Some(effect) = effect {
+            self.memory.sent(effect);
+        }
+        self.slots[number].calls.insert(call_id, Pending { method, ticket, effect, orphan: false });
         self.send_to_engine(number, frames);
     }
 
@@ -165,6 +184,9 @@ impl VirtualEngine {
         if let Some(ticket) = pending.ticket {
             let result = answer()
                 .map_or_else(|| Err("the engine's answer cannot be read".to_owned()), |answer| answer.result);
+            if let Some(effect) = pending.effect {
+                self.memory.answered(effect, &result);
+            }
             self.actions.push_back(Action::Released { ticket, result });
         } else if is_tasks
             && self.supported_tasks.is_none()
@@ -172,6 +194,7 @@ impl VirtualEngine {
         {
             self.supported_tasks = Some(tasks);
         }
+        self.pump();
         !pending.orphan
     }
 

@@ -70,6 +70,10 @@ impl VirtualEngine {
                     number: slot.0 as usize,
                     call_id: utility.call_id,
                     method: utility.method.to_owned(),
+                    effect: match policy {
+                        Policy::Control(effect) => Some(effect),
+                        Policy::Forward | Policy::Refuse(_) => None,
+                    },
                     frames: rewritten(&message),
                 };
                 Checked::Utility { call, args, policy }

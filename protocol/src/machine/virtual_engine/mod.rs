@@ -8,6 +8,8 @@
 //! # Rules
 //! * A frontend's request gets one final answer, from the engine or from here; so does each call.
 //! * Nothing of a frontend reaches an engine that is not admitted.
+//! * No new request reaches an engine whose weights were discarded, before others were loaded
+//!   ([`Memory`]).
 //! * A slot whose frontend has gone is given to another one only when the engine has confirmed, by
 //!   answering a call sent after the aborts (the fence), that it has nothing more for the old one.
 //! * Calls that change an engine's weights, schedule or memory are handed out as
@@ -36,6 +38,7 @@ use crate::frames::Frames;
 use crate::ids::{CallId, EngineIndex, FrontendId, Incarnation, Slot};
 use crate::layout::Layout;
 use crate::machine::held_call::HeldCall;
+use crate::machine::memory::Memory;
 use crate::output;
 use crate::request;
 use crate::time::Time;
@@ -274,6 +277,7 @@ pub struct Snapshot {
     pub refused: u64,
     /// Why the last of them was.
     pub last_refusal: Option<String>,
+    pub memory: Memory,
 }
 
 /// See the [module](self).
@@ -295,6 +299,8 @@ pub struct VirtualEngine {
     next_ticket: u64,
     next_call: u64,
     supported_tasks: Option<rmpv::Value>,
+    /// Of this life of the engine.
+    memory: Memory,
     /// The engine's own clock, as last seen: what we write in its name carries it.
     engine_clock: f64,
     refused: u64,
@@ -319,6 +325,7 @@ impl VirtualEngine {
             next_ticket: 0,
             next_call: 0,
             supported_tasks: None,
+            memory: Memory::default(),
             engine_clock: 0.001,
             refused: 0,
             last_refusal: None,
@@ -408,6 +415,11 @@ impl VirtualEngine {
             .min()
     }
 
+    /// What the engine's memory holds.
+    pub const fn memory(&self) -> Memory {
+        self.memory
+    }
+
     /// Plain data for status and metrics.
     pub fn snapshot(&self) -> Snapshot {
         let mut snapshot = Snapshot {
@@ -419,6 +431,7 @@ impl VirtualEngine {
             calls: self.control_calls.len() + self.held_control.len(),
             refused: self.refused,
             last_refusal: self.last_refusal.clone(),
+            memory: self.memory,
             ..Snapshot::default()
         };
         for slot in &self.slots[1..] {
@@ -441,6 +454,7 @@ impl VirtualEngine {
         if matches!(before, Engine::Down(_) | Engine::GivenUp(_)) {
             return;
         }
+        self.memory = Memory::default();
         self.fail_requests_in_flight();
         self.fail_calls_in_flight();
         for number in 1..self.slots.len() {
@@ -469,6 +483,10 @@ impl VirtualEngine {
             Engine::Prepared | Engine::Ready => {
                 format!("engine of DP rank {rank} is starting and takes no requests yet")
             }
+            Engine::Admitted if self.memory.is_empty() => format!(
+                "the weights of DP rank {rank} were discarded by a sleep of level 2: it takes no requests before \
+                 others are loaded (wake up the tag \"weights\", then `sidecar update`)"
+            ),
             Engine::Admitted => format!("engine of DP rank {rank} is running"),
         }
     }

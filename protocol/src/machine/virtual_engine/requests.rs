@@ -204,7 +204,7 @@ pub(super) fn size(frames: &[Bytes]) -> usize {
 impl VirtualEngine {
     /// Whether requests go to the engine, as far as it may have more.
     pub(super) fn takes_requests(&self) -> bool {
-        self.engine == Engine::Admitted && self.gate_open
+        self.engine == Engine::Admitted && self.gate_open && !self.memory.is_empty()
     }
 
     /// Whether a new message may go to the engine right now.

@@ -48,14 +48,11 @@ pub struct Ledger {
     pub pause: Option<Pause>,
 }
 
-/// A pause that outlives the sidecar.
+/// A pause that outlives the sidecar. Whether the engines sleep is known to their ranks' tasks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pause {
     /// Who has paused them.
     pub by: PausedBy,
-    /// They sleep: their weights are not in place.
-    #[serde(default)]
-    pub asleep: bool,
 }
 
 impl Ledger {

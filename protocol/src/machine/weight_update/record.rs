@@ -153,6 +153,9 @@ pub struct Record {
     pub recovered: bool,
     /// Engines were left paused, since they were paused by somebody before the update.
     pub left_paused: bool,
+    /// Parts of the engines' memory slept during the update, and still do.
+    #[serde(default)]
+    pub left_asleep: bool,
     /// First cause of a failure: names rank and worker.
     pub error: Option<String>,
     /// What the operator should know although nothing failed.

@@ -217,6 +217,7 @@ impl Run {
             Outcome::Aborted
         };
         record.left_paused = self.begin.paused_before;
+        record.left_asleep = self.begin.asleep;
         // After an escalation the frozen requests were aborted, and nothing went on.
         record.may_mix_versions = self.committed && self.keeps_requests() && !record.pause_escalated;
         if record.may_mix_versions {

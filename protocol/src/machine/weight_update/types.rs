@@ -29,6 +29,8 @@ pub struct Begin {
     pub participants: BTreeMap<EngineIndex, Participant>,
     /// Somebody paused the engines before: they are not resumed at the end.
     pub paused_before: bool,
+    /// Parts of the engines' memory sleep, and are to be woken up by whoever has put them to sleep. Not the weights.
+    pub asleep: bool,
     /// Engines may hold weights that did not come from an update of ours, so a rollback must reload
     /// all of them.
     pub external_weights: bool,
@@ -243,9 +245,19 @@ pub enum Refusal {
         /// Which, and what it does.
         holder: String,
     },
-    /// Their weights are not in place.
-    #[error("the engines are asleep: wake them up first")]
-    Asleep,
+    /// A load into memory that is not there ends a worker.
+    #[error(
+        "the weights of rank {} sleep: wake them up first (`sidecar wake --tag weights`, or wake_up with \
+         tags=[\"weights\"]), then update, then wake up the rest",
+        list(ranks)
+    )]
+    Asleep { ranks: Vec<EngineIndex> },
+    /// Adapters alone bring no model.
+    #[error(
+        "the weights were discarded by a sleep of level 2: load weights first (`sidecar update --path`), adapters with \
+         them or after"
+    )]
+    NoWeights,
     /// These ranks would go on with the old weights.
     #[error("rank {} may be serving the current weights, but is not reached", list(ranks))]
     Unreached { ranks: Vec<EngineIndex> },
@@ -268,7 +280,8 @@ impl Refusal {
             Self::WrongVersion { .. } => Outcome::RefusedVersion,
             Self::NoEngines
             | Self::IdUsed { .. }
-            | Self::Asleep
+            | Self::Asleep { .. }
+            | Self::NoWeights
             | Self::Unreached { .. }
             | Self::Incomplete { .. } => Outcome::RefusedInvalid,
         }

@@ -208,7 +208,16 @@ impl Updates {
     pub fn snapshot(&self) -> Snapshot {
         let running = self.asked.as_ref().map(|asked| asked.id.clone());
         let external_weights = self.ledger.external_weights;
-        Snapshot { running, external_weights, ..self.machine.snapshot() }
+        let mut snapshot = Snapshot { running, external_weights, ..self.machine.snapshot() };
+        // Those of a run that is under way are in its own account.
+        let left = self.seen.iter().filter(|(rank, seen)| {
+            !snapshot.ranks.contains_key(rank) && self.ledger.suspects(**rank, seen.incarnation)
+        });
+        let left: Vec<EngineIndex> = left.map(|(rank, _)| *rank).collect();
+        if !mutated(Mutation::NeverInDoubt) {
+            snapshot.in_doubt.extend(left);
+        }
+        snapshot
     }
 
     pub const fn committed(&self) -> Option<&Committed> {

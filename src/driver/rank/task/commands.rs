@@ -67,7 +67,16 @@ impl RankTask {
             RankAsk::AdoptRoute(AdoptRoute { frontend, api_server }) => {
                 reply.send::<AdoptRoute>(self.adopt_route(frontend, api_server));
             }
-            RankAsk::CloseRoutes(CloseRoutes { frontend }) => {
+            RankAsk::CloseRoutes(CloseRoutes { frontend, orphaned }) => {
+                if orphaned {
+                    let routes = self.routes.values().filter(|route| route.frontend == frontend);
+                    for output in routes.map(|route| route.output_address.clone()) {
+                        self.connecting.spawn(async move {
+                            routes::say_dead(&output).await;
+                            None
+                        });
+                    }
+                }
                 self.close_routes(now, frontend);
                 self.perform().await;
                 reply.send::<CloseRoutes>(Ok(()));
@@ -137,7 +146,7 @@ impl RankTask {
         let identity = self.rank().identity();
         self.connecting.spawn(async move {
             let result = routes::connect(&request, identity).await;
-            Opened { epoch, slot: slot.0, request, reply, result }
+            Some(Opened { epoch, slot: slot.0, request, reply, result })
         });
     }
 

@@ -100,6 +100,39 @@ async fn engines_with_dummy_weights_have_no_way_back_until_the_first_commit() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn blocks_that_a_kv_connector_keeps_are_no_update_unless_the_caller_accepts_them() {
+    let world = world(GroupKind::Independent).await;
+    world.engine(1).kv_connectors = vec!["LMCacheConnectorV1"];
+    world.ranks[1].restart();
+    world.restore_all().await.unwrap();
+    let updates = world.updates.snapshot.borrow().updates.clone();
+    assert!(updates.starts_with("only with --allow-stale-kv: rank 1: its KV connector LMCache"), "{updates}");
+    let record = world.update(world.request("u1")).await;
+    assert_eq!(*record.outcome(), Outcome::RefusedInvalid);
+    assert!(record.message.contains("rank 1: its KV connector LMCacheConnectorV1"), "{}", record.message);
+    assert!(record.message.contains("--allow-stale-kv"), "{}", record.message);
+    let accepted = UpdateRequest { allow_stale_kv: true, ..world.request("u1") };
+    let record = world.update(accepted).await;
+    assert_eq!(*record.outcome(), Outcome::Committed, "{}", record.message);
+    world.end().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_committed_update_says_that_the_weights_of_drafts_stay() {
+    for (method, warned) in [(None, false), (Some("ngram"), false), (Some("mtp"), true)] {
+        let world = world(GroupKind::Independent).await;
+        world.engine(0).draft = method;
+        world.ranks[0].restart();
+        world.restore_all().await.unwrap();
+        let record = world.update(world.request("u1")).await;
+        assert_eq!(*record.outcome(), Outcome::Committed, "{}", record.message);
+        let said = record.record.warnings.iter().any(|text| text.contains("rank 0: the weights that draft"));
+        assert_eq!(said, warned, "{method:?}: {:?}", record.record.warnings);
+        world.end().await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_model_in_another_form_than_safetensors_is_not_updated_and_said_so_at_once() {
     let world = world(GroupKind::Independent).await;
     std::fs::rename(

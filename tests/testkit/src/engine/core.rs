@@ -12,6 +12,7 @@ use zmq::{PollEvents, Socket};
 
 use super::group::{Group, GroupError, Operation};
 use super::lora::Adapters;
+use super::memory::Memory;
 use super::options::{ControlFile, EngineOptions, Faults, Stage};
 use super::parameters::Parameters;
 use super::scheduler::{PauseState, Request, Scheduler};
@@ -48,7 +49,8 @@ pub(crate) struct Lockstep {
 pub(crate) struct PendingPause {
     pub(crate) client: usize,
     pub(crate) call: Value,
-    pub(crate) sleep: bool,
+    /// Level of the sleep that follows; 0: none does.
+    pub(crate) sleep: u64,
 }
 
 pub(crate) struct Engine {
@@ -63,7 +65,7 @@ pub(crate) struct Engine {
     /// None: the engine has made-up weights, and takes any.
     pub(crate) parameters: Option<Parameters>,
     pub(crate) weight_version: String,
-    pub(crate) sleeping: bool,
+    pub(crate) memory: Memory,
     /// Loads so far, for faults that hit only the first ones.
     pub(crate) loads: u32,
     /// LoRA adapters that the sidecar brought.
@@ -117,7 +119,7 @@ impl Engine {
             digest,
             parameters,
             weight_version: "default".to_owned(),
-            sleeping: false,
+            memory: Memory::default(),
             loads: 0,
             adapters: Adapters::default(),
             loader: weights::Loader::new(options.load_buffer),
@@ -457,6 +459,7 @@ impl Engine {
         let mut executed = false;
         let mut first_token = false;
         if stepping && !self.scheduler.running.is_empty() {
+            self.touch("a step", &["weights", "kv_cache"])?;
             if self.torn {
                 return Err(EngineEnd::Core(
                     "a step with torn weights (vLLM: NotImplementedError on meta tensors)".to_owned(),

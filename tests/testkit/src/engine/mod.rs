@@ -5,6 +5,7 @@ mod core;
 mod group;
 mod handshake;
 mod lora;
+mod memory;
 mod options;
 mod parameters;
 mod scheduler;

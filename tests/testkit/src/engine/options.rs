@@ -154,6 +154,8 @@ pub struct Faults {
     pub lora_fails: bool,
     /// `reset-false`: `reset_prefix_cache` answers False.
     pub reset_false: bool,
+    /// `sleep-fails`: `sleep` fails before it does anything.
+    pub sleep_fails: bool,
     /// `no-shim`: the worker methods of the shim do not exist.
     pub no_shim: bool,
     /// `shim-version:V`: the shim says this version.
@@ -212,6 +214,7 @@ impl Faults {
             "load-wrong-digest" => self.load_wrong_digest = true,
             "lora-fails" => self.lora_fails = true,
             "reset-false" => self.reset_false = true,
+            "sleep-fails" => self.sleep_fails = true,
             "no-shim" => self.no_shim = true,
             "shim-version" => self.shim_version = Some(argument.to_owned()),
             "shim-protocol" => self.shim_protocol = Some(number()?),

@@ -50,6 +50,11 @@ impl Scheduler {
         }
     }
 
+    /// `has_requests`.
+    pub(crate) fn has_requests(&self) -> bool {
+        !self.running.is_empty() || !self.waiting.is_empty()
+    }
+
     /// Moves what may run into the running set.
     pub(crate) fn schedule(&mut self) {
         while self.pause == PauseState::Unpaused && self.running.len() < self.max_num_seqs {

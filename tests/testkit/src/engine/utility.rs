@@ -1,6 +1,6 @@
 //! Utility calls (`EngineCoreProc._invoke_utility_method`).
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use rmpv::Value;
@@ -9,12 +9,13 @@ use serde_json::json;
 use super::EngineEnd;
 use super::core::{Engine, FINISH_ABORT, PendingPause};
 use super::group::Operation;
+use super::memory;
 use super::scheduler::PauseState;
 use super::weights::{self, Hashing};
 use crate::msg;
 
 /// Version of the worker RPC between sidecar and shim.
-pub(super) const SHIM_PROTOCOL: u64 = 5;
+pub(super) const SHIM_PROTOCOL: u64 = 6;
 
 /// What a method does with its call.
 enum Outcome {
@@ -94,6 +95,7 @@ impl Engine {
             | "list_loras"
             | "compute_weight_checksums"
             | "shutdown"
+            | "release_kv_cache_memory"
             | "get_kv_cache_group_metadata" => 0,
             "set_weight_version" | "wake_up" => 1,
             "pause_scheduler" | "pause_generation" | "reset_prefix_cache" | "sleep" => 2,
@@ -119,7 +121,10 @@ impl Engine {
         Ok(match method {
             "get_supported_tasks" => ok(Value::Array(vec![Value::from("generate")])),
             "is_scheduler_paused" => ok(self.scheduler.pause != PauseState::Unpaused),
-            "is_sleeping" => ok(self.sleeping || self.scheduler.pause != PauseState::Unpaused),
+            "is_sleeping" => ok(self.memory.is_sleeping() || self.scheduler.pause != PauseState::Unpaused),
+            "release_kv_cache_memory" => {
+                Outcome::Done(self.release_cache(self.scheduler.pause != PauseState::Unpaused))
+            }
             "get_weight_version" => ok(self.weight_version.as_str()),
             "set_weight_version" => match args.first().and_then(Value::as_str) {
                 Some(label) => {
@@ -131,16 +136,19 @@ impl Engine {
             "pause_scheduler" | "pause_generation" => {
                 let mode = args.first().and_then(Value::as_str).unwrap_or("abort");
                 self.refusing = method == "pause_generation" && mode != "keep";
-                self.pause(mode, client, call, false)?
+                self.pause(mode, client, call, 0)?
             }
+            "sleep" if self.faults.sleep_fails => fail("ordered fault: sleep-fails"),
             "sleep" => {
                 let mode = args.get(1).and_then(Value::as_str).unwrap_or("abort");
                 let level = args.first().and_then(Value::as_u64).unwrap_or(1);
-                self.pause(mode, client, call, level > 0)?
+                self.pause(mode, client, call, level)?
             }
             "resume_scheduler" => self.resume()?,
             "wake_up" => {
-                self.sleeping = false;
+                if !self.wake(memory::tags(args.first())) {
+                    return Ok(ok(false));
+                }
                 match self.resume()? {
                     Outcome::Done(Ok(_)) => ok(true),
                     other => other,
@@ -165,7 +173,7 @@ impl Engine {
         })
     }
 
-    fn pause(&mut self, mode: &str, client: usize, call: &Value, sleep: bool) -> Result<Outcome, EngineEnd> {
+    fn pause(&mut self, mode: &str, client: usize, call: &Value, sleep: u64) -> Result<Outcome, EngineEnd> {
         let state = match mode {
             "abort" | "wait" => PauseState::PausedNew,
             "keep" => PauseState::PausedAll,
@@ -186,7 +194,9 @@ impl Engine {
             None => !self.scheduler.has_unfinished(),
         };
         if complete {
-            self.sleeping |= sleep;
+            if sleep > 0 {
+                self.fall_asleep(sleep);
+            }
             return Ok(ok(Value::Nil));
         }
         self.pauses.push(PendingPause { client, call: call.clone(), sleep });
@@ -247,9 +257,10 @@ impl Engine {
                 one(answer)
             }
             "reload_weights" => {
-                let path = msg::text(kwargs, "weights_path").unwrap_or_default();
-                let path = std::path::Path::new(&path);
-                match weights::identity(path) {
+                self.touch("reload_weights", &["weights"])?;
+                // Without a path the checkpoint of the command line.
+                let path = msg::text(kwargs, "weights_path").map(PathBuf::from);
+                match weights::identity(&path.or_else(|| self.options.model.clone()).unwrap_or_default()) {
                     Ok(digest) => {
                         self.set_digest(digest);
                         one(Value::Nil)
@@ -263,6 +274,7 @@ impl Engine {
             "get_model" | "get_kv_cache_spec" => {
                 return Err(EngineEnd::OutputThread(format!("the result of {method} cannot be serialized")));
             }
+            method if self.worker_memory(method, args.get(2), kwargs) => one(Value::Nil),
             _ => fail(format!("'Worker' object has no attribute '{method}'")),
         })
     }
@@ -294,6 +306,8 @@ impl Engine {
             ("files", files.unwrap_or(Value::Nil)),
             ("tied", Value::Array(tied)),
             ("ignored", Value::Array(ignored)),
+            ("draft", Value::Nil),
+            ("kv_connectors", Value::Array(Vec::new())),
             ("max_lora_rank", Value::from(16)),
             ("dp_rank", Value::from(self.options.rank)),
             ("rank", Value::from(0)),
@@ -350,6 +364,7 @@ impl Engine {
                 }
                 Err(error) => Err((error.kind, error.to_string(), "restored-meta")),
                 Ok(mut loaded) => {
+                    self.touch("a load", &["weights"])?;
                     loaded.rename(&renames(request));
                     let raised = self.raises(&loaded);
                     if self.parameters.as_ref().is_some_and(|model| model.keeps_some(&loaded.contents)) {

@@ -183,6 +183,8 @@ impl World {
     fn load_arrives(&mut self, rank: usize, caller: Caller, action: Step) {
         let paused = self.engines[rank].paused;
         self.law(Law::LoadedWhilePaused, paused, || format!("rank {rank} is loaded while it is not paused"));
+        let there = !self.engines[rank].memory.weights_sleep;
+        self.law(Law::MemoryIsThere, there, || format!("rank {rank} is loaded while its weights sleep"));
         let before = std::mem::replace(&mut self.engines[rank].weights, Weights::Torn);
         let end = self.now + Duration::from_millis(self.rng.random_range(0..4_000));
         self.links[rank] = self.links[rank].max(end);
@@ -237,13 +239,24 @@ impl World {
         } else {
             Ok(vec![good])
         };
-        self.engines[rank].weights = weights;
+        let gone = weights == Weights::Torn;
+        let kept =
+            matches!(&result, Ok(reports) if reports.iter().all(|r| r.state == WorkerState::Unchanged));
+        let engine = &mut self.engines[rank];
+        engine.weights = weights;
+        engine.memory.weights = match engine.memory.weights {
+            before if kept => before,
+            _ if gone => memory::Weights::Gone,
+            _ => memory::Weights::Known,
+        };
         self.answer(Some(rank), caller, 20, Answer::Loaded { call, target, result });
     }
 
     fn resume_arrives(&mut self, rank: usize, caller: Caller, call: Call) {
         let torn = self.engines[rank].weights == Weights::Torn;
         self.law(Law::NothingTornServes, !torn, || format!("rank {rank} is resumed while torn"));
+        let there = !self.engines[rank].memory.sleeps();
+        self.law(Law::MemoryIsThere, there, || format!("rank {rank} is resumed while it sleeps"));
         let fails = self.fault(0.02) || (self.lockstep && !self.engines[rank].pausing.is_empty());
         if fails {
             let result = Err("in flight".to_owned());
@@ -328,7 +341,7 @@ impl World {
         if self.external {
             return;
         }
-        let committed = self.committed().path;
+        let (said, committed) = (self.said(), self.in_force());
         if self.leader {
             let in_doubt = self.machine.snapshot().in_doubt;
             let lied = (0..self.engines.len()).find(|rank| {
@@ -336,19 +349,19 @@ impl World {
                 (engine.alive && engine.admitted && self.is_in_service(*rank))
                     && !self.is_asked_for(*rank)
                     && !in_doubt.contains(&index(*rank))
-                    && engine.weights != Weights::Whole(committed.clone())
+                    && engine.weights != Weights::Whole(said.clone())
             });
             if let Some(rank) = lied {
                 let holds = self.engines[rank].weights.clone();
                 self.law(Law::ReportsAreTrue, false, || {
-                    format!("rank {rank} is said to hold {committed}, and holds {holds:?}")
+                    format!("rank {rank} is said to hold {said}, and holds {holds:?}")
                 });
             }
         }
         let looked_at = self.leader && self.machine.run().is_none();
         let wrong = (0..self.engines.len()).find(|rank| {
             let engine = &self.engines[*rank];
-            (!self.state_lost || (looked_at && self.is_in_service(*rank)))
+            (!(self.state_lost || self.commit_unknown) || (looked_at && self.is_in_service(*rank)))
                 && engine.alive
                 && engine.admitted
                 && !engine.hung

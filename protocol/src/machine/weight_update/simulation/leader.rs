@@ -154,12 +154,10 @@ impl World {
         };
         for (rank, life) in &engines {
             let at = usize::from(rank.0);
-            if !self.living(at, life.0) {
-                continue;
-            }
-            if !good {
-                self.stop(at);
-            } else if !adopted {
+            let there = self.engines[at].alive && self.engines[at].incarnation == life.0;
+            if !good && there {
+                self.stop(at); // hung or not
+            } else if good && !adopted && self.living(at, life.0) {
                 self.engines[at].admitted = true;
                 // The pause of a frontend still holds.
                 self.engines[at].paused = self.paused_before;

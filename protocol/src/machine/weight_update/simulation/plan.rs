@@ -113,17 +113,7 @@ impl World {
             {
                 self.after(1_000, Happening::FrontendResumes);
             }
-            Happening::FrontendResumes if self.leader && self.paused_before => {
-                self.paused_before = false;
-                // Such calls pass the leader.
-                for rank in 0..self.engines.len() {
-                    if self.is_in_service(rank) && !self.is_away(rank) {
-                        self.engines[rank].paused = false;
-                        self.engines[rank].pausing.clear();
-                    }
-                }
-            }
-            Happening::FrontendResumes => {}
+            Happening::FrontendResumes => self.frontend_resumes(),
             Happening::ControllerDies => self.controller_dies(),
             Happening::LeaderDies => self.leader_dies(),
             Happening::LeaderStarts => self.leader_starts(),
@@ -137,6 +127,36 @@ impl World {
             Happening::Heal(node) => self.heal(node),
         }
         self.check();
+    }
+
+    /// The pause of a frontend ends, or it wakes up what sleeps: with weights of its own, where there are none.
+    fn frontend_resumes(&mut self) {
+        let asleep = |engine: &Engine| engine.alive && engine.memory.sleeps();
+        if !self.leader || !(self.paused_before || self.engines.iter().any(asleep)) {
+            if self.engines.iter().any(asleep) {
+                self.after(1_000, Happening::FrontendResumes);
+            }
+            return;
+        }
+        self.paused_before = false;
+        // Such calls pass the leader.
+        for rank in 0..self.engines.len() {
+            if !self.is_in_service(rank) || self.is_away(rank) {
+                continue;
+            }
+            let engine = &mut self.engines[rank];
+            engine.paused = false;
+            engine.pausing.clear();
+            if engine.memory.weights == memory::Weights::Gone {
+                engine.weights = Weights::Whole("external".to_owned());
+                engine.memory.weights = memory::Weights::External;
+                self.external = true;
+            }
+            (engine.memory.weights_sleep, engine.memory.cache_sleeps) = (false, false);
+        }
+        if self.engines.iter().any(asleep) {
+            self.after(1_000, Happening::FrontendResumes);
+        }
     }
 
     pub(super) fn run(&mut self) {
@@ -191,7 +211,7 @@ impl World {
         if self.external {
             return;
         }
-        let committed = Weights::Whole(self.committed().path);
+        let committed = Weights::Whole(self.in_force());
         for rank in 0..self.engines.len() {
             let engine = &self.engines[rank];
             if !engine.admitted || engine.hung {

@@ -33,7 +33,9 @@ impl World {
                 } else {
                     self.frontend_acts();
                     let paused_by = self.paused_before.then_some(PausedBy::Operator);
-                    Ok(Grant { paused_by, external_weights: self.external, asleep: false })
+                    let there = self.engines.iter().enumerate().filter(|(_, engine)| engine.alive);
+                    let memory = there.map(|(rank, engine)| (index(rank), engine.memory)).collect();
+                    Ok(Grant { paused_by, external_weights: self.external, memory })
                 };
                 self.after(50, Happening::Event(epoch, Event::Acquired { run, result }));
             }
@@ -72,7 +74,8 @@ impl World {
             }
             Action::Conclude { ref conclusion, attempt, .. } => {
                 if attempt == 1 {
-                    self.ended(&conclusion.record, &conclusion.version);
+                    let known = !conclusion.ledger.external_weights;
+                    self.ended(&conclusion.record, Some(&conclusion.version).filter(|_| known));
                 }
                 self.write(epoch, action);
             }
@@ -126,7 +129,9 @@ impl World {
                 engine.request = None;
             }
         }
-        if self.chance(0.05) {
+        if !self.paused_before && self.chance(0.2) {
+            self.frontend_sleeps();
+        } else if self.chance(0.05) {
             self.external = true;
             // What a leader does not live to write is not known to the next one.
             self.ledger.external_weights = true;
@@ -134,6 +139,21 @@ impl World {
                 engine.weights = Weights::Whole("external".to_owned());
                 engine.request = None;
                 engine.cache = None;
+            }
+        }
+    }
+
+    /// A frontend puts the engines to sleep, and may have woken up the weights again.
+    fn frontend_sleeps(&mut self) {
+        let (discards, weights_sleep) = (self.chance(0.5), self.chance(0.4));
+        self.paused_before = true;
+        self.external |= discards;
+        self.after(8_000, Happening::FrontendResumes);
+        for engine in &mut self.engines {
+            (engine.paused, engine.request, engine.cache) = (true, None, None);
+            (engine.memory.weights_sleep, engine.memory.cache_sleeps) = (weights_sleep, true);
+            if discards {
+                (engine.weights, engine.memory.weights) = (Weights::Torn, memory::Weights::Gone);
             }
         }
     }
@@ -220,6 +240,8 @@ impl World {
             Action::TakeOver { ticket, engines, inherit } => {
                 self.open_gates(engines.keys().copied());
                 self.inherit(inherit.is_some());
+                // Whoever has put them to sleep comes back.
+                self.after(1_000, Happening::FrontendResumes);
                 Event::TakenOver { ticket }
             }
             Action::OpenGates { engines, .. } => {
@@ -312,7 +334,7 @@ impl World {
         self.law(Law::RepeatsAreAnswered, same, || format!("{id} gave another record the second time"));
     }
 
-    fn ended(&mut self, record: &Record, version: &WeightVersion) {
+    fn ended(&mut self, record: &Record, version: Option<&WeightVersion>) {
         let id = record.id.clone();
         self.log.push(format!("{:?} done {id} {:?} {:?}", self.now, record.outcome, record.error));
         if record.recovered {
@@ -323,12 +345,14 @@ impl World {
         let hanging = record.error.as_deref().is_some_and(|error| {
             error.starts_with("commit record was not written") // what the journal holds is unknown
         });
+        self.commit_unknown |= hanging && committed != in_journal;
         self.law(Law::RecordFollowsJournal, committed == in_journal || hanging, || {
             format!("{id}: committed is {committed}, in the journal {in_journal}")
         });
         let current = self.version();
-        self.law(Law::RecordFollowsJournal, *version == current || hanging, || {
-            format!("machine says {version}, journal {current}")
+        let same = version.is_none_or(|version| *version == current);
+        self.law(Law::RecordFollowsJournal, same || hanging || self.commit_unknown, || {
+            format!("machine says {version:?}, journal {current}")
         });
         if matches!(record.outcome, Outcome::Aborted | Outcome::RefusedInvalid) {
             let loaded = record.ranks.values().any(|rank| rank.times.load_ms.is_some());

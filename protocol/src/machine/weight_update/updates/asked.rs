@@ -2,6 +2,7 @@
 
 use super::super::{Begin, Commit, Participant};
 use super::*;
+use crate::machine::memory::Weights;
 
 impl Updates {
     pub(super) fn ask(&mut self, ask: Ask) {
@@ -62,7 +63,8 @@ impl Updates {
             mode: ask.mode,
             pause_deadline: ask.pause_deadline,
             participants: self.lives.iter().map(participant).collect(),
-            paused_before: grant.paused_by.is_some(),
+            paused_before: grant.paused_by.is_some() || grant.asleep(),
+            asleep: grant.asleep(),
             external_weights: grant.external_weights || self.ledger.external_weights,
             forward_only: ask.forward_only,
         }
@@ -79,8 +81,14 @@ impl Updates {
                 self.machine.handle_event(now, Answer::Recover(recover));
             }
             (Kind::Update(_), Err(holder)) => self.refuse_asked(Refusal::Controlled { holder }),
-            // A load into discarded memory kills the worker.
-            (Kind::Update(_), Ok(grant)) if grant.asleep => self.refuse_asked(Refusal::Asleep),
+            (Kind::Update(_), Ok(grant))
+                if !grant.weights_asleep().is_empty() && !mutated(Mutation::UpdateAsleep) =>
+            {
+                self.refuse_asked(Refusal::Asleep { ranks: grant.weights_asleep() });
+            }
+            (Kind::Update(ask), Ok(grant)) if grant.without_weights() && !ask.weights => {
+                self.refuse_asked(Refusal::NoWeights);
+            }
             (Kind::Update(_), Ok(grant)) => asked.stage = Stage::Locked(grant),
         }
     }
@@ -230,12 +238,27 @@ impl Updates {
         self.reported(now, run, Answer::CommitWritten { result });
     }
 
-    fn conclude(&mut self, record: Record) {
-        // Adapters alone leave the weights of the model as they were, known or not.
-        let loads = |asked: &Asked| !matches!(&asked.kind, Kind::Update(ask) if !ask.weights);
-        let weights_known = self.asked.as_ref().is_none_or(loads)
-            && (record.committed || record.ranks.values().any(|rank| rank.times.rollback_ms.is_some()));
+    fn conclude(&mut self, mut record: Record) {
+        let staging = self.asked.as_ref().and_then(|asked| asked.staging.as_ref());
+        if let (true, Some(staging)) = (record.committed, staging) {
+            record.warnings.extend(staging.warnings.iter().cloned());
+        }
         self.ledger.end(&record);
+        let loaded = record.committed || record.ranks.values().any(|rank| rank.times.rollback_ms.is_some());
+        let weights_known = match self.asked.as_ref().map(|asked| &asked.kind) {
+            // Adapters alone leave the weights of the model as they were, known or not.
+            Some(Kind::Update(ask)) => ask.weights && loaded,
+            // It has loaded all of its engines, or fenced them; the others must be there and known to hold ours.
+            Some(Kind::Recovery(_)) => {
+                self.ledger.suspects.is_empty()
+                    && self.lives.keys().all(|rank| {
+                        let memory = self.seen.get(rank).map(|seen| seen.memory).unwrap_or_default();
+                        let ours = !self.ledger.external_weights && memory.weights == Weights::Known;
+                        record.ranks.contains_key(rank) || ours
+                    })
+            }
+            None => loaded,
+        };
         self.ledger.external_weights &= !weights_known;
         let written = self.committed.as_mut().filter(|committed| committed.commit.id == record.id);
         let committed = written.map(|committed| {
@@ -246,7 +269,11 @@ impl Updates {
             true => record.ranks.keys().copied().collect(),
             false => BTreeSet::new(),
         };
-        let version = self.machine.snapshot().version;
+        // A trainer's, or none: then nothing was touched.
+        let version = match self.ledger.external_weights {
+            true => WeightVersion::unknown(),
+            false => self.machine.snapshot().version,
+        };
         let Some(asked) = &mut self.asked else {
             return;
         };

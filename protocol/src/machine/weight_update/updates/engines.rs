@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::super::{Begin, Outcome, Participant};
 use super::*;
+use crate::machine::memory::Weights;
 
 /// How long a recovery waits for a control round that is under way; then it goes on without the lock.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -158,16 +159,19 @@ impl Updates {
         let committed = self.committed.as_ref().map(|committed| &committed.commit);
         let version = committed.map(|commit| commit.version.clone());
         let stay_paused = self.ledger.pause.is_some();
+        let memory = |rank: &EngineIndex| self.seen.get(rank).map(|seen| seen.memory).unwrap_or_default();
         // Where what is on record is lost with the state directory, an engine may be stamped with a version that
         // nobody knows, or be paused with half of its weights loaded.
         let other_stamp = |rank: &EngineIndex| match (found.stamps.get(rank), &version) {
             (Some(stamp), _) => {
-                *stamp != version.clone().unwrap_or_default() && !self.ledger.external_weights
+                let external = self.ledger.external_weights || memory(rank).weights != Weights::Known;
+                *stamp != version.clone().unwrap_or_default() && !external
             }
             (None, version) => version.is_some(),
         };
         let unexplained = |rank: &EngineIndex| {
-            !stay_paused && found.paused.contains(rank) && !mutated(Mutation::TrustPaused)
+            let paused = found.paused.contains(rank) && !memory(rank).sleeps();
+            !stay_paused && paused && !mutated(Mutation::TrustPaused)
         };
         let suspect = |rank: &EngineIndex, life: &Incarnation| {
             let admitted = self.seen.get(rank).is_some_and(|seen| seen.admitted);
@@ -185,9 +189,17 @@ impl Updates {
         let participants: BTreeMap<EngineIndex, Participant> = treated
             .map(|(rank, life)| (*rank, Participant { incarnation: *life, node: self.node_of(*rank) }))
             .collect();
+        let asleep = participants.keys().any(|rank| memory(rank).sleeps());
+        // The sidecar before may have ended before it had that on record.
+        let others = |rank: &&EngineIndex| !participants.contains_key(rank);
+        let external = job.engines.keys().filter(others).any(|rank| memory(rank).weights != Weights::Known);
         let digest = committed.and_then(|commit| commit.checkpoint.digest.clone());
         let committed = committed.map(|commit| commit.id.clone());
         self.decided = true;
+        if external && !self.ledger.external_weights {
+            self.ledger.external_weights = true;
+            self.save_ledger(None);
+        }
         for (rank, incarnation) in &job.engines {
             self.lives.insert(*rank, Life { incarnation: *incarnation, admitted: true });
         }
@@ -199,7 +211,9 @@ impl Updates {
             self.actions.push_back(Action::TakeOver { ticket, engines: job.engines, inherit });
             return;
         }
-        if self.ledger.pause.as_ref().is_some_and(|pause| pause.asleep) {
+        if asleep && !mutated(Mutation::RecoverAsleep) {
+            let lives = participants.iter().map(|(rank, participant)| (*rank, participant.incarnation));
+            self.ledger.suspects.extend(lives);
             return self.not_adopted(ticket, "engines sleep whose weights are not trusted".to_owned());
         }
         // An update that waits has not begun, or these engines would not have been looked at.
@@ -221,6 +235,7 @@ impl Updates {
                 pause_deadline: PAUSE_DEADLINE,
                 participants,
                 paused_before: stay_paused,
+                asleep: false,
                 external_weights: true,
                 forward_only: true,
             },

@@ -10,6 +10,7 @@ use super::super::record::{Adapter, Committed, Record};
 use super::super::types::{self as step, Refusal};
 use super::super::vocabulary::{Checkpoint, NodeId, PauseMode};
 use crate::machine::control::Grant;
+use crate::machine::memory::Memory;
 use crate::{EngineIndex, Incarnation, UpdateId, WeightVersion};
 
 /// Engines, each with the life that is meant.
@@ -57,6 +58,7 @@ pub struct Seen {
     pub incarnation: Incarnation,
     /// Requests of frontends are let through.
     pub admitted: bool,
+    pub memory: Memory,
 }
 
 /// What engines and nodes say before anything is done to them.
@@ -84,6 +86,8 @@ pub struct Staging {
     pub startup: Option<Checkpoint>,
     /// Directory of the start-up checkpoint on the leader's node.
     pub model_path: String,
+    /// What is said with the record of an update that is committed.
+    pub warnings: Vec<String>,
 }
 
 /// Engines could not be brought, or left, at the committed weights: they are to be started again.
@@ -295,7 +299,8 @@ pub enum Action {
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct Conclusion {
     pub record: Record,
-    /// The version of the weights after it.
+    /// The version of the weights after it; unknown if a frontend has loaded or discarded weights, and it did not
+    /// change that.
     pub version: WeightVersion,
     /// Engines were taken over; no staging area was used.
     pub recovery: bool,

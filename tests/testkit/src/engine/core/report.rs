@@ -38,8 +38,8 @@ impl Engine {
     /// Answers the pauses that waited for the engine to be idle.
     pub(super) fn finish_pauses(&mut self) -> Result<(), EngineEnd> {
         for pause in std::mem::take(&mut self.pauses) {
-            if pause.sleep {
-                self.sleeping = true;
+            if pause.sleep > 0 {
+                self.fall_asleep(pause.sleep);
             }
             self.answer(pause.client, pause.call, Ok(Value::Nil))?;
         }
