@@ -67,6 +67,16 @@ async fn a_successor_goes_on_with_the_frontends_of_its_predecessor() {
     fixture.shut_down().await;
 }
 
+/// Another frontend at the same address is attached, under a number that was not given before.
+async fn is_attached_anew(fixture: Fixture, address: &str, zmq: String, before: FrontendId) {
+    let (second, started) = start(frontend(FrontendOptions { address: zmq, ..options(2) })).await;
+    started.unwrap();
+    let again = fixture.until(address, "attached", &[]).await;
+    assert!(again.id > Some(before.0), "{again:?}");
+    drop(second);
+    fixture.shut_down().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_frontend_that_lost_a_route_meanwhile_is_told_and_attached_anew() {
     let mut fixture = fixture(2, GroupKind::Independent, 2);
@@ -78,12 +88,7 @@ async fn a_frontend_that_lost_a_route_meanwhile_is_told_and_attached_anew() {
     fixture.restart().await;
     assert!(hears_of_death(first).await, "the frontend was not told");
     wait_for("the rest to be closed", || fixture.seen.lock().closed.contains(&(0, id))).await;
-    let (second, started) = start(frontend(FrontendOptions { address: zmq, ..options(2) })).await;
-    started.unwrap();
-    let again = fixture.until(&address, "attached", &[]).await;
-    assert!(again.id > Some(id.0), "{again:?}");
-    drop(second);
-    fixture.shut_down().await;
+    is_attached_anew(fixture, &address, zmq, id).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -142,12 +147,7 @@ async fn without_its_records_a_successor_closes_every_route_and_gives_no_number_
     let zmq = first.address().to_owned();
     drop(first);
     fixture.add(&address).await;
-    let (second, started) = start(frontend(FrontendOptions { address: zmq, ..options(2) })).await;
-    started.unwrap();
-    let again = fixture.until(&address, "attached", &[]).await;
-    assert!(again.id > Some(id.0), "{again:?}");
-    drop(second);
-    fixture.shut_down().await;
+    is_attached_anew(fixture, &address, zmq, id).await;
 }
 
 /// A frontend with one API server, attached.

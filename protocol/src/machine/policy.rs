@@ -43,6 +43,16 @@ pub enum Effect {
     Other,
 }
 
+impl Effect {
+    /// Of a call that is made, by whomever.
+    pub fn of(method: &str, args: &[Value]) -> Self {
+        match Policy::of(method, args) {
+            Policy::Control(effect) => effect,
+            Policy::Forward | Policy::Refuse(_) => Self::Other,
+        }
+    }
+}
+
 /// What a `wake_up` asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wake {
@@ -60,7 +70,7 @@ impl Wake {
     }
 
     /// The tags of its arguments (`EngineCore.wake_up(tags)`, vllm/v1/engine/core.py).
-    fn of(args: &[Value]) -> Self {
+    pub fn of(args: &[Value]) -> Self {
         let Some(tags) = args.first().filter(|tags| !tags.is_nil()) else {
             return Self::All;
         };

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use dp_sidecar_protocol::EngineIndex;
 use dp_sidecar_protocol::machine::memory::Memory;
-use dp_sidecar_protocol::machine::policy::{Effect, Policy, Wake};
+use dp_sidecar_protocol::machine::policy::{Effect, Wake};
 use dp_sidecar_protocol::machine::weight_update::PauseMode;
 use futures::FutureExt as _;
 use futures::future::{BoxFuture, join_all};
@@ -72,10 +72,7 @@ impl ControlHandle {
         let grant = &guard.grant;
         let tags = (!tags.is_empty()).then(|| tags.iter().map(|tag| Value::from(tag.as_str())).collect());
         let args = [tags.map_or(Value::Nil, Value::Array)];
-        let wake = match Policy::of("wake_up", &args) {
-            Policy::Control(Effect::WakeUp(wake)) => wake,
-            _ => Wake::All,
-        };
+        let wake = Wake::of(&args);
         if grant.wakes_without_weights(wake) {
             return Err(ControlError::NoWeights);
         }
@@ -123,10 +120,7 @@ impl ControlGuard {
         args: &[Value],
         calls: Vec<(EngineIndex, BoxFuture<'static, CallResult>)>,
     ) -> BTreeMap<EngineIndex, (Memory, Option<String>)> {
-        let effect = match Policy::of(method, args) {
-            Policy::Control(effect) => effect,
-            Policy::Forward | Policy::Refuse(_) => Effect::Other,
-        };
+        let effect = Effect::of(method, args);
         self.calling(calls.iter().map(|(rank, _)| *rank).collect(), effect).await;
         let calls = calls.into_iter().map(|(rank, call)| async move { (rank, call.await) });
         let mut engines = BTreeMap::new();

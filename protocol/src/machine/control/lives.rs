@@ -6,7 +6,7 @@ use rmpv::Value;
 
 use crate::machine::memory::{Memory, Weights};
 use crate::machine::mutation::{Mutation, mutated};
-use crate::machine::policy::{Effect, Policy};
+use crate::machine::policy::Effect;
 use crate::{EngineIndex, FrontendId, PausedBy, Time};
 
 use super::{Action, Control, Errand, Holder, NO_WEIGHTS, PAUSE_GRACE, ROUND_TIMEOUT, Severity, list};
@@ -135,10 +135,7 @@ impl Control {
         self.holder = Some(Holder::Errand {
             errand,
             operation: self.next_operation,
-            effect: match Policy::of(method, args) {
-                Policy::Control(effect) => effect,
-                Policy::Forward | Policy::Refuse(_) => Effect::Other,
-            },
+            effect: Effect::of(method, args),
             waiting: ranks.clone(),
             failures: Vec::new(),
             deadline: now + ROUND_TIMEOUT,

@@ -136,7 +136,6 @@ impl Engine {
         })
     }
 
-    /// Runs to the end.
     pub(crate) fn run(&mut self) -> EngineEnd {
         let end = self.busy_loop();
         match &end {
@@ -461,9 +460,8 @@ impl Engine {
         if stepping && !self.scheduler.running.is_empty() {
             self.touch("a step", &["weights", "kv_cache"])?;
             if self.torn {
-                return Err(EngineEnd::Core(
-                    "a step with torn weights (vLLM: NotImplementedError on meta tensors)".to_owned(),
-                ));
+                let text = "a step with torn weights (vLLM: NotImplementedError on meta tensors)";
+                return Err(EngineEnd::Core(text.to_owned()));
             }
             executed = true;
             let (key, version, adapters) = (self.digest_key, self.options.version, &self.adapters);
