@@ -37,6 +37,10 @@ LANES = {
 }
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: of `scripts/test full` alone")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Three lanes for `-n 3 --dist loadgroup`: most of what fills the cores never runs twice at a

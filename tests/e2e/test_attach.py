@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from frontends import IN_PROCESS_WORKER, MODEL_FLAGS
 from harness import World
 from models import Models
@@ -24,6 +25,7 @@ def start_engine(world: World, model: str, rank: int, port: int, life: int) -> P
     return process
 
 
+@pytest.mark.full
 def test_engines_of_somebody_else_come_in_any_order_and_come_back(world: World):
     models = Models.read(world.models, "moe")
     model = models.path(0)

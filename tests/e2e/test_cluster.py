@@ -25,7 +25,7 @@ PER_NODE = 2
 COUNT = 40
 
 
-@pytest.fixture(scope="module", params=["dense", "moe"])
+@pytest.fixture(scope="module", params=[pytest.param("dense", marks=pytest.mark.full), "moe"])
 def deployment(request, ingredients, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"hosts-{request.param}")
     models = Models.read(ingredients["models"], request.param)

@@ -69,7 +69,7 @@ class Deployment:
         return {engine["weight_version"] for engine in self.sidecar.engines()}
 
 
-@pytest.fixture(scope="module", params=["dense", "moe"])
+@pytest.fixture(scope="module", params=["dense", pytest.param("moe", marks=pytest.mark.full)])
 def deployment(request, ingredients, tmp_path_factory):
     from conftest import make_world
 

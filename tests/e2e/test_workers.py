@@ -84,7 +84,7 @@ class Deployment:
         raise AssertionError(f"{frontend.handshake} is not wanted: {wanted}")
 
 
-@pytest.fixture(scope="module", params=["moe", "dense"])
+@pytest.fixture(scope="module", params=["moe", pytest.param("dense", marks=pytest.mark.full)])
 def deployment(request, ingredients, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"workers-{request.param}")
     with new_world(ingredients, folder) as world:
