@@ -2,6 +2,7 @@
 //! tolerates.
 #![allow(clippy::unwrap_used, reason = "test helpers")]
 
+use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -10,6 +11,8 @@ use dp_sidecar_protocol::machine::attachment::{Action, Attachment, Engines, Even
 use dp_sidecar_protocol::{EngineIndex, Time, Wave};
 
 const A: u64 = 1;
+/// What `host` is.
+const PEER: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 7));
 
 struct Bench {
     machine: Attachment,
@@ -18,12 +21,12 @@ struct Bench {
 
 /// INIT of a frontend with this many API servers.
 fn init(api_servers: u32, coordinator: bool, size: Option<i64>) -> Bytes {
-    let list = |kind: &str| (0..api_servers).map(|n| format!("{kind}{n}")).collect();
+    let list = |kind: &str| (0..api_servers).map(|n| format!("tcp://host:{kind}{n}")).collect();
     let mut init = Init::independent(Addresses {
         inputs: list("i"),
         outputs: list("o"),
-        coordinator_input: coordinator.then(|| "b".to_owned()),
-        coordinator_output: coordinator.then(|| "k".to_owned()),
+        coordinator_input: coordinator.then(|| "tcp://host:b".to_owned()),
+        coordinator_output: coordinator.then(|| "tcp://host:k".to_owned()),
         frontend_stats_publish_address: coordinator.then(|| "f".to_owned()),
     });
     if let Some(size) = size {
@@ -43,7 +46,7 @@ impl Bench {
             lockstep,
             parallel_config_hash: lockstep.then(|| "cafe".to_owned()),
         }));
-        bench.event(Event::ProbeOk { attempt: A, mismatch: None });
+        bench.event(Event::ProbeOk { attempt: A, peer: PEER, mismatch: None });
         for rank in (0..size).map(EngineIndex) {
             bench.event(Event::HandshakeConnected { attempt: A, rank });
         }
@@ -109,8 +112,8 @@ fn the_whole_way_to_attached_and_back() {
     assert!(actions.contains(&Action::ConnectCoordinator {
         attempt: A,
         rank: EngineIndex(1),
-        input: "b".to_owned(),
-        output: "k".to_owned(),
+        input: "tcp://host:b".to_owned(),
+        output: "tcp://host:k".to_owned(),
     }));
     let rank = EngineIndex(0);
     bench.event(Event::CoordinatorReady { attempt: A, rank });
@@ -145,7 +148,7 @@ fn the_whole_way_to_attached_and_back() {
     });
     let actions = bench.drain();
     assert!(
-        matches!(&actions[..], [Action::Teardown { told_dead, .. }] if *told_dead == ["o0", "o1"]),
+        matches!(&actions[..], [Action::Teardown { told_dead, .. }] if *told_dead == ["tcp://host:o0", "tcp://host:o1"]),
         "{actions:?}"
     );
     assert_eq!(bench.snapshot().slots_claimed, 2);
@@ -261,6 +264,7 @@ fn a_process_that_cannot_fit_gets_no_hello_and_is_looked_at_again() {
         Time::ZERO,
         Event::ProbeOk {
             attempt: A,
+            peer: PEER,
             mismatch: Some("frontend host:7200 (pid 7) serves model other".to_owned()),
         },
     );
@@ -295,6 +299,50 @@ fn init_that_is_no_init_is_refused() {
 }
 
 #[test]
+fn sockets_of_another_host_or_of_this_one_are_not_connected() {
+    let with = |change: &dyn Fn(&mut Addresses)| {
+        let mut init = Init::decode(&init(2, true, Some(2))).unwrap();
+        change(&mut init.addresses);
+        init.encode()
+    };
+    type Change = fn(&mut Addresses, String);
+    let places: [Change; 4] = [
+        |addresses, socket| addresses.inputs[1] = socket,
+        |addresses, socket| addresses.outputs[1] = socket,
+        |addresses, socket| addresses.coordinator_input = Some(socket),
+        |addresses, socket| addresses.coordinator_output = Some(socket),
+    ];
+    for change in places {
+        for socket in [
+            "tcp://10.0.0.8:7300",
+            "tcp://other:7300",
+            "tcp://[::1]:7300",
+            "tcp://0.0.0.0:7300",
+            "tcp://10.0.0.7",
+            "ipc:///run/dp-sidecar/0.1.i",
+            "10.0.0.7:7300",
+        ] {
+            let mut bench = Bench::connected(2, true);
+            bench.init(0, with(&|addresses| change(addresses, socket.to_owned())));
+            bench.assert_refused(&[socket, "own host, 10.0.0.7", "--data-parallel-address"]);
+            assert!(matches!(&bench.drain()[..], [Action::Refused { .. }]), "{socket}");
+        }
+        for socket in ["tcp://10.0.0.7:7300", "tcp://HOST:7300", "tcp://[::ffff:10.0.0.7]:7300"] {
+            let mut bench = Bench::connected(2, true);
+            let init = with(&|addresses| change(addresses, socket.to_owned()));
+            bench.init(0, init.clone());
+            bench.init(1, init);
+            assert_eq!(bench.snapshot().state, State::Registering, "{socket}");
+        }
+    }
+    // Nobody here connects to the one for frontends.
+    let mut bench = Bench::connected(1, false);
+    let ipc = with(&|addresses| addresses.frontend_stats_publish_address = Some("ipc:///tmp/x".to_owned()));
+    bench.init(0, ipc);
+    assert_eq!(bench.snapshot().state, State::Registering);
+}
+
+#[test]
 fn a_removed_frontend_is_told_only_if_it_may_have_routes() {
     let mut bench = Bench::connected(2, false);
     bench.event(Event::Remove);
@@ -313,7 +361,7 @@ fn a_removed_frontend_is_told_only_if_it_may_have_routes() {
     bench.event(Event::Remove);
     let actions = bench.drain();
     assert!(
-        matches!(&actions[..], [Action::Teardown { told_dead, .. }] if *told_dead == ["o0"]),
+        matches!(&actions[..], [Action::Teardown { told_dead, .. }] if *told_dead == ["tcp://host:o0"]),
         "{actions:?}"
     );
 }

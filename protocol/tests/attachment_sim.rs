@@ -11,6 +11,7 @@
 mod cases;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -326,7 +327,7 @@ impl World {
             return self.report(attempt, link, Self::lost(attempt, link));
         };
         let event = match link {
-            Link::Probe => Event::ProbeOk { attempt, mismatch: None },
+            Link::Probe => Event::ProbeOk { attempt, peer: Ipv4Addr::LOCALHOST.into(), mismatch: None },
             Link::Handshake(rank) => Event::HandshakeConnected { attempt, rank },
             Link::Route(rank, api_server) => Event::RouteOpen { attempt, rank, api_server },
             Link::Coordinator(rank) => {
@@ -360,10 +361,10 @@ impl World {
             return self.stop("second HELLO");
         }
         let addresses = Addresses {
-            inputs: (0..process.api_servers).map(|n| format!("i{generation}.{n}")).collect(),
-            outputs: (0..process.api_servers).map(|n| format!("o{generation}.{n}")).collect(),
-            coordinator_input: process.coordinator.then(|| "b".to_owned()),
-            coordinator_output: process.coordinator.then(|| "k".to_owned()),
+            inputs: (0..process.api_servers).map(|n| format!("tcp://frontend:i{generation}.{n}")).collect(),
+            outputs: (0..process.api_servers).map(|n| format!("tcp://frontend:o{generation}.{n}")).collect(),
+            coordinator_input: process.coordinator.then(|| "tcp://frontend:b".to_owned()),
+            coordinator_output: process.coordinator.then(|| "tcp://frontend:k".to_owned()),
             frontend_stats_publish_address: process.coordinator.then(|| "f".to_owned()),
         };
         let coordinator = process.coordinator;

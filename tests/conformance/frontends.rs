@@ -1,5 +1,7 @@
 //! Frontends: several at once, coming and going, good and bad.
 
+use std::io::ErrorKind;
+use std::net::TcpListener;
 use std::time::Duration;
 
 use dp_sidecar_testkit::VllmVersion;
@@ -7,7 +9,8 @@ use dp_sidecar_testkit::frontend::NewRequest;
 use rmpv::Value;
 
 use super::harness::{
-    PROMPT, SOON, Setup, complete_all, complete_on_all_ranks, directory, engine, frontend, model, until,
+    PROMPT, SOON, Setup, complete_all, complete_on_all_ranks, directory, engine, frontend, frontend_state,
+    model, until,
 };
 
 #[test]
@@ -288,7 +291,7 @@ fn a_frontend_of_another_dp_size_is_refused_by_name_and_the_others_go_on() {
     assert!(wrong.startup(Duration::from_millis(1500)).is_err());
     right.startup(SOON).unwrap();
     let status = sidecar.await_status("the wrong one refused", |status| {
-        super::harness::frontend_state(status, wrong.host_port()).as_deref() != Some("attached")
+        frontend_state(status, wrong.host_port()).as_deref() != Some("attached")
     });
     let detail = status["frontends"]
         .as_array()
@@ -298,6 +301,27 @@ fn a_frontend_of_another_dp_size_is_refused_by_name_and_the_others_go_on() {
         .and_then(|frontend| frontend["attachment"]["detail"].as_str().map(str::to_owned));
     let detail = detail.unwrap_or_default();
     assert!(detail.contains('3') && detail.contains('2'), "detail: {detail}");
+    assert_eq!(complete_all(&mut right, "r", 2, 3).len(), 2);
+}
+
+#[test]
+fn a_frontend_that_names_sockets_of_another_host_is_refused_and_nobody_connects_there() {
+    // Loopback, but not the address of the handshake.
+    let elsewhere = TcpListener::bind("127.0.0.2:0").unwrap();
+    elsewhere.set_nonblocking(true).unwrap();
+    let named = format!("tcp://{}", elsewhere.local_addr().unwrap());
+    let mut wrong = frontend(2, |options| options.named_inputs = Some(vec![named.clone()]));
+    let mut right = frontend(2, |_| {});
+    let sidecar = Setup::waiting(2, false).frontend(&wrong).frontend(&right).start();
+    let _engines: Vec<_> = (0..2).map(|rank| engine(&sidecar, rank, |_| {})).collect();
+    right.startup(SOON).unwrap();
+    assert!(wrong.startup(Duration::from_millis(1500)).is_err());
+    let status = sidecar.await_status("the wrong one refused", |status| {
+        frontend_state(status, wrong.host_port()).as_deref() == Some("refused")
+    });
+    let shown = status["frontends"].to_string();
+    assert!(shown.contains(&named) && shown.contains("--data-parallel-address"), "{shown}");
+    assert_eq!(elsewhere.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
     assert_eq!(complete_all(&mut right, "r", 2, 3).len(), 2);
 }
 

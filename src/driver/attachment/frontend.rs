@@ -274,7 +274,7 @@ impl Task {
         let events = self.events.clone();
         let probe = async move {
             let event = match sockets::probe(&address, model.as_deref(), size, limit).await {
-                Ok(mismatch) => Event::ProbeOk { attempt, mismatch },
+                Ok((peer, mismatch)) => Event::ProbeOk { attempt, peer, mismatch },
                 Err(reason) => Event::ProbeFailed { attempt, reason },
             };
             let _ = events.send(event).await;

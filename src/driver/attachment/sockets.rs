@@ -1,5 +1,6 @@
 //! The sockets of one attempt to attach: each in a task that reports to the machine.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -17,8 +18,8 @@ use crate::transport::{Connected, TransportError};
 /// For a message to be taken by a frontend that reads.
 const SEND_LIMIT: Duration = Duration::from_secs(5);
 
-/// Tries a connection. What comes back is why the process behind it cannot fit, if it runs on this
-/// host and can be looked at.
+/// Tries a connection. What comes back is who accepted it, and why the process behind it cannot fit, if it runs on
+/// this host and can be looked at.
 ///
 /// # Errors
 /// What the connect said.
@@ -27,18 +28,16 @@ pub(super) async fn probe(
     model: Option<&str>,
     size: u16,
     limit: Duration,
-) -> Result<Option<String>, String> {
+) -> Result<(IpAddr, Option<String>), String> {
     let stream = timeout(limit, TcpStream::connect(address))
         .await
         .map_err(|_| format!("no answer within {limit:?}"))?
         .map_err(|error| error.to_string())?;
-    let ends = (stream.local_addr(), stream.peer_addr());
+    let peer = stream.peer_addr().map_err(|error| error.to_string())?;
+    let here = stream.local_addr().is_ok_and(|local| local.ip() == peer.ip());
     drop(stream);
-    let (Ok(local), Ok(peer)) = ends else {
-        return Ok(None);
-    };
-    if local.ip() != peer.ip() {
-        return Ok(None);
+    if !here {
+        return Ok((peer.ip(), None));
     }
     let (address, model) = (address.to_owned(), model.map(str::to_owned));
     let look = tokio::task::spawn_blocking(move || {
@@ -46,7 +45,7 @@ pub(super) async fn probe(
         peer::mismatch(&address, &process, model.as_deref(), size)
     });
     // What cannot be looked at is unknown, not wrong.
-    Ok(look.await.unwrap_or_default())
+    Ok((peer.ip(), look.await.unwrap_or_default()))
 }
 
 /// Whose sockets these are, and who hears of them.

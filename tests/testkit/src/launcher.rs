@@ -167,6 +167,7 @@ pub fn run_frontend(
             moe: like.moe,
             version: like.version,
             parallel_config_hash: like.parallel_config_hash,
+            named_inputs: None,
         },
         reporter.clone(),
     )

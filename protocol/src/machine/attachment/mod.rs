@@ -16,11 +16,15 @@
 //!   ([`Event::Adopt`]); what it has to connect again is the frontend's DP coordinator, which does not mind.
 //! * Its DP coordinator says READY when *all* its engines have subscribed. One that never says it
 //!   waits for more engines than there are.
+//!
+//! The sockets that INIT names are connected on the frontend's own host only: a frontend that named one of an engine,
+//! or of another host, would cost others that engine.
 
 mod adopt;
 mod trouble;
 mod types;
 
+use core::net::IpAddr;
 use std::collections::{BTreeSet, VecDeque};
 use std::time::Duration;
 
@@ -98,6 +102,8 @@ enum After {
 pub struct Attachment {
     /// Handshake address of the frontend, for texts.
     address: String,
+    /// Who accepted the last connection there.
+    peer: Option<IpAddr>,
     /// See [`STALL`].
     stall: Duration,
     phase: Phase,
@@ -131,6 +137,7 @@ impl Attachment {
         Self {
             backoff: BACKOFF_MIN,
             address: address.into(),
+            peer: None,
             stall,
             phase: Phase::Incomplete,
             since: Time::ZERO,
@@ -175,7 +182,8 @@ impl Attachment {
                     self.register(now);
                 }
             }
-            Event::ProbeOk { attempt, mismatch } if self.is(attempt) => {
+            Event::ProbeOk { attempt, peer, mismatch } if self.is(attempt) => {
+                self.peer = Some(peer.to_canonical());
                 self.probed(now, mismatch);
             }
             Event::ProbeFailed { attempt, reason } if self.is(attempt) => {
@@ -434,7 +442,7 @@ impl Attachment {
                     .lost(now, format!("INIT to rank {rank} has other addresses than INIT to rank 0"));
             }
         } else {
-            let misfit = self.misfit(&init);
+            let misfit = self.foreign(&init.addresses).or_else(|| self.misfit(&init));
             self.init = Some(init);
             if let Some(error) = misfit {
                 return self.unfit(now, error);

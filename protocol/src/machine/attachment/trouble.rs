@@ -1,11 +1,40 @@
 //! What goes wrong, and what is said about it.
 
 use super::{Action, After, Attachment, BACKOFF_MAX, CONFIRM, Phase, REFUSAL_WINDOW};
-use crate::handshake::Init;
+use core::net::IpAddr;
+
+use crate::handshake::{Addresses, Init};
 use crate::machine::mutation::{Mutation, mutated};
 use crate::{EngineIndex, Time};
 
+/// The host of `HOST:PORT`.
+fn host_of(address: &str) -> Option<&str> {
+    let (host, _) = address.rsplit_once(':')?;
+    Some(host.trim_matches(['[', ']']))
+}
+
 impl Attachment {
+    /// Which of these sockets is not on the frontend's own host, and what to do about it. vLLM has them on
+    /// `--data-parallel-address`, where its handshake socket is, too (`launch_core_engines`, vllm/v1/engine/utils.py
+    /// 0.32.0); all but the one for frontends, to which nobody here connects.
+    pub(super) fn foreign(&self, addresses: &Addresses) -> Option<String> {
+        let address = &self.address;
+        let named = host_of(address);
+        let own = |host: &str| {
+            named.is_some_and(|named| named.eq_ignore_ascii_case(host))
+                || host.parse::<IpAddr>().is_ok_and(|ip| Some(ip.to_canonical()) == self.peer)
+        };
+        let coordinator = [&addresses.coordinator_input, &addresses.coordinator_output];
+        let mut sockets =
+            addresses.inputs.iter().chain(&addresses.outputs).chain(coordinator.into_iter().flatten());
+        let other =
+            sockets.find(|socket| !socket.strip_prefix("tcp://").and_then(host_of).is_some_and(own))?;
+        let host = self.peer.map_or_else(|| address.clone(), |ip| ip.to_string());
+        Some(format!(
+            "frontend {address} wants its engines to connect to {other}, which is not on its own host, {host}: start it with --data-parallel-address HOST and --data-parallel-size-local 0, and add it to the sidecar by that HOST"
+        ))
+    }
+
     /// Why this INIT cannot be from a frontend of this deployment.
     pub(super) fn misfit(&self, init: &Init) -> Option<String> {
         let address = &self.address;

@@ -1,5 +1,6 @@
 //! Events, actions and snapshot of the attachment machine.
 
+use core::net::IpAddr;
 use std::fmt;
 
 use bytes::Bytes;
@@ -42,6 +43,8 @@ pub enum Event {
     /// A fresh TCP connection to the handshake address was accepted.
     ProbeOk {
         attempt: Attempt,
+        /// Who accepted it.
+        peer: IpAddr,
         /// Why the process behind it cannot fit, if that is known without asking it.
         mismatch: Option<String>,
     },

@@ -84,6 +84,7 @@ fn play(
             moe: arguments.moe,
             version: arguments.vllm_version,
             parallel_config_hash: arguments.hash.clone(),
+            named_inputs: None,
         },
         reporter.clone(),
     )?;

@@ -126,6 +126,10 @@ fn init(frontend: &FakeFrontend, coordinated: bool) -> Value {
             .as_ref()
             .map_or(Value::Nil, |coordinator| Value::from(pick(coordinator.addresses())))
     };
+    let inputs = match &frontend.options.named_inputs {
+        Some(named) => Value::Array(named.iter().map(|address| Value::from(&**address)).collect()),
+        None => list(|server| server.input_address()),
+    };
     let parallel_config = if coordinated {
         let ports = frontend.group_ports.map(Value::from).to_vec();
         msg::map([
@@ -142,7 +146,7 @@ fn init(frontend: &FakeFrontend, coordinated: bool) -> Value {
         (
             "addresses",
             msg::map([
-                ("inputs", list(|server| server.input_address())),
+                ("inputs", inputs),
                 ("outputs", list(|server| server.output_address())),
                 ("coordinator_input", of(|addresses| &addresses.back_input)),
                 ("coordinator_output", of(|addresses| &addresses.back_output)),

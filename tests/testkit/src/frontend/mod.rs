@@ -106,6 +106,8 @@ pub struct FrontendOptions {
     pub version: VllmVersion,
     /// What `ParallelConfig.compute_hash()` gives here.
     pub parallel_config_hash: String,
+    /// What INIT names instead of the input sockets: a fault that vLLM does not have.
+    pub named_inputs: Option<Vec<String>>,
 }
 
 impl Default for FrontendOptions {
@@ -117,6 +119,7 @@ impl Default for FrontendOptions {
             moe: false,
             version: VllmVersion::default(),
             parallel_config_hash: "fake-parallel-config".to_owned(),
+            named_inputs: None,
         }
     }
 }
