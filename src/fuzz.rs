@@ -76,9 +76,9 @@ fn engine(data: &[u8]) -> bool {
         return false;
     };
     let finished = view.finished_requests();
-    // Every finished request is one of the outputs.
+    // Those that were aborted have no output here; a name has its byte of length at least.
     if let Ok(finished) = &finished {
-        assert!(finished.len() <= view.outputs().count());
+        assert!(finished.len() <= data.len());
     }
     let stats = view.stats();
     if let Some(Ok(stats)) = &stats {
