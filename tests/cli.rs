@@ -3,6 +3,8 @@
 
 mod scripted;
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 use std::time::Duration;
@@ -171,6 +173,29 @@ async fn the_models_configuration_tells_whether_ranks_step_in_lockstep() {
         text(&single.stdout).contains("dense (independent ranks)"),
         "a single rank has no group, whatever the model"
     );
+}
+
+#[tokio::test]
+async fn the_kind_of_a_model_that_is_not_in_the_cache_is_asked_of_its_fetched_configuration() {
+    let dir = model(r#"{"num_experts":4}"#);
+    let at = dir.path().display();
+    let script = |name: &str, text: String| {
+        std::fs::write(dir.path().join(name), text).unwrap();
+        std::fs::set_permissions(dir.path().join(name), Permissions::from_mode(0o755)).unwrap();
+    };
+    script("vllm", format!("#!{at}/python3\n"));
+    let line = format!("--dp-rank 0 -dp 2 --dry-run --vllm-bin {at}/vllm -- org/name --revision v2");
+    script("python3", format!("#!/bin/sh\n[ \"$3 $4\" = 'org/name v2' ] && echo {at}/config.json\n"));
+    let stdout = text(&output(command(&line).env("HF_HOME", dir.path())).await.stdout);
+    assert!(stdout.contains("moe (lockstep ranks)"), "{stdout}");
+    // What it complains of is said, with the ways out.
+    script("python3", "#!/bin/sh\nprintf 'Traceback\\n404 Client Error\\n' >&2\nexit 1\n".to_owned());
+    let refused = output(command(&line).env("HF_HOME", dir.path())).await;
+    assert_eq!(refused.status.code(), Some(2));
+    let stderr = text(&refused.stderr);
+    for part in ["org/name", &format!("{at}/hub"), "404 Client Error", "HF_TOKEN", "--model-kind dense"] {
+        assert!(stderr.contains(part), "{part:?} in {stderr}");
+    }
 }
 
 #[tokio::test]

@@ -178,7 +178,8 @@ pub(super) struct DeploymentArgs {
     pub data_parallel_rpc_port: u16,
 
     /// Whether the ranks are independent (dense) or step in lockstep (MoE). `auto` counts the
-    /// experts in the model's configuration, as vLLM does.
+    /// experts in the model's configuration, as vLLM does, and has vLLM's Python fetch that if it is
+    /// not in the Hugging Face cache.
     #[arg(long, value_parser = model_kind(), default_value = "auto")]
     pub model_kind: ModelKind,
 

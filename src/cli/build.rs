@@ -17,6 +17,7 @@ use crate::state_dir::StateDir;
 use crate::supervisor::command::VllmLaunch;
 use crate::supervisor::environment;
 use crate::supervisor::flags::{FlagError, VllmFlags};
+use crate::supervisor::installed;
 use crate::token::Token;
 
 /// vLLM's default HTTP port.
@@ -120,10 +121,10 @@ pub(super) fn build(args: &RunArgs, environment: &Environment) -> Result<Built> 
         format!("--frontend-slots {frontend_slots}: 1 to 1024 expected")
     })?;
     checks.agree(address)?;
-    let kind = checks.kind()?;
+    let engines = checks.engines()?;
+    let kind = checks.kind(&engines)?;
     let serve = checks.serve(frontend_slots)?;
     let prefault = checks.prefault()?;
-    let engines = checks.engines()?;
     checks.own_addresses(address, http.as_ref(), serve.as_ref())?;
     let config = Config {
         start_rank,
@@ -348,7 +349,7 @@ impl Checks<'_> {
         Ok(())
     }
 
-    fn kind(&self) -> Result<GroupKind> {
+    fn kind(&self, engines: &Engines) -> Result<GroupKind> {
         // One rank has nobody to step in lockstep with: vLLM starts an ordinary engine then.
         if self.size == 1 {
             return Ok(GroupKind::Independent);
@@ -368,7 +369,22 @@ impl Checks<'_> {
                  after `--`",
             );
         };
-        Ok(model::kind_of(&model, revision, &self.cache())?)
+        let cache = self.cache();
+        match (model::kind_of(&model, revision, &cache), engines) {
+            (Err(ModelError::NotFound { .. }), Engines::Spawn(launch)) => {
+                let fetch = installed::fetch_config(launch, &model, revision);
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+                let fetched = runtime.map_err(|error| error.to_string()).and_then(|it| it.block_on(fetch));
+                let file = fetched.map_err(|reason| ModelError::NotFetched {
+                    model: model.clone(),
+                    cache: cache.clone(),
+                    reason,
+                })?;
+                let directory = file.parent().unwrap_or(&file).to_string_lossy();
+                Ok(model::kind_of(&directory, None, &cache)?)
+            }
+            (kind, _) => Ok(kind?),
+        }
     }
 
     /// The model as it is found from here, a path or a name, and its revision.
@@ -505,7 +521,7 @@ impl Checks<'_> {
     }
 
     fn engines(&mut self) -> Result<Engines> {
-        let Some(flags) = self.flags.take() else { return Ok(Engines::Attach) };
+        let Some(flags) = self.flags.clone() else { return Ok(Engines::Attach) };
         let clean = environment::clean(self.environment.variables.clone());
         self.notes.extend(clean.notes());
         let (devices, hidden) = devices::of_ranks(
@@ -543,57 +559,4 @@ fn either<T: PartialEq + ToString>(name: &str, ours: Option<T>, theirs: Option<T
 }
 
 #[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use clap::{FromArgMatches, Subcommand};
-
-    use super::*;
-
-    fn built(args: &[&str]) -> Built {
-        let command = super::super::args::Command::augment_subcommands(clap::Command::new("sidecar"));
-        let start =
-            ["sidecar", "run", "--dp-rank", "0", "--data-parallel-size", "2", "--model-kind", "dense"];
-        let matches = command.get_matches_from(start.iter().chain(args));
-        let Ok(super::super::args::Command::Run(args)) =
-            super::super::args::Command::from_arg_matches(&matches)
-        else {
-            panic!("not run");
-        };
-        let exe = PathBuf::from("/sidecar");
-        let environment =
-            Environment { variables: Vec::new(), nvml_count: 0, memory: 64 << 30, exe, cwd: None };
-        build(&args, &environment).unwrap()
-    }
-
-    #[test]
-    fn by_default_a_request_is_held_for_as_long_as_anything_takes_that_it_waits_for() {
-        let hold = |args: &[&str]| built(args).config.limits.hold.as_secs();
-        assert_eq!(hold(&[]), 1800 + 900);
-        assert_eq!(hold(&["--load-timeout", "2h"]), 30 + 2 * 7200);
-        assert_eq!(hold(&["--startup-timeout", "4h"]), 4 * 3600 + 900);
-        assert_eq!(hold(&["--load-timeout", "1s", "--startup-timeout", "1s"]), 600);
-        let short = built(&["--hold-timeout", "60s"]);
-        assert_eq!(short.config.limits.hold, Duration::from_secs(60));
-        let notes = short.notes.join("\n");
-        assert!(notes.contains("--hold-timeout") && notes.contains("2700s"), "{notes}");
-    }
-
-    #[test]
-    fn a_frontend_with_as_many_api_servers_as_ranks_has_its_slots() {
-        assert_eq!([1, 2, 4, 8, 16, 32, 64, 256].map(default_slots), [8, 8, 8, 16, 32, 64, 64, 256]);
-        assert_eq!(built(&["--frontend-slots", "3"]).config.frontend_slots, 3);
-    }
-
-    #[test]
-    fn what_is_held_and_read_follows_from_the_memory_unless_it_is_said() {
-        let limits = built(&[]).config.limits;
-        assert_eq!((limits.held_bytes, limits.in_flight_bytes), (4 << 30, 4 << 30));
-        assert_eq!(limits.request_bytes, 16 << 30);
-        let limits = built(&["--max-held-bytes", "1MiB", "--max-request-bytes", "2MiB"]).config.limits;
-        assert_eq!(
-            (limits.held_bytes, limits.in_flight_bytes, limits.request_bytes),
-            (1 << 20, 1 << 20, 2 << 20)
-        );
-    }
-}
+mod tests;

@@ -28,6 +28,13 @@ pub enum ModelError {
          give --model-kind dense or --model-kind moe", cache.display()
     )]
     NotFound { model: String, cache: PathBuf },
+    /// Nor can it be fetched.
+    #[error(
+        "model {model}: no such directory, not in the Hugging Face cache {}, and its configuration cannot be \
+         fetched: {reason}; is the name right, and does HF_TOKEN give access? Or give --model-kind dense or \
+         --model-kind moe", cache.display()
+    )]
+    NotFetched { model: String, cache: PathBuf, reason: String },
     /// The directory has no readable configuration.
     #[error(
         "model {model}: {}: {detail}; give --model-kind dense or --model-kind moe", file.display()

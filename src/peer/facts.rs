@@ -252,8 +252,10 @@ mod tests {
             let version = vllm_version(&launch(dir.path(), "")).await;
             assert_eq!(version.as_deref(), Ok("0.32.0"), "{first_lines}");
         }
-        script(&python, "#!/bin/sh\nexit 1\n");
-        assert!(vllm_version(&launch(dir.path(), "")).await.unwrap_err().contains("no package vllm"));
+        script(&python, "#!/bin/sh\nprintf 'Traceback\\nNot found: vllm\\n\\n' >&2\nexit 1\n");
+        assert!(
+            vllm_version(&launch(dir.path(), "")).await.unwrap_err().ends_with("python3: Not found: vllm")
+        );
         script(&dir.path().join("vllm"), "#!/bin/sh\nexec something\n");
         assert!(vllm_version(&launch(dir.path(), "")).await.unwrap_err().contains("names no Python"));
     }

@@ -1,4 +1,5 @@
-//! Which vLLM would run, found out without importing it.
+//! What the Python of the `vllm` program says, without importing vLLM: its version, and where a model's configuration
+//! is.
 
 use std::fs::File;
 use std::io::Read;
@@ -9,7 +10,7 @@ use std::time::Duration;
 use tokio::io::AsyncReadExt;
 use tokio::process::Command;
 use tokio::time::timeout;
-use tracing::debug;
+use tracing::{debug, info};
 
 use super::command::VllmLaunch;
 
@@ -17,48 +18,98 @@ use super::command::VllmLaunch;
 const VERSION_LIMIT: Duration = Duration::from_secs(30);
 /// Prints the version of the installed vLLM without importing it.
 const VERSION_QUERY: &str = "import importlib.metadata as m; print(m.version('vllm'))";
+/// Limit for a configuration: a few kilobytes, after several redirections.
+const CONFIG_LIMIT: Duration = Duration::from_secs(60);
+/// Prints the path of a model's configuration in the Hugging Face cache, after fetching it as vLLM would: by
+/// `config.json`, or by Mistral's `params.json` where that is not in the repository (`get_config` in
+/// `vllm/transformers_utils/config.py`, 0.32.0).
+const CONFIG_QUERY: &str = "\
+import sys
+from huggingface_hub import hf_hub_download
+from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+def fetch(file):
+    return hf_hub_download(sys.argv[1], file, revision=sys.argv[2] or None)
+try:
+    try:
+        path = fetch('config.json')
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        path = fetch('params.json')
+except Exception as error:
+    sys.exit(' '.join([type(error).__name__ + ':', *str(error).split()]))
+print(path)
+";
 /// Longest answer that is read.
 const ANSWER: u64 = 4096;
+/// Longest complaint that is read; a traceback's last line is its point.
+const COMPLAINT: u64 = 64 << 10;
 
-/// Asks the interpreter of the `vllm` program.
+/// Asks for the version.
 ///
 /// # Errors
 /// Says what stood in the way; then the version is unknown before an engine has started.
 pub async fn vllm_version(launch: &VllmLaunch) -> Result<String, String> {
+    let version = ask(launch, &[VERSION_QUERY], VERSION_LIMIT).await?;
+    debug!(vllm = version, "version found");
+    Ok(version)
+}
+
+/// Fetches the configuration of a model of the hub, with the cache, endpoint and token that the environment names;
+/// where it is.
+///
+/// # Errors
+/// Says what stood in the way.
+pub async fn fetch_config(
+    launch: &VllmLaunch,
+    model: &str,
+    revision: Option<&str>,
+) -> Result<PathBuf, String> {
+    info!(model, "not in the Hugging Face cache; its configuration is fetched");
+    let query = [CONFIG_QUERY, model, revision.unwrap_or_default()];
+    ask(launch, &query, CONFIG_LIMIT).await.map(PathBuf::from)
+}
+
+/// What the interpreter of the `vllm` program prints when it runs `query`, a program and its arguments.
+async fn ask(launch: &VllmLaunch, query: &[&str], limit: Duration) -> Result<String, String> {
     let bin = launch.find(&launch.bin).ok_or("no such program")?;
     let (program, args) = interpreter(&bin)?;
     let program = launch.find(&program).unwrap_or(program);
     let mut command = Command::new(&program);
     command
         .args(args)
-        .args(["-c", VERSION_QUERY])
+        .arg("-c")
+        .args(query)
         .env_clear()
         .envs(&launch.env)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .stderr(Stdio::null())
+        .stderr(Stdio::piped())
         .kill_on_drop(true);
     if let Some(cwd) = &launch.cwd {
         command.current_dir(cwd);
     }
     let named = |text: String| format!("{}: {text}", program.display());
     let mut child = command.spawn().map_err(|error| named(error.to_string()))?;
-    let stdout = child.stdout.take().ok_or_else(|| named("no pipe from its stdout".to_owned()))?;
+    let pipes = child.stdout.take().zip(child.stderr.take());
+    let (stdout, stderr) = pipes.ok_or_else(|| named("no pipes from it".to_owned()))?;
     let answer = async {
-        let mut text = String::new();
-        stdout.take(ANSWER).read_to_string(&mut text).await?;
-        child.wait().await.map(|status| (status, text))
+        let (mut text, mut complaint) = (String::new(), Vec::new());
+        let (mut stdout, mut stderr) = (stdout.take(ANSWER), stderr.take(COMPLAINT));
+        tokio::try_join!(stdout.read_to_string(&mut text), stderr.read_to_end(&mut complaint))?;
+        child.wait().await.map(|status| (status, text, complaint))
     };
-    let (status, text) = timeout(VERSION_LIMIT, answer)
+    let (status, text, complaint) = timeout(limit, answer)
         .await
-        .map_err(|_| named(format!("no answer within {VERSION_LIMIT:?}")))?
+        .map_err(|_| named(format!("no answer within {limit:?}")))?
         .map_err(|error| named(error.to_string()))?;
-    let version = text.trim();
-    if !status.success() || version.is_empty() {
-        return Err(named(format!("it has no package vllm ({status})")));
+    let text = text.trim();
+    if status.success() && !text.is_empty() {
+        return Ok(text.to_owned());
     }
-    debug!(vllm = version, python = %program.display(), "version found");
-    Ok(version.to_owned())
+    let complaint = String::from_utf8_lossy(&complaint);
+    let last = complaint.lines().map(str::trim).rfind(|line| !line.is_empty());
+    Err(named(last.map_or_else(|| status.to_string(), str::to_owned)))
 }
 
 /// The interpreter named in a script's first line, and its arguments.

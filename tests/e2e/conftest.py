@@ -32,6 +32,7 @@ LANES = {
         "test_random_acts",
         "test_attach",
         "test_bad_input",
+        "test_hub",
     ),
     "crashes": ("test_cluster_crashes", "test_workers", "test_lora", "test_keep_engines"),
 }
