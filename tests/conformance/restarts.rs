@@ -65,8 +65,8 @@ fn a_frontend_under_load_does_not_notice_that_the_sidecar_is_killed_and_started_
             assert_eq!(done.tokens, model.tokens(5));
         }
         sidecar.start_again();
-        let after = sidecar.await_attached(&address);
-        sidecar.await_admitted();
+        sidecar.await_attached(&address);
+        let after = sidecar.await_admitted();
         let (was, is) = (attachment(&before, &address), attachment(&after, &address));
         assert_eq!((&is["id"], &is["api_servers"]), (&was["id"], &was["api_servers"]), "{after:#}");
         assert_eq!(pids(&after), pids(&before), "an engine was started again");
@@ -148,8 +148,8 @@ fn a_frontend_whose_data_path_died_with_the_sidecar_is_told_and_its_successor_is
     drop(first);
     let mut second = frontend(2, |options| options.address = zmq);
     second.startup(SOON).unwrap();
-    let after = sidecar.await_attached(&address);
-    sidecar.await_admitted();
+    sidecar.await_attached(&address);
+    let after = sidecar.await_admitted();
     let id = |status: &Value| attachment(status, &address)["id"].as_u64().unwrap();
     assert!(id(&after) > id(&before), "a number was given twice");
     for done in complete_all(&mut second, "r", 4, 5) {

@@ -16,6 +16,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from dp_sidecar_shim.names import tied
+
 _logger = logging.getLogger("vllm.dp_sidecar")
 
 
@@ -71,31 +73,31 @@ def reload_weights(worker: Any, weights: Iterable[tuple[str, Any]]) -> None:
         worker.reload_weights(weights_iterator=weights)
 
 
-# Pack the expert weights on the CPU platform after the load, where vLLM has not. Watching whether
-# vLLM calls the method keeps this right once vLLM does: packing twice gives a third layout and
-# wrong answers.
+# Pack weights on the CPU platform after the load, where vLLM has not. Watching whether vLLM calls
+# the method keeps this right once vLLM does: packing experts twice gives a third layout and wrong
+# answers.
 @contextlib.contextmanager
 def _packing(worker: Any) -> Iterator[None]:
     from vllm.platforms import current_platform
 
-    watched = []
-    # From 0.28 on vLLM packs at the first load only (unquantized MoE method, `is_weight_update`).
-    needed = current_platform.is_cpu() and _at_least(0, 28)
-    for layer in model_of(worker).modules() if needed else ():
-        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
-        experts = getattr(kernel, "fused_experts", None)
-        pack = getattr(experts, "process_weights_after_loading", None)
-        if pack is not None and hasattr(layer, "w13_weight"):
-            called: list[Any] = []
-            experts.process_weights_after_loading = functools.partial(_noted, called, pack)
-            watched.append((layer, experts, pack, called))
-    try:
+    model, watched = model_of(worker), []
+    # Tied, they have a packed copy of their own, which a load of the other name leaves as it was.
+    heads = [model.get_submodule(name.rpartition(".")[0]) for name, _ in tied(model)]
+    with contextlib.ExitStack() as stack:
+        for layer in model.modules() if current_platform.is_cpu() else ():
+            owner = getattr(layer, "quant_method", None)
+            # From 0.28 on vLLM packs at the first load only (unquantized MoE, `is_weight_update`).
+            if hasattr(layer, "w13_weight") and _at_least(0, 28):
+                owner = getattr(getattr(owner, "moe_kernel", None), "fused_experts", None)
+            elif layer not in heads or not hasattr(layer, "cpu_linear"):
+                continue
+            if pack := getattr(owner, "process_weights_after_loading", None):
+                called: list[Any] = []
+                owner.process_weights_after_loading = functools.partial(_noted, called, pack)
+                stack.callback(vars(owner).pop, "process_weights_after_loading", None)
+                watched.append((layer, pack, called))
         yield
-    finally:
-        for _, experts, *_ in watched:
-            with contextlib.suppress(AttributeError):
-                del experts.process_weights_after_loading
-    for layer, _, pack, called in watched:
+    for layer, pack, called in watched:
         if not called:
             pack(layer)
 
