@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::{self, Read};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::path::Path;
 use std::time::Duration;
 
@@ -17,14 +17,17 @@ use crate::supervisor::command::VllmLaunch;
 use crate::supervisor::flags::flag_name;
 use crate::supervisor::installed::vllm_version;
 
-/// Limit for reading the headers of the model's files.
+/// Limit for reading headers and samples of the model's files.
 const FILES_LIMIT: Duration = Duration::from_secs(120);
 /// Longest header of a safetensors file, as the format has it.
 const HEADER: u64 = 100_000_000;
+/// Parts of the weights that are read, spread over all files, and bytes of each: seconds also over a network.
+const SAMPLES: u64 = 1024;
+const SAMPLE: u64 = 4096;
 
 const VLLM_VERSION: &str = "vLLM version";
 const MODEL: &str = "model";
-const MODEL_FILES: &str = "model files (digest of config.json, names, sizes and headers)";
+const MODEL_FILES: &str = "model files (digest of config.json, names, sizes, headers and samples)";
 
 /// Flags that may differ between nodes: they name paths, addresses or roles of one node.
 pub const PER_NODE_FLAGS: &[&str] = &[
@@ -144,7 +147,7 @@ async fn model_files(launch: &VllmLaunch) -> Result<String, String> {
     match timeout(FILES_LIMIT, work).await {
         Ok(Ok(result)) => result,
         Ok(Err(error)) => Err(error.to_string()),
-        Err(_) => Err(format!("its headers could not be read within {FILES_LIMIT:?}")),
+        Err(_) => Err(format!("its files could not be read within {FILES_LIMIT:?}")),
     }
 }
 
@@ -160,7 +163,8 @@ fn is_weights(name: &str) -> bool {
     [".safetensors", ".bin", ".pt", ".pth", ".gguf"].iter().any(|ending| name.ends_with(ending))
 }
 
-/// Digest of `config.json`, and of names, sizes and headers of the files with weights.
+/// Digest of `config.json`, and of names, sizes, headers and samples of the files with weights. Two trainings of one
+/// model have the same headers, and weights of which hardly one is the same.
 fn fingerprint(directory: &Path) -> io::Result<String> {
     let mut hasher = blake3::Hasher::new();
     for name in ["config.json", "params.json"] {
@@ -174,18 +178,32 @@ fn fingerprint(directory: &Path) -> io::Result<String> {
         .filter(|name| is_weights(name))
         .collect();
     names.sort();
+    let mut opened = Vec::new();
     for name in names {
-        let mut file = files::open_regular(&directory.join(&name))?;
+        let file = files::open_regular(&directory.join(&name))?;
+        opened.push((name, file.metadata()?.len(), file));
+    }
+    let total: u64 = opened.iter().map(|(_, length, _)| length).sum();
+    let stride = (total / SAMPLES).max(SAMPLE);
+    for (name, length, mut file) in opened {
         part(&mut hasher, name.as_bytes());
-        part(&mut hasher, &file.metadata()?.len().to_le_bytes());
+        part(&mut hasher, &length.to_le_bytes());
         if name.ends_with(".safetensors") {
-            let mut length = [0; 8];
+            let mut header_length = [0; 8];
             // A file that is no safetensors is vLLM's to complain about.
-            if file.read_exact(&mut length).is_ok() {
+            if file.read_exact(&mut header_length).is_ok() {
                 let mut header = Vec::new();
-                file.take(u64::from_le_bytes(length).min(HEADER)).read_to_end(&mut header)?;
+                (&file).take(u64::from_le_bytes(header_length).min(HEADER)).read_to_end(&mut header)?;
                 part(&mut hasher, &header);
             }
+        }
+        let mut at = 0;
+        while at < length {
+            let mut sample = Vec::new();
+            file.seek(SeekFrom::Start(at))?;
+            (&file).take(SAMPLE).read_to_end(&mut sample)?;
+            part(&mut hasher, &sample);
+            at += stride;
         }
     }
     let digest = hasher.finalize().to_hex();
@@ -261,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn a_model_is_told_from_another_by_config_names_sizes_and_headers() {
+    fn a_model_is_told_from_another_by_config_names_sizes_headers_and_samples() {
         let make = |config: &str, header: &str, data: &[u8]| {
             let dir = tempfile::tempdir().unwrap();
             fs::write(dir.path().join("config.json"), config).unwrap();
@@ -273,7 +291,7 @@ mod tests {
             fingerprint(dir.path()).unwrap()
         };
         let one = make("{}", r#"{"a":1}"#, b"12");
-        assert_eq!(one, make("{}", r#"{"a":1}"#, b"34"), "the data itself is not read");
+        assert_ne!(one, make("{}", r#"{"a":1}"#, b"34"), "another training of the same model");
         assert_ne!(one, make("{ }", r#"{"a":1}"#, b"12"));
         assert_ne!(one, make("{}", r#"{"b":1}"#, b"12"));
         assert_ne!(one, make("{}", r#"{"a":1}"#, b"123"));

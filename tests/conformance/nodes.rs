@@ -139,6 +139,23 @@ fn nodes_that_differ_end_at_once_with_all_values() {
 }
 
 #[test]
+fn two_trainings_of_one_model_are_told_apart_before_anything_starts() {
+    let pair = Pair::new(false);
+    let mut leader = pair.node(0).start();
+    // The same names, shapes and sizes.
+    let other = model(pair.directory.path(), "other", 2, false);
+    let mut follower = Setup::spawning(4, &other).node(2, 2, &pair.leader, &pair.token).start();
+    for sidecar in [&mut leader, &mut follower] {
+        let status = sidecar.await_end();
+        let log = sidecar.log();
+        assert!(exited_with(status, 9), "{status}: {log}");
+        assert!(log.contains("model files (digest of") && log.contains("samples): expected"), "{log}");
+        assert!(!log.contains("starting engine"), "no engine was started: {log}");
+        sidecar.await_nothing_left();
+    }
+}
+
+#[test]
 fn a_second_claim_of_a_rank_is_refused_and_names_the_holder() {
     let pair = Pair::new(false);
     let mut frontend = frontend(4, |_| {});
