@@ -65,6 +65,31 @@ async fn a_bad_directory_is_refused_and_no_engine_hears_of_it() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_version_is_that_of_one_checkpoint() {
+    let world = world(GroupKind::Independent).await;
+    assert_eq!(*world.update(world.request("u1")).await.outcome(), Outcome::Committed);
+    world.ranks.iter().for_each(|rank| drop(rank.take_log()));
+    // The same weights again are no other ones.
+    assert_eq!(*world.update(world.request("u2")).await.outcome(), Outcome::Committed);
+    world.ranks.iter().for_each(|rank| drop(rank.take_log()));
+    let other = UpdateRequest { path: Some(world.path("start").into()), ..world.request("u3") };
+    let record = world.update(other.clone()).await;
+    assert_eq!(*record.outcome(), Outcome::RefusedInvalid);
+    let says = "version v1 is that of the committed weights, digest ";
+    assert!(record.message.contains(says) && record.message.contains("these are others"), "{record:?}");
+    for rank in &world.ranks {
+        assert_eq!(rank.take_log(), [""; 0]);
+    }
+    let named = UpdateRequest {
+        id: Some(UpdateId("u4".to_owned())),
+        version: Some(WeightVersion("v2".to_owned())),
+        ..other
+    };
+    assert_eq!(*world.update(named).await.outcome(), Outcome::Committed);
+    world.end().await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_load_that_fails_on_one_rank_leaves_all_at_the_previous_weights() {
     for (script, why) in [
         (LoadScript::Fails("restored-meta", "injected"), "load failed (injected): injected"),

@@ -173,6 +173,7 @@ impl Updates {
     }
 
     pub(super) fn staged(&mut self, now: Time, run: RunId, result: Result<Box<Staging>, (NodeId, String)>) {
+        let result = result.and_then(|staging| self.version_is_new(staging));
         let Some(asked) = self.current(run) else {
             return;
         };
@@ -185,6 +186,28 @@ impl Updates {
                 }
             }
             Err((node, error)) => self.machine.handle_event(now, Answer::StageFailed { node, error }),
+        }
+    }
+
+    /// One version is that of one checkpoint: engines are told apart by it.
+    fn version_is_new(&self, staging: Box<Staging>) -> Result<Box<Staging>, (NodeId, String)> {
+        let committed = self.committed.as_ref().map(|committed| &committed.commit);
+        let (Some(Asked { kind: Kind::Update(ask), version, .. }), Some(commit)) = (&self.asked, committed)
+        else {
+            return Ok(staging);
+        };
+        let other = staging.nodes.iter().find_map(|(node, (new, _))| {
+            let (given, known) = new.digest.as_ref().zip(commit.checkpoint.digest.as_ref())?;
+            (given != known).then(|| (*node, given, known))
+        });
+        match other {
+            Some((node, given, known)) if ask.weights && *version == commit.version => {
+                let text = format!(
+                    "version {version} is that of the committed weights, digest {known}, and these are others, digest {given}: give them a version of their own"
+                );
+                Err((node, text))
+            }
+            _ => Ok(staging),
         }
     }
 
