@@ -11,6 +11,7 @@ mod edge;
 mod handshake;
 mod keeper;
 mod keeper_hosted;
+mod likeness;
 mod rank;
 mod relay_host;
 mod transcripts;

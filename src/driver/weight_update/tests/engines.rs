@@ -229,7 +229,8 @@ async fn weights_overwritten_in_place_are_an_update_without_a_way_back() {
     let world = world(GroupKind::Independent).await;
     world.update(world.request("u1")).await;
     checkpoint(world.dir.path(), "new", 2);
-    let mut request = world.request("u2");
+    let version = Some(WeightVersion("v2".to_owned()));
+    let mut request = UpdateRequest { version, ..world.request("u2") };
     let record = world.update(request.clone()).await;
     assert_eq!(*record.outcome(), Outcome::RefusedInvalid);
     assert!(

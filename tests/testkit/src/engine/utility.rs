@@ -275,7 +275,7 @@ impl Engine {
                 return Err(EngineEnd::OutputThread(format!("the result of {method} cannot be serialized")));
             }
             method if self.worker_memory(method, args.get(2), kwargs) => one(Value::Nil),
-            _ => fail(format!("'Worker' object has no attribute '{method}'")),
+            _ => fail(format!("Method '{method}' is not implemented.")),
         })
     }
 
@@ -339,7 +339,7 @@ impl Engine {
         let (mut consumed, mut mixed) = (None, None);
         let verdict: Result<(), (&str, String, &str)> = if !self.speaks(number("protocol")) {
             Err(("protocol", format!("request {request}"), "unchanged"))
-        } else if path.is_empty() || files.is_empty() {
+        } else if path.is_empty() {
             Err(("request", format!("request {request}"), "unchanged"))
         } else if let Some(state) = self
             .faults
@@ -363,6 +363,13 @@ impl Engine {
                     Err((error.kind, error.to_string(), "unchanged"))
                 }
                 Err(error) => Err((error.kind, error.to_string(), "restored-meta")),
+                // Counted before the loader is asked.
+                Ok(loaded)
+                    if number("tensors") != Some(loaded.tensors) || number("bytes") != Some(loaded.bytes) =>
+                {
+                    let text = format!("{} tensors of {} bytes", loaded.tensors, loaded.bytes);
+                    Err(("mismatch", text, "unchanged"))
+                }
                 Ok(mut loaded) => {
                     self.touch("a load", &["weights"])?;
                     loaded.rename(&renames(request));

@@ -67,6 +67,9 @@ pub struct Part {
 /// The given files of a directory; with `extents`, of a segment at `path`.
 pub fn parts(path: &Path, files: &[String], extents: Option<&[(u64, u64)]>) -> Result<Vec<Part>, LoadError> {
     let Some(extents) = extents else {
+        if (1..files.len()).any(|at| files[..at].contains(&files[at])) {
+            return Err(LoadError { kind: "files", text: format!("listed twice: {files:?}") });
+        }
         let part = |name: &String| Part { path: path.join(name), name: name.clone(), extent: None };
         return Ok(files.iter().map(part).collect());
     };

@@ -198,7 +198,7 @@ impl Updates {
         };
         let other = staging.nodes.iter().find_map(|(node, (new, _))| {
             let (given, known) = new.digest.as_ref().zip(commit.checkpoint.digest.as_ref())?;
-            (given != known).then(|| (*node, given, known))
+            (given != known).then_some((*node, given, known))
         });
         match other {
             Some((node, given, known)) if ask.weights && *version == commit.version => {
