@@ -19,22 +19,29 @@ from fakes import FakeModels
 from harness import World
 from processes import REPO, built
 
-# The lane of each module that is not in lane "real". First those whose engines are fakes, which
-# wait more than they compute, then some of real vLLM, so that all lanes end at about the same time.
+# Lane and order of each module; any other is at the beginning of lane "real". Engines that are
+# fakes wait more than they compute, real ones fill the cores: each lane has some of both, so that
+# all end at about the same time.
 LANES = {
     "fakes": (
         "test_cluster_fakes",
         "test_cluster_network",
-        "test_cluster_planned",
         "test_cluster_restarts",
         "test_cluster_trainer",
         "test_cluster_updates",
-        "test_random_acts",
         "test_attach",
         "test_bad_input",
         "test_hub",
     ),
-    "crashes": ("test_cluster_crashes", "test_workers", "test_lora", "test_keep_engines"),
+    "crashes": ("test_cluster_crashes", "test_workers"),
+    "real": (
+        "test_hosted",
+        "test_cluster",
+        "test_lora",
+        "test_keep_engines",
+        "test_cluster_planned",
+        "test_random_acts",
+    ),
 }
 
 
