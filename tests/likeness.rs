@@ -1,8 +1,7 @@
-//! The same calls to a fake engine and to one of vLLM: what they answer is compared, so that a fake lets nothing
-//! through that vLLM would not.
+//! One script of calls to a fake engine and to one of vLLM: what they answer is compared, step by step.
 //!
 //! `tests/likeness/vllm-0.32.0.json` was recorded with vLLM 0.32.0 on its CPU platform. With `DP_SIDECAR_PYTHON` set to
-//! a Python that has vLLM, it is recorded again and compared (`REWRITE=1`: written); that test is ignored unless asked
+//! a Python that has vLLM, vLLM is asked again and compared (`REWRITE=1`: written); that test is ignored unless asked
 //! for, as in `cargo test -- --ignored vllm`.
 
 use std::os::unix::process::CommandExt;
@@ -11,7 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use dp_sidecar_testkit::Reporter;
-use dp_sidecar_testkit::engine::weights;
+use dp_sidecar_testkit::engine::{SHIM_PROTOCOL, weights};
 use dp_sidecar_testkit::frontend::{FakeFrontend, FrontendError, FrontendOptions, NewRequest};
 use dp_sidecar_testkit::msg;
 use nix::sys::signal::{Signal, killpg};
@@ -101,7 +100,7 @@ impl Script {
         let files = weights::files(from).unwrap();
         let read = weights::read(from, &files).unwrap();
         let mut request = [
-            ("protocol", Value::from(6)),
+            ("protocol", Value::from(SHIM_PROTOCOL)),
             ("update_id", Value::from("u")),
             ("path", Value::from(from.to_str().unwrap())),
             ("files", Value::Array(files.iter().map(|file| Value::from(&**file)).collect())),

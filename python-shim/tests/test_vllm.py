@@ -414,6 +414,41 @@ def write_tied(models: Path, where: Path, seed: int, copy: bool) -> None:
     (where / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
 
 
+class Packs:
+    """A quantization method that packs; the layers that it packed."""
+
+    def __init__(self) -> None:
+        self.packed: list[object] = []
+
+    def process_weights_after_loading(self, layer: object) -> None:
+        self.packed.append(layer)
+
+
+def test_a_tied_head_is_packed_once_in_a_load_whatever_the_processor():
+    """Which processors have packed copies is vLLM's choice; the test with an engine needs one."""
+    import torch
+
+    from dp_sidecar_shim import reload
+
+    model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(4, 2), "free": torch.nn.Linear(2, 4)})
+    model["head"] = torch.nn.Linear(2, 4, bias=False)
+    model["head"].weight = model["embed"].weight
+    for layer in model.values():
+        layer.quant_method, layer.cpu_linear = Packs(), object()
+    worker, method = types.SimpleNamespace(get_model=lambda: model), model["head"].quant_method
+    with reload._packing(worker):
+        pass
+    assert method.packed == [model["head"]]
+    with reload._packing(worker):
+        method.process_weights_after_loading(model["head"])
+    assert method.packed == [model["head"]] * 2, "vLLM has done it"
+    with pytest.raises(ZeroDivisionError), reload._packing(worker):
+        raise ZeroDivisionError
+    assert len(method.packed) == 2
+    assert vars(method).keys() == {"packed"}, "it is watched no more"
+    assert model["free"].quant_method.packed == [], "what is not tied is vLLM's"
+
+
 @pytest.mark.parametrize("copy", [False, True])
 def test_a_tied_head_is_loaded_whether_the_checkpoint_has_a_copy_or_not(models, tmp_path, copy):
     for name, seed, with_copy in (("0", 0, copy), ("1", 1, False), ("2", 1, True)):

@@ -80,11 +80,11 @@ def reload_weights(worker: Any, weights: Iterable[tuple[str, Any]]) -> None:
 def _packing(worker: Any) -> Iterator[None]:
     from vllm.platforms import current_platform
 
-    model, watched = model_of(worker), []
+    model, watched, on_cpu = model_of(worker), [], current_platform.is_cpu()
     # Tied, they have a packed copy of their own, which a load of the other name leaves as it was.
-    heads = [model.get_submodule(name.rpartition(".")[0]) for name, _ in tied(model)]
+    heads = [model.get_submodule(name.rpartition(".")[0]) for name, _ in tied(model) if on_cpu]
     with contextlib.ExitStack() as stack:
-        for layer in model.modules() if current_platform.is_cpu() else ():
+        for layer in model.modules() if on_cpu else ():
             owner = getattr(layer, "quant_method", None)
             # From 0.28 on vLLM packs at the first load only (unquantized MoE, `is_weight_update`).
             if hasattr(layer, "w13_weight") and _at_least(0, 28):

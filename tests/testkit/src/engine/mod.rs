@@ -24,6 +24,7 @@ use zmq::{Context, Socket, SocketType};
 
 use crate::Reporter;
 pub use options::{EngineOptions, Faults, Stage};
+pub use utility::SHIM_PROTOCOL;
 
 /// Why a fake engine ended.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]

@@ -15,7 +15,7 @@ use super::weights::{self, Hashing};
 use crate::msg;
 
 /// Version of the worker RPC between sidecar and shim.
-pub(super) const SHIM_PROTOCOL: u64 = 6;
+pub const SHIM_PROTOCOL: u64 = 6;
 
 /// What a method does with its call.
 enum Outcome {
